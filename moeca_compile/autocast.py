@@ -1,0 +1,110 @@
+"""Autocast isn't in a traced graph: it happens in the dispatcher. Here its casts become nodes.
+
+Which op casts which argument is asked of the dispatcher itself, op by op, on fake tensors: no list of ops to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from moeca_compile import fx
+
+DEVICES = ("cpu", "cuda")
+
+Casts = tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) of each enabled autocast
+
+
+def ambient_autocast() -> Casts:
+    """The autocasts that are on now; part of a call's signature."""
+    return tuple((d, torch.get_autocast_dtype(d)) for d in DEVICES if torch.is_autocast_enabled(d))
+
+
+@contextmanager
+def autocast_is(casts: Casts) -> Iterator[None]:
+    """Run with exactly these autocasts on."""
+    wanted = dict(casts)
+    with ExitStack() as stack:
+        for device in DEVICES:
+            on = device in wanted
+            if on or torch.is_autocast_enabled(device):
+                context = torch.autocast(device, dtype=wanted.get(device), enabled=on, cache_enabled=False)
+                stack.enter_context(context)
+        yield
+
+
+def materialise_casts(gm: GraphModule, ambient: Casts) -> None:
+    """Write the conversions of the ambient autocast, and of autocast regions inside the model, into the graph."""
+    current = dict(ambient)
+    outer: dict[Node, dict[str, torch.dtype]] = {}
+    for node in list(gm.graph.nodes):
+        if node.target is _enter_autocast:
+            outer[node] = dict(current)
+            device, dtype, enabled, *_ = node.args
+            if enabled:
+                current[device] = dtype or torch.get_autocast_dtype(device)
+            else:
+                current.pop(device, None)
+        elif node.target is _exit_autocast:
+            current = outer.pop(node.args[0])
+        elif node.op == "call_function":
+            if current and isinstance(node.target, OpOverload):
+                _cast_inputs(gm, node, tuple(current.items()))
+            _refresh(node)
+    for node in reversed(gm.graph.nodes):
+        if node.target in (_enter_autocast, _exit_autocast):
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _cast_inputs(gm: GraphModule, node: Node, casts: Casts) -> None:
+    wanted = _casts_of(node, casts)
+    for source in node.all_input_nodes:
+        dtype = wanted.get(id(fx.value(source)))
+        if dtype is not None:
+            with gm.graph.inserting_before(node):
+                node.replace_input_with(
+                    source, fx.call(gm, torch.ops.aten._to_copy.default, (source,), {"dtype": dtype}, like=node)
+                )
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the first dtype that each of some tensors is converted to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, torch.dtype] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and "dtype" in kwargs:
+            self.seen.setdefault(id(args[0]), kwargs["dtype"])
+        return func(*args, **kwargs)
+
+
+def _casts_of(node: Node, casts: Casts) -> dict[int, torch.dtype]:
+    """Fake values of `node`'s arguments (by id) that these autocasts would convert before the op, and to what."""
+    args, kwargs = _arguments(node)
+    with fx.fake_mode_of((args, kwargs)), autocast_is(casts), _Watch() as watch:
+        node.target(*args, **kwargs)  # type: ignore[operator]
+    own = node.target is torch.ops.aten._to_copy.default
+    return {} if own else watch.seen
+
+
+def _refresh(node: Node) -> None:
+    """Recompute a node's fake value: the dtypes of its inputs may have changed."""
+    args, kwargs = _arguments(node)
+    with fx.fake_mode_of((args, kwargs)):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _arguments(node: Node) -> Any:
+    return tree_map_only(Node, fx.value, (node.args, node.kwargs))

@@ -1,0 +1,119 @@
+"""Dynamo's graph -> one functional ATen graph: the IR that every pass reads, whichever door it came through.
+
+SDPA and linear stay whole, views and in-place ops are functionalised, weights are placeholders, module paths and
+source lines are kept. One capture is for one concrete input signature: sizes are numbers in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+from moeca_compile import fx
+from moeca_compile.autocast import ambient_autocast, autocast_is, materialise_casts
+from moeca_compile.errors import CaptureError
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One placeholder: `label` is the parameter's dotted name or the argument's name."""
+
+    name: str
+    label: str
+    is_weight: bool
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A functional graph and what its placeholders are, in order."""
+
+    gm: GraphModule
+    inputs: tuple[Input, ...]
+
+    def __str__(self) -> str:
+        return str(self.gm.code)
+
+
+def inputs_of(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Input, ...]:
+    """What each placeholder of a Dynamo graph is. Parameters and buffers arrive as the real tensors."""
+    found = []
+    for node, example in zip(fx.placeholders(gm), example_inputs, strict=True):
+        source = getattr(node, "_dynamo_source", None)
+        name = str(getattr(source, "name", "") or node.name)
+        is_weight = (
+            isinstance(example, torch.nn.Parameter)
+            or hasattr(example, "_dynamo_static_input_type")
+            or re.search(r"\._(parameters|buffers)\b", name) is not None
+        )
+        found.append(Input(node.name, fx.dotted(name) or node.name, is_weight))
+    return tuple(found)
+
+
+def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:
+    """Trace `gm` for the shapes, dtypes and devices of `args`, and for the ambient autocast.
+
+    Raises:
+        CaptureError: the graph changes one of its inputs or buffers (the cache could not keep that), or its shapes
+            or branches depend on the values in a tensor.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    mutated: list[str] = []
+
+    def functional(*fakes: Any) -> Any:
+        below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with torch._C._ExcludeDispatchKeyGuard(below), FunctionalTensorMode(pre_dispatch=True, export=True):
+            wrapped = tree_map_only(torch.Tensor, FunctionalTensor.to_functional, fakes)
+            result = Interpreter(gm).run(*wrapped)
+            for one, tensor in zip(inputs, wrapped, strict=True):
+                if isinstance(tensor, FunctionalTensor):
+                    torch._sync(tensor)
+                    if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[attr-defined]
+                        mutated.append(one.label)
+            return tree_map_only(FunctionalTensor, _plain, result)
+
+    casts = ambient_autocast()
+    with torch.inference_mode(False), torch.no_grad(), autocast_is(()):
+        try:
+            with tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), fake:
+                fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
+                graph = make_fx(functional, pre_dispatch=True)(*fakes)
+            materialise_casts(graph, casts)
+        except DataDependentOutputException as error:
+            raise CaptureError(
+                f"the model reads a number out of a tensor ({error.func}), so its graph depends on data. Pass numbers "
+                "such as the timestep as tensors; for an expert dispatch that loops over counts see "
+                "moeca_compile.prepare(model)"
+            ) from error
+    if mutated:
+        raise CaptureError(
+            f"the model changes {', '.join(sorted(set(mutated)))} in place while it runs. A cached step would skip "
+            "that change: make it an input or an output of the model, or leave it out of inference"
+        )
+    return Capture(graph, _rename(graph, inputs))
+
+
+def _plain(tensor: FunctionalTensor) -> torch.Tensor:
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+def _rename(graph: GraphModule, inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """Name the placeholders after what they are, so that a printed graph can be read."""
+    renamed = []
+    for node, one in zip(fx.placeholders(graph), inputs, strict=True):
+        node._rename(re.sub(r"\W+", "_", one.label).strip("_") or "input")
+        node.target = node.name
+        renamed.append(Input(node.name, one.label, one.is_weight))
+    graph.recompile()
+    return tuple(renamed)

@@ -1,0 +1,199 @@
+"""The only generic FX helpers: who feeds whom, what a node's value looks like, the one mark we put on nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from moeca_compile.errors import InvariantError
+from moeca_compile.schedule import Action
+
+aten = torch.ops.aten
+
+# Ops that only rename, reshape or recast a value: what lies behind them is still the same data.
+VIEWS = frozenset(
+    {
+        aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
+        aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints, aten.unflatten.int,
+        aten.transpose.int, aten.permute.default, aten.t.default, aten.expand.default, aten.clone.default,
+        aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default,
+    }
+)  # fmt: skip
+MATMULS = frozenset(
+    {
+        aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
+        aten.baddbmm.default, aten.einsum.default, aten._grouped_mm.default,
+    }
+)  # fmt: skip
+SDPA = aten.scaled_dot_product_attention.default
+
+
+class Cone:
+    """Ancestor sets of every node of a graph, as bit masks: O(1) questions after one pass."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.nodes: list[Node] = list(gm.graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self._up: list[int] = []
+        for node in self.nodes:
+            mask = 0
+            for source in node.all_input_nodes:
+                i = self.index[source]
+                mask |= self._up[i] | (1 << i)
+            self._up.append(mask)
+
+    def feeds(self, above: Node, below: Node) -> bool:
+        """Whether `above` is a proper ancestor of `below`."""
+        return bool(self._up[self.index[below]] >> self.index[above] & 1)
+
+    def ancestors(self, node: Node) -> int:
+        return self._up[self.index[node]]
+
+    def between(self, above: Node, below: Node) -> list[Node]:
+        """The nodes on any path from `above` (left out) to `below` (included), in graph order."""
+        low, high = self.index[above], self.index[below]
+        up = self._up[high]
+        found = [i for i in range(low + 1, high) if up >> i & 1 and self._up[i] >> low & 1]
+        return [self.nodes[i] for i in found] + [below]
+
+
+def value(node: Node) -> Any:
+    """The fake tensor (or tuple, or number) that the tracer saw at `node`."""
+    return node.meta.get("val")
+
+
+def tensor(node: Node) -> torch.Tensor | None:
+    val = value(node)
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def shape(node: Node) -> tuple[int, ...]:
+    val = tensor(node)
+    return tuple(int(size) for size in val.shape) if val is not None else ()
+
+
+def nodes_of(argument: object) -> Iterator[Node]:
+    """The nodes in a nested argument of a node."""
+    if isinstance(argument, Node):
+        yield argument
+    elif isinstance(argument, (tuple, list)):
+        for item in argument:
+            yield from nodes_of(item)
+
+
+def strip(node: Node, through: Callable[[Node], bool]) -> Node:
+    """Walk up first arguments while `through` holds."""
+    while through(node) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def is_view(node: Node) -> bool:
+    return node.op == "call_function" and node.target in VIEWS
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def has_effect(node: Node) -> bool:
+    """Whether a dead node must stay. FX also keeps what may draw random numbers, SDPA (dropout) among them; we don't."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+
+def output_node(gm: GraphModule) -> Node:
+    return next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+
+
+def resolve(gm: GraphModule, names: Iterable[str]) -> list[Node]:
+    """Nodes by name.
+
+    Raises:
+        InvariantError: a name that the graph doesn't have.
+    """
+    table = {node.name: node for node in gm.graph.nodes}
+    wanted = list(names)
+    missing = [name for name in wanted if name not in table]
+    if missing:
+        raise InvariantError(f"the graph has no node named {missing}")
+    return [table[name] for name in wanted]
+
+
+def where(node: Node) -> str:
+    """`file.py:12` of the model's own line that made `node`, or ''."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{lines[-1][0].rsplit('/', 1)[-1]}:{lines[-1][1]}" if lines else ""
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost module that made `node`, or ''; a label, never evidence."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return dotted(path)
+
+
+def dotted(source: str) -> str:
+    """Turn Dynamo's `L['self']._modules['blocks']._modules['0']._parameters['weight']` into `blocks.0.weight`."""
+    inside = re.sub(r"^[LG]\['[^']+'\](?=\.(_modules|_parameters|_buffers|__dict__))", "", source)
+    parts = re.findall(r"\['?([^'\]]+)'?\]|\.?([A-Za-z_]\w*)", inside)
+    skip = {"_modules", "_parameters", "_buffers", "__dict__", "L", "G", "self", "_orig_mod"}
+    return ".".join(word for word in (a or b for a, b in parts) if word not in skip)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Our one mark on a node: this is output `output` of region `region` (a column), which does `action` here."""
+
+    region: int
+    output: int
+    action: Action
+
+
+def set_mark(node: Node, mark: Mark) -> None:
+    node.meta["moeca"] = mark
+
+
+def marked(gm: GraphModule) -> list[tuple[Node, Mark]]:
+    """Marked nodes in graph order.
+
+    Raises:
+        InvariantError: two nodes carry the same mark (some pass copied our meta).
+    """
+    found = [(node, node.meta["moeca"]) for node in gm.graph.nodes if "moeca" in node.meta]
+    roles = [(mark.region, mark.output) for _, mark in found]
+    if len(set(roles)) != len(roles):
+        raise InvariantError(f"marks appear twice: {sorted(r for r in roles if roles.count(r) > 1)}")
+    return found
+
+
+def call(
+    gm: GraphModule, target: Any, args: Sequence[object], kwargs: dict[str, Any] | None = None, like: Node | None = None
+) -> Node:
+    """Add a call at the insertion point, with its fake value computed and the origin of `like` copied."""
+    node = gm.graph.call_function(target, tuple(args), kwargs or {})
+    unwrapped: Any = torch.fx.node.map_arg((node.args, node.kwargs), value)
+    with fake_mode_of(unwrapped):
+        node.meta["val"] = target(*unwrapped[0], **unwrapped[1])
+    for name in ("stack_trace", "nn_module_stack"):
+        if like is not None and name in like.meta:
+            node.meta[name] = like.meta[name]
+    return node
+
+
+def fake_mode_of(tree: object) -> AbstractContextManager[Any]:
+    """The mode of the fake tensors in `tree`; nothing at all where there are none."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
+    return nullcontext()

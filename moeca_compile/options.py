@@ -1,0 +1,95 @@
+"""The options of `torch.compile(model, backend="moeca", options={...})` and of `moeca_compile.compile`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moeca_compile.errors import OptionError
+from moeca_compile.schedule import MAX_ORDER, Schedule
+
+INNERS = ("inductor", "eager")
+DEFAULT_SCHEDULE = "uniform:2:warmup=4"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the backend takes. Every field is also a keyword of `moeca_compile.compile`.
+
+    Attributes:
+        schedule: a `Schedule`, the path of one, or a short form (`full`, `uniform:3`, `uniform:3:warmup=2`). The
+            default is careful: four full steps, then every second step computed, the others forecast.
+        order: of the forecast, for short forms: 0 copies, 1 extrapolates linearly, 2 quadratically.
+        inner: what runs a variant: `inductor`, or `eager` (the FX interpreter: slow, bitwise equal to the graph).
+        inner_options: handed to the inner compiler as they are (Inductor's config keys).
+        mode: torch.compile's `mode`, handed to Inductor.
+        max_signatures: how many input signatures (shapes, dtypes, autocast) keep their programs; the oldest go first.
+        latent_jump: relative change ||x - x_last|| / ||x_last|| of the latent between two calls above which a call is
+            taken for another trajectory and starts cold. Neighbouring steps of one trajectory stay well below.
+        disable: names of passes to leave out (see `moeca_compile.pipeline`).
+        dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
+    """
+
+    schedule: Schedule | str | Path = DEFAULT_SCHEDULE
+    order: int = 1
+    inner: str = "inductor"
+    inner_options: Mapping[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+    max_signatures: int = 8
+    latent_jump: float = 0.7
+    disable: tuple[str, ...] = ()
+    dump: str | None = None
+
+    def __post_init__(self) -> None:
+        _expect("order", self.order, int, lambda v: 0 <= v <= MAX_ORDER, "0, 1 or 2")
+        _expect("schedule", self.schedule, (Schedule, str, Path), _any, "a Schedule, a path or a short form")
+        _expect("inner_options", self.inner_options, Mapping, _any, "a dict of the inner compiler's options")
+        _expect("max_signatures", self.max_signatures, int, lambda v: v >= 1, "a whole number >= 1")
+        _expect("latent_jump", self.latent_jump, (int, float), lambda v: v > 0, "a number > 0")
+        _expect("disable", self.disable, (tuple, list), _any, "a tuple of pass names")
+        if self.inner not in INNERS:
+            raise OptionError(f"inner={self.inner!r}: expected one of {INNERS}{_did_you_mean(str(self.inner), INNERS)}")
+        if self.inner == "eager" and (self.inner_options or self.mode):
+            raise OptionError("inner='eager' takes no mode and no inner_options: nothing compiles there")
+        object.__setattr__(self, "disable", tuple(self.disable))
+
+    @classmethod
+    def from_backend_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Read torch.compile's `options=` and `mode=`.
+
+        Raises:
+            OptionError: an unknown name (with the nearest known one) or a value of the wrong type or range.
+        """
+        known = tuple(f.name for f in fields(cls))
+        given = dict(options or {})
+        for name in given:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
+        if mode not in (None, "default"):
+            given.setdefault("mode", mode)
+        return cls(**given)
+
+    def resolved_schedule(self) -> Schedule:
+        """The schedule itself: short forms parsed with `order`, paths read."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule
+        return Schedule.parse(str(self.schedule), order=self.order)
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _expect(
+    name: str, value: Any, kind: type | tuple[type, ...], accepts: Callable[[Any], bool], wanted: str
+) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):
+        raise OptionError(f"option {name}={value!r}: expected {wanted}")
+
+
+def _did_you_mean(word: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

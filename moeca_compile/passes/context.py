@@ -1,0 +1,49 @@
+"""What passes know beside the graph. Finders return a context with their facts added; rewriters only read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeca_compile.capture import Input
+from moeca_compile.regions import AttentionInfo, ExpertsInfo, Miss, RegionMap
+from moeca_compile.schedule import Row
+from moeca_compile.variant import StateSlot
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the model's own inputs mean, by placeholder name; '' or () where there is none.
+
+    `timestep` feeds the sinusoid; `latent` is what the sampler moves; `condition` are the others (labels, prompts).
+    """
+
+    timestep: str = ""
+    latent: str = ""
+    condition: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: `join` = trunk + gate * `cut`; the body is what lies between, and `cut` is its last node."""
+
+    join: str
+    trunk: str
+    cut: str
+    body: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Facts about one capture, and for rewriters the row to build and the state that the schedule keeps."""
+
+    inputs: tuple[Input, ...]
+    roles: Roles = Roles()
+    dependence: tuple[tuple[str, str], ...] = ()
+    attention: tuple[AttentionInfo, ...] = ()
+    experts: tuple[ExpertsInfo, ...] = ()
+    branches: tuple[Branch, ...] = ()
+    misses: tuple[Miss, ...] = ()
+    macs: tuple[tuple[str, int], ...] = ()
+    regions: RegionMap = RegionMap(())
+    row: Row = ()
+    layout: tuple[StateSlot, ...] = ()

@@ -1,0 +1,52 @@
+"""Multiply-accumulates of every node, from shapes alone. Elementwise work counts nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch.fx import GraphModule, Node
+
+from moeca_compile import fx
+from moeca_compile.fx import aten
+from moeca_compile.passes.context import Context
+from moeca_compile.passes.find_experts import is_experts
+
+
+def count_macs(gm: GraphModule, ctx: Context) -> Context:
+    return replace(ctx, macs=tuple((node.name, macs) for node in gm.graph.nodes if (macs := node_macs(node))))
+
+
+def node_macs(node: Node) -> int:
+    """MACs of one call of `node`."""
+    if node.op != "call_function":
+        return 0
+    if is_experts(node):
+        ids, weights = node.args[1], node.args[2:5]
+        one_expert = sum(math.prod(fx.shape(group[0])) for group in weights if group)  # type: ignore[index,arg-type]
+        return math.prod(fx.shape(ids)) * one_expert  # type: ignore[arg-type]
+    inputs = [fx.shape(source) for source in node.all_input_nodes]
+    out = math.prod(fx.shape(node))
+    if node.target in (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default):
+        return out * inputs[0][-1]
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        return out * inputs[1][-1]
+    if node.target is fx.SDPA:
+        query, key, val = (fx.shape(source) for source in node.args[:3])  # type: ignore[arg-type]
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + val[-1])
+    if node.target in (aten.conv2d.default, aten.conv1d.default, aten.conv3d.default, aten.convolution.default):
+        return out * math.prod(fx.shape(node.args[1])[1:])  # type: ignore[arg-type]
+    if node.target is aten.einsum.default:
+        return _einsum(str(node.args[0]), inputs)
+    if node.target is aten._grouped_mm.default:
+        return out * inputs[0][-1]
+    return 0
+
+
+def _einsum(equation: str, inputs: list[tuple[int, ...]]) -> int:
+    """The product of all index extents: what one contraction of all operands together costs."""
+    extents: dict[str, int] = {}
+    for letters, shape in zip(equation.replace(" ", "").split("->")[0].split(","), inputs, strict=False):
+        if len(letters) == len(shape):
+            extents.update(zip(letters, shape, strict=True))
+    return math.prod(extents.values()) if len(inputs) > 1 else 0

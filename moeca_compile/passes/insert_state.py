@@ -1,0 +1,145 @@
+"""Marked regions -> state: a REUSE reads its region's value, a FORECAST extrapolates it, a COMPUTE writes it.
+
+Before: a marked graph.  After: placeholders for the state slots that this row reads and, if any number depends on
+how long ago a region was computed, for `distances` [regions, 4] float32; outputs grow by the slots that it writes.
+The graph stays functional. With an empty layout (nothing is ever reused) it does nothing.
+
+Newton's form of the interpolating polynomial on the step index (any numerical analysis text, e.g. Stoer & Bulirsch,
+section 2.1.3): y(s) = y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences d1 = (y0 - y1)/(s0 - s1) and
+d2 = (d1 - d1')/(s0 - s2). The host writes 0 for a distance that has no history, which lowers the order by itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moeca_compile import fx
+from moeca_compile.fx import aten
+from moeca_compile.passes.context import Context
+from moeca_compile.regions import RegionMap
+from moeca_compile.schedule import Action, Schedule
+from moeca_compile.variant import SLOTS, StateSlot
+
+DISTANCES = "distances"
+_AHEAD, _AHEAD2, _BACK, _BACK2 = range(4)  # columns: s-s0, (s-s0)(s-s1), 1/(s-s0), 1/(s-s1)
+
+
+def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...]:
+    """The state that `schedule` (bound to these regions) keeps: the value in the region's own dtype, differences in
+    float32, because bfloat16 differences of neighbouring steps cancel."""
+    slots: list[StateSlot] = []
+    for column, region in enumerate(regions):
+        for output, (shape, dtype) in enumerate(zip(region.shapes, region.dtypes, strict=True)):
+            for slot in SLOTS[: schedule.depth(column)]:
+                kind = dtype if slot == "y" else "float32"
+                size = math.prod(shape) * getattr(torch, kind).itemsize
+                slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, kind, size))
+    return tuple(slots)
+
+
+def insert_state(gm: GraphModule, ctx: Context) -> GraphModule:
+    if not ctx.layout:
+        return gm
+    writer = _Writer(gm, ctx)
+    for node, mark in fx.marked(gm):
+        if mark.action is Action.COMPUTE:
+            writer.write(node, mark)
+        else:
+            writer.read(node, mark)
+    writer.finish()
+    return gm
+
+
+class _Writer:
+    """Adds placeholders on first use and collects the new outputs."""
+
+    def __init__(self, gm: GraphModule, ctx: Context) -> None:
+        self.gm = gm
+        self.slots = {(s.region, s.output, s.slot): s for s in ctx.layout}
+        self.distance_shape = (len(ctx.regions), 4)
+        self.first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        self.inputs: dict[str, Node] = {}
+        self.written: list[tuple[str, Node]] = []
+
+    def read(self, node: Node, mark: fx.Mark) -> None:
+        with self.gm.graph.inserting_after(node):
+            anchor = self.gm.graph.call_function(aten.alias.default, (node,))  # where the new nodes go
+        with self.gm.graph.inserting_before(anchor):
+            y = self._slot(mark, "y", node)
+            kept = self._forecast(y, node, mark) if mark.action is Action.FORECAST else y
+        self.gm.graph.erase_node(anchor)
+        node.replace_all_uses_with(kept)
+        node.meta.pop("moeca")
+
+    def _forecast(self, y: Node, node: Node, mark: fx.Mark) -> Node:
+        wide = torch.promote_types(fx.tensor(node).dtype, torch.float32)  # type: ignore[union-attr]
+        total = self._as(y, wide, node)
+        for slot, column in (("d1", _AHEAD), ("d2", _AHEAD2)):
+            if (mark.region, mark.output, slot) in self.slots:
+                step = self._call(aten.mul.Tensor, self._slot(mark, slot, node), self._distance(mark, column, node), like=node)
+                total = self._call(aten.add.Tensor, total, step, like=node)
+        return self._as(total, fx.tensor(node).dtype, node)  # type: ignore[union-attr]
+
+    def write(self, node: Node, mark: fx.Mark) -> None:
+        mine = {slot: self.slots.get((mark.region, mark.output, slot)) for slot in SLOTS}
+        if mine["y"] is None:
+            return
+        output = fx.output_node(self.gm)
+        with self.gm.graph.inserting_before(output):
+            y = node
+            if not fx.tensor(node).is_contiguous() or node in fx.nodes_of(output.args[0]):  # type: ignore[union-attr]
+                # an output may be changed in place by the caller; a state has one memory format for all variants
+                y = self._call(aten.clone.default, node, memory_format=torch.contiguous_format, like=node)
+            self.written.append((mine["y"].name, y))
+            if mine["d1"] is not None:
+                before = self._as(self._slot(mark, "y", node), torch.float32, node)
+                change = self._call(aten.sub.Tensor, self._as(node, torch.float32, node), before, like=node)
+                d1 = self._call(aten.mul.Tensor, change, self._distance(mark, _BACK, node), like=node)
+                self.written.append((mine["d1"].name, d1))
+                if mine["d2"] is not None:
+                    bend = self._call(aten.sub.Tensor, d1, self._slot(mark, "d1", node), like=node)
+                    d2 = self._call(aten.mul.Tensor, bend, self._distance(mark, _BACK2, node), like=node)
+                    self.written.append((mine["d2"].name, d2))
+
+    def finish(self) -> None:
+        output = fx.output_node(self.gm)
+        (own,) = output.args
+        outside = set(self.inputs.values())
+        with self.gm.graph.inserting_before(output):
+            # a state handed out as it came in could be changed by whoever gets it
+            own = tuple(self._call(aten.clone.default, one) if one in outside else one for one in own)  # type: ignore[union-attr]
+        self.written.sort()
+        output.args = (own + tuple(node for _, node in self.written),)
+        self.gm.meta["moeca_writes"] = tuple(name for name, _ in self.written)
+
+    # -- small makers -----------------------------------------------------------------------------------------------
+
+    def _call(self, target: object, *args: object, like: Node | None = None, **kwargs: object) -> Node:
+        return fx.call(self.gm, target, args, kwargs, like=like)
+
+    def _as(self, node: Node, dtype: torch.dtype, like: Node) -> Node:
+        if fx.tensor(node).dtype == dtype:  # type: ignore[union-attr]
+            return node
+        return self._call(aten._to_copy.default, node, dtype=dtype, like=like)
+
+    def _slot(self, mark: fx.Mark, slot: str, like: Node) -> Node:
+        found = self.slots[mark.region, mark.output, slot]
+        return self._input(found.name, found.shape, getattr(torch, found.dtype), like)
+
+    def _distance(self, mark: fx.Mark, column: int, like: Node) -> Node:
+        table = self._input(DISTANCES, self.distance_shape, torch.float32, like)
+        row = self._call(aten.select.int, table, 0, mark.region)
+        return self._call(aten.select.int, row, 0, column)
+
+    def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Node) -> Node:
+        if name not in self.inputs:
+            with self.gm.graph.inserting_before(self.first):
+                node = self.gm.graph.placeholder(name)
+            val = fx.tensor(like)
+            with fx.fake_mode_of(val):
+                node.meta["val"] = torch.empty(shape, dtype=dtype, device=val.device)  # type: ignore[union-attr]
+            self.inputs[name] = node
+        return self.inputs[name]

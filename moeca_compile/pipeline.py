@@ -1,0 +1,127 @@
+"""THE PAGE: every stage and every pass, in order.
+
+    prepare -> capture -> find -> (measure -> plan) -> rewrite -> lower -> run
+
+`prepare` is `canonical/`, capture is `capture.py`, plan is a `Schedule`, run is `runtime/`. What lies between is here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from moeca_compile import fx
+from moeca_compile.capture import Capture, Input, capture
+from moeca_compile.errors import OptionError
+from moeca_compile.options import Options
+from moeca_compile.passes.context import Context
+from moeca_compile.passes.count_macs import count_macs, node_macs
+from moeca_compile.passes.drop_dead import drop_dead
+from moeca_compile.passes.drop_noops import drop_noops
+from moeca_compile.passes.find_attention import find_attention
+from moeca_compile.passes.find_experts import find_experts
+from moeca_compile.passes.find_inputs import find_inputs
+from moeca_compile.passes.find_regions import find_regions
+from moeca_compile.passes.find_residuals import find_residuals
+from moeca_compile.passes.insert_state import DISTANCES, insert_state, state_layout
+from moeca_compile.passes.tag_row import tag_row
+from moeca_compile.passes.verify_variant import verify_variant
+from moeca_compile.runner import Finder, PassRecord, Rewriter, Runner
+from moeca_compile.schedule import Row, Schedule
+from moeca_compile.variant import Variant
+
+NORMALISE: tuple[Rewriter, ...] = (
+    drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
+)
+
+FIND: tuple[Finder, ...] = (
+    find_inputs,  # timestep, latent, condition; what depends on what
+    find_attention,  # anchors: SDPA, softmax(QK^T)V
+    find_experts,  # anchors: moeca::experts and its router
+    find_residuals,  # x + gate * branch(x), cut before the gate
+    count_macs,  # what each node costs
+    find_regions,  # NOTE: last, it joins the facts of all others
+)
+
+REWRITE: tuple[Rewriter, ...] = (
+    tag_row,  # decide: one mark per region output
+    insert_state,  # act: read, extrapolate, write state
+    drop_dead,  # NOTE: after insert_state; only now are the skipped regions dead
+    verify_variant,  # NOTE: last; lowering must get what the row promises
+)
+
+OPTIONAL = frozenset(rewriter.__name__ for rewriter in NORMALISE)  # may be disabled: results stay right without them
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One captured graph and all facts about it."""
+
+    gm: GraphModule
+    context: Context
+    records: tuple[PassRecord, ...]
+
+
+def analyse(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options) -> Analysis:
+    """capture -> find, for the shapes and dtypes of `args`.
+
+    Raises:
+        CaptureError: the graph can't be made functional.
+        OptionError: `disable` names a pass that doesn't exist or can't be left out.
+    """
+    runner = _runner(options)
+    captured: Capture = capture(gm, args, inputs)
+    context = Context(captured.inputs)
+    normal = runner.rewrite(NORMALISE, captured.gm, context)
+    context = runner.find(FIND, normal, context)
+    return Analysis(normal, context, tuple(runner.records))
+
+
+def build_variant(analysis: Analysis, schedule: Schedule, row: Row, options: Options) -> tuple[Variant, tuple[PassRecord, ...]]:
+    """rewrite: the program of one distinct row of `schedule`, which is bound to the analysis' regions."""
+    number = schedule.distinct_rows().index(row)
+    layout = state_layout(analysis.context.regions, schedule)
+    context = replace(analysis.context, row=row, layout=layout)
+    runner = _runner(options)
+    gm = runner.rewrite(REWRITE, analysis.gm, context, label=f"v{number} ")
+    positions = {one.name: i for i, one in enumerate(context.inputs)}
+    slots = {slot.name: i for i, slot in enumerate(layout)}
+    names = [node.name for node in fx.placeholders(gm)]
+    writes = tuple(slots[name] for name in gm.meta.get("moeca_writes", ()))
+    variant = Variant(
+        name=f"v{number}",
+        row=row,
+        gm=_in_order(gm, [*positions, *slots, DISTANCES]),
+        takes=tuple(sorted(positions[name] for name in names if name in positions)),
+        reads=tuple(sorted(slots[name] for name in names if name in slots)),
+        writes=writes,
+        wants_distances=DISTANCES in names,
+        outputs=len(fx.output_node(gm).args[0]) - len(writes),  # type: ignore[arg-type]
+        macs=sum(node_macs(node) for node in gm.graph.nodes),
+        node_count=len(gm.graph.nodes),
+    )
+    return variant, tuple(runner.records)
+
+
+def _in_order(gm: GraphModule, order: list[str]) -> GraphModule:
+    """Placeholders in one order for every variant: the model's inputs, the state, the distances."""
+    rank = {name: i for i, name in enumerate(order)}
+    body = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for node in sorted(fx.placeholders(gm), key=lambda node: rank[node.name]):
+        body.prepend(node)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _runner(options: Options) -> Runner:
+    fixed = [name for name in options.disable if name not in OPTIONAL]
+    if fixed:
+        raise OptionError(f"disable={fixed}: only {sorted(OPTIONAL)} can be left out")
+    folder = options.dump or os.environ.get("MOECA_DUMP")
+    return Runner(Path(folder) if folder else None, options.disable)

@@ -1,0 +1,117 @@
+"""What the finders see: plain data about parts of a graph, by node NAME.
+
+Names, not nodes: a region survives a graph copy, a pickle, a golden file; `fx.resolve` looks it up again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from moeca_compile.errors import InvariantError
+
+KINDS = ("attention", "experts", "mlp", "span")
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A part of the model that looked like something to cache and was left alone, and why."""
+
+    reason: str
+    node: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        at = " ".join(part for part in (self.node, f"({self.where})" if self.where else "") if part)
+        return f"{at}: {self.reason}" if at else self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class RouterInfo:
+    """The routing of one MoE layer: `scores` [T, E] feed `topk`, which gives `ids` [T, K] and gate weights."""
+
+    topk: str
+    scores: str
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsInfo:
+    """The routed part of one MoE layer: `node` is the `moeca::experts` call, y [T, K, D] before gate weighting."""
+
+    node: str
+    ids: str
+    router: RouterInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInfo:
+    """One attention: `node` is the SDPA call or the second matmul of softmax(QK^T)V."""
+
+    node: str
+    query: str
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of the graph with one purpose whose outputs can be taken from an earlier step.
+
+    `outputs` are the nodes at the cut: before the adaLN gate, so that a cached value meets the current step's gate.
+    `body` are the nodes that only a COMPUTE runs, in graph order.
+    """
+
+    key: str
+    kind: str
+    layer: int
+    outputs: tuple[str, ...]
+    body: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    macs: int = 0
+    state_bytes: int = 0
+    experts: tuple[ExpertsInfo, ...] = ()
+    attention: tuple[AttentionInfo, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvariantError(f"region {self.key}: kind {self.kind!r} is none of {KINDS}")
+
+
+@dataclass(frozen=True)
+class RegionMap:
+    """All regions of one graph in graph order, the misses, and the graph's total cost (MACs of one call)."""
+
+    regions: tuple[Region, ...]
+    misses: tuple[Miss, ...] = ()
+    total_macs: int = 0
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for region in self.regions:
+            if region.key in seen:
+                raise InvariantError(f"two regions have the key {region.key!r}")
+            seen[region.key] = region.kind
+        object.__setattr__(self, "fingerprint", fingerprint(self.regions))
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self.regions)
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(region.key for region in self.regions)
+
+
+def fingerprint(regions: tuple[Region, ...]) -> str:
+    """Hash of the ordered (key, kind, parameter shapes, output count): the same for every batch size and dtype."""
+    facts = [[r.key, r.kind, [list(shape) for _, shape in r.parameters], len(r.outputs)] for r in regions]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

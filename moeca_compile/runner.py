@@ -1,0 +1,96 @@
+"""Runs a pass list: hands each pass a copy, times it, checks it, dumps before and after, names what failed.
+
+Passes know nothing of this; so a pass is a plain function, and timing or dumping is written once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from torch.fx import GraphModule
+
+from moeca_compile.errors import InvariantError, MoecaError
+from moeca_compile.passes.context import Context
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+Finder = Callable[[GraphModule, Context], Context]
+Rewriter = Callable[[GraphModule, Context], GraphModule]
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one pass did: milliseconds, and the graph's node count before and after."""
+
+    name: str
+    ms: float
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclass
+class Runner:
+    """`dump`: a folder for the graphs, numbered in order of the passes. `disable`: names of passes to leave out."""
+
+    dump: Path | None = None
+    disable: tuple[str, ...] = ()
+    records: list[PassRecord] = field(default_factory=list)
+
+    def find(self, finders: Sequence[Finder], gm: GraphModule, ctx: Context) -> Context:
+        """Run read-only passes in order; each adds its facts to the context."""
+        for finder in finders:
+            size, start = len(gm.graph.nodes), time.perf_counter()
+            ctx = self._guard(finder, gm, ctx)
+            self._record(finder.__name__, start, size, len(gm.graph.nodes))
+        return ctx
+
+    def rewrite(self, rewriters: Sequence[Rewriter], gm: GraphModule, ctx: Context, label: str = "") -> GraphModule:
+        """Run graph passes in order, each on a copy of its own: the given graph stays as it is."""
+        for rewriter in rewriters:
+            if rewriter.__name__ in self.disable:
+                log.info("pass %s is disabled", rewriter.__name__)
+                continue
+            before, start = gm, time.perf_counter()
+            after = self._guard(rewriter, _copy(gm), ctx)
+            after.graph.lint()
+            after.recompile()
+            self._record(label + rewriter.__name__, start, len(before.graph.nodes), len(after.graph.nodes))
+            self._dump(label + rewriter.__name__, before, after)
+            gm = after
+        return gm
+
+    def _guard(self, step: Callable[[GraphModule, Context], T], gm: GraphModule, ctx: Context) -> T:
+        try:
+            return step(gm, ctx)
+        except MoecaError:
+            raise
+        except Exception as error:
+            done = ", ".join(record.name for record in self.records[-6:]) or "none"
+            raise InvariantError(f"pass {step.__name__} failed: {error!r}; passes before it: {done}") from error
+
+    def _record(self, name: str, start: float, before: int, after: int) -> None:
+        self.records.append(PassRecord(name, (time.perf_counter() - start) * 1e3, before, after))
+        log.debug("%s: %d -> %d nodes, %.1f ms", name, before, after, self.records[-1].ms)
+
+    def _dump(self, name: str, before: GraphModule, after: GraphModule) -> None:
+        if self.dump is None:
+            return
+        self.dump.mkdir(parents=True, exist_ok=True)
+        number = len(list(self.dump.glob("*.before.txt")))
+        for when, gm in (("before", before), ("after", after)):
+            text = gm.print_readable(print_output=False)
+            (self.dump / f"{number:03d}_{name.replace(' ', '_')}.{when}.txt").write_text(text)
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """A copy of the graph over the same tensors; names stay, each node has a meta dict of its own."""
+    twin = GraphModule(gm, copy.deepcopy(gm.graph))
+    twin.meta = dict(gm.meta)
+    return twin

@@ -1,0 +1,225 @@
+"""A schedule says for every step what each region does: compute, reuse, or forecast. Pure data, no torch."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moeca_compile.errors import ScheduleError
+
+FORMAT, VERSION = "moeca-schedule", 1
+MAX_ORDER = 2
+
+
+class Action(enum.Enum):
+    """What one region does at one step."""
+
+    COMPUTE = "C"  # run it, and write its state
+    REUSE = "R"  # the output of the last step that computed it
+    FORECAST = "F"  # that output, extrapolated by the schedule's order
+
+
+Row = tuple[Action, ...]
+_GLYPH = {Action.COMPUTE: "#", Action.REUSE: "=", Action.FORECAST: "/"}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Rows x regions, immutable.
+
+    Attributes:
+        rows: one row a step. With `regions` empty a row holds one action, meant for every region of the graph.
+        regions: region keys, in graph order, one a column; empty until `bind` fits the schedule to a graph.
+        order: of FORECAST: 1 (linear) or 2; 0 where no row forecasts.
+        period: the last `period` rows repeat for ever; 0: the schedule ends with its last row.
+        fingerprint: of the graph that the columns belong to ("" = any graph with these keys).
+        timesteps: the timestep of each row, as the model receives it; then a call takes the row nearest to its own.
+        made_by: how the schedule was made, for people.
+        predicted: figures its maker expected, such as `mac_fraction`.
+
+    Raises:
+        ScheduleError: the first row doesn't compute everything, rows of unequal length, an order out of range.
+    """
+
+    rows: tuple[Row, ...]
+    regions: tuple[str, ...] = ()
+    order: int = 1
+    period: int = 0
+    fingerprint: str = ""
+    timesteps: tuple[float, ...] = ()
+    made_by: str = ""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ScheduleError("a schedule needs at least one row")
+        width = len(self.regions) or 1
+        for step, row in enumerate(self.rows):
+            if len(row) != width:
+                raise ScheduleError(f"row {step} has {len(row)} actions, expected {width} (one a region)")
+        if any(action is not Action.COMPUTE for action in self.rows[0]):
+            raise ScheduleError("row 0 must be all COMPUTE: nothing can be reused before it was computed")
+        if not 0 <= self.order <= MAX_ORDER:
+            raise ScheduleError(f"order is {self.order}, expected 0, 1 or 2")
+        if self.order == 0 and any(Action.FORECAST in row for row in self.rows):
+            raise ScheduleError("FORECAST needs order 1 or 2; with order 0 the action is REUSE")
+        if not 0 <= self.period <= len(self.rows):
+            raise ScheduleError(f"period is {self.period}, but there are {len(self.rows)} rows")
+        if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
+            raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
+
+    # -- makers ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def uniform(cls, interval: int, warmup: int = 1, order: int = 1) -> Schedule:
+        """Compute the first `warmup` steps, then every `interval`-th; between them reuse (order 0) or forecast.
+
+        Open-ended: it fits any graph and any number of steps. `uniform(3)` computes steps 0, 3, 6, ...
+        """
+        if interval < 1 or warmup < 1:
+            raise ScheduleError(f"uniform needs interval >= 1 and warmup >= 1, got {interval} and {warmup}")
+        between = (Action.FORECAST if order else Action.REUSE,)
+        rows = ((Action.COMPUTE,),) * warmup + (between,) * (interval - 1) + ((Action.COMPUTE,),)
+        name = f"uniform:{interval}" + (f":warmup={warmup}" if warmup != 1 else "")
+        return cls(rows, order=order if interval > 1 else 0, period=interval, made_by=f"{name}, order {order}")
+
+    @classmethod
+    def full(cls) -> Schedule:
+        """Compute everything at every step: exact."""
+        return cls(((Action.COMPUTE,),), order=0, period=1, made_by="full")
+
+    @classmethod
+    def parse(cls, text: str, order: int = 1) -> Schedule:
+        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`) or the path of a schedule's JSON file."""
+        head, *rest = text.split(":")
+        if head == "full" and not rest:
+            return cls.full()
+        if head == "uniform" and rest:
+            named = dict(part.partition("=")[::2] for part in rest[1:])
+            if rest[0].isdigit() and set(named) <= {"warmup"} and all(value.isdigit() for value in named.values()):
+                return cls.uniform(int(rest[0]), warmup=int(named.get("warmup", 1)), order=order)
+        elif text.endswith(".json"):
+            return cls.load(text)
+        raise ScheduleError(
+            f"schedule {text!r} is not understood; use 'full', 'uniform:3', 'uniform:3:warmup=2' or a path to a .json"
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def row_index(self, step: int, timestep: float | None = None) -> int | None:
+        """The row for `step` (from 0): by the nearest recorded timestep, else by counting. None past the end."""
+        if self.timesteps and timestep is not None:
+            return min(range(len(self.rows)), key=lambda row: abs(self.timesteps[row] - timestep))
+        if step < len(self.rows):
+            return step
+        if not self.period:
+            return None
+        return len(self.rows) - self.period + (step - len(self.rows)) % self.period
+
+    def depth(self, column: int) -> int:
+        """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the divided differences."""
+        actions = {row[column] for row in self.rows}
+        if Action.FORECAST in actions:
+            return 1 + self.order
+        return 1 if Action.REUSE in actions else 0
+
+    def distinct_rows(self) -> tuple[Row, ...]:
+        """The rows without repeats, in order of first use: one program (variant) each."""
+        return tuple(dict.fromkeys(self.rows))
+
+    def bind(self, keys: Sequence[str], fingerprint: str) -> Schedule:
+        """Fit to a graph with these region keys: checks them, or spreads a one-column schedule over all regions.
+
+        Raises:
+            ScheduleError: the schedule was made for another graph; says which regions differ.
+        """
+        if not self.regions:
+            rows = tuple(row * len(keys) for row in self.rows)
+            return replace(self, rows=rows, regions=tuple(keys), fingerprint=fingerprint)
+        if self.regions != tuple(keys):
+            missing = [key for key in self.regions if key not in keys]
+            extra = [key for key in keys if key not in self.regions]
+            order = "" if missing or extra else " (the same regions in another order)"
+            raise ScheduleError(
+                f"the schedule is for another graph{order}: "
+                f"not in the model: {missing or 'none'}; not in the schedule: {extra or 'none'}. "
+                "Make one for this model (moeca_compile.calibrate), or use a uniform schedule"
+            )
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise ScheduleError(
+                f"the schedule was made for graph {self.fingerprint}, this one is {fingerprint}: the regions have the "
+                "same names but other parameter shapes. Make a schedule for this model"
+            )
+        return replace(self, fingerprint=fingerprint)
+
+    # -- JSON and text --------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Versioned JSON; `from_json(s.to_json()) == s`."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "made_by": self.made_by,
+                "order": self.order,
+                "period": self.period,
+                "fingerprint": self.fingerprint,
+                "regions": list(self.regions),
+                "timesteps": list(self.timesteps),
+                "predicted": dict(self.predicted),
+                "rows": ["".join(action.value for action in row) for row in self.rows],
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read `to_json`'s text.
+
+        Raises:
+            ScheduleError: not a schedule, a newer version, a missing or malformed entry.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data["format"] != FORMAT:
+                raise ScheduleError(f"not a schedule: format is {data['format']!r}, expected {FORMAT!r}")
+            if data["version"] > VERSION:
+                raise ScheduleError(f"schedule version {data['version']} is newer than this package reads ({VERSION})")
+            return cls(
+                rows=tuple(tuple(Action(letter) for letter in row) for row in data["rows"]),
+                regions=tuple(data["regions"]),
+                order=int(data["order"]),
+                period=int(data["period"]),
+                fingerprint=str(data["fingerprint"]),
+                timesteps=tuple(float(t) for t in data["timesteps"]),
+                made_by=str(data["made_by"]),
+                predicted={str(k): float(v) for k, v in data["predicted"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ScheduleError(f"not a readable schedule: {type(error).__name__}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to `path`."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read the JSON at `path`."""
+        try:
+            return cls.from_json(Path(path).read_text())
+        except OSError as error:
+            raise ScheduleError(f"schedule file {str(path)!r} can't be read: {error.strerror}") from error
+
+    def __str__(self) -> str:
+        """A grid: one line a region, one mark a step."""
+        names = self.regions or ("every region",)
+        wide = max(len(name) for name in names)
+        tail = f", then the last {self.period} repeat" if self.period else ""
+        lines = [f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"]
+        for column, name in enumerate(names):
+            lines.append(f"{name:<{wide}}  " + "".join(_GLYPH[row[column]] for row in self.rows))
+        return "\n".join([*lines, "# compute   = reuse   / forecast"])
