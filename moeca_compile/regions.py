@@ -72,6 +72,7 @@ class Region:
     body: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
     macs: int = 0
     state_bytes: int = 0

@@ -21,6 +21,7 @@ class StateSlot:
     slot: str
     shape: tuple[int, ...]
     dtype: str
+    device: str
     bytes: int
 
 

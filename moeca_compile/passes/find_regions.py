@@ -78,6 +78,7 @@ def _region(
         body=body,
         shapes=tuple(tuple(v.shape) for v in values if v is not None),
         dtypes=tuple(str(v.dtype).removeprefix("torch.") for v in values if v is not None),
+        devices=tuple(str(v.device) for v in values if v is not None),
         parameters=parameters,
         macs=sum(macs.get(name, 0) for name in body),
         state_bytes=sum(v.numel() * v.element_size() for v in values if v is not None),

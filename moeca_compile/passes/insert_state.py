@@ -32,11 +32,12 @@ def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...
     float32, because bfloat16 differences of neighbouring steps cancel."""
     slots: list[StateSlot] = []
     for column, region in enumerate(regions):
-        for output, (shape, dtype) in enumerate(zip(region.shapes, region.dtypes, strict=True)):
+        outputs = zip(region.shapes, region.dtypes, region.devices, strict=True)
+        for output, (shape, dtype, device) in enumerate(outputs):
             for slot in SLOTS[: schedule.depth(column)]:
                 kind = dtype if slot == "y" else "float32"
                 size = math.prod(shape) * getattr(torch, kind).itemsize
-                slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, kind, size))
+                slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, kind, device, size))
     return tuple(slots)
 
 

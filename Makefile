@@ -1,0 +1,46 @@
+# Every target makes .venv first if it has to: a machine with Python 3.11+, venv, pip and a C++ compiler is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+# One thread per process: the tests run two processes, and torch on shared cores is slower with more.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train]'
+	touch $@
+
+install: $(INSTALLED) ## make .venv with the package and all tools
+
+demo: $(INSTALLED) ## sample digits plain and cached, print the table, write demo.png
+	$(BIN)/python -m examples.01_generate
+
+test: $(INSTALLED) ## the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## put the code in form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## measure; writes benchmarks/results
+	$(BIN)/python -m benchmarks.steps
+
+clean: ## remove .venv and what the tools leave
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

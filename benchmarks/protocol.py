@@ -1,0 +1,148 @@
+"""How anything is measured here: interleaved, repeated, one thread, with the machine on record.
+
+    timings = interleave({"eager": f, "compiled": g}, rounds=10)
+    print_table("one step", timings, baseline="eager")
+    save("steps", {"timings": as_json(timings, baseline="eager")})
+
+The protocol in words: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "numpy", "moeca-compile")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The milliseconds of one contender, one value a round."""
+
+    ms: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+    def speedup(self, baseline: Timing) -> float:
+        """Median over the rounds of baseline / self: both halves of each ratio were measured side by side."""
+        return statistics.median(base / own for base, own in zip(baseline.ms, self.ms, strict=True))
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
+    """Time the contenders A B C A B C ...: a slow spell of the machine meets all of them alike.
+
+    `before[name]`, if given, runs untimed ahead of each call of that contender. `warmup` rounds are thrown away.
+    """
+    before = before or {}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round_index in range(-warmup, rounds):
+            for name, run in contenders.items():
+                if name in before:
+                    before[name]()
+                started = time.perf_counter()
+                run()
+                elapsed = 1000 * (time.perf_counter() - started)
+                if round_index >= 0:
+                    samples[name].append(elapsed)
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def pin_threads(threads: int = 1) -> None:
+    """Use that many threads for torch: on shared cores more threads make the figures noise."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, cores, load, versions."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_1min": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "command": " ".join(["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def as_json(timings: Mapping[str, Timing], baseline: str) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "median_ms": round(timing.median, 3),
+            "min_ms": round(min(timing.ms), 3),
+            "max_ms": round(max(timing.ms), 3),
+            "rounds": len(timing.ms),
+            "speedup": round(timing.speedup(timings[baseline]), 4),
+        }
+        for name, timing in timings.items()
+    }
+
+
+def print_table(title: str, timings: Mapping[str, Timing], baseline: str) -> None:
+    table = Table("contender", title=title, title_justify="left")
+    for column in ("median ms", "min", "max", f"× {baseline}"):
+        table.add_column(column, justify="right")
+    for name, timing in timings.items():
+        cells = (f"{timing.median:.1f}", f"{min(timing.ms):.1f}", f"{max(timing.ms):.1f}")
+        table.add_row(name, *cells, f"{timing.speedup(timings[baseline]):.3f}")
+    Console().print(table)
+
+
+def save(name: str, payload: Mapping[str, Any], directory: Path = RESULTS) -> Path:
+    """Write the payload and the machine to `<directory>/<name>.json`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **payload}, indent=2) + "\n")
+    return path
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

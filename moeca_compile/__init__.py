@@ -1,0 +1,46 @@
+"""moeca-compile: a compiler for diffusion transformers with mixture of experts.
+
+`torch.compile(model, backend="moeca")` is the shortest way in. Everything here is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeca_compile.canonical import prepare, unprepare
+    from moeca_compile.errors import MoecaError
+    from moeca_compile.face import compile, explain, reset, stats, trajectory, warmup
+    from moeca_compile.options import Options
+    from moeca_compile.schedule import Schedule
+
+_HOMES = {
+    "MoecaError": "errors",
+    "Options": "options",
+    "Schedule": "schedule",
+    "compile": "face",
+    "explain": "face",
+    "prepare": "face",
+    "reset": "face",
+    "stats": "face",
+    "trajectory": "face",
+    "unprepare": "face",
+    "warmup": "face",
+}
+
+__all__ = [
+    "MoecaError", "Options", "Schedule", "compile", "explain", "prepare", "reset", "stats", "trajectory",
+    "unprepare", "warmup",
+]  # fmt: skip
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moeca_compile' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moeca_compile.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,200 @@
+"""What people call: compile, prepare, warmup, trajectory, reset, stats, explain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+
+from moeca_compile import backend, canonical
+from moeca_compile.backend import ENTRIES, Bank, Entry, Visitor, visiting
+from moeca_compile.canonical import PrepareReport
+from moeca_compile.errors import CaptureError, StateError
+from moeca_compile.inspect.report import Report, VariantReport
+from moeca_compile.options import Options
+from moeca_compile.owner import parameters_of
+from moeca_compile.program import Program
+from moeca_compile.runtime.stats import Stats
+from moeca_compile.runtime.trajectory import Trajectory
+from moeca_compile.schedule import Schedule
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def prepare(model: torch.nn.Module) -> PrepareReport:
+    """Give the model's expert dispatch the traceable form, in place; eager results and `state_dict` stay as they are.
+
+    `torch.compile(model, backend="moeca")` does it by itself on the first call; do it by hand for `fullgraph=True`, and
+    for a compiled function that closes over a model.
+    """
+    return canonical.prepare(_inner(model))
+
+
+def unprepare(model: torch.nn.Module) -> None:
+    """Undo `prepare`."""
+    canonical.unprepare(_inner(model))
+
+
+def compile(
+    model: Model,
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    **options: Any,
+) -> Model:
+    """`prepare` and `torch.compile(model, backend="moeca")`, with the fields of `Options` as keywords.
+
+    Raises:
+        OptionError: an unknown option or a value it doesn't take, at once and not at the first call.
+        ScheduleError: a schedule that can't be read.
+    """
+    Options.from_backend_options(options, mode).resolved_schedule()
+    prepare(model)
+    compiled = torch.compile(
+        model, backend=backend.moeca, fullgraph=fullgraph, dynamic=dynamic, options={**options, "mode": mode}
+    )
+    return compiled  # type: ignore[return-value]
+
+
+def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
+    """Capture, and compile every variant for inputs like these, now and not in the middle of the first image.
+
+    Keeps no state: the next call starts a trajectory. Returns the model's output, everything computed.
+
+    Raises:
+        StateError: the model isn't compiled with moeca.
+    """
+    with torch.no_grad():
+        result, seen = _visit(model, inputs, keywords, lambda entry, args, bank: entry.program(args, bank).warm(args))
+    if not seen:
+        raise StateError('warmup: nothing was compiled. Is this torch.compile(model, backend="moeca")?')
+    return result
+
+
+def trajectory(model: Any, steps: int | None = None, stream: str | None = None) -> Trajectory:
+    """Say where a trajectory begins and ends: `with moeca_compile.trajectory(model, steps=50): ...`
+
+    Inside it nothing of another trajectory is ever used. With `stream`, each call of the model is exactly one step and
+    no input is read on the host; open one a stream and enter it around each call of that stream. Entering the same
+    object again goes on with it. For a compiled function pass the function.
+
+    Args:
+        model: the compiled model.
+        steps: calls expected (a stream); one more is refused. None: any number.
+        stream: a name, for samplers that call the model several times a step (CFG in two calls, Heun).
+    """
+    return Trajectory([id(weight) for weight in parameters_of(model)], steps, stream)
+
+
+def reset(model: Any) -> None:
+    """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
+    for _, bank in _banks(model):
+        bank.tracks.clear()
+
+
+def stats(model: Any) -> Stats:
+    """What the last trajectory did, and what is held now."""
+    steps, held, executed, full = [], 0, 0, 0
+    seconds: dict[str, float] = {}
+    graphs = set()
+    for entry, bank in _banks(model):
+        graphs.add(id(entry))
+        for program in entry.programs.values():
+            for name, spent in program.compile_seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + spent
+            track = bank.tracks.get(id(program))
+            if track is None:
+                continue
+            steps += track.records
+            executed += sum(record.macs for record in track.records)
+            full += program.variant(program.schedule.rows[0]).macs * len(track.records)
+            for state in track.states.values():
+                pairs = zip(state.tensors, program.layout, strict=True)
+                held += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
+    return Stats(tuple(steps), held, executed / full if full else 1.0, len(graphs), seconds)
+
+
+def explain(model: Any, *inputs: Any, schedule: Schedule | str | Path | None = None, **options: Any) -> Report:
+    """Capture the model for these inputs and report what was found and what would be built; nothing is compiled.
+
+    The model's own parameters are used, its cached state isn't touched. A model compiled with moeca is explained with
+    its own options, unless some are given here.
+
+    Raises:
+        CaptureError: nothing to cache, or the graph can't be captured.
+    """
+    given = {**options, **({} if schedule is None else {"schedule": schedule})}
+    Options.from_backend_options(given)
+    base = next((entry.options for entry, _ in _banks(model)), None)
+    if base is None:
+        prepare(model)
+        model = torch.compile(model, backend=backend.moeca, options=given)
+    programs: list[Program] = []
+
+    def look(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
+        programs.append(Program(entry.gm, args, entry.inputs, replace(entry.options, **given), entry.whole))
+        return tuple(entry.gm(*args))
+
+    with torch.no_grad():
+        _visit(model, inputs, {}, look)
+    if not programs:
+        raise CaptureError("explain: the model ran no graph of ours; is it compiled for another backend?")
+    return _report(programs)
+
+
+def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor: Visitor) -> tuple[Any, bool]:
+    """Call the model with `visitor` in place of running its graphs; twice, if the first call only prepared it."""
+    seen = False
+
+    def note(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
+        nonlocal seen
+        seen = True
+        return visitor(entry, args, bank)
+
+    with visiting(note):
+        result = model(*inputs, **keywords)
+        if not seen:
+            result = model(*inputs, **keywords)
+    return result, seen
+
+
+def _banks(model: Any) -> Iterator[tuple[Entry, Bank]]:
+    """What runs for this model: by the handle that was called, else by its weights; for a function, whatever has none."""
+    weights = {id(weight) for weight in parameters_of(model)}
+    for entry in list(ENTRIES):
+        for bank in list(entry.banks.values()):
+            handle = bank.handle() if bank.handle is not None else None
+            mine = handle is model if isinstance(model, OptimizedModule) else not weights.isdisjoint(bank.ids)
+            if mine or (not weights and bank.handle is None):
+                yield entry, bank
+
+
+def _inner(model: torch.nn.Module) -> torch.nn.Module:
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def _report(programs: Sequence[Program]) -> Report:
+    main = max(programs, key=lambda program: len(program.regions))
+    variants = [main.variant(row) for row in main.schedule.distinct_rows()]
+    serves = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
+    return Report(
+        graphs=len(programs),
+        nodes=len(main.analysis.gm.graph.nodes),
+        regions=main.regions.regions,
+        misses=main.regions.misses,
+        total_macs=main.regions.total_macs,
+        fingerprint=main.regions.fingerprint,
+        timestep=main.analysis.context.roles.timestep,
+        latent=main.analysis.context.roles.latent,
+        schedule=main.schedule,
+        state_bytes=sum(slot.bytes for slot in main.layout),
+        passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.records),
+        variants=tuple(
+            VariantReport(v.name, serves[v.row], v.node_count, v.macs, len(v.reads), len(v.writes)) for v in variants
+        ),
+    )

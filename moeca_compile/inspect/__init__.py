@@ -1,0 +1,1 @@
+"""Prints and draws what the other rooms found or did."""

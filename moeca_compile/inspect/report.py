@@ -1,0 +1,94 @@
+"""What `explain` returns: data first, text second."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from moeca_compile.regions import Miss, Region
+from moeca_compile.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class VariantReport:
+    """One program: how many of the schedule's rows it serves, its size, and the state slots that it reads and writes."""
+
+    name: str
+    rows: int
+    nodes: int
+    macs: int
+    reads: int
+    writes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was found in a model and would be built for it.
+
+    Attributes:
+        graphs: how many graphs Dynamo made of the model (1: no break); the largest is described.
+        nodes: in that graph, normalised.
+        passes: (name, milliseconds, nodes before, nodes after), in the order in which they ran.
+        state_bytes: of all cache tensors for one stream.
+    """
+
+    graphs: int
+    nodes: int
+    regions: tuple[Region, ...]
+    misses: tuple[Miss, ...]
+    total_macs: int
+    fingerprint: str
+    timestep: str
+    latent: str
+    schedule: Schedule
+    state_bytes: int
+    passes: tuple[tuple[str, float, int, int], ...]
+    variants: tuple[VariantReport, ...]
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        data = asdict(self)
+        data["schedule"] = json.loads(self.schedule.to_json())
+        return json.dumps(data, indent=1)
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            "\n".join(section)
+            for section in (self._head(), self._regions(), self._misses(), self._variants(), self._passes())
+            if section
+        )
+
+    def _head(self) -> list[str]:
+        return [
+            f"{self.graphs} graph(s), {self.nodes} nodes, {self.total_macs / 1e9:.3f} GMACs a call, "
+            f"fingerprint {self.fingerprint}",
+            f"timestep input: {self.timestep or 'not found'}, latent input: {self.latent or 'not found'}",
+        ]
+
+    def _regions(self) -> list[str]:
+        rows = [("region", "kind", "layer", "shape", "MACs", "bytes")]
+        for r in self.regions:
+            shapes = " ".join("x".join(map(str, shape)) for shape in r.shapes)
+            share = r.macs / self.total_macs if self.total_macs else 0.0
+            rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes)))
+        return _columns(rows)
+
+    def _misses(self) -> list[str]:
+        return [f"left alone: {miss}" for miss in self.misses]
+
+    def _variants(self) -> list[str]:
+        rows = [("variant", "rows", "nodes", "MACs", "reads", "writes")]
+        for v in self.variants:
+            share = v.macs / self.total_macs if self.total_macs else 0.0
+            rows.append((v.name, str(v.rows), str(v.nodes), f"{share:.1%}", str(v.reads), str(v.writes)))
+        return [f"schedule {self.schedule.made_by}, {self.state_bytes} bytes of state a stream", *_columns(rows)]
+
+    def _passes(self) -> list[str]:
+        rows = [("pass", "ms", "nodes", "after")]
+        rows += [(name, f"{ms:.1f}", str(before), str(after)) for name, ms, before, after in self.passes]
+        return _columns(rows)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

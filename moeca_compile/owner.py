@@ -1,0 +1,58 @@
+"""Which compiled model is calling? A backend is never told; but it is on the Python stack while its graph runs."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+
+_OPTIMIZED = OptimizedModule.__call__.__code__
+_MODULE = torch.nn.Module._wrapped_call_impl.__code__  # the way in after `module.compile(backend=...)`
+
+
+class Owner(NamedTuple):
+    """`handle` is what the user calls; `module` is the model itself; `frame` is the call in progress."""
+
+    handle: torch.nn.Module
+    module: torch.nn.Module
+    frame: FrameType
+
+
+def find_owner() -> Owner | None:
+    """The innermost compiled module on the stack; None for a compiled function."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _OPTIMIZED:
+            handle = frame.f_locals["self"]
+            return Owner(handle, handle._orig_mod, frame)
+        if frame.f_code is _MODULE:
+            module = frame.f_locals["self"]
+            if module._compiled_call_impl is not None:
+                return Owner(module, module, frame)
+        frame = frame.f_back
+    return None
+
+
+def in_broken_graph() -> bool:
+    """Whether the graph that runs now is a fragment: its caller goes on in a Dynamo resume function, or is one."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return False
+        code = frame.f_code
+        if "torch_dynamo_resume_in" in code.co_name or any("__resume_at" in name for name in code.co_names):
+            return True
+        if code is _OPTIMIZED:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
+    """All parameters and buffers of a module, compiled or not; none for a function."""
+    if not isinstance(model, torch.nn.Module):
+        return ()
+    return (*model.parameters(), *model.buffers())

@@ -1,0 +1,123 @@
+"""A program: one captured graph for one input signature, with its schedule bound and its variants built when needed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moeca_compile.capture import Input
+from moeca_compile.errors import CaptureError
+from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
+from moeca_compile.options import Options
+from moeca_compile.passes.insert_state import state_layout
+from moeca_compile.pipeline import Analysis, analyse, build_variant
+from moeca_compile.runner import PassRecord
+from moeca_compile.schedule import Row
+from moeca_compile.variant import Variant
+
+# Inductor's compile is not re-entrant from several threads on one graph; and two threads should not do the same work
+_compiling = threading.RLock()
+
+
+class Program:
+    """Implements `runtime.dispatch.Runnable`.
+
+    Raises:
+        CaptureError: the graph can't be captured, or (for a whole model) has no region to cache.
+        ScheduleError: the schedule is for another graph.
+    """
+
+    def __init__(
+        self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, whole: bool
+    ) -> None:
+        begin = time.perf_counter()
+        self.options = options
+        self.analysis: Analysis = analyse(gm, args, inputs, options)
+        context = self.analysis.context
+        self.regions = context.regions
+        wanted = options.resolved_schedule()
+        if not len(self.regions):
+            if whole and any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
+                raise CaptureError(_nothing_found(self.analysis))
+            wanted = type(wanted).full()
+        self.schedule = wanted.bind(self.regions.keys, self.regions.fingerprint)
+        self.layout = state_layout(self.regions, self.schedule)
+        positions = {one.name: i for i, one in enumerate(context.inputs)}
+        self.timestep = positions.get(context.roles.timestep)
+        self.latent = positions.get(context.roles.latent)
+        self.condition = tuple(positions[name] for name in context.roles.condition)
+        self.latent_jump = options.latent_jump
+        self.warned: set[str] = set()
+        self.records: list[PassRecord] = list(self.analysis.records)
+        self.compile_seconds = {"capture": time.perf_counter() - begin}
+        self._variants: dict[Row, Variant] = {}
+        self._executables: dict[Row, Executable] = {}
+        self._zeros: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def variant(self, row: Row) -> Variant:
+        """The graph of `row`, built on first use; nothing is compiled yet."""
+        if row not in self._variants:
+            with _compiling:
+                begin = time.perf_counter()
+                variant, records = build_variant(self.analysis, self.schedule, row, self.options)
+                self.records += records
+                self._variants[row] = variant
+                self._spent(variant.name, begin)
+        return self._variants[row]
+
+    def executable(self, row: Row) -> tuple[Variant, Executable | None]:
+        return self.variant(row), self._executables.get(row)
+
+    def compile(self, variant: Variant, args: Sequence[Any]) -> Executable:
+        """Compile `variant` for tensors like `args`, and run it once: the first run of a compiled graph is not typical.
+
+        Raises:
+            LoweringError: the inner compiler refused it.
+        """
+        with _compiling:
+            if variant.row not in self._executables:
+                begin = time.perf_counter()
+                if self.options.inner == "eager":
+                    run = lower_eager(variant)
+                else:
+                    run = lower_inductor(variant, args, self.options.mode, self.options.inner_options)
+                    run(list(args))
+                self._executables[variant.row] = run
+                self._spent(variant.name, begin)
+        return self._executables[variant.row]
+
+    def zeros(self, slot: int) -> torch.Tensor:
+        """What an unwritten slot reads as; one tensor serves all slots of a kind, for variants never write in place."""
+        one = self.layout[slot]
+        kind = (one.shape, one.dtype, one.device)
+        if kind not in self._zeros:
+            with torch.inference_mode(False):
+                self._zeros[kind] = torch.zeros(one.shape, dtype=getattr(torch, one.dtype), device=one.device)
+        return self._zeros[kind]
+
+    def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Compile every distinct row for inputs like `args`; returns the all-COMPUTE outputs. No state is kept."""
+        outputs: tuple[Any, ...] = ()
+        for row in self.schedule.distinct_rows():
+            variant = self.variant(row)
+            state = [self.zeros(slot) for slot in variant.reads]
+            table = [torch.zeros(len(self.regions), 4, device=self.layout[0].device)] if variant.wants_distances else []
+            arguments = [*(args[i] for i in variant.takes), *state, *table]
+            results = self.compile(variant, arguments)(arguments)
+            outputs = outputs or tuple(results[: variant.outputs])
+        return outputs
+
+    def _spent(self, name: str, begin: float) -> None:
+        self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def _nothing_found(analysis: Analysis) -> str:
+    near = "; ".join(str(miss) for miss in analysis.context.misses[:5]) or "no residual add around a matmul"
+    return (
+        f"nothing to cache was found in this graph ({len(analysis.gm.graph.nodes)} nodes). Near misses: {near}. "
+        "A plain torch.compile(model) is the right tool for it; options={'schedule': 'full'} runs it uncached"
+    )

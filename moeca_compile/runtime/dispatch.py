@@ -1,0 +1,187 @@
+"""One call of a compiled model: which step, which row, which state; run the variant; keep what it wrote."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from moeca_compile.errors import MoecaWarning, StateError
+from moeca_compile.runtime.clock import Clock, Counter, Sighting, Tick
+from moeca_compile.runtime.probe import Probe
+from moeca_compile.runtime.state import Distances, StreamState
+from moeca_compile.runtime.stats import StepRecord
+from moeca_compile.runtime.trajectory import Trajectory
+from moeca_compile.schedule import Row, Schedule
+from moeca_compile.variant import StateSlot, Variant
+
+MAX_RECORDS = 4096
+MAX_TABLES = 512
+
+
+class Runnable(Protocol):
+    """What the dispatcher needs of a program (one graph, one input signature)."""
+
+    schedule: Schedule  # bound to the graph's regions
+    layout: tuple[StateSlot, ...]
+    timestep: int | None  # positions among the call's arguments
+    latent: int | None
+    condition: tuple[int, ...]
+    latent_jump: float
+    warned: set[str]
+
+    def executable(self, row: Row) -> tuple[Variant, Callable[[Sequence[Any]], Sequence[Any]] | None]: ...
+    def compile(self, variant: Variant, args: Sequence[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]: ...
+    def zeros(self, slot: int) -> torch.Tensor: ...
+
+
+@dataclass
+class Track:
+    """The running state of one program for one set of weights, in one trajectory."""
+
+    clock: Clock | Counter
+    states: dict[Hashable, StreamState] = field(default_factory=dict)
+    probe: Probe = field(default_factory=Probe)
+    finite: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    records: list[StepRecord] = field(default_factory=list)
+    tables: dict[Distances, torch.Tensor] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def reset(self) -> None:
+        """Forget all streams; the next call is cold."""
+        self.states.clear()
+        self.finite.clear()
+        self.records.clear()
+
+
+def run_step(program: Runnable, track: Track, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
+    """Run one call.
+
+    Raises:
+        StateError: two threads share this track, or a trajectory got more calls than it declared.
+    """
+    if not track.lock.acquire(blocking=False):
+        raise StateError(
+            "this compiled model is running in another thread with the same state: give each thread's sampling loop "
+            "its own `with moeca_compile.trajectory(model): ...`"
+        )
+    try:
+        return _run(program, track, args, trajectory)
+    finally:
+        track.lock.release()
+
+
+def _run(program: Runnable, track: Track, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
+    begin = time.perf_counter()
+    sighting = _look(program, track, args)
+    tick = track.clock.observe(sighting)
+    if tick.restart:
+        track.reset()
+    if tick.warning:
+        warn_once(program, tick.warning)
+    if trajectory is not None and trajectory.steps is not None and tick.step >= trajectory.steps:
+        raise StateError(
+            f"the trajectory was declared with steps={trajectory.steps}, and this is call {tick.step + 1}"
+            f"{' of stream ' + repr(trajectory.stream) if trajectory.stream else ''}: start a new trajectory"
+        )
+    state = None
+    if tick.stream is not None:
+        state = track.states.setdefault(tick.stream, StreamState(len(program.layout), len(program.schedule.regions)))
+        _drop_if_not_finite(program, track, tick, state)
+    row, cold = _row(program, tick, sighting, state)
+    variant, run = program.executable(row)
+    arguments = _arguments(program, track, variant, args, state, tick.step)
+    if run is None:
+        outside = time.perf_counter()
+        run = program.compile(variant, arguments)
+        begin += time.perf_counter() - outside
+    start = time.perf_counter()
+    results = run(arguments)
+    end = time.perf_counter()
+    outputs = tuple(results[: variant.outputs])
+    if state is not None:
+        state.commit(tick.step, row, variant.writes, results[variant.outputs :])
+        if variant.writes and isinstance(outputs[0], torch.Tensor) and outputs[0].is_floating_point():
+            track.finite[tick.stream] = torch.isfinite(outputs[0]).all()
+    if len(track.records) == MAX_RECORDS:
+        del track.records[: MAX_RECORDS // 2]
+    ms = (end - start) * 1e3
+    overhead = (time.perf_counter() - begin) * 1e3 - ms
+    track.records.append(StepRecord(tick.step, str(tick.stream), variant.name, ms, overhead, variant.macs, cold))
+    return outputs
+
+
+def _look(program: Runnable, track: Track, args: Sequence[Any]) -> Sighting:
+    timestep = None if program.timestep is None else args[program.timestep]
+    if isinstance(track.clock, Counter):
+        if not program.schedule.timesteps:
+            return Sighting(0.0)  # nothing needs to be read
+        return track.probe.look(timestep, None, ())
+    latent = None if program.latent is None else args[program.latent]
+    return track.probe.look(timestep, latent, [args[i] for i in program.condition])
+
+
+def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState | None) -> tuple[Row, bool]:
+    """The row to run, and whether a cold cache made it a full one against the schedule."""
+    schedule = program.schedule
+    full = schedule.rows[0]
+    if state is None:
+        return full, True
+    index = schedule.row_index(tick.step, sighting.timestep)
+    if index is None:
+        warn_once(
+            program,
+            f"step {tick.step} is past the schedule's last row ({len(schedule.rows)} rows): computed in full. Make the "
+            "schedule for this number of steps, or use an open-ended one (uniform)",
+        )
+        return full, False
+    row = schedule.rows[index]
+    if row != full and not state.can_run(row, tick.step):
+        state.clear()
+        return full, True
+    return row, False
+
+
+def _arguments(
+    program: Runnable, track: Track, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int
+) -> list[Any]:
+    arguments = [args[i] for i in variant.takes]
+    for slot in variant.reads:
+        kept = state.tensors[slot] if state is not None else None
+        arguments.append(program.zeros(slot) if kept is None else kept)
+    if variant.wants_distances:
+        cold = StreamState(0, len(program.schedule.regions))
+        distances = (state or cold).distances(step)
+        table = track.tables.get(distances)
+        if table is None:
+            if len(track.tables) == MAX_TABLES:
+                track.tables.clear()
+            table = torch.tensor(distances, dtype=torch.float32, device=program.layout[0].device)
+            track.tables[distances] = table
+        arguments.append(table)
+    return arguments
+
+
+def _drop_if_not_finite(program: Runnable, track: Track, tick: Tick, state: StreamState) -> None:
+    """NaN must not live on in a cache: it is checked on the last computed step's output, read one call later."""
+    flag = track.finite.pop(tick.stream, None)
+    if flag is not None and not bool(flag):
+        state.clear()
+        warn_once(
+            program,
+            f"step {tick.step - 1} gave values that aren't finite: its state is dropped and this step computed in "
+            "full. If the model overflows, run it in bfloat16 or float32",
+        )
+
+
+def warn_once(program: Runnable, text: str) -> None:
+    """Each warning once a program; numbers in it don't make it another."""
+    kind = "".join(letter for letter in text if not letter.isdigit())
+    if kind not in program.warned:
+        program.warned.add(kind)
+        warnings.warn(text, MoecaWarning, stacklevel=2)

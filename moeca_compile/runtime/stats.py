@@ -1,0 +1,46 @@
+"""What ran: one record a call of the last trajectory. No torch here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One model call: milliseconds are the variant's own on the host, without compiling; `cold`: state was missing."""
+
+    step: int
+    stream: str
+    variant: str
+    ms: float
+    overhead_ms: float
+    macs: int
+    cold: bool
+
+
+@dataclass(frozen=True)
+class Stats:
+    """`stats(model)`: the last trajectory's calls, and what is held now.
+
+    Attributes:
+        steps: one record a call, in order.
+        state_bytes: of all cache tensors held for this model.
+        mac_fraction: MACs executed / MACs of the same calls all computed (1.0 before the first call).
+        graphs: how many captured graphs serve this model (1: no graph break).
+        compile_seconds: spent in capturing, rewriting and compiling, by variant name.
+    """
+
+    steps: tuple[StepRecord, ...]
+    state_bytes: int
+    mac_fraction: float
+    graphs: int
+    compile_seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        ran = Counter(record.variant for record in self.steps)
+        cold = sum(record.cold for record in self.steps)
+        return (
+            f"{len(self.steps)} calls ({', '.join(f'{n} x {v}' for v, n in ran.items()) or 'none'}, {cold} cold), "
+            f"{self.mac_fraction:.1%} of the MACs, {self.state_bytes / 2**20:.2f} MiB of state, {self.graphs} graph(s)"
+        )
