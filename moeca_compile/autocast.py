@@ -80,7 +80,7 @@ class _Watch(TorchDispatchMode):
     """Notes the first dtype that each of some tensors is converted to."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: dict[int, torch.dtype] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

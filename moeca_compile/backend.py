@@ -73,8 +73,7 @@ class Bank:
 
     def follow(self, weights: Sequence[torch.Tensor]) -> None:
         """Start cold if a weight was changed in place or its storage swapped."""
-        stamp = [w.data_ptr() for w in weights]
-        stamp += [w._version for w in weights if not w.is_inference()]
+        stamp = tuple(w.data_ptr() for w in weights), tuple(w._version for w in weights if not w.is_inference())
         if stamp != self.stamp:
             self.stamp = stamp
             self.kinds = tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
@@ -177,7 +176,7 @@ _first_call: list[FrameType] = []  # the call during which a model was prepared;
 
 
 def _prepare_first(owner: Owner | None) -> bool:
-    """Prepare the model on a graph's first run. True: the graph is out of date, and the next call brings a whole one."""
+    """Prepare the model on a graph's first run. True: the graph is out of date; the next call brings a whole one."""
     if owner is None:
         return False
     if _first_call and _first_call[0] is owner.frame:

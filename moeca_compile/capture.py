@@ -77,7 +77,7 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
             result = Interpreter(gm).run(*wrapped)
             for one, tensor in zip(inputs, wrapped, strict=True):
                 if isinstance(tensor, FunctionalTensor):
-                    torch._sync(tensor)
+                    _sync(tensor)
                     if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[attr-defined]
                         mutated.append(one.label)
             return tree_map_only(FunctionalTensor, _plain, result)
@@ -103,8 +103,12 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
     return Capture(graph, _rename(graph, inputs))
 
 
+def _sync(tensor: FunctionalTensor) -> None:
+    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _plain(tensor: FunctionalTensor) -> torch.Tensor:
-    torch._sync(tensor)
+    _sync(tensor)
     return torch._from_functional_tensor(tensor.elem)
 
 

@@ -164,7 +164,7 @@ def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor:
 
 
 def _banks(model: Any) -> Iterator[tuple[Entry, Bank]]:
-    """What runs for this model: by the handle that was called, else by its weights; for a function, whatever has none."""
+    """What runs for this model: by the handle called, else by its weights; for a function, whatever has no handle."""
     weights = {id(weight) for weight in parameters_of(model)}
     for entry in list(ENTRIES):
         for bank in list(entry.banks.values()):

@@ -70,6 +70,22 @@ def value(node: Node) -> Any:
     return node.meta.get("val")
 
 
+def arg(node: Node, position: int) -> Node:
+    """An argument that must be a node."""
+    found = node.args[position]
+    if not isinstance(found, Node):
+        raise InvariantError(f"{node.name}: argument {position} is {found!r}, expected a node")
+    return found
+
+
+def need(node: Node) -> torch.Tensor:
+    """The fake tensor at a node that must have one."""
+    val = tensor(node)
+    if val is None:
+        raise InvariantError(f"{node.name} has no tensor value")
+    return val
+
+
 def tensor(node: Node) -> torch.Tensor | None:
     val = value(node)
     return val if isinstance(val, torch.Tensor) else None
@@ -105,13 +121,14 @@ def placeholders(gm: GraphModule) -> list[Node]:
 
 
 def has_effect(node: Node) -> bool:
-    """Whether a dead node must stay. FX also keeps what may draw random numbers, SDPA (dropout) among them; we don't."""
+    """Whether a dead node must stay. FX also keeps what may draw random numbers (SDPA's dropout); we don't."""
     schema = getattr(node.target, "_schema", None)
     return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
 
 
 def output_node(gm: GraphModule) -> Node:
-    return next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    found: Node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    return found
 
 
 def resolve(gm: GraphModule, names: Iterable[str]) -> list[Node]:
@@ -178,7 +195,7 @@ def marked(gm: GraphModule) -> list[tuple[Node, Mark]]:
 
 
 def call(
-    gm: GraphModule, target: Any, args: Sequence[object], kwargs: dict[str, Any] | None = None, like: Node | None = None
+    gm: GraphModule, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, like: Node | None = None
 ) -> Node:
     """Add a call at the insertion point, with its fake value computed and the origin of `like` copied."""
     node = gm.graph.call_function(target, tuple(args), kwargs or {})

@@ -83,9 +83,7 @@ def _any(value: Any) -> bool:
     return True
 
 
-def _expect(
-    name: str, value: Any, kind: type | tuple[type, ...], accepts: Callable[[Any], bool], wanted: str
-) -> None:
+def _expect(name: str, value: Any, kind: type | tuple[type, ...], accepts: Callable[[Any], bool], wanted: str) -> None:
     if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):
         raise OptionError(f"option {name}={value!r}: expected {wanted}")
 

@@ -82,7 +82,9 @@ def analyse(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], optio
     return Analysis(normal, context, tuple(runner.records))
 
 
-def build_variant(analysis: Analysis, schedule: Schedule, row: Row, options: Options) -> tuple[Variant, tuple[PassRecord, ...]]:
+def build_variant(
+    analysis: Analysis, schedule: Schedule, row: Row, options: Options
+) -> tuple[Variant, tuple[PassRecord, ...]]:
     """rewrite: the program of one distinct row of `schedule`, which is bound to the analysis' regions."""
     number = schedule.distinct_rows().index(row)
     layout = state_layout(analysis.context.regions, schedule)

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from moeca_compile.regions import Miss, Region
 from moeca_compile.schedule import Schedule
 
+Rows = list[tuple[str, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class VariantReport:
-    """One program: how many of the schedule's rows it serves, its size, and the state slots that it reads and writes."""
+    """One program: how many of the schedule's rows it serves, its size, the state slots that it reads and writes."""
 
     name: str
     rows: int
@@ -66,7 +68,7 @@ class Report:
         ]
 
     def _regions(self) -> list[str]:
-        rows = [("region", "kind", "layer", "shape", "MACs", "bytes")]
+        rows: Rows = [("region", "kind", "layer", "shape", "MACs", "bytes")]
         for r in self.regions:
             shapes = " ".join("x".join(map(str, shape)) for shape in r.shapes)
             share = r.macs / self.total_macs if self.total_macs else 0.0
@@ -77,18 +79,18 @@ class Report:
         return [f"left alone: {miss}" for miss in self.misses]
 
     def _variants(self) -> list[str]:
-        rows = [("variant", "rows", "nodes", "MACs", "reads", "writes")]
+        rows: Rows = [("variant", "rows", "nodes", "MACs", "reads", "writes")]
         for v in self.variants:
             share = v.macs / self.total_macs if self.total_macs else 0.0
             rows.append((v.name, str(v.rows), str(v.nodes), f"{share:.1%}", str(v.reads), str(v.writes)))
         return [f"schedule {self.schedule.made_by}, {self.state_bytes} bytes of state a stream", *_columns(rows)]
 
     def _passes(self) -> list[str]:
-        rows = [("pass", "ms", "nodes", "after")]
+        rows: Rows = [("pass", "ms", "nodes", "after")]
         rows += [(name, f"{ms:.1f}", str(before), str(after)) for name, ms, before, after in self.passes]
         return _columns(rows)
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Rows) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

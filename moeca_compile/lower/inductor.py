@@ -34,7 +34,9 @@ def lower_inductor(
         options = {**(list_mode_options(mode) if mode else {}), **(inner_options or {})}
         unknown = [name for name in options if name not in config.get_config_copy()]
         if unknown:
-            raise LoweringError(f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())")
+            raise LoweringError(
+                f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
+            )
         with torch.inference_mode(False), torch.no_grad():
             compiled = standalone_compile(
                 variant.gm, list(args), dynamic_shapes="from_example_inputs", options=dict(options)

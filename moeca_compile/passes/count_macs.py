@@ -22,9 +22,9 @@ def node_macs(node: Node) -> int:
     if node.op != "call_function":
         return 0
     if is_experts(node):
-        ids, weights = node.args[1], node.args[2:5]
-        one_expert = sum(math.prod(fx.shape(group[0])) for group in weights if group)  # type: ignore[index,arg-type]
-        return math.prod(fx.shape(ids)) * one_expert  # type: ignore[arg-type]
+        groups = [list(fx.nodes_of(group)) for group in node.args[2:5]]  # up, down, gate
+        one_expert = sum(math.prod(fx.shape(group[0])) for group in groups if group)
+        return math.prod(fx.shape(fx.arg(node, 1))) * one_expert
     inputs = [fx.shape(source) for source in node.all_input_nodes]
     out = math.prod(fx.shape(node))
     if node.target in (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default):
@@ -32,10 +32,10 @@ def node_macs(node: Node) -> int:
     if node.target in (aten.addmm.default, aten.baddbmm.default):
         return out * inputs[1][-1]
     if node.target is fx.SDPA:
-        query, key, val = (fx.shape(source) for source in node.args[:3])  # type: ignore[arg-type]
+        query, key, val = (fx.shape(fx.arg(node, i)) for i in range(3))
         return math.prod(query[:-1]) * key[-2] * (query[-1] + val[-1])
     if node.target in (aten.conv2d.default, aten.conv1d.default, aten.conv3d.default, aten.convolution.default):
-        return out * math.prod(fx.shape(node.args[1])[1:])  # type: ignore[arg-type]
+        return out * math.prod(fx.shape(fx.arg(node, 1))[1:])
     if node.target is aten.einsum.default:
         return _einsum(str(node.args[0]), inputs)
     if node.target is aten._grouped_mm.default:

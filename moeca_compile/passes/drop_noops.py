@@ -35,9 +35,7 @@ def _passes_on(node: Node) -> bool:
     if node.target is aten.dropout.default:
         return node.args[1] == 0 or node.args[2] is False
     if node.target in (aten._to_copy.default, aten.to.dtype):
-        before, after = fx.tensor(node.args[0]), fx.tensor(node)
-        same = before is not None and after is not None
-        return same and all(
-            getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout")
-        ) and before.stride() == after.stride()  # type: ignore[union-attr]
+        before, after = fx.need(fx.arg(node, 0)), fx.need(node)
+        kind = (before.dtype, before.device, before.layout, before.stride())
+        return bool(kind == (after.dtype, after.device, after.layout, after.stride()))
     return False

@@ -27,7 +27,7 @@ def find_attention(gm: GraphModule, ctx: Context) -> Context:
     found = []
     for node in gm.graph.nodes:
         if node.target is fx.SDPA:
-            found.append(AttentionInfo(node.name, *(source.name for source in node.args[:3])))
+            found.append(AttentionInfo(node.name, *(fx.arg(node, i).name for i in range(3))))
         elif node.target in _PRODUCTS and (written_out := _written_out(node)):
             found.append(written_out)
     return replace(ctx, attention=tuple(found))
@@ -55,5 +55,5 @@ def _climb(node: object, targets: tuple[object, ...]) -> Node | None:
             if here.target in targets:
                 return here
             if here.target in _BETWEEN:
-                front.extend(reversed([source for source in here.all_input_nodes]))
+                front.extend(reversed(here.all_input_nodes))
     return None

@@ -27,9 +27,10 @@ def find_experts(gm: GraphModule, ctx: Context) -> Context:
     cone = fx.Cone(gm)
     topks = [node for node in cone.nodes if node.target is aten.topk.default and isinstance(node.args[1], int)]
     calls = [node for node in cone.nodes if is_experts(node)]
-    found, misses, used = [], list(ctx.misses), set()
+    found: list[ExpertsInfo] = []
+    misses, used = list(ctx.misses), set[Node]()
     for node in calls:
-        ids = node.args[1]
+        ids = fx.arg(node, 1)
         above = [topk for topk in topks if cone.feeds(topk, ids)]
         router = above[-1] if above else None
         used.update(above)
@@ -44,6 +45,6 @@ def find_experts(gm: GraphModule, ctx: Context) -> Context:
 
 
 def _router(topk: Node) -> RouterInfo:
-    scores = topk.args[0]
-    assert isinstance(scores, Node)
-    return RouterInfo(topk.name, scores.name, fx.shape(scores)[-1], int(topk.args[1]))  # type: ignore[call-overload]
+    scores, top_k = fx.arg(topk, 0), topk.args[1]
+    assert isinstance(top_k, int)
+    return RouterInfo(topk.name, scores.name, fx.shape(scores)[-1], top_k)

@@ -76,44 +76,45 @@ class _Writer:
         node.meta.pop("moeca")
 
     def _forecast(self, y: Node, node: Node, mark: fx.Mark) -> Node:
-        wide = torch.promote_types(fx.tensor(node).dtype, torch.float32)  # type: ignore[union-attr]
+        wide = torch.promote_types(fx.need(node).dtype, torch.float32)
         total = self._as(y, wide, node)
         for slot, column in (("d1", _AHEAD), ("d2", _AHEAD2)):
             if (mark.region, mark.output, slot) in self.slots:
-                step = self._call(aten.mul.Tensor, self._slot(mark, slot, node), self._distance(mark, column, node), like=node)
+                difference, distance = self._slot(mark, slot, node), self._distance(mark, column, node)
+                step = self._call(aten.mul.Tensor, difference, distance, like=node)
                 total = self._call(aten.add.Tensor, total, step, like=node)
-        return self._as(total, fx.tensor(node).dtype, node)  # type: ignore[union-attr]
+        return self._as(total, fx.need(node).dtype, node)
 
     def write(self, node: Node, mark: fx.Mark) -> None:
-        mine = {slot: self.slots.get((mark.region, mark.output, slot)) for slot in SLOTS}
-        if mine["y"] is None:
+        value, first, second = (self.slots.get((mark.region, mark.output, slot)) for slot in SLOTS)
+        if value is None:
             return
         output = fx.output_node(self.gm)
         with self.gm.graph.inserting_before(output):
             y = node
-            if not fx.tensor(node).is_contiguous() or node in fx.nodes_of(output.args[0]):  # type: ignore[union-attr]
+            if not fx.need(node).is_contiguous() or node in fx.nodes_of(output.args[0]):
                 # an output may be changed in place by the caller; a state has one memory format for all variants
                 y = self._call(aten.clone.default, node, memory_format=torch.contiguous_format, like=node)
-            self.written.append((mine["y"].name, y))
-            if mine["d1"] is not None:
+            self.written.append((value.name, y))
+            if first is not None:
                 before = self._as(self._slot(mark, "y", node), torch.float32, node)
                 change = self._call(aten.sub.Tensor, self._as(node, torch.float32, node), before, like=node)
                 d1 = self._call(aten.mul.Tensor, change, self._distance(mark, _BACK, node), like=node)
-                self.written.append((mine["d1"].name, d1))
-                if mine["d2"] is not None:
+                self.written.append((first.name, d1))
+                if second is not None:
                     bend = self._call(aten.sub.Tensor, d1, self._slot(mark, "d1", node), like=node)
                     d2 = self._call(aten.mul.Tensor, bend, self._distance(mark, _BACK2, node), like=node)
-                    self.written.append((mine["d2"].name, d2))
+                    self.written.append((second.name, d2))
 
     def finish(self) -> None:
         output = fx.output_node(self.gm)
-        (own,) = output.args
+        own = list(output.args[0])  # type: ignore[arg-type]
         outside = set(self.inputs.values())
         with self.gm.graph.inserting_before(output):
             # a state handed out as it came in could be changed by whoever gets it
-            own = tuple(self._call(aten.clone.default, one) if one in outside else one for one in own)  # type: ignore[union-attr]
+            own = [self._call(aten.clone.default, one) if one in outside else one for one in own]
         self.written.sort()
-        output.args = (own + tuple(node for _, node in self.written),)
+        output.args = ((*own, *(node for _, node in self.written)),)
         self.gm.meta["moeca_writes"] = tuple(name for name, _ in self.written)
 
     # -- small makers -----------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class _Writer:
         return fx.call(self.gm, target, args, kwargs, like=like)
 
     def _as(self, node: Node, dtype: torch.dtype, like: Node) -> Node:
-        if fx.tensor(node).dtype == dtype:  # type: ignore[union-attr]
+        if fx.need(node).dtype == dtype:
             return node
         return self._call(aten._to_copy.default, node, dtype=dtype, like=like)
 
@@ -139,8 +140,7 @@ class _Writer:
         if name not in self.inputs:
             with self.gm.graph.inserting_before(self.first):
                 node = self.gm.graph.placeholder(name)
-            val = fx.tensor(like)
-            with fx.fake_mode_of(val):
-                node.meta["val"] = torch.empty(shape, dtype=dtype, device=val.device)  # type: ignore[union-attr]
+            with fx.fake_mode_of(fx.need(like)):
+                node.meta["val"] = torch.empty(shape, dtype=dtype, device=fx.need(like).device)
             self.inputs[name] = node
         return self.inputs[name]

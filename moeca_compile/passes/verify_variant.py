@@ -16,13 +16,14 @@ from moeca_compile.schedule import Action
 def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
     gm.graph.lint()
     alive = {node.name for node in gm.graph.nodes}
-    needed = {name for region, action in zip(ctx.regions, ctx.row, strict=True) if action is Action.COMPUTE for name in region.body}
-    for region, action in zip(ctx.regions, ctx.row, strict=True):
+    actions = list(zip(ctx.regions, ctx.row, strict=True))
+    needed = {name for region, action in actions if action is Action.COMPUTE for name in region.body}
+    for region, action in actions:
         missing = [name for name in region.outputs if (name in alive) is (action is not Action.COMPUTE)]
         if missing:
             state = "still there" if action is not Action.COMPUTE else "gone"
             raise InvariantError(f"region {region.key}: {action.name}, but its output {missing[0]} is {state}")
-        heavy = {anchor.node for anchor in (*region.attention, *region.experts)}
+        heavy = {a.node for a in region.attention} | {e.node for e in region.experts}
         if action is not Action.COMPUTE and (left := heavy & alive - needed):
             raise InvariantError(f"region {region.key}: {action.name}, but {sorted(left)} would still run")
     slots = {slot.name: slot for slot in ctx.layout}

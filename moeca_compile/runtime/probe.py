@@ -47,8 +47,9 @@ class Probe:
         version = -1 if value.is_inference() else value._version
         known = self._known.get(id(value))
         if known is not None and known[0]() is value and known[1] == version >= 0:
-            return known[2]
-        found = fingerprint(value)
+            earlier: Hashable = known[2]
+            return earlier
+        found: Hashable = fingerprint(value)
         if len(self._known) > 64:
             self._known.clear()
         self._known[id(value)] = (weakref.ref(value), version, found)

@@ -1,4 +1,4 @@
-"""The cache of one stream: tensors by slot, and when each region was last computed. No torch here: tensors are opaque."""
+"""The cache of one stream: tensors by slot, and when each region was last computed. No torch: tensors are opaque."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Distances = tuple[tuple[float, float, float, float], ...]
 
 @dataclass(slots=True)
 class StreamState:
-    """`tensors` by slot (None: never written); `history` by region: the last two steps that computed it, newest first."""
+    """`tensors` by slot (None: never written); `history` by region: its last two computed steps, latest first."""
 
     slots: int
     regions: int
