@@ -1,4 +1,4 @@
-"""Train the digits model and its judge; about 20 minutes on one CPU core.
+"""Train the digits model and its judge; about 25 minutes on one CPU core.
 
     python -m examples.train_digits                   # both, into examples/checkpoints
     python -m examples.train_digits --steps 200       # a quick look

@@ -92,11 +92,19 @@ class _Watch(TorchDispatchMode):
 
 def _casts_of(node: Node, casts: Casts) -> dict[int, torch.dtype]:
     """Fake values of `node`'s arguments (by id) that these autocasts would convert before the op, and to what."""
+    if fx.is_experts(node):  # the dispatcher doesn't know that ours stands for linears
+        return _casts_of_linears(node, casts)
     args, kwargs = _arguments(node)
     with fx.fake_mode_of((args, kwargs)), autocast_is(casts), _Watch() as watch:
         node.target(*args, **kwargs)  # type: ignore[operator]
     own = node.target is torch.ops.aten._to_copy.default
     return {} if own else watch.seen
+
+
+def _casts_of_linears(node: Node, casts: Casts) -> dict[int, torch.dtype]:
+    values = [fx.need(source) for source in node.all_input_nodes]
+    dtype = dict(casts).get(values[0].device.type)
+    return {id(v): dtype for v in values if dtype is not None and v.is_floating_point() and v.dtype != dtype}
 
 
 def _refresh(node: Node) -> None:

@@ -20,10 +20,11 @@ from torch._dynamo.eval_frame import remove_from_cache
 
 from moeca_compile.autocast import ambient_autocast
 from moeca_compile.canonical import prepare
+from moeca_compile.canonical.isolate import isolate
 from moeca_compile.capture import Input, inputs_of
 from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateError
 from moeca_compile.options import Options
-from moeca_compile.owner import Owner, find_owner, in_broken_graph
+from moeca_compile.owner import Owner, find_owner, runs_whole
 from moeca_compile.program import Program
 from moeca_compile.runtime.clock import Clock, Counter
 from moeca_compile.runtime.dispatch import Track, run_step
@@ -100,9 +101,10 @@ class Entry:
             )
         owner = find_owner()
         if self._whole is None:
-            if _prepare_first(owner):
+            whole = runs_whole(owner)
+            if _out_of_date(owner, whole):
                 return tuple(self.gm(*args))
-            self._whole = not in_broken_graph()
+            self._whole = whole
         weights = [args[i] for i in self._weights]
         bank = self._bank(owner, weights)
         visitor: Visitor | None = getattr(_visiting, "visitor", None)
@@ -175,19 +177,24 @@ def visiting(visitor: Visitor) -> Iterator[None]:
 _first_call: list[FrameType] = []  # the call during which a model was prepared; its other fragments run as they are
 
 
-def _prepare_first(owner: Owner | None) -> bool:
-    """Prepare the model on a graph's first run. True: the graph is out of date; the next call brings a whole one."""
+def _out_of_date(owner: Owner | None, whole: bool) -> bool:
+    """On a graph's first run: prepare the model. True: run this graph as it is, the next call brings a better one."""
     if owner is None:
         return False
     if _first_call and _first_call[0] is owner.frame:
         return True
     _first_call.clear()
     report = prepare(owner.module)
-    for miss in report.misses:
-        warnings.warn(f"expert dispatch left as it is: {miss}", MoecaWarning, stacklevel=2)
-    if not report.changed:
+    if report.misses:
+        some = "; ".join(str(miss) for miss in report.misses[:3])
+        text = f"{len(report.misses)} expert dispatches are left as they are: {some}"
+        warnings.warn(text, MoecaWarning, stacklevel=3)
+    if whole and not report.changed:
         return False
-    remove_from_cache(type(owner.module).forward)
+    if not isolate(owner.module):
+        if not report.changed:
+            return False  # it has been traced afresh already, and breaks by itself
+        remove_from_cache(owner.module.forward)
     _first_call.append(owner.frame)
     return True
 

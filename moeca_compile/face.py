@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from moeca_compile import backend, canonical
 from moeca_compile.backend import ENTRIES, Bank, Entry, Visitor, visiting
 from moeca_compile.canonical import PrepareReport
+from moeca_compile.canonical.isolate import isolate, share_again
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.options import Options
@@ -31,12 +32,14 @@ def prepare(model: torch.nn.Module) -> PrepareReport:
     `torch.compile(model, backend="moeca")` does it by itself on the first call; do it by hand for `fullgraph=True`, and
     for a compiled function that closes over a model.
     """
+    isolate(_inner(model))
     return canonical.prepare(_inner(model))
 
 
 def unprepare(model: torch.nn.Module) -> None:
     """Undo `prepare`."""
     canonical.unprepare(_inner(model))
+    share_again(_inner(model))
 
 
 def compile(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
@@ -116,6 +117,11 @@ def is_view(node: Node) -> bool:
     return node.op == "call_function" and node.target in VIEWS
 
 
+def is_experts(node: Node) -> bool:
+    """Whether the node is our `moeca::experts` call."""
+    return isinstance(node.target, OpOverload) and node.target.namespace == "moeca"
+
+
 def placeholders(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
@@ -163,7 +169,7 @@ def module_path(node: Node) -> str:
 def dotted(source: str) -> str:
     """Turn Dynamo's `L['self']._modules['blocks']._modules['0']._parameters['weight']` into `blocks.0.weight`."""
     inside = re.sub(r"^[LG]\['[^']+'\](?=\.(_modules|_parameters|_buffers|__dict__))", "", source)
-    parts = re.findall(r"\['?([^'\]]+)'?\]|\.?([A-Za-z_]\w*)", inside)
+    parts = re.findall(r"\['?([^'\]]+)'?\]|\.?(\w+)", inside)
     skip = {"_modules", "_parameters", "_buffers", "__dict__", "L", "G", "self", "_orig_mod"}
     return ".".join(word for word in (a or b for a, b in parts) if word not in skip)
 

@@ -41,7 +41,7 @@ class Options:
     max_signatures: int = 8
     latent_jump: float = 0.7
     disable: tuple[str, ...] = ()
-    dump: str | None = None
+    dump: str | Path | None = None
 
     def __post_init__(self) -> None:
         _expect("order", self.order, int, lambda v: 0 <= v <= MAX_ORDER, "0, 1 or 2")
@@ -50,6 +50,8 @@ class Options:
         _expect("max_signatures", self.max_signatures, int, lambda v: v >= 1, "a whole number >= 1")
         _expect("latent_jump", self.latent_jump, (int, float), lambda v: v > 0, "a number > 0")
         _expect("disable", self.disable, (tuple, list), _any, "a tuple of pass names")
+        _expect("mode", self.mode, (str, type(None)), _any, "torch.compile's mode or None")
+        _expect("dump", self.dump, (str, Path, type(None)), _any, "a folder or None")
         if self.inner not in INNERS:
             raise OptionError(f"inner={self.inner!r}: expected one of {INNERS}{_did_you_mean(str(self.inner), INNERS)}")
         if self.inner == "eager" and (self.inner_options or self.mode):

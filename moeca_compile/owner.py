@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 _OPTIMIZED = OptimizedModule.__call__.__code__
+_CALL = torch.nn.Module._call_impl.__code__
 _MODULE = torch.nn.Module._wrapped_call_impl.__code__  # the way in after `module.compile(backend=...)`
 
 
@@ -36,19 +37,19 @@ def find_owner() -> Owner | None:
     return None
 
 
-def in_broken_graph() -> bool:
-    """Whether the graph that runs now is a fragment: its caller goes on in a Dynamo resume function, or is one."""
+def runs_whole(owner: Owner | None) -> bool:
+    """Whether the graph that runs now is the model's own forward in one piece: not a part that goes on in (or is) a
+    Dynamo resume function, nor a submodule's, as when Dynamo gave up on the model's forward and took what it calls."""
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
-        if frame is None:
-            return False
+    module = None
+    while frame is not None and (owner is None or frame is not owner.frame):
         code = frame.f_code
         if "torch_dynamo_resume_in" in code.co_name or any("__resume_at" in name for name in code.co_names):
-            return True
-        if code is _OPTIMIZED:
             return False
+        if code is _CALL and module is None:
+            module = frame.f_locals["self"]
         frame = frame.f_back
-    return False
+    return owner is None or module is None or module is owner.module
 
 
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:

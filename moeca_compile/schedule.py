@@ -32,8 +32,8 @@ class Schedule:
     """Rows x regions, immutable.
 
     Attributes:
-        rows: one row a step. With `regions` empty a row holds one action, meant for every region of the graph.
-        regions: region keys, in graph order, one a column; empty until `bind` fits the schedule to a graph.
+        rows: one row a step. With `regions` None a row holds one action, meant for every region of the graph.
+        regions: region keys, in graph order, one a column; None until `bind` fits the schedule to a graph.
         order: of FORECAST: 1 (linear) or 2; 0 where no row forecasts.
         period: the last `period` rows repeat for ever; 0: the schedule ends with its last row.
         fingerprint: of the graph that the columns belong to ("" = any graph with these keys).
@@ -46,7 +46,7 @@ class Schedule:
     """
 
     rows: tuple[Row, ...]
-    regions: tuple[str, ...] = ()
+    regions: tuple[str, ...] | None = None
     order: int = 1
     period: int = 0
     fingerprint: str = ""
@@ -57,7 +57,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.rows:
             raise ScheduleError("a schedule needs at least one row")
-        width = len(self.regions) or 1
+        width = 1 if self.regions is None else len(self.regions)
         for step, row in enumerate(self.rows):
             if len(row) != width:
                 raise ScheduleError(f"row {step} has {len(row)} actions, expected {width} (one a region)")
@@ -100,7 +100,7 @@ class Schedule:
             return cls.full()
         if head == "uniform" and rest:
             named = dict(part.partition("=")[::2] for part in rest[1:])
-            if rest[0].isdigit() and set(named) <= {"warmup"} and all(value.isdigit() for value in named.values()):
+            if rest[0].isdecimal() and set(named) <= {"warmup"} and all(value.isdecimal() for value in named.values()):
                 return cls.uniform(int(rest[0]), warmup=int(named.get("warmup", 1)), order=order)
         elif text.endswith(".json"):
             return cls.load(text)
@@ -137,7 +137,7 @@ class Schedule:
         Raises:
             ScheduleError: the schedule was made for another graph; says which regions differ.
         """
-        if not self.regions:
+        if self.regions is None:
             rows = tuple(row * len(keys) for row in self.rows)
             return replace(self, rows=rows, regions=tuple(keys), fingerprint=fingerprint)
         if self.regions != tuple(keys):
@@ -168,7 +168,7 @@ class Schedule:
                 "order": self.order,
                 "period": self.period,
                 "fingerprint": self.fingerprint,
-                "regions": list(self.regions),
+                "regions": None if self.regions is None else list(self.regions),
                 "timesteps": list(self.timesteps),
                 "predicted": dict(self.predicted),
                 "rows": ["".join(action.value for action in row) for row in self.rows],
@@ -191,7 +191,7 @@ class Schedule:
                 raise ScheduleError(f"schedule version {data['version']} is newer than this package reads ({VERSION})")
             return cls(
                 rows=tuple(tuple(Action(letter) for letter in row) for row in data["rows"]),
-                regions=tuple(data["regions"]),
+                regions=None if data["regions"] is None else tuple(data["regions"]),
                 order=int(data["order"]),
                 period=int(data["period"]),
                 fingerprint=str(data["fingerprint"]),
@@ -210,14 +210,16 @@ class Schedule:
     def load(cls, path: str | Path) -> Schedule:
         """Read the JSON at `path`."""
         try:
-            return cls.from_json(Path(path).read_text())
-        except OSError as error:
-            raise ScheduleError(f"schedule file {str(path)!r} can't be read: {error.strerror}") from error
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it isn't text"
+            raise ScheduleError(f"schedule file {str(path)!r} can't be read: {reason}") from error
+        return cls.from_json(text)
 
     def __str__(self) -> str:
         """A grid: one line a region, one mark a step."""
-        names = self.regions or ("every region",)
-        wide = max(len(name) for name in names)
+        names = ("every region",) if self.regions is None else self.regions
+        wide = max((len(name) for name in names), default=0)
         tail = f", then the last {self.period} repeat" if self.period else ""
         lines = [f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"]
         for column, name in enumerate(names):

@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Node
 from moeca_compile import fx
 from moeca_compile.fx import aten
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.find_experts import is_experts
 
 
 def count_macs(gm: GraphModule, ctx: Context) -> Context:
@@ -21,7 +20,7 @@ def node_macs(node: Node) -> int:
     """MACs of one call of `node`."""
     if node.op != "call_function":
         return 0
-    if is_experts(node):
+    if fx.is_experts(node):
         groups = [list(fx.nodes_of(group)) for group in node.args[2:5]]  # up, down, gate
         one_expert = sum(math.prod(fx.shape(group[0])) for group in groups if group)
         return math.prod(fx.shape(fx.arg(node, 1))) * one_expert

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch.fx import GraphModule, Node
 
 from moeca_compile import fx
@@ -16,17 +15,11 @@ from moeca_compile.fx import aten
 from moeca_compile.passes.context import Context
 from moeca_compile.regions import ExpertsInfo, Miss, RouterInfo
 
-EXPERTS = "moeca::experts"
-
-
-def is_experts(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name().startswith(EXPERTS)
-
 
 def find_experts(gm: GraphModule, ctx: Context) -> Context:
     cone = fx.Cone(gm)
     topks = [node for node in cone.nodes if node.target is aten.topk.default and isinstance(node.args[1], int)]
-    calls = [node for node in cone.nodes if is_experts(node)]
+    calls = [node for node in cone.nodes if fx.is_experts(node)]
     found: list[ExpertsInfo] = []
     misses, used = list(ctx.misses), set[Node]()
     for node in calls:

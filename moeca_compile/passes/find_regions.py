@@ -15,7 +15,6 @@ from torch.fx import GraphModule, Node
 from moeca_compile import fx
 from moeca_compile.fx import aten
 from moeca_compile.passes.context import Branch, Context
-from moeca_compile.passes.find_experts import is_experts
 from moeca_compile.regions import Miss, Region, RegionMap
 
 
@@ -99,7 +98,7 @@ def _parameters(body: list[Node], weights: dict[str, str]) -> tuple[tuple[str, t
 
 def _key(body: list[Node], weights: dict[str, str]) -> str:
     """The longest dotted prefix of the modules whose weights the region multiplies by."""
-    multiplies = [node for node in body if node.target in fx.MATMULS or is_experts(node)]
+    multiplies = [node for node in body if node.target in fx.MATMULS or fx.is_experts(node)]
     modules = [label.rpartition(".")[0].split(".") for label, _ in _parameters(multiplies, weights)]
     prefix: list[str] = []
     for parts in zip(*modules, strict=False):

@@ -91,7 +91,7 @@ def _run(program: Runnable, track: Track, args: Sequence[Any], trajectory: Traje
         )
     state = None
     if tick.stream is not None:
-        state = track.states.setdefault(tick.stream, StreamState(len(program.layout), len(program.schedule.regions)))
+        state = track.states.setdefault(tick.stream, StreamState(len(program.layout), len(program.schedule.rows[0])))
         _drop_if_not_finite(program, track, tick, state)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
@@ -155,7 +155,7 @@ def _arguments(
         kept = state.tensors[slot] if state is not None else None
         arguments.append(program.zeros(slot) if kept is None else kept)
     if variant.wants_distances:
-        cold = StreamState(0, len(program.schedule.regions))
+        cold = StreamState(0, len(program.schedule.rows[0]))
         distances = (state or cold).distances(step)
         table = track.tables.get(distances)
         if table is None:

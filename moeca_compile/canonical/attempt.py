@@ -1,0 +1,179 @@
+"""A proposed rewriting of a dispatch, and the proof that it computes what the original does.
+
+The proof runs both on random tokens with the experts replaced by stand-ins that differ per expert, so that it says
+nothing about any weight and costs nothing however large the model is. Routing that piles all tokens on few experts is
+among the inputs: a dispatch with a capacity drops tokens there and doesn't pass.
+"""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from moeca_compile.canonical.dispatch import Loop
+from moeca_compile.canonical.experts import ModuleExperts
+from moeca_compile.canonical.probe import close, compute_device, isolated, random_parameters, same_state, shadow
+from moeca_compile.canonical.routed import NAME, Experts, Routed
+from moeca_compile.canonical.source import Source, rebuild
+
+Arguments = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A changed method: its code calls `routed` under the name `routed.NAME`. Equal code, equal rewrite."""
+
+    name: str
+    source: Source
+    code: str
+    routed: Routed
+    tree: ast.FunctionDef = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(loop: Loop, tree: ast.FunctionDef, routed: Routed) -> Rewrite:
+        return Rewrite(loop.name, loop.source, ast.unparse(tree), routed, tree)
+
+    def function(self, routed: Routed | None = None) -> types.FunctionType:
+        return rebuild(self.source, self.tree, {NAME: routed or self.routed})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How to make a module run its dispatch: call `method` with what `arguments(stand, seed, dtype)` gives."""
+
+    method: str
+    arguments: Callable[[Stand, int, torch.dtype], Arguments]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A rewrite, and the calls under which it is compared with the original."""
+
+    rewrite: Rewrite
+    entry: Entry
+
+
+class Stand:
+    """A module under test; it is never run itself, only copies of it are.
+
+    Args:
+        module: holds the dispatch.
+        experts: where its experts are and how wide tokens and results are.
+    """
+
+    def __init__(self, module: nn.Module, experts: Experts) -> None:
+        self.module, self.experts = module, experts
+        self.device = compute_device(module)
+        self.num_experts = experts.count(module)
+        self._fresh: dict[int, dict[int, Tensor]] = {}
+
+    def copy(self, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
+        """A private float32 copy with random parameters; where it can be, experts answer in `dtype`."""
+        if seed not in self._fresh:
+            self._fresh[seed] = self.parameters(seed)
+        return shadow(self.module, self._fresh[seed])
+
+    def parameters(self, seed: int) -> dict[int, Tensor]:
+        """What a copy has in place of the module's parameters, by `id`."""
+        raise NotImplementedError
+
+    def routed(self, real: Routed) -> Routed:
+        """What a rewritten copy calls."""
+        return real
+
+    def disagreement(self, proposal: Proposal, seeds: Sequence[int] = (1, 2, 3, 4)) -> str:
+        """Why original and rewritten method differ with stand-in experts, or ''."""
+        function = proposal.rewrite.function(self.routed(proposal.rewrite.routed))
+        return self._compare(proposal, function, self.copy, torch.float32, seeds)
+
+    def disagreement_on_own_weights(self, proposal: Proposal, seeds: Sequence[int] = (1, 2)) -> str:
+        """Why they differ with the module's own weights, in its own dtype and through the real operator, or ''."""
+        dtype = self.experts.weights(self.module)[0][0].dtype
+        return self._compare(proposal, proposal.rewrite.function(), lambda seed: shadow(self.module), dtype, seeds)
+
+    def _compare(
+        self,
+        proposal: Proposal,
+        function: types.FunctionType,
+        copy: Callable[[int], nn.Module],
+        dtype: torch.dtype,
+        seeds: Sequence[int],
+    ) -> str:
+        rewrite, entry = proposal.rewrite, proposal.entry
+        for seed in seeds:
+            with isolated(self.module):
+                ours, theirs = copy(seed), copy(seed)
+                ours.__dict__[rewrite.name] = types.MethodType(function, ours)
+                arguments = entry.arguments(self, seed, dtype)
+                try:
+                    wanted = run(theirs, entry.method, arguments)
+                except Exception as error:
+                    return f"the original can't be run on random tokens ({type(error).__name__}: {error})"
+                try:
+                    got = run(ours, entry.method, arguments)
+                except Exception as error:
+                    return f"the canonical form can't be run in its place ({type(error).__name__}: {error})"
+                if not close(wanted, got):
+                    return "its result is not the gate-weighted sum of each token's experts"
+                changed = same_state(theirs, ours)
+                if changed:
+                    return f"it changes the module's own state ({changed}), which a compiled graph would drop"
+        return ""
+
+
+class ModuleStand(Stand):
+    """Stands in for the experts too: with a function that differs per expert, whatever their size."""
+
+    def __init__(self, module: nn.Module, experts: ModuleExperts) -> None:
+        super().__init__(module, experts)
+        self.members = experts.members
+
+    def copy(self, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
+        twin = super().copy(seed)
+        for e, expert in enumerate(self.members(twin)):
+            expert.__dict__["forward"] = stand_in(e, self.experts.out_features, dtype)
+        return twin
+
+    def parameters(self, seed: int) -> dict[int, Tensor]:
+        own = {id(p) for expert in self.members(self.module) for p in expert.parameters()}
+        return random_parameters(self.module, self.device, seed, skip=own)
+
+    def routed(self, real: Routed) -> Routed:
+        return _StandInRouted(*(getattr(real, f.name) for f in fields(real)))
+
+
+@dataclass(frozen=True)
+class _StandInRouted(Routed):
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
+        assert isinstance(self.experts, ModuleExperts)
+        every = torch.stack([expert(tokens) for expert in self.experts.members(owner)], dim=1)
+        return every.gather(1, ids.unsqueeze(-1).expand(*ids.shape, every.shape[-1]))
+
+
+def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """A row-wise function that is another one for every expert: bounded, not linear, not zero at zero."""
+
+    def forward(x: Tensor) -> Tensor:
+        columns = torch.arange(out_features, device=x.device)
+        y = torch.sin(x[..., columns % x.shape[-1]] * (1.0 + 0.01 * e) + (e + columns))
+        return y.to(dtype or x.dtype)
+
+    return forward
+
+
+def run(module: nn.Module, method: str, arguments: Arguments) -> object:
+    return getattr(module, method)(*(a.clone() for a in arguments))
+
+
+def tokens_of(seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random tokens; nearly the same one everywhere for even seeds, so that the router sends all to few experts."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if seed % 2 == 0:
+        x = x.reshape(-1, shape[-1])[:1] + 0.01 * x
+    return x.to(device, dtype)

@@ -1,0 +1,236 @@
+"""A dispatch inside a larger method, often next to its router: only the loop statement is replaced.
+
+The method is run with a note of its local tensors before and after the loop. The one that changed is the result; the
+tokens, ids and weights are found among the others by value. Assignments that served only the loop (one-hot masks,
+lists of hit experts, counts on the host) go with it; everything else stays as the author wrote it.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeca_compile.canonical import method
+from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, run, tokens_of
+from moeca_compile.canonical.dispatch import Loop, feeders, methods
+from moeca_compile.canonical.method import Layout
+from moeca_compile.canonical.probe import close, isolated
+from moeca_compile.canonical.routed import NAME, Routed
+from moeca_compile.canonical.source import loads, read, rebuild, stores, suites
+
+_BEFORE, _AFTER = "_moeca_before", "_moeca_after"
+_BATCH = 2
+_Shapes = Callable[[int, int, int], list[tuple[int, ...]]]
+
+
+@dataclass
+class _Locals:
+    """Local tensors of one run, before and after the loop; a list entry each time that it was reached."""
+
+    before: list[dict[str, Tensor]] = field(default_factory=list)
+    after: list[dict[str, Tensor]] = field(default_factory=list)
+    module: Any = None
+
+
+def whole_or_loop(stand: Stand, loop: Loop, layouts: Sequence[Layout]) -> Proposal | str | None:
+    """Rewrite the method as a whole where it is nothing but a dispatch, else only its loop."""
+    whole = method.attempt(stand, loop, layouts) if method.fits(loop) else None
+    if isinstance(whole, Proposal):
+        return whole if _reaches(stand, loop, whole.entry) else None
+    part = attempt(stand, loop)
+    return whole if isinstance(part, str) and whole is not None else part
+
+
+def _reaches(stand: Stand, loop: Loop, entry: Entry) -> bool:
+    """Whether the loop itself runs in inference: the method may hold it for training and call another one."""
+    return not loop.nest or bool(_observe(stand, loop, loop.nest[0], entry).before)
+
+
+def attempt(stand: Stand, loop: Loop) -> Proposal | str | None:
+    """The rewritten method, why there is none, or None where inference doesn't reach the loop."""
+    if loop.source.decorators:
+        return f"{loop.name} is decorated with {', '.join(loop.source.decorators)}, which a rewritten one would lose"
+    if not loop.nest:
+        return "it is a comprehension inside a larger method"
+    reason, reached = "", False
+    for entry in _entries(stand, loop):
+        for statement in loop.nest:
+            try:
+                seen = _observe(stand, loop, statement, entry)
+            except Exception as error:
+                reason = reason or f"it can't be run on random tokens ({type(error).__name__}: {error})"
+                break
+            if not seen.before:
+                continue
+            reached = True
+            found = _rewrite(stand, loop, statement, entry, seen)
+            if isinstance(found, Proposal):
+                return found
+            reason = found
+        else:
+            if not reached:
+                return None
+            return reason
+    return reason or f"{loop.name} takes ({', '.join(loop.source.parameters[1:])}): no way to run it is known"
+
+
+def _entries(stand: Stand, loop: Loop) -> Iterator[Entry]:
+    """Ways to reach the loop, through `forward` first: tokens alone, then tokens with a conditioning vector."""
+    own = methods(stand.module)
+    for name in dict.fromkeys(("forward", loop.name)):
+        source = read(own[name]) if name in own else None
+        if source is None or not source.required:
+            continue
+        for make in (_batched, _flat, _with_vectors, _with_tokens):
+            if (len(source.required) == 1) == (make in (_batched, _flat)):
+                yield Entry(name, _maker(len(source.required), make))
+    yield from method.entries(stand, loop)
+
+
+def _maker(count: int, make: _Shapes) -> Callable[[Stand, int, torch.dtype], Arguments]:
+    def arguments(stand: Stand, seed: int, dtype: torch.dtype) -> Arguments:
+        width, length = stand.experts.in_features, 5 + seed + stand.num_experts // 2
+        shapes = make(count, length, width)
+        return tuple(tokens_of(seed + 10 * i, shape, stand.device, dtype) for i, shape in enumerate(shapes))
+
+    return arguments
+
+
+def _batched(count: int, length: int, width: int) -> list[tuple[int, ...]]:
+    return [(_BATCH, length, width)]
+
+
+def _flat(count: int, length: int, width: int) -> list[tuple[int, ...]]:
+    return [(length, width)]
+
+
+def _with_vectors(count: int, length: int, width: int) -> list[tuple[int, ...]]:
+    return [(_BATCH, length, width)] + [(_BATCH, width)] * (count - 1)
+
+
+def _with_tokens(count: int, length: int, width: int) -> list[tuple[int, ...]]:
+    return [(_BATCH, length, width)] * count
+
+
+def _observe(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry) -> _Locals:
+    seen = _Locals()
+
+    def note(into: list[dict[str, Tensor]], scope: dict[str, object]) -> None:
+        into.append({name: v.clone() for name, v in scope.items() if isinstance(v, Tensor)})
+
+    hooks = {
+        _BEFORE: lambda scope: note(seen.before, scope),
+        _AFTER: lambda scope: note(seen.after, scope),
+    }
+    around = ast.parse(f"if True:\n {_BEFORE}(locals())\n pass\n {_AFTER}(locals())").body[0]
+    assert isinstance(around, ast.If)
+    around.body[1] = statement
+    function = rebuild(loop.source, _replaced(loop.source.tree, {statement: around}), hooks)
+    with isolated(stand.module):
+        seen.module = stand.copy(1)
+        seen.module.__dict__[loop.name] = types.MethodType(function, seen.module)
+        run(seen.module, entry.method, entry.arguments(stand, 1, torch.float32))
+    return seen
+
+
+def _rewrite(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry, seen: _Locals) -> Proposal | str:
+    if len(seen.before) != 1 or len(seen.after) != 1:
+        return "the loop runs more than once in a call"
+    before, after = seen.before[0], seen.after[0]
+    changed = [n for n, v in before.items() if n in after and v.is_floating_point() and not close(v, after[n])]
+    if not changed:
+        return "its result is not collected in a tensor that exists before the loop"
+    feeding = feeders(loop.source.tree, statement)
+    used = loads(statement).union(*(loads(s) for s in feeding))
+    near = sorted((n for n in before if n in used), key=lambda n: (n not in loads(statement), n))
+    for result in changed:
+        for x, idx, w, dense in _roles(stand, near, before):
+            accumulating = Routed(stand.experts, dense, accumulate=True)
+            with isolated(stand.module):
+                try:
+                    sums = stand.routed(accumulating)(seen.module, before[x], before[idx], before[w], before[result])
+                except (RuntimeError, ValueError):
+                    continue
+            if close(after[result], sums):
+                fresh = _starts_at_zero(loop.source.tree, statement, result)
+                routed = Routed(stand.experts, dense, accumulate=not fresh)
+                tree = _with_call(loop, statement, (x, idx, w, result))
+                proposal = Proposal(Rewrite.of(loop, tree, routed), entry)
+                return stand.disagreement(proposal) or proposal
+    return f"what the loop leaves in {', '.join(changed)} is not the gate-weighted sum of each token's experts"
+
+
+def _roles(stand: Stand, names: list[str], values: dict[str, Tensor]) -> Iterator[tuple[str, str, str, bool]]:
+    """Names that can be tokens, ids and weights by dtype and size, and whether the weights cover all experts."""
+    width, num_experts = stand.experts.in_features, stand.num_experts
+    for x, idx, w in product(names, repeat=3):
+        tokens, ids, weights = values[x], values[idx], values[w]
+        if not (tokens.is_floating_point() and weights.is_floating_point()) or ids.dtype not in (torch.int64, torch.int32):
+            continue
+        count = tokens.numel() // width
+        if tokens.shape[-1:] != (width,) or not count or ids.numel() % count or ids.numel() < count:
+            continue
+        if ids.numel() > count * num_experts or int(ids.min()) < 0 or int(ids.max()) >= num_experts:
+            continue
+        if weights.numel() == ids.numel():
+            yield x, idx, w, False
+        elif weights.numel() == count * num_experts:
+            yield x, idx, w, True
+
+
+def _starts_at_zero(tree: ast.FunctionDef, loop: ast.stmt, name: str) -> bool:
+    """Whether `name` is made by zeros() right before the loop, in the same block."""
+    block = next(suite for suite in suites(tree) if loop in suite)
+    for statement in reversed(block[: block.index(loop)]):
+        if name in stores(statement) | loads(statement):
+            value = statement.value if isinstance(statement, ast.Assign) and name in stores(statement) else None
+            called = value.func if isinstance(value, ast.Call) else None
+            return getattr(called, "attr", getattr(called, "id", "")) in ("zeros", "zeros_like", "new_zeros")
+    return False
+
+
+def _with_call(loop: Loop, statement: ast.stmt, names: tuple[str, str, str, str]) -> ast.FunctionDef:
+    """`result = _moeca_routed(self, x, idx, w, result)` in place of the loop, and nothing that only the loop used."""
+    x, idx, w, result = names
+    call = ast.parse(f"{result} = {NAME}({loop.source.self_name}, {x}, {idx}, {w}, {result})").body[0]
+    replaced: dict[ast.stmt, ast.stmt] = {statement: call}
+    replaced.update((dead, ast.Pass()) for dead in _only_for(loop.source.tree, statement, set(names)))
+    return _replaced(loop.source.tree, replaced)
+
+
+def _only_for(tree: ast.FunctionDef, loop: ast.stmt, kept: set[str]) -> list[ast.Assign]:
+    """Assignments to plain names that nothing but the loop, or another one of them, reads."""
+    serving = [s for s in feeders(tree, loop) if all(isinstance(t, (ast.Name, ast.Tuple)) for t in s.targets)]
+    while True:
+        names = {name for s in serving for name in stores(s)}
+        skipped = {*serving, loop}
+        alive = kept | {n.id for n in _walk(tree, skipped) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        still = [s for s in serving if not stores(s) & alive]
+        if len(still) == len(serving):
+            return serving if names else []
+        serving = still
+
+
+def _walk(tree: ast.AST, skipped: set[Any]) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(tree):
+        if child not in skipped:
+            yield child
+            yield from _walk(child, skipped)
+
+
+def _replaced(tree: ast.FunctionDef, new: dict[ast.stmt, ast.stmt]) -> ast.FunctionDef:
+    """A copy of `tree` with some statements exchanged; each new one gets the old one's lines."""
+    for old, statement in new.items():
+        ast.copy_location(statement, old)
+        for node in _walk(statement, {old}):
+            if isinstance(node, (ast.stmt, ast.expr)):
+                ast.copy_location(node, old)
+    return copy.deepcopy(tree, {id(old): statement for old, statement in new.items()})

@@ -1,0 +1,44 @@
+"""Give a model's `forward` a code object of its own.
+
+Dynamo keeps its compiled graphs, its recompile count and its decision to skip a function on the code object, which all
+instances of a class share. So a plain `torch.compile` of another instance, whose expert loop breaks the graph, would
+make Dynamo skip `forward` for ours too; and clearing that by hand would throw away the other's graphs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+
+from torch import nn
+
+_numbers = itertools.count()
+
+
+def isolate(model: nn.Module) -> bool:
+    """Replace `model.forward` by a copy with its own code; False where the instance already has a forward of its own."""
+    shared = type(model).forward
+    if "forward" in model.__dict__ or not isinstance(shared, types.FunctionType):
+        return False
+    mark = f"moeca {next(_numbers)}"  # one constant more, so that the copies aren't equal either
+    code = shared.__code__.replace(co_consts=(*shared.__code__.co_consts, mark))
+    own = types.FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
+    own.__dict__.update(shared.__dict__)
+    own.__kwdefaults__ = shared.__kwdefaults__
+    own.__annotations__ = dict(shared.__annotations__)
+    own.__qualname__, own.__doc__, own.__module__ = shared.__qualname__, shared.__doc__, shared.__module__
+    model.__dict__["forward"] = types.MethodType(own, model)
+    return True
+
+
+def isolated(model: nn.Module) -> bool:
+    """Whether `isolate` made this model's forward."""
+    own = model.__dict__.get("forward")
+    code = getattr(own, "__code__", None)
+    return code is not None and any(isinstance(c, str) and c.startswith("moeca ") for c in code.co_consts)
+
+
+def share_again(model: nn.Module) -> None:
+    """Undo `isolate`."""
+    if isolated(model):
+        del model.__dict__["forward"]

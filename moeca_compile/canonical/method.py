@@ -1,0 +1,133 @@
+"""A dispatch that is a method of its own, `f(self, x, idx, w)`: its whole body becomes one canonical call.
+
+Which argument is which, whether ids and weights come as [T, K] or flat, and which K the method assumes is found by
+trying: the original is run on each layout, and the one that gives the gate-weighted sum is it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations, product
+
+import torch
+from torch import Tensor
+
+from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, run, tokens_of
+from moeca_compile.canonical.dispatch import Loop
+from moeca_compile.canonical.probe import isolated
+from moeca_compile.canonical.routed import NAME, Routed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of the three arguments: `x` "TD" or "BTD", `idx` "TK" or "flat", `w` "TK", "flat", "column" or "TE"."""
+
+    x: str
+    idx: str
+    w: str
+
+
+PAIRED = (Layout("TD", "TK", "TK"), Layout("BTD", "TK", "TK"), Layout("TD", "TK", "TE"))
+FLAT = (
+    Layout("TD", "flat", "column"),
+    Layout("TD", "flat", "flat"),
+    Layout("TD", "flat", "TK"),
+    Layout("TD", "TK", "column"),
+)
+
+
+def fits(loop: Loop) -> bool:
+    """Whether the method takes three arguments and no more: tokens, ids and weights, it may be."""
+    return loop.source.is_plain and len(loop.source.required) == 3
+
+
+def attempt(stand: Stand, loop: Loop, layouts: Sequence[Layout]) -> Proposal | str:
+    """The rewritten method, or why there is none."""
+    reason = ""
+    for roles, layout, top_k in product(permutations(loop.source.required), layouts, _possible_k(stand)):
+        routed = Routed(stand.experts, dense=layout.w == "TE", dtype="x")
+        proposal = Proposal(Rewrite.of(loop, _call(loop, roles), routed), _entry(loop, roles, layout, top_k))
+        problem = stand.disagreement(proposal)
+        if not problem:
+            return _with_dtype(stand, proposal, roles)
+        if not reason or reason.startswith("the original"):
+            reason = problem
+    return reason
+
+
+def entries(stand: Stand, loop: Loop) -> Iterator[Entry]:
+    """Ways to call a three-argument method directly."""
+    if fits(loop):
+        for layout, top_k in product(PAIRED + FLAT, _possible_k(stand)):
+            yield _entry(loop, loop.source.required, layout, top_k)
+
+
+def _possible_k(stand: Stand) -> list[int]:
+    """K is often a setting of the module or its router; the larger ones say more."""
+    settings = {
+        v for m in stand.module.modules() for v in vars(m).values() if type(v) is int and 1 <= v <= stand.num_experts
+    }
+    return sorted(settings | {1, 2}, key=lambda k: (k == 1, k not in settings, k))
+
+
+def _call(loop: Loop, roles: tuple[str, ...]) -> ast.FunctionDef:
+    """`return _moeca_routed(self, x, idx, w)` in place of the body."""
+    line = ast.parse(f"return {NAME}({', '.join((loop.source.self_name, *roles))})").body
+    tree = ast.FunctionDef(**{name: getattr(loop.source.tree, name, None) for name in loop.source.tree._fields})
+    tree.body = [_located(statement, loop.nest[0] if loop.nest else loop.source.tree) for statement in line]
+    return ast.copy_location(tree, loop.source.tree)
+
+
+def _located(statement: ast.stmt, place: ast.stmt) -> ast.stmt:
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.stmt, ast.expr)):
+            ast.copy_location(node, place)
+    return statement
+
+
+def _entry(loop: Loop, roles: tuple[str, ...], layout: Layout, top_k: int) -> Entry:
+    order = [roles.index(name) for name in loop.source.required]
+
+    def arguments(stand: Stand, seed: int, dtype: torch.dtype) -> Arguments:
+        made = _arguments(stand, layout, top_k, seed, dtype)
+        return tuple(made[i] for i in order)
+
+    return Entry(loop.name, arguments)
+
+
+def _arguments(stand: Stand, layout: Layout, top_k: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, idx, w; every expert is hit for odd seeds, as few as can be for even ones."""
+    num_experts, batch = stand.num_experts, 2
+    count = batch * (4 + seed + num_experts // (2 * top_k))
+    generator = torch.Generator().manual_seed(seed)
+    x = tokens_of(seed, (count, stand.experts.in_features), stand.device, dtype)
+    scores = torch.rand(1 if seed % 2 == 0 else count, num_experts, generator=generator).expand(count, -1).clone()
+    if seed % 2:
+        first = torch.arange(count) % num_experts
+        scores[torch.arange(count), first] += 1.0
+    idx = scores.topk(top_k, sorted=False).indices
+    w = torch.rand(count, num_experts if layout.w == "TE" else top_k, generator=generator) + 0.1
+    lead = (batch, count // batch) if layout.x == "BTD" else (count,)
+    shapes = {"TK": (*lead, top_k), "flat": (-1,), "column": (-1, 1), "TE": (*lead, num_experts)}
+    return (
+        x.reshape(*lead, -1),
+        idx.reshape(shapes[layout.idx]).to(stand.device),
+        w.reshape(shapes[layout.w]).to(stand.device, dtype),
+    )
+
+
+def _with_dtype(stand: Stand, proposal: Proposal, roles: tuple[str, ...]) -> Proposal:
+    """Set whose dtype the result follows, from one run in which tokens, experts and weights have different ones."""
+    follows = {torch.float32: "x", torch.bfloat16: "y", torch.float64: ""}
+    rewrite, entry = proposal.rewrite, proposal.entry
+    weights = rewrite.source.required.index(roles[2])
+    mixed = tuple(a.double() if i == weights else a for i, a in enumerate(entry.arguments(stand, 1, torch.float32)))
+    with isolated(stand.module):
+        try:
+            out = run(stand.copy(1, torch.bfloat16), entry.method, mixed)
+        except Exception:
+            return proposal  # it can't take such a mix; where all are alike the dtype of x is right
+    rule = follows.get(out.dtype, "x") if isinstance(out, Tensor) else "x"
+    return replace(proposal, rewrite=replace(rewrite, routed=replace(rewrite.routed, dtype=rule)))

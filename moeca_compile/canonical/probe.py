@@ -1,0 +1,111 @@
+"""Running a module's own code on small random tensors without leaving a trace in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What two evaluations of the same sum may differ by, relative to the largest value.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@contextmanager
+def isolated(module: nn.Module) -> Iterator[None]:
+    """No gradients, no autocast, a fixed seed, and the random state of CPU and the module's devices put back after."""
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    with (
+        torch.random.fork_rng([d.index for d in devices if d.index is not None]),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        torch.manual_seed(0)
+        yield
+
+
+def shadow(module: nn.Module, parameters: dict[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy in eval mode that shares the parameters, or has those given by `id` in their place.
+
+    Raises:
+        Exception: whatever an attribute that can't be deep-copied raises.
+    """
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    memo.update(parameters or {})
+    return copy.deepcopy(module, memo).eval()
+
+
+def random_parameters(
+    module: nn.Module, device: torch.device, seed: int, skip: Collection[int] = ()
+) -> dict[int, Tensor]:
+    """float32 stand-ins by `id`: weights of unit gain, vectors around one. Freshly built models may be all zero."""
+    generator = torch.Generator(device).manual_seed(seed)
+    made: dict[int, Tensor] = {}
+    for p in module.parameters():
+        if p.is_floating_point() and id(p) not in skip:
+            value = torch.empty(p.shape, device=device)
+            if p.dim() < 2:
+                value.uniform_(0.5, 1.5, generator=generator)
+            else:
+                bound = (3 / max(1, p[0].numel())) ** 0.5
+                value.uniform_(-bound, bound, generator=generator)
+            made[id(p)] = nn.Parameter(value, requires_grad=False)
+    return made
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Where the module's parameters are; the CPU for the meta device."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def close(a: object, b: object, tolerance: float | None = None) -> bool:
+    """Whether two results agree: the same structure, shapes and dtypes, values to float tolerance.
+
+    What isn't a tensor, number, text or container of those is not compared.
+    """
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and _close_tensors(a, b, tolerance)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, type(a)) and len(a) == len(b) and all(map(close, a, b, [tolerance] * len(a)))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, (bool, int, float, str, type(None))):
+        return type(a) is type(b) and (a == b or a != a)
+    return type(a) is type(b)
+
+
+def same_state(a: nn.Module, b: nn.Module) -> str:
+    """The name of a buffer or attribute in which two copies of a module differ, or ''."""
+    others = dict(b.named_modules())
+    for path, module in a.named_modules():
+        other = others.get(path)
+        if other is None:
+            return path
+        for name, value in _state(module).items():
+            if not close(value, _state(other).get(name)):
+                return f"{path}.{name}".lstrip(".")
+        if _state(module).keys() != _state(other).keys():
+            return path or type(a).__name__
+    return ""
+
+
+def _state(module: nn.Module) -> dict[str, object]:
+    own = ("_modules", "_parameters", "_buffers")
+    plain = {name: value for name, value in vars(module).items() if name not in own and not callable(value)}
+    return {**plain, **module._buffers}
+
+
+def _close_tensors(a: Tensor, b: Tensor, tolerance: float | None) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    limit = _TOLERANCE.get(a.dtype, 1e-4) if tolerance is None else tolerance
+    finite = a[a.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(a.double(), b.double(), rtol=0.0, atol=limit * scale, equal_nan=True)

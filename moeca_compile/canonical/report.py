@@ -1,0 +1,49 @@
+"""What `prepare` did and what it left alone: plain data that prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from moeca_compile.regions import Miss
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModule:
+    """One MoE module whose dispatch is traced in canonical form.
+
+    `verified` says that original and canonical form were run on this module's own weights and agreed; it is False
+    on the meta device, where only the dispatch and one expert's body were compared, on random stand-ins.
+    """
+
+    path: str
+    family: str
+    num_experts: int
+    activation: str
+    gated: bool
+    verified: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """`changed` holds the modules that this call changed, in module order; `misses` what looked like a dispatch."""
+
+    changed: tuple[PreparedModule, ...] = ()
+    misses: tuple[Miss, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"prepared {len(self.changed)} MoE modules, left {len(self.misses)} alone"]
+        alike = Counter((c.family, c.num_experts, c.activation, c.gated, c.verified) for c in self.changed)
+        for key, count in alike.items():
+            family, num_experts, activation, gated, verified = key
+            first = next(c.path for c in self.changed if _facts(c) == key)
+            body = f"{activation} {'gated' if gated else 'plain'}"
+            others = f" and {count - 1} more" if count > 1 else ""
+            check = "" if verified else "  not verified on its own weights"
+            lines.append(f"  {family:<13} {num_experts:>4} experts  {body:<16} {first or '(root)'}{others}{check}")
+        lines += [f"  left alone    {miss}" for miss in self.misses]
+        return "\n".join(lines)
+
+
+def _facts(one: PreparedModule) -> tuple[str, int, str, bool, bool]:
+    return one.family, one.num_experts, one.activation, one.gated, one.verified

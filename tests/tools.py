@@ -1,0 +1,117 @@
+"""From a module to what the package makes of it, step by step: Dynamo's graph, a Capture, an Analysis, variants."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from moeca_compile.capture import Capture, Input, capture, inputs_of
+from moeca_compile.options import Options
+from moeca_compile.passes.context import Context
+from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
+from moeca_compile.runner import Runner
+from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.variant import Variant
+
+EAGER = Options(inner="eager")
+LETTERS = {action.value: action for action in Action}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Dynamo's graph, the tensors of one call in the order of its placeholders, and what each of them is."""
+
+    gm: GraphModule
+    args: tuple[Any, ...]
+    inputs: tuple[Input, ...]
+
+
+def trace_module(module: Any, *inputs: Any) -> Traced:
+    """What a backend gets for `module(*inputs)`, as `backend.py` keeps it.
+
+    No Dynamo state is left behind or found.
+    """
+    seen: list[Traced] = []
+
+    def collect(gm: GraphModule, examples: list[Any]) -> Any:
+        known = inputs_of(gm, examples)
+
+        def run(*args: Any) -> Any:
+            seen.append(Traced(gm, args, known))
+            return gm(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(module, backend=collect, fullgraph=True, dynamic=False)(*inputs)
+    (only,) = seen
+    return only
+
+
+def capture_module(module: Any, *inputs: Any) -> tuple[Capture, tuple[Any, ...]]:
+    """The functional graph of `module(*inputs)` and the call's tensors."""
+    traced = trace_module(module, *inputs)
+    return capture(traced.gm, traced.args, traced.inputs), traced.args
+
+
+def analyse_module(module: Any, *inputs: Any, options: Options = EAGER) -> Analysis:
+    """The normalised graph of `module(*inputs)` and all facts about it."""
+    traced = trace_module(module, *inputs)
+    return analyse(traced.gm, traced.args, traced.inputs, options)
+
+
+def find_in(gm: GraphModule, inputs: tuple[Input, ...]) -> Context:
+    """All facts about a functional graph that is there already."""
+    runner = Runner()
+    context = Context(inputs)
+    return runner.find(FIND, runner.rewrite(NORMALISE, gm, context), context)
+
+
+def row(text: str) -> Row:
+    """`C`ompute, `R`euse, `F`orecast: one letter a region."""
+    return tuple(LETTERS[letter] for letter in text)
+
+
+def schedule_of(analysis: Analysis, *rows: str, order: int = 1) -> Schedule:
+    """A schedule for the analysis' regions from rows like `CRF`."""
+    regions = analysis.context.regions
+    return Schedule(tuple(map(row, rows)), regions.keys, order=order, fingerprint=regions.fingerprint)
+
+
+def variant_of(analysis: Analysis, text: str, order: int = 1) -> Variant:
+    """The program of one row, in a schedule of that row after a full one."""
+    full = "C" * len(analysis.context.regions)
+    variant, _ = build_variant(analysis, schedule_of(analysis, full, text, order=order), row(text), EAGER)
+    return variant
+
+
+def with_row(analysis: Analysis, text: str) -> Context:
+    """The context that rewriters get for this row, without a layout."""
+    return replace(analysis.context, row=row(text))
+
+
+def node(gm: GraphModule, name: str) -> Node:
+    """The node of this name; a KeyError where there is none."""
+    return {one.name: one for one in gm.graph.nodes}[name]
+
+
+def ops(gm: GraphModule) -> Counter[str]:
+    """How often each operator is called, by its full name (`aten.linear.default`)."""
+    return Counter(str(one.target) for one in gm.graph.nodes if one.op == "call_function")
+
+
+def run_graph(gm: GraphModule, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Node by node."""
+    with torch.no_grad():
+        return tuple(torch.fx.Interpreter(gm).run(*args))
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Same dtype, same shape, same bits (but for the sign of a zero)."""
+    return left.dtype == right.dtype and torch.equal(left, right)
