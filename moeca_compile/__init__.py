@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeca_compile.calibrate import calibrate
     from moeca_compile.canonical import prepare, unprepare
     from moeca_compile.errors import MoecaError
     from moeca_compile.face import compile, explain, reset, stats, trajectory, warmup
@@ -19,6 +20,7 @@ _HOMES = {
     "MoecaError": "errors",
     "Options": "options",
     "Schedule": "schedule",
+    "calibrate": "calibrate",
     "compile": "face",
     "explain": "face",
     "prepare": "face",
@@ -30,7 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "MoecaError", "Options", "Schedule", "compile", "explain", "prepare", "reset", "stats", "trajectory",
+    "MoecaError", "Options", "Schedule", "calibrate", "compile", "explain", "prepare", "reset", "stats", "trajectory",
     "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ Which op casts which argument is asked of the dispatcher itself, op by op, on fa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch._ops import OpOverload
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moeca_compile import fx
+from moeca_compile.errors import CaptureError
 
 DEVICES = ("cpu", "cuda")
 
@@ -90,21 +91,68 @@ class _Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _casts_of(node: Node, casts: Casts) -> dict[int, torch.dtype]:
-    """Fake values of `node`'s arguments (by id) that these autocasts would convert before the op, and to what."""
+Conversions = dict[int, torch.dtype]  # by id of a fake value
+
+
+def _casts_of(node: Node, casts: Casts) -> Conversions:
+    """Which of `node`'s arguments these autocasts convert before the op, and to what.
+
+    The dispatcher is watched; but an op's own code converts too (SDPA and rms_norm compute in float32), and a composite
+    op (einsum) is converted inside. So a reading counts only if the op, without autocast, gives the dtypes that it
+    gave with it.
+
+    Raises:
+        CaptureError: no reading does.
+    """
     if fx.is_experts(node):  # the dispatcher doesn't know that ours stands for linears
         return _casts_of_linears(node, casts)
+    if node.target is torch.ops.aten._to_copy.default:
+        return {}
+    expected = _dtypes(fx.value(node))
+    readings: tuple[Callable[[Node, Casts], Conversions], ...] = (_watched, lambda *_: {}, _casts_of_linears)
+    for read in readings:
+        found = read(node, casts)
+        if _result_dtypes(node, found) == expected:
+            return found
+    raise CaptureError(
+        f"{node.name} ({node.target}, {fx.where(node)}): what autocast converts inside it can't be told. Put it under "
+        "`with torch.autocast(device_type, enabled=False)`, or convert the model and leave autocast off"
+    )
+
+
+def _watched(node: Node, casts: Casts) -> Conversions:
     args, kwargs = _arguments(node)
     with fx.fake_mode_of((args, kwargs)), autocast_is(casts), _Watch() as watch:
         node.target(*args, **kwargs)  # type: ignore[operator]
-    own = node.target is torch.ops.aten._to_copy.default
-    return {} if own else watch.seen
+    found: Conversions = watch.seen
+    return found
 
 
-def _casts_of_linears(node: Node, casts: Casts) -> dict[int, torch.dtype]:
-    values = [fx.need(source) for source in node.all_input_nodes]
-    dtype = dict(casts).get(values[0].device.type)
-    return {id(v): dtype for v in values if dtype is not None and v.is_floating_point() and v.dtype != dtype}
+def _casts_of_linears(node: Node, casts: Casts) -> Conversions:
+    values = [value for value in map(fx.tensor, node.all_input_nodes) if value is not None]
+    dtype = dict(casts).get(values[0].device.type) if values else None
+    wide = (dtype, torch.float64)  # autocast never touches float64
+    return {id(v): dtype for v in values if dtype is not None and v.is_floating_point() and v.dtype not in wide}
+
+
+def _result_dtypes(node: Node, found: Conversions) -> list[torch.dtype] | None:
+    """What the op gives with these conversions made; None where it refuses."""
+
+    def converted(source: Node) -> Any:
+        value = fx.value(source)
+        return value.to(found[id(value)]) if id(value) in found else value
+
+    tree = (node.args, node.kwargs)
+    with fx.fake_mode_of(tree_map_only(Node, fx.value, tree)):
+        args, kwargs = tree_map_only(Node, converted, tree)
+        try:
+            return _dtypes(node.target(*args, **kwargs))  # type: ignore[operator]
+        except RuntimeError:  # dtypes that don't go together
+            return None
+
+
+def _dtypes(value: Any) -> list[torch.dtype]:
+    return [leaf.dtype for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _refresh(node: Node) -> None:

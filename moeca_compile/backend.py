@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import remove_from_cache
 
-from moeca_compile.autocast import ambient_autocast
+from moeca_compile.autocast import ambient_autocast, autocast_is
 from moeca_compile.canonical import prepare
 from moeca_compile.canonical.isolate import isolate
 from moeca_compile.capture import Input, inputs_of
@@ -26,12 +26,13 @@ from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateErr
 from moeca_compile.options import Options
 from moeca_compile.owner import Owner, find_owner, runs_whole
 from moeca_compile.program import Program
-from moeca_compile.runtime.clock import Clock, Counter
-from moeca_compile.runtime.dispatch import Track, run_step
+from moeca_compile.runtime.dispatch import Tracks, run_step
 from moeca_compile.runtime.trajectory import Trajectory, current
 
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py` finds a model's among them
+_BANKS: weakref.WeakValueDictionary[Hashable, Bank] = weakref.WeakValueDictionary()
 _visiting = threading.local()
+_setup = threading.RLock()  # around preparing and capturing: both use tools of torch that are not made for threads
 
 
 def moeca(
@@ -58,27 +59,45 @@ def moeca(
 
 
 class Bank:
-    """What belongs to one set of weights called through one handle: the tracks, by program."""
+    """What belongs to one set of weights called through one handle, whichever of Dynamo's graphs runs: the tracks."""
 
     def __init__(self, owner: Owner | None, weights: Sequence[torch.Tensor]) -> None:
         self.handle = weakref.ref(owner.handle) if owner else None
         self.weights = [weakref.ref(weight) for weight in weights]
         self.ids = frozenset(map(id, weights))
-        self.kinds = tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
         self.stamp: Hashable = None
-        self.tracks: dict[int, Track] = {}
+        self.plain = Tracks()  # of calls outside any trajectory
+        self.latest = self.plain  # what `stats` shows
+        self.all: weakref.WeakSet[Tracks] = weakref.WeakSet((self.plain,))
 
-    def holds(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether these are still the very tensors (an id may have been used again)."""
-        return all(ref() is weight for ref, weight in zip(self.weights, weights, strict=True))
+    def lives(self) -> bool:
+        """Whether handle and weights still exist (their ids may have been used again)."""
+        return (self.handle is None or self.handle() is not None) and all(ref() is not None for ref in self.weights)
 
-    def follow(self, weights: Sequence[torch.Tensor]) -> None:
+    def follow(self) -> None:
         """Start cold if a weight was changed in place or its storage swapped."""
-        stamp = tuple(w.data_ptr() for w in weights), tuple(w._version for w in weights if not w.is_inference())
+        weights = [weight for ref in self.weights if (weight := ref()) is not None]
+        stamp = tuple((w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in weights)
         if stamp != self.stamp:
             self.stamp = stamp
-            self.kinds = tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
-            self.tracks.clear()
+            for tracks in self.all:
+                tracks.forget()
+
+    def tracks(self, trajectory: Trajectory | None) -> Tracks:
+        """What runs for these weights in `trajectory`."""
+        if trajectory is None:
+            self.latest = self.plain
+        else:
+            if self not in trajectory.tracks:
+                trajectory.tracks[self] = Tracks(trajectory)
+            self.latest = trajectory.tracks[self]
+            self.all.add(self.latest)
+        return self.latest
+
+    def reset(self) -> None:
+        """Forget all state, in every trajectory."""
+        for tracks in self.all:
+            tracks.reset()
 
 
 class Entry:
@@ -90,6 +109,7 @@ class Entry:
         self.banks: dict[Hashable, Bank] = {}
         self._weights = [i for i, one in enumerate(inputs) if one.is_weight]
         self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
+        self._kinds: weakref.WeakKeyDictionary[Bank, tuple[Hashable, Hashable]] = weakref.WeakKeyDictionary()
         self._whole: bool | None = None
         ENTRIES.add(self)
 
@@ -100,28 +120,35 @@ class Entry:
                 "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
             )
         owner = find_owner()
-        if self._whole is None:
-            whole = runs_whole(owner)
-            if _out_of_date(owner, whole):
-                return tuple(self.gm(*args))
-            self._whole = whole
-        weights = [args[i] for i in self._weights]
-        bank = self._bank(owner, weights)
-        visitor: Visitor | None = getattr(_visiting, "visitor", None)
-        if visitor is not None:
-            return visitor(self, args, bank)
-        program = self.program(args, bank)
-        trajectory = current(bank.ids)
-        return run_step(program, self._track(program, bank, trajectory), args, trajectory)
+        with _setup:
+            if self._whole is None:
+                whole = runs_whole(owner)
+                if _out_of_date(owner, whole):
+                    return tuple(self.gm(*args))
+                self._whole = whole
+            bank = self._bank(owner, [args[i] for i in self._weights])
+            visitor: Visitor | None = getattr(_visiting, "visitor", None)
+            if visitor is not None:
+                return visitor(self, args, bank)
+            program = self.program(args, bank)
+            trajectory = current(bank.ids)
+            tracks = bank.tracks(trajectory)
+        with autocast_is(()):  # the ambient casts are in the graph
+            return run_step(program, tracks, args, trajectory)
 
     def _bank(self, owner: Owner | None, weights: list[torch.Tensor]) -> Bank:
-        key = (id(owner.handle) if owner else None, *map(id, weights))
-        bank = self.banks.get(key)
-        if bank is None or not bank.holds(weights):
-            for old in [k for k, b in self.banks.items() if any(ref() is None for ref in b.weights)]:
+        ids = (id(owner.handle) if owner else None, *map(id, weights))
+        bank = self.banks.get(ids)
+        if bank is None or not bank.lives():
+            for old in [key for key, one in self.banks.items() if not one.lives()]:
                 del self.banks[old]
-            bank = self.banks[key] = Bank(owner, weights)
-        bank.follow(weights)
+            # graphs of the whole model for other shapes serve the same trajectories; parts of a broken one do not
+            key = (ids[0], frozenset(ids[1:]), None if self.whole and weights else id(self))
+            bank = _BANKS.get(key)
+            if bank is None or not bank.lives():
+                bank = _BANKS[key] = Bank(owner, weights)
+            self.banks[ids] = bank
+        bank.follow()
         return bank
 
     @property
@@ -135,30 +162,19 @@ class Entry:
             (tuple(a.shape), a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
             for a in (args[i] for i in self._others)
         )
-        key = (others, bank.kinds, ambient_autocast())
+        if bank not in self._kinds or self._kinds[bank][0] is not bank.stamp:
+            weights = (args[i] for i in self._weights)
+            self._kinds[bank] = bank.stamp, tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
+        key = (others, self._kinds[bank][1], ambient_autocast())
         program = self.programs.get(key)
         if program is None:
-            program = Program(self.gm, args, self.inputs, self.options, self.whole)
-            self.programs[key] = program
+            program = self.programs[key] = Program(self.gm, args, self.inputs, self.options, self.whole)
             if not self.whole:
                 _warn_broken(program)
             while len(self.programs) > self.options.max_signatures:
-                _, oldest = self.programs.popitem(last=False)
-                for other in self.banks.values():
-                    other.tracks.pop(id(oldest), None)
+                self.programs.popitem(last=False)  # and with it all its tracks: they are held by the program
         self.programs.move_to_end(key)
         return program
-
-    def _track(self, program: Program, bank: Bank, trajectory: Trajectory | None) -> Track:
-        tracks = bank.tracks if trajectory is None else trajectory.tracks.setdefault(id(bank), {})
-        track: Track | None = tracks.get(id(program))
-        if track is None:
-            exact = trajectory is not None and (trajectory.stream is not None or program.timestep is None)
-            limit = float("inf") if trajectory is not None else program.latent_jump
-            track = tracks[id(program)] = Track(Counter() if exact else Clock(limit))
-        if trajectory is not None:
-            bank.tracks[id(program)] = track  # what `stats` shows
-        return track
 
 
 Visitor = Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
@@ -74,7 +75,7 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(below), FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = tree_map_only(torch.Tensor, FunctionalTensor.to_functional, fakes)
-            result = Interpreter(gm).run(*wrapped)
+            result = _Eager(gm).run(*wrapped)
             for one, tensor in zip(inputs, wrapped, strict=True):
                 if isinstance(tensor, FunctionalTensor):
                     _sync(tensor)
@@ -83,16 +84,17 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
             return tree_map_only(FunctionalTensor, _plain, result)
 
     casts = ambient_autocast()
-    with torch.inference_mode(False), torch.no_grad(), autocast_is(()):
+    with torch.inference_mode(False), torch.no_grad():
         try:
-            with tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), fake:
+            with autocast_is(casts), tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), fake:
                 fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
                 graph = make_fx(functional, pre_dispatch=True)(*fakes)
-            materialise_casts(graph, casts)
-        except DataDependentOutputException as error:
+            with autocast_is(()):
+                materialise_casts(graph, casts)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise CaptureError(
-                f"the model reads a number out of a tensor ({error.func}), so its graph depends on data. Pass numbers "
-                "such as the timestep as tensors; for an expert dispatch that loops over counts see "
+                f"the model reads a number or a size out of a tensor ({error.func}), so its graph depends on data. "
+                "Pass numbers such as the timestep as tensors; for an expert dispatch that loops over counts see "
                 "moeca_compile.prepare(model)"
             ) from error
     if mutated:
@@ -101,6 +103,28 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
             "that change: make it an input or an output of the model, or leave it out of inference"
         )
     return Capture(graph, _rename(graph, inputs))
+
+
+class _Eager(Interpreter):
+    """Runs Dynamo's graph with the dtypes that eager has: while tracing, torch only records where an autocast region
+    begins and ends; here it is entered too. Else a `float()` behind a linear would look like no change, and be lost."""
+
+    def run(self, *args: Any, **keywords: Any) -> Any:
+        self.regions: list[torch.autocast] = []
+        try:
+            return super().run(*args, **keywords)
+        finally:
+            while self.regions:  # only after an error
+                self.regions.pop().__exit__(None, None, None)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is _enter_autocast:
+            device, dtype, enabled, *_ = args
+            self.regions.append(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            return self.regions[-1].__enter__()
+        if target is _exit_autocast:
+            return self.regions.pop().__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
 
 
 def _sync(tensor: FunctionalTensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import backend, canonical
+from moeca_compile.autocast import autocast_is
 from moeca_compile.backend import ENTRIES, Bank, Entry, Visitor, visiting
 from moeca_compile.canonical import PrepareReport
 from moeca_compile.canonical.isolate import isolate, share_again
@@ -32,14 +33,14 @@ def prepare(model: torch.nn.Module) -> PrepareReport:
     `torch.compile(model, backend="moeca")` does it by itself on the first call; do it by hand for `fullgraph=True`, and
     for a compiled function that closes over a model.
     """
-    isolate(_inner(model))
-    return canonical.prepare(_inner(model))
+    isolate(inner_module(model))
+    return canonical.prepare(inner_module(model))
 
 
 def unprepare(model: torch.nn.Module) -> None:
     """Undo `prepare`."""
-    canonical.unprepare(_inner(model))
-    share_again(_inner(model))
+    canonical.unprepare(inner_module(model))
+    share_again(inner_module(model))
 
 
 def compile(
@@ -72,8 +73,14 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     Raises:
         StateError: the model isn't compiled with moeca.
     """
+
+    def warm(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
+        program = entry.program(args, bank)
+        with autocast_is(()):  # the ambient casts are in the graph
+            return program.warm(args)
+
     with torch.no_grad():
-        result, seen = _visit(model, inputs, keywords, lambda entry, args, bank: entry.program(args, bank).warm(args))
+        result, seen = _visit(model, inputs, keywords, warm)
     if not seen:
         raise StateError('warmup: nothing was compiled. Is this torch.compile(model, backend="moeca")?')
     return result
@@ -97,7 +104,7 @@ def trajectory(model: Any, steps: int | None = None, stream: str | None = None) 
 def reset(model: Any) -> None:
     """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
     for _, bank in _banks(model):
-        bank.tracks.clear()
+        bank.reset()
 
 
 def stats(model: Any) -> Stats:
@@ -110,15 +117,17 @@ def stats(model: Any) -> Stats:
         for program in entry.programs.values():
             for name, spent in program.compile_seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + spent
-            track = bank.tracks.get(id(program))
-            if track is None:
-                continue
-            steps += track.records
-            executed += sum(record.macs for record in track.records)
-            full += program.variant(program.schedule.rows[0]).macs * len(track.records)
-            for state in track.states.values():
-                pairs = zip(state.tensors, program.layout, strict=True)
-                held += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
+            for tracks in bank.all:
+                track = tracks.by_program.get(program)
+                for state in track.states.values() if track else ():
+                    pairs = zip(state.tensors, program.layout, strict=True)
+                    held += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
+            shown = bank.latest.by_program.get(program)
+            if shown is not None:
+                steps += shown.records
+                executed += sum(record.macs for record in shown.records)
+                full += program.variant(program.schedule.rows[0]).macs * len(shown.records)
+    steps.sort(key=lambda record: record.step)  # stable: calls of one program stay in their order
     return Stats(tuple(steps), held, executed / full if full else 1.0, len(graphs), seconds)
 
 
@@ -177,7 +186,7 @@ def _banks(model: Any) -> Iterator[tuple[Entry, Bank]]:
                 yield entry, bank
 
 
-def _inner(model: torch.nn.Module) -> torch.nn.Module:
+def inner_module(model: torch.nn.Module) -> torch.nn.Module:
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from moeca_compile.errors import UserError
 
 Weights = Sequence[Tensor]
+WeightLists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 # Each works in place where it can: at these sizes a temporary costs more than the arithmetic.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -130,12 +131,13 @@ def grouped(
 def stacked(tensors: Weights) -> Tensor:
     """E tensors of one shape as one [E, ...]: a view where they lie evenly spaced in one storage, else a copy."""
     first = tensors[0]
-    step = first.numel()
     base = first.storage_offset()
-    in_place = first.is_contiguous() and all(
+    step = tensors[-1].storage_offset() - base
+    step = step // (len(tensors) - 1) if len(tensors) > 1 else first.numel()
+    in_place = step > 0 and all(
         t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         and t.storage_offset() == base + e * step
-        and t.is_contiguous()
+        and t.stride() == first.stride()
         for e, t in enumerate(tensors)
     )
     if in_place:
@@ -182,9 +184,7 @@ def _check(x: Tensor, idx: Tensor, groups: Sequence[Weights], activation: str) -
         raise UserError(f"moeca::experts: x is {x.dtype} and a weight {other.pop()}; convert the one or the other")
 
 
-def _kernel(
-    form: Callable[..., Tensor],
-) -> Callable[..., Tensor]:
+def _kernel(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def kernel(x: Tensor, idx: Tensor, *rest: Any) -> Tensor:
         *groups, activation = rest
         _check(x, idx, groups, activation)

@@ -28,12 +28,12 @@ from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.passes.find_inputs import find_inputs
 from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.passes.find_residuals import find_residuals
-from moeca_compile.passes.insert_state import DISTANCES, insert_state, state_layout
+from moeca_compile.passes.insert_state import DISTANCES, insert_state
 from moeca_compile.passes.tag_row import tag_row
 from moeca_compile.passes.verify_variant import verify_variant
 from moeca_compile.runner import Finder, PassRecord, Rewriter, Runner
-from moeca_compile.schedule import Row, Schedule
-from moeca_compile.variant import Variant
+from moeca_compile.schedule import Row
+from moeca_compile.variant import StateSlot, Variant
 
 NORMALISE: tuple[Rewriter, ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
@@ -83,20 +83,18 @@ def analyse(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], optio
 
 
 def build_variant(
-    analysis: Analysis, schedule: Schedule, row: Row, options: Options
+    analysis: Analysis, layout: tuple[StateSlot, ...], row: Row, options: Options, name: str
 ) -> tuple[Variant, tuple[PassRecord, ...]]:
-    """rewrite: the program of one distinct row of `schedule`, which is bound to the analysis' regions."""
-    number = schedule.distinct_rows().index(row)
-    layout = state_layout(analysis.context.regions, schedule)
+    """rewrite: the program of one row, among others that keep the state of `layout`."""
     context = replace(analysis.context, row=row, layout=layout)
     runner = _runner(options)
-    gm = runner.rewrite(REWRITE, analysis.gm, context, label=f"v{number} ")
+    gm = runner.rewrite(REWRITE, analysis.gm, context, label=f"{name} ")
     positions = {one.name: i for i, one in enumerate(context.inputs)}
     slots = {slot.name: i for i, slot in enumerate(layout)}
     names = [node.name for node in fx.placeholders(gm)]
     writes = tuple(slots[name] for name in gm.meta.get("moeca_writes", ()))
     variant = Variant(
-        name=f"v{number}",
+        name=name,
         row=row,
         gm=_in_order(gm, [*positions, *slots, DISTANCES]),
         takes=tuple(sorted(positions[name] for name in names if name in positions)),

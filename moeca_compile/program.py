@@ -16,8 +16,8 @@ from moeca_compile.options import Options
 from moeca_compile.passes.insert_state import state_layout
 from moeca_compile.pipeline import Analysis, analyse, build_variant
 from moeca_compile.runner import PassRecord
-from moeca_compile.schedule import Row
-from moeca_compile.variant import Variant
+from moeca_compile.schedule import Row, Schedule
+from moeca_compile.variant import StateSlot, Variant
 
 # Inductor's compile is not re-entrant from several threads on one graph; and two threads should not do the same work
 _compiling = threading.RLock()
@@ -44,8 +44,8 @@ class Program:
             if whole and any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
                 raise CaptureError(_nothing_found(self.analysis))
             wanted = type(wanted).full()
-        self.schedule = wanted.bind(self.regions.keys, self.regions.fingerprint)
-        self.layout = state_layout(self.regions, self.schedule)
+        self._books: dict[tuple[StateSlot, ...], tuple[dict[Row, Variant], dict[Row, Executable]]] = {}
+        self.use(wanted)
         positions = {one.name: i for i, one in enumerate(context.inputs)}
         self.timestep = positions.get(context.roles.timestep)
         self.latent = positions.get(context.roles.latent)
@@ -54,16 +54,26 @@ class Program:
         self.warned: set[str] = set()
         self.records: list[PassRecord] = list(self.analysis.records)
         self.compile_seconds = {"capture": time.perf_counter() - begin}
-        self._variants: dict[Row, Variant] = {}
-        self._executables: dict[Row, Executable] = {}
         self._zeros: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def use(self, schedule: Schedule, keep: Schedule | None = None) -> None:
+        """Run another schedule from now on, with the state of `keep` (default: its own). Variants are kept by layout.
+
+        Raises:
+            ScheduleError: it is for another graph.
+        """
+        self.schedule, kept = (
+            one.bind(self.regions.keys, self.regions.fingerprint) for one in (schedule, keep or schedule)
+        )
+        self.layout = state_layout(self.regions, kept)
+        self._variants, self._executables = self._books.setdefault(self.layout, ({}, {}))
 
     def variant(self, row: Row) -> Variant:
         """The graph of `row`, built on first use; nothing is compiled yet."""
         if row not in self._variants:
             with _compiling:
-                begin = time.perf_counter()
-                variant, records = build_variant(self.analysis, self.schedule, row, self.options)
+                begin, name = time.perf_counter(), f"v{len(self._variants)}"
+                variant, records = build_variant(self.analysis, self.layout, row, self.options, name)
                 self.records += records
                 self._variants[row] = variant
                 self._spent(variant.name, begin)

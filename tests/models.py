@@ -15,8 +15,7 @@ from torch import Tensor, nn
 class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.gate_proj, self.up_proj = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,10 +27,9 @@ class MoE(nn.Module):
 
     def __init__(self, dim: int, hidden: int, num_experts: int, top_k: int, shared: bool) -> None:
         super().__init__()
-        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.router, self.top_k = nn.Linear(dim, num_experts, bias=False), top_k
         self.experts = nn.ModuleList(SwiGLU(dim, hidden) for _ in range(num_experts))
         self.shared = SwiGLU(dim, hidden) if shared else None
-        self.top_k = top_k
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (M,D) -> ids (M,K), weights (M,K)."""
@@ -44,51 +42,27 @@ class MoE(nn.Module):
         routed = self.dispatch(tokens, ids, weights).reshape(x.shape)
         return routed if self.shared is None else routed + self.shared(x)
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        raise AssertionError("one of the styles below")
-
 
 class NumpyMoE(MoE):
-    """Sorted segments with the counts on the host, and a training branch beside it (DiT-MoE, HiDream, TC-DiT)."""
+    """Sorted segments with the counts on the host (DiT-MoE, HiDream, TC-DiT)."""
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if self.training:
-            repeated = x.repeat_interleave(self.top_k, dim=0)
-            flat, y = ids.reshape(-1), torch.empty_like(repeated)
-            for e, expert in enumerate(self.experts):
-                y[flat == e] = expert(repeated[flat == e])
-            return (y.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
         return self.infer(x, ids.reshape(-1), weights.reshape(-1, 1))
 
     @torch.no_grad()
     def infer(self, x: Tensor, flat_ids: Tensor, flat_weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
-        order = flat_ids.argsort()
-        ends = flat_ids.bincount().cpu().numpy().cumsum(0)
+        order, ends = flat_ids.argsort(), flat_ids.bincount().cpu().numpy().cumsum(0)
         token = order // self.top_k
         for e, end in enumerate(ends):
             start = 0 if e == 0 else ends[e - 1]
             if start == end:
                 continue
-            y = self.experts[e](x[token[start:end]])
-            y.mul_(flat_weights[order[start:end]])
+            rows = token[start:end]
+            y = self.experts[e](x[rows]).mul_(flat_weights[order[start:end]])
             out = out.to(y.dtype)
-            out.scatter_reduce_(0, token[start:end].view(-1, 1).expand(-1, x.shape[-1]), y, reduce="sum")
+            out.scatter_reduce_(0, rows.view(-1, 1).expand(-1, x.shape[-1]), y, reduce="sum")
         return out
-
-
-class OneHotMoE(MoE):
-    """A method that takes one expert's mask after the other and adds up in the weights' dtype (DeepSeek-V3)."""
-
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x, dtype=weights.dtype)
-        masks = F.one_hot(ids, num_classes=len(self.experts)).permute(2, 0, 1)
-        for e in range(len(self.experts)):
-            expert = self.experts[e]
-            token, slot = torch.where(masks[e])
-            if token.numel() > 0:
-                out.index_add_(0, token, expert(x[token]) * weights[token, slot].unsqueeze(-1))
-        return out.type(x.dtype)
 
 
 class Blocks(nn.Module):
@@ -101,8 +75,7 @@ class Blocks(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         masks = F.one_hot(ids, num_classes=len(self.blocks)).permute(2, 1, 0)
-        hit = torch.greater(masks.sum(dim=(-1, -2)), 0).nonzero()
-        for e in hit:
+        for e in torch.greater(masks.sum(dim=(-1, -2)), 0).nonzero():
             slot, token = torch.where(masks[e].squeeze(0))
             y = self.blocks[e](x[None, token].reshape(-1, x.shape[-1])) * weights[token, slot, None]
             out.index_add_(0, token, y.to(x.dtype))
@@ -119,9 +92,9 @@ class NonzeroMoE(MoE):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.router(x).sigmoid()
-        ids = torch.topk(scores + self.selection_bias, self.top_k, dim=-1, sorted=False)[1]
+        ids = torch.topk(scores + self.selection_bias, self.top_k, sorted=False)[1]
         weights = scores.gather(1, ids)
-        return ids, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * 2.0
+        return ids, weights / weights.sum(dim=-1, keepdim=True) * 2.0
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self.experts(x, ids, weights)
@@ -141,12 +114,10 @@ class InlineMoE(MoE):
         masks = F.one_hot(ids, num_classes=len(self.experts)).permute(2, 1, 0)
         hit = torch.greater(masks.sum(dim=(-1, -2)), 0).nonzero()
         for e in hit:
-            expert = self.experts[e]
             slot, token = torch.where(masks[e].squeeze(0))
-            y = expert(x[None, token].reshape(-1, dim)) * weights[token, slot, None]
+            y = self.experts[e](x[None, token].reshape(-1, dim)) * weights[token, slot, None]
             out.index_add_(0, token, y.to(x.dtype))
-        out = out.reshape(batch, length, dim)
-        return out if self.shared is None else out + self.shared(x).reshape(out.shape)
+        return (out if self.shared is None else out + self.shared(x)).reshape(batch, length, dim)
 
 
 class WhereMoE(MoE):
@@ -167,15 +138,12 @@ class DenseMoE(MoE):
     """Every expert on every token: nothing in it depends on data, so it needs no rewriting."""
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        share = torch.zeros(x.shape[0], len(self.experts), dtype=x.dtype, device=x.device).scatter(1, ids, weights)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            out = out + share[:, e : e + 1] * expert(x)
-        return out
+        share = x.new_zeros(x.shape[0], len(self.experts)).scatter(1, ids, weights)
+        return sum(share[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
 
 
 STYLES: dict[str, type[MoE]] = {
-    "numpy": NumpyMoE, "onehot": OneHotMoE, "nonzero": NonzeroMoE, "hf": InlineMoE, "where": WhereMoE, "dense": DenseMoE
+    "numpy": NumpyMoE, "nonzero": NonzeroMoE, "hf": InlineMoE, "where": WhereMoE, "dense": DenseMoE
 }  # fmt: skip
 
 
@@ -184,9 +152,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, moe: MoE) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
         self.qkv, self.proj, self.heads = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), heads
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.moe = moe
         self.ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
@@ -196,9 +163,9 @@ class Block(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.moe(self.norm2(x) * (1 + scale2) + shift2)
+        shift, scale, gate, shift_moe, scale_moe, gate_moe = self.ada(c).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate * self.attention(self.norm1(x) * (1 + scale) + shift)
+        return x + gate_moe * self.moe(self.norm2(x) * (1 + scale_moe) + shift_moe)
 
 
 class DiT(nn.Module):
@@ -210,15 +177,12 @@ class DiT(nn.Module):
         num_classes: int = 10,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.patch, self.channels = patch, channels
-        self.embed = nn.Conv2d(channels, dim, patch, patch)
+        self.patch, self.channels, self.embed = patch, channels, nn.Conv2d(channels, dim, patch, patch)
         self.pos = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
         self.time = nn.Sequential(nn.Linear(64, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)
-        moe = STYLES[style]
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, moe(dim, hidden, num_experts, top_k, shared)) for _ in range(depth)
-        )
+        moes = (STYLES[style](dim, hidden, num_experts, top_k, shared) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, moe) for moe in moes)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.out = nn.Linear(dim, patch * patch * channels)
 
@@ -230,6 +194,6 @@ class DiT(nn.Module):
         h = self.embed(x).flatten(2).transpose(1, 2) + self.pos
         for block in self.blocks:
             h = block(h, c)
-        p, rows, columns = self.patch, height // self.patch, width // self.patch
-        h = self.out(self.norm(h)).reshape(n, rows, columns, p, p, self.channels)
+        p = self.patch
+        h = self.out(self.norm(h)).reshape(n, height // p, width // p, p, p, self.channels)
         return torch.einsum("nhwpqc->nchpwq", h).reshape(n, self.channels, height, width)

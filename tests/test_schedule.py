@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -127,10 +128,8 @@ def test_parse_refuses_what_it_does_not_understand_and_names_the_forms(text: str
 
 @given(st.text())
 def test_parse_raises_nothing_but_schedule_errors(text: str) -> None:
-    try:
+    with suppress(ScheduleError):
         Schedule.parse(text)
-    except ScheduleError:
-        pass
 
 
 # -- which row --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.capture import Capture, Input, capture, inputs_of
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context
+from moeca_compile.passes.insert_state import state_layout
 from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
 from moeca_compile.runner import Runner
 from moeca_compile.schedule import Action, Row, Schedule
@@ -31,8 +32,8 @@ class Traced:
     inputs: tuple[Input, ...]
 
 
-def trace_module(module: Any, *inputs: Any) -> Traced:
-    """What a backend gets for `module(*inputs)`, as `backend.py` keeps it.
+def trace_calls(module: Any, *calls: tuple[Any, ...], dynamic: bool = False) -> list[Traced]:
+    """What a backend gets for each call of `module`, as `backend.py` keeps it.
 
     No Dynamo state is left behind or found.
     """
@@ -49,8 +50,16 @@ def trace_module(module: Any, *inputs: Any) -> Traced:
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(module, backend=collect, fullgraph=True, dynamic=False)(*inputs)
-    (only,) = seen
+        compiled = torch.compile(module, backend=collect, fullgraph=True, dynamic=dynamic)
+        for inputs in calls:
+            compiled(*inputs)
+    assert len(seen) == len(calls)
+    return seen
+
+
+def trace_module(module: Any, *inputs: Any) -> Traced:
+    """What a backend gets for `module(*inputs)`."""
+    (only,) = trace_calls(module, inputs)
     return only
 
 
@@ -87,7 +96,8 @@ def schedule_of(analysis: Analysis, *rows: str, order: int = 1) -> Schedule:
 def variant_of(analysis: Analysis, text: str, order: int = 1) -> Variant:
     """The program of one row, in a schedule of that row after a full one."""
     full = "C" * len(analysis.context.regions)
-    variant, _ = build_variant(analysis, schedule_of(analysis, full, text, order=order), row(text), EAGER)
+    layout = state_layout(analysis.context.regions, schedule_of(analysis, full, text, order=order))
+    variant, _ = build_variant(analysis, layout, row(text), EAGER, "v1")
     return variant
 
 

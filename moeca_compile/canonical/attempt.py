@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from moeca_compile.canonical.dispatch import Loop
-from moeca_compile.canonical.experts import ModuleExperts
+from moeca_compile.canonical.experts import ModuleExperts, members
 from moeca_compile.canonical.probe import close, compute_device, isolated, random_parameters, same_state, shadow
 from moeca_compile.canonical.routed import NAME, Experts, Routed
 from moeca_compile.canonical.source import Source, rebuild
 
 Arguments = tuple[Tensor, ...]
+CROWD = 10  # the seed of a run with many tokens, all to few experts: a capacity must show
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Stand:
         """What a rewritten copy calls."""
         return real
 
-    def disagreement(self, proposal: Proposal, seeds: Sequence[int] = (1, 2, 3, 4)) -> str:
+    def disagreement(self, proposal: Proposal, seeds: Sequence[int] = (1, 2, 3, 4, CROWD)) -> str:
         """Why original and rewritten method differ with stand-in experts, or ''."""
         function = proposal.rewrite.function(self.routed(proposal.rewrite.routed))
         return self._compare(proposal, function, self.copy, torch.float32, seeds)
@@ -131,16 +132,16 @@ class ModuleStand(Stand):
 
     def __init__(self, module: nn.Module, experts: ModuleExperts) -> None:
         super().__init__(module, experts)
-        self.members = experts.members
+        self.stack = experts.stack
 
     def copy(self, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
         twin = super().copy(seed)
-        for e, expert in enumerate(self.members(twin)):
+        for e, expert in enumerate(members(twin, self.stack)):
             expert.__dict__["forward"] = stand_in(e, self.experts.out_features, dtype)
         return twin
 
     def parameters(self, seed: int) -> dict[int, Tensor]:
-        own = {id(p) for expert in self.members(self.module) for p in expert.parameters()}
+        own = {id(p) for expert in members(self.module, self.stack) for p in expert.parameters()}
         return random_parameters(self.module, self.device, seed, skip=own)
 
     def routed(self, real: Routed) -> Routed:
@@ -151,8 +152,11 @@ class ModuleStand(Stand):
 class _StandInRouted(Routed):
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
         assert isinstance(self.experts, ModuleExperts)
-        every = torch.stack([expert(tokens) for expert in self.experts.members(owner)], dim=1)
-        return every.gather(1, ids.unsqueeze(-1).expand(*ids.shape, every.shape[-1]))
+        y = tokens.new_empty(*ids.shape, self.experts.out_features)
+        for e, expert in enumerate(members(owner, self.experts.stack)):
+            mine = ids == e
+            y[mine] = expert(tokens.unsqueeze(1).expand(*ids.shape, -1)[mine])
+        return y
 
 
 def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
@@ -168,6 +172,11 @@ def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[[
 
 def run(module: nn.Module, method: str, arguments: Arguments) -> object:
     return getattr(module, method)(*(a.clone() for a in arguments))
+
+
+def length(seed: int, num_experts: int) -> int:
+    """How many tokens a sample has."""
+    return 512 if seed == CROWD else 4 + seed + num_experts // 2
 
 
 def tokens_of(seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

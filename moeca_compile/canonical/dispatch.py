@@ -25,9 +25,10 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """A loop over the members of the stack at `stack` in method `name`.
+    """A loop over experts in method `name`: over the members of the container at `stack`, or over the first axis of
+    the parameter of that name where `packed`.
 
-    `nest` holds the loop statements around the expert call, outermost first; it is empty for a comprehension.
+    `nest` holds the loop statements around the use of an expert, outermost first; it is empty for a comprehension.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Loop:
     nest: tuple[ast.stmt, ...]
     line: int
     evidence: frozenset[str]
+    packed: bool = False
 
     @property
     def where(self) -> str:
@@ -55,6 +57,12 @@ def stacks(module: nn.Module) -> Iterator[tuple[str, ...]]:
             yield path
 
 
+def packed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters that can hold one matrix per expert: [E, ., .]."""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    return {name: p for name, p in own.items() if p.dim() == 3 and p.shape[0] > 1}
+
+
 def _expert_sized(member: nn.Module | None) -> bool:
     if member is None:
         return False
@@ -64,17 +72,28 @@ def _expert_sized(member: nn.Module | None) -> bool:
 def find_loops(module: nn.Module) -> list[Loop]:
     """The data-dependent expert loops in the methods of `module`'s class."""
     known = set(stacks(module))
+    packed: set[tuple[str, ...]] = {(name,) for name in packed_weights(module)}
     found: list[Loop] = []
-    if not known:
-        return found
-    for name, function in methods(module).items():
-        names = {word for path in known for word in path}
-        if names and not names.intersection(_words(function)):
-            continue  # doesn't name a stack: not worth reading
+    for name, function in _naming(module, known | packed).items():
         source = read(function)
         if source is not None and source.parameters:
-            found.extend(_Reader(module, name, source, known).loops())
+            found.extend(_Reader(module, name, source, known, packed).loops())
     return found
+
+
+def unreadable(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Methods that name a stack of experts but have no source to look into, and that stack."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path in stacks(module):
+        found.update({name: path for name, f in _naming(module, {path}).items() if path and read(f) is None})
+    return found
+
+
+def _naming(module: nn.Module, paths: set[tuple[str, ...]]) -> dict[str, types.FunctionType]:
+    """The methods worth reading: those that name something on one of the paths."""
+    words = {word for path in paths for word in path}
+    own = methods(module) if paths else {}
+    return {name: f for name, f in own.items() if name != "__init__" and (() in paths or words & _words(f))}
 
 
 def methods(module: nn.Module) -> dict[str, types.FunctionType]:
@@ -105,8 +124,10 @@ def _words(function: types.FunctionType) -> set[str]:
 class _Reader:
     """Reads one method."""
 
-    def __init__(self, module: nn.Module, name: str, source: Source, known: set[tuple[str, ...]]) -> None:
-        self.module, self.name, self.source, self.known = module, name, source, known
+    def __init__(
+        self, module: nn.Module, name: str, source: Source, known: set[tuple[str, ...]], packed: set[tuple[str, ...]]
+    ) -> None:
+        self.module, self.name, self.source, self.known, self.packed = module, name, source, known, packed
         self.parents = {child: node for node in ast.walk(source.tree) for child in ast.iter_child_nodes(node)}
         self.stack_names: dict[str, tuple[str, ...]] = {}
         self.member_names: dict[str, tuple[str, ...]] = {}
@@ -114,19 +135,32 @@ class _Reader:
 
     def loops(self) -> Iterator[Loop]:
         seen: set[ast.AST] = set()
-        for call in ast.walk(self.source.tree):
-            stack = self._member(call.func) if isinstance(call, ast.Call) else None
-            if not isinstance(call, ast.Call) or stack is None:
+        for use in ast.walk(self.source.tree):
+            stack = self._used(use)
+            if stack is None:
                 continue
-            around = list(self._around(call))
+            around = list(self._around(use))
             nest = tuple(n for n in reversed(around) if isinstance(n, (ast.For, ast.While)))
-            repeated = nest or tuple(n for n in around if isinstance(n, (ast.ListComp, ast.GeneratorExp)))
-            if not repeated or repeated[0] in seen or (nest and self._is_sequential(nest[-1], call)):
+            comprehensions = (n for n in around if isinstance(n, (ast.ListComp, ast.GeneratorExp)))
+            repeated: ast.stmt | ast.expr | None = nest[0] if nest else next(comprehensions, None)
+            if repeated is None or repeated in seen:
                 continue
-            seen.add(repeated[0])
-            evidence = self._evidence(repeated[0])
+            if nest and isinstance(use, ast.Call) and self._is_sequential(nest[-1], use):
+                continue
+            seen.add(repeated)
+            evidence = self._evidence(repeated)
             if evidence:
-                yield Loop(self.name, self.source, stack, nest, repeated[0].lineno, evidence)
+                packed = stack in self.packed
+                yield Loop(self.name, self.source, stack, nest, repeated.lineno, evidence, packed)
+
+    def _used(self, node: ast.AST) -> tuple[str, ...] | None:
+        """The stack of which `node` calls a member, or takes one expert's packed weight."""
+        if isinstance(node, ast.Call):
+            return self._member(node.func)
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            path = self._path(node.value)
+            return path if path in self.packed else None
+        return None
 
     def _bind(self) -> None:
         """Local names of stacks (`experts = self.experts`) and of their members (`expert = experts[i]`)."""
@@ -145,16 +179,19 @@ class _Reader:
                 if stack is not None:
                     self.member_names.update(dict.fromkeys(stores(node.target), stack))
 
-    def _stack(self, node: ast.AST) -> tuple[str, ...] | None:
+    def _path(self, node: ast.AST) -> tuple[str, ...] | None:
+        """("a", "b") for `self.a.b`."""
         path: list[str] = []
         while isinstance(node, ast.Attribute):
             path.insert(0, node.attr)
             node = node.value
-        if not isinstance(node, ast.Name):
-            return None
-        if node.id == self.source.self_name:
-            return tuple(path) if tuple(path) in self.known else None
-        return self.stack_names.get(node.id) if not path else None
+        return tuple(path) if isinstance(node, ast.Name) and node.id == self.source.self_name else None
+
+    def _stack(self, node: ast.AST) -> tuple[str, ...] | None:
+        path = self._path(node)
+        if path is not None:
+            return path if path in self.known else None
+        return self.stack_names.get(node.id) if isinstance(node, ast.Name) else None
 
     def _member(self, node: ast.AST) -> tuple[str, ...] | None:
         if isinstance(node, ast.Attribute) and node.attr == "forward":
@@ -191,9 +228,8 @@ class _Reader:
             reached = reached or any(node is call for node in ast.walk(statement))
             if not reached:
                 before.append(statement)
-            elif isinstance(statement, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
-                if any(node is call for node in ast.walk(statement)) or loads(statement) & results:
-                    results |= _written(statement)
+            elif any(node is call for node in ast.walk(statement)) or loads(statement) & results:
+                results |= _written(statement)
         needed = set().union(*(loads(arg) for arg in (*call.args, *(k.value for k in call.keywords))))
         for statement in reversed(before):
             if isinstance(statement, ast.Assign) and stores(statement) & needed:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.canonical.probe import compute_device, isolated, random_parameters, shadow
-from moeca_compile.ops import ACTIVATIONS, segments
+from moeca_compile.canonical.probe import compute_device, isolated, random_parameters, relative_error, shadow
+from moeca_compile.ops import ACTIVATIONS, WeightLists, segments
 
 Rows = tuple[int | None, int | None, int | None]  # start, stop, step of a slice of output features
 ALL_ROWS: Rows = (None, None, None)
 _PROBE_TOKENS = 5
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TOLERANCE = 1e-4  # float32, relative; the nearest wrong candidate, tanh for erf GELU, is about there: so the best wins
 
 
@@ -54,7 +55,7 @@ class ExpertBody:
     in_features: int
     out_features: int
 
-    def weights(self, experts: Sequence[nn.Module]) -> tuple[list[Tensor], ...]:
+    def weights(self, experts: Sequence[nn.Module]) -> WeightLists:
         """The six weight lists that `moeca::experts` takes, from the expert modules as they are now."""
         lists: list[list[Tensor]] = []
         biases: list[list[Tensor]] = []
@@ -62,7 +63,7 @@ class ExpertBody:
             pairs = [part.tensors(expert) for expert in experts] if part is not None else []
             lists.append([weight for weight, _ in pairs])
             biases.append([bias for _, bias in pairs if bias is not None])
-        return (*lists, *biases)
+        return lists[0], lists[1], lists[2], biases[0], biases[1], biases[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +89,8 @@ class ModuleExperts:
     def gated(self) -> bool:
         return self.body.gate is not None
 
-    def members(self, owner: nn.Module) -> list[nn.Module]:
-        return list(walk(owner, self.stack)._modules.values())
-
-    def weights(self, owner: nn.Module) -> tuple[list[Tensor], ...]:
-        return self.body.weights(self.members(owner))
+    def weights(self, owner: nn.Module) -> WeightLists:
+        return self.body.weights(members(owner, self.stack))
 
     def count(self, owner: nn.Module) -> int:
         return len(walk(owner, self.stack)._modules)
@@ -103,6 +101,11 @@ def walk(module: nn.Module, path: Sequence[str]) -> Any:
     for name in path:
         module = getattr(module, name)
     return module
+
+
+def members(owner: nn.Module, stack: Sequence[str]) -> list[nn.Module]:
+    """The experts in the container at `stack`, in order."""
+    return list(walk(owner, stack)._modules.values())
 
 
 class Recogniser:
@@ -147,7 +150,7 @@ def _unfit(expert: nn.Module) -> str:
         if next(module.buffers(recurse=False), None) is not None:
             return f"keeps a buffer in {name or 'itself'}: only stateless experts are recognised"
     for name, p in expert.named_parameters():
-        if type(p) is not nn.Parameter or not p.is_floating_point():
+        if type(p) is not nn.Parameter or p.dtype not in _DTYPES:
             return f"has quantised or sharded weights ({name} is a {type(p).__name__} of {p.dtype})"
         if id(p) not in owned:
             return f"has a parameter outside its Linear layers ({name}): only MLP and gated MLP bodies are recognised"
@@ -195,37 +198,42 @@ def _candidates(expert: nn.Module) -> Iterator[tuple[Part, Part, Part | None]]:
         elif down.in_features == up.out_features:
             yield Part(order[0]), Part(order[1]), None
         elif 2 * down.in_features == up.out_features:
-            half = down.in_features
-            halves: tuple[tuple[Rows, Rows], ...] = (
-                ((None, half, None), (half, None, None)),
-                ((None, None, 2), (1, None, 2)),
-            )
-            for first, second in halves:
-                yield Part(order[0], second), Part(order[1]), Part(order[0], first)
-                yield Part(order[0], first), Part(order[1]), Part(order[0], second)
+            for up_rows, gate_rows in halves(down.in_features):
+                yield Part(order[0], up_rows), Part(order[1]), Part(order[0], gate_rows)
+
+
+def halves(half: int) -> Iterator[tuple[Rows, Rows]]:
+    """How a fused projection of 2 * `half` features can hold (up, gate): one after the other, or interleaved."""
+    for first, second in (((None, half, None), (half, None, None)), ((None, None, 2), (1, None, 2))):
+        yield second, first
+        yield first, second
 
 
 def _identify(expert: nn.Module) -> ExpertBody | str:
     candidates = list(_candidates(expert))
     if not candidates:
         shapes = [(linear.in_features, linear.out_features) for _, linear in _linears(expert)]
-        return f"the Linear layers {shapes} don't chain into a (gated) MLP"
+        return f"has Linear layers {shapes} that don't chain into a (gated) MLP"
     device = compute_device(expert)
+    problem = ""
     with isolated(expert):
-        try:
-            twin = shadow(expert, random_parameters(expert, device, seed=1))
-            in_features = walk(twin, candidates[0][0].path).weight.shape[1]
-            # Large enough that the activations differ: near zero all are a straight line.
-            x = 3.0 * torch.randn(_PROBE_TOKENS, in_features, device=device)
-            wanted = twin(x.clone())
+        for width in dict.fromkeys(walk(expert, up.path).in_features for up, *_ in candidates):
+            try:
+                twin = shadow(expert, random_parameters(expert, device, seed=1))
+                # Large enough that the activations differ: near zero all are a straight line.
+                x = 3.0 * torch.randn(_PROBE_TOKENS, width, device=device)
+                wanted = twin(x.clone())
+            except Exception as error:
+                problem = problem or f"can't be run on tokens [n, D] ({type(error).__name__}: {error})"
+                continue
             if not isinstance(wanted, Tensor):
                 return f"returns a {type(wanted).__name__}, not one tensor"
-        except Exception as error:
-            return f"can't be run on tokens [n, D] ({type(error).__name__}: {error})"
-        best = min((_error(twin, x, wanted, body), i, body) for i, body in enumerate(_bodies(twin, candidates)))
-    if best[0] < _TOLERANCE:
-        return best[2]
-    return f"computes something other than a (gated) MLP with one of the activations {', '.join(ACTIVATIONS)}"
+            errors = [(_error(twin, x, wanted, body), body) for body in _bodies(twin, candidates)]
+            error, body = min(errors, key=lambda pair: pair[0])
+            if error < _TOLERANCE:
+                return body
+            problem = f"computes something other than a (gated) MLP with an activation of {', '.join(ACTIVATIONS)}"
+    return problem
 
 
 def _bodies(expert: nn.Module, roles: list[tuple[Part, Part, Part | None]]) -> Iterator[ExpertBody]:
@@ -240,6 +248,4 @@ def _error(expert: nn.Module, x: Tensor, wanted: Tensor, body: ExpertBody) -> fl
     if body.in_features != x.shape[1] or wanted.shape != (len(x), body.out_features):
         return math.inf
     ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
-    got = segments(x, ids, *body.weights([expert]), body.activation).squeeze(1)
-    error = float((got - wanted).abs().max() / wanted.abs().max())
-    return math.inf if math.isnan(error) else error
+    return relative_error(segments(x, ids, *body.weights([expert]), body.activation).squeeze(1), wanted)

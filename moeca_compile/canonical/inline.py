@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.canonical import method
-from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, run, tokens_of
+from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, length, run, tokens_of
 from moeca_compile.canonical.dispatch import Loop, feeders, methods
 from moeca_compile.canonical.method import Layout
 from moeca_compile.canonical.probe import close, isolated
@@ -97,27 +97,26 @@ def _entries(stand: Stand, loop: Loop) -> Iterator[Entry]:
 
 def _maker(count: int, make: _Shapes) -> Callable[[Stand, int, torch.dtype], Arguments]:
     def arguments(stand: Stand, seed: int, dtype: torch.dtype) -> Arguments:
-        width, length = stand.experts.in_features, 5 + seed + stand.num_experts // 2
-        shapes = make(count, length, width)
+        shapes = make(count, length(seed, stand.num_experts), stand.experts.in_features)
         return tuple(tokens_of(seed + 10 * i, shape, stand.device, dtype) for i, shape in enumerate(shapes))
 
     return arguments
 
 
-def _batched(count: int, length: int, width: int) -> list[tuple[int, ...]]:
-    return [(_BATCH, length, width)]
+def _batched(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
+    return [(_BATCH, tokens, width)]
 
 
-def _flat(count: int, length: int, width: int) -> list[tuple[int, ...]]:
-    return [(length, width)]
+def _flat(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
+    return [(tokens, width)]
 
 
-def _with_vectors(count: int, length: int, width: int) -> list[tuple[int, ...]]:
-    return [(_BATCH, length, width)] + [(_BATCH, width)] * (count - 1)
+def _with_vectors(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
+    return [(_BATCH, tokens, width)] + [(_BATCH, width)] * (count - 1)
 
 
-def _with_tokens(count: int, length: int, width: int) -> list[tuple[int, ...]]:
-    return [(_BATCH, length, width)] * count
+def _with_tokens(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
+    return [(_BATCH, tokens, width)] * count
 
 
 def _observe(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry) -> _Locals:
@@ -173,7 +172,9 @@ def _roles(stand: Stand, names: list[str], values: dict[str, Tensor]) -> Iterato
     width, num_experts = stand.experts.in_features, stand.num_experts
     for x, idx, w in product(names, repeat=3):
         tokens, ids, weights = values[x], values[idx], values[w]
-        if not (tokens.is_floating_point() and weights.is_floating_point()) or ids.dtype not in (torch.int64, torch.int32):
+        if ids.dtype not in (torch.int64, torch.int32):
+            continue
+        if not (tokens.is_floating_point() and weights.is_floating_point()):
             continue
         count = tokens.numel() // width
         if tokens.shape[-1:] != (width,) or not count or ids.numel() % count or ids.numel() < count:

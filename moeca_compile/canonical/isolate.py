@@ -16,7 +16,7 @@ _numbers = itertools.count()
 
 
 def isolate(model: nn.Module) -> bool:
-    """Replace `model.forward` by a copy with its own code; False where the instance already has a forward of its own."""
+    """Replace `model.forward` by a copy with its own code; False where the instance has a forward of its own."""
     shared = type(model).forward
     if "forward" in model.__dict__ or not isinstance(shared, types.FunctionType):
         return False

@@ -7,6 +7,7 @@ trying: the original is run on each layout, and the one that gives the gate-weig
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
@@ -14,10 +15,10 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, run, tokens_of
+from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, length, run, tokens_of
 from moeca_compile.canonical.dispatch import Loop
 from moeca_compile.canonical.probe import isolated
-from moeca_compile.canonical.routed import NAME, Routed
+from moeca_compile.canonical.routed import NAME, Experts, Routed
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,33 @@ def fits(loop: Loop) -> bool:
     return loop.source.is_plain and len(loop.source.required) == 3
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One reading of the arguments: `roles` are the names of tokens, ids and weights."""
+
+    roles: tuple[str, ...]
+    layout: Layout
+    entry: Entry
+
+    def proposal(self, loop: Loop, experts: Experts) -> Proposal:
+        routed = Routed(experts, dense=self.layout.w == "TE", dtype="x")
+        return Proposal(Rewrite.of(loop, _call(loop, self.roles), routed), self.entry)
+
+
+def trials(stand: Stand, loop: Loop, layouts: Sequence[Layout]) -> Iterator[Trial]:
+    """Every reading of the method's three arguments, the likely ones first."""
+    for roles, layout, top_k in product(permutations(loop.source.required), layouts, _possible_k(stand)):
+        yield Trial(roles, layout, _entry(loop, roles, layout, top_k))
+
+
 def attempt(stand: Stand, loop: Loop, layouts: Sequence[Layout]) -> Proposal | str:
     """The rewritten method, or why there is none."""
     reason = ""
-    for roles, layout, top_k in product(permutations(loop.source.required), layouts, _possible_k(stand)):
-        routed = Routed(stand.experts, dense=layout.w == "TE", dtype="x")
-        proposal = Proposal(Rewrite.of(loop, _call(loop, roles), routed), _entry(loop, roles, layout, top_k))
+    for trial in trials(stand, loop, layouts):
+        proposal = trial.proposal(loop, stand.experts)
         problem = stand.disagreement(proposal)
         if not problem:
-            return _with_dtype(stand, proposal, roles)
+            return with_dtype(stand, proposal, trial)
         if not reason or reason.startswith("the original"):
             reason = problem
     return reason
@@ -75,9 +94,9 @@ def _possible_k(stand: Stand) -> list[int]:
 def _call(loop: Loop, roles: tuple[str, ...]) -> ast.FunctionDef:
     """`return _moeca_routed(self, x, idx, w)` in place of the body."""
     line = ast.parse(f"return {NAME}({', '.join((loop.source.self_name, *roles))})").body
-    tree = ast.FunctionDef(**{name: getattr(loop.source.tree, name, None) for name in loop.source.tree._fields})
+    tree = copy.copy(loop.source.tree)
     tree.body = [_located(statement, loop.nest[0] if loop.nest else loop.source.tree) for statement in line]
-    return ast.copy_location(tree, loop.source.tree)
+    return tree
 
 
 def _located(statement: ast.stmt, place: ast.stmt) -> ast.stmt:
@@ -100,7 +119,7 @@ def _entry(loop: Loop, roles: tuple[str, ...], layout: Layout, top_k: int) -> En
 def _arguments(stand: Stand, layout: Layout, top_k: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """x, idx, w; every expert is hit for odd seeds, as few as can be for even ones."""
     num_experts, batch = stand.num_experts, 2
-    count = batch * (4 + seed + num_experts // (2 * top_k))
+    count = batch * length(seed, num_experts)
     generator = torch.Generator().manual_seed(seed)
     x = tokens_of(seed, (count, stand.experts.in_features), stand.device, dtype)
     scores = torch.rand(1 if seed % 2 == 0 else count, num_experts, generator=generator).expand(count, -1).clone()
@@ -118,11 +137,11 @@ def _arguments(stand: Stand, layout: Layout, top_k: int, seed: int, dtype: torch
     )
 
 
-def _with_dtype(stand: Stand, proposal: Proposal, roles: tuple[str, ...]) -> Proposal:
+def with_dtype(stand: Stand, proposal: Proposal, trial: Trial) -> Proposal:
     """Set whose dtype the result follows, from one run in which tokens, experts and weights have different ones."""
     follows = {torch.float32: "x", torch.bfloat16: "y", torch.float64: ""}
     rewrite, entry = proposal.rewrite, proposal.entry
-    weights = rewrite.source.required.index(roles[2])
+    weights = rewrite.source.required.index(trial.roles[2])
     mixed = tuple(a.double() if i == weights else a for i, a in enumerate(entry.arguments(stand, 1, torch.float32)))
     with isolated(stand.module):
         try:

@@ -9,17 +9,8 @@ inside the forward that also holds the router.
 
 from __future__ import annotations
 
-from moeca_compile.canonical import inline, method
-from moeca_compile.canonical.attempt import Proposal, Stand
-from moeca_compile.canonical.dispatch import MASKED, Loop
+from moeca_compile.canonical.dispatch import MASKED
+from moeca_compile.canonical.family import Family
+from moeca_compile.canonical.method import FLAT, PAIRED
 
-NAME = "nonzero_loop"
-
-
-def claims(loop: Loop) -> bool:
-    return bool(loop.evidence & MASKED)
-
-
-def propose(stand: Stand, loop: Loop) -> Proposal | str | None:
-    """The rewritten method, why there is none, or None where inference doesn't reach the loop."""
-    return inline.whole_or_loop(stand, loop, method.PAIRED + method.FLAT)
+FAMILY = Family("nonzero_loop", MASKED, PAIRED + FLAT)

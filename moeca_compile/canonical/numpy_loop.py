@@ -8,17 +8,8 @@ Seen in DiT-MoE, HiDream, TC-DiT and DeepSeek's reference code, mostly as a meth
 
 from __future__ import annotations
 
-from moeca_compile.canonical import inline, method
-from moeca_compile.canonical.attempt import Proposal, Stand
-from moeca_compile.canonical.dispatch import SORTED, Loop
+from moeca_compile.canonical.dispatch import SORTED
+from moeca_compile.canonical.family import Family
+from moeca_compile.canonical.method import FLAT, PAIRED
 
-NAME = "numpy_loop"
-
-
-def claims(loop: Loop) -> bool:
-    return bool(loop.evidence & SORTED)
-
-
-def propose(stand: Stand, loop: Loop) -> Proposal | str | None:
-    """The rewritten method, why there is none, or None where inference doesn't reach the loop."""
-    return inline.whole_or_loop(stand, loop, method.FLAT + method.PAIRED)
+FAMILY = Family("numpy_loop", SORTED, FLAT + PAIRED)

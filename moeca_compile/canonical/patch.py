@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ import torch
 from torch import nn
 
 from moeca_compile.canonical.attempt import Rewrite
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,26 @@ def installed(module: nn.Module) -> dict[str, Installed]:
 
 
 def replaced(module: nn.Module, name: str) -> bool:
-    """Whether someone else put a method of their own on the instance. An unpickled patch is the class's own method."""
-    own = vars(module).get(name)
-    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), name)
+    """Whether someone put another method of that name on the instance; the class's own code again doesn't count."""
+    if name not in vars(module):
+        return False
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in (vars(module)[name], getattr(type(module), name))]
+    return len({code and (code.co_filename, code.co_firstlineno, code.co_code) for code in codes}) > 1
 
 
 # Equal patches are one function: modules of one class then share one compiled graph.
 @functools.lru_cache(maxsize=512)
-def _method(original: Callable[..., Any], note: Installed) -> types.FunctionType:
+def _method(original: Callable[..., Any], note: Installed) -> Callable[..., Any]:
     canonical = note.rewrite.function()
 
-    @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and not self.training:
             return canonical(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
+    # Dynamo keeps graphs and recompile counts on code objects: each patch needs one of its own.
+    mark = f"moeca patch {next(_numbers)}"
+    method.__code__ = method.__code__.replace(co_consts=(*method.__code__.co_consts, mark))
+    functools.update_wrapper(method, original)
     method.moeca = note  # type: ignore[attr-defined]
-    assert isinstance(method, types.FunctionType)
     return method

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import nn
 
-from moeca_compile.canonical import nonzero_loop, numpy_loop
+from moeca_compile.canonical import nonzero_loop, numpy_loop, packed
 from moeca_compile.canonical.attempt import ModuleStand, Proposal, Stand
-from moeca_compile.canonical.dispatch import Loop, find_loops
-from moeca_compile.canonical.experts import ModuleExperts, Recogniser, walk
+from moeca_compile.canonical.dispatch import Loop, find_loops, unreadable
+from moeca_compile.canonical.experts import ExpertBody, ModuleExperts, Recogniser, members
+from moeca_compile.canonical.family import Family
 from moeca_compile.canonical.patch import Installed, install, installed, replaced, uninstall
 from moeca_compile.canonical.report import PreparedModule, PrepareReport
 from moeca_compile.canonical.routed import Experts
 from moeca_compile.regions import Miss
 
-
-class Family(Protocol):
-    """One kind of dispatch; a module of this package with these names."""
-
-    NAME: str
-
-    def claims(self, loop: Loop) -> bool: ...
-
-    def propose(self, stand: Stand, loop: Loop) -> Proposal | str | None: ...
-
-
-FAMILIES: tuple[Family, ...] = (
-    numpy_loop,  # sorted segments, counts on the host; first, because its code may use where() as well
-    nonzero_loop,  # a mask per expert
+FAMILIES = (
+    numpy_loop.FAMILY,  # sorted segments, counts on the host; first, because its code may use where() as well
+    nonzero_loop.FAMILY,  # a mask per expert
 )
 
 _REMEDY = (
@@ -64,6 +52,10 @@ def prepare(model: nn.Module) -> PrepareReport:
             elif outcome is not None:
                 reason = f"the expert dispatch in {type(module).__name__}.{loop.name}: {outcome}. {_REMEDY}"
                 misses.append(Miss(reason, path or "(root)", loop.where))
+        for name, stack in unreadable(module).items():
+            if isinstance(worker.recogniser.body_of(members(module, stack)), ExpertBody):
+                reason = f"{type(module).__name__}.{name} uses experts but has no source that can be read. {_REMEDY}"
+                misses.append(Miss(reason, path or "(root)"))
     return PrepareReport(tuple(changed), tuple(misses))
 
 
@@ -83,43 +75,57 @@ class _Worker:
 
     def __init__(self) -> None:
         self.recogniser = Recogniser()
-        self.known: dict[tuple[type, str, int, Experts], Proposal | str | None] = {}
+        self.known: dict[tuple[type, str, int, Experts | None], Proposal | str | None] = {}
 
     def prepare(self, module: nn.Module, loop: Loop) -> Installed | str | None:
         """Install a patch and say which; or why not; or None where inference doesn't reach the loop."""
         if replaced(module, loop.name):
             return f"{loop.name} was replaced on this instance (offloading or adapter hooks?): prepare before that"
-        body = self.recogniser.body_of(list(walk(module, loop.stack)._modules.values()))
-        if isinstance(body, str):
-            return body
-        stand = ModuleStand(module, ModuleExperts(loop.stack, body))
         family = next(family for family in FAMILIES if family.claims(loop))
-        proposal = self._propose(family, stand, loop)
-        if not isinstance(proposal, Proposal):
-            return proposal
+        found = self._propose(family, module, loop)
+        if not isinstance(found, tuple):
+            return found
+        stand, proposal = found
         on_meta = any(p.is_meta for p in module.parameters())
         problem = "" if on_meta else stand.disagreement_on_own_weights(proposal)
         if problem:
             return f"{problem} (on its own weights)"
-        install(module, proposal.rewrite, family.NAME, verified=not on_meta)
+        install(module, proposal.rewrite, family.name, verified=not on_meta)
         return installed(module)[loop.name]
 
-    def _propose(self, family: Family, stand: Stand, loop: Loop) -> Proposal | str | None:
-        key = (type(stand.module), loop.name, loop.line, stand.experts)
+    def _propose(self, family: Family, module: nn.Module, loop: Loop) -> tuple[Stand, Proposal] | str | None:
+        experts: ModuleExperts | None = None
+        if not loop.packed:
+            body = self.recogniser.body_of(members(module, loop.stack))
+            if isinstance(body, str):
+                return body
+            experts = ModuleExperts(loop.stack, body)
+        key = (type(module), loop.name, loop.line, experts)
         known = self.known.get(key)
-        if isinstance(known, Proposal) and stand.disagreement(known, seeds=(1, 2)):
-            known = None  # the same code under other settings
-            del self.known[key]
+        if isinstance(known, Proposal):
+            stand = _stand(module, known.rewrite.routed.experts)
+            if not stand.disagreement(known, seeds=(1, 2)):
+                return stand, known
+            del self.known[key]  # the same code under other settings
         if key not in self.known:
-            try:
-                self.known[key] = family.propose(stand, loop)
-            except Exception as error:
-                self.known[key] = f"can't be copied for a trial run ({type(error).__name__}: {error})"
-        return self.known[key]
+            self.known[key] = _search(family, module, loop, experts)
+        found = self.known[key]
+        return (_stand(module, found.rewrite.routed.experts), found) if isinstance(found, Proposal) else found
+
+
+def _search(family: Family, module: nn.Module, loop: Loop, experts: ModuleExperts | None) -> Proposal | str | None:
+    try:
+        if experts is None:
+            return packed.propose(module, loop, family.layouts)
+        return family.propose(ModuleStand(module, experts), loop, family.layouts)
+    except Exception as error:  # whatever a copy of somebody's module can raise
+        return f"no copy of it can be tried out ({type(error).__name__}: {error})"
+
+
+def _stand(module: nn.Module, experts: Experts) -> Stand:
+    return ModuleStand(module, experts) if isinstance(experts, ModuleExperts) else packed.PackedStand(module, experts)
 
 
 def _describe(path: str, module: nn.Module, note: Installed) -> PreparedModule:
     experts = note.rewrite.routed.experts
-    return PreparedModule(
-        path, note.family, experts.count(module), experts.activation, experts.gated, note.verified
-    )
+    return PreparedModule(path, note.family, experts.count(module), experts.activation, experts.gated, note.verified)

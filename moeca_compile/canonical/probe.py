@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,9 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, tor
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
     """No gradients, no autocast, a fixed seed, and the random state of CPU and the module's devices put back after."""
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
     with (
-        torch.random.fork_rng([d.index for d in devices if d.index is not None]),
+        torch.random.fork_rng(devices),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
@@ -79,18 +80,22 @@ def close(a: object, b: object, tolerance: float | None = None) -> bool:
     return type(a) is type(b)
 
 
+def relative_error(got: Tensor, wanted: object) -> float:
+    """Largest difference relative to the largest wanted value; infinite for another shape or not a number."""
+    if not isinstance(wanted, Tensor) or got.shape != wanted.shape:
+        return math.inf
+    error = float((got - wanted).abs().max() / wanted.abs().max())
+    return math.inf if math.isnan(error) else error
+
+
 def same_state(a: nn.Module, b: nn.Module) -> str:
     """The name of a buffer or attribute in which two copies of a module differ, or ''."""
-    others = dict(b.named_modules())
+    theirs = {path: _state(module) for path, module in b.named_modules()}
     for path, module in a.named_modules():
-        other = others.get(path)
-        if other is None:
-            return path
-        for name, value in _state(module).items():
-            if not close(value, _state(other).get(name)):
-                return f"{path}.{name}".lstrip(".")
-        if _state(module).keys() != _state(other).keys():
-            return path or type(a).__name__
+        ours, other = _state(module), theirs.get(path, {})
+        for name in dict.fromkeys((*ours, *other)):
+            if not close(ours.get(name), other.get(name)):
+                return f"{path}.{name}" if path else name
     return ""
 
 

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-import moeca_compile.ops  # noqa: F401  (registers moeca::experts)
+from moeca_compile.ops import WeightLists  # and registers moeca::experts
+
 NAME = "_moeca_routed"  # what rewritten code calls it
 
 
@@ -31,7 +32,7 @@ class Experts(Protocol):
     @property
     def gated(self) -> bool: ...
 
-    def weights(self, owner: nn.Module) -> tuple[list[Tensor], ...]:
+    def weights(self, owner: nn.Module) -> WeightLists:
         """The six lists that `moeca::experts` takes, as they are now."""
 
     def count(self, owner: nn.Module) -> int:

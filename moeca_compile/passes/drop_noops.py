@@ -33,9 +33,9 @@ def _passes_on(node: Node) -> bool:
     if node.target in _PASS_ON:
         return True
     if node.target is aten.dropout.default:
-        return node.args[1] == 0 or node.args[2] is False
+        return bool(node.args[1] == 0 or node.args[2] is False)
     if node.target in (aten._to_copy.default, aten.to.dtype):
         before, after = fx.need(fx.arg(node, 0)), fx.need(node)
         kind = (before.dtype, before.device, before.layout, before.stride())
-        return bool(kind == (after.dtype, after.device, after.layout, after.stride()))
+        return kind == (after.dtype, after.device, after.layout, after.stride())
     return False

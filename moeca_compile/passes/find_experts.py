@@ -24,7 +24,7 @@ def find_experts(gm: GraphModule, ctx: Context) -> Context:
     misses, used = list(ctx.misses), set[Node]()
     for node in calls:
         ids = fx.arg(node, 1)
-        above = [topk for topk in topks if cone.feeds(topk, ids)]
+        above = [topk for topk in topks if cone.feeds(topk, ids) and _chooses(cone, topk, ids)]
         router = above[-1] if above else None
         used.update(above)
         found.append(ExpertsInfo(node.name, ids.name, _router(router) if router is not None else None))
@@ -35,6 +35,13 @@ def find_experts(gm: GraphModule, ctx: Context) -> Context:
             reason = "a top-k that feeds no moeca::experts: its layer is cached as a whole, not by branch"
             misses.append(Miss(reason, topk.name, fx.where(topk)))
     return replace(ctx, experts=tuple(found), misses=tuple(misses))
+
+
+def _chooses(cone: fx.Cone, topk: Node, ids: Node) -> bool:
+    """Whether the ids come from this top-k itself, and not from a layer behind it."""
+    return not any(
+        node.target in fx.MATMULS or node.target is fx.SDPA or fx.is_experts(node) for node in cone.between(topk, ids)
+    )
 
 
 def _router(topk: Node) -> RouterInfo:

@@ -3,10 +3,13 @@
 A call goes on with the trajectory if its timestep moves on in the same direction and its latent is near the last one;
 else it starts cold. Calls that share a timestep are streams (conditional, unconditional), told apart by their
 conditioning; the first step fixes how many there are. What doesn't fit is computed in full and changes nothing.
+
+What it can't see: a trajectory whose latents, conditioning and timesteps all look like the next step of another one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -18,12 +21,14 @@ _NAME_IT = "tell the calls apart with moeca_compile.trajectory(model, steps, str
 @dataclass(frozen=True, slots=True)
 class Sighting:
     """What one call shows: its timestep (None: unreadable, and `trouble` says why), a fingerprint of its
-    conditioning inputs, and the latent's relative change since the last call (0 where there was none)."""
+    conditioning inputs, the latent's relative change since the last call (0 where there was none), and whether calls
+    of other shapes took steps in between (`gap`)."""
 
     timestep: float | None
     condition: Hashable = ()
     jump: float = 0.0
     trouble: str = ""
+    gap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Tick:
 
 @dataclass(slots=True)
 class Clock:
-    """One trajectory at a time. `latent_jump` is the largest change between calls of one trajectory."""
+    """One trajectory at a time. `latent_jump` is the largest change between calls of one trajectory; inf: any."""
 
     latent_jump: float = 0.7
     step: int = -1
@@ -46,6 +51,7 @@ class Clock:
     direction: int = 0
     streams: list[Hashable] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    broken_off: int = 0  # starts in a row that were cut short after one step
 
     def observe(self, call: Sighting) -> Tick:
         """Place one call, and move on."""
@@ -53,24 +59,36 @@ class Clock:
             return Tick(max(self.step, 0), None, warning=call.trouble)
         if self.step < 0:
             return self._start(call)
-        if call.timestep == self.timestep:
-            return self._same_timestep(call)
-        forward = 1 if call.timestep > self.timestep else -1
-        if self.direction and forward != self.direction:
+        forward = (call.timestep > self.timestep) - (call.timestep < self.timestep)
+        if forward and self.direction and forward != self.direction:
             return self._start(call)
-        if call.jump > self.latent_jump:
-            known = self.step > 0  # a single call before may have been anything, a warm-up for instance
-            return self._start(
-                call,
-                f"the latent changed by {call.jump:.2f} of its norm between two calls: taken for another trajectory, "
-                f"so this step is computed in full; with interleaved trajectories {_NAME_IT}"
-                if known
-                else "",
-            )
+        if self._is_elsewhere(call):
+            return self._start(call, self._interrupted(call))
+        if not forward:
+            return self._same_timestep(call)
         self.direction, self.timestep = forward, call.timestep
         self.step += 1
         self.seen = set()
+        self.broken_off = 0
         return self._place(call)
+
+    def _is_elsewhere(self, call: Sighting) -> bool:
+        # NOTE: `not <=` and not `>`: a latent that isn't finite is near nothing
+        return call.gap or (math.isfinite(self.latent_jump) and not call.jump <= self.latent_jump)
+
+    def _interrupted(self, call: Sighting) -> str:
+        """The warning for a start that breaks a trajectory off. A lone call may have been anything, a warm-up for
+        instance; but one after the other are trajectories that take turns, or steps that are too far apart."""
+        self.broken_off += call.timestep != self.timestep and self.step == 0
+        if self.step == 0 and self.broken_off < 2:
+            return ""
+        what = (
+            "steps of other input shapes were run" if call.gap else f"the latent changed by {call.jump:.2f} of its norm"
+        )
+        return (
+            f"{what} between two calls: taken for another trajectory, so this step is computed in full; with "
+            f"interleaved trajectories {_NAME_IT}"
+        )
 
     def _start(self, call: Sighting, warning: str = "") -> Tick:
         assert call.timestep is not None
@@ -81,7 +99,7 @@ class Clock:
     def _same_timestep(self, call: Sighting) -> Tick:
         if self.step > 0:
             return self._place(call)
-        if call.condition in self.streams or call.jump > self.latent_jump:
+        if call.condition in self.streams:
             return self._start(call)  # the first step again: another image, or a repeated first call
         if len(self.streams) == MAX_STREAMS:
             return Tick(0, None, warning=f"more than {MAX_STREAMS} calls share a timestep; {_NAME_IT}")

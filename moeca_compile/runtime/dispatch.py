@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -50,52 +52,103 @@ class Track:
     finite: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     records: list[StepRecord] = field(default_factory=list)
     tables: dict[Distances, torch.Tensor] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    elsewhere: set[float] = field(default_factory=set)  # timesteps that other programs saw since the last call here
 
-    def reset(self) -> None:
-        """Forget all streams; the next call is cold."""
+    def forget(self) -> None:
+        """Drop all state: the next call of each stream is cold."""
         self.states.clear()
         self.finite.clear()
-        self.records.clear()
 
 
-def run_step(program: Runnable, track: Track, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
+class Tracks:
+    """One set of weights in one trajectory (None: all calls outside any): a track for each program that it runs.
+
+    Programs differ in their input signature. A trajectory may change it on its way, and where it does so the clocks of
+    its programs have to agree: a named stream has one counter for all, and a clock is told of the others' steps.
+    """
+
+    def __init__(self, trajectory: Trajectory | None = None) -> None:
+        self.counter = Counter() if trajectory is not None and trajectory.stream is not None else None
+        self.exact = trajectory is not None
+        self.by_program: weakref.WeakKeyDictionary[Runnable, Track] = weakref.WeakKeyDictionary()
+        self.lock = threading.Lock()
+
+    def of(self, program: Runnable) -> Track:
+        if program not in self.by_program:
+            clock = self.counter or Clock(math.inf if self.exact else program.latent_jump)
+            self.by_program[program] = Track(clock)
+        return self.by_program[program]
+
+    def forget(self) -> None:
+        """Drop all state. A named stream goes on counting."""
+        self.by_program.clear()
+
+    def reset(self) -> None:
+        """Forget everything: the next call is the first."""
+        self.forget()
+        if self.counter is not None:
+            self.counter = Counter()
+
+    def saw(self, track: Track, timestep: float | None) -> bool:
+        """Note a call of `track`'s program; whether others took steps since its last one, which it then missed."""
+        now = math.nan if timestep is None else timestep
+        for other in self.by_program.values():
+            if other is not track and len(other.elsewhere) < 3:  # two of them may be this step and the next
+                other.elsewhere.add(now)
+        known = {track.clock.timestep, now} if isinstance(track.clock, Clock) else set()
+        missed = bool(track.elsewhere - known)
+        track.elsewhere.clear()
+        return missed
+
+    def begin(self, track: Track) -> None:
+        """A trajectory starts in `track`: what others keep of earlier ones is of no use any more."""
+        now = getattr(track.clock, "timestep", None)
+        for one in self.by_program.values():
+            if one is track or getattr(one.clock, "timestep", None) != now:
+                one.forget()
+                one.records.clear()
+
+
+def run_step(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
     """Run one call.
 
     Raises:
-        StateError: two threads share this track, or a trajectory got more calls than it declared.
+        StateError: two threads share these tracks, or a trajectory got more calls than it declared.
     """
-    if not track.lock.acquire(blocking=False):
+    if not tracks.lock.acquire(blocking=False):
         raise StateError(
             "this compiled model is running in another thread with the same state: give each thread's sampling loop "
             "its own `with moeca_compile.trajectory(model): ...`"
         )
     try:
-        return _run(program, track, args, trajectory)
+        return _run(program, tracks, args, trajectory)
     finally:
-        track.lock.release()
+        tracks.lock.release()
 
 
-def _run(program: Runnable, track: Track, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
+def _run(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
     begin = time.perf_counter()
-    sighting = _look(program, track, args)
+    track = tracks.of(program)
+    sighting = _look(program, tracks, track, args)
     tick = track.clock.observe(sighting)
     if tick.restart:
-        track.reset()
-    if tick.warning:
+        tracks.begin(track)
+    if tick.warning and program.layout:  # without state nothing is lost
         warn_once(program, tick.warning)
     if trajectory is not None and trajectory.steps is not None and tick.step >= trajectory.steps:
         raise StateError(
             f"the trajectory was declared with steps={trajectory.steps}, and this is call {tick.step + 1}"
             f"{' of stream ' + repr(trajectory.stream) if trajectory.stream else ''}: start a new trajectory"
         )
+    if tick.stream is None and sighting.timestep is None:
+        track.forget()  # nobody knows how far the trajectory went with this call
     state = None
     if tick.stream is not None:
         state = track.states.setdefault(tick.stream, StreamState(len(program.layout), len(program.schedule.rows[0])))
         _drop_if_not_finite(program, track, tick, state)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
-    arguments = _arguments(program, track, variant, args, state, tick.step)
+    arguments = arguments_for(program, track, variant, args, state, tick.step)
     if run is None:
         outside = time.perf_counter()
         run = program.compile(variant, arguments)
@@ -116,14 +169,15 @@ def _run(program: Runnable, track: Track, args: Sequence[Any], trajectory: Traje
     return outputs
 
 
-def _look(program: Runnable, track: Track, args: Sequence[Any]) -> Sighting:
+def _look(program: Runnable, tracks: Tracks, track: Track, args: Sequence[Any]) -> Sighting:
     timestep = None if program.timestep is None else args[program.timestep]
     if isinstance(track.clock, Counter):
         if not program.schedule.timesteps:
             return Sighting(0.0)  # nothing needs to be read
         return track.probe.look(timestep, None, ())
     latent = None if program.latent is None else args[program.latent]
-    return track.probe.look(timestep, latent, [args[i] for i in program.condition])
+    sighting = track.probe.look(timestep, latent, [args[i] for i in program.condition])
+    return replace(sighting, gap=True) if tracks.saw(track, sighting.timestep) else sighting
 
 
 def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState | None) -> tuple[Row, bool]:
@@ -147,9 +201,10 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
     return row, False
 
 
-def _arguments(
+def arguments_for(
     program: Runnable, track: Track, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int
 ) -> list[Any]:
+    """What `variant` takes for a call with `args` at `step`: inputs, state (zeros where unwritten), distances."""
     arguments = [args[i] for i in variant.takes]
     for slot in variant.reads:
         kept = state.tensors[slot] if state is not None else None

@@ -31,17 +31,15 @@ class Probe:
         times = timestep.detach().reshape(-1).double()
         numbers = [times.amin(), times.amax()]
         if self.last is not None and latent is not None:
-            before = self.last.detach().float()
-            numbers += [(latent.detach().float() - before).norm().double(), before.norm().double()]
-        low, high, *change = torch.stack([n.to(times.device) for n in numbers]).tolist()
+            numbers.append(_change(latent.detach().float(), self.last.float()))
+        low, high, *jump = torch.stack([n.to(times.device, torch.float64) for n in numbers]).tolist()
         if latent is not None:
             self.last = latent.detach().clone()
         if low != high:  # NaN too
             return Sighting(None, trouble=_PER_ROW)
-        jump = change[0] / max(change[1], 1e-12) if change else 0.0
-        return Sighting(low, tuple(self._fingerprint(one) for one in condition), jump)
+        return Sighting(low, tuple(self._fingerprint(one) for one in condition), jump[0] if jump else 0.0)
 
-    def _fingerprint(self, value: Any) -> Hashable:
+    def _fingerprint(self, value: Hashable) -> Hashable:
         if not isinstance(value, torch.Tensor):
             return value
         version = -1 if value.is_inference() else value._version
@@ -54,6 +52,15 @@ class Probe:
             self._known.clear()
         self._known[id(value)] = (weakref.ref(value), version, found)
         return found
+
+
+def _change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The largest relative change of a sample, ||now - before|| / ||before||: one exchanged sample is another batch.
+    Latents of two dimensions may be tokens without a batch, and are taken as one sample."""
+    samples = (now.shape[0], -1) if now.dim() > 2 and now.numel() else (1, -1)
+    now, before = now.reshape(samples), before.reshape(samples)
+    change: torch.Tensor = (now - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
+    return change.amax()
 
 
 def fingerprint(tensor: torch.Tensor) -> Hashable:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 from moeca_compile.errors import StateError
 
-_active = threading.local()
+# entered now, innermost last; a context variable, so that threads and asyncio tasks each see their own
+_active: ContextVar[tuple[Trajectory, ...]] = ContextVar("moeca_trajectories", default=())
 
 
 class Trajectory:
@@ -21,7 +23,7 @@ class Trajectory:
     Attributes:
         weights: ids of the model's parameters and buffers; empty: any model.
         steps: calls that are expected (per stream); one more is refused.
-        tracks: runtime state by (program), filled by the dispatcher.
+        tracks: runtime state by set of weights, filled by the dispatcher.
     """
 
     def __init__(self, weights: Collection[int], steps: int | None = None, stream: str | None = None) -> None:
@@ -30,7 +32,7 @@ class Trajectory:
         self.weights = frozenset(weights)
         self.steps = steps
         self.stream = stream
-        self.tracks: dict[int, Any] = {}
+        self.tracks: dict[Any, Any] = {}
         self._thread: int | None = None
 
     def __enter__(self) -> Trajectory:
@@ -38,25 +40,25 @@ class Trajectory:
         if self._thread not in (None, here):
             raise StateError("this trajectory is in use in another thread: make one trajectory a thread and stream")
         self._thread = here
-        _stack().append(self)
+        _active.set((*_active.get(), self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _stack().remove(self)
-        if self not in _stack():
+        stack = _active.get()
+        last = len(stack) - 1 - stack[::-1].index(self)
+        _active.set(stack[:last] + stack[last + 1 :])
+        if self not in _active.get():
             self._thread = None
+        if last != len(stack) - 1 and kind is None:
+            raise StateError(
+                "trajectories overlap: this one was left while one entered later is still open, so calls since then "
+                "went to that one. Enter a trajectory around each call of its loop, or around the whole loop"
+            )
 
     def serves(self, weights: Collection[int]) -> bool:
         return not self.weights or not self.weights.isdisjoint(weights)
 
 
 def current(weights: Collection[int]) -> Trajectory | None:
-    """The innermost trajectory entered in this thread for a model with one of these weights."""
-    return next((one for one in reversed(_stack()) if one.serves(weights)), None)
-
-
-def _stack() -> list[Trajectory]:
-    if not hasattr(_active, "stack"):
-        _active.stack = []
-    stack: list[Trajectory] = _active.stack
-    return stack
+    """The innermost trajectory entered in this thread (or task) for a model with one of these weights."""
+    return next((one for one in reversed(_active.get()) if one.serves(weights)), None)

@@ -1,0 +1,29 @@
+"""What a dispatch family is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moeca_compile.canonical.attempt import Proposal, Stand
+from moeca_compile.canonical.dispatch import Loop
+from moeca_compile.canonical.inline import whole_or_loop
+from moeca_compile.canonical.method import Layout
+
+Propose = Callable[[Stand, Loop, Sequence[Layout]], Proposal | str | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of dispatch: known by any of `evidence` in its loop, its arguments in one of `layouts`.
+
+    `propose` gives the rewritten method, or why there is none, or None where inference doesn't reach the loop.
+    """
+
+    name: str
+    evidence: frozenset[str]
+    layouts: tuple[Layout, ...]
+    propose: Propose = whole_or_loop
+
+    def claims(self, loop: Loop) -> bool:
+        return bool(loop.evidence & self.evidence)

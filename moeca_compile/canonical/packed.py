@@ -1,0 +1,156 @@
+"""Experts kept as stacked parameters [E, ., .] and used by slices: `F.linear(x, self.gate_up_proj[e])`.
+
+As Hugging Face transformers keeps them. There is no expert module to ask, so the dispatch method is run as a whole, and
+every reading of the parameters (roles, transposition, which half is the gate, activation) is compared with it. Each
+expert gets a window of one random buffer in place of its weights: all differ, and the memory is that of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+
+import torch
+from torch import Tensor, nn
+
+from moeca_compile.canonical import method
+from moeca_compile.canonical.attempt import Proposal, Stand, run
+from moeca_compile.canonical.dispatch import Loop, packed_weights
+from moeca_compile.canonical.experts import ALL_ROWS, Rows, halves
+from moeca_compile.canonical.method import Layout, Trial
+from moeca_compile.canonical.probe import isolated, random_parameters, relative_error
+from moeca_compile.ops import ACTIVATIONS, WeightLists
+
+_TOLERANCE = 1e-4  # float32, relative; the best reading wins
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPart:
+    """Some output rows of a parameter [E, out, in], or [E, in, out] where `transposed`."""
+
+    name: str
+    transposed: bool = False
+    rows: Rows = ALL_ROWS
+
+    def tensors(self, owner: nn.Module) -> list[Tensor]:
+        """E weights [out, in]: views."""
+        weights = owner._parameters[self.name]
+        assert weights is not None
+        parts = [weight.t() if self.transposed else weight for weight in weights.unbind(0)]
+        return parts if self.rows == ALL_ROWS else [part[slice(*self.rows)] for part in parts]
+
+    def sizes(self, owner: nn.Module) -> tuple[int, int]:
+        """(out, in) of one expert's weight, before `rows`."""
+        weights = owner._parameters[self.name]
+        assert weights is not None
+        return (weights.shape[2], weights.shape[1]) if self.transposed else (weights.shape[1], weights.shape[2])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """One reading of a module's packed parameters."""
+
+    up: PackedPart
+    down: PackedPart
+    gate: PackedPart | None
+    activation: str
+    in_features: int
+    out_features: int
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    def weights(self, owner: nn.Module) -> WeightLists:
+        gate = self.gate.tensors(owner) if self.gate is not None else []
+        return self.up.tensors(owner), self.down.tensors(owner), gate, [], [], []
+
+    def count(self, owner: nn.Module) -> int:
+        weights = owner._parameters[self.up.name]
+        assert weights is not None
+        return weights.shape[0]
+
+
+class PackedStand(Stand):
+    """A module under test whose packed experts are random and all different."""
+
+    def parameters(self, seed: int) -> dict[int, Tensor]:
+        packed = packed_weights(self.module).values()
+        made = random_parameters(self.module, self.device, seed, skip=[id(p) for p in packed])
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for p in packed:
+            count, *shape = p.shape
+            buffer = torch.empty(shape[0] * shape[1] + count, device=self.device)
+            bound = 2.0 * (3 / shape[1]) ** 0.5
+            buffer.uniform_(-bound, bound, generator=generator)
+            window = buffer.as_strided((count, *shape), (1, shape[1], 1))
+            made[id(p)] = nn.Parameter(window, requires_grad=False)
+        return made
+
+
+def propose(module: nn.Module, loop: Loop, layouts: Sequence[Layout]) -> Proposal | str:
+    """The rewritten method, or why there is none."""
+    if not method.fits(loop):
+        given = ", ".join(loop.source.parameters[1:])
+        return f"{loop.name} takes ({given}), but with packed weights only tokens, ids and gate weights are understood"
+    packed = packed_weights(module)
+    if len({p.shape[0] for p in packed.values()}) > 1:
+        return f"its packed weights {_shapes(module)} are for different numbers of experts"
+    readings = list(_readings(module))
+    if not readings:
+        return f"its packed weights {_shapes(module)} don't chain into a (gated) MLP"
+    reason = ""
+    for width in dict.fromkeys(reading.in_features for reading in readings):
+        fitting = [reading for reading in readings if reading.in_features == width]
+        stand = PackedStand(module, fitting[0])
+        for trial in method.trials(stand, loop, layouts):
+            best = _best(stand, loop, trial, fitting)
+            if best is None:
+                continue
+            proposal = trial.proposal(loop, best)
+            problem = stand.disagreement(proposal)
+            if not problem:
+                return method.with_dtype(stand, proposal, trial)
+            reason = reason or problem
+    return reason or f"it is not the gate-weighted sum of (gated) MLPs read from {_shapes(module)}"
+
+
+def _best(stand: Stand, loop: Loop, trial: Trial, readings: Sequence[PackedExperts]) -> PackedExperts | None:
+    with isolated(stand.module):
+        twin = stand.copy(1)
+        arguments = trial.entry.arguments(stand, 1, torch.float32)
+        try:
+            wanted = run(twin, trial.entry.method, arguments)
+        except Exception:
+            return None
+        x, idx, w = (arguments[loop.source.required.index(name)] for name in trial.roles)
+        errors = []
+        for order, reading in enumerate(readings):
+            routed = trial.proposal(loop, reading).rewrite.routed
+            errors.append((relative_error(routed(twin, x, idx, w), wanted), order))
+    error, order = min(errors)
+    return readings[order] if error < _TOLERANCE else None
+
+
+def _readings(module: nn.Module) -> Iterator[PackedExperts]:
+    """Every assignment of roles whose shapes fit."""
+    names = list(packed_weights(module))
+    if len(names) not in (2, 3):
+        return
+    for order, turned in product(permutations(names), product((False, True), repeat=len(names))):
+        up, down, *gates = (PackedPart(name, t) for name, t in zip(order, turned, strict=True))
+        (hidden, width), (out, inner) = up.sizes(module), down.sizes(module)
+        for activation in ACTIVATIONS:
+            if gates and gates[0].sizes(module) == (hidden, width) and inner == hidden:
+                yield PackedExperts(up, down, gates[0], activation, width, out)
+            elif not gates and inner == hidden:
+                yield PackedExperts(up, down, None, activation, width, out)
+            elif not gates and 2 * inner == hidden:
+                for up_rows, gate_rows in halves(inner):
+                    parts = (PackedPart(up.name, up.transposed, rows) for rows in (up_rows, gate_rows))
+                    yield PackedExperts(next(parts), down, next(parts), activation, width, out)
+
+
+def _shapes(module: nn.Module) -> str:
+    return ", ".join(f"{name} {tuple(p.shape)}" for name, p in packed_weights(module).items())

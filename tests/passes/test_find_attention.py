@@ -1,0 +1,158 @@
+"""Attention anchors: SDPA and every common way of writing it out; and what only looks like attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeca_compile import fx
+from moeca_compile.pipeline import Analysis
+from tests.passes.blocks import DIM, Attention, Block, OneStream, Stack, Timed, TwoStreams, latent, times
+from tests.tools import analyse_module, node
+
+MASK = torch.ones(4, 4).tril().bool()
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    flat = [one.flatten(0, 1) for one in (q, k, v)]
+    return torch.bmm(torch.bmm(flat[0], flat[1].mT).softmax(-1), flat[2]).unflatten(0, q.shape[:2])
+
+
+def by_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    flat = [one.flatten(0, 1) for one in (q, k, v)]
+    bias = torch.zeros(1, 4, 4)
+    return torch.bmm(torch.baddbmm(bias, flat[0], flat[1].mT, alpha=0.5).softmax(-1), flat[2]).unflatten(0, q.shape[:2])
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("nhqd,nhkd->nhqk", q, k).div(2).softmax(-1)
+    return torch.einsum("nhqk,nhkd->nhqd", weights, v)
+
+
+WRITINGS: dict[str, Core] = {
+    "sdpa": F.scaled_dot_product_attention,
+    "sdpa, masked": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK),
+    "sdpa, dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
+    "matmul": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+    "scaled after": lambda q, k, v: (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v,
+    "scaled before": lambda q, k, v: ((q * 0.5) @ (k * 0.5).mT).softmax(-1) @ v,
+    "scaled and biased": lambda q, k, v: (q @ k.mT * 0.5 + torch.zeros(4, 4)).softmax(-1) @ v,
+    "masked_fill": lambda q, k, v: (q @ k.mT * 0.5).masked_fill(~MASK, -math.inf).softmax(-1) @ v,
+    "where": lambda q, k, v: torch.where(MASK, q @ k.mT, torch.tensor(-1e9)).softmax(-1) @ v,
+    "softmax in float32": lambda q, k, v: (q @ k.mT).float().softmax(-1).to(v.dtype) @ v,
+    "softmax by dtype": lambda q, k, v: F.softmax(q @ k.mT, dim=-1, dtype=torch.float32).to(v.dtype) @ v,
+    "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, training=False) @ v,
+    "largest subtracted": lambda q, k, v: (q @ k.mT - 3.0).softmax(-1) @ v,
+    "bmm": by_bmm,
+    "baddbmm": by_baddbmm,
+    "einsum": by_einsum,
+}
+
+
+def found(core: Core, dtype: torch.dtype = torch.float32) -> Analysis:
+    return analyse_module(Timed(Block(mixer=Attention(core))).to(dtype), latent().to(dtype), times().to(dtype))
+
+
+@pytest.mark.parametrize("core", WRITINGS.values(), ids=WRITINGS)
+def test_every_writing_is_one_attention_and_one_region(core: Core) -> None:
+    analysis = found(core)
+    (info,) = analysis.context.attention
+    names = ("query", "key", "value", "node")
+    shapes = {name: fx.shape(node(analysis.gm, getattr(info, name))) for name in names}
+    assert all(math.prod(shape) == 2 * 4 * DIM for shape in shapes.values()), shapes
+    region = analysis.context.regions.regions[0]
+    assert (region.key, region.kind, region.attention) == ("body.attn", "attention", (info,))
+
+
+@pytest.mark.parametrize("writing", ["matmul", "softmax in float32", "softmax by dtype", "dropout"])
+def test_in_half_precision_too(writing: str) -> None:
+    assert len(found(WRITINGS[writing], torch.bfloat16).context.attention) == 1
+
+
+def test_query_key_and_value_are_those_of_the_call() -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.sin(), k.cos(), v.tanh())
+
+    analysis = found(core)
+    (info,) = analysis.context.attention
+    assert (info.query, info.key, info.value) == ("sin_1", "cos_1", "tanh")
+    assert node(analysis.gm, info.node).target is fx.SDPA
+
+
+def test_query_key_and_value_are_those_of_the_products() -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q.sin() @ k.cos().mT * 0.5).softmax(-1) @ v.tanh()
+
+    analysis = found(core)
+    (info,) = analysis.context.attention
+    query, key, value = (fx.strip(node(analysis.gm, n), fx.is_view) for n in (info.query, info.key, info.value))
+    assert (query.target, key.target, value.target) == (fx.aten.sin.default, fx.aten.cos.default, fx.aten.tanh.default)
+
+
+def test_cross_attention_is_attention() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv = nn.Linear(DIM, DIM), nn.Linear(DIM, 2 * DIM)
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            k, v = self.kv(c.unsqueeze(1).sin()).chunk(2, dim=-1)
+            return x + F.scaled_dot_product_attention(self.q(x), k, v)
+
+    context = analyse_module(Timed(Cross()), latent(), times()).context
+    assert [(r.key, r.kind) for r in context.regions] == [("body.q", "attention")]
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (TwoStreams(), 1),
+        (OneStream(), 1),
+        (Stack(Block(), Block()), 2),
+        (Stack(Block(mixer=Attention(WRITINGS["matmul"])), Block(mixer=Attention(by_bmm))), 2),
+    ],
+    ids=["two streams", "one stream", "two blocks", "two written out"],
+)
+def test_each_attention_is_found_once(body: nn.Module, count: int) -> None:
+    assert len(analyse_module(Timed(body), latent(), times()).context.attention) == count
+
+
+NOT_ATTENTION: dict[str, Core] = {
+    "linear attention": lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
+    "no softmax": lambda q, k, v: (q @ k.mT).relu() @ v,
+    "sigmoid": lambda q, k, v: (q @ k.mT).sigmoid() @ v,
+    "softmax of the product of both": lambda q, k, v: ((q @ k.mT) @ v).softmax(-1),
+    "softmax of no product": lambda q, k, v: (q * k).softmax(-1).mT @ v,
+    "a norm between": lambda q, k, v: F.layer_norm((q @ k.mT).softmax(-1), (4,)) @ v,
+}
+
+
+@pytest.mark.parametrize("core", NOT_ATTENTION.values(), ids=NOT_ATTENTION)
+def test_what_only_looks_like_attention_is_none(core: Core) -> None:
+    shape_keeping: Core = core
+    if core is NOT_ATTENTION["softmax of no product"]:
+        shape_keeping = lambda q, k, v: q + core(q, k, v).mean()  # noqa: E731
+    context = found(shape_keeping).context
+    assert context.attention == ()
+    assert [(r.key, r.kind) for r in context.regions] == [("body.attn", "mlp"), ("body.mlp", "mlp")]
+
+
+def test_a_dense_mixture_is_no_attention() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.experts = nn.Linear(DIM, 3), nn.Linear(DIM, 3 * DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = self.router(x).softmax(-1).unsqueeze(-2)
+            return x + (weights @ self.experts(x).unflatten(-1, (3, DIM))).squeeze(-2)
+
+    context = analyse_module(Dense(), latent()).context
+    assert context.attention == ()
+    assert [region.kind for region in context.regions] == ["mlp"]

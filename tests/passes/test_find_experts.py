@@ -1,0 +1,180 @@
+"""MoE layers and their routers; every miss with its reason and its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moeca_compile import fx
+from moeca_compile.passes.context import Context
+from moeca_compile.pipeline import Analysis
+from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, times
+from tests.tools import analyse_module, node, ops
+
+NO_TOPK = "expert ids don't come from a top-k: no branch cache for it"
+NO_EXPERTS = "a top-k that feeds no moeca::experts: its layer is cached as a whole, not by branch"
+
+
+class Softmax(Routed):
+    pass
+
+
+class Sigmoid(Routed):
+    """Selected with a bias, weighted without it, renormalised."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).sigmoid()
+        ids = (scores + torch.tensor([0.1, 0.0, -0.1])).topk(self.top_k, sorted=False)[1]
+        weights = scores.gather(1, ids)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+
+class Grouped(Routed):
+    """DeepSeek's: first the best groups, then the best experts in them."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        groups = scores.view(-1, 3, 1).amax(-1).topk(2)[1]
+        mask = torch.zeros_like(scores).scatter(1, groups, 1.0)
+        weights, ids = scores.masked_fill(mask == 0, 0.0).topk(self.top_k)
+        return weights, ids
+
+
+class Sorted(Routed):
+    """Ids reordered and recast between the top-k and the experts."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).topk(self.top_k)
+        ids, order = ids.to(torch.int32).sort(-1)
+        return weights.gather(1, order), ids.long()
+
+
+class First(Routed):
+    """Top-1 by argmax: no top-k at all."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.router(x).softmax(-1).max(-1, keepdim=True)
+        return weights, ids
+
+
+class Hashed(Routed):
+    """Routed by position, with weights from a top-k that says nothing of the ids."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids = (torch.arange(x.shape[0]) % 3).unsqueeze(1).expand(-1, self.top_k)
+        return self.router(x).softmax(-1).topk(self.top_k)[0], ids
+
+
+class Dense(Routed):
+    """A top-k whose experts all run: nothing of ours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(self.top_k)
+        share = torch.zeros(*x.shape[:2], 3).scatter(-1, ids, weights)
+        return sum(share[..., e : e + 1] * (x @ self.up[e].t() @ self.down[e].t()) for e in range(3))  # type: ignore
+
+
+def analyse(*moes: nn.Module) -> Analysis:
+    return analyse_module(Timed(Stack(*(Block(mlp=moe) for moe in moes))), latent(), times())
+
+
+def reasons(context: Context) -> list[str]:
+    return [miss.reason for miss in context.misses]
+
+
+@pytest.mark.parametrize("kind", [Softmax, Sigmoid, Grouped, Sorted])
+def test_the_router_is_the_top_k_that_gives_the_ids(kind: Callable[[], Routed]) -> None:
+    analysis = analyse(kind())
+    (info,) = analysis.context.experts
+    assert info.router is not None
+    topk, call = node(analysis.gm, info.router.topk), node(analysis.gm, info.node)
+    assert fx.is_experts(call)
+    assert call.args[1] is node(analysis.gm, info.ids)
+    assert topk.args[1] == info.router.top_k == 2
+    assert info.router.num_experts == 3
+    assert topk.args[0] is node(analysis.gm, info.router.scores)
+    assert fx.shape(node(analysis.gm, info.router.scores)) == (8, 3)
+    assert fx.Cone(analysis.gm).feeds(topk, node(analysis.gm, info.ids))
+    assert reasons(analysis.context) == []
+
+
+def test_of_two_top_ks_the_last_is_the_router() -> None:
+    analysis = analyse(Grouped())
+    (info,) = analysis.context.experts
+    topks = [n.name for n in analysis.gm.graph.nodes if n.target is fx.aten.topk.default]
+    assert len(topks) == 2
+    assert info.router is not None
+    assert info.router.topk == topks[1]
+
+
+def test_every_layer_has_its_own_router() -> None:
+    analysis = analyse(Softmax(), Sigmoid(), Grouped())
+    routers = [info.router.topk for info in analysis.context.experts if info.router]
+    assert len(set(routers)) == len(routers) == 3
+    for info, region in zip(analysis.context.experts, analysis.context.regions.regions[1::2], strict=True):
+        assert info.router is not None
+        assert {info.node, info.router.topk} <= set(region.body)
+        assert (region.kind, region.experts) == ("experts", (info,))
+
+
+@pytest.mark.parametrize("kind", [First, Hashed])
+@pytest.mark.parametrize("before", [(), (Softmax,)], ids=["alone", "behind a routed layer"])
+def test_ids_from_no_top_k_are_a_miss(kind: Callable[[], Routed], before: tuple[Callable[[], Routed], ...]) -> None:
+    top_k = 1 if kind is First else 2
+    analysis = analyse(*(one() for one in before), kind(top_k=top_k))  # type: ignore[call-arg]
+    info = analysis.context.experts[-1]
+    assert info.router is None
+    (miss,) = [miss for miss in analysis.context.misses if miss.reason == NO_TOPK]
+    assert miss.node == info.node
+    assert miss.where.startswith("blocks.py:")
+    assert analysis.context.regions.regions[-1].kind == "experts"
+
+
+def test_a_top_k_that_feeds_no_experts_is_a_miss_and_its_layer_a_region() -> None:
+    analysis = analyse(Dense(shared=False))
+    assert "moeca.experts.default" not in ops(analysis.gm)
+    assert analysis.context.experts == ()
+    (miss,) = analysis.context.misses
+    assert (miss.reason, miss.where.split(":")[0]) == (NO_EXPERTS, "test_find_experts.py")
+    assert node(analysis.gm, miss.node).target is fx.aten.topk.default
+    assert str(miss) == f"{miss.node} ({miss.where}): {NO_EXPERTS}"
+    assert [r.kind for r in analysis.context.regions] == ["attention", "experts"]
+
+
+def test_a_top_k_elsewhere_is_a_miss_even_before_routed_layers() -> None:
+    class Pruned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(mlp=Softmax())
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return self.block(x * x.topk(3)[0].mean(-1, keepdim=True), c)
+
+    context = analyse_module(Timed(Pruned()), latent(), times()).context
+    assert reasons(context) == [NO_EXPERTS]
+    assert context.experts[0].router is not None
+
+
+def test_misses_of_earlier_passes_are_kept_and_shown_with_the_regions() -> None:
+    context = analyse(Dense(), First(top_k=1)).context
+    assert sorted(reasons(context)) == sorted([NO_EXPERTS, NO_TOPK])
+    assert context.regions.misses == context.misses
+
+
+def test_a_model_without_experts_has_none_and_misses_none() -> None:
+    context = analyse_module(Timed(Block()), latent(), times()).context
+    assert (context.experts, context.misses) == ((), ())
+
+
+def test_experts_directly_on_an_input_are_found() -> None:
+    up, down = [torch.randn(6, DIM) for _ in range(3)], [torch.randn(DIM, 6) for _ in range(3)]
+
+    def model(x: Tensor, ids: Tensor) -> Tensor:
+        return x + torch.ops.moeca.experts(x, ids, up, down, [], [], [], [], "silu").sum(1)
+
+    context = analyse_module(model, torch.randn(5, DIM), torch.zeros(5, 2, dtype=torch.int64)).context
+    assert context.experts[0].ids == "ids"
+    assert reasons(context) == [NO_TOPK]

@@ -1,0 +1,142 @@
+"""Which input is what, and what depends on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeca_compile.passes.context import Roles
+from moeca_compile.pipeline import FIND
+from tests.passes.blocks import DIM, Block, Timed, latent, times
+from tests.tools import analyse_module
+
+
+class Model(nn.Module):
+    """Latent, timestep, label and prompt, each used as such models use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.label = nn.Conv2d(3, DIM, 2, 2), nn.Embedding(5, DIM)
+        self.time, self.text, self.out = nn.Linear(4, DIM), nn.Linear(6, DIM), nn.Linear(DIM, 12)
+        self.pos = nn.Parameter(torch.randn(4, DIM))
+        self.register_buffer("freqs", torch.tensor([1.0, 2.0]))
+
+    def forward(self, prompt: Tensor, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        angles = t[:, None] * self.freqs
+        c = self.time(torch.cat([angles.sin(), angles.cos()], dim=-1)) + self.label(y)
+        rotary = self.pos.sin() + self.pos.cos()
+        h = self.patch(x).flatten(2).transpose(1, 2) + self.pos
+        h = h + F.scaled_dot_product_attention(h, self.text(prompt), self.text(prompt)) * c.unsqueeze(1) * rotary
+        return self.out(h).view(-1, 3, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def roles_and_dependence() -> tuple[Roles, dict[str, str]]:
+    inputs = (torch.randn(2, 7, 6), torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([1, 2]))
+    context = analyse_module(Model(), *inputs).context
+    return context.roles, dict(context.dependence)
+
+
+def test_timestep_latent_and_conditions_are_told_apart(roles_and_dependence: tuple[Roles, dict[str, str]]) -> None:
+    roles, _ = roles_and_dependence
+    assert (roles.timestep, roles.latent) == ("t", "x")
+    assert set(roles.condition) == {"prompt", "y"}
+
+
+def test_every_node_is_const_step_or_latent(roles_and_dependence: tuple[Roles, dict[str, str]]) -> None:
+    _, depends = roles_and_dependence
+    wanted = {
+        "pos": "const", "freqs": "const", "time_weight": "const", "t": "step", "y": "step", "prompt": "step",
+        "embedding": "step", "linear": "step", "x": "latent", "conv2d": "latent",
+        "scaled_dot_product_attention": "latent", "output": "latent",
+    }  # fmt: skip
+    assert {name: depends[name] for name in wanted} == wanted
+    assert {depends["sin"], depends["sin_1"]} == {"step", "const"}  # of the timestep, of a table of positions
+
+
+def roles(function: Any, *inputs: Any) -> Roles:
+    return analyse_module(function, *inputs).context.roles
+
+
+def sinusoid(t: Tensor) -> Tensor:
+    angles = t.reshape(-1, 1) * torch.tensor([1.0, 2.0])
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+@pytest.mark.parametrize("t", [torch.tensor(3.0), torch.tensor([3.0]), torch.tensor([3, 3]), torch.tensor(7)])
+def test_a_timestep_may_be_a_scalar_a_vector_a_float_or_an_integer(t: Tensor) -> None:
+    assert roles(lambda x, t: x + sinusoid(t).sum(), latent(), t).timestep == "t"
+
+
+def test_a_complex_exponential_is_not_needed_sine_and_cosine_are() -> None:
+    assert roles(lambda x, t: x + t.sin().sum(), latent(), times()).timestep == ""
+    assert roles(lambda x, t: x + t.cos().sum() * t.sin().sum(), latent(), times()).timestep == "t"
+
+
+def test_a_position_of_two_dimensions_is_no_timestep() -> None:
+    found = roles(lambda x, ids: x * ids.sin() + x * ids.cos(), latent(), torch.rand(4, DIM))
+    assert found.timestep == ""
+    assert found.condition == ("ids",)
+
+
+def test_a_vector_that_meets_a_matmul_before_the_sine_is_no_timestep() -> None:
+    def model(x: Tensor, v: Tensor) -> Tensor:
+        h = v @ torch.ones(DIM, DIM)
+        return x * h.sin() + h.cos()
+
+    assert roles(model, latent(), torch.rand(DIM)).timestep == ""
+
+
+def test_a_weight_is_never_the_timestep() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = nn.Parameter(torch.rand(DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.phase.sin() + self.phase.cos()
+
+    assert roles(Learned(), latent()) == Roles("", "x", ())
+
+
+def test_the_latent_is_the_input_that_looks_like_an_output_not_the_largest() -> None:
+    found = roles(lambda prompt, x: x + prompt.mean((0, 1)), torch.randn(2, 50, DIM), latent())
+    assert (found.latent, found.condition) == ("x", ("prompt",))
+
+
+def test_between_inputs_that_look_alike_the_larger_is_the_latent() -> None:
+    found = roles(lambda small, x: (x * small).sum(-1), torch.randn(2, 4, 1), latent())
+    assert found.latent == "x"
+
+
+def test_an_integer_image_is_no_latent() -> None:
+    found = roles(lambda ids, x: x + ids.float(), torch.ones(2, 4, DIM, dtype=torch.int64), latent())
+    assert (found.latent, found.condition) == ("x", ("ids",))
+
+
+def test_a_model_without_a_timestep_has_none() -> None:
+    assert roles(lambda x: x * 2, latent()) == Roles("", "x", ())
+
+
+def test_without_a_latent_everything_is_step_or_const() -> None:
+    context = analyse_module(lambda y: y * 2, torch.tensor([1, 2])).context
+    assert context.roles == Roles("", "", ("y",))
+    assert set(dict(context.dependence).values()) == {"step"}
+
+
+def test_of_two_that_reach_waves_the_first_is_the_timestep_the_other_a_condition() -> None:
+    found = roles(lambda x, t, r: x + sinusoid(t).sum() + sinusoid(r).sum(), latent(), times(), times() * 2)
+    assert (found.timestep, found.condition) == ("t", ("r",))
+
+
+def test_no_finder_changes_the_graph() -> None:
+    analysis = analyse_module(Timed(Block("gate left")), latent(), times())
+    before = [(n.name, n.target, n.args) for n in analysis.gm.graph.nodes]
+    context = analysis.context
+    for finder in FIND:
+        context = finder(analysis.gm, context)
+    assert [(n.name, n.target, n.args) for n in analysis.gm.graph.nodes] == before

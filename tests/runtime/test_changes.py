@@ -1,0 +1,251 @@
+"""What may change between two steps of a trajectory: weights, shapes, dtypes, autocast, modes. Then the next is cold."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import moeca_compile as moeca
+from moeca_compile.errors import MoecaWarning, StateError
+from tests.sampling import (
+    TIMES, Enter, Taped, alone, compiled, dit, noise, plain, records, run, same, streams, take_turns, uncached
+)  # fmt: skip
+
+COLD = 4  # the step after four calls: its row is a forecast, so only a cold start makes it exact
+
+
+@pytest.fixture
+def fresh() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A module that a test may change, compiled with a schedule and without."""
+    module = dit()
+    return module, compiled(module), uncached(module)
+
+
+@pytest.fixture(params=["clock", "trajectory", "stream"])
+def enter(request: pytest.FixtureRequest) -> Callable[[nn.Module], Enter]:
+    """How a loop says where it belongs: not at all, by a trajectory, by a named stream."""
+
+    def made(model: nn.Module) -> Enter:
+        if request.param == "stream":
+            return streams(model)
+        one = moeca.trajectory(model) if request.param == "trajectory" else nullcontext()
+        return lambda stream: one
+
+    return made
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def load(module: nn.Module) -> None:
+    module.load_state_dict(dit(1).state_dict())
+
+
+def copy_in_place(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.out.weight.copy_(dit(1).out.weight)
+
+
+def add_in_place(module: nn.Module) -> None:
+    """As adapters do that are merged into the weights."""
+    with torch.no_grad():
+        module.blocks[0].moe.experts[1].down_proj.weight += 0.1
+
+
+def swap_data(module: nn.Module) -> None:
+    module.blocks[0].qkv.weight.data = dit(1).blocks[0].qkv.weight.data
+
+
+def replace(module: nn.Module) -> None:
+    module.blocks[0].moe.router.weight = nn.Parameter(dit(1).blocks[0].moe.router.weight, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [load, copy_in_place, add_in_place, swap_data, replace])
+def test_changed_weights_start_cold(
+    change: Callable[[nn.Module], None],
+    fresh: tuple[nn.Module, nn.Module, nn.Module],
+    enter: Callable[[nn.Module], Enter],
+) -> None:
+    module, model, full = fresh
+    tape = Taped(model)
+    loop = plain(tape, enter=enter(model))
+    run(loop, COLD)
+    change(module)
+    run(loop, 2)
+    assert tape.equals(full, calls=[COLD])
+    if change in (load, swap_data, copy_in_place):
+        assert torch.equal(tape.outputs[COLD], module(*tape.inputs[COLD]))
+
+
+def test_changed_buffers_start_cold() -> None:
+    module = dit(style="nonzero")
+    model, full = compiled(module), uncached(module)
+    tape = Taped(model)
+    loop = plain(tape)
+    run(loop, COLD)
+    module.blocks[0].moe.selection_bias.flip(0, out=module.blocks[0].moe.selection_bias) if False else None
+    module.blocks[0].moe.selection_bias.copy_(module.blocks[0].moe.selection_bias.flip(0))
+    run(loop, 1)
+    assert tape.equals(full, calls=[COLD])
+
+
+def test_weights_of_inference_mode_are_survived() -> None:
+    with torch.inference_mode():
+        model = compiled(dit())
+        assert same(run(plain(model)), run(plain(model)))
+
+
+def test_a_model_that_is_gone_takes_its_state_along() -> None:
+    import gc
+    import weakref
+
+    module = dit()
+    model = compiled(module)
+    run(plain(model))
+    gone = weakref.ref(module.out.weight)
+    del module, model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [{"batch": 3}, {"size": (4, 16)}, {"batch": 1}], ids=["batch", "shape", "batch of 1"])
+def test_another_shape_starts_cold_and_is_exact(model: nn.Module, full: nn.Module, other: dict[str, object]) -> None:
+    """Stopped, and gone on with in another shape from a later timestep."""
+    run(plain(model), COLD)
+    tape = Taped(model)
+    later = run(plain(tape, times=TIMES[COLD:], **other))
+    assert tape.equals(full, calls=[0, 3])
+    assert same(alone(model, lambda m: plain(m, times=TIMES[COLD:], **other)), later)
+
+
+def test_trajectories_of_two_shapes_that_take_turns_are_both_exact_or_cold(model: nn.Module, full: nn.Module) -> None:
+    """Out of step, each misses steps of the other: the clock can't know that they are two, and says so."""
+    tapes = [Taped(model), Taped(model)]
+    loops = [plain(tapes[0]), plain(tapes[1], seed=1, batch=3)]
+    run(loops[0], COLD)
+    with pytest.warns(MoecaWarning, match=r"other input shapes.*moeca_compile\.trajectory"):
+        take_turns(loops)
+    assert tapes[0].equals(full, calls=range(COLD + 1, 10))
+    assert tapes[1].equals(full, calls=range(COLD + 1))
+
+
+def test_other_strides_are_exact(model: nn.Module, full: nn.Module) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tape = Taped(lambda x, t, y, layout=layout: model(x.contiguous(memory_format=layout), t, y))
+        run(plain(tape, times=TIMES[:3]))
+        assert tape.equals(full, calls=[0])
+
+
+def test_another_dtype_of_the_whole_model_starts_cold(fresh: tuple[nn.Module, nn.Module, nn.Module]) -> None:
+    module, model, full = fresh
+    run(plain(model), COLD)
+    module.to(torch.bfloat16)
+    tape = Taped(model)
+    outputs = run(plain(tape, times=TIMES[COLD:], dtype=torch.bfloat16))
+    assert {out.dtype for out in outputs} == {torch.bfloat16}
+    assert tape.equals(full, calls=[0, 3])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_autocast_on_or_off_starts_cold(model: nn.Module, full: nn.Module, first: bool) -> None:
+    tape = Taped(model)
+    loop = plain(tape)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=first):
+        run(loop, COLD)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not first):
+        run(loop, 1)
+        assert tape.equals(full, calls=[COLD])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=first):
+        assert not tape.equals(full, calls=[COLD])
+
+
+def test_autocast_is_what_eager_makes_of_it(full: nn.Module) -> None:
+    inputs = noise(0, 2), torch.full((2,), 500.0), torch.tensor([1, 2])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out, eager = full(*inputs), full._orig_mod(*inputs)
+    assert out.dtype == eager.dtype
+    torch.testing.assert_close(out, eager, atol=0.05, rtol=0.05)
+
+
+class Island(nn.Module):
+    """A model with a part that must not be cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = dit(), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out = self.inner(x, t, y)
+        with torch.autocast("cpu", enabled=False):
+            return self.head(out.float())
+
+
+def test_a_part_without_autocast_stays_without() -> None:
+    """The casts are in the graph; the autocast around the call must not come on top."""
+    module = Island().eval().requires_grad_(False)
+    full = uncached(module)
+    inputs = noise(0, 2), torch.full((2,), 500.0), torch.tensor([1, 2])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert full(*inputs).dtype == torch.float32 == module(*inputs).dtype
+        assert moeca.warmup(full, *inputs).dtype == torch.float32
+
+
+# -- modes ------------------------------------------------------------------------------------------------------------
+
+
+def test_inference_mode_and_no_grad_may_alternate(model: nn.Module) -> None:
+    truth = alone(model, plain)
+    loop = plain(model)
+    outputs = []
+    for step in range(10):
+        with torch.inference_mode(step % 2 == 0):
+            outputs.append(next(loop).clone())
+    assert same(outputs, truth)
+
+
+def test_grad_mode_is_refused_where_weights_or_inputs_want_gradients() -> None:
+    module = dit()
+    model = compiled(module)
+    inputs = noise(0, 2), torch.full((2,), 500.0), torch.tensor([1, 2])
+    run(plain(model))
+    model(*inputs)  # nothing here wants gradients
+    module.out.weight.requires_grad_(True)
+    with pytest.raises(StateError, match=r"torch\.no_grad\(\)"):
+        model(*inputs)
+    module.requires_grad_(False)
+    with pytest.raises(StateError, match=r"torch\.inference_mode\(\)"):
+        model(inputs[0].requires_grad_(), *inputs[1:])
+    with torch.no_grad():
+        model(*inputs)
+
+
+def test_reset_in_the_middle_starts_cold(
+    model: nn.Module, full: nn.Module, enter: Callable[[nn.Module], Enter]
+) -> None:
+    tape = Taped(model)
+    loop = plain(tape, enter=enter(model))
+    run(loop, COLD)
+    assert moeca.stats(model).state_bytes > 0
+    moeca.reset(model)
+    assert moeca.stats(model).state_bytes == 0
+    run(loop, 1)
+    assert tape.equals(full, calls=[COLD])
+    assert [record.step for record in records(model)] == [0]
+
+
+def test_a_call_that_fails_leaves_no_half_state(model: nn.Module, full: nn.Module) -> None:
+    """Interrupted in the middle of a step, the loop goes on one step further: cold."""
+    tape = Taped(model)
+    run(plain(tape), COLD)
+    program = next(p for e in moeca.backend.ENTRIES for p in e.programs.values() if p.layout) if False else None
+    assert program is None

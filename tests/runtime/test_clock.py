@@ -1,0 +1,260 @@
+"""The clock against a ground truth: trajectories are known by name here, and the clock sees only what a call shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeca_compile.runtime.clock import MAX_STREAMS, Clock, Counter, Sighting, Tick
+from moeca_compile.runtime.state import StreamState
+from moeca_compile.schedule import Action, Schedule
+
+NEAR, FAR = 0.1, 1.4  # relative change of a latent within a trajectory; between two of them (independent noise: sqrt 2)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What really happens: which trajectory and stream calls, at which of its timesteps."""
+
+    trajectory: int
+    stream: Hashable
+    step: int
+    timestep: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A sampling loop: where it starts and stops, its streams, and from which step on it drops all but the first."""
+
+    number: int
+    timesteps: tuple[float, ...]
+    streams: tuple[Hashable, ...] = ("",)
+    single_from: int = 10**6
+    visits: int = 1  # 2: a Heun-type solver, which calls at each timestep but the first twice
+
+    def calls(self) -> Iterator[Call]:
+        for step, timestep in enumerate(self.timesteps):
+            streams = self.streams if step < self.single_from else self.streams[:1]
+            for _ in range(self.visits if step else 1):
+                for stream in streams:
+                    yield Call(self.number, stream, step, timestep)
+
+
+@dataclass
+class Simulation:
+    """The dispatcher in small. Every state it writes is labelled with the call that wrote it."""
+
+    clock: Clock
+    schedule: Schedule
+
+    def run(self, calls: Sequence[Call]) -> list[tuple[Call, Tick, bool]]:
+        """Each call, its tick, and whether it was computed; a stale or foreign state is an assertion error."""
+        states: dict[Hashable, StreamState] = {}
+        last: Call | None = None
+        done = []
+        for call in calls:
+            jump = 0.0 if last is None else NEAR if last.trajectory == call.trajectory else FAR
+            tick = self.clock.observe(Sighting(call.timestep, call.stream, jump))
+            last = call
+            if tick.restart:
+                states.clear()
+            done.append((call, tick, self._step(call, tick, states)))
+        return done
+
+    def _step(self, call: Call, tick: Tick, states: dict[Hashable, StreamState]) -> bool:
+        if tick.stream is None:
+            return True
+        state = states.setdefault(tick.stream, StreamState(1, 1))
+        index = self.schedule.row_index(tick.step)
+        row = self.schedule.rows[0 if index is None else index]
+        if row != self.schedule.rows[0] and not state.can_run(row, tick.step):
+            state.clear()
+            row = self.schedule.rows[0]
+        computed = row[0] is Action.COMPUTE
+        if not computed:
+            writer: Call = state.tensors[0]
+            assert (writer.trajectory, writer.stream) == (call.trajectory, call.stream), f"{call} reads {writer}"
+            assert state.distances(tick.step)[0][0] == call.step - writer.step, f"{call} misjudges the age of {writer}"
+        state.commit(tick.step, row, [0] if computed else [], [call] if computed else [])
+        return computed
+
+
+# -- strategies -------------------------------------------------------------------------------------------------------
+
+GRID = tuple(1000.0 - 50 * i for i in range(20))
+
+
+@st.composite
+def trajectories(draw: st.DrawFn, number: int) -> Trajectory:
+    first = draw(st.integers(0, 12))
+    count = draw(st.integers(1, 7))
+    grid = GRID if draw(st.booleans()) else tuple(reversed(GRID))
+    streams = draw(st.sampled_from([("",), ("cat",), ("cat", "null"), ("dog", "null"), ("null", "cat", "dog")]))
+    single_from = draw(st.sampled_from([10**6, 2, 3]))
+    return Trajectory(number, grid[first : first + count], streams, single_from, draw(st.sampled_from([1, 1, 1, 2])))
+
+
+@st.composite
+def interleavings(draw: st.DrawFn) -> list[Call]:
+    """Up to three loops, their calls mixed in any way that keeps each loop's own order."""
+    loops = [list(draw(trajectories(number)).calls()) for number in range(draw(st.integers(1, 3)))]
+    turns = draw(st.permutations([i for i, loop in enumerate(loops) for _ in loop]))
+    waiting = [iter(loop) for loop in loops]
+    return [next(waiting[i]) for i in turns]
+
+
+@st.composite
+def queues(draw: st.DrawFn) -> list[Call]:
+    """One loop after the other, each stopped anywhere."""
+    loops = [draw(trajectories(number)) for number in range(draw(st.integers(1, 4)))]
+    return [call for loop in loops for call in list(loop.calls())[: draw(st.integers(1, 12))]]
+
+
+SCHEDULES = st.sampled_from([Schedule.uniform(3, order=0), Schedule.uniform(5, order=0), Schedule.uniform(2, 2, 0)])
+
+
+# -- what must hold ---------------------------------------------------------------------------------------------------
+
+
+@given(interleavings(), SCHEDULES)
+def test_a_state_is_never_used_across_trajectories_or_streams(calls: list[Call], schedule: Schedule) -> None:
+    Simulation(Clock(), schedule).run(calls)
+
+
+@given(queues(), SCHEDULES)
+def test_a_state_is_never_used_after_an_early_stop(calls: list[Call], schedule: Schedule) -> None:
+    Simulation(Clock(), schedule).run(calls)
+
+
+@given(trajectories(0), SCHEDULES)
+def test_a_lone_trajectory_is_followed_step_by_step(loop: Trajectory, schedule: Schedule) -> None:
+    """Nothing is lost to caution: without disturbance every call but a second visit lands on its own step and stream."""
+    done = Simulation(Clock(), schedule).run(list(loop.calls()))
+    seen = set()
+    for call, tick, _ in done:
+        assert tick.step == call.step
+        if (call.step, call.stream) not in seen:
+            assert tick.stream is not None
+            assert not tick.warning
+        seen.add((call.step, call.stream))
+    assert [tick.restart for _, tick, _ in done] == [True] + [False] * (len(done) - 1)
+
+
+@given(st.integers(2, 4), st.integers(2, 8), st.booleans())
+def test_whole_trajectories_in_a_row_each_start_at_step_zero(loops: int, steps: int, rising: bool) -> None:
+    grid = tuple(reversed(GRID))[:steps] if rising else GRID[:steps]
+    calls = [call for number in range(loops) for call in Trajectory(number, grid, ("cat", "null")).calls()]
+    done = Simulation(Clock(), Schedule.uniform(3)).run(calls)
+    assert [tick.step for _, tick, _ in done] == [call.step for call, _, _ in done]
+    assert not any(tick.warning for _, tick, _ in done)
+
+
+def test_interleaved_trajectories_run_cold_and_say_so() -> None:
+    loops = [list(Trajectory(n, GRID[:6], ("cat", "null")).calls()) for n in range(2)]
+    calls = [call for pair in zip(*loops, strict=True) for call in pair]
+    done = Simulation(Clock(), Schedule.uniform(3)).run(calls)
+    assert all(computed for _, _, computed in done)
+    assert any("stream=" in tick.warning for _, tick, _ in done)
+
+
+def test_steps_of_a_warm_up_call_are_forgotten_without_a_warning() -> None:
+    clock = Clock()
+    clock.observe(Sighting(1.0))
+    ticks = [clock.observe(Sighting(t, jump=jump)) for t, jump in ((1000.0, FAR), (950.0, NEAR), (900.0, NEAR))]
+    assert ticks == [Tick(0, 0, restart=True), Tick(1, 0), Tick(2, 0)]
+
+
+def test_a_trajectory_that_starts_where_the_last_one_stopped_is_cold() -> None:
+    """img2img at the very timestep at which another run was stopped: only the latent tells."""
+    clock = Clock()
+    for t, jump in ((1000.0, 0.0), (950.0, NEAR), (900.0, NEAR)):
+        clock.observe(Sighting(t, "cat", jump))
+    tick = clock.observe(Sighting(900.0, "cat", FAR))
+    assert tick.restart
+    assert clock.observe(Sighting(850.0, "cat", NEAR)) == Tick(1, 0)
+
+
+def test_another_trajectory_at_the_same_timestep_does_not_become_a_missing_stream() -> None:
+    clock = Clock()
+    for stream in ("cat", "null"):
+        clock.observe(Sighting(1000.0, stream, NEAR))
+    clock.observe(Sighting(950.0, "cat", NEAR))
+    tick = clock.observe(Sighting(950.0, "null", FAR))
+    assert tick.restart or tick.stream is None
+    assert "stream=" in tick.warning
+
+
+def test_a_second_visit_is_computed_in_full_and_the_next_step_goes_on() -> None:
+    clock = Clock()
+    ticks = [clock.observe(Sighting(t, jump=NEAR)) for t in (3.0, 2.0, 2.0, 1.0)]
+    assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (1, 0), (1, None), (2, 0)]
+    assert "visited again" in ticks[2].warning
+
+
+def test_a_new_condition_after_the_first_step_is_computed_in_full() -> None:
+    clock = Clock()
+    clock.observe(Sighting(3.0, "cat"))
+    tick = clock.observe(Sighting(2.0, "dog", NEAR))
+    assert tick.stream is None
+    assert "conditioning" in tick.warning
+    assert "stream=" in tick.warning
+
+
+def test_at_most_four_streams_share_a_timestep() -> None:
+    clock = Clock()
+    ticks = [clock.observe(Sighting(3.0, number)) for number in range(MAX_STREAMS + 1)]
+    assert [tick.stream for tick in ticks] == [0, 1, 2, 3, None]
+    assert "stream=" in ticks[-1].warning
+
+
+def test_the_first_call_again_is_another_image() -> None:
+    clock = Clock()
+    assert clock.observe(Sighting(3.0, "cat")) == clock.observe(Sighting(3.0, "cat")) == Tick(0, 0, restart=True)
+
+
+@pytest.mark.parametrize("timesteps", [(3.0, 2.0, 3.0), (1.0, 2.0, 1.0)])
+def test_a_flip_of_direction_starts_cold(timesteps: tuple[float, ...]) -> None:
+    clock = Clock()
+    ticks = [clock.observe(Sighting(t, jump=NEAR)) for t in timesteps]
+    assert [tick.restart for tick in ticks] == [True, False, True]
+
+
+def test_an_unreadable_timestep_is_computed_in_full_with_its_reason() -> None:
+    clock = Clock()
+    clock.observe(Sighting(3.0))
+    tick = clock.observe(Sighting(None, trouble="why"))
+    assert (tick.stream, tick.warning) == (None, "why")
+
+
+def test_a_latent_that_is_not_finite_starts_cold() -> None:
+    clock = Clock()
+    for t in (3.0, 2.0):
+        clock.observe(Sighting(t, jump=NEAR))
+    assert clock.observe(Sighting(1.0, jump=math.nan)).restart
+
+
+def test_steps_of_other_shapes_in_between_start_cold() -> None:
+    """A guidance interval: batch 1, then batch 2 for a while, then batch 1 again. The old state is steps too old."""
+    clock = Clock()
+    for t in (9.0, 8.0):
+        clock.observe(Sighting(t, jump=NEAR))
+    assert clock.observe(Sighting(4.0, jump=NEAR, gap=True)).restart
+
+
+def test_an_exact_trajectory_looks_at_no_latent() -> None:
+    clock = Clock(latent_jump=math.inf)
+    ticks = [clock.observe(Sighting(t, jump=jump)) for t, jump in ((3.0, 0.0), (2.0, FAR), (1.0, math.nan))]
+    assert [tick.step for tick in ticks] == [0, 1, 2]
+
+
+def test_a_named_stream_counts_every_call() -> None:
+    counter = Counter()
+    ticks = [counter.observe(Sighting(0.0)) for _ in range(3)]
+    assert [tick.step for tick in ticks] == [0, 1, 2]
+    assert [tick.restart for tick in ticks] == [True, False, False]
+    assert len({tick.stream for tick in ticks}) == 1

@@ -1,0 +1,201 @@
+"""What a call shows: one timestep or none, a fingerprint of the conditioning, the change of the latent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeca_compile.runtime.probe import Probe, fingerprint
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+def condition_of(probe: Probe, *tensors: object) -> Hashable:
+    return probe.look(torch.tensor([1.0]), None, tensors).condition
+
+
+# -- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fingerprint_is_of_the_values(dtype: torch.dtype) -> None:
+    a, b = torch.tensor([0, 1, 1, 0]).to(dtype), torch.tensor([0, 1, 0, 1]).to(dtype)
+    assert fingerprint(a) == fingerprint(a.clone())
+    assert fingerprint(a) != fingerprint(b)  # a permutation
+    assert fingerprint(a[:1]) != fingerprint(a[1:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_batches_of_other_values_differ(dtype: torch.dtype) -> None:
+    """[1,1] and [0,0]; a fingerprint that pairs or cancels equal rows would take them for the same prompt."""
+    one, other = torch.ones(2).to(dtype), torch.zeros(2).to(dtype)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_labels_of_another_class_differ() -> None:
+    assert fingerprint(torch.tensor([1, 1])) != fingerprint(torch.tensor([10, 10]))
+
+
+def test_rows_in_another_order_differ() -> None:
+    prompts = torch.randn(3, 5, 4)
+    assert len({fingerprint(prompts[list(order)]) for order in ((0, 1, 2), (0, 2, 1), (2, 1, 0))}) == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scalar_tensor_has_a_fingerprint(dtype: torch.dtype) -> None:
+    assert fingerprint(torch.tensor(1).to(dtype)) != fingerprint(torch.tensor(0).to(dtype))
+    assert fingerprint(torch.tensor(1).to(dtype)) != fingerprint(torch.tensor([1]).to(dtype))
+
+
+def test_shape_belongs_to_the_fingerprint() -> None:
+    flat = torch.arange(6)
+    assert len({fingerprint(flat), fingerprint(flat.view(2, 3)), fingerprint(flat.view(3, 2))}) == 3
+
+
+def test_strides_and_grad_do_not() -> None:
+    matrix = torch.arange(6.0).view(2, 3)
+    assert fingerprint(matrix) == fingerprint(matrix.t().contiguous().t())
+    assert fingerprint(matrix) == fingerprint(matrix.clone().requires_grad_())
+
+
+def test_nan_and_an_empty_tensor_have_fingerprints() -> None:
+    nan = torch.tensor([math.nan])
+    assert fingerprint(nan) == fingerprint(nan.clone())
+    assert fingerprint(torch.empty(0, 3)) != fingerprint(torch.empty(3, 0))
+
+
+@pytest.mark.gpu
+def test_on_an_accelerator_order_and_value_count_too() -> None:
+    rows = [torch.tensor(row, device="cuda") for row in ([1, 1], [10, 10], [1, 10], [10, 1])]
+    assert len({fingerprint(row) for row in rows}) == 4
+    assert fingerprint(rows[0]) == fingerprint(rows[0].clone())
+
+
+# -- the conditioning of a call ---------------------------------------------------------------------------------------
+
+
+def test_a_change_in_place_is_seen() -> None:
+    probe, prompt = Probe(), torch.zeros(3)
+    before = condition_of(probe, prompt)
+    prompt[1] = 1
+    assert condition_of(probe, prompt) != before
+    prompt[1] = 0
+    assert condition_of(probe, prompt) == before
+
+
+def test_a_change_in_place_of_an_inference_tensor_is_seen() -> None:
+    with torch.inference_mode():
+        probe, prompt = Probe(), torch.zeros(3)
+        before = condition_of(probe, prompt)
+        prompt[1] = 1
+        assert condition_of(probe, prompt) != before
+
+
+def test_a_new_tensor_at_an_old_address_is_read_afresh() -> None:
+    probe = Probe()
+    assert len({condition_of(probe, torch.full((2,), value)) for value in range(100)}) == 100
+
+
+def test_numbers_beside_tensors_count() -> None:
+    probe = Probe()
+    assert condition_of(probe, 7.5) != condition_of(probe, 1.0)
+
+
+def test_inputs_keep_their_places() -> None:
+    probe, a, b = Probe(), torch.tensor([1]), torch.tensor([2])
+    assert condition_of(probe, a, b) != condition_of(probe, b, a)
+
+
+# -- the timestep -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 1)])
+def test_one_timestep_in_any_form_is_read(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert Probe().look(torch.full(shape, 248, dtype=dtype), None, ()).timestep == 248.0
+
+
+def test_timesteps_that_differ_in_the_last_bit_differ() -> None:
+    times = [0.1, math.nextafter(0.1, 1.0)]
+    seen = [Probe().look(torch.tensor([t], dtype=torch.float64), None, ()).timestep for t in times]
+    assert seen == times
+
+
+@pytest.mark.parametrize("rows", [[1.0, 2.0], [math.nan, math.nan], [1.0, math.nan]])
+def test_timesteps_that_differ_within_the_batch_are_trouble(rows: list[float]) -> None:
+    sighting = Probe().look(torch.tensor(rows), None, ())
+    assert sighting.timestep is None
+    assert "differ within the batch" in sighting.trouble
+
+
+def test_a_missing_timestep_is_trouble_that_names_the_remedy() -> None:
+    sighting = Probe().look(None, torch.zeros(2), ())
+    assert sighting.timestep is None
+    assert "stream=" in sighting.trouble
+
+
+# -- the latent -------------------------------------------------------------------------------------------------------
+
+
+def jumps(*latents: Tensor) -> list[float]:
+    probe, t = Probe(), torch.tensor([1.0])
+    return [probe.look(t, latent, ()).jump for latent in latents]
+
+
+def test_the_first_latent_is_no_jump() -> None:
+    assert jumps(torch.ones(2, 3)) == [0.0]
+
+
+def test_the_jump_is_relative_to_the_latent_before() -> None:
+    x = torch.randn(2, 4, 8, 8)
+    assert jumps(x, x * 1.5, x * 1.5)[1:] == pytest.approx([0.5, 0.0])
+
+
+def test_independent_noise_is_a_jump_of_root_two() -> None:
+    torch.manual_seed(0)
+    assert jumps(torch.randn(2, 4, 32, 32), torch.randn(2, 4, 32, 32))[1] == pytest.approx(math.sqrt(2), abs=0.05)
+
+
+def test_one_exchanged_sample_in_a_large_batch_is_a_jump() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(16, 4, 8, 8)
+    other = batch.clone()
+    other[5] = torch.randn(4, 8, 8)
+    assert jumps(batch, other)[1] > 1.0
+    assert jumps(batch, batch[torch.arange(15, -1, -1)])[1] > 1.0
+
+
+def test_tokens_without_a_batch_are_one_sample() -> None:
+    tokens = torch.ones(64, 8)
+    other = tokens.clone()
+    other[0] = 3.0
+    assert jumps(tokens, other)[1] == pytest.approx(2 / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_precision_latents_do_not_overflow(dtype: torch.dtype) -> None:
+    x = torch.full((1, 4, 64, 64), 300.0, dtype=dtype)
+    assert jumps(x, x * 2)[1] == pytest.approx(1.0)
+
+
+def test_a_latent_that_is_not_finite_gives_no_finite_jump() -> None:
+    x = torch.ones(3, 2, 2)
+    bad = x.clone()
+    bad[1, 0, 0] = math.nan
+    assert not any(math.isfinite(jump) for jump in jumps(x, bad, x)[1:])
+
+
+def test_the_latent_is_copied_so_that_a_sampler_may_work_in_place() -> None:
+    probe, t, x = Probe(), torch.tensor([1.0]), torch.ones(1, 2, 2)
+    probe.look(t, x, ())
+    x.mul_(3)
+    assert probe.look(t, x, ()).jump == pytest.approx(2.0)
+
+
+def test_a_latent_of_zeros_is_survived() -> None:
+    assert jumps(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)) == [0.0, 0.0]
+    assert jumps(torch.zeros(1, 2, 2), torch.ones(1, 2, 2))[1] > 1e6
