@@ -137,7 +137,7 @@ def draw(uncached: Tensor, cached: Tensor, regions: Sequence[str], steps: int, p
         3, 1, figsize=(12, 6), height_ratios=(1, 1, 1.6), layout="constrained"
     )
     for axes, images, title in ((top, uncached, "plain torch.compile"), (middle, cached, "moeca, uniform:3, order 1")):
-        axes.imshow(torch.cat(list(images[:10, 0]), dim=1).clamp(-1, 1), cmap="gray_r", vmin=-1, vmax=1)
+        axes.imshow(torch.cat(list(images[:10, 0]), dim=1).clamp(-1, 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.set_title(title, loc="left")
         axes.axis("off")
     bottom.pcolormesh(

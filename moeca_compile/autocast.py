@@ -104,8 +104,6 @@ def _casts_of(node: Node, casts: Casts) -> Conversions:
     Raises:
         CaptureError: no reading does.
     """
-    if fx.is_experts(node):  # the dispatcher doesn't know that ours stands for linears
-        return _casts_of_linears(node, casts)
     if node.target is torch.ops.aten._to_copy.default:
         return {}
     expected = _dtypes(fx.value(node))

@@ -11,11 +11,12 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import remove_from_cache
 
 from moeca_compile.autocast import ambient_autocast, autocast_is
@@ -32,7 +33,10 @@ from moeca_compile.runtime.trajectory import Trajectory, current
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py` finds a model's among them
 _BANKS: weakref.WeakValueDictionary[Hashable, Bank] = weakref.WeakValueDictionary()
 _visiting = threading.local()
-_setup = threading.RLock()  # around preparing and capturing: both use tools of torch that are not made for threads
+# Tracing uses globals of torch: Dynamo's own lock keeps it apart from Dynamo in other threads, and inside a session other
+# threads may go on calling what is compiled (torch before 2.13 refuses that)
+_session = getattr(torch.compiler, "_compile_session_context", nullcontext)
+_books = threading.Lock()  # around banks and the order of programs; short
 
 
 def moeca(
@@ -105,10 +109,11 @@ class Entry:
 
     def __init__(self, gm: torch.fx.GraphModule, inputs: tuple[Input, ...], options: Options) -> None:
         self.gm, self.inputs, self.options = gm, inputs, options
-        self.programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self.programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self.banks: dict[Hashable, Bank] = {}
         self._weights = [i for i, one in enumerate(inputs) if one.is_weight]
         self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
+        self._floats = _floats_of(gm)
         self._kinds: weakref.WeakKeyDictionary[Bank, tuple[Hashable, Hashable]] = weakref.WeakKeyDictionary()
         self._whole: bool | None = None
         ENTRIES.add(self)
@@ -120,18 +125,20 @@ class Entry:
                 "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
             )
         owner = find_owner()
-        with _setup:
-            if self._whole is None:
+        if self._whole is None:
+            with compile_lock:
                 whole = runs_whole(owner)
                 if _out_of_date(owner, whole):
                     return tuple(self.gm(*args))
                 self._whole = whole
+        with _books:
             bank = self._bank(owner, [args[i] for i in self._weights])
-            visitor: Visitor | None = getattr(_visiting, "visitor", None)
-            if visitor is not None:
-                return visitor(self, args, bank)
-            program = self.program(args, bank)
-            trajectory = current(bank.ids)
+        visitor: Visitor | None = getattr(_visiting, "visitor", None)
+        if visitor is not None:
+            return visitor(self, args, bank)
+        program = self.program(args, bank)
+        trajectory = current(bank.ids)
+        with _books:
             tracks = bank.tracks(trajectory)
         with autocast_is(()):  # the ambient casts are in the graph
             return run_step(program, tracks, args, trajectory)
@@ -158,23 +165,70 @@ class Entry:
 
     def program(self, args: Sequence[Any], bank: Bank) -> Program:
         """The program for arguments like these: captured on first use, the least recently used one dropped."""
-        others = tuple(
-            (tuple(a.shape), a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
-            for a in (args[i] for i in self._others)
+        numbers = {i: n for i in self._others if (n := self._number(i, args)) is not None}
+        tensors = tuple(
+            (tuple(a.shape), a.stride(), a.dtype, a.device) for a in (args[i] for i in self._others if i not in numbers)
         )
         if bank not in self._kinds or self._kinds[bank][0] is not bank.stamp:
             weights = (args[i] for i in self._weights)
             self._kinds[bank] = bank.stamp, tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
-        key = (others, self._kinds[bank][1], ambient_autocast())
-        program = self.programs.get(key)
-        if program is None:
-            program = self.programs[key] = Program(self.gm, args, self.inputs, self.options, self.whole)
-            if not self.whole:
-                _warn_broken(program)
+        key = (tuple(numbers.values()), tensors, self._kinds[bank][1], ambient_autocast())
+        with _books:
+            program = self.programs.get(key)
+            if program is not None:
+                self.programs.move_to_end(key)
+                return program
+        with compile_lock, _session():
+            program = self.programs.get(key)
+            if program is None:
+                self._warn_of_numbers(key, numbers)
+                gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
+                program = Program(gm, args, self.inputs, self.options, self.whole)
+                if not self.whole:
+                    _warn_broken(program)
+        with _books:
+            self.programs[key] = program
             while len(self.programs) > self.options.max_signatures:
                 self.programs.popitem(last=False)  # and with it all its tracks: they are held by the program
-        self.programs.move_to_end(key)
         return program
+
+    def _number(self, i: int, args: Sequence[Any]) -> Any:
+        """Argument `i`, if it is a Python number: programs are made for its value. None: it is a tensor."""
+        if i in self._floats:
+            return args[i].item()
+        return None if isinstance(args[i], torch.Tensor) else args[i]
+
+    def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any]) -> None:
+        known = [other[0] for other in self.programs if other[1:] == key[1:]]
+        if len(known) == 2:  # two may be a setting that was changed; a third is a habit
+            moving = [self.inputs[i].label for n, i in enumerate(numbers) if len({v[n] for v in (*known, key[0])}) == 3]
+            warnings.warn(
+                f"{', '.join(moving) or 'an input'} comes as a Python number that changes from call to call, and a "
+                "graph is captured and compiled for each value. Pass it as a tensor",
+                MoecaWarning,
+                stacklevel=3,
+            )
+
+
+def _floats_of(gm: torch.fx.GraphModule) -> frozenset[int]:
+    """Positions of Python floats that Dynamo (with dynamic=True, or after a change) hands over as 0-d tensors."""
+    arguments = (node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder")
+    return frozenset(i for i, one in enumerate(arguments) if getattr(one, "pass_arg_as_tensor", False))
+
+
+def _with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch.fx.GraphModule:
+    """The graph for these values: no tensor's value may decide what is traced."""
+    if not values:
+        return gm
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    known = {placeholders[i]: value for i, value in values.items()}
+    graph, copies = torch.fx.Graph(), dict[torch.fx.Node, Any]()
+    for node in gm.graph.nodes:
+        if node.op == "call_method" and node.target == "item" and node.args[0] in known:
+            copies[node] = known[node.args[0]]
+        else:
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    return torch.fx.GraphModule(gm, graph)
 
 
 Visitor = Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]

@@ -25,6 +25,8 @@ from moeca_compile import fx
 from moeca_compile.autocast import ambient_autocast, autocast_is, materialise_casts
 from moeca_compile.errors import CaptureError
 
+_RESERVED = re.compile(r"distances|state_\d+")  # what variants call their own inputs
+
 
 @dataclass(frozen=True, slots=True)
 class Input:
@@ -140,7 +142,8 @@ def _rename(graph: GraphModule, inputs: Sequence[Input]) -> tuple[Input, ...]:
     """Name the placeholders after what they are, so that a printed graph can be read."""
     renamed = []
     for node, one in zip(fx.placeholders(graph), inputs, strict=True):
-        node._rename(re.sub(r"\W+", "_", one.label).strip("_") or "input")
+        name = re.sub(r"\W+", "_", one.label).strip("_") or "input"
+        node._rename(f"{name}_input" if _RESERVED.fullmatch(name) else name)
         node.target = node.name
         renamed.append(Input(node.name, one.label, one.is_weight))
     graph.recompile()

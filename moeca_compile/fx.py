@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,13 @@ VIEWS = frozenset(
         aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints, aten.unflatten.int,
         aten.transpose.int, aten.permute.default, aten.t.default, aten.expand.default, aten.clone.default,
         aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default,
+    }
+)  # fmt: skip
+# Ops that take a part of a value; with views, what a packed weight goes through on its way to a matmul.
+PARTS = frozenset(
+    {
+        aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
+        aten.unbind.int, aten.narrow.default, operator.getitem,
     }
 )  # fmt: skip
 MATMULS = frozenset(
@@ -120,6 +128,10 @@ def is_view(node: Node) -> bool:
 def is_experts(node: Node) -> bool:
     """Whether the node is our `moeca::experts` call."""
     return isinstance(node.target, OpOverload) and node.target.namespace == "moeca"
+
+
+def is_view_or_part(node: Node) -> bool:
+    return node.op == "call_function" and (node.target in VIEWS or node.target in PARTS)
 
 
 def placeholders(gm: GraphModule) -> list[Node]:

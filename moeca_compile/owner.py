@@ -49,7 +49,7 @@ def runs_whole(owner: Owner | None) -> bool:
         if code is _CALL and module is None:
             module = frame.f_locals["self"]
         frame = frame.f_back
-    return owner is None or module is None or module is owner.module
+    return owner is None or module in (None, owner.module, owner.handle)  # the handle: Dynamo inlined the model's call
 
 
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:

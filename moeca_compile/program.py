@@ -83,7 +83,7 @@ class Program:
         return self.variant(row), self._executables.get(row)
 
     def compile(self, variant: Variant, args: Sequence[Any]) -> Executable:
-        """Compile `variant` for tensors like `args`, and run it once: the first run of a compiled graph is not typical.
+        """Compile `variant` for tensors like `args`.
 
         Raises:
             LoweringError: the inner compiler refused it.
@@ -95,7 +95,6 @@ class Program:
                     run = lower_eager(variant)
                 else:
                     run = lower_inductor(variant, args, self.options.mode, self.options.inner_options)
-                    run(list(args))
                 self._executables[variant.row] = run
                 self._spent(variant.name, begin)
         return self._executables[variant.row]

@@ -88,7 +88,7 @@ def heun(model: Model, seed: int = 0, times: Sequence[float] = TIMES, enter: Ent
 
 def dit(seed: int = 0, style: str = "numpy", depth: int = 1) -> DiT:
     torch.manual_seed(seed)
-    return DiT(style, depth=depth).eval().requires_grad_(False)
+    return DiT(style, depth=depth, num_experts=3, shared=False).eval().requires_grad_(False)
 
 
 def compiled(module: nn.Module, **options: Any) -> nn.Module:
@@ -121,6 +121,7 @@ def alone(model: nn.Module, loop: Callable[[Model], Loop]) -> list[Tensor]:
     outputs = run(loop(model))
     moeca.reset(model)
     return outputs
+
 
 def run(loop: Loop, calls: int | None = None) -> list[Tensor]:
     """All outputs of a loop, or those of its first `calls` calls."""

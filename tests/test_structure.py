@@ -21,7 +21,8 @@ LINE_CEILING = 400
 DATA = {"errors", "options", "regions", "schedule", "variant"}
 GRAPH = DATA | {"fx", "ops", "autocast", "capture"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
-ALL = REWRITE | {"pipeline", "plan", "lower", "runtime", "inspect", "backend"}
+STAGES = REWRITE | {"pipeline", "lower", "runtime"}
+ALL = STAGES | {"plan", "inspect", "program", "owner", "backend", "face", "study"}
 
 # room -> the rooms it may import besides itself (DESIGN section 3)
 MAY_IMPORT = {
@@ -29,8 +30,12 @@ MAY_IMPORT = {
     **dict.fromkeys(("fx", "ops", "autocast", "capture", "passes", "canonical"), GRAPH),
     "lower": GRAPH | {"runtime.bundle"},
     "runner": REWRITE,
-    "pipeline": ALL,
-    "backend": ALL,
+    "pipeline": STAGES,
+    "program": STAGES | {"pipeline"},  # a captured graph, its schedule and its variants
+    "owner": {"errors"},
+    "backend": STAGES | {"program", "owner"},
+    "face": ALL - {"plan", "study"},  # what people call
+    "study": ALL,  # calibrate: the planner on a real model
     "cli": ALL | {"__init__"},
     "__init__": ALL,
 }

@@ -17,7 +17,7 @@ from moeca_compile.passes.insert_state import state_layout
 from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
 from moeca_compile.runner import Runner
 from moeca_compile.schedule import Action, Row, Schedule
-from moeca_compile.variant import Variant
+from moeca_compile.variant import StateSlot, Variant
 
 EAGER = Options(inner="eager")
 LETTERS = {action.value: action for action in Action}
@@ -93,12 +93,21 @@ def schedule_of(analysis: Analysis, *rows: str, order: int = 1) -> Schedule:
     return Schedule(tuple(map(row, rows)), regions.keys, order=order, fingerprint=regions.fingerprint)
 
 
-def variant_of(analysis: Analysis, text: str, order: int = 1) -> Variant:
-    """The program of one row, in a schedule of that row after a full one."""
+def layout_of(analysis: Analysis, schedule: Schedule) -> tuple[StateSlot, ...]:
+    """The state that a bound schedule keeps."""
+    return state_layout(analysis.context.regions, schedule)
+
+
+def build(analysis: Analysis, schedule: Schedule, wanted: Row) -> Variant:
+    """The program of one row of a bound schedule, named by its place among the distinct rows."""
+    name = f"v{schedule.distinct_rows().index(wanted)}"
+    return build_variant(analysis, layout_of(analysis, schedule), wanted, EAGER, name)[0]
+
+
+def variant_of(analysis: Analysis, text: str, order: int = 1, among: tuple[str, ...] = ()) -> Variant:
+    """The program of one row, in a schedule of a full row, that row, and those `among` which it is."""
     full = "C" * len(analysis.context.regions)
-    layout = state_layout(analysis.context.regions, schedule_of(analysis, full, text, order=order))
-    variant, _ = build_variant(analysis, layout, row(text), EAGER, "v1")
-    return variant
+    return build(analysis, schedule_of(analysis, full, text, *among, order=order), row(text))
 
 
 def with_row(analysis: Analysis, text: str) -> Context:

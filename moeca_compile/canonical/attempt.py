@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import ast
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.canonical.dispatch import Loop
+from moeca_compile.canonical import probe
 from moeca_compile.canonical.experts import ModuleExperts, members
-from moeca_compile.canonical.probe import close, compute_device, isolated, random_parameters, same_state, shadow
+from moeca_compile.canonical.loop import Loop
+from moeca_compile.canonical.probe import close, compute_device, differing_state, isolated, random_parameters, shadow
 from moeca_compile.canonical.routed import NAME, Experts, Routed
 from moeca_compile.canonical.source import Source, rebuild
 
@@ -59,7 +61,7 @@ class Proposal:
     entry: Entry
 
 
-class Stand:
+class Stand(ABC):
     """A module under test; it is never run itself, only copies of it are.
 
     Args:
@@ -71,17 +73,17 @@ class Stand:
         self.module, self.experts = module, experts
         self.device = compute_device(module)
         self.num_experts = experts.count(module)
-        self._fresh: dict[int, dict[int, Tensor]] = {}
+        self._fresh: dict[int, Tensor] | None = None
 
-    def copy(self, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
+    def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A private float32 copy with random parameters; where it can be, experts answer in `dtype`."""
-        if seed not in self._fresh:
-            self._fresh[seed] = self.parameters(seed)
-        return shadow(self.module, self._fresh[seed])
+        if self._fresh is None:
+            self._fresh = self.parameters()
+        return shadow(self.module, self._fresh)
 
-    def parameters(self, seed: int) -> dict[int, Tensor]:
+    @abstractmethod
+    def parameters(self) -> dict[int, Tensor]:
         """What a copy has in place of the module's parameters, by `id`."""
-        raise NotImplementedError
 
     def routed(self, real: Routed) -> Routed:
         """What a rewritten copy calls."""
@@ -95,35 +97,36 @@ class Stand:
     def disagreement_on_own_weights(self, proposal: Proposal, seeds: Sequence[int] = (1, 2)) -> str:
         """Why they differ with the module's own weights, in its own dtype and through the real operator, or ''."""
         dtype = self.experts.weights(self.module)[0][0].dtype
-        return self._compare(proposal, proposal.rewrite.function(), lambda seed: shadow(self.module), dtype, seeds)
+        return self._compare(proposal, proposal.rewrite.function(), lambda: shadow(self.module), dtype, seeds)
 
     def _compare(
         self,
         proposal: Proposal,
         function: types.FunctionType,
-        copy: Callable[[int], nn.Module],
+        copy: Callable[[], nn.Module],
         dtype: torch.dtype,
         seeds: Sequence[int],
     ) -> str:
-        rewrite, entry = proposal.rewrite, proposal.entry
+        name, method = proposal.rewrite.name, proposal.entry.method
         for seed in seeds:
-            with isolated(self.module):
-                ours, theirs = copy(seed), copy(seed)
-                ours.__dict__[rewrite.name] = types.MethodType(function, ours)
-                arguments = entry.arguments(self, seed, dtype)
+            with isolated():
+                trouble = "no copy of it can be tried out"
                 try:
-                    wanted = run(theirs, entry.method, arguments)
-                except Exception as error:
-                    return f"the original can't be run on random tokens ({type(error).__name__}: {error})"
-                try:
-                    got = run(ours, entry.method, arguments)
-                except Exception as error:
-                    return f"the canonical form can't be run in its place ({type(error).__name__}: {error})"
-                if not close(wanted, got):
-                    return "its result is not the gate-weighted sum of each token's experts"
-                changed = same_state(theirs, ours)
-                if changed:
-                    return f"it changes the module's own state ({changed}), which a compiled graph would drop"
+                    ours, theirs = copy(), copy()
+                    ours.__dict__[name] = types.MethodType(function, ours)
+                    arguments = proposal.entry.arguments(self, seed, dtype)
+                    trouble = "the original can't be run on random tokens"
+                    wanted = run(theirs, method, arguments)
+                    trouble = "the canonical form can't be run in its place"
+                    got = run(ours, method, arguments)
+                    trouble = "results and state can't be compared"
+                    agree, changed = close(wanted, got), differing_state(theirs, ours)
+                except Exception as error:  # whatever somebody's module can raise
+                    return f"{trouble} ({type(error).__name__}: {error})"
+            if not agree:
+                return "its result is not the gate-weighted sum of each token's experts"
+            if changed:
+                return f"it changes the module's own state ({changed}), which a compiled graph would drop"
         return ""
 
 
@@ -134,15 +137,15 @@ class ModuleStand(Stand):
         super().__init__(module, experts)
         self.stack = experts.stack
 
-    def copy(self, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
-        twin = super().copy(seed)
+    def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
+        twin = super().copy()
         for e, expert in enumerate(members(twin, self.stack)):
             expert.__dict__["forward"] = stand_in(e, self.experts.out_features, dtype)
         return twin
 
-    def parameters(self, seed: int) -> dict[int, Tensor]:
+    def parameters(self) -> dict[int, Tensor]:
         own = {id(p) for expert in members(self.module, self.stack) for p in expert.parameters()}
-        return random_parameters(self.module, self.device, seed, skip=own)
+        return random_parameters(self.module, self.device, skip=own)
 
     def routed(self, real: Routed) -> Routed:
         return _StandInRouted(*(getattr(real, f.name) for f in fields(real)))
@@ -171,6 +174,8 @@ def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[[
 
 
 def run(module: nn.Module, method: str, arguments: Arguments) -> object:
+    """Call a method with copies of the arguments, from the same random state each time."""
+    probe.seed()
     return getattr(module, method)(*(a.clone() for a in arguments))
 
 
@@ -182,7 +187,7 @@ def length(seed: int, num_experts: int) -> int:
 def tokens_of(seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Random tokens; nearly the same one everywhere for even seeds, so that the router sends all to few experts."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     if seed % 2 == 0:
         x = x.reshape(-1, shape[-1])[:1] + 0.01 * x
     return x.to(device, dtype)

@@ -150,13 +150,18 @@ def _unfit(expert: nn.Module) -> str:
         if next(module.buffers(recurse=False), None) is not None:
             return f"keeps a buffer in {name or 'itself'}: only stateless experts are recognised"
     for name, p in expert.named_parameters():
-        if type(p) is not nn.Parameter or p.dtype not in _DTYPES:
+        if not is_plain(p):
             return f"has quantised or sharded weights ({name} is a {type(p).__name__} of {p.dtype})"
         if id(p) not in owned:
             return f"has a parameter outside its Linear layers ({name}): only MLP and gated MLP bodies are recognised"
     if len(linears) not in (2, 3):
         return f"has {len(linears)} Linear layers, not the 2 or 3 of a (gated) MLP"
     return ""
+
+
+def is_plain(p: nn.Parameter) -> bool:
+    """Whether a parameter is an ordinary dense tensor: no tensor subclass, nothing quantised."""
+    return type(p) is nn.Parameter and p.dtype in _DTYPES
 
 
 def _linears(expert: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Linear]]:
@@ -216,22 +221,22 @@ def _identify(expert: nn.Module) -> ExpertBody | str:
         return f"has Linear layers {shapes} that don't chain into a (gated) MLP"
     device = compute_device(expert)
     problem = ""
-    with isolated(expert):
+    with isolated():
         for width in dict.fromkeys(walk(expert, up.path).in_features for up, *_ in candidates):
             try:
-                twin = shadow(expert, random_parameters(expert, device, seed=1))
+                twin = shadow(expert, random_parameters(expert, device))
                 # Large enough that the activations differ: near zero all are a straight line.
-                x = 3.0 * torch.randn(_PROBE_TOKENS, width, device=device)
+                x = 3.0 * torch.randn(_PROBE_TOKENS, width, device=device, dtype=torch.float32)
                 wanted = twin(x.clone())
             except Exception as error:
                 problem = problem or f"can't be run on tokens [n, D] ({type(error).__name__}: {error})"
                 continue
             if not isinstance(wanted, Tensor):
                 return f"returns a {type(wanted).__name__}, not one tensor"
-            errors = [(_error(twin, x, wanted, body), body) for body in _bodies(twin, candidates)]
-            error, body = min(errors, key=lambda pair: pair[0])
-            if error < _TOLERANCE:
-                return body
+            bodies = list(_bodies(twin, candidates))
+            errors = [_error(twin, x, wanted, body) for body in bodies]
+            if min(errors) < _TOLERANCE:
+                return bodies[errors.index(min(errors))]
             problem = f"computes something other than a (gated) MLP with an activation of {', '.join(ACTIVATIONS)}"
     return problem
 

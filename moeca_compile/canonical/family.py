@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moeca_compile.canonical.attempt import Proposal, Stand
-from moeca_compile.canonical.dispatch import Loop
 from moeca_compile.canonical.inline import whole_or_loop
+from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.method import Layout
 
 Propose = Callable[[Stand, Loop, Sequence[Layout]], Proposal | str | None]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from moeca_compile.canonical import method
 from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, length, run, tokens_of
-from moeca_compile.canonical.dispatch import Loop, feeders, methods
+from moeca_compile.canonical.dispatch import methods
+from moeca_compile.canonical.loop import Loop, feeders
 from moeca_compile.canonical.method import Layout
 from moeca_compile.canonical.probe import close, isolated
 from moeca_compile.canonical.routed import NAME, Routed
@@ -44,12 +45,12 @@ def whole_or_loop(stand: Stand, loop: Loop, layouts: Sequence[Layout]) -> Propos
     """Rewrite the method as a whole where it is nothing but a dispatch, else only its loop."""
     whole = method.attempt(stand, loop, layouts) if method.fits(loop) else None
     if isinstance(whole, Proposal):
-        return whole if _reaches(stand, loop, whole.entry) else None
+        return whole if reaches(stand, loop, whole.entry) else None
     part = attempt(stand, loop)
     return whole if isinstance(part, str) and whole is not None else part
 
 
-def _reaches(stand: Stand, loop: Loop, entry: Entry) -> bool:
+def reaches(stand: Stand, loop: Loop, entry: Entry) -> bool:
     """Whether the loop itself runs in inference: the method may hold it for training and call another one."""
     return not loop.nest or bool(_observe(stand, loop, loop.nest[0], entry).before)
 
@@ -133,8 +134,8 @@ def _observe(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry) -> _Lo
     assert isinstance(around, ast.If)
     around.body[1] = statement
     function = rebuild(loop.source, _replaced(loop.source.tree, {statement: around}), hooks)
-    with isolated(stand.module):
-        seen.module = stand.copy(1)
+    with isolated():
+        seen.module = stand.copy()
         seen.module.__dict__[loop.name] = types.MethodType(function, seen.module)
         run(seen.module, entry.method, entry.arguments(stand, 1, torch.float32))
     return seen
@@ -150,10 +151,11 @@ def _rewrite(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry, seen: 
     feeding = feeders(loop.source.tree, statement)
     used = loads(statement).union(*(loads(s) for s in feeding))
     near = sorted((n for n in before if n in used), key=lambda n: (n not in loads(statement), n))
-    for result in changed:
+    reason = f"what the loop leaves in {', '.join(changed)} is not the gate-weighted sum of each token's experts"
+    for result in changed:  # several where one is a view of another
         for x, idx, w, dense in _roles(stand, near, before):
             accumulating = Routed(stand.experts, dense, accumulate=True)
-            with isolated(stand.module):
+            with isolated():
                 try:
                     sums = stand.routed(accumulating)(seen.module, before[x], before[idx], before[w], before[result])
                 except (RuntimeError, ValueError):
@@ -163,8 +165,11 @@ def _rewrite(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry, seen: 
                 routed = Routed(stand.experts, dense, accumulate=not fresh)
                 tree = _with_call(loop, statement, (x, idx, w, result))
                 proposal = Proposal(Rewrite.of(loop, tree, routed), entry)
-                return stand.disagreement(proposal) or proposal
-    return f"what the loop leaves in {', '.join(changed)} is not the gate-weighted sum of each token's experts"
+                problem = stand.disagreement(proposal)
+                if not problem:
+                    return proposal
+                reason = problem
+    return reason
 
 
 def _roles(stand: Stand, names: list[str], values: dict[str, Tensor]) -> Iterator[tuple[str, str, str, bool]]:

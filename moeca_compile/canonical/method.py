@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, length, run, tokens_of
-from moeca_compile.canonical.dispatch import Loop
+from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.probe import isolated
 from moeca_compile.canonical.routed import NAME, Experts, Routed
 
@@ -71,7 +71,7 @@ def attempt(stand: Stand, loop: Loop, layouts: Sequence[Layout]) -> Proposal | s
         problem = stand.disagreement(proposal)
         if not problem:
             return with_dtype(stand, proposal, trial)
-        if not reason or reason.startswith("the original"):
+        if not reason or reason.startswith(("the original", "no copy")):
             reason = problem
     return reason
 
@@ -120,14 +120,14 @@ def _arguments(stand: Stand, layout: Layout, top_k: int, seed: int, dtype: torch
     """x, idx, w; every expert is hit for odd seeds, as few as can be for even ones."""
     num_experts, batch = stand.num_experts, 2
     count = batch * length(seed, num_experts)
-    generator = torch.Generator().manual_seed(seed)
     x = tokens_of(seed, (count, stand.experts.in_features), stand.device, dtype)
-    scores = torch.rand(1 if seed % 2 == 0 else count, num_experts, generator=generator).expand(count, -1).clone()
-    if seed % 2:
-        first = torch.arange(count) % num_experts
-        scores[torch.arange(count), first] += 1.0
-    idx = scores.topk(top_k, sorted=False).indices
-    w = torch.rand(count, num_experts if layout.w == "TE" else top_k, generator=generator) + 0.1
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.rand(1 if seed % 2 == 0 else count, num_experts, generator=generator).expand(count, -1).clone()
+        if seed % 2:
+            scores[torch.arange(count), torch.arange(count) % num_experts] += 1.0
+        idx = scores.topk(top_k, sorted=False).indices
+        w = torch.rand(count, num_experts if layout.w == "TE" else top_k, generator=generator) + 0.1
     lead = (batch, count // batch) if layout.x == "BTD" else (count,)
     shapes = {"TK": (*lead, top_k), "flat": (-1,), "column": (-1, 1), "TE": (*lead, num_experts)}
     return (
@@ -143,9 +143,9 @@ def with_dtype(stand: Stand, proposal: Proposal, trial: Trial) -> Proposal:
     rewrite, entry = proposal.rewrite, proposal.entry
     weights = rewrite.source.required.index(trial.roles[2])
     mixed = tuple(a.double() if i == weights else a for i, a in enumerate(entry.arguments(stand, 1, torch.float32)))
-    with isolated(stand.module):
+    with isolated():
         try:
-            out = run(stand.copy(1, torch.bfloat16), entry.method, mixed)
+            out = run(stand.copy(torch.bfloat16), entry.method, mixed)
         except Exception:
             return proposal  # it can't take such a mix; where all are alike the dtype of x is right
     rule = follows.get(out.dtype, "x") if isinstance(out, Tensor) else "x"

@@ -9,8 +9,8 @@ inside the forward that also holds the router.
 
 from __future__ import annotations
 
-from moeca_compile.canonical.dispatch import MASKED
 from moeca_compile.canonical.family import Family
+from moeca_compile.canonical.loop import MASKED
 from moeca_compile.canonical.method import FLAT, PAIRED
 
 FAMILY = Family("nonzero_loop", MASKED, PAIRED + FLAT)

@@ -8,8 +8,8 @@ Seen in DiT-MoE, HiDream, TC-DiT and DeepSeek's reference code, mostly as a meth
 
 from __future__ import annotations
 
-from moeca_compile.canonical.dispatch import SORTED
 from moeca_compile.canonical.family import Family
+from moeca_compile.canonical.loop import SORTED
 from moeca_compile.canonical.method import FLAT, PAIRED
 
 FAMILY = Family("numpy_loop", SORTED, FLAT + PAIRED)

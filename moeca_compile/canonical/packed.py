@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from moeca_compile.canonical import method
 from moeca_compile.canonical.attempt import Proposal, Stand, run
-from moeca_compile.canonical.dispatch import Loop, packed_weights
-from moeca_compile.canonical.experts import ALL_ROWS, Rows, halves
+from moeca_compile.canonical.dispatch import packed_weights
+from moeca_compile.canonical.experts import ALL_ROWS, Rows, halves, is_plain
+from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.method import Layout, Trial
 from moeca_compile.canonical.probe import isolated, random_parameters, relative_error
 from moeca_compile.ops import ACTIVATIONS, WeightLists
@@ -75,13 +76,13 @@ class PackedExperts:
 class PackedStand(Stand):
     """A module under test whose packed experts are random and all different."""
 
-    def parameters(self, seed: int) -> dict[int, Tensor]:
+    def parameters(self) -> dict[int, Tensor]:
         packed = packed_weights(self.module).values()
-        made = random_parameters(self.module, self.device, seed, skip=[id(p) for p in packed])
-        generator = torch.Generator(self.device).manual_seed(seed)
+        made = random_parameters(self.module, self.device, skip=[id(p) for p in packed])
+        generator = torch.Generator(self.device).manual_seed(1)
         for p in packed:
             count, *shape = p.shape
-            buffer = torch.empty(shape[0] * shape[1] + count, device=self.device)
+            buffer = torch.empty(shape[0] * shape[1] + count, device=self.device, dtype=torch.float32)
             bound = 2.0 * (3 / shape[1]) ** 0.5
             buffer.uniform_(-bound, bound, generator=generator)
             window = buffer.as_strided((count, *shape), (1, shape[1], 1))
@@ -93,10 +94,13 @@ def propose(module: nn.Module, loop: Loop, layouts: Sequence[Layout]) -> Proposa
     """The rewritten method, or why there is none."""
     if not method.fits(loop):
         given = ", ".join(loop.source.parameters[1:])
-        return f"{loop.name} takes ({given}), but with packed weights only tokens, ids and gate weights are understood"
+        return f"{loop.name} takes ({given}), not just tokens, ids and gate weights, each required"
     packed = packed_weights(module)
     if len({p.shape[0] for p in packed.values()}) > 1:
         return f"its packed weights {_shapes(module)} are for different numbers of experts"
+    odd = next((name for name, p in packed.items() if not is_plain(p)), None)
+    if odd is not None:
+        return f"it has quantised or sharded weights ({odd} is a {type(packed[odd]).__name__} of {packed[odd].dtype})"
     readings = list(_readings(module))
     if not readings:
         return f"its packed weights {_shapes(module)} don't chain into a (gated) MLP"
@@ -117,8 +121,8 @@ def propose(module: nn.Module, loop: Loop, layouts: Sequence[Layout]) -> Proposa
 
 
 def _best(stand: Stand, loop: Loop, trial: Trial, readings: Sequence[PackedExperts]) -> PackedExperts | None:
-    with isolated(stand.module):
-        twin = stand.copy(1)
+    with isolated():
+        twin = stand.copy()
         arguments = trial.entry.arguments(stand, 1, torch.float32)
         try:
             wanted = run(twin, trial.entry.method, arguments)

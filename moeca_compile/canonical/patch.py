@@ -49,7 +49,7 @@ def installed(module: nn.Module) -> dict[str, Installed]:
     """The patches on a module instance, by method name."""
     found: dict[str, Installed] = {}
     for name, value in vars(module).items():
-        note = getattr(getattr(value, "__func__", None), "moeca", None)
+        note = getattr(value.__func__, "moeca", None) if isinstance(value, types.MethodType) else None
         if isinstance(note, Installed):
             found[name] = note
     return found

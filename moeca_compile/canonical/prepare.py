@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from torch import nn
 
 from moeca_compile.canonical import nonzero_loop, numpy_loop, packed
 from moeca_compile.canonical.attempt import ModuleStand, Proposal, Stand
-from moeca_compile.canonical.dispatch import Loop, find_loops, unreadable
+from moeca_compile.canonical.dispatch import find_loops, unreadable
 from moeca_compile.canonical.experts import ExpertBody, ModuleExperts, Recogniser, members
 from moeca_compile.canonical.family import Family
+from moeca_compile.canonical.inline import reaches
+from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.patch import Installed, install, installed, replaced, uninstall
 from moeca_compile.canonical.report import PreparedModule, PrepareReport
 from moeca_compile.canonical.routed import Experts
@@ -75,7 +79,8 @@ class _Worker:
 
     def __init__(self) -> None:
         self.recogniser = Recogniser()
-        self.known: dict[tuple[type, str, int, Experts | None], Proposal | str | None] = {}
+        self.proven: dict[Hashable, Proposal] = {}
+        self.refused: dict[Hashable, str | None] = {}
 
     def prepare(self, module: nn.Module, loop: Loop) -> Installed | str | None:
         """Install a patch and say which; or why not; or None where inference doesn't reach the loop."""
@@ -101,16 +106,26 @@ class _Worker:
                 return body
             experts = ModuleExperts(loop.stack, body)
         key = (type(module), loop.name, loop.line, experts)
-        known = self.known.get(key)
-        if isinstance(known, Proposal):
+        known = self.proven.get(key)
+        if known is not None:
             stand = _stand(module, known.rewrite.routed.experts)
-            if not stand.disagreement(known, seeds=(1, 2)):
+            if not stand.disagreement(known, seeds=(1, 2)) and reaches(stand, loop, known.entry):
                 return stand, known
-            del self.known[key]  # the same code under other settings
-        if key not in self.known:
-            self.known[key] = _search(family, module, loop, experts)
-        found = self.known[key]
-        return (_stand(module, found.rewrite.routed.experts), found) if isinstance(found, Proposal) else found
+        # What was refused may be right under other settings.
+        exact = (*key, _settings(module))
+        if exact not in self.refused:
+            found = _search(family, module, loop, experts)
+            if isinstance(found, Proposal):
+                self.proven[key] = found
+                return _stand(module, found.rewrite.routed.experts), found
+            self.refused[exact] = found
+        return self.refused[exact]
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """The plain attributes of a module and all in it."""
+    plain = (bool, int, float, str, type(None))
+    return tuple((path, k, v) for path, m in module.named_modules() for k, v in vars(m).items() if isinstance(v, plain))
 
 
 def _search(family: Family, module: nn.Module, loop: Loop, experts: ModuleExperts | None) -> Proposal | str | None:

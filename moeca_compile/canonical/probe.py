@@ -16,17 +16,24 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 
 @contextmanager
-def isolated(module: nn.Module) -> Iterator[None]:
-    """No gradients, no autocast, a fixed seed, and the random state of CPU and the module's devices put back after."""
-    devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
+def isolated() -> Iterator[None]:
+    """No gradients, no autocast, a fixed seed, and the random state put back after."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
         torch.random.fork_rng(devices),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
     ):
-        torch.manual_seed(0)
+        seed()
         yield
+
+
+def seed() -> None:
+    """Unlike `torch.manual_seed`, this leaves no seed behind for a CUDA that isn't initialised yet."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 def shadow(module: nn.Module, parameters: dict[int, Tensor] | None = None) -> nn.Module:
@@ -40,15 +47,13 @@ def shadow(module: nn.Module, parameters: dict[int, Tensor] | None = None) -> nn
     return copy.deepcopy(module, memo).eval()
 
 
-def random_parameters(
-    module: nn.Module, device: torch.device, seed: int, skip: Collection[int] = ()
-) -> dict[int, Tensor]:
+def random_parameters(module: nn.Module, device: torch.device, skip: Collection[int] = ()) -> dict[int, Tensor]:
     """float32 stand-ins by `id`: weights of unit gain, vectors around one. Freshly built models may be all zero."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(1)
     made: dict[int, Tensor] = {}
     for p in module.parameters():
         if p.is_floating_point() and id(p) not in skip:
-            value = torch.empty(p.shape, device=device)
+            value = torch.empty(p.shape, device=device, dtype=torch.float32)
             if p.dim() < 2:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
@@ -64,17 +69,17 @@ def compute_device(module: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def close(a: object, b: object, tolerance: float | None = None) -> bool:
+def close(a: object, b: object) -> bool:
     """Whether two results agree: the same structure, shapes and dtypes, values to float tolerance.
 
     What isn't a tensor, number, text or container of those is not compared.
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and _close_tensors(a, b, tolerance)
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and _close_tensors(a, b)
     if isinstance(a, (list, tuple)):
-        return isinstance(b, type(a)) and len(a) == len(b) and all(map(close, a, b, [tolerance] * len(a)))
+        return isinstance(b, type(a)) and len(a) == len(b) and all(map(close, a, b))
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+        return isinstance(b, dict) and a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
     if isinstance(a, (bool, int, float, str, type(None))):
         return type(a) is type(b) and (a == b or a != a)
     return type(a) is type(b)
@@ -88,7 +93,7 @@ def relative_error(got: Tensor, wanted: object) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def same_state(a: nn.Module, b: nn.Module) -> str:
+def differing_state(a: nn.Module, b: nn.Module) -> str:
     """The name of a buffer or attribute in which two copies of a module differ, or ''."""
     theirs = {path: _state(module) for path, module in b.named_modules()}
     for path, module in a.named_modules():
@@ -105,12 +110,12 @@ def _state(module: nn.Module) -> dict[str, object]:
     return {**plain, **module._buffers}
 
 
-def _close_tensors(a: Tensor, b: Tensor, tolerance: float | None) -> bool:
+def _close_tensors(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    limit = _TOLERANCE.get(a.dtype, 1e-4) if tolerance is None else tolerance
+    limit = _TOLERANCE.get(a.dtype, 1e-4)
     finite = a[a.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(a.double(), b.double(), rtol=0.0, atol=limit * scale, equal_nan=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from moeca_compile import fx
 from moeca_compile.errors import LoweringError
 from moeca_compile.variant import Variant
 
@@ -37,9 +39,17 @@ def lower_inductor(
             raise LoweringError(
                 f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
             )
+        gm, regions = _split_distances(variant)
+
+        def split(given: Sequence[Any]) -> Sequence[Any]:
+            if not regions:
+                return given
+            rows = given[-1].unbind(0)
+            return [*given[:-1], *(rows[region] for region in regions)]
+
         with torch.inference_mode(False), torch.no_grad():
             compiled = standalone_compile(
-                variant.gm, list(args), dynamic_shapes="from_example_inputs", options=dict(options)
+                gm, list(split(args)), dynamic_shapes="from_example_inputs", options=dict(options)
             )
     except LoweringError:
         raise
@@ -48,4 +58,29 @@ def lower_inductor(
             f"Inductor refused variant {variant.name} ({variant.node_count} nodes): {error}. "
             "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"
         ) from error
-    return lambda args: compiled(*args)
+    return lambda given: compiled(*split(given))
+
+
+def _split_distances(variant: Variant) -> tuple[torch.fx.GraphModule, list[int]]:
+    """One input for each region's distances in place of the table; which regions, in order.
+
+    An index into the table would be a constant in the generated code: then equal blocks give kernels that differ in it,
+    and each is compiled for itself.
+    """
+    if not variant.wants_distances:
+        return variant.gm, []
+    gm = torch.fx.GraphModule(variant.gm, copy.deepcopy(variant.gm.graph))
+    table = fx.placeholders(gm)[-1]
+    readers: dict[int, list[torch.fx.Node]] = {}
+    for select in table.users:
+        readers.setdefault(int(str(select.args[2])), []).append(select)
+    for region in sorted(readers):
+        with gm.graph.inserting_before(table):
+            row = gm.graph.placeholder(f"{table.name}_{region:03d}")
+        row.meta["val"] = readers[region][0].meta["val"]
+        for select in readers[region]:
+            select.replace_all_uses_with(row)
+            gm.graph.erase_node(select)
+    gm.graph.erase_node(table)
+    gm.recompile()
+    return gm, sorted(readers)

@@ -11,6 +11,11 @@ from moeca_compile import fx
 from moeca_compile.fx import aten
 from moeca_compile.passes.context import Context
 
+_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
+
 
 def count_macs(gm: GraphModule, ctx: Context) -> Context:
     return replace(ctx, macs=tuple((node.name, macs) for node in gm.graph.nodes if (macs := node_macs(node))))
@@ -24,7 +29,7 @@ def node_macs(node: Node) -> int:
         groups = [list(fx.nodes_of(group)) for group in node.args[2:5]]  # up, down, gate
         one_expert = sum(math.prod(fx.shape(group[0])) for group in groups if group)
         return math.prod(fx.shape(fx.arg(node, 1))) * one_expert
-    inputs = [fx.shape(source) for source in node.all_input_nodes]
+    inputs = [fx.shape(source) for source in fx.nodes_of(node.args)]  # a tensor may be given twice
     out = math.prod(fx.shape(node))
     if node.target in (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default):
         return out * inputs[0][-1]
@@ -33,7 +38,7 @@ def node_macs(node: Node) -> int:
     if node.target is fx.SDPA:
         query, key, val = (fx.shape(fx.arg(node, i)) for i in range(3))
         return math.prod(query[:-1]) * key[-2] * (query[-1] + val[-1])
-    if node.target in (aten.conv2d.default, aten.conv1d.default, aten.conv3d.default, aten.convolution.default):
+    if node.target in _CONVOLUTIONS:
         return out * math.prod(fx.shape(fx.arg(node, 1))[1:])
     if node.target is aten.einsum.default:
         return _einsum(str(node.args[0]), inputs)

@@ -13,6 +13,7 @@ from moeca_compile.fx import aten
 from moeca_compile.passes.context import Context
 
 _PASS_ON = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default)
+_COPIES = (aten._to_copy.default, aten.lift_fresh_copy.default)
 _CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg)
 
 
@@ -30,6 +31,8 @@ def drop_noops(gm: GraphModule, ctx: Context) -> GraphModule:
 def _passes_on(node: Node) -> bool:
     if not node.args or not isinstance(node.args[0], Node):
         return False
+    if node.target in _COPIES and any(user.op == "output" for user in node.users):
+        return False  # the caller may change an output in place
     if node.target in _PASS_ON:
         return True
     if node.target is aten.dropout.default:

@@ -37,23 +37,49 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
         else:
             kept.append(branch)
     weights = {one.name: one.label for one in ctx.inputs if one.is_weight}
-    regions = [_region(group, nodes, ctx, weights, macs) for group in _groups(kept, ctx)]
+    regions = []
+    for group in _groups(kept, ctx):
+        reader = _outside_reader(group, nodes, ctx)
+        if reader is None:
+            regions.append(_region(group, nodes, ctx, weights, macs))
+        else:
+            reason = f"its attention or experts are read outside it too, by {reader.name}, and would run all the same"
+            misses.append(Miss(reason, group[0].join, fx.where(nodes[group[0].join])))
     total = sum(macs.values())
     return replace(ctx, misses=tuple(misses), regions=RegionMap(_unique_keys(regions), tuple(misses), total))
 
 
 def _groups(branches: list[Branch], ctx: Context) -> list[list[Branch]]:
-    """Branches that share an anchor, together; in graph order of their first cut."""
+    """Branches that share an anchor or a cut, together; in graph order of their first cut."""
     anchors = {a.node for a in ctx.attention} | {e.node for e in ctx.experts}
     groups: list[tuple[set[str], list[Branch]]] = []
     for branch in branches:
-        own = anchors.intersection(branch.body)
-        home = next((group for shared, group in groups if shared & own), None)
+        own = {branch.cut, *anchors.intersection(branch.body)}
+        home = next(((shared, group) for shared, group in groups if shared & own), None)
         if home is None:
             groups.append((own, [branch]))
         else:
-            home.append(branch)
+            home[0].update(own)
+            home[1].append(branch)
     return [group for _, group in groups]
+
+
+def _outside_reader(group: list[Branch], nodes: dict[str, Node], ctx: Context) -> Node | None:
+    """What reads an attention or expert call of this group other than through its cuts."""
+    inside = {name for branch in group for name in branch.body}
+    cuts = {branch.cut for branch in group}
+    anchors = [a.node for a in ctx.attention] + [e.node for e in ctx.experts]
+    front = [name for name in anchors if name in inside]
+    seen = set(front)
+    while front:
+        name = front.pop()
+        for user in nodes[name].users if name not in cuts else ():
+            if user.name not in inside:
+                return user
+            if user.name not in seen:
+                seen.add(user.name)
+                front.append(user.name)
+    return None
 
 
 def _region(
@@ -65,7 +91,7 @@ def _region(
     experts = tuple(e for e in ctx.experts if e.node in inside)
     routed = experts or any(nodes[name].target is aten.topk.default for name in body)
     kind = "span" if attention and experts else "attention" if attention else "experts" if routed else "mlp"
-    cuts = tuple(nodes[branch.cut] for branch in group)
+    cuts = tuple(nodes[name] for name in dict.fromkeys(branch.cut for branch in group))
     values = [fx.tensor(cut) for cut in cuts]
     parameters = _parameters([nodes[name] for name in body], weights)
     key = _key([nodes[name] for name in body], weights) or fx.module_path(cuts[0]) or kind
@@ -90,7 +116,7 @@ def _parameters(body: list[Node], weights: dict[str, str]) -> tuple[tuple[str, t
     found = {}
     for node in body:
         for source in node.all_input_nodes:
-            origin = fx.strip(source, fx.is_view)
+            origin = fx.strip(source, fx.is_view_or_part)
             if origin.name in weights:
                 found[weights[origin.name]] = fx.shape(origin)
     return tuple(found.items())

@@ -98,7 +98,7 @@ class _Writer:
             self.written.append((value.name, y))
             if first is not None:
                 before = self._as(self._slot(mark, "y", node), torch.float32, node)
-                change = self._call(aten.sub.Tensor, self._as(node, torch.float32, node), before, like=node)
+                change = self._call(aten.sub.Tensor, self._as(y, torch.float32, node), before, like=node)
                 d1 = self._call(aten.mul.Tensor, change, self._distance(mark, _BACK, node), like=node)
                 self.written.append((first.name, d1))
                 if second is not None:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from moeca_compile.errors import ScheduleError
 from moeca_compile.plan.budget import Budget
 from moeca_compile.plan.cost import Costs
 from moeca_compile.plan.refresh import Errors, best_refreshes, plan_of
@@ -38,8 +39,15 @@ class Search:
     seen: dict[str, float] = field(default_factory=dict)
 
     def best(self, budget: Budget) -> str:
-        """The plan of least error that the budget allows; full computation if it allows nothing else."""
-        for plan in self._starts(budget):
+        """The plan of least error that the budget allows.
+
+        Raises:
+            ScheduleError: not even the cheapest plan keeps within it.
+        """
+        starts = self._starts(budget)
+        if not starts:
+            raise ScheduleError(self._too_tight(budget))
+        for plan in starts:
             self._error(plan)
         current = min((p for p in self.seen if self.costs.allows(p, budget)), key=self.seen.__getitem__)
         dice = random.Random(0)
@@ -64,8 +72,7 @@ class Search:
 
     def _starts(self, budget: Budget) -> list[str]:
         """Allowed plans worth a rollout, the dearest of each family: cheaper ones of a family are not better."""
-        plans = [*self._family(self._uniform(), budget), *self._planned(budget)]
-        return list(dict.fromkeys([*plans, *self._fall_back(plans)]))
+        return list(dict.fromkeys([*self._family(self._uniform(), budget), *self._planned(budget)]))
 
     def _family(self, plans: Iterator[str], budget: Budget) -> list[str]:
         allowed = [plan for plan in plans if self.costs.allows(plan, budget)]
@@ -96,8 +103,13 @@ class Search:
     def _fits(self, count: int, budget: Budget) -> bool:
         return self.costs.allows("C" * count + "F" * (self.steps - count), budget)
 
-    def _fall_back(self, plans: list[str]) -> list[str]:
-        return [] if plans else ["C" * self.steps]
+    def _too_tight(self, budget: Budget) -> str:
+        least = min(self._uniform(), key=self.costs.fraction)
+        latency = f", {self.costs.fraction(least, 'ms'):.1%} of the latency" if self.costs.ms else ""
+        return (
+            f"{budget} can't be kept: the cheapest plan there is takes {self.costs.fraction(least):.1%} of the MACs"
+            f"{latency} and {self.costs.state_bytes} bytes of state"
+        )
 
     # -- moves ------------------------------------------------------------------------------------------------------
 

@@ -138,6 +138,21 @@ class SlotBySlot(Layer):
         return out.reshape(x.shape)
 
 
+class Masked(Layer):
+    """Inline; boolean masks from a one-hot, and no branch on them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        ids, weights = self.route(tokens)
+        chosen = F.one_hot(ids, EXPERTS).bool()
+        out = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            mask = chosen[..., e]
+            rows = mask.any(-1)
+            out[rows] = out[rows] + expert(tokens[rows]) * weights[mask].unsqueeze(-1)
+        return out.reshape(x.shape)
+
+
 class TopOne(Layer):
     """Inline; one expert per token, whose score is read from those of all."""
 
@@ -166,6 +181,39 @@ class Viewed(Layer):
             slot, token = torch.where(masks[e].squeeze(0))
             flat.index_add_(0, token, self.experts[e](tokens[token]) * weights[token, slot, None])
         return out
+
+
+class Base(Layer):
+    """Inline; the loop fills what a returned view looks at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        ids, weights = self.route(tokens)
+        flat = torch.zeros_like(tokens)
+        out = flat.view(x.shape)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            flat.index_add_(0, token, expert(tokens[token]) * weights[token, slot, None])
+        return out
+
+
+class Optional(Layer):
+    """Inline, and only where `sparse` is set."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.sparse = sparse
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        if not self.sparse:
+            return self.experts[0](x)
+        ids, weights = self.route(tokens)
+        out = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(tokens[token]) * weights[token, slot, None])
+        return out.view_as(x)
 
 
 class Private(TopOne):

@@ -37,8 +37,10 @@ def inputs_of(layer: nn.Module) -> tuple[Tensor, ...]:
         (layers.Swapped, "(root)", "nonzero_loop"),
         (layers.Container, "experts", "nonzero_loop"),
         (layers.SlotBySlot, "(root)", "nonzero_loop"),
+        (layers.Masked, "(root)", "nonzero_loop"),
         (layers.TopOne, "(root)", "nonzero_loop"),
         (layers.Viewed, "(root)", "nonzero_loop"),
+        (layers.Base, "(root)", "nonzero_loop"),
         (layers.Private, "(root)", "nonzero_loop"),
         (layers.Conditioned, "(root)", "nonzero_loop"),
     ],
@@ -99,6 +101,12 @@ def test_a_miss_names_the_line_of_the_loop() -> None:
 def test_needs_no_rewriting(style: type[nn.Module]) -> None:
     report = prepare(style())
     assert not report.changed
+    assert not report.misses
+
+
+def test_what_holds_for_one_instance_is_not_assumed_of_the_next() -> None:
+    report = prepare(nn.Sequential(*(layers.Optional(sparse) for sparse in (False, True, False, True))))
+    assert [one.path for one in report.changed] == ["1", "3"]
     assert not report.misses
 
 

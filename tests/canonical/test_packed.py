@@ -107,7 +107,7 @@ def test_second_layer_of_the_class_and_meta_device() -> None:
     ("model", "reason"),
     [
         (Clamped(), "not the gate-weighted sum of (gated) MLPs read from first (4, 48, 16), second (4, 16, 24)"),
-        (Inline(), "forward takes (x), but with packed weights only tokens, ids and gate weights are understood"),
+        (Inline(), "forward takes (x), not just tokens, ids and gate weights, each required"),
     ],
 )
 def test_left_alone_with_a_reason(model: nn.Module, reason: str) -> None:
@@ -123,3 +123,9 @@ def test_parameters_of_another_shape_are_no_experts() -> None:
     layer.second = nn.Parameter(torch.zeros(EXPERTS + 1, WIDTH, HIDDEN))
     (miss,) = prepare(layer).misses
     assert "for different numbers of experts" in miss.reason
+
+
+def test_quantised_weights_are_refused() -> None:
+    layer = Packed().to(torch.float8_e4m3fn)
+    (miss,) = prepare(layer).misses
+    assert "quantised or sharded weights (first is a Parameter of torch.float8_e4m3fn)" in miss.reason

@@ -92,6 +92,7 @@ def test_names() -> None:
 
 
 def test_suites_stay_in_the_function() -> None:
-    text = "def f():\n if a:\n  b\n else:\n  c\n for d in e:\n  def g():\n   hidden\n try:\n  h\n except E:\n  i\n with j:\n  k"
+    text = "def f():\n if a:\n  b\n else:\n  c\n for d in e:\n  def g():\n   hidden\n"
+    text += " try:\n  h\n except E:\n  i\n with j:\n  k"
     names = {ast.unparse(s) for suite in suites(ast.parse(text).body[0]) for s in suite if isinstance(s, ast.Expr)}
     assert names == {"b", "c", "h", "i", "k"}

@@ -6,6 +6,7 @@ x [2, 4, 8] is the latent, t [2] the timestep, c [2, 8] what `Timed` makes of it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moeca_compile.ops  # noqa: F401 - defines moeca::experts
+from moeca_compile.pipeline import Analysis
+from tests.tools import analyse_module
 
 DIM = 8
 
@@ -198,3 +201,25 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = block(x, c)
         return x + first if self.around else x
+
+
+@cache
+def analysed(way: str = "gate left") -> Analysis:
+    """A timed block of this way, analysed once for all tests: they only read it."""
+    torch.manual_seed(0)
+    return analyse_module(Timed(Block(way)), latent(), times())
+
+
+@cache
+def routed() -> Analysis:
+    """Two blocks, attention and routed experts each, the second without a shared expert; only read."""
+    torch.manual_seed(0)
+    blocks = Stack(Block("gate left", mlp=Routed()), Block("gate left", mlp=Routed(shared=False)))
+    return analyse_module(Timed(blocks), latent(), times())
+
+
+@cache
+def two_streams() -> Analysis:
+    """One attention with two outputs, and two feed-forwards; only read."""
+    torch.manual_seed(0)
+    return analyse_module(Timed(TwoStreams()), latent(), times())

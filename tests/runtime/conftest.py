@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
+import torch
 from torch import nn
 
 import moeca_compile as moeca
 from moeca_compile.backend import ENTRIES
 from tests.sampling import compiled, dit, uncached
+
+
+@pytest.fixture(autouse=True)
+def loud_dynamo() -> Iterator[None]:
+    """After eight graphs of one function Dynamo runs it eagerly: then nothing would be tested here."""
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,26 +15,27 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
-from moeca_compile.backend import ENTRIES
 from moeca_compile.errors import MoecaWarning, StateError
-from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.schedule import Action, Schedule
-from tests.models import DiT
 from tests.sampling import (
     NULL,
     TIMES,
-    Enter,
     Loop,
-    Model,
     Taped,
+    alone,
     cfg_batched,
     cfg_calls,
+    compiled,
+    dit,
     heun,
     noise,
     plain,
+    records,
     run,
     same,
+    streams,
     take_turns,
+    uncached,
 )  # fmt: skip
 
 CALM = r"moeca_compile\.trajectory"  # what the warnings about a lost trajectory name

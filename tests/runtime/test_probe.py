@@ -11,7 +11,16 @@ from torch import Tensor
 
 from moeca_compile.runtime.probe import Probe, fingerprint
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def condition_of(probe: Probe, *tensors: object) -> Hashable:

@@ -73,8 +73,7 @@ def calibrate(
         raise ScheduleError("calibrate: seeds must not be empty, and no seed may be in both seeds and holdout")
     study = Study(model, sample, order, inner)
     truth = {seed: study.run(seed) for seed in (*seeds, *holdout)}
-    if not torch.equal(study.run(seeds[0]), truth[seeds[0]]):
-        raise ScheduleError("calibrate: sample(model, seed) gave two results for one seed; it must depend on it alone")
+    _check(study, truth)
     spread = data_range or float(max(t.max() for t in truth.values()) - min(t.min() for t in truth.values()))
     with _bar(progress, rollouts) as tick:
         errors = study.teacher_forced(seeds[0])
@@ -106,6 +105,18 @@ def calibrate(
     return replace(found, fingerprint=study.program.regions.fingerprint, timesteps=timesteps, predicted=predicted)
 
 
+def _check(study: Study, truth: dict[int, torch.Tensor]) -> None:
+    """Refuse a sampler whose samples say nothing about a schedule."""
+    study.require_program()
+    first, *others = truth
+    if not all(bool(samples.isfinite().all()) for samples in truth.values()):
+        raise ScheduleError("calibrate: the uncached samples aren't all finite; mend the model or the sampler first")
+    if not torch.equal(study.run(first), truth[first]):
+        raise ScheduleError("calibrate: sample(model, seed) gave two results for one seed; it must depend on it alone")
+    if others and all(torch.equal(truth[first], truth[other]) for other in others):
+        raise ScheduleError("calibrate: the samples of all seeds are alike; sample(model, seed) must use its seed")
+
+
 def _cheapest(search: Search, limits: Budget, spread: float) -> str:
     """The cheapest plan that holds a PSNR: tighten the budget until none does."""
     assert limits.psnr_db is not None
@@ -114,7 +125,11 @@ def _cheapest(search: Search, limits: Budget, spread: float) -> str:
     for fraction in (0.6, 0.5, 0.42, 0.34, 0.26, 0.2, 0.16, 0.12):
         search.rollouts = min(whole, len(search.seen) + max(6, whole // 6))
         allowed = replace(limits, macs=min(fraction, limits.macs or 1.0), psnr_db=None)
-        if psnr(search.seen[search.best(allowed)], spread) < wanted:
+        try:
+            held = psnr(search.seen[search.best(allowed)], spread) >= wanted
+        except ScheduleError:  # nothing is that cheap
+            break
+        if not held:
             break
     holds = [plan for plan, error in search.seen.items() if psnr(error, spread) >= wanted]
     return min(holds, key=search.costs.fraction, default="C" * search.steps)
@@ -131,11 +146,15 @@ class Study:
         self.steps = 0
         self.timesteps: tuple[float, ...] = ()
 
+    def require_program(self) -> None:
+        """Raise unless the sampler called the model."""
+        if not self._programs:
+            raise ScheduleError("calibrate: sample(model, seed) never called the model")
+
     @property
     def program(self) -> Program:
         """The graph with the most regions; all of them run the plan."""
-        if not self._programs:
-            raise ScheduleError("calibrate: sample(model, seed) never called the model")
+        self.require_program()
         return max(self._programs, key=lambda program: len(program.regions))
 
     @property

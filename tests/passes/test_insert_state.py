@@ -1,0 +1,227 @@
+"""State in, state out: the layout's slots, what each action reads and writes, and nothing shared by mistake."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moeca_compile import fx
+from moeca_compile.passes.insert_state import DISTANCES, insert_state, state_layout
+from moeca_compile.pipeline import Analysis
+from moeca_compile.regions import Region, RegionMap
+from moeca_compile.schedule import Schedule
+from moeca_compile.variant import SLOTS, StateSlot, Variant
+from tests.passes.blocks import analysed, latent, routed, two_streams
+from tests.tools import analyse_module, layout_of, ops, row, run_graph, schedule_of, variant_of, with_row
+
+W = torch.randn(8, 8)
+
+
+def layout(analysis: Analysis, *rows: str, order: int = 1) -> tuple[StateSlot, ...]:
+    return layout_of(analysis, schedule_of(analysis, *rows, order=order))
+
+
+def slots(analysis: Analysis, *rows: str, order: int = 1) -> list[tuple[int, int, str]]:
+    return [(slot.region, slot.output, slot.slot) for slot in layout(analysis, *rows, order=order)]
+
+
+# -- the layout -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_schedule_keeps_nothing() -> None:
+    assert slots(analysed(), "CC", "CC") == []
+
+
+def test_only_regions_that_are_ever_skipped_are_kept() -> None:
+    assert slots(analysed(), "CC", "CR") == [(1, 0, "y")]
+    assert slots(analysed(), "CC", "FC") == [(0, 0, "y"), (0, 0, "d1")]
+
+
+def test_differences_are_kept_as_far_as_the_order_asks() -> None:
+    assert [slot for _, _, slot in slots(analysed(), "CC", "FR", order=2)] == ["y", "d1", "d2", "y"]
+
+
+def test_each_output_has_its_own_slots() -> None:
+    assert slots(two_streams(), "CCC", "FCC") == [(0, 0, "y"), (0, 0, "d1"), (0, 1, "y"), (0, 1, "d1")]
+
+
+def test_values_keep_their_dtype_and_differences_are_float32() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        half = analyse_module(lambda x: x + x @ W, latent())
+    double = analyse_module(lambda x: x + x @ W.double(), latent().double())
+    assert [slot.dtype for slot in layout(half, "C", "F", order=2)] == ["bfloat16", "float32", "float32"]
+    assert [slot.dtype for slot in layout(double, "C", "F", order=2)] == ["float64", "float32", "float32"]
+    assert [slot.bytes for slot in layout(half, "C", "F", order=2)] == [64 * 2, 64 * 4, 64 * 4]
+
+
+def test_names_are_zero_padded_so_that_they_sort_as_they_are_numbered() -> None:
+    regions = RegionMap(tuple(region(f"r{i:02d}") for i in range(40)))
+    schedule = Schedule((row("C" * 40), row("F" * 40)), regions.keys, order=2)
+    names = [slot.name for slot in state_layout(regions, schedule)]
+    assert len(names) == 120
+    assert names == sorted(names)
+    assert (names[0], names[-1]) == ("state_000", "state_119")
+
+
+def region(key: str, shapes: tuple[tuple[int, ...], ...] = ((2, 3),), dtype: str = "float32") -> Region:
+    names = tuple(f"{key}_{i}" for i in range(len(shapes)))
+    return Region(key, "mlp", 0, names, names, shapes, (dtype,) * len(shapes), ("cpu",) * len(shapes))
+
+
+@settings(max_examples=50)
+@given(data=st.data(), order=st.integers(0, 2))
+def test_bytes_are_those_of_the_tensors(data: st.DataObject, order: int) -> None:
+    size = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
+    shapes = st.lists(size, min_size=1, max_size=2).map(tuple)
+    found = data.draw(st.lists(st.tuples(shapes, st.sampled_from(["float32", "bfloat16", "float64"])), max_size=3))
+    regions = RegionMap(tuple(region(f"r{i}", *one) for i, one in enumerate(found)))
+    letters = st.text("CRF" if order else "CR", min_size=len(found), max_size=len(found))
+    rows = ["C" * len(found), *data.draw(st.lists(letters, max_size=4))]
+    schedule = Schedule(tuple(map(row, rows)), regions.keys, order=order)
+    total = 0
+    for column, one in enumerate(regions):
+        letters_of = {text[column] for text in rows}
+        item = {"float32": 4, "bfloat16": 2, "float64": 8}[one.dtypes[0]]
+        for shape in one.shapes:
+            count = math.prod(shape)
+            total += count * (item + 4 * order) if "F" in letters_of else count * item if "R" in letters_of else 0
+    made = state_layout(regions, schedule)
+    assert sum(slot.bytes for slot in made) == total
+    assert all(slot.bytes == math.prod(slot.shape) * getattr(torch, slot.dtype).itemsize for slot in made)
+    assert [slot.name for slot in made] == [f"state_{i:03d}" for i in range(len(made))]
+
+
+# -- what each action reads and writes --------------------------------------------------------------------------------
+
+
+def traffic(variant: Variant, kept: tuple[StateSlot, ...]) -> tuple[list[str], list[str], bool]:
+    return [kept[i].slot for i in variant.reads], [kept[i].slot for i in variant.writes], variant.wants_distances
+
+
+@pytest.mark.parametrize(
+    ("order", "text", "reads", "writes", "distances"),
+    [
+        (0, "CR", ["y"], [], False),
+        (0, "RR", ["y", "y"], [], False),
+        (0, "RC", ["y"], ["y"], False),
+        (0, "CC", [], ["y"], False),
+        (1, "CF", ["y", "d1"], [], True),
+        (1, "CC", ["y"], ["y", "d1"], True),
+        (1, "CR", ["y"], [], False),
+        (2, "CF", ["y", "d1", "d2"], [], True),
+        (2, "CC", ["y", "d1"], ["y", "d1", "d2"], True),
+        (2, "CR", ["y"], [], False),
+    ],
+)
+def test_an_action_reads_what_it_needs_and_writes_what_it_changes(
+    order: int, text: str, reads: list[str], writes: list[str], distances: bool
+) -> None:
+    """In a schedule that also skips the second region, so that its state is kept."""
+    skip = "CF" if order else "CR"
+    kept = layout(analysed(), "CC", text, skip, order=order)
+    assert traffic(variant_of(analysed(), text, order, (skip,)), kept) == (reads, writes, distances)
+
+
+def test_a_variant_s_inputs_are_the_model_s_then_state_then_distances() -> None:
+    variant = variant_of(routed(), "CFRF", 2)
+    names = [node.name for node in fx.placeholders(variant.gm)]
+    inputs = routed().context.inputs
+    kept = layout(routed(), "CCCC", "CFRF", order=2)
+    expected = [inputs[i].name for i in variant.takes] + [kept[i].name for i in variant.reads] + [DISTANCES]
+    assert names == expected
+    assert fx.shape(fx.placeholders(variant.gm)[-1]) == (4, 4)
+    assert list(variant.takes) == sorted(variant.takes)
+
+
+def test_outputs_are_the_model_s_and_then_the_written_slots_in_layout_order() -> None:
+    variant = variant_of(routed(), "CCCC", 2, ("FFFF",))
+    kept = layout(routed(), "CCCC", "FFFF", order=2)
+    values = list(fx.nodes_of(fx.output_node(variant.gm).args[0]))
+    assert variant.outputs == 1
+    assert variant.writes == tuple(range(12))
+    for slot, node in zip(kept, values[1:], strict=True):
+        assert (fx.shape(node), str(fx.need(node).dtype)) == (slot.shape, f"torch.{slot.dtype}")
+
+
+def test_a_reuse_costs_no_arithmetic() -> None:
+    """One placeholder takes the region's place."""
+    reused, full = ops(variant_of(analysed(), "CR").gm), ops(analysed().gm)
+    assert not reused - full
+    assert variant_of(analysed(), "CR").node_count < variant_of(analysed(), "CF").node_count
+
+
+def test_an_empty_layout_leaves_the_graph_as_it_is() -> None:
+    context = with_row(analysed(), "CC")
+    assert insert_state(analysed().gm, context) is analysed().gm
+
+
+def test_building_variants_leaves_the_analysed_graph_as_it_is() -> None:
+    before = [node.format_node() for node in routed().gm.graph.nodes]
+    for text in ("CCCC", "FFFF", "CFRC"):
+        variant_of(routed(), text, 2)
+    assert [node.format_node() for node in routed().gm.graph.nodes] == before
+    assert fx.marked(routed().gm) == []
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_every_variant_of_a_schedule_reads_the_same_layout(order: int) -> None:
+    texts = ("CCCC", "RRRR", "CRCR") if order == 0 else ("CCCC", "FFFF", "CFRC", "RRRR")
+    kept = layout(routed(), *texts, order=order)
+    for text in texts:
+        variant = variant_of(routed(), text, order, texts)
+        state = {node.name: node for node in fx.placeholders(variant.gm) if node.name.startswith("state_")}
+        for slot in kept:
+            if slot.name in state:
+                value = fx.need(state[slot.name])
+                assert (tuple(value.shape), str(value.dtype)) == (slot.shape, f"torch.{slot.dtype}")
+
+
+# -- nothing is shared by mistake -------------------------------------------------------------------------------------
+
+
+def returns_its_branch(x: Tensor) -> tuple[Tensor, Tensor]:
+    h = x @ W
+    return x + h, h
+
+
+def call(variant: Variant, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    table = [torch.zeros(1, 4)] if variant.wants_distances else []
+    return run_graph(variant.gm, (*([x] if variant.takes else []), *state, *table))
+
+
+def test_a_state_that_is_also_an_output_is_written_as_a_copy() -> None:
+    """The caller may change an output in place."""
+    analysis, x = analyse_module(lambda x: returns_its_branch(x), latent()), latent()
+    variant = variant_of(analysis, "C", 0, ("R",))
+    takes = [one.name for one in analysis.context.inputs]
+    args = [W if name == "W" else x for name in (takes[i] for i in variant.takes)]
+    y, h, kept = run_graph(variant.gm, tuple(args))
+    assert torch.equal(h, kept)
+    assert h.data_ptr() != kept.data_ptr() != y.data_ptr()
+
+
+def test_a_state_that_a_variant_hands_out_is_a_copy() -> None:
+    analysis, x = analyse_module(lambda x: returns_its_branch(x), latent()), latent()
+    state = latent()
+    _, h = call(variant_of(analysis, "R", 0), x, state)
+    assert torch.equal(h, state)
+    assert h.data_ptr() != state.data_ptr()
+
+
+def test_a_state_is_written_contiguous_whatever_the_region_gives() -> None:
+    """One memory format for all variants, so that any may follow any."""
+    analysis = analyse_module(lambda x: x + (x.mT @ W[:4, :4]).mT, latent())
+    variant = variant_of(analysis, "C", 2, ("F",))
+    for node in list(fx.nodes_of(fx.output_node(variant.gm).args[0]))[variant.outputs :]:
+        assert fx.need(node).is_contiguous()
+    (cut,) = fx.resolve(analysis.gm, analysis.context.regions.regions[0].outputs)
+    assert not fx.need(cut).is_contiguous(), "the region gives a contiguous value: this test shows nothing"
+
+
+def test_slots_are_named_as_newton_names_them() -> None:
+    assert SLOTS == ("y", "d1", "d2")
