@@ -33,8 +33,8 @@ from moeca_compile.runtime.trajectory import Trajectory, current
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py` finds a model's among them
 _BANKS: weakref.WeakValueDictionary[Hashable, Bank] = weakref.WeakValueDictionary()
 _visiting = threading.local()
-# Tracing uses globals of torch: Dynamo's own lock keeps it apart from Dynamo in other threads, and inside a session other
-# threads may go on calling what is compiled (torch before 2.13 refuses that)
+# Tracing uses globals of torch: Dynamo's own lock keeps it apart from Dynamo in other threads. Inside a session those
+# may go on calling what is compiled (before torch 2.13 they are refused).
 _session = getattr(torch.compiler, "_compile_session_context", nullcontext)
 _books = threading.Lock()  # around banks and the order of programs; short
 

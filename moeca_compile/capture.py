@@ -25,7 +25,7 @@ from moeca_compile import fx
 from moeca_compile.autocast import ambient_autocast, autocast_is, materialise_casts
 from moeca_compile.errors import CaptureError
 
-_RESERVED = re.compile(r"distances|state_\d+")  # what variants call their own inputs
+_RESERVED = re.compile(r"coefficients|state_\d+")  # what variants call their own inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.passes.find_inputs import find_inputs
 from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.passes.find_residuals import find_residuals
-from moeca_compile.passes.insert_state import DISTANCES, insert_state
+from moeca_compile.passes.insert_state import COEFFICIENTS, insert_state
 from moeca_compile.passes.tag_row import tag_row
 from moeca_compile.passes.verify_variant import verify_variant
 from moeca_compile.runner import Finder, PassRecord, Rewriter, Runner
@@ -96,11 +96,11 @@ def build_variant(
     variant = Variant(
         name=name,
         row=row,
-        gm=_in_order(gm, [*positions, *slots, DISTANCES]),
+        gm=_in_order(gm, [*positions, *slots, COEFFICIENTS]),
         takes=tuple(sorted(positions[name] for name in names if name in positions)),
         reads=tuple(sorted(slots[name] for name in names if name in slots)),
         writes=writes,
-        wants_distances=DISTANCES in names,
+        wants_coefficients=COEFFICIENTS in names,
         outputs=len(fx.output_node(gm).args[0]) - len(writes),  # type: ignore[arg-type]
         macs=sum(node_macs(node) for node in gm.graph.nodes),
         node_count=len(gm.graph.nodes),
@@ -109,7 +109,7 @@ def build_variant(
 
 
 def _in_order(gm: GraphModule, order: list[str]) -> GraphModule:
-    """Placeholders in one order for every variant: the model's inputs, the state, the distances."""
+    """Placeholders in one order for every variant: the model's inputs, the state, the coefficients."""
     rank = {name: i for i, name in enumerate(order)}
     body = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for node in sorted(fx.placeholders(gm), key=lambda node: rank[node.name]):

@@ -17,7 +17,7 @@ from moeca_compile.passes.insert_state import state_layout
 from moeca_compile.pipeline import Analysis, analyse, build_variant
 from moeca_compile.runner import PassRecord
 from moeca_compile.schedule import Row, Schedule
-from moeca_compile.variant import StateSlot, Variant
+from moeca_compile.variant import SLOTS, StateSlot, Variant
 
 # Inductor's compile is not re-entrant from several threads on one graph; and two threads should not do the same work
 _compiling = threading.RLock()
@@ -114,8 +114,9 @@ class Program:
         for row in self.schedule.distinct_rows():
             variant = self.variant(row)
             state = [self.zeros(slot) for slot in variant.reads]
-            table = [torch.zeros(len(self.regions), 4, device=self.layout[0].device)] if variant.wants_distances else []
-            arguments = [*(args[i] for i in variant.takes), *state, *table]
+            arguments = [*(args[i] for i in variant.takes), *state]
+            if variant.wants_coefficients:
+                arguments.append(torch.zeros(len(self.regions), len(SLOTS) - 1, device=self.layout[0].device))
             results = self.compile(variant, arguments)(arguments)
             outputs = outputs or tuple(results[: variant.outputs])
         return outputs

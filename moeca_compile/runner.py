@@ -6,6 +6,7 @@ Passes know nothing of this; so a pass is a plain function, and timing or dumpin
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -58,9 +59,7 @@ class Runner:
                 log.info("pass %s is disabled", rewriter.__name__)
                 continue
             before, start = gm, time.perf_counter()
-            after = self._guard(rewriter, _copy(gm), ctx)
-            after.graph.lint()
-            after.recompile()
+            after = self._guard(_checked(rewriter), _copy(gm), ctx)
             self._record(label + rewriter.__name__, start, len(before.graph.nodes), len(after.graph.nodes))
             self._dump(label + rewriter.__name__, before, after)
             gm = after
@@ -87,6 +86,19 @@ class Runner:
         for when, gm in (("before", before), ("after", after)):
             text = gm.print_readable(print_output=False)
             (self.dump / f"{number:03d}_{name.replace(' ', '_')}.{when}.txt").write_text(text)
+
+
+def _checked(rewriter: Rewriter) -> Rewriter:
+    """The pass, and whether its graph is still one: a broken graph is that pass's failure."""
+
+    @functools.wraps(rewriter)
+    def run(gm: GraphModule, ctx: Context) -> GraphModule:
+        after = rewriter(gm, ctx)
+        after.graph.lint()
+        after.recompile()
+        return after
+
+    return run
 
 
 def _copy(gm: GraphModule) -> GraphModule:

@@ -247,7 +247,7 @@ class Study:
                     moved[step] = float((latent - last[0]).norm()) / max(size, 1e-12)
                 last[:] = [latent.clone()]
             size = float(results[0].norm())
-            y_slots = [i for i, slot in enumerate(program.layout) if slot.slot == "y"]
+            y_slots = [i for i, slot in enumerate(program.layout) if slot.slot == "y0"]
             kept = outputs.setdefault(record.stream, {})
             for (p, a), forged in self._pasts(program, kept, y_slots, step):
                 variant = program.variant(row_of("F", self.kinds, self.order))
@@ -272,13 +272,12 @@ class Study:
             for p in [*range(max(0, a - MAX_GAP), a), *([-1] if a == 0 else [])]:
                 if a not in kept or (p >= 0 and p not in kept):
                     continue
-                state = StreamState(len(program.layout), regions)
+                state = StreamState(program.layout, regions)
                 state.history = [(a,) if p < 0 else (a, p)] * regions
                 for number, slot in enumerate(y_slots):
-                    now = kept[a][number]
-                    state.tensors[slot] = now
+                    state.tensors[slot] = kept[a][number]
                     if self.order and p >= 0:
-                        state.tensors[slot + 1] = (now.float() - kept[p][number].float()) / (a - p)
+                        state.tensors[slot + 1] = kept[p][number]
                 yield (p, a), state
 
 

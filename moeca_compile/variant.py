@@ -7,8 +7,7 @@ from typing import Any
 
 from moeca_compile.schedule import Row
 
-SLOTS = ("y", "d1", "d2")  # the value, and the first two divided differences of Newton's form
-DISTANCES = ("s-s0", "(s-s0)(s-s1)", "1/(s-s0)", "1/(s-s1)")  # columns of the distance table, a row per region
+SLOTS = ("y0", "y1", "y2")  # a region's output at the steps that computed it last, latest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +29,8 @@ class Variant:
     """The program of `row`.
 
     It takes the inputs at positions `takes` of the captured call, then the state slots `reads` (positions in the
-    layout), then, if `wants_distances`, the table [regions, 4] float32. It returns the model's `outputs` values and
-    then the slots `writes`.
+    layout), then, if `wants_coefficients`, the table [regions, 2] float32. It returns the model's `outputs` values and
+    then new values for the slots `writes`, which are always y0: what was y0 becomes y1, and so on, without a copy.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Variant:
     takes: tuple[int, ...]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
-    wants_distances: bool
+    wants_coefficients: bool
     outputs: int
     macs: int = 0
     node_count: int = field(default=0, compare=False)

@@ -6,7 +6,7 @@ doesn't compute by what the rules say. It knows nothing of the passes that make 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,44 +17,7 @@ from moeca_compile.regions import RegionMap
 from moeca_compile.schedule import Action, Row
 
 Computed = tuple[int, Tensor]  # the step, and what the region gave
-
-
-class Reference(Interpreter):
-    """One trajectory of one captured graph; call it once a step.
-
-    Args:
-        gm: the captured graph; it isn't changed.
-        regions: which of its nodes may be replaced.
-        order: of FORECAST, 0 to 2.
-    """
-
-    def __init__(self, gm: GraphModule, regions: RegionMap, order: int) -> None:
-        super().__init__(gm)
-        self.order = order
-        self.step = -1
-        self.row: Row = ()
-        self.region_of = {name: column for column, region in enumerate(regions) for name in region.outputs}
-        self.history: dict[str, list[Computed]] = {name: [] for name in self.region_of}  # by output, oldest first
-
-    def __call__(self, row: Row, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The model's outputs at the next step, with these actions."""
-        self.step += 1
-        self.row = row
-        with torch.no_grad():
-            return tuple(self.run(*args))
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.name not in self.region_of:
-            return value
-        action = self.row[self.region_of[n.name]]
-        history = self.history[n.name]
-        if action is Action.COMPUTE:
-            history.append((self.step, value.clone()))
-            return value
-        if action is Action.REUSE:
-            return history[-1][1]
-        return forecast(history, self.step, self.order)
+Forecast = Callable[[Sequence[Computed], int, int], Tensor]
 
 
 def forecast(history: Sequence[Computed], step: int, order: int) -> Tensor:
@@ -84,5 +47,44 @@ def first_difference(older: Computed, newer: Computed) -> Tensor:
 
 
 def number(value: float) -> Tensor:
-    """Distances are float32 numbers, and their inverses are multiplied by: that is how they reach every target."""
+    """Distances and their inverses are float32 numbers: that is how they reach every target."""
     return torch.tensor(value, dtype=torch.float32)
+
+
+class Reference(Interpreter):
+    """One trajectory of one captured graph; call it once a step.
+
+    Args:
+        gm: the captured graph; it isn't changed.
+        regions: which of its nodes may be replaced.
+        order: of FORECAST, 0 to 2.
+        extrapolate: the arithmetic of FORECAST; another one says the same, but rounds elsewhere.
+    """
+
+    def __init__(self, gm: GraphModule, regions: RegionMap, order: int, extrapolate: Forecast = forecast) -> None:
+        super().__init__(gm)
+        self.order, self.extrapolate = order, extrapolate
+        self.step = -1
+        self.row: Row = ()
+        self.region_of = {name: column for column, region in enumerate(regions) for name in region.outputs}
+        self.history: dict[str, list[Computed]] = {name: [] for name in self.region_of}  # by output, oldest first
+
+    def __call__(self, row: Row, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The model's outputs at the next step, with these actions."""
+        self.step += 1
+        self.row = row
+        with torch.no_grad():
+            return tuple(self.run(*args))
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self.region_of:
+            return value
+        action = self.row[self.region_of[n.name]]
+        history = self.history[n.name]
+        if action is Action.COMPUTE:
+            history.append((self.step, value.clone()))
+            return value
+        if action is Action.REUSE:
+            return history[-1][1]
+        return self.extrapolate(history, self.step, self.order)

@@ -70,6 +70,16 @@ def cfg_calls(
         x = x - v * dt
 
 
+def in_place(model: Model, seed: int = 0, times: Sequence[float] = TIMES) -> Loop:
+    """`plain` by a sampler that overwrites what it gave and what it got; yields copies."""
+    x = noise(seed, 2)
+    for t, dt in _steps(times):
+        v = _call(model, x, t, [3, 3])
+        yield v.clone()
+        x -= v * dt
+        v.fill_(1e6)
+
+
 def heun(model: Model, seed: int = 0, times: Sequence[float] = TIMES, enter: Enter = _nowhere) -> Loop:
     """Second order: after each Euler step the slope at its end, so that inner timesteps are visited twice."""
     x = noise(seed, 2)

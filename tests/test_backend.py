@@ -103,6 +103,8 @@ def test_a_function_over_a_prepared_model_is_cached() -> None:
     first = run(plain(model))
     assert same(run(plain(model)), first)
     assert same(first, run(plain(compiled(module))))
+    with moeca.trajectory(model, steps=len(TIMES), stream="only"):
+        assert same(run(plain(model)), first)
     assert [record.variant for record in moeca.stats(model).steps][:4] == ["v0", "v1", "v1", "v0"]
 
 

@@ -39,7 +39,7 @@ def lower_inductor(
             raise LoweringError(
                 f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
             )
-        gm, regions = _split_distances(variant)
+        gm, regions = _split_table(variant)
 
         def split(given: Sequence[Any]) -> Sequence[Any]:
             if not regions:
@@ -61,13 +61,13 @@ def lower_inductor(
     return lambda given: compiled(*split(given))
 
 
-def _split_distances(variant: Variant) -> tuple[torch.fx.GraphModule, list[int]]:
-    """One input for each region's distances in place of the table; which regions, in order.
+def _split_table(variant: Variant) -> tuple[torch.fx.GraphModule, list[int]]:
+    """One input for each region's coefficients in place of the table; which regions, in order.
 
     An index into the table would be a constant in the generated code: then equal blocks give kernels that differ in it,
     and each is compiled for itself.
     """
-    if not variant.wants_distances:
+    if not variant.wants_coefficients:
         return variant.gm, []
     gm = torch.fx.GraphModule(variant.gm, copy.deepcopy(variant.gm.graph))
     table = fx.placeholders(gm)[-1]

@@ -1,12 +1,15 @@
-"""Marked regions -> state: a REUSE reads its region's value, a FORECAST extrapolates it, a COMPUTE writes it.
+"""Marked regions -> state: a REUSE reads its region's last output, a FORECAST extrapolates it, a COMPUTE writes it.
 
-Before: a marked graph.  After: placeholders for the state slots that this row reads and, if any number depends on
-how long ago a region was computed, for `distances` [regions, 4] float32; outputs grow by the slots that it writes.
-The graph stays functional. With an empty layout (nothing is ever reused) it does nothing.
+Before: a marked graph.  After: placeholders for the state slots that this row reads and, if it forecasts, for
+`coefficients` [regions, 2] float32; outputs grow by the slots that it writes. The graph stays functional. With an
+empty layout (nothing is ever reused) it does nothing.
 
-Newton's form of the interpolating polynomial on the step index (any numerical analysis text, e.g. Stoer & Bulirsch,
-section 2.1.3): y(s) = y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences d1 = (y0 - y1)/(s0 - s1) and
-d2 = (d1 - d1')/(s0 - s2). The host writes 0 for a distance that has no history, which lowers the order by itself.
+A forecast is Newton's interpolating polynomial on the step index (Stoer & Bulirsch, Introduction to Numerical
+Analysis, 2.1.3) through the last outputs: y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences
+d1 = (y0 - y1)/(s0 - s1) and d2 = (d1 - (y1 - y2)/(s1 - s2))/(s0 - s2). Gathered by differences of outputs it is
+y0 + c0 (y0 - y1) + c1 (y1 - y2), where c0 and c1 depend on steps alone: the host computes them (`runtime/state.py`),
+with 0 where history is missing, which lowers the order by itself. Keeping outputs and not d1 and d2 costs less state
+in bfloat16, says the same, and leaves a COMPUTE nothing to do but hand its output out.
 """
 
 from __future__ import annotations
@@ -23,21 +26,18 @@ from moeca_compile.regions import RegionMap
 from moeca_compile.schedule import Action, Schedule
 from moeca_compile.variant import SLOTS, StateSlot
 
-DISTANCES = "distances"
-_AHEAD, _AHEAD2, _BACK, _BACK2 = range(4)  # columns: s-s0, (s-s0)(s-s1), 1/(s-s0), 1/(s-s1)
+COEFFICIENTS = "coefficients"
 
 
 def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...]:
-    """The state that `schedule` (bound to these regions) keeps: the value in the region's own dtype, differences in
-    float32, because bfloat16 differences of neighbouring steps cancel."""
+    """The state that `schedule` (bound to these regions) keeps: each region's last outputs, in its own dtype."""
     slots: list[StateSlot] = []
     for column, region in enumerate(regions):
         outputs = zip(region.shapes, region.dtypes, region.devices, strict=True)
         for output, (shape, dtype, device) in enumerate(outputs):
+            size = math.prod(shape) * getattr(torch, dtype).itemsize
             for slot in SLOTS[: schedule.depth(column)]:
-                kind = dtype if slot == "y" else "float32"
-                size = math.prod(shape) * getattr(torch, kind).itemsize
-                slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, kind, device, size))
+                slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, dtype, device, size))
     return tuple(slots)
 
 
@@ -60,7 +60,7 @@ class _Writer:
     def __init__(self, gm: GraphModule, ctx: Context) -> None:
         self.gm = gm
         self.slots = {(s.region, s.output, s.slot): s for s in ctx.layout}
-        self.distance_shape = (len(ctx.regions), 4)
+        self.table_shape = (len(ctx.regions), len(SLOTS) - 1)
         self.first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         self.inputs: dict[str, Node] = {}
         self.written: list[tuple[str, Node]] = []
@@ -69,42 +69,33 @@ class _Writer:
         with self.gm.graph.inserting_after(node):
             anchor = self.gm.graph.call_function(aten.alias.default, (node,))  # where the new nodes go
         with self.gm.graph.inserting_before(anchor):
-            y = self._slot(mark, "y", node)
+            y = self._slot(mark, "y0", node)
             kept = self._forecast(y, node, mark) if mark.action is Action.FORECAST else y
         self.gm.graph.erase_node(anchor)
         node.replace_all_uses_with(kept)
         node.meta.pop("moeca")
 
-    def _forecast(self, y: Node, node: Node, mark: fx.Mark) -> Node:
+    def _forecast(self, y0: Node, node: Node, mark: fx.Mark) -> Node:
         wide = torch.promote_types(fx.need(node).dtype, torch.float32)
-        total = self._as(y, wide, node)
-        for slot, column in (("d1", _AHEAD), ("d2", _AHEAD2)):
+        newer = total = self._as(y0, wide, node)
+        for column, slot in enumerate(SLOTS[1:]):
             if (mark.region, mark.output, slot) in self.slots:
-                difference, distance = self._slot(mark, slot, node), self._distance(mark, column, node)
-                step = self._call(aten.mul.Tensor, difference, distance, like=node)
-                total = self._call(aten.add.Tensor, total, step, like=node)
+                older = self._as(self._slot(mark, slot, node), wide, node)
+                change = self._call(aten.sub.Tensor, newer, older, like=node)
+                part = self._call(aten.mul.Tensor, change, self._coefficient(mark, column, node), like=node)
+                total, newer = self._call(aten.add.Tensor, total, part, like=node), older
         return self._as(total, fx.need(node).dtype, node)
 
     def write(self, node: Node, mark: fx.Mark) -> None:
-        value, first, second = (self.slots.get((mark.region, mark.output, slot)) for slot in SLOTS)
-        if value is None:
+        slot = self.slots.get((mark.region, mark.output, "y0"))
+        if slot is None:
             return
         output = fx.output_node(self.gm)
         with self.gm.graph.inserting_before(output):
-            y = node
             if not fx.need(node).is_contiguous() or node in fx.nodes_of(output.args[0]):
                 # an output may be changed in place by the caller; a state has one memory format for all variants
-                y = self._call(aten.clone.default, node, memory_format=torch.contiguous_format, like=node)
-            self.written.append((value.name, y))
-            if first is not None:
-                before = self._as(self._slot(mark, "y", node), torch.float32, node)
-                change = self._call(aten.sub.Tensor, self._as(y, torch.float32, node), before, like=node)
-                d1 = self._call(aten.mul.Tensor, change, self._distance(mark, _BACK, node), like=node)
-                self.written.append((first.name, d1))
-                if second is not None:
-                    bend = self._call(aten.sub.Tensor, d1, self._slot(mark, "d1", node), like=node)
-                    d2 = self._call(aten.mul.Tensor, bend, self._distance(mark, _BACK2, node), like=node)
-                    self.written.append((second.name, d2))
+                node = self._call(aten.clone.default, node, memory_format=torch.contiguous_format, like=node)
+        self.written.append((slot.name, node))
 
     def finish(self) -> None:
         output = fx.output_node(self.gm)
@@ -131,8 +122,8 @@ class _Writer:
         found = self.slots[mark.region, mark.output, slot]
         return self._input(found.name, found.shape, getattr(torch, found.dtype), like)
 
-    def _distance(self, mark: fx.Mark, column: int, like: Node) -> Node:
-        table = self._input(DISTANCES, self.distance_shape, torch.float32, like)
+    def _coefficient(self, mark: fx.Mark, column: int, like: Node) -> Node:
+        table = self._input(COEFFICIENTS, self.table_shape, torch.float32, like)
         row = self._call(aten.select.int, table, 0, mark.region)
         return self._call(aten.select.int, row, 0, column)
 

@@ -16,7 +16,7 @@ import torch
 from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.runtime.clock import Clock, Counter, Sighting, Tick
 from moeca_compile.runtime.probe import Probe
-from moeca_compile.runtime.state import Distances, StreamState
+from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Row, Schedule
@@ -51,7 +51,7 @@ class Track:
     probe: Probe = field(default_factory=Probe)
     finite: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     records: list[StepRecord] = field(default_factory=list)
-    tables: dict[Distances, torch.Tensor] = field(default_factory=dict)
+    tables: dict[Coefficients, torch.Tensor] = field(default_factory=dict)
     elsewhere: set[float] = field(default_factory=set)  # timesteps that other programs saw since the last call here
 
     def forget(self) -> None:
@@ -144,7 +144,7 @@ def _run(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Tra
         track.forget()  # nobody knows how far the trajectory went with this call
     state = None
     if tick.stream is not None:
-        state = track.states.setdefault(tick.stream, StreamState(len(program.layout), len(program.schedule.rows[0])))
+        state = track.states.setdefault(tick.stream, StreamState(program.layout, len(program.schedule.rows[0])))
         _drop_if_not_finite(program, track, tick, state)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
@@ -205,20 +205,20 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
 def arguments_for(
     program: Runnable, track: Track, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int
 ) -> list[Any]:
-    """What `variant` takes for a call with `args` at `step`: inputs, state (zeros where unwritten), distances."""
+    """What `variant` takes for a call with `args` at `step`: inputs, state (zeros where unwritten), coefficients."""
     arguments = [args[i] for i in variant.takes]
     for slot in variant.reads:
         kept = state.tensors[slot] if state is not None else None
         arguments.append(program.zeros(slot) if kept is None else kept)
-    if variant.wants_distances:
-        cold = StreamState(0, len(program.schedule.rows[0]))
-        distances = (state or cold).distances(step)
-        table = track.tables.get(distances)
+    if variant.wants_coefficients:
+        assert state is not None  # without state every row is full, and a full row forecasts nothing
+        coefficients = state.coefficients(step)
+        table = track.tables.get(coefficients)
         if table is None:
             if len(track.tables) == MAX_TABLES:
                 track.tables.clear()
-            table = torch.tensor(distances, dtype=torch.float32, device=program.layout[0].device)
-            track.tables[distances] = table
+            table = torch.tensor(coefficients, dtype=torch.float32, device=program.layout[0].device)
+            track.tables[coefficients] = table
         arguments.append(table)
     return arguments
 

@@ -1,4 +1,4 @@
-"""The cache of one stream: tensors by slot, and when each region was last computed. No torch: tensors are opaque."""
+"""The cache of one stream: outputs by slot, and when each region computed them. No torch: tensors are opaque."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeca_compile.schedule import Action, Row
+from moeca_compile.variant import SLOTS, StateSlot
 
-Distances = tuple[tuple[float, float, float, float], ...]
+Coefficients = tuple[tuple[float, float], ...]
 
 
 @dataclass(slots=True)
 class StreamState:
-    """`tensors` by slot (None: never written); `history` by region: its last two computed steps, latest first."""
+    """State of one stream of a trajectory.
 
-    slots: int
+    Attributes:
+        layout: the slots; those of one region output stand together, y0 first.
+        regions: how many columns the schedule has.
+        tensors: by slot; None: never written.
+        history: by region, the steps whose outputs are kept, latest first.
+    """
+
+    layout: tuple[StateSlot, ...]
     regions: int
     tensors: list[Any] = field(init=False)
     history: list[tuple[int, ...]] = field(init=False)
@@ -26,7 +34,7 @@ class StreamState:
 
     def clear(self) -> None:
         """Forget everything: the next call is cold."""
-        self.tensors = [None] * self.slots
+        self.tensors = [None] * len(self.layout)
         self.history = [()] * self.regions
         self.last_step = -1
 
@@ -36,20 +44,37 @@ class StreamState:
             return False
         return all(action is Action.COMPUTE or seen for action, seen in zip(row, self.history, strict=True))
 
-    def distances(self, step: int) -> Distances:
-        """Per region: s-s0, (s-s0)(s-s1), 1/(s-s0), 1/(s-s1), with 0 where history is missing (a lower order then)."""
-        rows = []
-        for seen in self.history:
-            ahead = float(step - seen[0]) if seen else 0.0
-            further = float(step - seen[1]) if len(seen) > 1 else 0.0
-            rows.append((ahead, ahead * further, 1.0 / ahead if ahead else 0.0, 1.0 / further if further else 0.0))
-        return tuple(rows)
+    def coefficients(self, step: int) -> Coefficients:
+        """Per region c0 and c1 of the forecast y0 + c0 (y0 - y1) + c1 (y1 - y2) for `step`: Newton's polynomial through
+        the outputs that are kept, gathered by differences; 0 where history is missing, so a lower order then."""
+        kept = [0] * self.regions
+        for slot in self.layout:
+            kept[slot.region] = max(kept[slot.region], SLOTS.index(slot.slot) + 1)
+        return tuple(newton(step, seen[:depth]) for seen, depth in zip(self.history, kept, strict=True))
 
     def commit(self, step: int, row: Row, writes: Sequence[int], values: Sequence[Any]) -> None:
-        """Take what a variant wrote at `step`."""
+        """Take what a variant wrote at `step`: each new y0 pushes its region's older outputs one slot on."""
         for slot, value in zip(writes, values, strict=True):
-            self.tensors[slot] = value
+            self._push(slot, value)
         for region, action in enumerate(row):
             if action is Action.COMPUTE:
-                self.history[region] = (step, *self.history[region][:1])
+                self.history[region] = (step, *self.history[region][: len(SLOTS) - 1])
         self.last_step = step
+
+    def _push(self, slot: int, value: Any) -> None:
+        last = slot
+        while last + 1 < len(self.layout) and self.layout[last + 1].slot != SLOTS[0]:
+            last += 1
+        self.tensors[slot : last + 1] = [value, *self.tensors[slot:last]]
+
+
+def newton(step: int, seen: Sequence[int]) -> tuple[float, float]:
+    """c0 and c1 for a forecast at `step` from outputs computed at the steps `seen`, latest first."""
+    if len(seen) < 2:
+        return 0.0, 0.0
+    s0, s1, *rest = seen
+    linear = (step - s0) / (s0 - s1)
+    if not rest:
+        return linear, 0.0
+    bend = (step - s0) * (step - s1) / (s0 - rest[0])
+    return linear + bend / (s0 - s1), -bend / (s1 - rest[0])

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from moeca_compile.runtime.clock import MAX_STREAMS, Clock, Counter, Sighting, Tick
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Action, Schedule
+from moeca_compile.variant import SLOTS, StateSlot
 
+LAYOUT = (StateSlot("state_000", 0, 0, SLOTS[0], (1,), "float32", "cpu", 4),)
 NEAR, FAR = 0.1, 1.4  # relative change of a latent within a trajectory; between two of them (independent noise: sqrt 2)
 
 
@@ -69,7 +71,7 @@ class Simulation:
     def _step(self, call: Call, tick: Tick, states: dict[Hashable, StreamState]) -> bool:
         if tick.stream is None:
             return True
-        state = states.setdefault(tick.stream, StreamState(1, 1))
+        state = states.setdefault(tick.stream, StreamState(LAYOUT, 1))
         index = self.schedule.row_index(tick.step)
         row = self.schedule.rows[0 if index is None else index]
         if row != self.schedule.rows[0] and not state.can_run(row, tick.step):
@@ -79,7 +81,7 @@ class Simulation:
         if not computed:
             writer: Call = state.tensors[0]
             assert (writer.trajectory, writer.stream) == (call.trajectory, call.stream), f"{call} reads {writer}"
-            assert state.distances(tick.step)[0][0] == call.step - writer.step, f"{call} misjudges the age of {writer}"
+            assert tick.step - state.history[0][0] == call.step - writer.step, f"{call} misjudges the age of {writer}"
         state.commit(tick.step, row, [0] if computed else [], [call] if computed else [])
         return computed
 
@@ -133,7 +135,7 @@ def test_a_state_is_never_used_after_an_early_stop(calls: list[Call], schedule: 
 
 @given(trajectories(0), SCHEDULES)
 def test_a_lone_trajectory_is_followed_step_by_step(loop: Trajectory, schedule: Schedule) -> None:
-    """Nothing is lost to caution: without disturbance every call but a second visit lands on its own step and stream."""
+    """Nothing is lost to caution: undisturbed, every call but a second visit lands on its own step and stream."""
     done = Simulation(Clock(), schedule).run(list(loop.calls()))
     seen = set()
     for call, tick, _ in done:
