@@ -11,19 +11,15 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.eval_frame import remove_from_cache
 
 from moeca_compile.autocast import ambient_autocast, autocast_is
-from moeca_compile.canonical import prepare
-from moeca_compile.canonical.isolate import isolate
-from moeca_compile.capture import Input, inputs_of
+from moeca_compile.capture import Input, alone, inputs_of
 from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateError
+from moeca_compile.first_call import out_of_date
 from moeca_compile.options import Options
 from moeca_compile.owner import Owner, find_owner, runs_whole
 from moeca_compile.program import Program
@@ -33,9 +29,6 @@ from moeca_compile.runtime.trajectory import Trajectory, current
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py` finds a model's among them
 _BANKS: weakref.WeakValueDictionary[Hashable, Bank] = weakref.WeakValueDictionary()
 _visiting = threading.local()
-# Tracing uses globals of torch: Dynamo's own lock keeps it apart from Dynamo in other threads. Inside a session those
-# may go on calling what is compiled (before torch 2.13 they are refused).
-_session = getattr(torch.compiler, "_compile_session_context", nullcontext)
 _books = threading.Lock()  # around banks and the order of programs; short
 
 
@@ -126,9 +119,9 @@ class Entry:
             )
         owner = find_owner()
         if self._whole is None:
-            with compile_lock:
+            with alone():
                 whole = runs_whole(owner)
-                if _out_of_date(owner, whole):
+                if out_of_date(owner, whole):
                     return tuple(self.gm(*args))
                 self._whole = whole
         with _books:
@@ -178,7 +171,7 @@ class Entry:
             if program is not None:
                 self.programs.move_to_end(key)
                 return program
-        with compile_lock, _session():
+        with alone():
             program = self.programs.get(key)
             if program is None:
                 self._warn_of_numbers(key, numbers)
@@ -242,31 +235,6 @@ def visiting(visitor: Visitor) -> Iterator[None]:
         yield
     finally:
         _visiting.visitor = None
-
-
-_first_call: list[FrameType] = []  # the call during which a model was prepared; its other fragments run as they are
-
-
-def _out_of_date(owner: Owner | None, whole: bool) -> bool:
-    """On a graph's first run: prepare the model. True: run this graph as it is, the next call brings a better one."""
-    if owner is None:
-        return False
-    if _first_call and _first_call[0] is owner.frame:
-        return True
-    _first_call.clear()
-    report = prepare(owner.module)
-    if report.misses:
-        some = "; ".join(str(miss) for miss in report.misses[:3])
-        text = f"{len(report.misses)} expert dispatches are left as they are: {some}"
-        warnings.warn(text, MoecaWarning, stacklevel=3)
-    if whole and not report.changed:
-        return False
-    if not isolate(owner.module):
-        if not report.changed:
-            return False  # it has been traced afresh already, and breaks by itself
-        remove_from_cache(owner.module.forward)
-    _first_call.append(owner.frame)
-    return True
 
 
 def _warn_broken(program: Program) -> None:

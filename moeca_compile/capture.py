@@ -7,12 +7,14 @@ source lines are kept. One capture is for one concrete input signature: sizes ar
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -26,6 +28,16 @@ from moeca_compile.autocast import ambient_autocast, autocast_is, materialise_ca
 from moeca_compile.errors import CaptureError
 
 _RESERVED = re.compile(r"coefficients|state_\d+")  # what variants call their own inputs
+
+# Inside a session other threads may go on calling what is compiled (before torch 2.13 they are refused).
+_session = getattr(torch.compiler, "_compile_session_context", nullcontext)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For tracing and compiling, which use globals of torch: Dynamo's own lock keeps them apart from other threads'."""
+    with compile_lock, _session():
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,9 @@ class Options:
         inner_options: handed to the inner compiler as they are (Inductor's config keys).
         mode: torch.compile's `mode`, handed to Inductor.
         max_signatures: how many input signatures (shapes, dtypes, autocast) keep their programs; the oldest go first.
-        latent_jump: relative change ||x - x_last|| / ||x_last|| of the latent between two calls above which a call is
-            taken for another trajectory and starts cold. Neighbouring steps of one trajectory stay well below.
+        latent_jump: relative change ||x - x_last|| / ||x_last|| of the latent between two calls, the largest of the
+            batch's samples, above which a call is taken for another trajectory and starts cold. Neighbouring steps of
+            one trajectory stay well below.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
     """

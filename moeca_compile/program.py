@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from moeca_compile.capture import Input
+from moeca_compile.capture import Input, alone
 from moeca_compile.errors import CaptureError
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
 from moeca_compile.options import Options
@@ -18,9 +17,6 @@ from moeca_compile.pipeline import Analysis, analyse, build_variant
 from moeca_compile.runner import PassRecord
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.variant import SLOTS, StateSlot, Variant
-
-# Inductor's compile is not re-entrant from several threads on one graph; and two threads should not do the same work
-_compiling = threading.RLock()
 
 
 class Program:
@@ -71,7 +67,7 @@ class Program:
     def variant(self, row: Row) -> Variant:
         """The graph of `row`, built on first use; nothing is compiled yet."""
         if row not in self._variants:
-            with _compiling:
+            with alone():
                 begin, name = time.perf_counter(), f"v{len(self._variants)}"
                 variant, records = build_variant(self.analysis, self.layout, row, self.options, name)
                 self.records += records
@@ -88,7 +84,7 @@ class Program:
         Raises:
             LoweringError: the inner compiler refused it.
         """
-        with _compiling:
+        with alone():
             if variant.row not in self._executables:
                 begin = time.perf_counter()
                 if self.options.inner == "eager":

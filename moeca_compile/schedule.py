@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,12 @@ class Schedule:
         if not self.period:
             return None
         return len(self.rows) - self.period + (step - len(self.rows)) % self.period
+
+    def is_far(self, row: int, timestep: float) -> bool:
+        """Whether `timestep` is farther from `row`'s recorded one than the widest gap between recorded neighbours."""
+        known = sorted(self.timesteps)
+        widest = max((b - a for a, b in itertools.pairwise(known)), default=0.0)
+        return bool(known) and abs(self.timesteps[row] - timestep) > widest
 
     def depth(self, column: int) -> int:
         """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the divided differences."""

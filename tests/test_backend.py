@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 import moeca_compile as moeca
 from moeca_compile.backend import ENTRIES
 from moeca_compile.errors import CaptureError, MoecaWarning, OptionError, ScheduleError, StateError
+from moeca_compile.schedule import Action, Schedule
 from tests.sampling import TIMES, Model, alone, cfg_calls, compiled, dit, noise, plain, run, same, take_turns, uncached
 
 EAGER = {"schedule": "uniform:3", "inner": "eager"}
@@ -41,15 +42,33 @@ def close(model: Model, module: nn.Module) -> bool:
 # -- ways in ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_call_prepares_and_the_second_is_one_graph() -> None:
+def test_the_first_call_prepares_the_model_and_is_the_first_step() -> None:
     module = dit()
     model = moeca_compiled(module)
-    assert close(model, module)
-    assert moeca.stats(model).steps == ()  # the first call ran eagerly in parts
-    run(plain(model))
-    assert moeca.stats(model).graphs == 1
-    assert len(moeca.stats(model).steps) == len(TIMES)
+    first = run(plain(model))
+    assert [record.step for record in moeca.stats(model).steps] == list(range(len(TIMES)))
+    assert not any(record.cold for record in moeca.stats(model).steps)
+    for one, again in zip(first, run(plain(model)), strict=True):
+        assert torch.allclose(one, again, rtol=1e-5, atol=1e-6)
     assert close(uncached(module), module)
+
+
+def test_a_model_with_hooks_is_not_called_twice_for_its_first_call() -> None:
+    module, calls = dit(), []
+    module.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model = moeca_compiled(module)
+    assert close(model, module)
+    assert moeca.stats(model).steps == ()  # that call ran eagerly in parts; the next is the first to be cached
+    assert len(calls) == 2
+
+
+def test_a_schedule_made_for_other_timesteps_maps_by_the_nearest_and_says_when_that_is_far() -> None:
+    rows = ((Action.COMPUTE,), (Action.FORECAST,), (Action.COMPUTE,))
+    made_for = Schedule(rows, order=1, timesteps=(1000.0, 960.0, 920.0))
+    model = moeca.compile(dit(), schedule=made_for, inner="eager")
+    with pytest.warns(MoecaWarning, match="far from the schedule's nearest, 920"):
+        run(plain(model, times=(1000.0, 990.0, 970.0, 500.0)))
+    assert [record.variant for record in moeca.stats(model).steps] == ["v0", "v0", "v1", "v0"]
 
 
 def test_three_instances_that_prepare_on_their_first_run_in_turns_are_all_right() -> None:

@@ -121,6 +121,16 @@ def test_labels_that_read_alike_get_names_of_their_own() -> None:
     assert run_graph(graph.gm, args)[0].tolist() == [11.0] * 3
 
 
+@pytest.mark.parametrize("taken", ["coefficients", "state_000", "state_1234"])
+def test_an_argument_called_like_a_variant_s_own_inputs_gets_another_name(taken: str) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"def model(x, {taken}): return x * {taken}", scope)
+    graph, args = capture_module(scope["model"], torch.ones(3), torch.full((3,), 2.0))
+    assert {one.label for one in graph.inputs} == {"x", taken}
+    assert taken not in {n.name for n in graph.gm.graph.nodes}
+    assert run_graph(graph.gm, args)[0].tolist() == [2.0] * 3
+
+
 def test_a_tied_weight_is_one_placeholder() -> None:
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight

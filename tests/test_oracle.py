@@ -26,7 +26,7 @@ from moeca_compile.passes.context import Context
 from moeca_compile.pipeline import Analysis, analyse
 from moeca_compile.runtime.state import StreamState, newton
 from moeca_compile.schedule import Action, Row, Schedule
-from moeca_compile.variant import Variant
+from moeca_compile.variant import SLOTS, Variant
 from tests.models import DiT
 from tests.passes.blocks import DIM, Block, OneStream, Routed, Stack, Timed, TwoStreams
 from tests.reference import Computed, Reference, forecast, number
@@ -161,6 +161,7 @@ def random_rows(width: int, order: int, max_steps: int = 8) -> st.SearchStrategy
 # -- the oracle itself ------------------------------------------------------------------------------------------------
 
 
+@settings(NO_DEADLINE)
 @given(
     steps=st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True).map(sorted),
     ahead=st.integers(1, 5),
@@ -181,6 +182,7 @@ def test_the_oracle_s_forecast_is_the_polynomial_through_the_last_values(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@settings(NO_DEADLINE, max_examples=50)
 @given(
     steps=st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True).map(sorted),
     ahead=st.integers(1, 5),
@@ -212,7 +214,7 @@ def test_the_oracle_computes_everything_at_a_full_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(NO_DEADLINE, max_examples=8)
+@settings(NO_DEADLINE, max_examples=6)
 @given(data=st.data(), order=st.integers(0, 2))
 def test_any_schedule_is_run_as_the_oracle_says(dtype: str, data: st.DataObject, order: int) -> None:
     one = subject(dtype)
@@ -222,6 +224,9 @@ def test_any_schedule_is_run_as_the_oracle_says(dtype: str, data: st.DataObject,
     assert_follows_the_oracle(one, runner, schedule.rows)
     assert len(runner.built) == len(schedule.distinct_rows())
     for slot, kept in zip(runner.layout, runner.state.tensors, strict=True):
+        if kept is None:
+            assert len(runner.state.history[slot.region]) <= SLOTS.index(slot.slot)
+            continue
         assert (kept.shape, str(kept.dtype), kept.nbytes) == (slot.shape, f"torch.{slot.dtype}", slot.bytes)
 
 
@@ -235,7 +240,7 @@ def every_row(dtype: str, order: int) -> Runner:
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(NO_DEADLINE, max_examples=12)
+@settings(NO_DEADLINE, max_examples=8)
 @given(data=st.data())
 def test_once_everything_was_computed_any_variant_may_follow_any_other(
     dtype: str, order: int, data: st.DataObject
@@ -302,12 +307,15 @@ def slowly(step: int) -> dict[str, Tensor]:
     return {"x": x + 0.1 * step * drift, "t": torch.full((2,), 3.0 - 0.1 * step)}
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_every_architecture_follows_the_oracle(make: Callable[[], Callable[..., Any]], autocast: bool) -> None:
+AUTOCAST = ("two streams share an attention", "parallel, routed", "a branch is an output", "a region is not contiguous")
+CASES = [(name, False) for name in ARCHITECTURES] + [(name, True) for name in AUTOCAST]
+
+
+@pytest.mark.parametrize(("name", "autocast"), CASES)
+def test_every_architecture_follows_the_oracle(name: str, autocast: bool) -> None:
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        one = subject_of(make(), slowly)
+        one = subject_of(ARCHITECTURES[name](), slowly)
     width = len(one.context.regions)
     assert width > 0
     turns = ["C", "C", "CF", "FC", "F", "C", "R", "FR", "CFF", "F"]

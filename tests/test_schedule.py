@@ -77,6 +77,7 @@ def test_full_computes_everything_for_ever() -> None:
     assert Schedule.full().depth(0) == 0
 
 
+@settings(deadline=None)
 @given(interval=st.integers(1, 9), warmup=st.integers(1, 9), order=st.integers(0, 2))
 def test_uniform_computes_the_warmup_and_then_every_interval(interval: int, warmup: int, order: int) -> None:
     text = letters(Schedule.uniform(interval, warmup, order), 60)
@@ -126,6 +127,7 @@ def test_parse_refuses_what_it_does_not_understand_and_names_the_forms(text: str
         Schedule.parse(text)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_parse_raises_nothing_but_schedule_errors(text: str) -> None:
     with suppress(ScheduleError):
@@ -273,6 +275,7 @@ def test_a_schedule_cannot_be_changed() -> None:
 # -- JSON and text ----------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_json_gives_the_same_schedule_back(schedule: Schedule) -> None:
     again = Schedule.from_json(schedule.to_json())
@@ -280,7 +283,7 @@ def test_json_gives_the_same_schedule_back(schedule: Schedule) -> None:
     assert again.to_json() == schedule.to_json()
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(schedule=schedules())
 def test_a_saved_schedule_loads_by_path_and_by_short_form(
     tmp_path_factory: pytest.TempPathFactory, schedule: Schedule
@@ -370,6 +373,7 @@ def test_an_open_schedule_prints_what_repeats() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_the_grid_has_one_line_a_region_and_one_mark_a_step(schedule: Schedule) -> None:
     for column in range(len(schedule.rows[0])):

@@ -22,7 +22,7 @@ DATA = {"errors", "options", "regions", "schedule", "variant"}
 GRAPH = DATA | {"fx", "ops", "autocast", "capture"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
-ALL = STAGES | {"plan", "inspect", "program", "owner", "backend", "face", "study"}
+ALL = STAGES | {"plan", "inspect", "program", "owner", "first_call", "backend", "face", "study"}
 
 # room -> the rooms it may import besides itself (DESIGN section 3)
 MAY_IMPORT = {
@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "pipeline": STAGES,
     "program": STAGES | {"pipeline"},  # a captured graph, its schedule and its variants
     "owner": {"errors"},
-    "backend": STAGES | {"program", "owner"},
+    "first_call": REWRITE | {"owner"},
+    "backend": STAGES | {"program", "owner", "first_call"},
     "face": ALL - {"plan", "study"},  # what people call
     "study": ALL,  # calibrate: the planner on a real model
     "cli": ALL | {"__init__"},

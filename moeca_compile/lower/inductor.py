@@ -17,8 +17,7 @@ Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 def lower_eager(variant: Variant) -> Executable:
     """Run the graph node by node: bitwise what the captured graph gives."""
-    interpreter = torch.fx.Interpreter(variant.gm)
-    return lambda args: interpreter.run(*args)
+    return lambda args: torch.fx.Interpreter(variant.gm).run(*args)  # one a call: it holds the values, threads differ
 
 
 def lower_inductor(

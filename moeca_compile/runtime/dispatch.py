@@ -195,6 +195,12 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
             "schedule for this number of steps, or use an open-ended one (uniform)",
         )
         return full, False
+    if sighting.timestep is not None and schedule.is_far(index, sighting.timestep):
+        warn_once(
+            program,
+            f"timestep {sighting.timestep:g} is far from the schedule's nearest, {schedule.timesteps[index]:g}: it was "
+            "made for other timesteps. Make one for this sampler, or use a uniform schedule",
+        )
     row = schedule.rows[index]
     if row != full and not state.can_run(row, tick.step):
         state.clear()

@@ -56,7 +56,8 @@ class Trajectory:
             )
 
     def serves(self, weights: Collection[int]) -> bool:
-        return not self.weights or not self.weights.isdisjoint(weights)
+        """Whether a graph with these weights is the model's; a part of a broken graph may have none at all."""
+        return not self.weights or not weights or not self.weights.isdisjoint(weights)
 
 
 def current(weights: Collection[int]) -> Trajectory | None:

@@ -55,24 +55,28 @@ WRITINGS: dict[str, Core] = {
 }
 
 
-def found(core: Core, dtype: torch.dtype = torch.float32) -> Analysis:
-    return analyse_module(Timed(Block(mixer=Attention(core))).to(dtype), latent().to(dtype), times().to(dtype))
+def found(core: Core) -> Analysis:
+    return analyse_module(Timed(Block(mixer=Attention(core))), latent(), times())
 
 
-@pytest.mark.parametrize("core", WRITINGS.values(), ids=WRITINGS)
-def test_every_writing_is_one_attention_and_one_region(core: Core) -> None:
-    analysis = found(core)
-    (info,) = analysis.context.attention
-    names = ("query", "key", "value", "node")
-    shapes = {name: fx.shape(node(analysis.gm, getattr(info, name))) for name in names}
-    assert all(math.prod(shape) == 2 * 4 * DIM for shape in shapes.values()), shapes
-    region = analysis.context.regions.regions[0]
-    assert (region.key, region.kind, region.attention) == ("body.attn", "attention", (info,))
+def test_every_writing_is_one_attention_and_one_region() -> None:
+    """A stack of blocks, each with its own writing."""
+    blocks = Stack(*(Block(mixer=Attention(core)) for core in WRITINGS.values()))
+    analysis = analyse_module(Timed(blocks), latent(), times())
+    regions = {region.key: region for region in analysis.context.regions}
+    assert len(analysis.context.attention) == len(WRITINGS)
+    for i, (name, info) in enumerate(zip(WRITINGS, analysis.context.attention, strict=True)):
+        region = regions[f"body.blocks.{i}.attn"]
+        assert (region.kind, region.layer, region.attention) == ("attention", i, (info,)), name
+        for one in fx.resolve(analysis.gm, (info.query, info.key, info.value, info.node)):
+            assert math.prod(fx.shape(one)) == 2 * 4 * DIM, name
 
 
-@pytest.mark.parametrize("writing", ["matmul", "softmax in float32", "softmax by dtype", "dropout"])
-def test_in_half_precision_too(writing: str) -> None:
-    assert len(found(WRITINGS[writing], torch.bfloat16).context.attention) == 1
+def test_in_half_precision_too() -> None:
+    writings = [WRITINGS[name] for name in ("matmul", "softmax in float32", "softmax by dtype", "dropout")]
+    blocks = Timed(Stack(*(Block(mixer=Attention(core)) for core in writings))).bfloat16()
+    analysis = analyse_module(blocks, latent().bfloat16(), times().bfloat16())
+    assert [r.kind for r in analysis.context.regions] == ["attention", "mlp"] * len(writings)
 
 
 def test_query_key_and_value_are_those_of_the_call() -> None:
@@ -128,19 +132,19 @@ NOT_ATTENTION: dict[str, Core] = {
     "no softmax": lambda q, k, v: (q @ k.mT).relu() @ v,
     "sigmoid": lambda q, k, v: (q @ k.mT).sigmoid() @ v,
     "softmax of the product of both": lambda q, k, v: ((q @ k.mT) @ v).softmax(-1),
-    "softmax of no product": lambda q, k, v: (q * k).softmax(-1).mT @ v,
+    "softmax of no product": lambda q, k, v: q + ((q * k).softmax(-1).mT @ v).mean(),
     "a norm between": lambda q, k, v: F.layer_norm((q @ k.mT).softmax(-1), (4,)) @ v,
 }
 
 
-@pytest.mark.parametrize("core", NOT_ATTENTION.values(), ids=NOT_ATTENTION)
-def test_what_only_looks_like_attention_is_none(core: Core) -> None:
-    shape_keeping: Core = core
-    if core is NOT_ATTENTION["softmax of no product"]:
-        shape_keeping = lambda q, k, v: q + core(q, k, v).mean()  # noqa: E731
-    context = found(shape_keeping).context
-    assert context.attention == ()
-    assert [(r.key, r.kind) for r in context.regions] == [("body.attn", "mlp"), ("body.mlp", "mlp")]
+def test_what_only_looks_like_attention_is_none() -> None:
+    analysis = analyse_module(
+        Timed(Stack(*(Block(mixer=Attention(core)) for core in NOT_ATTENTION.values()))), latent(), times()
+    )
+    assert analysis.context.attention == ()
+    assert [(r.kind, r.layer) for r in analysis.context.regions] == [
+        ("mlp", i) for i in range(len(NOT_ATTENTION)) for _ in range(2)
+    ]
 
 
 def test_a_dense_mixture_is_no_attention() -> None:

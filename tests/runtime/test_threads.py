@@ -16,7 +16,6 @@ from moeca_compile.errors import StateError
 from tests.sampling import TIMES, Loop, Model, Taped, alone, cfg_calls, dit, plain, run, same, streams
 
 PATIENCE = 60.0  # seconds until a test gives up waiting
-SHARED_INTERPRETER = "lower_eager runs all calls of a variant through one fx.Interpreter, which holds the values"
 
 
 def threads(count: int, name: str = "") -> ThreadPoolExecutor:
@@ -65,7 +64,6 @@ def test_two_threads_without_trajectories_are_refused(model: nn.Module, batch: i
     assert same(outputs, truth)
 
 
-@pytest.mark.xfail(reason=SHARED_INTERPRETER, raises=RuntimeError, strict=True)
 def test_a_thread_in_a_trajectory_of_its_own_may_run_in_the_middle_of_anothers_step(model: nn.Module) -> None:
     truths = [run(plain(model, seed=seed)) for seed in (0, 1)]
     outputs: list[Tensor] = []
@@ -91,7 +89,6 @@ def test_a_trajectory_can_not_be_shared_by_two_threads(model: nn.Module) -> None
         one.__enter__()
 
 
-@pytest.mark.xfail(reason=SHARED_INTERPRETER)
 @pytest.mark.parametrize("loop", [plain, cfg_calls])
 def test_threads_with_named_streams_never_mix(model: nn.Module, loop: Callable[..., Loop]) -> None:
     truths = [run(loop(model, seed=seed, enter=streams(model))) for seed in range(4)]
@@ -131,7 +128,6 @@ def _stubborn(model: Model) -> Model:
     return call
 
 
-@pytest.mark.xfail(reason=SHARED_INTERPRETER)
 @pytest.mark.filterwarnings("ignore:the model's graph is broken")  # true for those that had begun
 def test_threads_that_meet_an_unprepared_model_are_all_right() -> None:
     """The first one prepares it, while others are in the middle of the old code."""
