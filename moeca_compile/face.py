@@ -142,8 +142,7 @@ def explain(model: Any, *inputs: Any, schedule: Schedule | str | Path | None = N
     """
     given = {**options, **({} if schedule is None else {"schedule": schedule})}
     Options.from_backend_options(given)
-    base = next((entry.options for entry, _ in _banks(model)), None)
-    if base is None:
+    if isinstance(model, torch.nn.Module) and not _is_compiled(model):
         prepare(model)
         model = torch.compile(model, backend=backend.moeca, options=given)
     programs: list[Program] = []
@@ -184,6 +183,10 @@ def _banks(model: Any) -> Iterator[tuple[Entry, Bank]]:
             mine = handle is model if isinstance(model, OptimizedModule) else not weights.isdisjoint(bank.ids)
             if mine or (not weights and bank.handle is None):
                 yield entry, bank
+
+
+def _is_compiled(model: torch.nn.Module) -> bool:
+    return isinstance(model, OptimizedModule) or model._compiled_call_impl is not None
 
 
 def inner_module(model: torch.nn.Module) -> torch.nn.Module:

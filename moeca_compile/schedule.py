@@ -198,7 +198,7 @@ class Schedule:
                 raise ScheduleError(f"schedule version {data['version']} is newer than this package reads ({VERSION})")
             return cls(
                 rows=tuple(tuple(Action(letter) for letter in row) for row in data["rows"]),
-                regions=None if data["regions"] is None else tuple(data["regions"]),
+                regions=_keys(data["regions"]),
                 order=int(data["order"]),
                 period=int(data["period"]),
                 fingerprint=str(data["fingerprint"]),
@@ -232,3 +232,12 @@ class Schedule:
         for column, name in enumerate(names):
             lines.append(f"{name:<{wide}}  " + "".join(_GLYPH[row[column]] for row in self.rows))
         return "\n".join([*lines, "# compute   = reuse   / forecast"])
+
+
+def _keys(regions: object) -> tuple[str, ...] | None:
+    """The region keys of a schedule's JSON: null, or a list of texts."""
+    if regions is None:
+        return None
+    if not isinstance(regions, list) or not all(isinstance(key, str) for key in regions):
+        raise ValueError(f"regions is {regions!r}, expected a list of keys or null")
+    return tuple(regions)

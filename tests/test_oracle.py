@@ -6,8 +6,7 @@ bit by bit when it reckons forecasts in the order that the variants do: the inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -20,17 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeca_compile as moeca
-from moeca_compile.capture import Capture, capture
-from moeca_compile.lower.inductor import Executable, lower_eager
-from moeca_compile.passes.context import Context
-from moeca_compile.pipeline import Analysis, analyse
-from moeca_compile.runtime.state import StreamState, newton
-from moeca_compile.schedule import Action, Row, Schedule
-from moeca_compile.variant import SLOTS, Variant
+from moeca_compile.schedule import Action
+from moeca_compile.variant import SLOTS
+from tests.following import Runner, Subject, assert_follows_the_oracle, gathered, subject_of
 from tests.models import DiT
 from tests.passes.blocks import DIM, Block, OneStream, Routed, Stack, Timed, TwoStreams
-from tests.reference import Computed, Reference, forecast, number
-from tests.tools import EAGER, build, layout_of, ops, row, run_graph, same, schedule_of, trace_module
+from tests.reference import Reference, forecast
+from tests.tools import build, layout_of, ops, row, run_graph, same, schedule_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 NO_DEADLINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -51,105 +46,11 @@ def inputs(step: int, dtype: str = "float64") -> dict[str, Tensor]:
     return {"x": x.to(DTYPES[dtype]), "t": torch.full((2,), 900.0 - 40 * step), "y": torch.tensor([1, 5])}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model with its captured graph, as the oracle runs it, and its analysis, from which variants are made.
-
-    `inputs` gives a step's arguments by name; `args` are the other tensors of the graph: weights.
-    """
-
-    model: Callable[..., Any]
-    inputs: Callable[[int], dict[str, Tensor]]
-    captured: Capture
-    analysis: Analysis
-    args: tuple[Any, ...]
-
-    @property
-    def context(self) -> Context:
-        return self.analysis.context
-
-    def call(self, step: int) -> list[Any]:
-        """The arguments of a step, in the order of the captured graph."""
-        given = self.inputs(step)
-        return [given.get(one.label, arg) for one, arg in zip(self.captured.inputs, self.args, strict=True)]
-
-    def eager(self, step: int) -> Tensor:
-        with torch.no_grad():
-            return self.model(**self.inputs(step))
-
-
-def subject_of(model: Callable[..., Any], inputs: Callable[[int], dict[str, Tensor]]) -> Subject:
-    traced = trace_module(model, *inputs(0).values())
-    captured = capture(traced.gm, traced.args, traced.inputs)
-    return Subject(model, inputs, captured, analyse(traced.gm, traced.args, traced.inputs, EAGER), traced.args)
-
-
 @cache
 def subject(dtype: str = "float64", depth: int = 2) -> Subject:
     model = small(dtype, depth)
     moeca.prepare(model)
     return subject_of(model, partial(inputs, dtype=dtype))
-
-
-class Runner:
-    """Runs rows through variants and `StreamState`, as the dispatcher does; variants are built once."""
-
-    def __init__(self, one: Subject, schedule: Schedule) -> None:
-        self.one, self.schedule = one, schedule
-        self.layout = layout_of(one.analysis, schedule)
-        self.state = StreamState(self.layout, len(schedule.rows[0]))
-        self.built: dict[Row, tuple[Variant, Executable]] = {}
-        self.step = -1
-
-    def start(self) -> None:
-        self.step = -1
-        self.state.clear()
-
-    def variant(self, wanted: Row) -> tuple[Variant, Executable]:
-        if wanted not in self.built:
-            variant = build(self.one.analysis, self.schedule, wanted)
-            self.built[wanted] = variant, lower_eager(variant)
-        return self.built[wanted]
-
-    def __call__(self, wanted: Row, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        self.step += 1
-        variant, run = self.variant(wanted)
-        assert wanted == self.schedule.rows[0] or self.state.can_run(wanted, self.step)
-        given = [args[i] for i in variant.takes]
-        for slot in variant.reads:
-            one, kept = self.layout[slot], self.state.tensors[slot]
-            given.append(torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) if kept is None else kept)
-        if variant.wants_coefficients:
-            given.append(torch.tensor(self.state.coefficients(self.step), dtype=torch.float32))
-        with torch.no_grad():
-            results = run(given)
-        self.state.commit(self.step, wanted, variant.writes, results[variant.outputs :])
-        return tuple(results[: variant.outputs])
-
-
-def gathered(history: Sequence[Computed], step: int, order: int) -> Tensor:
-    """The oracle's forecast as variants reckon it: y0 + c0 (y0 - y1) + c1 (y1 - y2), in at least float32."""
-    steps, values = zip(*history[: -(order + 2) : -1], strict=True)
-    wide = torch.promote_types(values[0].dtype, torch.float32)
-    newest = total = values[0].to(wide)
-    for older, coefficient in zip(values[1:], newton(step, steps), strict=False):
-        total = total + (newest - older.to(wide)) * number(coefficient)
-        newest = older.to(wide)
-    return total.to(values[0].dtype)
-
-
-def assert_follows_the_oracle(one: Subject, runner: Runner, rows: Sequence[Row]) -> None:
-    runner.start()
-    order = runner.schedule.order
-    plain, exact = (Reference(one.captured.gm, one.context.regions, order, form) for form in (forecast, gathered))
-    for step, wanted in enumerate(rows):
-        args = one.call(step)
-        found = runner(wanted, args)
-        for left, right in zip(exact(wanted, args), found, strict=True):
-            assert torch.isfinite(left).all()
-            assert same(left, right), f"step {step}: {(left - right).abs().max()}"
-        if found[0].dtype == torch.float64:
-            torch.testing.assert_close(found, plain(wanted, args), rtol=1e-4, atol=1e-5)
 
 
 def random_rows(width: int, order: int, max_steps: int = 8) -> st.SearchStrategy[list[str]]:

@@ -1,4 +1,4 @@
-"""Check what a variant promises: its reused regions are gone, its outputs are what the model's were, no stray marks.
+"""Check what a variant promises: its reused regions are gone, its computed ones there, its state as laid out.
 
 Before: a finished variant.  After: the same graph, or an InvariantError that names the region and the node.
 """

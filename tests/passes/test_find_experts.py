@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from moeca_compile import fx
 from moeca_compile.passes.context import Context
+from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.pipeline import Analysis
-from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, times
+from moeca_compile.regions import Miss
+from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, routed, times
 from tests.tools import analyse_module, node, ops
 
 NO_TOPK = "expert ids don't come from a top-k: no branch cache for it"
@@ -158,10 +160,15 @@ def test_a_top_k_elsewhere_is_a_miss_even_before_routed_layers() -> None:
     assert context.experts[0].router is not None
 
 
-def test_misses_of_earlier_passes_are_kept_and_shown_with_the_regions() -> None:
+def test_all_misses_are_shown_with_the_regions() -> None:
     context = analyse(Dense(), First(top_k=1)).context
     assert sorted(reasons(context)) == sorted([NO_EXPERTS, NO_TOPK])
     assert context.regions.misses == context.misses
+
+
+def test_misses_of_earlier_passes_are_kept() -> None:
+    before = Context(routed().context.inputs, misses=(Miss("found before"),))
+    assert find_experts(routed().gm, before).misses == before.misses
 
 
 def test_a_model_without_experts_has_none_and_misses_none() -> None:

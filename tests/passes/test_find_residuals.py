@@ -124,11 +124,25 @@ def test_a_gate_made_from_the_trunk_is_part_of_the_branch() -> None:
 
 
 def test_a_broadcast_operand_is_no_trunk() -> None:
-    """mean(x) + f(mean(x)) has the shape of the branch, but the add's result has that of the trunk only with x."""
-    assert (
-        heavy(analyse_module(lambda x: x.mean(1, keepdim=True) + x.mean(1, keepdim=True).expand_as(x) @ W, latent()))
-        == []
-    )
+    """A mean that is added to every token is not what goes on from block to block."""
+
+    def model(x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        return mean + (mean * x) @ W
+
+    assert heavy(analyse_module(model, latent())) == []
+
+
+def test_a_sum_that_is_read_elsewhere_too_is_a_trunk_of_its_own() -> None:
+    """In x1 = x + a(x), x1 + b(x) the second branch doesn't start from x1; only where nothing else reads x1 are the two
+    branches of one block in parallel."""
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        first = x + (x @ W).relu()
+        return first + (x @ V).relu(), first.sin()
+
+    (branch,) = heavy(analyse_module(model, latent()))
+    assert branch.trunk == "x"
 
 
 def test_an_identity_is_no_branch() -> None:
