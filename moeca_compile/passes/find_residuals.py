@@ -2,7 +2,8 @@
 
 Before: any functional graph.  After: one `Branch` per such add, with the cut moved up before the gate multiply, so
 that the current step's gate is applied to a cached value. In `(x + a(x)) + b(x)` both branches have the trunk x.
-Does nothing to adds of unrelated values (biases, position tables, routed + shared).
+Does nothing to adds of unrelated values (biases, position tables, routed + shared). A residual that is written with
+another op (a difference, `lerp`, `addcmul`, a product that adds, an add with `alpha`) around a matmul is a miss.
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from torch.fx import GraphModule, Node
 from moeca_compile import fx
 from moeca_compile.fx import aten
 from moeca_compile.passes.context import Branch, Context
+from moeca_compile.regions import Miss
+
+_OTHER_JOINS = (
+    aten.sub.Tensor, aten.lerp.Tensor, aten.lerp.Scalar, aten.addcmul.default, aten.addmm.default,
+    aten.baddbmm.default,
+)  # fmt: skip
 
 
 def find_residuals(gm: GraphModule, ctx: Context) -> Context:
     cone = fx.Cone(gm)
     trunk_of: dict[Node, Node] = {}  # join -> the value that its branch started from
     branches = []
+    misses = list(ctx.misses)
     for node in cone.nodes:
+        if _joins_otherwise(cone, node):
+            what = "an add with alpha" if node.target is aten.add.Tensor else str(node.target)
+            misses.append(Miss(f"a residual written as {what}: write it as x + f(x)", node.name, fx.where(node)))
         for trunk, branch in _operands(node):
             root = _common_trunk(cone, trunk_of, trunk, branch)
             if root is None:
@@ -32,7 +43,21 @@ def find_residuals(gm: GraphModule, ctx: Context) -> Context:
                 body = tuple(inner.name for inner in cone.between(root, cut))
                 branches.append(Branch(node.name, root.name, cut.name, body))
                 break
-    return replace(ctx, branches=tuple(branches))
+    return replace(ctx, branches=tuple(branches), misses=tuple(misses))
+
+
+def _joins_otherwise(cone: fx.Cone, node: Node) -> bool:
+    """Whether one operand comes to another through a matmul, in an op that isn't a plain add."""
+    if node.target not in _OTHER_JOINS and not (node.target is aten.add.Tensor and node.kwargs):
+        return False
+    if node.target in fx.MATMULS:  # x + a b, where a or b is or comes from x
+        x, *factors = fx.nodes_of(node.args)
+        return any(factor is x or cone.feeds(x, factor) for factor in factors)
+    pairs = [(a, b) for a in node.all_input_nodes for b in node.all_input_nodes if cone.feeds(a, b)]
+    return any(
+        fx.shape(trunk) == fx.shape(node) and any(inner.target in fx.MATMULS for inner in cone.between(trunk, other))
+        for trunk, other in pairs
+    )
 
 
 def _operands(node: Node) -> Iterator[tuple[Node, Node]]:

@@ -238,3 +238,27 @@ def test_inside_a_branch_they_add_nothing() -> None:
     analysis = analyse_module(model, latent())
     assert len(heavy(analysis)) == len(analysis.context.regions) == len(inside)
     assert analysis.context.misses == ()
+
+
+# -- near misses ------------------------------------------------------------------------------------------------------
+
+V = torch.randn(DIM, DIM)
+
+OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "aten.sub": lambda x: x - x @ V,
+    "aten.lerp": lambda x: torch.lerp(x, x @ V, 0.5),
+    "aten.addcmul": lambda x: torch.addcmul(x, x.new_ones(()), x @ V),
+    "aten.baddbmm": lambda x: torch.baddbmm(x, x, V.expand(x.shape[0], DIM, DIM)),
+    "an add with alpha": lambda x: torch.add(x, x @ V, alpha=2),
+}
+
+
+@pytest.mark.parametrize("way", OTHERWISE)
+def test_a_residual_written_with_another_op_is_a_miss_that_names_it(way: str) -> None:
+    (miss,) = (m for m in analyse_module(OTHERWISE[way], latent()).context.misses if "written as" in m.reason)
+    assert way in miss.reason
+    assert "x + f(x)" in miss.reason
+
+
+def test_centring_is_no_residual() -> None:
+    assert not analyse_module(lambda x: (x - x.mean(-1, keepdim=True)) @ V, latent()).context.misses
