@@ -50,9 +50,9 @@ def test_a_run_with_it_has_the_predicted_error_and_cost(model: nn.Module, found:
     with torch.no_grad():
         truth = [sample(model, seed) for seed in (0, 1)]
         cached = [sample(compiled, seed) for seed in (0, 1)]
-    spread = max(float(t.max()) for t in truth + [sample_of(model, s) for s in (1000, 1001)]) - min(
-        float(t.min()) for t in truth + [sample_of(model, s) for s in (1000, 1001)]
-    )
+    with torch.no_grad():
+        everything = torch.stack([sample(model, seed) for seed in (0, 1, 1000, 1001)])
+    spread = float(everything.max() - everything.min())
     mse = sum(float(((a - b) ** 2).mean()) for a, b in zip(truth, cached, strict=True)) / 2
     assert psnr(mse, spread) == pytest.approx(found.predicted["psnr_db"], abs=0.01)
     stats = moeca.stats(compiled)
@@ -60,21 +60,13 @@ def test_a_run_with_it_has_the_predicted_error_and_cost(model: nn.Module, found:
     assert not any(record.cold for record in stats.steps)
 
 
-@torch.no_grad()
-def sample_of(model: nn.Module, seed: int) -> Tensor:
-    return sample(model, seed)
-
-
-def test_it_is_never_worse_than_a_uniform_schedule_of_that_cost(model: nn.Module, found: Schedule) -> None:
+def test_it_is_never_worse_than_a_uniform_schedule_of_that_cost(model: nn.Module) -> None:
     compiled = moeca.compile(model, schedule="uniform:2", order=1, inner="eager")
     with torch.no_grad():
         mse = sum(float(((sample(compiled, s) - sample(model, s)) ** 2).mean()) for s in (0, 1)) / 2
-    fraction = moeca.stats(compiled).mac_fraction
-    assert fraction > 0.5 or psnr(mse, 1.0) <= found.predicted["psnr_db"] + 100  # only where the budget allows it
-    cheaper = moeca.calibrate(
-        model, sample, budget=f"macs:{fraction + 1e-6}", inner="eager", rollouts=25, progress=False, data_range=1.0
-    )
-    assert psnr(mse, 1.0) <= cheaper.predicted["psnr_db"] + 1e-6
+    budget = f"macs:{moeca.stats(compiled).mac_fraction + 1e-6}"
+    found = moeca.calibrate(model, sample, budget=budget, inner="eager", rollouts=25, progress=False, data_range=1.0)
+    assert psnr(mse, 1.0) <= found.predicted["psnr_db"] + 1e-6
 
 
 def test_a_quality_budget_gives_the_cheapest_schedule_that_holds_it(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Find the best plan within a budget: starts (uniform ones, the dynamic programme's), then local search by rollouts.
 
 Every plan that is considered for the answer has been rolled out: sampled with the calibration seeds and compared with
-the uncached samples. So the answer is never worse, on those seeds, than any uniform plan that the budget allows.
+the uncached samples. A quarter of the rollouts goes to the dearest uniform plans that the budget allows: on those seeds
+the answer is never worse than any of them.
 """
 
 from __future__ import annotations
