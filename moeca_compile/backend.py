@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from moeca_compile.autocast import ambient_autocast, autocast_is
+from moeca_compile import fx
+from moeca_compile.autocast import ambient_autocast
 from moeca_compile.capture import Input, alone, inputs_of
 from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateError
 from moeca_compile.first_call import out_of_date
@@ -133,8 +134,7 @@ class Entry:
         trajectory = current(bank.ids)
         with _books:
             tracks = bank.tracks(trajectory)
-        with autocast_is(()):  # the ambient casts are in the graph
-            return run_step(program, tracks, args, trajectory)
+        return run_step(program, tracks, args, trajectory)
 
     def _bank(self, owner: Owner | None, weights: list[torch.Tensor]) -> Bank:
         ids = (id(owner.handle) if owner else None, *map(id, weights))
@@ -205,7 +205,7 @@ class Entry:
 
 def _floats_of(gm: torch.fx.GraphModule) -> frozenset[int]:
     """Positions of Python floats that Dynamo (with dynamic=True, or after a change) hands over as 0-d tensors."""
-    arguments = (node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder")
+    arguments = (node.meta.get("grapharg") for node in fx.placeholders(gm))
     return frozenset(i for i, one in enumerate(arguments) if getattr(one, "pass_arg_as_tensor", False))
 
 
@@ -213,7 +213,7 @@ def _with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch
     """The graph for these values: no tensor's value may decide what is traced."""
     if not values:
         return gm
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    placeholders = fx.placeholders(gm)
     known = {placeholders[i]: value for i, value in values.items()}
     graph, copies = torch.fx.Graph(), dict[torch.fx.Node, Any]()
     for node in gm.graph.nodes:

@@ -11,7 +11,6 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import backend, canonical
-from moeca_compile.autocast import autocast_is
 from moeca_compile.backend import ENTRIES, Bank, Entry, Visitor, visiting
 from moeca_compile.canonical import PrepareReport
 from moeca_compile.canonical.isolate import isolate, share_again
@@ -75,9 +74,7 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     """
 
     def warm(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
-        program = entry.program(args, bank)
-        with autocast_is(()):  # the ambient casts are in the graph
-            return program.warm(args)
+        return entry.program(args, bank).warm(args)
 
     with torch.no_grad():
         result, seen = _visit(model, inputs, keywords, warm)

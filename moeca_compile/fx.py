@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -132,6 +133,13 @@ def is_experts(node: Node) -> bool:
 
 def is_view_or_part(node: Node) -> bool:
     return node.op == "call_function" and (node.target in VIEWS or node.target in PARTS)
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """A copy of the graph over the same tensors; names stay, each node has a meta dict of its own."""
+    twin = GraphModule(gm, copy.deepcopy(gm.graph))
+    twin.meta = dict(gm.meta)
+    return twin
 
 
 def placeholders(gm: GraphModule) -> list[Node]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moeca_compile.autocast import autocast_is
 from moeca_compile.capture import Input, alone
 from moeca_compile.errors import CaptureError
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
@@ -90,8 +91,9 @@ class Program:
                 if self.options.inner == "eager":
                     run = lower_eager(variant)
                 else:
-                    run = lower_inductor(variant, args, self.options.mode, self.options.inner_options)
-                self._executables[variant.row] = run
+                    with autocast_is(()):
+                        run = lower_inductor(variant, args, self.options.mode, self.options.inner_options)
+                self._executables[variant.row] = _without_autocast(run)
                 self._spent(variant.name, begin)
         return self._executables[variant.row]
 
@@ -119,6 +121,16 @@ class Program:
 
     def _spent(self, name: str, begin: float) -> None:
         self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def _without_autocast(run: Executable) -> Executable:
+    """The ambient casts are in the graph: applied again while it runs, they would change what must not be cast."""
+
+    def runs(args: Sequence[Any]) -> Sequence[Any]:
+        with autocast_is(()):
+            return run(args)
+
+    return runs
 
 
 def _nothing_found(analysis: Analysis) -> str:

@@ -5,7 +5,6 @@ Passes know nothing of this; so a pass is a plain function, and timing or dumpin
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import time
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 from torch.fx import GraphModule
 
+from moeca_compile import fx
 from moeca_compile.errors import InvariantError, MoecaError
 from moeca_compile.passes.context import Context
 
@@ -59,7 +59,7 @@ class Runner:
                 log.info("pass %s is disabled", rewriter.__name__)
                 continue
             before, start = gm, time.perf_counter()
-            after = self._guard(_checked(rewriter), _copy(gm), ctx)
+            after = self._guard(_checked(rewriter), fx.copied(gm), ctx)
             self._record(label + rewriter.__name__, start, len(before.graph.nodes), len(after.graph.nodes))
             self._dump(label + rewriter.__name__, before, after)
             gm = after
@@ -99,10 +99,3 @@ def _checked(rewriter: Rewriter) -> Rewriter:
         return after
 
     return run
-
-
-def _copy(gm: GraphModule) -> GraphModule:
-    """A copy of the graph over the same tensors; names stay, each node has a meta dict of its own."""
-    twin = GraphModule(gm, copy.deepcopy(gm.graph))
-    twin.meta = dict(gm.meta)
-    return twin

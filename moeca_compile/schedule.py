@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -123,9 +124,11 @@ class Schedule:
 
     def is_far(self, row: int, timestep: float) -> bool:
         """Whether `timestep` is farther from `row`'s recorded one than the widest gap between recorded neighbours."""
-        known = sorted(self.timesteps)
-        widest = max((b - a for a, b in itertools.pairwise(known)), default=0.0)
-        return bool(known) and abs(self.timesteps[row] - timestep) > widest
+        return bool(self.timesteps) and abs(self.timesteps[row] - timestep) > self._widest_gap
+
+    @functools.cached_property
+    def _widest_gap(self) -> float:
+        return max((b - a for a, b in itertools.pairwise(sorted(self.timesteps))), default=0.0)
 
     def depth(self, column: int) -> int:
         """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the divided differences."""

@@ -166,12 +166,12 @@ class Study:
     ) -> torch.Tensor:
         """The samples of one seed with a plan; '' computes everything, and counts the steps."""
         tracks = Tracks(Trajectory(()))
-        bound: dict[int, bool] = {}
+        bound: set[Program] = set()
 
         def visit(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
             program = entry.program(args, bank)
-            if id(program) not in bound:
-                bound[id(program)] = True
+            if program not in bound:
+                bound.add(program)
                 if program not in self._programs:
                     self._programs.append(program)
                 kinds = [region.kind for region in program.regions]
@@ -182,8 +182,12 @@ class Study:
                 watch(program, tracks.of(program), args, results)
             return results
 
-        with visiting(visit), torch.no_grad():
-            samples = self.sample(self.handle, seed).detach().float().cpu()
+        try:
+            with visiting(visit), torch.no_grad():
+                samples = self.sample(self.handle, seed).detach().float().cpu()
+        finally:
+            for program in bound:  # whoever compiles the model with equal options shares them
+                program.use(self.caching)
         if not plan and tracks.by_program:
             self.steps = 1 + max(record.step for record in tracks.of(self.program).records)
         return samples
@@ -195,7 +199,6 @@ class Study:
     def costs(self, with_latency: bool) -> Costs:
         """MACs of each row kind; milliseconds too, the medians of interleaved runs, where the budget needs them."""
         program = self.program
-        program.use(self.caching)
         rows = {letter: row_of(letter, self.kinds, self.order) for letter in "CAF"}
         macs = {letter: float(program.variant(row).macs) for letter, row in rows.items()}
         ms = self._milliseconds() if with_latency else {}

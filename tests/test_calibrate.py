@@ -92,3 +92,16 @@ def test_bad_samplers_and_seeds_are_refused(model: nn.Module) -> None:
         moeca.calibrate(model, lambda m, seed: sample(m, seed) * torch.nan, budget="macs:0.5", inner="eager")
     with pytest.raises(ScheduleError, match="both"):
         moeca.calibrate(model, sample, budget="macs:0.5", seeds=(1,), holdout=(1,))
+
+
+def test_calibrating_leaves_no_plan_behind_for_an_equal_compile(model: nn.Module, found: Schedule) -> None:
+    """Equal options are one compiled graph for torch: it must run its own schedule, not the search's last one."""
+    uniform = Schedule.uniform(2, order=1)
+    compiled = moeca.compile(model, schedule=uniform, inner="eager")
+    with torch.no_grad():
+        sample(compiled, 0)
+    ran = [record.variant for record in moeca.stats(compiled).steps if record.stream == "0"]
+    assert len(set(ran)) == 2
+    assert ran == [
+        ran[0] if uniform.rows[uniform.row_index(s) or 0][0] is Action.COMPUTE else ran[1] for s in range(STEPS)
+    ]

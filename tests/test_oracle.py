@@ -32,6 +32,15 @@ NO_DEADLINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slo
 ANCHORS = {"attention": "aten.scaled_dot_product_attention.default", "experts": "moeca.experts.default"}
 
 
+# steps that were computed, how far ahead to forecast, the order, and a seed for the values
+PASTS: dict[str, st.SearchStrategy[Any]] = {
+    "steps": st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True).map(sorted),
+    "ahead": st.integers(1, 5),
+    "order": st.integers(0, 2),
+    "seed": st.integers(0, 99),
+}
+
+
 def small(dtype: str = "float64", depth: int = 2) -> DiT:
     torch.manual_seed(0)
     model = DiT(depth=depth, dim=16, heads=2, num_experts=4, top_k=2, hidden=12, size=4, channels=2)
@@ -63,12 +72,7 @@ def random_rows(width: int, order: int, max_steps: int = 8) -> st.SearchStrategy
 
 
 @settings(NO_DEADLINE)
-@given(
-    steps=st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True).map(sorted),
-    ahead=st.integers(1, 5),
-    order=st.integers(0, 2),
-    seed=st.integers(0, 99),
-)
+@given(**PASTS)
 def test_the_oracle_s_forecast_is_the_polynomial_through_the_last_values(
     steps: list[int], ahead: int, order: int, seed: int
 ) -> None:
@@ -84,12 +88,7 @@ def test_the_oracle_s_forecast_is_the_polynomial_through_the_last_values(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(NO_DEADLINE, max_examples=50)
-@given(
-    steps=st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True).map(sorted),
-    ahead=st.integers(1, 5),
-    order=st.integers(0, 2),
-    seed=st.integers(0, 99),
-)
+@given(**PASTS)
 def test_a_forecast_gathered_by_differences_is_the_oracle_s(
     dtype: str, steps: list[int], ahead: int, order: int, seed: int
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ def _split_table(variant: Variant) -> tuple[torch.fx.GraphModule, list[int]]:
     """
     if not variant.wants_coefficients:
         return variant.gm, []
-    gm = torch.fx.GraphModule(variant.gm, copy.deepcopy(variant.gm.graph))
+    gm = fx.copied(variant.gm)
     table = fx.placeholders(gm)[-1]
     readers: dict[int, list[torch.fx.Node]] = {}
     for select in table.users:

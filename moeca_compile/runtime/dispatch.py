@@ -144,7 +144,9 @@ def _run(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Tra
         track.forget()  # nobody knows how far the trajectory went with this call
     state = None
     if tick.stream is not None:
-        state = track.states.setdefault(tick.stream, StreamState(program.layout, len(program.schedule.rows[0])))
+        if tick.stream not in track.states:
+            track.states[tick.stream] = StreamState(program.layout, len(program.schedule.rows[0]))
+        state = track.states[tick.stream]
         _drop_if_not_finite(program, track, tick, state)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)

@@ -76,7 +76,7 @@ class Dense(Routed):
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x).softmax(-1).topk(self.top_k)
         share = torch.zeros(*x.shape[:2], 3).scatter(-1, ids, weights)
-        return sum(share[..., e : e + 1] * (x @ self.up[e].t() @ self.down[e].t()) for e in range(3))  # type: ignore
+        return sum(share[..., e : e + 1] * (x @ self.up[e].t() @ self.down[e].t()) for e in range(3))
 
 
 def analyse(*moes: nn.Module) -> Analysis:

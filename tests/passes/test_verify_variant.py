@@ -10,10 +10,10 @@ from torch.fx import GraphModule
 
 from moeca_compile import fx
 from moeca_compile.errors import InvariantError
+from moeca_compile.fx import copied
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.verify_variant import verify_variant
 from moeca_compile.pipeline import Analysis
-from moeca_compile.runner import _copy
 from tests.passes.blocks import analysed, routed, two_streams
 from tests.tools import layout_of, row, schedule_of, variant_of
 
@@ -23,7 +23,7 @@ def built(analysis: Analysis, text: str, *among: str, order: int = 1) -> tuple[G
     full = "C" * len(text)
     layout = layout_of(analysis, schedule_of(analysis, full, text, *among, order=order))
     variant = variant_of(analysis, text, order, among)
-    return _copy(variant.gm), replace(analysis.context, row=row(text), layout=layout)
+    return copied(variant.gm), replace(analysis.context, row=row(text), layout=layout)
 
 
 @pytest.mark.parametrize("text", ["CCCC", "FFFF", "CRCF", "RCFC"])
