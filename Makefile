@@ -16,7 +16,7 @@ help: ## list the targets
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train,cli]'
 	touch $@
 
 install: $(INSTALLED) ## make .venv with the package and all tools

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import OptionError
+from moeca_compile.granularity import Granularity
 from moeca_compile.schedule import MAX_ORDER, Schedule
 
 INNERS = ("inductor", "eager")
@@ -23,6 +24,10 @@ class Options:
         schedule: a `Schedule`, the path of one, or a short form (`full`, `uniform:3`, `uniform:3:warmup=2`). The
             default is careful: four full steps, then every second step computed, the others forecast.
         order: of the forecast, for short forms: 0 copies, 1 extrapolates linearly, 2 quadratically.
+        granularity: what the schedule's columns are: `region` (each attention, experts and mlp by itself), or one span
+            of blocks: `stack` (what leaves all of them), `blocks:2:-2` (the change that a slice of them makes),
+            `skip:1` (what lies between the ends of the long skip that keeps one outer block on each side). What is
+            outside the span is always computed.
         inner: what runs a variant: `inductor`, or `eager` (the FX interpreter: slow, bitwise equal to the graph).
         inner_options: handed to the inner compiler as they are (Inductor's config keys).
         mode: torch.compile's `mode`, handed to Inductor.
@@ -36,6 +41,7 @@ class Options:
 
     schedule: Schedule | str | Path = DEFAULT_SCHEDULE
     order: int = 1
+    granularity: str = "region"
     inner: str = "inductor"
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
@@ -47,6 +53,8 @@ class Options:
     def __post_init__(self) -> None:
         _expect("order", self.order, int, lambda v: 0 <= v <= MAX_ORDER, "0, 1 or 2")
         _expect("schedule", self.schedule, (Schedule, str, Path), _any, "a Schedule, a path or a short form")
+        _expect("granularity", self.granularity, str, _any, "a text")
+        Granularity.parse(self.granularity)
         _expect("inner_options", self.inner_options, Mapping, _any, "a dict of the inner compiler's options")
         _expect("max_signatures", self.max_signatures, int, lambda v: v >= 1, "a whole number >= 1")
         _expect("latent_jump", self.latent_jump, (int, float), lambda v: v > 0, "a number > 0")

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from moeca_compile import fx
 from moeca_compile.capture import Capture, Input, capture
 from moeca_compile.errors import OptionError
+from moeca_compile.granularity import Granularity
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.count_macs import count_macs, node_macs
@@ -28,6 +29,7 @@ from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.passes.find_inputs import find_inputs
 from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.passes.find_residuals import find_residuals
+from moeca_compile.passes.find_spans import find_spans
 from moeca_compile.passes.insert_state import COEFFICIENTS, insert_state
 from moeca_compile.passes.tag_row import tag_row
 from moeca_compile.passes.verify_variant import verify_variant
@@ -45,7 +47,8 @@ FIND: tuple[Finder, ...] = (
     find_experts,  # anchors: moeca::experts and its router
     find_residuals,  # x + gate * branch(x), cut before the gate
     count_macs,  # what each node costs
-    find_regions,  # NOTE: last, it joins the facts of all others
+    find_regions,  # NOTE: after those above, it joins their facts
+    find_spans,  # NOTE: last; one span of blocks in place of its regions, where the options ask for it
 )
 
 REWRITE: tuple[Rewriter, ...] = (
@@ -76,7 +79,7 @@ def analyse(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], optio
     """
     runner = _runner(options)
     captured: Capture = capture(gm, args, inputs)
-    context = Context(captured.inputs)
+    context = Context(captured.inputs, Granularity.parse(options.granularity))
     normal = runner.rewrite(NORMALISE, captured.gm, context)
     context = runner.find(FIND, normal, context)
     return Analysis(normal, context, tuple(runner.records))

@@ -62,7 +62,9 @@ class Region:
     """A part of the graph with one purpose whose outputs can be taken from an earlier step.
 
     `outputs` are the nodes at the cut: before the adaLN gate, so that a cached value meets the current step's gate.
-    `body` are the nodes that only a COMPUTE runs, in graph order.
+    `body` are the nodes that only a COMPUTE runs, in graph order. Where `bases` names a node for an output, what is
+    cached is the change from that node's value to the output: a span of blocks then adds its cached change to whatever
+    enters it now.
     """
 
     key: str
@@ -78,10 +80,13 @@ class Region:
     state_bytes: int = 0
     experts: tuple[ExpertsInfo, ...] = ()
     attention: tuple[AttentionInfo, ...] = ()
+    bases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InvariantError(f"region {self.key}: kind {self.kind!r} is none of {KINDS}")
+        if self.bases and len(self.bases) != len(self.outputs):
+            raise InvariantError(f"region {self.key}: {len(self.bases)} bases for {len(self.outputs)} outputs")
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,13 @@ class Reference(Interpreter):
     """
 
     def __init__(self, gm: GraphModule, regions: RegionMap, order: int, extrapolate: Forecast = forecast) -> None:
-        super().__init__(gm)
+        super().__init__(gm, garbage_collect_values=False)  # bases are read late
         self.order, self.extrapolate = order, extrapolate
         self.step = -1
         self.row: Row = ()
         self.region_of = {name: column for column, region in enumerate(regions) for name in region.outputs}
+        self.base_of = {name: base for r in regions for name, base in zip(r.outputs, r.bases, strict=bool(r.bases))}
+        self.node_of = {node.name: node for node in gm.graph.nodes}
         self.history: dict[str, list[Computed]] = {name: [] for name in self.region_of}  # by output, oldest first
 
     def __call__(self, row: Row, args: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -82,9 +84,9 @@ class Reference(Interpreter):
             return value
         action = self.row[self.region_of[n.name]]
         history = self.history[n.name]
+        base = self.env[self.node_of[self.base_of[n.name]]] if n.name in self.base_of else None
         if action is Action.COMPUTE:
-            history.append((self.step, value.clone()))
+            history.append((self.step, value.clone() if base is None else value - base))
             return value
-        if action is Action.REUSE:
-            return history[-1][1]
-        return self.extrapolate(history, self.step, self.order)
+        kept = history[-1][1] if action is Action.REUSE else self.extrapolate(history, self.step, self.order)
+        return kept if base is None else base + kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeca_compile.capture import Input
+from moeca_compile.granularity import Granularity
 from moeca_compile.regions import AttentionInfo, ExpertsInfo, Miss, RegionMap
 from moeca_compile.schedule import Row
 from moeca_compile.variant import StateSlot
@@ -37,6 +38,7 @@ class Context:
     """Facts about one capture, and for rewriters the row to build and the state that the schedule keeps."""
 
     inputs: tuple[Input, ...]
+    granularity: Granularity = Granularity("region")
     roles: Roles = Roles()
     dependence: tuple[tuple[str, str], ...] = ()
     attention: tuple[AttentionInfo, ...] = ()

@@ -13,8 +13,8 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 
 from moeca_compile import fx
-from moeca_compile.fx import aten
 from moeca_compile.passes.context import Branch, Context
+from moeca_compile.passes.region_of import region_of
 from moeca_compile.regions import Miss, Region, RegionMap
 
 
@@ -36,12 +36,13 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
             misses.append(Miss("its output isn't one tensor", *at))
         else:
             kept.append(branch)
-    weights = {one.name: one.label for one in ctx.inputs if one.is_weight}
     regions = []
     for group in _groups(kept, ctx):
         reader = _outside_reader(group, nodes, ctx)
         if reader is None:
-            regions.append(_region(group, nodes, ctx, weights, macs))
+            inside = {name for branch in group for name in branch.body}
+            cuts = [nodes[name] for name in dict.fromkeys(branch.cut for branch in group)]
+            regions.append(region_of([node for name, node in nodes.items() if name in inside], cuts, ctx))
         else:
             reason = f"its attention or experts are read outside it too, by {reader.name}, and would run all the same"
             misses.append(Miss(reason, group[0].join, fx.where(nodes[group[0].join])))
@@ -80,58 +81,6 @@ def _outside_reader(group: list[Branch], nodes: dict[str, Node], ctx: Context) -
                 seen.add(user.name)
                 front.append(user.name)
     return None
-
-
-def _region(
-    group: list[Branch], nodes: dict[str, Node], ctx: Context, weights: dict[str, str], macs: dict[str, int]
-) -> Region:
-    inside = {name for branch in group for name in branch.body}
-    body = tuple(name for name in nodes if name in inside)  # graph order
-    attention = tuple(a for a in ctx.attention if a.node in inside)
-    experts = tuple(e for e in ctx.experts if e.node in inside)
-    routed = experts or any(nodes[name].target is aten.topk.default for name in body)
-    kind = "span" if attention and experts else "attention" if attention else "experts" if routed else "mlp"
-    cuts = tuple(nodes[name] for name in dict.fromkeys(branch.cut for branch in group))
-    values = [fx.tensor(cut) for cut in cuts]
-    parameters = _parameters([nodes[name] for name in body], weights)
-    key = _key([nodes[name] for name in body], weights) or fx.module_path(cuts[0]) or kind
-    return Region(
-        key=key,
-        kind=kind,
-        layer=next((int(part) for part in key.split(".") if part.isdigit()), -1),
-        outputs=tuple(cut.name for cut in cuts),
-        body=body,
-        shapes=tuple(tuple(v.shape) for v in values if v is not None),
-        dtypes=tuple(str(v.dtype).removeprefix("torch.") for v in values if v is not None),
-        devices=tuple(str(v.device) for v in values if v is not None),
-        parameters=parameters,
-        macs=sum(macs.get(name, 0) for name in body),
-        state_bytes=sum(v.numel() * v.element_size() for v in values if v is not None),
-        experts=experts,
-        attention=attention,
-    )
-
-
-def _parameters(body: list[Node], weights: dict[str, str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    found = {}
-    for node in body:
-        for source in node.all_input_nodes:
-            origin = fx.strip(source, fx.is_view_or_part)
-            if origin.name in weights:
-                found[weights[origin.name]] = fx.shape(origin)
-    return tuple(found.items())
-
-
-def _key(body: list[Node], weights: dict[str, str]) -> str:
-    """The longest dotted prefix of the modules whose weights the region multiplies by."""
-    multiplies = [node for node in body if node.target in fx.MATMULS or fx.is_experts(node)]
-    modules = [label.rpartition(".")[0].split(".") for label, _ in _parameters(multiplies, weights)]
-    prefix: list[str] = []
-    for parts in zip(*modules, strict=False):
-        if len(set(parts)) > 1:
-            break
-        prefix.append(parts[0])
-    return ".".join(prefix)
 
 
 def _unique_keys(regions: list[Region]) -> tuple[Region, ...]:

@@ -2,7 +2,7 @@
 
 Before: a marked graph.  After: placeholders for the state slots that this row reads and, if it forecasts, for
 `coefficients` [regions, 2] float32; outputs grow by the slots that it writes. The graph stays functional. With an
-empty layout (nothing is ever reused) it does nothing.
+empty layout (nothing is ever reused) it does nothing. A region output with a base is kept as its change from the base.
 
 A forecast is Newton's interpolating polynomial on the step index (Stoer & Bulirsch, Introduction to Numerical
 Analysis, 2.1.3) through the last outputs: y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences
@@ -60,6 +60,12 @@ class _Writer:
     def __init__(self, gm: GraphModule, ctx: Context) -> None:
         self.gm = gm
         self.slots = {(s.region, s.output, s.slot): s for s in ctx.layout}
+        nodes = {node.name: node for node in gm.graph.nodes}
+        self.bases = {
+            (column, output): nodes[base]
+            for column, region in enumerate(ctx.regions)
+            for output, base in enumerate(region.bases)
+        }
         self.table_shape = (len(ctx.regions), len(SLOTS) - 1)
         self.first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         self.inputs: dict[str, Node] = {}
@@ -71,6 +77,9 @@ class _Writer:
         with self.gm.graph.inserting_before(anchor):
             y = self._slot(mark, "y0", node)
             kept = self._forecast(y, node, mark) if mark.action is Action.FORECAST else y
+            base = self.bases.get((mark.region, mark.output))
+            if base is not None:
+                kept = self._call(aten.add.Tensor, base, kept, like=node)
         self.gm.graph.erase_node(anchor)
         node.replace_all_uses_with(kept)
         node.meta.pop("moeca")
@@ -91,7 +100,10 @@ class _Writer:
         if slot is None:
             return
         output = fx.output_node(self.gm)
+        base = self.bases.get((mark.region, mark.output))
         with self.gm.graph.inserting_before(output):
+            if base is not None:
+                node = self._call(aten.sub.Tensor, node, base, like=node)
             if not fx.need(node).is_contiguous() or node in fx.nodes_of(output.args[0]):
                 # an output may be changed in place by the caller; a state has one memory format for all variants
                 node = self._call(aten.clone.default, node, memory_format=torch.contiguous_format, like=node)
