@@ -29,6 +29,7 @@ from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.passes.find_inputs import find_inputs
 from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.passes.find_residuals import find_residuals
+from moeca_compile.passes.find_routers import find_routers
 from moeca_compile.passes.find_spans import find_spans
 from moeca_compile.passes.insert_state import COEFFICIENTS, insert_state
 from moeca_compile.passes.tag_row import tag_row
@@ -44,7 +45,8 @@ NORMALISE: tuple[Rewriter, ...] = (
 FIND: tuple[Finder, ...] = (
     find_inputs,  # timestep, latent, condition; what depends on what
     find_attention,  # anchors: SDPA, softmax(QK^T)V
-    find_experts,  # anchors: moeca::experts and its router
+    find_routers,  # anchors: choices of the largest scores, and what they steer
+    find_experts,  # anchors: moeca::experts, each with its router
     find_residuals,  # x + gate * branch(x), cut before the gate
     count_macs,  # what each node costs
     find_regions,  # NOTE: after those above, it joins their facts

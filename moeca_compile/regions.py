@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from moeca_compile.errors import InvariantError
 
 KINDS = ("attention", "experts", "mlp", "span")
+CHOICES = ("token", "expert", "step", "batch", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,24 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class RouterInfo:
-    """The routing of one MoE layer: `scores` [T, E] feed `topk`, which gives `ids` [T, K] and gate weights."""
+    """One routing: the choice `topk` of the largest `scores`, among `num_experts`; `steers` are the nodes it acts on.
+
+    `choice` says who chooses, and what that means for a cache:
+    token: each token takes `top_k` experts; expert: each expert takes `top_k` tokens of a sample;
+    step: nothing of the latent is in the scores, so the routing is a constant of the step;
+    batch: what is chosen couples the samples of a batch (or has no fixed number, `top_k` 0); head: of attention heads.
+    """
 
     topk: str
     scores: str
     num_experts: int
     top_k: int
+    choice: str = "token"
+    steers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.choice not in CHOICES:
+            raise InvariantError(f"router {self.topk}: choice {self.choice!r} is none of {CHOICES}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +62,18 @@ class ExpertsInfo:
 
 @dataclass(frozen=True, slots=True)
 class AttentionInfo:
-    """One attention: `node` is the SDPA call or the second matmul of softmax(QK^T)V."""
+    """One attention: `node` is the SDPA call or the second matmul of softmax(QK^T)V.
+
+    `kind`: the keys come from the stream of the queries (self), from another one (cross), or from several, the queries'
+    own among them (joint). `invariant`: keys and values depend on the prompt alone, so no step changes them.
+    """
 
     node: str
     query: str
     key: str
     value: str
+    kind: str = "self"
+    invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +99,7 @@ class Region:
     state_bytes: int = 0
     experts: tuple[ExpertsInfo, ...] = ()
     attention: tuple[AttentionInfo, ...] = ()
+    routers: tuple[RouterInfo, ...] = ()
     bases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

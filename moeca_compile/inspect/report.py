@@ -68,11 +68,11 @@ class Report:
         ]
 
     def _regions(self) -> list[str]:
-        rows: Rows = [("region", "kind", "layer", "shape", "MACs", "bytes")]
+        rows: Rows = [("region", "kind", "layer", "shape", "MACs", "bytes", "routing")]
         for r in self.regions:
             shapes = " ".join("x".join(map(str, shape)) for shape in r.shapes)
             share = r.macs / self.total_macs if self.total_macs else 0.0
-            rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes)))
+            rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes), _routing(r)))
         return _columns(rows)
 
     def _misses(self) -> list[str]:
@@ -89,6 +89,25 @@ class Report:
         rows: Rows = [("pass", "ms", "nodes", "after")]
         rows += [(name, f"{ms:.1f}", str(before), str(after)) for name, ms, before, after in self.passes]
         return _columns(rows)
+
+
+def _routing(region: Region) -> str:
+    """How a region's experts are chosen, and whether its branches can be told apart."""
+    if region.kind == "span":
+        return ""
+    known = {one.router for one in region.experts}
+    texts = []
+    for router in region.routers:
+        k, n = router.top_k, router.num_experts
+        says = {
+            "token": f"{k} of {n} experts a token",
+            "expert": f"{k} tokens a sample for each of {n} experts",
+            "step": f"{k} of {n} experts, the same at a step whatever the latent",
+            "batch": f"{n} experts choose over the whole batch: samples depend on their neighbours",
+            "head": f"{k} of {n} heads",
+        }[router.choice]
+        texts.append(says if router in known else f"{says}, cached as a whole")
+    return "; ".join(texts)
 
 
 def _columns(rows: Rows) -> list[str]:

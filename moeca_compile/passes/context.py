@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moeca_compile.capture import Input
 from moeca_compile.granularity import Granularity
-from moeca_compile.regions import AttentionInfo, ExpertsInfo, Miss, RegionMap
+from moeca_compile.regions import AttentionInfo, ExpertsInfo, Miss, RegionMap, RouterInfo
 from moeca_compile.schedule import Row
 from moeca_compile.variant import StateSlot
 
@@ -42,6 +42,7 @@ class Context:
     roles: Roles = Roles()
     dependence: tuple[tuple[str, str], ...] = ()
     attention: tuple[AttentionInfo, ...] = ()
+    routers: tuple[RouterInfo, ...] = ()
     experts: tuple[ExpertsInfo, ...] = ()
     branches: tuple[Branch, ...] = ()
     misses: tuple[Miss, ...] = ()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from moeca_compile import fx
-from moeca_compile.fx import aten
 from moeca_compile.passes.context import Context
 from moeca_compile.regions import Region
 
@@ -24,7 +23,8 @@ def region_of(
     inside = {node.name for node in body}
     attention = tuple(a for a in ctx.attention if a.node in inside)
     experts = tuple(e for e in ctx.experts if e.node in inside)
-    routed = experts or any(node.target is aten.topk.default for node in body)
+    routers = tuple(r for r in ctx.routers if inside.intersection(r.steers))
+    routed = experts or any(r.choice != "head" for r in routers)
     found = "span" if attention and experts else "attention" if attention else "experts" if routed else "mlp"
     key = key or _key(body, weights) or fx.module_path(cuts[0]) or found
     values = [fx.need(cut) for cut in cuts]
@@ -42,6 +42,7 @@ def region_of(
         state_bytes=sum(v.numel() * v.element_size() for v in values),
         experts=experts,
         attention=attention,
+        routers=routers,
         bases=tuple(base.name for base in bases),
     )
 

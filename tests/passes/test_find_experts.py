@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from moeca_compile.regions import Miss
 from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, routed, times
 from tests.tools import analyse_module, node, ops
 
-NO_TOPK = "expert ids don't come from a top-k: no branch cache for it"
-NO_EXPERTS = "a top-k that feeds no moeca::experts: its layer is cached as a whole, not by branch"
+NO_ROUTER = "no router found for its expert ids: no branch cache for it"
 
 
 class Softmax(Routed):
@@ -55,7 +55,7 @@ class Sorted(Routed):
 
 
 class First(Routed):
-    """Top-1 by argmax: no top-k at all."""
+    """Top-1 by a maximum."""
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = self.router(x).softmax(-1).max(-1, keepdim=True)
@@ -122,53 +122,40 @@ def test_every_layer_has_its_own_router() -> None:
         assert (region.kind, region.experts) == ("experts", (info,))
 
 
-@pytest.mark.parametrize("kind", [First, Hashed])
+def test_a_maximum_is_a_top_1() -> None:
+    (info,) = analyse(First(top_k=1)).context.experts
+    assert info.router is not None
+    assert (info.router.top_k, info.router.num_experts) == (1, 3)
+
+
 @pytest.mark.parametrize("before", [(), (Softmax,)], ids=["alone", "behind a routed layer"])
-def test_ids_from_no_top_k_are_a_miss(kind: Callable[[], Routed], before: tuple[Callable[[], Routed], ...]) -> None:
-    top_k = 1 if kind is First else 2
-    analysis = analyse(*(one() for one in before), kind(top_k=top_k))  # type: ignore[call-arg]
+def test_ids_that_nothing_routed_are_a_miss(before: tuple[Callable[[], Routed], ...]) -> None:
+    analysis = analyse(*(one() for one in before), Hashed())
     info = analysis.context.experts[-1]
     assert info.router is None
-    (miss,) = [miss for miss in analysis.context.misses if miss.reason == NO_TOPK]
+    (miss,) = [miss for miss in analysis.context.misses if miss.reason == NO_ROUTER]
     assert miss.node == info.node
     assert miss.where.startswith("blocks.py:")
     assert analysis.context.regions.regions[-1].kind == "experts"
 
 
-def test_a_top_k_that_feeds_no_experts_is_a_miss_and_its_layer_a_region() -> None:
+def test_experts_in_another_form_have_a_router_and_no_call() -> None:
     analysis = analyse(Dense(shared=False))
     assert "moeca.experts.default" not in ops(analysis.gm)
-    assert analysis.context.experts == ()
-    (miss,) = analysis.context.misses
-    assert (miss.reason, miss.where.split(":")[0]) == (NO_EXPERTS, "test_find_experts.py")
-    assert node(analysis.gm, miss.node).target is fx.aten.topk.default
-    assert str(miss) == f"{miss.node} ({miss.where}): {NO_EXPERTS}"
-    assert [r.kind for r in analysis.context.regions] == ["attention", "experts"]
+    assert analysis.context.experts == analysis.context.misses == ()
+    region = analysis.context.regions.regions[-1]
+    assert (region.kind, [router.choice for router in region.routers]) == ("experts", ["token"])
 
 
-def test_a_top_k_elsewhere_is_a_miss_even_before_routed_layers() -> None:
-    class Pruned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Block(mlp=Softmax())
-
-        def forward(self, x: Tensor, c: Tensor) -> Tensor:
-            return self.block(x * x.topk(3)[0].mean(-1, keepdim=True), c)
-
-    context = analyse_module(Timed(Pruned()), latent(), times()).context
-    assert reasons(context) == [NO_EXPERTS]
-    assert context.experts[0].router is not None
-
-
-def test_all_misses_are_shown_with_the_regions() -> None:
-    context = analyse(Dense(), First(top_k=1)).context
-    assert sorted(reasons(context)) == sorted([NO_EXPERTS, NO_TOPK])
+def test_misses_are_shown_with_the_regions() -> None:
+    context = analyse(Dense(), Hashed()).context
+    assert reasons(context) == [NO_ROUTER]
     assert context.regions.misses == context.misses
 
 
 def test_misses_of_earlier_passes_are_kept() -> None:
     before = Context(routed().context.inputs, misses=(Miss("found before"),))
-    assert find_experts(routed().gm, before).misses == before.misses
+    assert find_experts(routed().gm, replace(before, routers=routed().context.routers)).misses == before.misses
 
 
 def test_a_model_without_experts_has_none_and_misses_none() -> None:
@@ -184,4 +171,4 @@ def test_experts_directly_on_an_input_are_found() -> None:
 
     context = analyse_module(model, torch.randn(5, DIM), torch.zeros(5, 2, dtype=torch.int64)).context
     assert context.experts[0].ids == "ids"
-    assert reasons(context) == [NO_TOPK]
+    assert reasons(context) == [NO_ROUTER]

@@ -1,0 +1,159 @@
+"""Routers: a choice of the largest of some scores that a projection made, and what it steers.
+
+Before: who depends on what.  After: one `RouterInfo` for each choice, whatever form its experts have. Who chooses is
+read off the axes: the one that the projection's outputs lie along is the experts' (or heads'). A top-k along it is
+token choice, along another one expert choice. A top-k that only prepares another one (groups) isn't a router.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from moeca_compile import fx
+from moeca_compile.fx import aten
+from moeca_compile.passes.context import Context
+from moeca_compile.regions import RouterInfo
+
+_CHOICES = {aten.topk.default, aten.max.dim, aten.argmax.default}
+_FIRST = {aten.max.dim, aten.argmax.default}  # the largest one: top-1
+# what scores go through between the projection and the choice; the first argument carries the scores
+_SCORING = fx.VIEWS | {
+    aten.softmax.int, aten._softmax.default, aten.sigmoid.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor,
+    aten.div.Tensor, aten.pow.Tensor_Scalar, aten.sqrt.default, aten.softplus.default, aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor, aten.where.self, aten.select.int, aten.clamp.default, aten.tanh.default,
+}  # fmt: skip
+_MUL = aten.mul.Tensor
+
+
+def find_routers(gm: GraphModule, ctx: Context) -> Context:
+    depends = dict(ctx.dependence)
+    found: dict[tuple[str, str], RouterInfo] = {}
+    for node in gm.graph.nodes:
+        if node.target not in _CHOICES or (node.target is aten.max.dim and not _reads_index(node)):
+            continue
+        path = _to_projection(node, depends)
+        steers = None if path is None else _steered(node)
+        if path is None or not steers:
+            continue
+        info = _info(node, path, depends, steers)
+        known = found.get((path[0].name, info.choice))
+        if known is not None:  # one top-k for each expert, over the same scores
+            info = replace(known, steers=(*known.steers, *(one for one in info.steers if one not in known.steers)))
+        found[path[0].name, info.choice] = info
+    return replace(ctx, routers=tuple(found.values()))
+
+
+def _reads_index(node: Node) -> bool:
+    return any(user.args[1] == 1 for user in node.users if len(user.args) > 1)
+
+
+def _to_projection(choice: Node, depends: dict[str, str]) -> list[Node] | None:
+    """From the projection down to the scores that are chosen from; None where something else made them."""
+    path = [fx.arg(choice, 0)]
+    while path[-1].target not in fx.MATMULS:
+        node = path[-1]
+        if node.target not in _SCORING or not node.args:
+            return None
+        if node.target in (aten.add.Tensor, aten.sub.Tensor):
+            others = [one for one in node.all_input_nodes if one is not node.args[0]]
+            if any(depends.get(one.name) == "latent" for one in others):
+                return None  # a residual add
+        first = node.args[1] if node.target is aten.where.self else node.args[0]
+        if not isinstance(first, Node):
+            return None
+        path.append(first)
+    return path[::-1]
+
+
+def _steered(choice: Node) -> list[Node]:
+    """The matmuls that act on the choice and what combines their results by it; none where another choice follows."""
+    light, front, steered = {choice}, [choice], dict[Node, None]()
+    while front:
+        for user in front.pop().users:
+            if user in light or user.op == "output":
+                continue
+            if user.target is aten.topk.default:
+                return []
+            heavy = user.target in fx.MATMULS or fx.is_experts(user)
+            if heavy or any(other not in light and _heavy(other) for other in user.all_input_nodes):
+                steered[user] = None
+            else:
+                light.add(user)
+                front.append(user)
+    return list(steered)
+
+
+def _heavy(node: Node) -> Node | None:
+    """The matmul or attention whose result `node` is, through activations and views only."""
+    for _ in range(12):
+        if node.target in fx.MATMULS or node.target is fx.SDPA or fx.is_experts(node):
+            return node
+        if node.target is aten.add.Tensor or not node.args or not isinstance(node.args[0], Node):
+            return None
+        node = node.args[0]
+    return None
+
+
+def _info(choice: Node, path: list[Node], depends: dict[str, str], steers: list[Node]) -> RouterInfo:
+    scores = path[-1]
+    rank = len(fx.shape(scores))
+    axis = _expert_axis(path)
+    first = choice.target in _FIRST
+    count: Any = 1 if first else choice.args[1]
+    dims: Any = choice.args[1 if first else 2 :]
+    along = (dims[0] if dims else -1) % max(rank, 1)
+    if not isinstance(count, int):
+        kind, count = "batch", 0
+    elif any(_gates_heads(node) for node in steers):
+        kind = "head"
+    elif depends.get(choice.name, "latent") != "latent":
+        kind = "step"
+    elif axis == along:
+        kind = "token"
+    else:  # along the tokens: of one sample, or of the whole batch where nothing but them is left
+        kind = "expert" if rank > 2 else "batch"
+    num_experts = fx.shape(scores)[axis] if axis is not None else fx.shape(path[0])[-1]
+    return RouterInfo(choice.name, scores.name, num_experts, count, kind, tuple(node.name for node in steers))
+
+
+def _gates_heads(node: Node) -> bool:
+    """Whether a product gates an attention's result before anything else is done with it."""
+    sources = [_heavy(one) for one in node.all_input_nodes] if node.target is _MUL else []
+    return any(one is not None and one.target is fx.SDPA for one in sources)
+
+
+def _expert_axis(path: list[Node]) -> int | None:
+    """Where the projection's outputs lie in the scores; None where one of them was picked out."""
+    axis: int | None = len(fx.shape(path[0])) - 1
+    for before, node in itertools.pairwise(path):
+        if axis is None:
+            return None
+        axis = _moved(axis, before, node)
+    return axis
+
+
+def _moved(axis: int, before: Node, node: Node) -> int | None:
+    """The axis of `node` that is `axis` of the value it was made of."""
+    old, new = fx.shape(before), fx.shape(node)
+    args: Any = node.args
+    if node.target is aten.permute.default:
+        order: list[int] = [one % len(old) for one in args[1]]
+        return order.index(axis)
+    if node.target is aten.transpose.int:
+        a, b = (one % len(old) for one in args[1:3])
+        swapped: dict[int, int] = {a: b, b: a}
+        return swapped.get(axis, axis)
+    if node.target is aten.t.default:
+        return 1 - axis
+    if node.target is aten.select.int:
+        gone = args[1] % len(old)
+        return None if gone == axis else axis - (gone < axis)
+    if old == new:
+        return axis
+    behind = math.prod(old[axis + 1 :])
+    return next((i for i, n in enumerate(new) if n == old[axis] and math.prod(new[i + 1 :]) == behind), None)

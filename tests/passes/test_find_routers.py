@@ -1,0 +1,250 @@
+"""Who chooses what: every kind of routing, in every form that experts come in; and top-ks that route nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeca_compile.errors import InvariantError
+from moeca_compile.pipeline import Analysis
+from moeca_compile.regions import RouterInfo
+from tests.passes.blocks import DIM, Attention, Block, Mlp, Routed, Stack, Timed, latent, times
+from tests.tools import analyse_module, node
+
+E, K = 3, 2  # experts and choices; latent() is [2, 4, DIM]
+
+
+class Weights(nn.Module):
+    """A router, packed experts [E, DIM, DIM], and nothing that says how they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.w = nn.Linear(DIM, E), nn.Parameter(torch.randn(E, DIM, DIM))
+
+
+class AllOnAll(Weights):
+    """Every expert on every token, gated by a scattered choice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        share = torch.zeros(*x.shape[:2], E).scatter(-1, ids, weights)
+        return torch.einsum("btd,edf,bte->btf", x, self.w, share)
+
+
+class Loop(Weights):
+    """The same as a loop, each expert's output gated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).sigmoid().topk(K)
+        share = torch.zeros(*x.shape[:2], E).scatter(-1, ids, weights / weights.sum(-1, keepdim=True))
+        return sum(share[..., e, None] * F.silu(x @ self.w[e]) for e in range(E))
+
+
+class Gathered(Weights):
+    """The weights of each token's experts, gathered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K)
+        y = torch.einsum("btd,btkdf->btkf", x, self.w[ids])
+        return (y * weights.unsqueeze(-1)).sum(2)
+
+
+class Prototypes(Weights):
+    """Cosine similarity to one prototype an expert (ProMoE)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = F.normalize(x, dim=-1) @ F.normalize(self.router.weight, dim=-1).t()
+        weights, ids = (scores * 4 + torch.tensor([0.1, 0.0, 0.2])).softmax(-1).topk(K)
+        share = torch.zeros(*x.shape[:2], E).scatter(-1, ids, weights)
+        return torch.einsum("btd,edf,bte->btf", x, self.w, share)
+
+
+class ExpertChoice(Weights):
+    """Each expert takes two tokens of a sample (EC-DiT): one-hot dispatch and combine."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.router(x).softmax(-1).permute(0, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.scores(x).topk(2)
+        picked = F.one_hot(ids, x.shape[1]).to(x.dtype)
+        y = torch.einsum("bekt,btd,edf->bekf", picked, x, self.w)
+        return torch.einsum("bek,bekt,bekf->btf", weights, picked, y)
+
+
+class ExpertChoiceTransposed(ExpertChoice):
+    def scores(self, x: Tensor) -> Tensor:
+        return self.router(x).transpose(1, 2).softmax(1)
+
+
+class ExpertChoiceAlong(ExpertChoice):
+    """A top-k along the tokens, where they lie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=1)
+        picked = F.one_hot(ids, x.shape[1]).to(x.dtype)
+        y = torch.einsum("bket,btd,edf->bkef", picked, x, self.w)
+        return torch.einsum("bke,bket,bkef->btf", weights, picked, y)
+
+
+class ExpertChoiceIndexed(Weights):
+    """Rows taken and put back by index."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        weights, ids = self.router(x).softmax(-1).permute(0, 2, 1).topk(2)
+        rows = (ids + t * torch.arange(n).view(n, 1, 1)).permute(1, 0, 2).reshape(E, -1)
+        y = torch.bmm(x.reshape(-1, DIM)[rows], self.w) * weights.permute(1, 0, 2).reshape(E, -1, 1)
+        return torch.zeros(n * t, DIM).index_add(0, rows.flatten(), y.flatten(0, 1)).view_as(x)
+
+
+class OverTheBatch(Weights):
+    """Each expert takes tokens of the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, ids = self.router(tokens).softmax(-1).t().topk(3)
+        y = torch.bmm(tokens[ids], self.w) * weights.unsqueeze(-1)
+        return torch.zeros_like(tokens).index_add(0, ids.flatten(), y.flatten(0, 1)).view_as(x)
+
+
+class Heads(Attention):
+    """Mixture of heads: all are computed, the chosen ones are let through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(DIM, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(1)
+        share = torch.zeros(*x.shape[:2], 2).scatter(-1, ids, weights)
+        out = self.core(*self.heads(x)).transpose(1, 2) * share.unsqueeze(-1)
+        return self.proj(out.reshape(x.shape))
+
+
+class ByTimestep(nn.Module):
+    """Switch-DiT: the timestep's embedding chooses the experts of a whole sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.router = Attention(), nn.Linear(DIM, E)
+        self.w = nn.Parameter(torch.randn(E, DIM, DIM))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        weights, ids = self.router(c).softmax(-1).topk(K)
+        y = torch.einsum("btd,bkdf->bktf", x, self.w[ids])
+        return x + (y * weights[:, :, None, None]).sum(1)
+
+
+def analyse(mlp: nn.Module) -> Analysis:
+    return analyse_module(Timed(Stack(Block("gate left", mlp=mlp), Block("gate left"))), latent(), times())
+
+
+@pytest.mark.parametrize(
+    ("make", "choice", "top_k"),
+    [
+        (AllOnAll, "token", K),
+        (Loop, "token", K),
+        (Gathered, "token", K),
+        (Prototypes, "token", K),
+        (ExpertChoice, "expert", 2),
+        (ExpertChoiceTransposed, "expert", 2),
+        (ExpertChoiceAlong, "expert", 2),
+        (ExpertChoiceIndexed, "expert", 2),
+        (OverTheBatch, "batch", 3),
+    ],
+)
+def test_the_axis_of_the_choice_says_who_chooses(make: Callable[[], nn.Module], choice: str, top_k: int) -> None:
+    analysis = analyse(make())
+    (router,) = analysis.context.routers
+    assert (router.choice, router.num_experts, router.top_k) == (choice, E, top_k)
+    assert node(analysis.gm, router.topk).args[0] is node(analysis.gm, router.scores)
+    kinds = [(region.kind, region.routers) for region in analysis.context.regions]
+    assert kinds == [("attention", ()), ("experts", (router,)), ("attention", ()), ("mlp", ())]
+    assert analysis.context.misses == ()
+
+
+def test_what_it_steers_is_in_its_layer() -> None:
+    analysis = analyse(ExpertChoiceIndexed())
+    (router,) = analysis.context.routers
+    assert router.steers
+    assert set(router.steers) <= set(analysis.context.regions.regions[1].body)
+
+
+def test_heads_that_are_mixed_make_no_experts_region() -> None:
+    analysis = analyse_module(Timed(Block("gate left", mixer=Heads())), latent(), times())
+    (router,) = analysis.context.routers
+    assert (router.choice, router.num_experts, router.top_k) == ("head", 2, 1)
+    assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
+
+
+def test_a_routing_by_the_timestep_is_a_constant_of_the_step() -> None:
+    """The router lies outside the region that it steers: it doesn't see the latent."""
+    analysis = analyse_module(Timed(ByTimestep()), latent(), times())
+    (router,) = analysis.context.routers
+    assert (router.choice, router.num_experts, router.top_k) == ("step", E, K)
+    experts = analysis.context.regions.regions[1]
+    assert (experts.kind, experts.routers) == ("experts", (router,))
+    assert router.topk not in experts.body
+
+
+def test_the_choice_of_groups_is_no_router() -> None:
+    class Grouped(Routed):
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.router(x).softmax(-1)
+            groups = scores.view(-1, 3, 1).amax(-1).topk(2)[1]
+            mask = torch.zeros_like(scores).scatter(1, groups, 1.0)
+            weights, ids = scores.masked_fill(mask == 0, 0.0).topk(self.top_k)
+            return weights, ids
+
+    analysis = analyse(Grouped())
+    assert len(analysis.context.routers) == 1
+    assert analysis.context.experts[0].router == analysis.context.routers[0]
+
+
+class Pruned(nn.Module):
+    """A top-k over features that no projection scored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.topk(3)[0].mean(-1, keepdim=True)
+
+
+class Stable(nn.Module):
+    """The maximum that a softmax written out takes away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(x)
+        return (y - y.max(-1, keepdim=True)[0]).exp()
+
+
+class Reported(nn.Module):
+    """A top-k that steers nothing: it is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.score = Mlp(), nn.Linear(DIM, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.score(x).softmax(-1).topk(1)
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize("make", [Pruned, Stable, Reported])
+def test_a_choice_that_routes_nothing_is_no_router(make: Callable[[], nn.Module]) -> None:
+    context = analyse(make()).context
+    assert context.routers == context.misses == ()
+    assert "experts" not in [region.kind for region in context.regions]
+
+
+def test_a_choice_has_one_of_five_names() -> None:
+    with pytest.raises(InvariantError, match="choice 'tokens' is none of"):
+        RouterInfo("topk", "softmax", 8, 2, "tokens")
