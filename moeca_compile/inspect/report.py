@@ -68,11 +68,12 @@ class Report:
         ]
 
     def _regions(self) -> list[str]:
-        rows: Rows = [("region", "kind", "layer", "shape", "MACs", "bytes", "routing")]
+        rows: Rows = [("region", "kind", "layer", "shape", "MACs", "bytes", "how")]
         for r in self.regions:
             shapes = " ".join("x".join(map(str, shape)) for shape in r.shapes)
             share = r.macs / self.total_macs if self.total_macs else 0.0
-            rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes), _routing(r)))
+            how = _attending(r) or _routing(r)
+            rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes), how))
         return _columns(rows)
 
     def _misses(self) -> list[str]:
@@ -89,6 +90,13 @@ class Report:
         rows: Rows = [("pass", "ms", "nodes", "after")]
         rows += [(name, f"{ms:.1f}", str(before), str(after)) for name, ms, before, after in self.passes]
         return _columns(rows)
+
+
+def _attending(region: Region) -> str:
+    """What a region's attention attends to; `fixed keys` depend on the prompt alone."""
+    if region.kind != "attention":
+        return ""
+    return "; ".join(one.kind + (", fixed keys" if one.invariant else "") for one in region.attention)
 
 
 def _routing(region: Region) -> str:

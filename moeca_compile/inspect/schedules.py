@@ -1,0 +1,131 @@
+"""A schedule as a table of facts and a grid of steps, and what differs between two: data first, rich tables second."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeca_compile.schedule import Action, Schedule
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+EVERY = "every region"
+_STYLES = {Action.COMPUTE: "bold", Action.REUSE: "dim", Action.FORECAST: "cyan"}
+_GLYPHS = {Action.COMPUTE: "█", Action.REUSE: "░", Action.FORECAST: "▒"}
+_DESCRIBED = ("made_by", "order", "period", "fingerprint", "timesteps", "regions")
+
+
+def facts(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule says of itself, JSON-able: sizes, order, variants, how many cells do what, predictions."""
+    cells = [action for row in schedule.rows for action in row]
+    return {
+        "made_by": schedule.made_by,
+        "steps": len(schedule.rows),
+        "period": schedule.period,
+        "regions": None if schedule.regions is None else len(schedule.regions),
+        "order": schedule.order,
+        "variants": len(schedule.distinct_rows()),
+        "computed": round(cells.count(Action.COMPUTE) / len(cells), 4),
+        "forecast": round(cells.count(Action.FORECAST) / len(cells), 4),
+        "reused": round(cells.count(Action.REUSE) / len(cells), 4),
+        "timesteps": [schedule.timesteps[0], schedule.timesteps[-1]] if schedule.timesteps else None,
+        "fingerprint": schedule.fingerprint,
+        "predicted": dict(schedule.predicted),
+    }
+
+
+def table_of_facts(schedule: Schedule) -> Table:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts(schedule).items():
+        if name == "predicted":
+            for inner, number in value.items():
+                table.add_row(f"predicted {inner}", f"{number:.4g}")
+        elif value not in (None, "", []):
+            table.add_row(name.replace("_", " "), str(value))
+    return table
+
+
+def grid(schedule: Schedule) -> Group:
+    """Steps from left to right; regions that do the same at every step share a line."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("regions", no_wrap=True)
+    table.add_column("steps")
+    for names, actions in _lines(schedule):
+        table.add_row(_named(names), Text.assemble(*((_GLYPHS[action], _STYLES[action]) for action in actions)))
+    tail = f"   the last {schedule.period} steps repeat" if schedule.period else ""
+    return Group(table, Text("   ".join(f"{glyph} {action.name.lower()}" for action, glyph in _GLYPHS.items()) + tail))
+
+
+def _lines(schedule: Schedule) -> Iterator[tuple[list[str], tuple[Action, ...]]]:
+    names = schedule.regions or (EVERY,)
+    columns: dict[tuple[Action, ...], list[str]] = {}
+    for name, actions in zip(names, zip(*schedule.rows, strict=True), strict=True):
+        columns.setdefault(actions, []).append(name)
+    for actions, alike in columns.items():
+        yield alike, actions
+
+
+def _named(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs: `facts` are (name, left, right); `cells` are (step, region, left, right), absent ones None."""
+
+    facts: tuple[tuple[str, Any, Any], ...]
+    cells: tuple[tuple[int, str, str | None, str | None], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.facts or self.cells)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"facts": [list(one) for one in self.facts], "cells": [list(one) for one in self.cells]}
+
+
+def difference(left: Schedule, right: Schedule) -> Difference:
+    """Compare two schedules by content: settings, regions, and what each region does at each step."""
+    named = [(name, getattr(left, name), getattr(right, name)) for name in _DESCRIBED]
+    a, b = _cells(left), _cells(right)
+    changed = [
+        (step, region, a.get((step, region)), b.get((step, region)))
+        for step, region in dict.fromkeys((*a, *b))
+        if a.get((step, region)) != b.get((step, region))
+    ]
+    return Difference(tuple(one for one in named if one[1] != one[2]), tuple(sorted(changed, key=lambda one: one[0])))
+
+
+def _cells(schedule: Schedule) -> dict[tuple[int, str], str]:
+    names = schedule.regions or (EVERY,)
+    return {
+        (step, name): action.name
+        for step, row in enumerate(schedule.rows)
+        for name, action in zip(names, row, strict=True)
+    }
+
+
+def table_of_differences(found: Difference, left: str, right: str) -> Table:
+    """`left` and `right` are the names of the two schedules."""
+    from rich.table import Table
+
+    table = Table("what", left, right, box=None, padding=(0, 2, 0, 0))
+    for name, a, b in found.facts:
+        table.add_row(name.replace("_", " "), _short(a), _short(b))
+    for (step, a_b), cells in itertools.groupby(found.cells, key=lambda one: (one[0], one[2:])):
+        table.add_row(f"step {step}, {_named([cell[1] for cell in cells])}", *(one or "absent" for one in a_b))
+    return table
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
