@@ -1,13 +1,15 @@
 """Residual branches -> regions: what each one is (by its anchor), which belong together, and what it is called.
 
-Before: branches, attention and expert anchors, MACs.  After: a `RegionMap`. Branches that share one attention (two
-streams, MMDiT) or one expert call are one region with several outputs. A branch that holds other regions, or doesn't
-depend on the latent, is a miss; one without a matmul isn't worth a word.
+Before: branches, attention and expert anchors, MACs.  After: a `RegionMap`. Branches that share a matmul (the attention
+of two streams, a feed-forward on both) are one region with several outputs. Of a branch that holds other residual adds
+only what comes after the last of them is meant; with nothing there it is a miss, as is one that doesn't depend on the
+latent. One without a matmul isn't worth a word.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch.fx import GraphModule, Node
@@ -19,16 +21,18 @@ from moeca_compile.regions import Miss, Region, RegionMap
 
 
 def find_regions(gm: GraphModule, ctx: Context) -> Context:
-    nodes = {node.name: node for node in gm.graph.nodes}
+    cone = fx.Cone(gm)
+    nodes = {node.name: node for node in cone.nodes}
     depends, macs = dict(ctx.dependence), dict(ctx.macs)
     misses = list(ctx.misses)
     kept: list[Branch] = []
     heavy = [b for b in ctx.branches if any(name in macs for name in b.body)]
     joins = {b.join for b in heavy}
-    for branch in heavy:
-        inner = joins.intersection(branch.body)
-        at = (branch.join, fx.where(nodes[branch.join]))
-        if inner:
+    for whole in heavy:
+        inner = joins.intersection(whole.body)
+        branch = _after_the_last(whole, inner, cone) if inner else whole
+        at = (whole.join, fx.where(nodes[whole.join]))
+        if not any(name in macs for name in branch.body):
             misses.append(Miss(f"a residual around {len(inner)} others: each of them is a region of its own", *at))
         elif depends.get(branch.cut) != "latent":
             misses.append(Miss("doesn't depend on the latent: it could be computed once, not cached", *at))
@@ -37,7 +41,7 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
         else:
             kept.append(branch)
     regions = []
-    for group in _groups(kept, ctx):
+    for group in _groups(kept, macs):
         reader = _outside_reader(group, nodes, ctx)
         if reader is None:
             inside = {name for branch in group for name in branch.body}
@@ -50,19 +54,31 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
     return replace(ctx, misses=tuple(misses), regions=RegionMap(_unique_keys(regions), tuple(misses), total))
 
 
-def _groups(branches: list[Branch], ctx: Context) -> list[list[Branch]]:
-    """Branches that share an anchor or a cut, together; in graph order of their first cut."""
-    anchors = {a.node for a in ctx.attention} | {e.node for e in ctx.experts}
-    groups: list[tuple[set[str], list[Branch]]] = []
+def _after_the_last(branch: Branch, inner: set[str], cone: fx.Cone) -> Branch:
+    """The part of a branch behind the residual adds in it: in `x + mlp(norm(x + attention(x)))`, the mlp."""
+    adds = [node for node in cone.nodes if node.name in inner]
+    cut = next(node for node in cone.nodes if node.name == branch.cut)
+    body = cone.between(adds[-1], cut) if adds[-1] is not cut else []
+    return replace(branch, body=tuple(node.name for node in body))
+
+
+def _groups(branches: list[Branch], macs: Mapping[str, int]) -> list[list[Branch]]:
+    """Branches that share a matmul or a cut, together; in graph order. One that reads another's cut stays apart."""
+    groups: list[list[Branch]] = []
     for branch in branches:
-        own = {branch.cut, *anchors.intersection(branch.body)}
-        home = next(((shared, group) for shared, group in groups if shared & own), None)
+        home = next((group for group in groups if any(_belong(branch, other, macs) for other in group)), None)
         if home is None:
-            groups.append((own, [branch]))
+            groups.append([branch])
         else:
-            home[0].update(own)
-            home[1].append(branch)
-    return [group for _, group in groups]
+            home.append(branch)
+    return groups
+
+
+def _belong(a: Branch, b: Branch, macs: Mapping[str, int]) -> bool:
+    if a.cut == b.cut:
+        return True
+    nested = a.cut in b.body or b.cut in a.body
+    return not nested and any(name in macs for name in set(a.body).intersection(b.body))
 
 
 def _outside_reader(group: list[Branch], nodes: dict[str, Node], ctx: Context) -> Node | None:
