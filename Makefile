@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +38,9 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## write docs/models.md anew from the tests' results
+	MOECA_DOCS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/real tests/canonical tests/passes/test_find_routers.py
 
 bench: $(INSTALLED) ## measure; writes benchmarks/results
 	$(BIN)/python -m benchmarks.steps

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread (more is slower on shared cores), and no GPU test without a GPU."""
+"""What holds for every test: one thread (shared cores), no GPU test without a GPU, and facts are collected."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import facts
+
 torch.set_num_threads(1)
 
 # A loaded machine is no failure; in CI the examples are the same every time, elsewhere new ones are tried.
@@ -16,9 +18,41 @@ settings.register_profile(
 )
 settings.load_profile("ours")
 
+FOUND: facts.Facts = {}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def fact(record_property: facts.Recorder) -> facts.Recorder:
+    """Say what this test establishes: `fact(table, row, column="text")`. It counts if the test passes."""
+
+    def record(table: str, row: str, **columns: str) -> None:
+        record_property("fact", (table, row, columns))
+
+    return record
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        for name, value in report.user_properties:
+            if name == "fact":
+                table, row, columns = value
+                facts.merge(FOUND, table, row, columns)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput") or not facts.DOCS.exists():
+        return  # a worker of pytest-xdist reports to the one who started it
+    if os.environ.get("MOECA_DOCS"):
+        facts.write(FOUND)
+    elif (wrong := facts.differing(FOUND, facts.load())) and session.exitstatus == pytest.ExitCode.OK:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        for line in ("", "docs/models.json is out of date, `make docs` makes it anew:", *wrong):
+            reporter.write_line(line, red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

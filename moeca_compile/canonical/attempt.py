@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moeca_compile.canonical import probe
 from moeca_compile.canonical.experts import ModuleExperts, members
+from moeca_compile.canonical.generic import AnyExperts
 from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.probe import close, compute_device, differing_state, isolated, random_parameters, shadow
 from moeca_compile.canonical.routed import NAME, Experts, Routed
@@ -29,20 +30,24 @@ CROWD = 10  # the seed of a run with many tokens, all to few experts: a capacity
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A changed method: its code calls `routed` under the name `routed.NAME`. Equal code, equal rewrite."""
+    """A changed method: its code calls `routed` under the name `routed.NAME`; None where only branches were changed.
+
+    Equal code, equal rewrite.
+    """
 
     name: str
     source: Source
     code: str
-    routed: Routed
+    routed: Routed | None
+    experts: Experts
     tree: ast.FunctionDef = field(compare=False, repr=False)
 
     @staticmethod
     def of(loop: Loop, tree: ast.FunctionDef, routed: Routed) -> Rewrite:
-        return Rewrite(loop.name, loop.source, ast.unparse(tree), routed, tree)
+        return Rewrite(loop.name, loop.source, ast.unparse(tree), routed, routed.experts, tree)
 
     def function(self, routed: Routed | None = None) -> types.FunctionType:
-        return rebuild(self.source, self.tree, {NAME: routed or self.routed})
+        return rebuild(self.source, self.tree, {NAME: routed or self.routed} if self.routed is not None else {})
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Stand(ABC):
         self.module, self.experts = module, experts
         self.device = compute_device(module)
         self.num_experts = experts.count(module)
+        self.on_meta = any(p.is_meta for p in module.parameters())
         self._fresh: dict[int, Tensor] | None = None
 
     def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -91,12 +97,18 @@ class Stand(ABC):
 
     def disagreement(self, proposal: Proposal, seeds: Sequence[int] = (1, 2, 3, 4, CROWD)) -> str:
         """Why original and rewritten method differ with stand-in experts, or ''."""
-        function = proposal.rewrite.function(self.routed(proposal.rewrite.routed))
+        real = proposal.rewrite.routed
+        function = proposal.rewrite.function(self.routed(real) if real is not None else None)
         return self._compare(proposal, function, self.copy, torch.float32, seeds)
 
     def disagreement_on_own_weights(self, proposal: Proposal, seeds: Sequence[int] = (1, 2)) -> str:
-        """Why they differ with the module's own weights, in its own dtype and through the real operator, or ''."""
-        dtype = self.experts.weights(self.module)[0][0].dtype
+        """Why they differ with the module's own weights, in its own dtype and through the real operator, or ''.
+
+        Weights on the meta device can't be run: no difference is known then.
+        """
+        if self.on_meta:
+            return ""
+        dtype = self.experts.dtype(self.module)
         return self._compare(proposal, proposal.rewrite.function(), lambda: shadow(self.module), dtype, seeds)
 
     def _compare(
@@ -133,7 +145,7 @@ class Stand(ABC):
 class ModuleStand(Stand):
     """Stands in for the experts too: with a function that differs per expert, whatever their size."""
 
-    def __init__(self, module: nn.Module, experts: ModuleExperts) -> None:
+    def __init__(self, module: nn.Module, experts: ModuleExperts | AnyExperts) -> None:
         super().__init__(module, experts)
         self.stack = experts.stack
 
@@ -154,7 +166,7 @@ class ModuleStand(Stand):
 @dataclass(frozen=True)
 class _StandInRouted(Routed):
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
-        assert isinstance(self.experts, ModuleExperts)
+        assert isinstance(self.experts, (ModuleExperts, AnyExperts))
         y = tokens.new_empty(*ids.shape, self.experts.out_features)
         for e, expert in enumerate(members(owner, self.experts.stack)):
             mine = ids == e

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 
+import torch
 from torch import nn
 
-from moeca_compile.canonical.loop import Loop
+from moeca_compile.canonical.flatten import READS, flatten
+from moeca_compile.canonical.loop import GUARDED, Loop
 from moeca_compile.canonical.reader import Path, Reader
-from moeca_compile.canonical.source import read
+from moeca_compile.canonical.source import Source, read
+from moeca_compile.canonical.straighten import guards, straighten
 
 _MAX_LEAVES = 16  # more parts than this, and it's a block rather than an expert
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -50,6 +57,59 @@ def find_loops(module: nn.Module) -> list[Loop]:
         if source is not None and source.parameters:
             found.extend(Reader(methods(module), name, source, known, packed).loops())
     return found
+
+
+def find_whole(module: nn.Module) -> list[Loop]:
+    """What only shows once helpers are put into `forward`: branches on empty masks straightened, loops that get their
+    sizes from a router of its own."""
+    known = set(stacks(module))
+    packed: set[Path] = {(name,) for name in packed_weights(module)}
+    own = methods(module) if known or packed else {}
+    plain = read(own["forward"]) if "forward" in own else None
+    if plain is None or not plain.parameters:
+        return []
+    flat = flatten(plain, module)
+    lines = guards(flat)
+    if flat is plain and not lines:
+        return []
+    source = straighten(flat)
+    loops = list(Reader(methods(module), "forward", source, known, packed).loops())
+    mark = frozenset({GUARDED}) if lines else frozenset[str]()
+    if loops:
+        return [replace(loop, evidence=loop.evidence | mark) for loop in loops]
+    stack = next((path for path in known if path and path[0] in _attributes(source)), None)
+    if not lines or stack is None:
+        return []
+    return [Loop("forward", source, stack, (), lines[0], mark)]
+
+
+def _attributes(source: Source) -> set[str]:
+    return {n.attr for n in ast.walk(source.tree) if isinstance(n, ast.Attribute)}
+
+
+def hidden(module: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """(method, function, place) where packed weights go into an autograd function that reads sizes out of tensors."""
+    packed = packed_weights(module)
+    for name, function in _naming(module, {(weight,) for weight in packed}).items():
+        source = read(function)
+        for call in ast.walk(source.tree) if source is not None else ():
+            if source is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            holder = call.func.value.id if isinstance(call.func.value, ast.Name) else ""
+            made = function.__globals__.get(holder) if call.func.attr == "apply" else None
+            given = {a.attr for a in call.args if isinstance(a, ast.Attribute)}
+            if not isinstance(made, type) or not issubclass(made, torch.autograd.Function):
+                continue
+            if given & packed.keys() and _reads_back(made):
+                yield name, made.__name__, f"{source.file.rsplit('/', 1)[-1]}:{call.lineno}"
+
+
+def _reads_back(cls: type) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    return any(isinstance(node, ast.Attribute) and node.attr in READS for node in ast.walk(tree))
 
 
 def unreadable(module: nn.Module) -> dict[str, Path]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moeca_compile.canonical.probe import compute_device, isolated, random_parameters, relative_error, shadow
+from moeca_compile.canonical.routed import operator
 from moeca_compile.ops import ACTIVATIONS, WeightLists, segments
 
 Rows = tuple[int | None, int | None, int | None]  # start, stop, step of a slice of output features
@@ -89,8 +90,16 @@ class ModuleExperts:
     def gated(self) -> bool:
         return self.body.gate is not None
 
-    def weights(self, owner: nn.Module) -> WeightLists:
-        return self.body.weights(members(owner, self.stack))
+    @property
+    def exhaustive(self) -> bool:
+        return False
+
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
+        return operator(tokens, ids, self.body.weights(members(owner, self.stack)), self.activation)
+
+    def dtype(self, owner: nn.Module) -> torch.dtype:
+        weight: Tensor = walk(members(owner, self.stack)[0], self.body.up.path).weight
+        return weight.dtype
 
     def count(self, owner: nn.Module) -> int:
         return len(walk(owner, self.stack)._modules)
@@ -117,12 +126,13 @@ class Recogniser:
     def body_of(self, experts: Sequence[nn.Module]) -> ExpertBody | str:
         """The body that all `experts` share, or why they can't be given to `moeca::experts`."""
         bodies: list[ExpertBody] = []
+        problem = barred(experts)
+        if problem:
+            return problem
         for e, expert in enumerate(experts):
             problem = _unfit(expert)
             if problem:
                 return f"expert {e} {problem}"
-            if _shapes(expert) != _shapes(experts[0]):
-                return f"experts 0 and {e} have weights of different shapes or dtypes"
             body = self._one(expert)
             if isinstance(body, str):
                 return f"expert {e} {body}"
@@ -141,17 +151,28 @@ class Recogniser:
         return body
 
 
+def barred(experts: Sequence[nn.Module]) -> str:
+    """Why experts can't be taken in any form, or ''."""
+    for e, expert in enumerate(experts):
+        for name, module in expert.named_modules():
+            if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+                where = name or "itself"
+                return f"expert {e} has a hook or a replaced forward on {where}: remove it (offloading, adapters) first"
+        for name, p in expert.named_parameters():
+            if not is_plain(p):
+                return f"expert {e} has quantised or sharded weights ({name} is a {type(p).__name__} of {p.dtype})"
+        if _shapes(expert) != _shapes(experts[0]):
+            return f"experts 0 and {e} have weights of different shapes or dtypes"
+    return ""
+
+
 def _unfit(expert: nn.Module) -> str:
     linears = dict(_linears(expert))
     owned = {id(p) for linear in linears.values() for p in linear.parameters()}
     for name, module in expert.named_modules():
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-            return f"has a hook or a replaced forward on {name or 'itself'}: remove it (offloading, adapters) first"
         if next(module.buffers(recurse=False), None) is not None:
             return f"keeps a buffer in {name or 'itself'}: only stateless experts are recognised"
     for name, p in expert.named_parameters():
-        if not is_plain(p):
-            return f"has quantised or sharded weights ({name} is a {type(p).__name__} of {p.dtype})"
         if id(p) not in owned:
             return f"has a parameter outside its Linear layers ({name}): only MLP and gated MLP bodies are recognised"
     if len(linears) not in (2, 3):

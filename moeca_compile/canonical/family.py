@@ -15,15 +15,17 @@ Propose = Callable[[Stand, Loop, Sequence[Layout]], Proposal | str | None]
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of dispatch: known by any of `evidence` in its loop, its arguments in one of `layouts`.
+    """One kind of dispatch: known by any of `evidence` in its loop and, where given, by any call of `calls` in its
+    method; the arguments of a method that is nothing else come in one of `layouts`.
 
     `propose` gives the rewritten method, or why there is none, or None where inference doesn't reach the loop.
     """
 
     name: str
     evidence: frozenset[str]
-    layouts: tuple[Layout, ...]
+    layouts: tuple[Layout, ...] = ()
     propose: Propose = whole_or_loop
+    calls: frozenset[str] = frozenset()
 
     def claims(self, loop: Loop) -> bool:
-        return bool(loop.evidence & self.evidence)
+        return bool(loop.evidence & self.evidence) and (not self.calls or bool(loop.calls & self.calls))

@@ -10,26 +10,24 @@ from __future__ import annotations
 import ast
 import copy
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeca_compile.canonical import method
-from moeca_compile.canonical.attempt import Arguments, Entry, Proposal, Rewrite, Stand, length, run, tokens_of
-from moeca_compile.canonical.dispatch import methods
+from moeca_compile.canonical import collected, method
+from moeca_compile.canonical.attempt import Entry, Proposal, Rewrite, Stand, run
+from moeca_compile.canonical.entries import entries
 from moeca_compile.canonical.loop import Loop, feeders
 from moeca_compile.canonical.method import Layout
 from moeca_compile.canonical.probe import close, isolated
+from moeca_compile.canonical.roles import roles
 from moeca_compile.canonical.routed import NAME, Routed
-from moeca_compile.canonical.source import loads, read, rebuild, stores, suites
+from moeca_compile.canonical.source import loads, rebuild, stores, suites
 
 _BEFORE, _AFTER = "_moeca_before", "_moeca_after"
-_BATCH = 2
-_Shapes = Callable[[int, int, int], list[tuple[int, ...]]]
 
 
 @dataclass
@@ -55,14 +53,16 @@ def reaches(stand: Stand, loop: Loop, entry: Entry) -> bool:
     return not loop.nest or bool(_observe(stand, loop, loop.nest[0], entry).before)
 
 
-def attempt(stand: Stand, loop: Loop) -> Proposal | str | None:
-    """The rewritten method, why there is none, or None where inference doesn't reach the loop."""
+def attempt(stand: Stand, loop: Loop, ways: Iterable[Entry] | None = None) -> Proposal | str | None:
+    """The rewritten method, why there is none, or None where inference doesn't reach the loop. `ways` to run it are
+    found where they aren't given."""
+    ways = entries(stand, loop) if ways is None else ways
     if loop.source.decorators:
         return f"{loop.name} is decorated with {', '.join(loop.source.decorators)}, which a rewritten one would lose"
     if not loop.nest:
-        return "it is a comprehension inside a larger method"
+        return collected.attempt(stand, loop, iter(ways))
     reason, reached = "", False
-    for entry in _entries(stand, loop):
+    for entry in ways:
         for statement in loop.nest:
             try:
                 seen = _observe(stand, loop, statement, entry)
@@ -79,45 +79,9 @@ def attempt(stand: Stand, loop: Loop) -> Proposal | str | None:
         else:
             if not reached:
                 return None
-            return reason
+            gathered = collected.attempt(stand, loop, iter([entry]))
+            return gathered if isinstance(gathered, Proposal) else reason
     return reason or f"{loop.name} takes ({', '.join(loop.source.parameters[1:])}): no way to run it is known"
-
-
-def _entries(stand: Stand, loop: Loop) -> Iterator[Entry]:
-    """Ways to reach the loop, through `forward` first: tokens alone, then tokens with a conditioning vector."""
-    own = methods(stand.module)
-    for name in dict.fromkeys(("forward", loop.name)):
-        source = read(own[name]) if name in own else None
-        if source is None or not source.required:
-            continue
-        for make in (_batched, _flat, _with_vectors, _with_tokens):
-            if (len(source.required) == 1) == (make in (_batched, _flat)):
-                yield Entry(name, _maker(len(source.required), make))
-    yield from method.entries(stand, loop)
-
-
-def _maker(count: int, make: _Shapes) -> Callable[[Stand, int, torch.dtype], Arguments]:
-    def arguments(stand: Stand, seed: int, dtype: torch.dtype) -> Arguments:
-        shapes = make(count, length(seed, stand.num_experts), stand.experts.in_features)
-        return tuple(tokens_of(seed + 10 * i, shape, stand.device, dtype) for i, shape in enumerate(shapes))
-
-    return arguments
-
-
-def _batched(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
-    return [(_BATCH, tokens, width)]
-
-
-def _flat(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
-    return [(tokens, width)]
-
-
-def _with_vectors(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
-    return [(_BATCH, tokens, width)] + [(_BATCH, width)] * (count - 1)
-
-
-def _with_tokens(count: int, tokens: int, width: int) -> list[tuple[int, ...]]:
-    return [(_BATCH, tokens, width)] * count
 
 
 def _observe(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry) -> _Locals:
@@ -151,10 +115,16 @@ def _rewrite(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry, seen: 
     feeding = feeders(loop.source.tree, statement)
     used = loads(statement).union(*(loads(s) for s in feeding))
     near = sorted((n for n in before if n in used), key=lambda n: (n not in loads(statement), n))
+    if not any(True for _ in roles(stand, near, before)):
+        return (
+            f"no tensors before the loop that fills {', '.join(changed)} can be tokens, expert ids [T, K] and gate "
+            "weights: experts that take a number of tokens read from the data (dynamic k) have no static form"
+        )
     reason = f"what the loop leaves in {', '.join(changed)} is not the gate-weighted sum of each token's experts"
     for result in changed:  # several where one is a view of another
-        for x, idx, w, dense in _roles(stand, near, before):
-            accumulating = Routed(stand.experts, dense, accumulate=True)
+        for found in roles(stand, near, before):
+            x, idx, w = found.x, found.idx, found.w
+            accumulating = Routed(stand.experts, found.dense, found.per_sample, accumulate=True)
             with isolated():
                 try:
                     sums = stand.routed(accumulating)(seen.module, before[x], before[idx], before[w], before[result])
@@ -162,7 +132,7 @@ def _rewrite(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry, seen: 
                     continue
             if close(after[result], sums):
                 fresh = _starts_at_zero(loop.source.tree, statement, result)
-                routed = Routed(stand.experts, dense, accumulate=not fresh)
+                routed = Routed(stand.experts, found.dense, found.per_sample, accumulate=not fresh)
                 tree = _with_call(loop, statement, (x, idx, w, result))
                 proposal = Proposal(Rewrite.of(loop, tree, routed), entry)
                 problem = stand.disagreement(proposal)
@@ -170,26 +140,6 @@ def _rewrite(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry, seen: 
                     return proposal
                 reason = problem
     return reason
-
-
-def _roles(stand: Stand, names: list[str], values: dict[str, Tensor]) -> Iterator[tuple[str, str, str, bool]]:
-    """Names that can be tokens, ids and weights by dtype and size, and whether the weights cover all experts."""
-    width, num_experts = stand.experts.in_features, stand.num_experts
-    for x, idx, w in product(names, repeat=3):
-        tokens, ids, weights = values[x], values[idx], values[w]
-        if ids.dtype not in (torch.int64, torch.int32):
-            continue
-        if not (tokens.is_floating_point() and weights.is_floating_point()):
-            continue
-        count = tokens.numel() // width
-        if tokens.shape[-1:] != (width,) or not count or ids.numel() % count or ids.numel() < count:
-            continue
-        if ids.numel() > count * num_experts or int(ids.min()) < 0 or int(ids.max()) >= num_experts:
-            continue
-        if weights.numel() == ids.numel():
-            yield x, idx, w, False
-        elif weights.numel() == count * num_experts:
-            yield x, idx, w, True
 
 
 def _starts_at_zero(tree: ast.FunctionDef, loop: ast.stmt, name: str) -> bool:

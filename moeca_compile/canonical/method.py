@@ -84,11 +84,11 @@ def entries(stand: Stand, loop: Loop) -> Iterator[Entry]:
 
 
 def _possible_k(stand: Stand) -> list[int]:
-    """K is often a setting of the module or its router; the larger ones say more."""
+    """K is often a setting of the module or its router. K = 1 and K = E say less: no order, no expert left out."""
     settings = {
         v for m in stand.module.modules() for v in vars(m).values() if type(v) is int and 1 <= v <= stand.num_experts
     }
-    return sorted(settings | {1, 2}, key=lambda k: (k == 1, k not in settings, k))
+    return sorted(settings | {1, 2}, key=lambda k: (k in (1, stand.num_experts), k not in settings, k))
 
 
 def _call(loop: Loop, roles: tuple[str, ...]) -> ast.FunctionDef:
@@ -149,4 +149,5 @@ def with_dtype(stand: Stand, proposal: Proposal, trial: Trial) -> Proposal:
         except Exception:
             return proposal  # it can't take such a mix; where all are alike the dtype of x is right
     rule = follows.get(out.dtype, "x") if isinstance(out, Tensor) else "x"
+    assert rewrite.routed is not None
     return replace(proposal, rewrite=replace(rewrite, routed=replace(rewrite.routed, dtype=rule)))

@@ -7,20 +7,24 @@ expert gets a window of one random buffer in place of its weights: all differ, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import permutations, product
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeca_compile.canonical import method
 from moeca_compile.canonical.attempt import Proposal, Stand, run
-from moeca_compile.canonical.dispatch import packed_weights
+from moeca_compile.canonical.dispatch import methods, packed_weights
 from moeca_compile.canonical.experts import ALL_ROWS, Rows, halves, is_plain
 from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.method import Layout, Trial
-from moeca_compile.canonical.probe import isolated, random_parameters, relative_error
+from moeca_compile.canonical.probe import isolated, random_parameters, relative_error, shadow
+from moeca_compile.canonical.routed import operator
+from moeca_compile.canonical.source import read
 from moeca_compile.ops import ACTIVATIONS, WeightLists
 
 _TOLERANCE = 1e-4  # float32, relative; the best reading wins
@@ -67,6 +71,16 @@ class PackedExperts:
         gate = self.gate.tensors(owner) if self.gate is not None else []
         return self.up.tensors(owner), self.down.tensors(owner), gate, [], [], []
 
+    @property
+    def exhaustive(self) -> bool:
+        return False
+
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
+        return operator(tokens, ids, self.weights(owner), self.activation)
+
+    def dtype(self, owner: nn.Module) -> torch.dtype:
+        return self.weights(owner)[0][0].dtype
+
     def count(self, owner: nn.Module) -> int:
         weights = owner._parameters[self.up.name]
         assert weights is not None
@@ -90,9 +104,11 @@ class PackedStand(Stand):
         return made
 
 
-def propose(module: nn.Module, loop: Loop, layouts: Sequence[Layout]) -> Proposal | str:
-    """The rewritten method, or why there is none."""
+def propose(module: nn.Module, loop: Loop, layouts: Sequence[Layout]) -> Proposal | str | None:
+    """The rewritten method, why there is none, or None where inference takes another method than this one."""
     if not method.fits(loop):
+        if _passed_over(module, loop):
+            return None
         given = ", ".join(loop.source.parameters[1:])
         return f"{loop.name} takes ({given}), not just tokens, ids and gate weights, each required"
     packed = packed_weights(module)
@@ -120,6 +136,33 @@ def propose(module: nn.Module, loop: Loop, layouts: Sequence[Layout]) -> Proposa
     return reason or f"it is not the gate-weighted sum of (gated) MLPs read from {_shapes(module)}"
 
 
+def _passed_over(module: nn.Module, loop: Loop) -> bool:
+    """Whether `forward(x, counts)`, for tokens sorted by expert, calls another of the module's methods (a grouped
+    multiplication, by a setting) and not this one. Run on fake tensors; what the other one does doesn't matter."""
+    own = methods(module)
+    source = read(own["forward"]) if "forward" in own else None
+    readings = list(_readings(module))
+    if source is None or len(source.required) != 2 or not readings:
+        return False
+    called: list[str] = []
+
+    def noting(name: str) -> Callable[..., object]:
+        def note(*args: object, **kwargs: object) -> object:
+            called.append(name)
+            return own[name](twin, *args, **kwargs)
+
+        return note
+
+    count = readings[0].count(module)
+    for width in dict.fromkeys(reading.in_features for reading in readings):
+        with isolated(), FakeTensorMode(allow_non_fake_inputs=True), suppress(Exception):
+            twin = shadow(module)
+            twin.__dict__.update({name: noting(name) for name in own if name not in ("forward", "__init__")})
+            x = torch.empty(2 * count, width, dtype=readings[0].dtype(module), device=next(module.parameters()).device)
+            twin(x, torch.full((count,), 2, device=x.device))
+    return bool(called) and loop.name not in called
+
+
 def _best(stand: Stand, loop: Loop, trial: Trial, readings: Sequence[PackedExperts]) -> PackedExperts | None:
     with isolated():
         twin = stand.copy()
@@ -132,6 +175,7 @@ def _best(stand: Stand, loop: Loop, trial: Trial, readings: Sequence[PackedExper
         errors = []
         for order, reading in enumerate(readings):
             routed = trial.proposal(loop, reading).rewrite.routed
+            assert routed is not None
             errors.append((relative_error(routed(twin, x, idx, w), wanted), order))
     error, order = min(errors)
     return readings[order] if error < _TOLERANCE else None

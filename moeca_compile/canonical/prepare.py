@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 from torch import nn
 
-from moeca_compile.canonical import nonzero_loop, numpy_loop, packed
+from moeca_compile.canonical import generic, gshard, masked_branches, nonzero_loop, numpy_loop, packed
 from moeca_compile.canonical.attempt import ModuleStand, Proposal, Stand
-from moeca_compile.canonical.dispatch import find_loops, unreadable
-from moeca_compile.canonical.experts import ExpertBody, ModuleExperts, Recogniser, members
+from moeca_compile.canonical.dispatch import find_loops, find_whole, hidden, unreadable
+from moeca_compile.canonical.experts import ExpertBody, ModuleExperts, Recogniser, barred, members
 from moeca_compile.canonical.family import Family
+from moeca_compile.canonical.generic import AnyExperts
 from moeca_compile.canonical.inline import reaches
-from moeca_compile.canonical.loop import Loop
+from moeca_compile.canonical.loop import GUARDED, Loop
 from moeca_compile.canonical.patch import Installed, install, installed, replaced, uninstall
 from moeca_compile.canonical.report import PreparedModule, PrepareReport
 from moeca_compile.canonical.routed import Experts
 from moeca_compile.regions import Miss
 
 FAMILIES = (
+    masked_branches.FAMILY,  # branches on empty masks; first, because a loop of any kind may stand behind them
+    gshard.FAMILY,  # capacity tensors, whose sizes come from the same counts as
     numpy_loop.FAMILY,  # sorted segments, counts on the host; first, because its code may use where() as well
     nonzero_loop.FAMILY,  # a mask per expert
 )
+
+_COMBINED = (masked_branches.FAMILY, gshard.FAMILY)  # those that take a `forward` with its helpers put into it
 
 _REMEDY = (
     "Left as it is: Dynamo breaks its graph there. Write it as a method f(self, x[T,D], ids[T,K], weights[T,K]) that "
@@ -47,15 +52,18 @@ def prepare(model: nn.Module) -> PrepareReport:
     changed: list[PreparedModule] = []
     misses: list[Miss] = []
     for path, module in model.named_modules():
-        for loop in find_loops(module):
-            if loop.name in installed(module):
-                continue
-            outcome = worker.prepare(module, loop)
+        for loop, outcome in worker.outcomes(module):
             if isinstance(outcome, Installed):
                 changed.append(_describe(path, module, outcome))
-            elif outcome is not None:
+            else:
                 reason = f"the expert dispatch in {type(module).__name__}.{loop.name}: {outcome}. {_REMEDY}"
                 misses.append(Miss(reason, path or "(root)", loop.where))
+        for name, function, place in hidden(module):
+            reason = (
+                f"{type(module).__name__}.{name} gives its experts' weights to {function}, an autograd function that "
+                f"reads numbers of rows out of a tensor. {_REMEDY}"
+            )
+            misses.append(Miss(reason, path or "(root)", place))
         for name, stack in unreadable(module).items():
             if isinstance(worker.recogniser.body_of(members(module, stack)), ExpertBody):
                 reason = f"{type(module).__name__}.{name} uses experts but has no source that can be read. {_REMEDY}"
@@ -82,44 +90,73 @@ class _Worker:
         self.proven: dict[Hashable, Proposal] = {}
         self.refused: dict[Hashable, str | None] = {}
 
+    def outcomes(self, module: nn.Module) -> Iterator[tuple[Loop, Installed | str]]:
+        """What became of each dispatch in a module, those that inference doesn't reach left out."""
+        if any(note.rewrite.source.helpers for note in installed(module).values()):
+            return  # one method holds them all
+        whole, plain = find_whole(module), find_loops(module)
+        if any(GUARDED in loop.evidence for loop in whole) or not plain:
+            tried = [(loop, self.prepare(module, loop)) for loop in whole if _family(loop) in _COMBINED]
+            done = [(loop, outcome) for loop, outcome in tried if outcome is not None]
+            yield from [one for one in done if isinstance(one[1], Installed)] or done[:1]
+        if not installed(module):
+            for loop in plain:
+                outcome = self.prepare(module, loop)
+                if outcome is not None:
+                    yield loop, outcome
+
     def prepare(self, module: nn.Module, loop: Loop) -> Installed | str | None:
         """Install a patch and say which; or why not; or None where inference doesn't reach the loop."""
+        if loop.name in installed(module):
+            return None
         if replaced(module, loop.name):
             return f"{loop.name} was replaced on this instance (offloading or adapter hooks?): prepare before that"
-        family = next(family for family in FAMILIES if family.claims(loop))
+        family = _family(loop)
+        if family is None:
+            return None
         found = self._propose(family, module, loop)
         if not isinstance(found, tuple):
             return found
         stand, proposal = found
-        on_meta = any(p.is_meta for p in module.parameters())
-        problem = "" if on_meta else stand.disagreement_on_own_weights(proposal)
+        problem = stand.disagreement_on_own_weights(proposal)
         if problem:
             return f"{problem} (on its own weights)"
-        install(module, proposal.rewrite, family.name, verified=not on_meta)
+        install(module, proposal.rewrite, family.name, verified=not stand.on_meta)
         return installed(module)[loop.name]
 
     def _propose(self, family: Family, module: nn.Module, loop: Loop) -> tuple[Stand, Proposal] | str | None:
-        experts: ModuleExperts | None = None
-        if not loop.packed:
-            body = self.recogniser.body_of(members(module, loop.stack))
-            if isinstance(body, str):
-                return body
-            experts = ModuleExperts(loop.stack, body)
-        key = (type(module), loop.name, loop.line, experts)
+        experts = None if loop.packed else self._experts(module, loop.stack)
+        if isinstance(experts, str):
+            return None if loop.combined else experts  # a forward with helpers in it may be that of any model
+        # Which labels a proof of straightened branches was run with depends on settings.
+        settings = _settings(module) if loop.combined else None
+        key: Hashable = (type(module), loop.name, loop.line, loop.source, experts, settings)
         known = self.proven.get(key)
         if known is not None:
-            stand = _stand(module, known.rewrite.routed.experts)
+            stand = _stand(module, known.rewrite.experts)
             if not stand.disagreement(known, seeds=(1, 2)) and reaches(stand, loop, known.entry):
                 return stand, known
         # What was refused may be right under other settings.
-        exact = (*key, _settings(module))
+        exact = (key, _settings(module))
         if exact not in self.refused:
             found = _search(family, module, loop, experts)
             if isinstance(found, Proposal):
                 self.proven[key] = found
-                return _stand(module, found.rewrite.routed.experts), found
+                return _stand(module, found.rewrite.experts), found
             self.refused[exact] = found
         return self.refused[exact]
+
+    def _experts(self, module: nn.Module, stack: tuple[str, ...]) -> ModuleExperts | AnyExperts | str:
+        experts = members(module, stack)
+        body = self.recogniser.body_of(experts)
+        if isinstance(body, ExpertBody):
+            return ModuleExperts(stack, body)
+        found = body if barred(experts) else generic.recognise(stack, experts)
+        return found if isinstance(found, AnyExperts) else f"{body}; {found}" if found != body else body
+
+
+def _family(loop: Loop) -> Family | None:
+    return next((family for family in FAMILIES if family.claims(loop)), None)
 
 
 def _settings(module: nn.Module) -> Hashable:
@@ -128,7 +165,9 @@ def _settings(module: nn.Module) -> Hashable:
     return tuple((path, k, v) for path, m in module.named_modules() for k, v in vars(m).items() if isinstance(v, plain))
 
 
-def _search(family: Family, module: nn.Module, loop: Loop, experts: ModuleExperts | None) -> Proposal | str | None:
+def _search(
+    family: Family, module: nn.Module, loop: Loop, experts: ModuleExperts | AnyExperts | None
+) -> Proposal | str | None:
     try:
         if experts is None:
             return packed.propose(module, loop, family.layouts)
@@ -138,9 +177,12 @@ def _search(family: Family, module: nn.Module, loop: Loop, experts: ModuleExpert
 
 
 def _stand(module: nn.Module, experts: Experts) -> Stand:
-    return ModuleStand(module, experts) if isinstance(experts, ModuleExperts) else packed.PackedStand(module, experts)
+    if isinstance(experts, (ModuleExperts, AnyExperts)):
+        return ModuleStand(module, experts)
+    return packed.PackedStand(module, experts)
 
 
 def _describe(path: str, module: nn.Module, note: Installed) -> PreparedModule:
-    experts = note.rewrite.routed.experts
-    return PreparedModule(path, note.family, experts.count(module), experts.activation, experts.gated, note.verified)
+    experts, dense = note.rewrite.experts, note.rewrite.experts.exhaustive or note.rewrite.routed is None
+    count = experts.count(module)
+    return PreparedModule(path, note.family, count, experts.activation, experts.gated, note.verified, dense)

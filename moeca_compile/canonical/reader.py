@@ -103,7 +103,14 @@ class Reader:
             node = node.value
         if isinstance(node, ast.Subscript):
             return self._stack(node.value)
-        return self.member_names.get(node.id) if isinstance(node, ast.Name) else None
+        if not isinstance(node, ast.Name):
+            return None
+        for outer in self._around(node):  # one name may stand for members of several stacks
+            heads = getattr(outer, "generators", [outer] if isinstance(outer, ast.For) else [])
+            inside = next((self._iterated(head.iter) for head in heads if node.id in stores(head.target)), None)
+            if inside is not None:
+                return inside
+        return self.member_names.get(node.id)
 
     def _iterated(self, node: ast.expr) -> Path | None:
         """The stack that a loop walks over: itself, or inside enumerate(), zip(), .items(), but not inside len()."""

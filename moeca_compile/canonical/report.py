@@ -13,7 +13,9 @@ class PreparedModule:
     """One MoE module whose dispatch is traced in canonical form.
 
     `verified` says that original and canonical form were run on this module's own weights and agreed; it is False
-    on the meta device, where only the dispatch and one expert's body were compared, on random stand-ins.
+    on the meta device, where only the dispatch and one expert's body were compared, on random stand-ins. `dense` says
+    that every expert runs on every token, E/K times the routed MACs: its body is none that `moeca::experts` holds, or
+    only branches on masks were straightened.
     """
 
     path: str
@@ -22,6 +24,7 @@ class PreparedModule:
     activation: str
     gated: bool
     verified: bool
+    dense: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +36,21 @@ class PrepareReport:
 
     def __str__(self) -> str:
         lines = [f"prepared {len(self.changed)} MoE modules, left {len(self.misses)} alone"]
-        alike = Counter((c.family, c.num_experts, c.activation, c.gated, c.verified) for c in self.changed)
+        alike = Counter(_facts(c) for c in self.changed)
         for key, count in alike.items():
-            family, num_experts, activation, gated, verified = key
+            family, num_experts, activation, gated, verified, dense = key
             first = next(c.path for c in self.changed if _facts(c) == key)
             body = f"{activation} {'gated' if gated else 'plain'}"
             others = f" and {count - 1} more" if count > 1 else ""
+            body = "any body" if activation == "any" else body
+            cost = "  every expert on every token" if dense else ""
             check = "" if verified else "  not verified on its own weights"
-            lines.append(f"  {family:<13} {num_experts:>4} experts  {body:<16} {first or '(root)'}{others}{check}")
+            lines.append(
+                f"  {family:<13} {num_experts:>4} experts  {body:<16} {first or '(root)'}{others}{cost}{check}"
+            )
         lines += [f"  left alone    {miss}" for miss in self.misses]
         return "\n".join(lines)
 
 
-def _facts(one: PreparedModule) -> tuple[str, int, str, bool, bool]:
-    return one.family, one.num_experts, one.activation, one.gated, one.verified
+def _facts(one: PreparedModule) -> tuple[str, int, str, bool, bool, bool]:
+    return one.family, one.num_experts, one.activation, one.gated, one.verified, one.dense

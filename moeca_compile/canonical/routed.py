@@ -32,8 +32,15 @@ class Experts(Protocol):
     @property
     def gated(self) -> bool: ...
 
-    def weights(self, owner: nn.Module) -> WeightLists:
-        """The six lists that `moeca::experts` takes, as they are now."""
+    @property
+    def exhaustive(self) -> bool:
+        """Whether every expert runs on every token, whatever the routing."""
+
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
+        """tokens [T, D], ids [T, K] -> y [T, K, D_out] before gate weighting."""
+
+    def dtype(self, owner: nn.Module) -> torch.dtype:
+        """What the experts compute in."""
 
     def count(self, owner: nn.Module) -> int:
         """How many experts there are."""
@@ -44,12 +51,14 @@ class Routed:
     """What a rewritten method calls in place of its dispatch.
 
     `experts` says where the weights are, `dense` that the gate weights cover all experts ([T, E], not [T, K]),
-    `accumulate` that the sum is added to what `like` holds, and `dtype` whose dtype the result has: "x", "y" (the
+    `per_sample` that there is one choice for a whole sample ([N, K] for tokens [N, T, D]), `accumulate` that the sum
+    is added to what `like` holds, and `dtype` whose dtype the result has: "x", "y" (the
     experts' output, another one under autocast), or "" for what promotion gives.
     """
 
     experts: Experts
     dense: bool = False
+    per_sample: bool = False
     accumulate: bool = False
     dtype: str = ""
 
@@ -59,11 +68,13 @@ class Routed:
         Args:
             owner: the module whose dispatch this is.
             x: tokens [T, D] or [..., D].
-            idx: expert ids, integers, T*K of them in any shape.
-            w: gate weights, T*K of them in any shape; T*E where `dense`.
+            idx: expert ids, integers, T*K of them in any shape; N*K where `per_sample`.
+            w: gate weights, T*K of them in any shape; T*E where `dense`; N in place of T where `per_sample`.
             like: the tensor that the dispatch adds to; it gives shape and dtype.
         """
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if self.per_sample:
+            idx, w = (_repeated(part, x.shape[0], tokens.shape[0]) for part in (idx, w))
         count = tokens.shape[0]
         ids = idx if idx.dim() == 2 and idx.shape[0] == count else idx.reshape(count, idx.numel() // count)
         ids = ids if ids.dtype == torch.int64 else ids.long()
@@ -82,6 +93,16 @@ class Routed:
 
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
         """tokens [T, D], ids [T, K] -> y [T, K, D_out] before gate weighting."""
-        experts = self.experts
-        result: Tensor = torch.ops.moeca.experts(tokens, ids, *experts.weights(owner), experts.activation)
-        return result
+        return self.experts.branches(owner, tokens, ids)
+
+
+def _repeated(part: Tensor, samples: int, tokens: int) -> Tensor:
+    """[N, ...] -> [N*T, ...]: what holds for a sample holds for its tokens."""
+    part = part.reshape(samples, 1, part.numel() // samples)
+    return part.expand(samples, tokens // samples, part.shape[-1]).reshape(tokens, part.shape[-1])
+
+
+def operator(tokens: Tensor, ids: Tensor, weights: WeightLists, activation: str) -> Tensor:
+    """One call of `moeca::experts`."""
+    result: Tensor = torch.ops.moeca.experts(tokens, ids, *weights, activation)
+    return result

@@ -7,7 +7,7 @@ import copy
 import inspect
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -16,11 +16,14 @@ _HARMLESS_DECORATORS = {"no_grad", "inference_mode"}  # the canonical form is fo
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A function, what it was written as, and where."""
+    """A function, what it was written as, and where. `helpers` are names that its tree uses and its globals lack,
+    `bent` is the source with the branches that this one has straightened."""
 
     function: types.FunctionType
     tree: ast.FunctionDef
     file: str
+    helpers: Mapping[str, object] = field(default_factory=dict)
+    bent: Source | None = None
 
     @property
     def self_name(self) -> str:
@@ -79,7 +82,7 @@ def rebuild(source: Source, tree: ast.FunctionDef, helpers: Mapping[str, object]
     definition.args.defaults = []
     definition.args.kw_defaults = [None] * len(definition.args.kwonlyargs)
     cells: dict[str, Any] = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
-    cells.update({name: types.CellType(value) for name, value in helpers.items()})
+    cells.update({name: types.CellType(value) for name, value in {**source.helpers, **helpers}.items()})
     owner = original.__qualname__.split(".")[-2] if "." in original.__qualname__ else "_"
     if not owner.isidentifier():
         owner = "_"
@@ -109,6 +112,16 @@ def suites(tree: ast.AST) -> Iterator[list[ast.stmt]]:
         for child in block:
             if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 yield from suites(child)
+
+
+def in_order(tree: ast.AST) -> Iterator[ast.stmt]:
+    """Every statement below `tree`, as it is written, without those of nested functions and classes."""
+    for name in ("body", "handlers", "cases", "orelse", "finalbody"):
+        for child in getattr(tree, name, None) or ():
+            if isinstance(child, ast.stmt):
+                yield child
+            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                yield from in_order(child)
 
 
 def loads(tree: ast.AST) -> set[str]:

@@ -42,6 +42,7 @@ def inputs_of(layer: nn.Module) -> tuple[Tensor, ...]:
         (layers.Viewed, "(root)", "nonzero_loop"),
         (layers.Base, "(root)", "nonzero_loop"),
         (layers.Private, "(root)", "nonzero_loop"),
+        (layers.Listed, "(root)", "nonzero_loop"),
         (layers.Conditioned, "(root)", "nonzero_loop"),
     ],
 )
@@ -68,7 +69,6 @@ def test_recognised(style: type[nn.Module], where: str, family: str) -> None:
         (layers.Capacity, "its result is not the gate-weighted sum of each token's experts"),
         (layers.Counting, "it changes the module's own state (load), which a compiled graph would drop"),
         (layers.Squared, "its result is not the gate-weighted sum of each token's experts"),
-        (layers.Listed, "its result is not collected in a tensor that exists before the loop"),
         (layers.Decorated, "forward is decorated with doubled, which a rewritten one would lose"),
     ],
 )

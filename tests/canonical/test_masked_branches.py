@@ -1,0 +1,167 @@
+"""Branches on whether a mask picks anything: straightened where that is the same, left alone where it isn't."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moeca_compile.canonical import prepare, unprepare
+from moeca_compile.canonical.source import read, rebuild
+from moeca_compile.canonical.straighten import guards, straighten
+from tests.canonical import branching
+from tests.canonical.branching import NULL
+from tests.canonical.layers import WIDTH
+from tests.canonical.test_dispatch import compiled
+
+LABELS = {"some": (1, NULL, 3), "none": (1, 2, 3), "all": (NULL, NULL, NULL)}
+
+
+def tokens() -> Tensor:
+    return torch.randn(3, 9, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "calls"),
+    [
+        (branching.Prototypes, ["moeca.experts"]),
+        (lambda: branching.Prototypes(top_k=2, score="softmax"), ["moeca.experts"]),
+        (lambda: branching.Prototypes(null=0), ["moeca.experts"]),
+        (branching.Inline, ["moeca.experts"]),
+        (branching.Choosers, []),
+    ],
+)
+def test_one_graph_for_every_mixture_of_labels(make: Callable[[], nn.Module], calls: list[str]) -> None:
+    torch.manual_seed(0)
+    layer, x = make().eval(), tokens()
+    null = layer.null
+    with torch.no_grad():
+        wanted = {k: layer(x, _labels(k, null)) for k in LABELS}
+        (one,) = prepare(layer).changed
+        assert (one.family, one.path, one.num_experts, one.verified) == ("masked_branches", "", 4, True)
+        assert one.dense == (not calls)
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(gm: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+            graphs.append(gm)
+            return gm
+
+        torch._dynamo.reset()
+        fast = torch.compile(layer, backend=backend, fullgraph=True)
+        for kind in LABELS:
+            torch.testing.assert_close(fast(x, _labels(kind, null)), wanted[kind])
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(_tensors(layer(x, _labels(kind, null))), _tensors(wanted[kind]), strict=True)
+            )
+    assert [str(n.target) for gm in graphs for n in gm.graph.nodes if "moeca" in str(n.target)] == calls
+    assert len(graphs) == 1
+
+
+def _labels(kind: str, null: int) -> Tensor:
+    return torch.tensor([null if label == NULL else label for label in LABELS[kind]])
+
+
+def _tensors(result: object) -> list[Tensor]:
+    parts = result if isinstance(result, tuple) else (result,)
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("make", "line", "reason"),
+    [
+        (branching.Averaged, "if cond.any():", "its result is not the same without the branch"),
+        (branching.Thresholded, "if loud.any():", "no way to run forward(x) is known that fills and empties the mask"),
+    ],
+)
+def test_left_alone_with_the_line_and_a_remedy(make: Callable[[], nn.Module], line: str, reason: str) -> None:
+    layer = make().eval()
+    report = prepare(layer)
+    assert not report.changed
+    (miss,) = report.misses
+    assert reason in miss.reason
+    assert "torch.where(mask[:, None], new, old)" in miss.reason
+    name, number = miss.reason.split("branch at ")[1].split(" ")[0].rstrip(".").split(":")
+    assert name == "branching.py"
+    with open(branching.__file__) as source:
+        assert line in source.read().splitlines()[int(number) - 1]
+    assert "forward" not in vars(layer)
+
+
+def test_undone() -> None:
+    layer = branching.Prototypes().eval()
+    prepare(layer)
+    assert not prepare(layer).changed
+    assert unprepare(layer) == 1
+    assert "forward" not in vars(layer)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        compiled(layer, tokens(), _labels("some", NULL))
+
+
+def test_two_layers_share_one_graph() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList(branching.Inline() for _ in range(2)).eval()
+    assert len(prepare(model).changed) == 2
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    x, labels = tokens(), _labels("some", NULL)
+    with torch.no_grad():
+        for layer in model:
+            torch.testing.assert_close(
+                torch.compile(layer, backend=backend, fullgraph=True)(x, labels), layer(x, labels)
+            )
+    assert len(graphs) == 1
+
+
+def test_a_router_with_a_hook_stays_a_call() -> None:
+    """Its code can't be put into forward, for then the hook would be passed over; so the branch stays, and is told."""
+    layer = nn.ModuleDict({"moe": branching.GShard()}).eval()
+    layer["moe"].gate.register_forward_hook(lambda *_: None)
+    assert not prepare(layer).changed
+
+
+class Writes:
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
+        out, most = torch.zeros_like(x), torch.zeros(x.shape[0])
+        if mask.any():
+            rows = mask.nonzero(as_tuple=True)[0]
+            out[rows, 1:] = x[rows, 1:] * 2
+            out[mask] += 1
+            most[rows], spare = x[mask].max(-1)
+            out.index_add_(0, rows, spare[:, None] * x[mask])
+        if self is not None and (~mask).sum() > 0:
+            (rows,) = torch.where(~mask)
+            out[rows] -= 3
+        for _ in range(2):
+            if mask.any():
+                out = out + 1
+        if mask.sum() > 2:
+            out = -out
+        return out + most[:, None]
+
+
+@pytest.mark.parametrize("picked", [(), (0, 2), (0, 1, 2, 3, 4)])
+def test_kinds_of_masked_writes(picked: tuple[int, ...]) -> None:
+    source = read(Writes.run)
+    assert source is not None
+    assert len(guards(source)) == 2  # neither the one in a loop nor the one that counts
+    straight = straighten(source)
+    assert straight is straighten(source)
+    assert ast.unparse(straight.tree).count(".any()") == 1
+    x, mask = torch.randn(5, 3), torch.zeros(5, dtype=torch.bool)
+    mask[list(picked)] = True
+    torch.testing.assert_close(rebuild(straight, straight.tree, {})(Writes(), x, mask), Writes().run(x, mask))
+
+
+def test_nothing_to_straighten() -> None:
+    source = read(_labels)
+    assert source is not None
+    assert straighten(source) is source
