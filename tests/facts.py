@@ -33,7 +33,7 @@ TABLES = {
     "routing": (
         "Routing",
         ("choice", "cached"),
-        "Who chooses what is read off the graph. *By branch*: each (token, expert) can be told apart; *whole*: the "
+        "Who chooses what is read off the graph. *Whole*: the "
         "layer's output is cached as one value.",
     ),
 }
@@ -46,6 +46,11 @@ cache and isn't taken is a *miss* with a reason: `print(moeca_compile.explain(mo
 
 def merge(into: Facts, table: str, row: str, columns: dict[str, str]) -> None:
     into.setdefault(table, {}).setdefault(row, {}).update(columns)
+
+
+def named_by_docstring(cls: type) -> str:
+    """The row of a toy layer: what its docstring says."""
+    return " ".join((cls.__doc__ or cls.__name__).split()).rstrip(".")
 
 
 def load() -> Facts:

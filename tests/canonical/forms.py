@@ -31,7 +31,7 @@ class BySample(nn.Module):
 
 
 class BySortedSample(BySample):
-    """The same, with samples sorted by expert and their numbers read back (Switch-DiT)."""
+    """Routing of whole samples, sorted by expert and their numbers read back (Switch-DiT)."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         weights, ids = self.gate(t).softmax(-1).topk(TOP_K)
@@ -44,7 +44,7 @@ class BySortedSample(BySample):
 
 
 class BySampleDense(BySample):
-    """The same, with a weight for every expert."""
+    """Routing of whole samples, with a weight for every expert."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         probs = self.gate(t).softmax(-1)

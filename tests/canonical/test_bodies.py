@@ -13,6 +13,7 @@ from moeca_compile.canonical import prepare
 from tests.canonical import bodies
 from tests.canonical.layers import WIDTH
 from tests.canonical.test_dispatch import compiled
+from tests.facts import Recorder, named_by_docstring
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -37,12 +38,14 @@ def check(layer: nn.Module) -> list[str]:
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_sliced_weights_are_those_of_an_mlp(act: str, gated: bool, bias: bool) -> None:
+def test_sliced_weights_are_those_of_an_mlp(act: str, gated: bool, bias: bool, fact: Recorder) -> None:
     torch.manual_seed(0)
     layer = bodies.With(lambda _: bodies.Sliced(ACTS[act], gated, bias, slices=2 + bias)).eval()
     (one,) = prepare(layer).changed
     assert (one.activation, one.gated, one.dense) == (act, gated, False)
     assert check(layer) == ["moeca.experts"]
+    row = f"Body: {'gated ' if gated else ''}{act} MLP, its weights in slices"
+    fact("dispatch", row, family="nonzero_loop", result="rewritten")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_sliced_weights_are_those_of_an_mlp(act: str, gated: bool, bias: bool) -
         lambda e: bodies.Sliced(F.gelu if e % 2 else F.silu, gated=False, bias=True),  # not one function
     ],
 )
-def test_any_other_body_runs_on_all_tokens(make: Callable[[int], nn.Module]) -> None:
+def test_any_other_body_runs_on_all_tokens(make: Callable[[int], nn.Module], fact: Recorder) -> None:
     torch.manual_seed(0)
     layer = bodies.With(make).eval()
     report = prepare(layer)
@@ -65,6 +68,8 @@ def test_any_other_body_runs_on_all_tokens(make: Callable[[int], nn.Module]) -> 
     assert "any body" in str(report)
     assert "every expert on every token" in str(report)
     assert check(layer) == []
+    row = "Body: norms, learned scales, three layers or tables inside; another function for each expert"
+    fact("dispatch", row, family=one.family, result="rewritten; every expert runs on every token")
 
 
 def test_any_body_in_low_precision_and_on_meta() -> None:
@@ -96,7 +101,12 @@ def test_an_infinite_expert_reaches_only_its_own_tokens() -> None:
         (lambda: bodies.Deep().to(torch.float8_e4m3fn), "quantised or sharded weights (0.weight"),
     ],
 )
-def test_left_alone(make: Callable[[], nn.Module], reason: str) -> None:
+def test_left_alone(make: Callable[[], nn.Module], reason: str, fact: Recorder) -> None:
+    fact(
+        "dispatch",
+        f"Body: {named_by_docstring(make) if isinstance(make, type) else 'float8 weights'}",
+        result=f"left alone: {reason}",
+    )
     report = prepare(bodies.With(lambda _: make()).eval())
     assert not report.changed
     assert reason in report.misses[0].reason

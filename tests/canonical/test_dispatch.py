@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moeca_compile.canonical import prepare
 from tests.canonical import layers
+from tests.facts import Recorder, named_by_docstring
 
 
 def compiled(model: nn.Module, *inputs: Tensor) -> tuple[Tensor, list[str]]:
@@ -46,7 +47,7 @@ def inputs_of(layer: nn.Module) -> tuple[Tensor, ...]:
         (layers.Conditioned, "(root)", "nonzero_loop"),
     ],
 )
-def test_recognised(style: type[nn.Module], where: str, family: str) -> None:
+def test_recognised(style: type[nn.Module], where: str, family: str, fact: Recorder) -> None:
     torch.manual_seed(0)
     layer = style().eval()
     inputs = inputs_of(layer)
@@ -61,6 +62,7 @@ def test_recognised(style: type[nn.Module], where: str, family: str) -> None:
         assert calls == ["moeca.experts"]
         torch.testing.assert_close(got, wanted)
         assert torch.equal(layer(*inputs), wanted)
+    fact("dispatch", named_by_docstring(style), family=family, result="rewritten")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ def test_recognised(style: type[nn.Module], where: str, family: str) -> None:
         (layers.Decorated, "forward is decorated with doubled, which a rewritten one would lose"),
     ],
 )
-def test_left_alone_with_a_reason(style: type[nn.Module], reason: str) -> None:
+def test_left_alone_with_a_reason(style: type[nn.Module], reason: str, fact: Recorder) -> None:
+    fact("dispatch", named_by_docstring(style), result=f"left alone: {reason}")
     torch.manual_seed(0)
     layer = style().eval()
     state = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -98,7 +101,8 @@ def test_a_miss_names_the_line_of_the_loop() -> None:
 
 
 @pytest.mark.parametrize("style", [layers.Stacked, layers.StaticSlices, layers.TrainingLoop])
-def test_needs_no_rewriting(style: type[nn.Module]) -> None:
+def test_needs_no_rewriting(style: type[nn.Module], fact: Recorder) -> None:
+    fact("dispatch", named_by_docstring(style), result="traceable as it is")
     report = prepare(style())
     assert not report.changed
     assert not report.misses

@@ -12,6 +12,7 @@ from moeca_compile.canonical import prepare
 from tests.canonical import forms, layers
 from tests.canonical.layers import WIDTH
 from tests.canonical.test_dispatch import compiled
+from tests.facts import Recorder, named_by_docstring
 
 
 def inputs(count: int = 3) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,8 @@ def inputs(count: int = 3) -> tuple[Tensor, Tensor]:
     ],
 )
 @pytest.mark.parametrize("count", [1, 3])
-def test_routing_by_sample(make: Callable[[], nn.Module], family: str, count: int) -> None:
+def test_routing_by_sample(make: Callable[[], nn.Module], family: str, count: int, fact: Recorder) -> None:
+    fact("dispatch", named_by_docstring(make), family=family, result="rewritten")
     torch.manual_seed(0)
     layer = make().eval()
     with torch.no_grad():
@@ -42,11 +44,13 @@ def test_routing_by_sample(make: Callable[[], nn.Module], family: str, count: in
 
 
 @pytest.mark.parametrize("make", [forms.Einsum, forms.StaticSplit, forms.StaticMask, layers.StaticSlices])
-def test_traceable_as_it_is(make: Callable[[], nn.Module]) -> None:
+def test_traceable_as_it_is(make: Callable[[], nn.Module], fact: Recorder) -> None:
+    fact("dispatch", named_by_docstring(make), result="traceable as it is")
     check_silent(make().eval(), inputs()[0])
 
 
-def test_grouped_multiplication_is_traceable_as_it_is() -> None:
+def test_grouped_multiplication_is_traceable_as_it_is(fact: Recorder) -> None:
+    fact("dispatch", named_by_docstring(forms.Grouped), result="traceable as it is, in bfloat16")
     check_silent(forms.Grouped().eval().bfloat16(), inputs()[0].bfloat16())
 
 
@@ -67,7 +71,8 @@ def check_silent(layer: nn.Module, x: Tensor) -> None:
         (forms.DynamicK, "for e, expert in enumerate(self.experts):", "dynamic k) have no static form"),
     ],
 )
-def test_left_alone_with_the_line(make: Callable[[], nn.Module], line: str, reason: str) -> None:
+def test_left_alone_with_the_line(make: Callable[[], nn.Module], line: str, reason: str, fact: Recorder) -> None:
+    fact("dispatch", named_by_docstring(make), result=f"left alone: {reason}")
     report = prepare(make().eval())
     assert not report.changed
     (miss,) = report.misses

@@ -15,6 +15,7 @@ from moeca_compile.canonical.source import read
 from tests.canonical.branching import Gate, GShard
 from tests.canonical.layers import WIDTH
 from tests.canonical.test_dispatch import compiled
+from tests.facts import Recorder
 
 
 def tokens(seed: int = 3) -> Tensor:
@@ -22,7 +23,13 @@ def tokens(seed: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("comprehension", [False, True])
-def test_nothing_dropped(comprehension: bool) -> None:
+def test_nothing_dropped(comprehension: bool, fact: Recorder) -> None:
+    fact(
+        "dispatch",
+        "HunyuanImage-3: one-hot dispatch and combine, room for the fullest expert",
+        family="gshard",
+        result="rewritten",
+    )
     torch.manual_seed(0)
     layer = GShard("all", comprehension).eval()
     with torch.no_grad():
@@ -51,13 +58,19 @@ def test_the_graph_has_nothing_of_the_capacity_s_size() -> None:
     assert not any("einsum" in target for target in targets)
 
 
-def test_a_capacity_from_the_counts_that_drops_is_left_alone() -> None:
+def test_a_capacity_from_the_counts_that_drops_is_left_alone(fact: Recorder) -> None:
+    fact(
+        "dispatch",
+        "HunyuanImage-3's, room for the average expert: tokens are dropped",
+        result="left alone: it drops tokens, which can't be left out",
+    )
     (miss,) = prepare(GShard("mean").eval()).misses
     assert "drops tokens, it can't be left out" in miss.reason
     assert miss.where.startswith("branching.py:")
 
 
-def test_a_static_capacity_is_traced_as_it_is_drops_included() -> None:
+def test_a_static_capacity_is_traced_as_it_is_drops_included(fact: Recorder) -> None:
+    fact("dispatch", "HunyuanImage-3's, room of a fixed size", result="traceable as it is, dropped tokens included")
     layer = GShard("static").eval()
     report = prepare(layer)
     assert not report.changed

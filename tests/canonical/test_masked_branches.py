@@ -16,6 +16,7 @@ from tests.canonical import branching
 from tests.canonical.branching import NULL
 from tests.canonical.layers import WIDTH
 from tests.canonical.test_dispatch import compiled
+from tests.facts import Recorder, named_by_docstring
 
 LABELS = {"some": (1, NULL, 3), "none": (1, 2, 3), "all": (NULL, NULL, NULL)}
 
@@ -34,9 +35,11 @@ def tokens() -> Tensor:
         (branching.Choosers, []),
     ],
 )
-def test_one_graph_for_every_mixture_of_labels(make: Callable[[], nn.Module], calls: list[str]) -> None:
+def test_one_graph_for_every_mixture_of_labels(make: Callable[[], nn.Module], calls: list[str], fact: Recorder) -> None:
     torch.manual_seed(0)
     layer, x = make().eval(), tokens()
+    result = "rewritten" if calls else "rewritten; every expert runs on every token"
+    fact("dispatch", named_by_docstring(type(layer)), family="masked_branches", result=result)
     null = layer.null
     with torch.no_grad():
         wanted = {k: layer(x, _labels(k, null)) for k in LABELS}
@@ -77,8 +80,11 @@ def _tensors(result: object) -> list[Tensor]:
         (branching.Thresholded, "if loud.any():", "no way to run forward(x) is known that fills and empties the mask"),
     ],
 )
-def test_left_alone_with_the_line_and_a_remedy(make: Callable[[], nn.Module], line: str, reason: str) -> None:
+def test_left_alone_with_the_line_and_a_remedy(
+    make: Callable[[], nn.Module], line: str, reason: str, fact: Recorder
+) -> None:
     layer = make().eval()
+    fact("dispatch", named_by_docstring(type(layer)), result=f"left alone: {reason}")
     report = prepare(layer)
     assert not report.changed
     (miss,) = report.misses

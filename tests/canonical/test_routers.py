@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moeca_compile.canonical import prepare
 from tests.canonical import routers
 from tests.canonical.test_dispatch import compiled
+from tests.facts import Recorder
 
 
 def tokens(width: int = routers.WIDTH) -> Tensor:
@@ -85,7 +86,7 @@ def plain(config: Any) -> Any:
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen3, deepseek])
-def test_layers_of_transformers(make: Callable[[], nn.Module]) -> None:
+def test_layers_of_transformers(make: Callable[[], nn.Module], fact: Recorder) -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     layer, x = make().eval(), tokens(32)
@@ -100,3 +101,4 @@ def test_layers_of_transformers(make: Callable[[], nn.Module]) -> None:
         assert torch.equal(layer(x), wanted)
     assert calls == ["moeca.experts"]
     torch.testing.assert_close(got, wanted)
+    fact("dispatch", f"transformers: {type(layer).__name__}", family=report.changed[0].family, result="rewritten")

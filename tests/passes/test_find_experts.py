@@ -14,6 +14,7 @@ from moeca_compile.passes.context import Context
 from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.pipeline import Analysis
 from moeca_compile.regions import Miss
+from tests.facts import Recorder, named_by_docstring
 from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, routed, times
 from tests.tools import analyse_module, node, ops
 
@@ -21,7 +22,7 @@ NO_ROUTER = "no router found for its expert ids: no branch cache for it"
 
 
 class Softmax(Routed):
-    pass
+    """Softmax, the weights as they are."""
 
 
 class Sigmoid(Routed):
@@ -88,7 +89,7 @@ def reasons(context: Context) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", [Softmax, Sigmoid, Grouped, Sorted])
-def test_the_router_is_the_top_k_that_gives_the_ids(kind: Callable[[], Routed]) -> None:
+def test_the_router_is_the_top_k_that_gives_the_ids(kind: Callable[[], Routed], fact: Recorder) -> None:
     analysis = analyse(kind())
     (info,) = analysis.context.experts
     assert info.router is not None
@@ -101,6 +102,8 @@ def test_the_router_is_the_top_k_that_gives_the_ids(kind: Callable[[], Routed]) 
     assert fx.shape(node(analysis.gm, info.router.scores)) == (8, 3)
     assert fx.Cone(analysis.gm).feeds(topk, node(analysis.gm, info.ids))
     assert reasons(analysis.context) == []
+    row = f"`moeca::experts`: {named_by_docstring(kind)}"
+    fact("routing", row, choice=info.router.choice, cached="whole; branches can be told apart")
 
 
 def test_of_two_top_ks_the_last_is_the_router() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moeca_compile.errors import InvariantError
 from moeca_compile.pipeline import Analysis
 from moeca_compile.regions import RouterInfo
+from tests.facts import Recorder, named_by_docstring
 from tests.passes.blocks import DIM, Attention, Block, Mlp, Routed, Stack, Timed, latent, times
 from tests.tools import analyse_module, node
 
@@ -36,7 +37,7 @@ class AllOnAll(Weights):
 
 
 class Loop(Weights):
-    """The same as a loop, each expert's output gated."""
+    """Every expert on every token in a loop, each output gated."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x).sigmoid().topk(K)
@@ -77,12 +78,14 @@ class ExpertChoice(Weights):
 
 
 class ExpertChoiceTransposed(ExpertChoice):
+    """Expert choice, the scores transposed before their softmax."""
+
     def scores(self, x: Tensor) -> Tensor:
         return self.router(x).transpose(1, 2).softmax(1)
 
 
 class ExpertChoiceAlong(ExpertChoice):
-    """A top-k along the tokens, where they lie."""
+    """Expert choice, a top-k along the tokens where they lie."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x).softmax(-1).topk(2, dim=1)
@@ -92,7 +95,7 @@ class ExpertChoiceAlong(ExpertChoice):
 
 
 class ExpertChoiceIndexed(Weights):
-    """Rows taken and put back by index."""
+    """Expert choice, rows taken and put back by index."""
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
@@ -159,7 +162,9 @@ def analyse(mlp: nn.Module) -> Analysis:
         (OverTheBatch, "batch", 3),
     ],
 )
-def test_the_axis_of_the_choice_says_who_chooses(make: Callable[[], nn.Module], choice: str, top_k: int) -> None:
+def test_the_axis_of_the_choice_says_who_chooses(
+    make: Callable[[], nn.Module], choice: str, top_k: int, fact: Recorder
+) -> None:
     analysis = analyse(make())
     (router,) = analysis.context.routers
     assert (router.choice, router.num_experts, router.top_k) == (choice, E, top_k)
@@ -167,6 +172,7 @@ def test_the_axis_of_the_choice_says_who_chooses(make: Callable[[], nn.Module], 
     kinds = [(region.kind, region.routers) for region in analysis.context.regions]
     assert kinds == [("attention", ()), ("experts", (router,)), ("attention", ()), ("mlp", ())]
     assert analysis.context.misses == ()
+    fact("routing", named_by_docstring(make), choice=choice, cached="whole")
 
 
 def test_what_it_steers_is_in_its_layer() -> None:
@@ -176,14 +182,15 @@ def test_what_it_steers_is_in_its_layer() -> None:
     assert set(router.steers) <= set(analysis.context.regions.regions[1].body)
 
 
-def test_heads_that_are_mixed_make_no_experts_region() -> None:
+def test_heads_that_are_mixed_make_no_experts_region(fact: Recorder) -> None:
+    fact("routing", named_by_docstring(Heads), choice="head", cached="whole, as attention")
     analysis = analyse_module(Timed(Block("gate left", mixer=Heads())), latent(), times())
     (router,) = analysis.context.routers
     assert (router.choice, router.num_experts, router.top_k) == ("head", 2, 1)
     assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
 
 
-def test_a_routing_by_the_timestep_is_a_constant_of_the_step() -> None:
+def test_a_routing_by_the_timestep_is_a_constant_of_the_step(fact: Recorder) -> None:
     """The router lies outside the region that it steers: it doesn't see the latent."""
     analysis = analyse_module(Timed(ByTimestep()), latent(), times())
     (router,) = analysis.context.routers
@@ -191,6 +198,7 @@ def test_a_routing_by_the_timestep_is_a_constant_of_the_step() -> None:
     experts = analysis.context.regions.regions[1]
     assert (experts.kind, experts.routers) == ("experts", (router,))
     assert router.topk not in experts.body
+    fact("routing", named_by_docstring(ByTimestep), choice="step", cached="whole")
 
 
 def test_the_choice_of_groups_is_no_router() -> None:
