@@ -121,7 +121,7 @@ class Entry:
         owner = find_owner()
         if self._whole is None:
             with alone():
-                whole = runs_whole(owner)
+                whole = runs_whole(owner, self.gm)
                 if out_of_date(owner, whole):
                     return tuple(self.gm(*args))
                 self._whole = whole

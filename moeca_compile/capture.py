@@ -7,7 +7,7 @@ source lines are kept. One capture is for one concrete input signature: sizes ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,14 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from moeca_compile import fx
 from moeca_compile.autocast import ambient_autocast, autocast_is, materialise_casts
+from moeca_compile.constants import constants_of, takes_sizes
 from moeca_compile.errors import CaptureError
 
 _RESERVED = re.compile(r"coefficients|state_\d+")  # what variants call their own inputs
@@ -83,13 +85,14 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
             or branches depend on the values in a tensor.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    constants = constants_of(gm, args)
     mutated: list[str] = []
 
     def functional(*fakes: Any) -> Any:
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(below), FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = tree_map_only(torch.Tensor, FunctionalTensor.to_functional, fakes)
-            result = _Eager(gm).run(*wrapped)
+            result = _Eager(gm, constants).run(*wrapped)
             for one, tensor in zip(inputs, wrapped, strict=True):
                 if isinstance(tensor, FunctionalTensor):
                     _sync(tensor)
@@ -121,7 +124,23 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
 
 class _Eager(Interpreter):
     """Runs Dynamo's graph with the dtypes that eager has: while tracing, torch only records where an autocast region
-    begins and ends; here it is entered too. Else a `float()` behind a linear would look like no change, and be lost."""
+    begins and ends; here it is entered too. Else a `float()` behind a linear would look like no change, and be lost.
+
+    `constants` are numbers that the model reads out of tensors, known beforehand: no fake tensor could tell them."""
+
+    def __init__(self, gm: GraphModule, constants: Mapping[Node, int | float | bool]) -> None:
+        super().__init__(gm)
+        self.constants = constants
+
+    def run_node(self, n: Node) -> Any:
+        if n.target == "item" and n in self.constants:
+            return self.constants[n]
+        return super().run_node(n)
+
+    def map_nodes_to_values(self, args: Any, n: Node) -> Any:
+        if not takes_sizes(n):
+            return super().map_nodes_to_values(args, n)
+        return map_arg(args, lambda source: self.constants.get(source, self.env[source]))
 
     def run(self, *args: Any, **keywords: Any) -> Any:
         self.regions: list[torch.autocast] = []

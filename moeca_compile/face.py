@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,9 +128,16 @@ def stats(model: Any) -> Stats:
     return Stats(tuple(steps), held, executed / full if full else 1.0, len(graphs), seconds)
 
 
-def explain(model: Any, *inputs: Any, schedule: Schedule | str | Path | None = None, **options: Any) -> Report:
+def explain(
+    model: Any,
+    *inputs: Any,
+    keywords: Mapping[str, Any] | None = None,
+    schedule: Schedule | str | Path | None = None,
+    **options: Any,
+) -> Report:
     """Capture the model for these inputs and report what was found and what would be built; nothing is compiled.
 
+    `keywords` are the inputs that the model takes by name, as pipelines call it; other keywords are options.
     The model's own parameters are used, its cached state isn't touched. A model compiled with moeca is explained with
     its own options, unless some are given here.
 
@@ -149,7 +156,7 @@ def explain(model: Any, *inputs: Any, schedule: Schedule | str | Path | None = N
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
-        _visit(model, inputs, {}, look)
+        _visit(model, inputs, dict(keywords or {}), look)
     if not programs:
         raise CaptureError("explain: the model ran no graph of ours; is it compiled for another backend?")
     return _report(programs)

@@ -30,6 +30,7 @@ VIEWS = frozenset(
         aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default,
     }
 )  # fmt: skip
+CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
 # Ops that take a part of a value; with views, what a packed weight goes through on its way to a matmul.
 PARTS = frozenset(
     {

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.fx import GraphModule
 
 _OPTIMIZED = OptimizedModule.__call__.__code__
 _CALL = torch.nn.Module._call_impl.__code__
@@ -37,10 +38,14 @@ def find_owner() -> Owner | None:
     return None
 
 
-def runs_whole(owner: Owner | None) -> bool:
-    """Whether the graph that runs now is the model's own forward in one piece: not a part that goes on in (or is) a
-    Dynamo resume function, nor a submodule's, as when Dynamo gave up on the model's forward and took what it calls."""
+def runs_whole(owner: Owner | None, graph: GraphModule) -> bool:
+    """Whether the graph that runs now is the model's own forward in one piece: not a part that Dynamo broke off, nor
+    one that goes on in (or is) a resume function, nor a submodule's, as when Dynamo gave up on the model's forward and
+    took what it calls."""
     frame: FrameType | None = sys._getframe(1)
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        return False
     module = None
     while frame is not None and (owner is None or frame is not owner.frame):
         code = frame.f_code

@@ -19,7 +19,7 @@ Recorder = Callable[..., None]  # fact(table, row, **columns)
 TABLES = {
     "models": (
         "Models",
-        ("found", "left alone", "cached", "exported"),
+        ("found", "attention", "routing", "left alone", "cached", "exported"),
         'Real code, tiny random weights, each through `torch.compile(model, backend="moeca")` as a pipeline calls it. '
         "*Found*: regions of one graph. *Cached*: a uniform schedule equals the reference interpreter. *Exported*: "
         "`torch.export.export` of the prepared model gives the same results on another input.",
@@ -33,8 +33,7 @@ TABLES = {
     "routing": (
         "Routing",
         ("choice", "cached"),
-        "Who chooses what is read off the graph. *Whole*: the "
-        "layer's output is cached as one value.",
+        "Who chooses what is read off the graph. *Whole*: the layer's output is cached as one value.",
     ),
 }
 HEAD = """# Models that are found, cached and exported
@@ -76,7 +75,7 @@ def render(facts: Facts) -> str:
         lines = [f"## {title}", "", text, "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for row in sorted(rows, key=str.lower):
             cells = (rows[row].get(column, "").replace("|", r"\|") for column in columns)
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+            lines.append(f"| {row.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

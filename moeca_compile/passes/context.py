@@ -25,12 +25,16 @@ class Roles:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: `join` = trunk + gate * `cut`; the body is what lies between, and `cut` is its last node."""
+    """One residual branch: `join` = trunk + gate * `cut`; the body is what lies between, and `cut` is its last node.
+
+    `reason`: why it can't be a region; '' where it can.
+    """
 
     join: str
     trunk: str
     cut: str
     body: tuple[str, ...]
+    reason: str = ""
 
 
 @dataclass(frozen=True)

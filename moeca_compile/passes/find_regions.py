@@ -1,9 +1,9 @@
 """Residual branches -> regions: what each one is (by its anchor), which belong together, and what it is called.
 
 Before: branches, attention and expert anchors, MACs.  After: a `RegionMap`. Branches that share a matmul (the attention
-of two streams, a feed-forward on both) are one region with several outputs. Of a branch that holds other residual adds
-only what comes after the last of them is meant; with nothing there it is a miss, as is one that doesn't depend on the
-latent. One without a matmul isn't worth a word.
+of two streams, a feed-forward on both) are one region with several outputs. A shortcut within a feed-forward is a part
+of it; a residual around several others, or one that doesn't depend on the latent, is a miss. One without a matmul isn't
+worth a word.
 """
 
 from __future__ import annotations
@@ -27,12 +27,18 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
     misses = list(ctx.misses)
     kept: list[Branch] = []
     heavy = [b for b in ctx.branches if any(name in macs for name in b.body)]
-    joins = {b.join for b in heavy}
+    joined = {b.join: b for b in heavy}
+    anchors = {a.node for a in ctx.attention} | {e.node for e in ctx.experts}
+    shortcuts = {short.join for b in heavy if (short := _shortcut(b, joined, anchors)) is not None}
     for whole in heavy:
-        inner = joins.intersection(whole.body)
+        if whole.join in shortcuts:
+            continue
+        inner = [joined[name] for name in whole.body if name in joined and name not in shortcuts]
         branch = _after_the_last(whole, inner, cone) if inner else whole
         at = (whole.join, fx.where(nodes[whole.join]))
-        if not any(name in macs for name in branch.body):
+        if branch.reason:
+            misses.append(Miss(branch.reason, *at))
+        elif not any(name in macs for name in branch.body):
             misses.append(Miss(f"a residual around {len(inner)} others: each of them is a region of its own", *at))
         elif depends.get(branch.cut) != "latent":
             misses.append(Miss("doesn't depend on the latent: it could be computed once, not cached", *at))
@@ -54,11 +60,19 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
     return replace(ctx, misses=tuple(misses), regions=RegionMap(_unique_keys(regions), tuple(misses), total))
 
 
-def _after_the_last(branch: Branch, inner: set[str], cone: fx.Cone) -> Branch:
-    """The part of a branch behind the residual adds in it: in `x + mlp(norm(x + attention(x)))`, the mlp."""
-    adds = [node for node in cone.nodes if node.name in inner]
+def _shortcut(branch: Branch, joined: Mapping[str, Branch], anchors: set[str]) -> Branch | None:
+    """The only residual inside a branch, with no attention or experts in it: an mlp's own shortcut, not a block."""
+    inner = [joined[name] for name in branch.body if name in joined]
+    alone = len(inner) == 1 and inner[0].trunk != branch.trunk and not anchors.intersection(inner[0].body)
+    return inner[0] if alone else None
+
+
+def _after_the_last(branch: Branch, inner: list[Branch], cone: fx.Cone) -> Branch:
+    """What lies behind the inner sum in `x + mlp(norm(x + attention(x)))`: the sum is only what the mlp sees."""
     cut = next(node for node in cone.nodes if node.name == branch.cut)
-    body = cone.between(adds[-1], cut) if adds[-1] is not cut else []
+    last = next(node for node in cone.nodes if node.name == inner[-1].join)
+    leaps = all(one.trunk == branch.trunk for one in inner)
+    body = cone.between(last, cut) if leaps and last is not cut else []
     return replace(branch, body=tuple(node.name for node in body))
 
 

@@ -27,7 +27,11 @@ _SCORING = fx.VIEWS | {
     aten.div.Tensor, aten.pow.Tensor_Scalar, aten.sqrt.default, aten.softplus.default, aten.masked_fill.Scalar,
     aten.masked_fill.Tensor, aten.where.self, aten.select.int, aten.clamp.default, aten.tanh.default,
 }  # fmt: skip
-_MUL = aten.mul.Tensor
+# where the first argument's values end: a residual sum, or a new tensor of the same shape
+_OTHER_VALUES = {
+    aten.add.Tensor, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+}  # fmt: skip
 
 
 def find_routers(gm: GraphModule, ctx: Context) -> Context:
@@ -40,7 +44,7 @@ def find_routers(gm: GraphModule, ctx: Context) -> Context:
         steers = None if path is None else _steered(node)
         if path is None or not steers:
             continue
-        info = _info(node, path, depends, steers)
+        info = _info(node, path, depends, steers, {one.node for one in ctx.attention})
         known = found.get((path[0].name, info.choice))
         if known is not None:  # one top-k for each expert, over the same scores
             info = replace(known, steers=(*known.steers, *(one for one in info.steers if one not in known.steers)))
@@ -90,70 +94,73 @@ def _steered(choice: Node) -> list[Node]:
 
 def _heavy(node: Node) -> Node | None:
     """The matmul or attention whose result `node` is, through activations and views only."""
-    for _ in range(12):
-        if node.target in fx.MATMULS or node.target is fx.SDPA or fx.is_experts(node):
-            return node
-        if node.target is aten.add.Tensor or not node.args or not isinstance(node.args[0], Node):
+    while node.target not in fx.MATMULS and node.target is not fx.SDPA and not fx.is_experts(node):
+        if node.target in _OTHER_VALUES or not node.args or not isinstance(node.args[0], Node):
             return None
         node = node.args[0]
-    return None
+    return node
 
 
-def _info(choice: Node, path: list[Node], depends: dict[str, str], steers: list[Node]) -> RouterInfo:
+def _info(
+    choice: Node, path: list[Node], depends: dict[str, str], steers: list[Node], attention: set[str]
+) -> RouterInfo:
     scores = path[-1]
     rank = len(fx.shape(scores))
-    axis = _expert_axis(path)
+    axes = _expert_axes(path)
     first = choice.target in _FIRST
     count: Any = 1 if first else choice.args[1]
     dims: Any = choice.args[1 if first else 2 :]
     along = (dims[0] if dims else -1) % max(rank, 1)
     if not isinstance(count, int):
         kind, count = "batch", 0
-    elif any(_gates_heads(node) for node in steers):
+    elif any(_gates_heads(node, attention) for node in steers):
         kind = "head"
     elif depends.get(choice.name, "latent") != "latent":
         kind = "step"
-    elif axis == along:
+    elif along in axes:
         kind = "token"
     else:  # along the tokens: of one sample, or of the whole batch where nothing but them is left
         kind = "expert" if rank > 2 else "batch"
-    num_experts = fx.shape(scores)[axis] if axis is not None else fx.shape(path[0])[-1]
+    num_experts = math.prod(fx.shape(scores)[axis] for axis in axes) if axes else fx.shape(path[0])[-1]
     return RouterInfo(choice.name, scores.name, num_experts, count, kind, tuple(node.name for node in steers))
 
 
-def _gates_heads(node: Node) -> bool:
-    """Whether a product gates an attention's result before anything else is done with it."""
-    sources = [_heavy(one) for one in node.all_input_nodes] if node.target is _MUL else []
-    return any(one is not None and one.target is fx.SDPA for one in sources)
+def _gates_heads(node: Node, attention: set[str]) -> bool:
+    """Whether an attention's result is combined with the choice before anything else is done with it."""
+    sources = (_heavy(one) for one in node.all_input_nodes)
+    return any(one is not None and one.name in attention for one in sources)
 
 
-def _expert_axis(path: list[Node]) -> int | None:
-    """Where the projection's outputs lie in the scores; None where one of them was picked out."""
-    axis: int | None = len(fx.shape(path[0])) - 1
+def _expert_axes(path: list[Node]) -> tuple[int, ...]:
+    """Where the projection's outputs lie in the scores; () where one of them was picked out."""
+    axes: tuple[int, ...] = (len(fx.shape(path[0])) - 1,)
     for before, node in itertools.pairwise(path):
-        if axis is None:
-            return None
-        axis = _moved(axis, before, node)
-    return axis
+        axes = _moved(axes, before, node) if axes else ()
+    return axes
 
 
-def _moved(axis: int, before: Node, node: Node) -> int | None:
-    """The axis of `node` that is `axis` of the value it was made of."""
+def _moved(axes: tuple[int, ...], before: Node, node: Node) -> tuple[int, ...]:
+    """The axes of `node` that are `axes`, neighbours, of the value it was made of; () where they are lost."""
     old, new = fx.shape(before), fx.shape(node)
     args: Any = node.args
+    order = list(range(len(old)))
     if node.target is aten.permute.default:
-        order: list[int] = [one % len(old) for one in args[1]]
-        return order.index(axis)
-    if node.target is aten.transpose.int:
-        a, b = (one % len(old) for one in args[1:3])
-        swapped: dict[int, int] = {a: b, b: a}
-        return swapped.get(axis, axis)
-    if node.target is aten.t.default:
-        return 1 - axis
-    if node.target is aten.select.int:
+        order = [one % len(old) for one in args[1]]
+    elif node.target is aten.transpose.int or node.target is aten.t.default:
+        a, b = (one % len(old) for one in args[1:3]) if len(args) > 1 else (0, 1)
+        order[a], order[b] = b, a
+    elif node.target is aten.select.int:
         gone = args[1] % len(old)
-        return None if gone == axis else axis - (gone < axis)
-    if old == new:
-        return axis
-    behind = math.prod(old[axis + 1 :])
-    return next((i for i, n in enumerate(new) if n == old[axis] and math.prod(new[i + 1 :]) == behind), None)
+        return () if gone in axes else tuple(axis - (gone < axis) for axis in axes)
+    elif old != new:
+        return _same_place(axes, old, new)
+    return tuple(sorted(order.index(axis) for axis in axes))
+
+
+def _same_place(axes: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
+    """After a reshape: the neighbouring axes that hold as much, with as much behind them."""
+    size, behind = math.prod(old[axis] for axis in axes), math.prod(old[axes[-1] + 1 :])
+    for start, end in itertools.combinations(range(len(new) + 1), 2):
+        if math.prod(new[start:end]) == size and math.prod(new[end:]) == behind:
+            return tuple(range(start, end))
+    return ()

@@ -25,7 +25,7 @@ def region_of(
     experts = tuple(e for e in ctx.experts if e.node in inside)
     routers = tuple(r for r in ctx.routers if inside.intersection(r.steers))
     routed = experts or any(r.choice != "head" for r in routers)
-    found = "span" if attention and experts else "attention" if attention else "experts" if routed else "mlp"
+    found = "span" if attention and routed else "attention" if attention else "experts" if routed else "mlp"
     key = key or _key(body, weights) or fx.module_path(cuts[0]) or found
     values = [fx.need(cut) for cut in cuts]
     return Region(

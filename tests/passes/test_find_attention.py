@@ -142,9 +142,8 @@ def test_what_only_looks_like_attention_is_none() -> None:
         Timed(Stack(*(Block(mixer=Attention(core)) for core in NOT_ATTENTION.values()))), latent(), times()
     )
     assert analysis.context.attention == ()
-    assert [(r.kind, r.layer) for r in analysis.context.regions] == [
-        ("mlp", i) for i in range(len(NOT_ATTENTION)) for _ in range(2)
-    ]
+    regions = analysis.context.regions
+    assert [(r.kind, r.layer) for r in regions] == [x for i in range(len(NOT_ATTENTION)) for x in (("mlp", i),) * 2]
 
 
 def test_a_dense_mixture_is_no_attention() -> None:
@@ -160,3 +159,60 @@ def test_a_dense_mixture_is_no_attention() -> None:
     context = analyse_module(Dense(), latent()).context
     assert context.attention == ()
     assert [region.kind for region in context.regions] == ["mlp"]
+
+
+# -- whose keys they are ----------------------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """x attends to what `keys` makes of the stream and the prompt."""
+
+    def __init__(self, keys: Callable[[Attending, Tensor, Tensor, Tensor], Tensor], joint: bool = False) -> None:
+        super().__init__()
+        self.norm, self.other, self.text = nn.LayerNorm(DIM), nn.LayerNorm(DIM), nn.Linear(6, DIM)
+        self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
+        self.q_norm, self.mod = nn.LayerNorm(DIM), nn.Linear(DIM, DIM)
+        self.keys, self.joint = keys, joint
+
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        angles = t[:, None] * torch.arange(1, DIM // 2 + 1)
+        c = self.mod(torch.cat([angles.sin(), angles.cos()], dim=-1))[:, None]
+        for _ in range(2):  # the second block's streams have met in the first
+            h = self.norm(x) * (1 + c)
+            keys = self.keys(self, x, h, self.text(prompt))
+            asks = torch.cat([keys, h], dim=1) if self.joint else h
+            turned = self.q_norm(self.q(asks))
+            turned = turned * t.cos().mean() + turned.flip(-1) * t.sin().mean()  # as rotary embeddings do
+            y = F.scaled_dot_product_attention(turned, self.k(keys), self.v(keys))
+            x = x + c * self.out(y[:, -x.shape[1] :])
+        return x
+
+
+KINDS: dict[str, tuple[Callable[..., Tensor], str, bool]] = {
+    "the same tokens": (lambda self, x, h, text: h, "self", False),
+    "the same stream, normed otherwise": (lambda self, x, h, text: self.other(x), "self", False),
+    "fewer tokens of the same stream": (lambda self, x, h, text: self.other(x[:, ::2]), "self", False),
+    "the prompt": (lambda self, x, h, text: text, "cross", True),
+    "a normed prompt": (lambda self, x, h, text: self.other(text).tanh(), "cross", True),
+    "the prompt, changed by the image": (lambda self, x, h, text: text + self.k(h).mean(1, True), "cross", False),
+    "the prompt and the image": (lambda self, x, h, text: torch.cat([text, h], dim=1), "joint", False),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_where_the_keys_come_from_and_whether_they_change(name: str) -> None:
+    keys, kind, invariant = KINDS[name]
+    analysis = analyse_module(Attending(keys), latent(), times(), torch.randn(2, 3, 6))
+    assert {(one.kind, one.invariant) for one in analysis.context.attention} == {(kind, invariant)}
+    assert len(analysis.context.attention) == 2
+
+
+def test_joint_queries_too() -> None:
+    model = Attending(lambda self, x, h, text: torch.cat([text, h], dim=1), joint=True)
+    analysis = analyse_module(model, latent(), times(), torch.randn(2, 3, 6))
+    assert [one.kind for one in analysis.context.attention] == ["joint"] * 2
+
+
+def test_a_sequence_of_both_is_one_stream() -> None:
+    found = analyse_module(Timed(OneStream()), latent(), times()).context.attention
+    assert [(one.kind, one.invariant) for one in found] == [("self", False)]

@@ -47,11 +47,12 @@ def test_timestep_latent_and_conditions_are_told_apart(roles_and_dependence: tup
     assert set(roles.condition) == {"prompt", "y"}
 
 
-def test_every_node_is_const_step_or_latent(roles_and_dependence: tuple[Roles, dict[str, str]]) -> None:
+def test_every_node_is_const_condition_step_or_latent(roles_and_dependence: tuple[Roles, dict[str, str]]) -> None:
     _, depends = roles_and_dependence
     wanted = {
-        "pos": "const", "freqs": "const", "time_weight": "const", "t": "step", "y": "step", "prompt": "step",
-        "embedding": "step", "linear": "step", "x": "latent", "conv2d": "latent",
+        "pos": "const", "freqs": "const", "time_weight": "const", "t": "step", "y": "condition",
+        "prompt": "condition", "embedding": "condition", "linear": "step", "linear_1": "condition", "x": "latent",
+        "conv2d": "latent",
         "scaled_dot_product_attention": "latent", "output": "latent",
     }  # fmt: skip
     assert {name: depends[name] for name in wanted} == wanted
@@ -122,15 +123,47 @@ def test_a_model_without_a_timestep_has_none() -> None:
     assert roles(lambda x: x * 2, latent()) == Roles("", "x", ())
 
 
-def test_without_a_latent_everything_is_step_or_const() -> None:
+def test_without_a_latent_everything_is_condition_or_const() -> None:
     context = analyse_module(lambda y: y * 2, torch.tensor([1, 2])).context
     assert context.roles == Roles("", "", ("y",))
-    assert set(dict(context.dependence).values()) == {"step"}
+    assert set(dict(context.dependence).values()) == {"condition"}
+
+
+def test_what_the_prompt_and_the_timestep_make_together_is_step() -> None:
+    context = analyse_module(lambda x, t, y: x + (y * 2 + sinusoid(t).sum()), latent(), times(), torch.rand(4, DIM))
+    depends = dict(context.context.dependence)
+    assert [depends[name] for name in ("mul", "sum_1", "add", "add_1")] == ["condition", "step", "step", "latent"]
 
 
 def test_of_two_that_reach_waves_the_first_is_the_timestep_the_other_a_condition() -> None:
     found = roles(lambda x, t, r: x + sinusoid(t).sum() + sinusoid(r).sum(), latent(), times(), times() * 2)
     assert (found.timestep, found.condition) == ("t", ("r",))
+
+
+@pytest.mark.parametrize("name", ["t", "timestep", "timesteps", "time", "sigma"])
+def test_of_two_that_reach_waves_the_one_with_the_name_is_the_timestep(name: str) -> None:
+    """A guidance scale or a frame rate may be embedded before it."""
+    code = f"lambda x, guidance, {name}: x + sinusoid(guidance).sum() + sinusoid({name}).sum()"
+    found = roles(eval(code, {"sinusoid": sinusoid}), latent(), times() * 2, times())
+    assert (found.timestep, found.condition) == (name, ("guidance",))
+
+
+def test_a_list_of_latents_is_given_back_as_a_list() -> None:
+    """The clock watches the first; the others are no conditioning."""
+
+    def model(images: list[Tensor], t: Tensor, prompts: list[Tensor]) -> list[Tensor]:
+        return [x * p.mean() + sinusoid(t).sum() for x, p in zip(images, prompts, strict=True)]
+
+    images = [torch.randn(4, DIM), torch.randn(4, DIM)]
+    context = analyse_module(model, images, times(), [torch.randn(6, DIM), torch.randn(6, DIM)]).context
+    assert context.roles == Roles("t", "images_0", ("prompts_0", "prompts_1"))
+    assert dict(context.dependence)["images_1"] == "latent"
+
+
+def test_one_output_means_one_latent_however_many_inputs_look_like_it() -> None:
+    found = roles(lambda x, picture: x + picture * 2, latent(), latent())  # the picture is used first
+    assert (found.latent, found.condition) == ("x", ("picture",))
+    assert roles(lambda a, b: a + b * 2, latent(), latent()).latent == "b"
 
 
 def test_no_finder_changes_the_graph() -> None:

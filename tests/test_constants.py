@@ -1,0 +1,148 @@
+"""Numbers read out of tensors: those that the model made of constants are known, all others are refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeca_compile as moeca
+from moeca_compile.constants import constants_of
+from moeca_compile.errors import CaptureError, MoecaWarning
+from tests.passes.blocks import DIM, Block, Timed, latent
+from tests.tools import capture_module, run_graph, same, trace_module
+
+
+def by_item(x: Tensor) -> Tensor:
+    sizes = torch.tensor([2, 3]).repeat(2, 1)
+    return x[:, : sizes[0].prod().item() - 4]
+
+
+def by_list(x: Tensor) -> Tensor:
+    return torch.cat(x.split(torch.full((2,), x.shape[1] // 2).tolist(), dim=1)[::-1], dim=1)
+
+
+def as_size(x: Tensor) -> Tensor:
+    height, width = torch.tensor([2, 2])
+    return x.reshape(x.shape[0], height, width, -1)
+
+
+def from_a_shape(x: Tensor) -> Tensor:
+    return x * torch.tensor(x.shape).sum().item()
+
+
+@pytest.mark.parametrize("model", [by_item, by_list, as_size, from_a_shape])
+def test_a_number_that_the_model_made_itself_is_captured(model: Callable[[Tensor], Tensor]) -> None:
+    captured, args = capture_module(model, latent())
+    assert same(run_graph(captured.gm, args)[0], model(*args))
+    assert same(run_graph(captured.gm, (args[0] * 2,))[0], model(args[0] * 2))
+
+
+def of_the_latent(x: Tensor) -> Tensor:
+    return x[:, : (x > 100).sum().item() + 1]
+
+
+def drawn(x: Tensor) -> Tensor:
+    return x[:, : torch.randint(1, 3, ()).item()]
+
+
+def written_to(x: Tensor) -> Tensor:
+    size = torch.zeros(2, dtype=torch.int64)
+    size[0] = (x > 100).sum()
+    return x[:, : size.sum().item() + 1]
+
+
+def written_to_through_a_view(x: Tensor) -> Tensor:
+    size = torch.zeros(2, dtype=torch.int64)
+    size[:1].add_((x > 100).sum())
+    return x[:, : size.sum().item() + 1]
+
+
+@pytest.mark.parametrize("model", [of_the_latent, drawn, written_to, written_to_through_a_view])
+def test_a_number_that_depends_on_data_is_refused(model: Callable[[Tensor], Tensor]) -> None:
+    traced = trace_module(model, latent())
+    assert not {node.name for node in constants_of(traced.gm, traced.args) if node.target == "item"}
+    with pytest.raises(CaptureError, match="depends on data"):
+        capture_module(model, latent())
+
+
+# -- through torch.compile --------------------------------------------------------------------------------------------
+
+
+X, T = torch.linspace(-1, 1, 2 * 4 * DIM).reshape(2, 4, DIM), torch.full((2,), 3.0)
+
+
+class Reads(nn.Module):
+    """A block, and behind it a number is read out of a tensor."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.read = Timed(Block("gate left")), read
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.read(self.body(x, t))
+
+
+class Tabled(nn.Module):
+    """Builds a table in its first call, with code that Dynamo doesn't trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.table = Timed(Block("gate left")), None
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.table is None:
+            torch._dynamo.graph_break()
+            self.table = torch.linspace(0, 1, DIM)
+        return self.body(x + self.table, t)
+
+
+def steps(model: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(X * (1 - 0.05 * step), T - 0.1 * step) for step in range(3)]
+
+
+def compiled(model: nn.Module, by_hand: bool) -> Any:
+    torch._dynamo.reset()
+    if by_hand:
+        return moeca.compile(model, schedule="uniform:2", order=0, inner="eager")
+    return torch.compile(model, backend="moeca", options={"schedule": "uniform:2", "order": 0, "inner": "eager"})
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(
+    ("make", "begins"),
+    [
+        (lambda: Reads(by_list), 0),
+        (Tabled, 1),  # the broken first call stores its table last, and a table that changed begins a trajectory
+    ],
+    ids=["numbers", "tables"],
+)
+def test_a_model_that_broke_in_its_first_call_is_one_graph(
+    make: Callable[[], nn.Module], begins: int, by_hand: bool
+) -> None:
+    torch.manual_seed(0)
+    module = make().eval().requires_grad_(False)
+    model = compiled(module, by_hand)
+    found, truth = steps(model), steps(module)
+    exact = [same(a, b) for a, b in zip(found, truth, strict=True)]
+    assert exact == [[True, False, True], [True, True, False]][begins]
+    stats = moeca.stats(model)
+    assert (stats.graphs, [record.step for record in stats.steps]) == (1, list(range(3 - begins)))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_model_whose_numbers_depend_on_data_runs_in_parts_and_says_why(by_hand: bool) -> None:
+    torch.manual_seed(0)
+    module = Reads(lambda x: x * (x > 0).sum().item() / 20).eval().requires_grad_(False)
+    model = compiled(module, by_hand)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", MoecaWarning)
+        found = steps(model)
+    texts = [str(one.message) for one in seen]
+    assert any("can't be captured in one graph" in text and "depends on data" in text for text in texts), texts
+    assert [found[0].shape, same(found[0], steps(module)[0])] == [(2, 4, DIM), True]
