@@ -40,7 +40,8 @@ format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED) ## write docs/models.md anew from the tests' results
-	MOECA_DOCS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/real tests/canonical tests/passes/test_find_routers.py tests/passes/test_find_experts.py
+	MOECA_DOCS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/real tests/canonical tests/passes/test_find_routers.py \
+		tests/passes/test_find_experts.py tests/test_data_sizes.py
 
 bench: $(INSTALLED) ## measure; writes benchmarks/results
 	$(BIN)/python -m benchmarks.steps

@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
@@ -84,7 +85,7 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
         CaptureError: the graph changes one of its inputs or buffers (the cache could not keep that), or its shapes
             or branches depend on the values in a tensor.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     constants = constants_of(gm, args)
     mutated: list[str] = []
 
@@ -108,9 +109,10 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
                 graph = make_fx(functional, pre_dispatch=True)(*fakes)
             with autocast_is(()):
                 materialise_casts(graph, casts)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+            what = getattr(error, "func", None) or str(error).partition("\n")[0]
             raise CaptureError(
-                f"the model reads a number or a size out of a tensor ({error.func}), so its graph depends on data. "
+                f"the model decides by a number that it reads out of a tensor ({what}), so its graph depends on data. "
                 "Pass numbers such as the timestep as tensors; for an expert dispatch that loops over counts see "
                 "moeca_compile.prepare(model)"
             ) from error
@@ -119,7 +121,19 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
             f"the model changes {', '.join(sorted(set(mutated)))} in place while it runs. A cached step would skip "
             "that change: make it an input or an output of the model, or leave it out of inference"
         )
+    _note_sizes(graph, args)
     return Capture(graph, _rename(graph, inputs))
+
+
+def _note_sizes(graph: GraphModule, args: Sequence[Any]) -> None:
+    """Where sizes depend on data (experts that take as many tokens as a threshold says), note this call's."""
+    unknown = [node for node in graph.graph.nodes if fx.has_unknown_size(node)]
+    if unknown:
+        run = Interpreter(graph, garbage_collect_values=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast_is(()):
+            run.run(*args)
+        for node in unknown:
+            node.meta["moeca_shape"] = tuple(run.env[node].shape)
 
 
 class _Eager(Interpreter):

@@ -103,8 +103,16 @@ def tensor(node: Node) -> torch.Tensor | None:
 
 
 def shape(node: Node) -> tuple[int, ...]:
+    """The sizes at `node`; those that depend on data as they were when the graph was captured."""
     val = tensor(node)
-    return tuple(int(size) for size in val.shape) if val is not None else ()
+    noted: tuple[int, ...] | None = node.meta.get("moeca_shape")
+    return noted or (tuple(int(size) for size in val.shape) if val is not None else ())
+
+
+def has_unknown_size(node: Node) -> bool:
+    """Whether a size of the tensor at `node` depends on data."""
+    val = tensor(node)
+    return val is not None and not all(isinstance(size, int) for size in val.shape)
 
 
 def nodes_of(argument: object) -> Iterator[Node]:

@@ -231,19 +231,17 @@ def test_a_change_to_a_value_of_the_model_s_own_is_fine() -> None:
     assert run_graph(graph.gm, args)[0].tolist() == [[7.0, 7.0], [0.0, 0.0]]
 
 
-def test_a_number_read_out_of_a_tensor_is_refused_with_the_remedy() -> None:
-    with dynamo_config.patch(capture_scalar_outputs=True), pytest.raises(CaptureError) as error:
-        capture_module(lambda x, t: x * t.item(), torch.randn(2), torch.tensor(3.0))
-    assert "reads a number or a size out of a tensor" in str(error.value)
-    assert "Pass numbers such as the timestep as tensors" in str(error.value)
-    assert "moeca_compile.prepare(model)" in str(error.value)
+def test_a_number_read_out_of_a_tensor_is_read_anew_each_time() -> None:
+    with dynamo_config.patch(capture_scalar_outputs=True):
+        graph, (x, _) = capture_module(lambda x, t: x * t.item(), torch.randn(2), torch.tensor(3.0))
+    assert same(run_graph(graph.gm, (x, torch.tensor(5.0)))[0], x * 5)
 
 
-def test_a_shape_that_depends_on_data_is_refused_with_the_remedy() -> None:
-    with dynamo_config.patch(capture_dynamic_output_shape_ops=True), pytest.raises(CaptureError) as error:
-        capture_module(lambda x: x[x > 0].sum(), torch.randn(5))
-    assert "depends on data" in str(error.value)
-    assert "moeca_compile.prepare(model)" in str(error.value)
+def test_a_size_that_depends_on_data_is_that_of_the_call() -> None:
+    with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
+        graph, _ = capture_module(lambda x: x[x > 0].sum(), torch.tensor([1.0, -1.0, 2.0]))
+    assert run_graph(graph.gm, (torch.tensor([-1.0, -1.0, 4.0]),))[0] == 4
+    assert not any(fx.has_unknown_size(node) and not fx.shape(node) for node in graph.gm.graph.nodes)
 
 
 # -- what is left as it was -------------------------------------------------------------------------------------------

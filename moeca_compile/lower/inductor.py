@@ -45,6 +45,8 @@ def lower_inductor(
             rows = given[-1].unbind(0)
             return [*given[:-1], *(rows[region] for region in regions)]
 
+        for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
+            node.meta.pop("unbacked_bindings", None)
         with torch.inference_mode(False), torch.no_grad():
             compiled = standalone_compile(
                 gm, list(split(args)), dynamic_shapes="from_example_inputs", options=dict(options)
@@ -65,9 +67,9 @@ def _split_table(variant: Variant) -> tuple[torch.fx.GraphModule, list[int]]:
     An index into the table would be a constant in the generated code: then equal blocks give kernels that differ in it,
     and each is compiled for itself.
     """
-    if not variant.wants_coefficients:
-        return variant.gm, []
     gm = fx.copied(variant.gm)
+    if not variant.wants_coefficients:
+        return gm, []
     table = fx.placeholders(gm)[-1]
     readers: dict[int, list[torch.fx.Node]] = {}
     for select in table.users:

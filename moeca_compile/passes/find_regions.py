@@ -44,6 +44,8 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
             misses.append(Miss("doesn't depend on the latent: it could be computed once, not cached", *at))
         elif fx.tensor(nodes[branch.cut]) is None:
             misses.append(Miss("its output isn't one tensor", *at))
+        elif fx.has_unknown_size(nodes[branch.cut]):
+            misses.append(Miss("the size of its output depends on data: no state can hold it", *at))
         else:
             kept.append(branch)
     regions = []

@@ -9,6 +9,7 @@ adds, an add with `alpha`) around a matmul is a branch with the reason why it ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -72,14 +73,19 @@ class _Finder:
 
     def _root(self, trunk: Node, branch: Node) -> Node | None:
         """`trunk`, or what it is a view of, or what a chain of adds that only this add reads started from."""
+        size = math.prod(fx.shape(trunk))  # behind an expand it would be another value
+        value, shared = fx.strip(branch, fx.is_view), False
         while not self.cone.feeds(trunk, branch):
+            if fx.strip(trunk, fx.is_view) is value:
+                return None  # `branch` is this sum itself, the early end of a skip
+            shared |= len(trunk.users) > 1  # a view that others read shows them the sum behind it
             if fx.is_view(trunk) and trunk.args and isinstance(trunk.args[0], Node):
                 trunk = trunk.args[0]
-            elif trunk in self.trunk_of and len(trunk.users) == 1:
+            elif trunk in self.trunk_of and not shared:
                 trunk = self.trunk_of[trunk]
             else:
                 return None
-        return trunk
+        return trunk if math.prod(fx.shape(trunk)) == size else None
 
     def _cuts(self, root: Node, branch: Node) -> Iterator[Node]:
         """Before the gate; of a sum of two gated values, before each one's gate."""

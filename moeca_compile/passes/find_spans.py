@@ -107,8 +107,9 @@ class _Blocks:
         cuts = [node for node in body if any(user not in reached for user in node.users)]
         for cut in cuts:
             val = fx.tensor(cut)
-            if val is None or not val.is_floating_point():
-                return f"{cut.name} ({fx.where(cut)}) in the span is read outside it and isn't a floating-point tensor"
+            if val is None or not val.is_floating_point() or fx.has_unknown_size(cut):
+                what = "isn't a floating-point tensor of known size"
+                return f"{cut.name} ({fx.where(cut)}) in the span is read outside it and {what}"
         bases = [self._base(cut, ends.entries) for cut in cuts] if ends.relative else []
         found = [base for base in bases if base is not None]
         if len(found) < len(bases):

@@ -237,4 +237,4 @@ def test_a_span_of_which_an_index_is_read_outside_is_refused() -> None:
 
     analysis = analyse_module(Timed(Counting()), latent(), times(), options=Options(inner="eager", granularity="stack"))
     assert not len(analysis.context.regions)
-    assert "isn't a floating-point tensor" in analysis.context.misses[-1].reason
+    assert "isn't a floating-point tensor of known size" in analysis.context.misses[-1].reason
