@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ MODEL_FILE = CHECKPOINTS / "digits.safetensors"
 CLASSIFIER_FILE = CHECKPOINTS / "classifier.safetensors"
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def build_model() -> DiTMoE:
@@ -51,9 +52,7 @@ def build_model() -> DiTMoE:
 
 def load_model(path: str | Path | None = None) -> DiTMoE:
     """The trained network, eval mode, float32, CPU; ``path`` defaults to the committed checkpoint."""
-    model = build_model()
-    model.load_state_dict(_float32(path or MODEL_FILE))
-    return model.eval()
+    return load_weights(build_model(), path or MODEL_FILE)
 
 
 def labels_of(n: int) -> Tensor:
@@ -122,9 +121,7 @@ class Classifier(nn.Module):
 @lru_cache(maxsize=1)
 def load_classifier() -> Classifier:
     """The committed classifier, eval mode, float32, CPU."""
-    classifier = Classifier()
-    classifier.load_state_dict(_float32(CLASSIFIER_FILE))
-    return classifier.eval()
+    return load_weights(Classifier(), CLASSIFIER_FILE)
 
 
 @torch.no_grad()
@@ -140,6 +137,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error)
 
 
-def _float32(path: str | Path) -> dict[str, Tensor]:
-    """The checkpoints are stored in float16 to stay small."""
-    return {name: value.float() for name, value in load_file(path).items()}
+def load_weights(model: Network, path: str | Path) -> Network:
+    """Read a checkpoint, stored in float16 to stay small, into the model in float32; gives it back in eval mode."""
+    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return model.eval()

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from examples import digits
-from examples.dit_moe import DiTMoE, SparseMoE
+from examples.dit_moe import SparseMoE
 
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -55,18 +55,24 @@ def sorted_branches(self: SparseMoE, x: Tensor, flat_expert_indices: Tensor) -> 
 
 
 def train_model(steps: int, seed: int = 0) -> None:
-    """Rectified flow with label dropout; the exponential moving average of the weights is saved as it goes."""
-    generator = torch.Generator().manual_seed(seed)
+    """Train the DiT-MoE from a seeded start."""
     torch.manual_seed(seed)
-    images, labels = real_digits()
-    model = digits.build_model().train()
+    model = digits.build_model()
     for block in model.blocks:
         block.moe.moe_train = MethodType(sorted_branches, block.moe)
+    fit(model, digits.MODEL_FILE, steps, seed)
+
+
+def fit(model: nn.Module, path: Path, steps: int, seed: int = 0) -> None:
+    """Rectified flow with label dropout; the exponential moving average of the weights is saved as it goes."""
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = real_digits()
+    model.train()
     average = {name: value.clone() for name, value in model.state_dict().items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
 
-    for step in track(range(steps), description="digits model"):
+    for step in track(range(steps), description=path.stem):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         pick = torch.randint(len(images), (BATCH,), generator=generator)
@@ -79,7 +85,7 @@ def train_model(steps: int, seed: int = 0) -> None:
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - decay)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save(average, digits.MODEL_FILE)
+            save(average, path)
             print(f"step {step + 1}: loss {loss.item():.3f}")
 
 
@@ -89,7 +95,7 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * cosine)
 
 
-def flow_loss(model: DiTMoE, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Squared error of the velocity at a logit-normal time (Esser et al., arXiv 2403.03206, section 3.1); scalar."""
     n = len(images)
     dropped = torch.rand(n, generator=generator) < LABEL_DROPOUT
@@ -138,10 +144,9 @@ def save(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: value.detach().half().contiguous() for name, value in state.items()}, path)
 
 
-def evaluate(images: int = 500) -> float:
-    """Class accuracy of samples of the saved model: uncached, 50 steps, guidance 2."""
-    model = digits.load_model()
-    made = digits.sample(model, seed=0, n=images)
+def evaluate(images: int = 500, model: digits.Velocity | None = None) -> float:
+    """Class accuracy of samples of a model, by default the saved DiT-MoE: uncached, 50 steps, guidance 2."""
+    made = digits.sample(digits.load_model() if model is None else model, seed=0, n=images)
     return digits.accuracy(made, digits.labels_of(images))
 
 
