@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+# Else Dynamo counts what the same model was compiled with before, and past its limit runs eager.
+_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
 def prepare(model: torch.nn.Module) -> PrepareReport:
@@ -58,8 +61,14 @@ def compile(
     """
     Options.from_backend_options(options, mode).resolved_schedule()
     prepare(model)
+    own_limit: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
     compiled = torch.compile(
-        model, backend=backend.moeca, fullgraph=fullgraph, dynamic=dynamic, options={**options, "mode": mode}
+        model,
+        backend=backend.moeca,
+        fullgraph=fullgraph,
+        dynamic=dynamic,
+        options={**options, "mode": mode},
+        **own_limit,
     )
     return compiled  # type: ignore[return-value]
 

@@ -47,6 +47,14 @@ def merge(into: Facts, table: str, row: str, columns: dict[str, str]) -> None:
     into.setdefault(table, {}).setdefault(row, {}).update(columns)
 
 
+def added(known: Facts, found: Facts) -> Facts:
+    """The known facts with those of a run of some of the tests."""
+    for table, rows in found.items():
+        for row, columns in rows.items():
+            merge(known, table, row, columns)
+    return known
+
+
 def named_by_docstring(cls: type) -> str:
     """The row of a toy layer: what its docstring says."""
     return " ".join((cls.__doc__ or cls.__name__).split()).rstrip(".")

@@ -1,4 +1,4 @@
-"""A compiled function that closes over a model has the model's region keys, so its schedules fit the model's."""
+"""Other ways in: a compiled function that closes over a model; one model compiled many times."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def test_a_function_over_a_model_has_the_model_s_regions() -> None:
     whole = moeca.explain(model, *inputs, inner="eager")
     assert program.regions.keys == tuple(region.key for region in whole.regions)
     assert program.regions.fingerprint == whole.fingerprint
+
+
+def test_one_model_compiled_in_many_ways_is_cached_in_each() -> None:
+    """Dynamo counts recompilations by a model's code, and past its limit would run eager, uncached."""
+    model = DiT(depth=1).eval()
+    x, y = torch.ones(2, 4, 8, 8), torch.tensor([1, 2])
+    limit = torch._dynamo.config.recompile_limit
+    with torch.no_grad():
+        for interval in range(2, limit + 4):
+            handle = moeca.compile(model, schedule=f"uniform:{interval}", inner="eager")
+            for step in range(3):
+                handle(x + 0.01 * step, torch.full((2,), 900.0 - step), y)
+            assert moeca.stats(handle).mac_fraction < 1

@@ -115,6 +115,8 @@ class Named(nn.ModuleDict):
 
 
 class Container(Layer):
+    """The experts' own container has the dispatch (Switch Transformer, NLLB)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.experts = Named()
