@@ -14,7 +14,11 @@ from moeca_compile.schedule import Schedule
 try:
     import typer
     from rich.console import Console, RenderableType
-except ImportError:
+
+    from moeca_compile import cli_plan
+except ModuleNotFoundError as error:
+    if error.name not in ("typer", "rich"):
+        raise
     raise SystemExit("the command line needs typer and rich: pip install 'moeca-compile[cli]'") from None
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -47,6 +51,9 @@ def diff(left: ScheduleFile, right: ScheduleFile, json: AsJson = False) -> None:
     else:
         _print((schedules.table_of_differences(found, left.name, right.name) if found else "the same",))
     raise typer.Exit(1 if found else 0)
+
+
+cli_plan.mount(app)
 
 
 def _print(what: dict[str, Any] | tuple[RenderableType, ...]) -> None:

@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from moeca_compile.cli import app
+from moeca_compile.errors import MoecaError
 from moeca_compile.schedule import Schedule
+from tests import toy
 from tests.tools import row
 
 ONE = Schedule((row("CC"), row("FF"), row("CF")), ("attn", "moe"), order=1, made_by="by hand")
@@ -27,6 +30,7 @@ def files(tmp_path: Path) -> tuple[str, str]:
 
 def run(*words: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, words)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.stdout
 
 
@@ -68,3 +72,36 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("moeca: not a readable schedule")
     assert done.stderr.count("\n") == 1
+
+
+def test_calibrate_and_then_plan_another_budget(tmp_path: Path) -> None:
+    weights, kept = tmp_path / "w.safetensors", tmp_path / "kept"
+    save_file(toy.model().state_dict(), weights)
+    common = (
+        "tests.toy:model", "--sample", "tests.toy:sample", "--weights", str(weights), "--inner", "eager",
+        "--seeds", "2", "--holdout", "1", "--granularity", "region", "--resume", str(kept),
+    )  # fmt: skip
+    status, said = run("calibrate", *common, "--budget", "macs:0.6", "--out", str(tmp_path / "60.json"), "--json")
+    assert status == 0
+    assert json.loads(said)["predicted"]["mac_fraction"] <= 0.6
+    status, said = run("plan", *common, "--budget", "macs:0.4", "--out", str(tmp_path / "40.json"))
+    assert status == 0
+    assert "calibrated for macs:0.4" in said
+    assert Schedule.load(tmp_path / "40.json").predicted["mac_fraction"] <= 0.4
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(MoecaError) as error:
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    return str(error.value)
+
+
+def test_what_can_t_be_loaded_is_said(tmp_path: Path) -> None:
+    rest = ("--budget", "macs:0.5", "--out", str(tmp_path / "s.json"))
+    sample = ("--sample", "tests.toy:sample")
+    assert "expected package.module:function" in refused("calibrate", "tests.toy", *sample, *rest)
+    assert "'tests.nowhere:model' can't be loaded" in refused("calibrate", "tests.nowhere:model", *sample, *rest)
+    missing = ("--weights", str(tmp_path / "no.safetensors"))
+    assert "can't be loaded into DiT" in refused("calibrate", "tests.toy:model", *sample, *missing, *rest)
+    kept = ("--resume", str(tmp_path))
+    assert "holds no calibration" in refused("plan", "tests.toy:model", *sample, *kept, *rest)

@@ -1,0 +1,28 @@
+"""What people name on the command line: `package.module:function`, looked for beside the current folder too."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from moeca_compile.errors import OptionError
+
+
+def load(source: str) -> Any:
+    """The object that `package.module:name` names.
+
+    Raises:
+        OptionError: another form, or nothing there.
+    """
+    module, _, name = source.partition(":")
+    if not module or not name:
+        raise OptionError(f"{source!r}: expected package.module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"{source!r} can't be loaded: {error}") from error

@@ -1,0 +1,117 @@
+"""`moeca calibrate` and `moeca plan`: schedules for a budget, at the command line. `cli.py` mounts them."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moeca_compile.cli_load import load
+from moeca_compile.errors import OptionError, ScheduleError
+from moeca_compile.inspect import schedules
+from moeca_compile.schedule import Schedule
+
+Source = Annotated[str, typer.Argument(help="package.module:function; it returns the model.")]
+Sample = Annotated[str, typer.Option(help="package.module:function; it takes (model, seed) and returns the samples.")]
+Budget = Annotated[str, typer.Option(help="macs:0.26, latency:0.4, psnr:45, state:64MiB; several by commas.")]
+Out = Annotated[Path, typer.Option(help="The schedule's JSON file to write.")]
+Weights = Annotated[Path | None, typer.Option(help="A .safetensors file to load into the model.")]
+Order = Annotated[str, typer.Option(help="Of the forecasts: 0, 1, 2 or auto.")]
+Granularity = Annotated[str, typer.Option(help="region, stack, blocks:2:-2, skip:1 or auto.")]
+Seeds = Annotated[int, typer.Option(help="How many seeds the search sees: 0, 1, ...")]
+Holdout = Annotated[int, typer.Option(help="How many seeds only the final check sees: 1000, 1001, ...")]
+Inner = Annotated[str, typer.Option(help="inductor or eager.")]
+Kept = Annotated[Path, typer.Option(help="The folder that an earlier calibration kept.")]
+Resume = Annotated[Path | None, typer.Option(help="A folder that keeps what is found, to go on from or plan again.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the schedule's facts as JSON and nothing else.")]
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    for command in (calibrate, plan):
+        app.command()(command)
+
+
+def calibrate(
+    source: Source,
+    sample: Sample,
+    budget: Budget,
+    out: Out,
+    weights: Weights = None,
+    order: Order = "auto",
+    granularity: Granularity = "auto",
+    seeds: Seeds = 8,
+    holdout: Holdout = 2,
+    inner: Inner = "inductor",
+    resume: Resume = None,
+    json: AsJson = False,
+) -> None:
+    """Find the best schedule that a budget allows, by sampling the model."""
+    found = _calibrated(source, sample, weights, budget, order, granularity, seeds, holdout, inner, resume, json)
+    _hand_out(found, out, json)
+
+
+def plan(
+    source: Source,
+    sample: Sample,
+    budget: Budget,
+    out: Out,
+    resume: Kept,
+    weights: Weights = None,
+    order: Order = "auto",
+    granularity: Granularity = "auto",
+    seeds: Seeds = 8,
+    holdout: Holdout = 2,
+    inner: Inner = "inductor",
+    json: AsJson = False,
+) -> None:
+    """Another budget, from what a calibration kept: nothing is measured again, only new plans are sampled."""
+    if not any(resume.rglob("drift.npz")):  # a folder for each granularity
+        raise ScheduleError(f"{resume} holds no calibration: run `moeca calibrate --resume {resume}` first")
+    found = _calibrated(source, sample, weights, budget, order, granularity, seeds, holdout, inner, resume, json)
+    _hand_out(found, out, json)
+
+
+def _calibrated(
+    source: str, sample: str, weights: Path | None, budget: str, order: str, granularity: str, seeds: int,
+    holdout: int, inner: str, resume: Path | None, json: bool,
+) -> Schedule:  # fmt: skip
+    from moeca_compile.study import calibrate as find
+
+    return find(
+        _weighted(load(source)(), weights),
+        load(sample),
+        budget=budget,
+        order=int(order) if order.isdecimal() else order,
+        granularity=granularity,
+        seeds=range(seeds),
+        holdout=range(1000, 1000 + holdout),
+        inner=inner,
+        resume=resume,
+        progress=not json,
+    )
+
+
+def _weighted(model: Any, weights: Path | None) -> Any:
+    """The model in eval mode, with the weights of a file in the dtype that it has."""
+    if weights is not None:
+        from safetensors.torch import load_file
+
+        try:
+            model.load_state_dict(load_file(weights))
+        except (OSError, RuntimeError) as error:
+            raise OptionError(f"{weights} can't be loaded into {type(model).__name__}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _hand_out(found: Schedule, out: Path, json: bool) -> None:
+    found.save(out)
+    if json:
+        print(json_text.dumps(schedules.facts(found), indent=1))
+        return
+    console = Console(highlight=False)
+    for part in (schedules.table_of_facts(found), "", schedules.grid(found)):
+        console.print(part)
