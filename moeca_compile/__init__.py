@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeca_compile.canonical import prepare, unprepare
     from moeca_compile.errors import MoecaError
+    from moeca_compile.exporting import export
     from moeca_compile.face import compile, explain, reset, stats, trajectory, warmup
     from moeca_compile.options import Options
     from moeca_compile.schedule import Schedule
@@ -23,6 +24,7 @@ _HOMES = {
     "calibrate": "study",
     "compile": "face",
     "explain": "face",
+    "export": "exporting",
     "prepare": "face",
     "reset": "face",
     "stats": "face",
@@ -32,8 +34,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "MoecaError", "Options", "Schedule", "calibrate", "compile", "explain", "prepare", "reset", "stats", "trajectory",
-    "unprepare", "warmup",
+    "MoecaError", "Options", "Schedule", "calibrate", "compile", "explain", "export", "prepare", "reset", "stats",
+    "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -16,6 +16,7 @@ import torch
 from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.runtime.clock import Clock, Counter, Sighting, Tick
 from moeca_compile.runtime.probe import Probe
+from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.runtime.trajectory import Trajectory
@@ -186,28 +187,24 @@ def _look(program: Runnable, tracks: Tracks, track: Track, args: Sequence[Any]) 
 def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState | None) -> tuple[Row, bool]:
     """The row to run, and whether a cold cache made it a full one against the schedule."""
     schedule = program.schedule
-    full = schedule.rows[0]
     if state is None:
-        return full, True
-    index = schedule.row_index(tick.step, sighting.timestep)
-    if index is None:
+        return schedule.rows[0], True
+    choice = choose_row(schedule, tick.step, sighting.timestep, state)
+    if choice.past_end:
         warn_once(
             program,
             f"step {tick.step} is past the schedule's last row ({len(schedule.rows)} rows): computed in full. Make the "
             "schedule for this number of steps, or use an open-ended one (uniform)",
         )
-        return full, False
-    if sighting.timestep is not None and schedule.is_far(index, sighting.timestep):
+    if choice.far is not None:
         warn_once(
             program,
-            f"timestep {sighting.timestep:g} is far from the schedule's nearest, {schedule.timesteps[index]:g}: it was "
+            f"timestep {sighting.timestep:g} is far from the schedule's nearest, {choice.far:g}: it was "
             "made for other timesteps. Make one for this sampler, or use a uniform schedule",
         )
-    row = schedule.rows[index]
-    if row != full and not state.can_run(row, tick.step):
+    if choice.cold:
         state.clear()
-        return full, True
-    return row, False
+    return choice.row, choice.cold
 
 
 def arguments_for(

@@ -1,4 +1,4 @@
-"""`moeca calibrate` and `moeca plan`: schedules for a budget, at the command line. `cli.py` mounts them."""
+"""`moeca calibrate` and `moeca plan`: schedules for a budget, at the command line.."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moeca_compile.cli_load import load
+from moeca_compile.cli.load import load
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.inspect import schedules
 from moeca_compile.schedule import Schedule

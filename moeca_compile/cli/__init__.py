@@ -15,7 +15,7 @@ try:
     import typer
     from rich.console import Console, RenderableType
 
-    from moeca_compile import cli_plan
+    from moeca_compile.cli import bundles, plans
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise
@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.callback()
 def commands() -> None:
-    """Schedules for diffusion transformers with mixture of experts."""
+    """Schedules and bundles for diffusion transformers with mixture of experts."""
 
 
 @app.command()
@@ -53,7 +53,8 @@ def diff(left: ScheduleFile, right: ScheduleFile, json: AsJson = False) -> None:
     raise typer.Exit(1 if found else 0)
 
 
-cli_plan.mount(app)
+plans.mount(app)
+bundles.mount(app)
 
 
 def _print(what: dict[str, Any] | tuple[RenderableType, ...]) -> None:

@@ -1,0 +1,166 @@
+"""`moeca export`, `verify`, `info`, `run` and `bench`: bundles, at the command line.."""
+
+from __future__ import annotations
+
+import json as json_text
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moeca_compile.cli.load import load
+from moeca_compile.errors import BundleError, OptionError
+from moeca_compile.runtime.bench import bench_bundle
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.verify import verify as verify_session
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]
+Provider = Annotated[str, typer.Option(help="An execution provider of onnxruntime.")]
+Memory = Annotated[str, typer.Option(help="speed, or shared: one copy of the weights for all variants.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of one operator.")]
+
+CPU = "CPUExecutionProvider"
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    for command in (export, verify, info, run, bench):
+        app.command()(command)
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="package.module:function; it returns (model, example_inputs).")],
+    path: Annotated[Path, typer.Argument(help="The directory to make.")],
+    schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
+    order: Annotated[int, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = 1,
+    target: Annotated[list[str] | None, typer.Option(help="What to write; may be given again.")] = None,
+    opset: Annotated[int, typer.Option(help="Of the graphs.")] = 20,
+    fixed_batch: Annotated[bool, typer.Option(help="For the example's batch only.")] = False,
+) -> None:
+    """Write a model and a schedule as a bundle."""
+    from moeca_compile.exporting import export as export_model
+
+    model, inputs = _load(source)
+    targets = tuple(target or ("onnx",))
+    bundle = export_model(
+        model, inputs, schedule, path, targets=targets, opset=opset, order=order, dynamic_batch=not fixed_batch,
+        progress=True,
+    )  # fmt: skip
+    print(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
+
+
+def verify(
+    path: BundlePath, provider: Provider = CPU, memory: Memory = "speed", threads: Threads = None, json: AsJson = False
+) -> None:
+    """Checksums, then the golden steps on this machine; exit status 1 if they differ from what was recorded."""
+    verdict = verify_session(Session.open(path, provider, memory, threads))
+    if json:
+        print(json_text.dumps({**asdict(verdict), "error": verdict.error, "passed": verdict.passed}, indent=1))
+    else:
+        print(verdict)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def info(path: BundlePath, json: AsJson = False) -> None:
+    """What is in a bundle; its checksums are verified."""
+    bundle = Bundle.open(path)
+    if json:
+        print(json_text.dumps(dict(bundle.manifest.data), indent=1))
+        return
+    manifest, data = bundle.manifest, bundle.manifest.data
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in {
+        "model": f"{data['model']['name']}, {len(data['model']['regions'])} regions, {data['dtype']}",
+        "inputs": "\n".join(map(str, manifest.inputs)),
+        "outputs": "\n".join(map(str, manifest.outputs)),
+        "baked in": ", ".join(f"{k}={v}" for k, v in data["model"]["baked"].items()),
+        "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows",
+        "state": f"{len(manifest.state)} tensors",
+        "experts": data["expert_lowering"],
+        "graphs": f"ONNX opset {data['opset']}",
+        "made with": ", ".join(f"{k} {v}" for k, v in data["made_with"].items()),
+        "size": f"{bundle.bytes / 2**20:.1f} MiB",
+    }.items():
+        if value:
+            table.add_row(name, Text(value))  # not markup: shapes stand in brackets
+    variants = Table("variant", "computes", "reads", "writes", "MACs", "of the full one")
+    full = max(one.macs for one in manifest.variants) or 1
+    for one in manifest.variants:
+        cells = (f"{one.row.count('C')} of {len(one.row)}", len(one.reads), len(one.writes), f"{one.macs / 1e6:.1f} M")
+        variants.add_row(one.name, *map(str, cells), f"{one.macs / full:.1%}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(variants)
+
+
+def run(
+    path: BundlePath,
+    inputs: Annotated[Path, typer.Option(help=".npz: for each input an array with a leading axis of steps.")],
+    out: Annotated[Path, typer.Option(help=".npz for the outputs, with the same leading axis.")],
+    provider: Provider = CPU,
+    memory: Memory = "speed",
+    threads: Threads = None,
+) -> None:
+    """Run one trajectory over recorded inputs."""
+    session = Session.open(path, provider, memory, threads)
+    try:
+        with np.load(inputs, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{inputs} can't be read: {error}") from error
+    lengths = {len(one) if one.ndim else 0 for one in arrays.values()}
+    if len(lengths) != 1:
+        raise BundleError(f"{inputs}: every input needs the same number of steps, not {sorted(lengths)}")
+    results: list[dict[str, Any]] = []
+    with session.trajectory() as trajectory:
+        for step in range(lengths.pop()):
+            results.append(trajectory.run({name: one[step] for name, one in arrays.items()}))  # noqa: PERF401
+        stats = trajectory.stats()
+    stacked: dict[str, Any] = {name: np.stack([one[name] for one in results]) for name in results[0]} if results else {}
+    np.savez(out, **stacked)
+    print(stats)
+
+
+def bench(
+    path: BundlePath,
+    providers: Annotated[str, typer.Option(help="Execution providers of onnxruntime, by commas.")] = CPU,
+    steps: Annotated[int, typer.Option(help="Of a trajectory.")] = 50,
+    rounds: Annotated[int, typer.Option(help="Whole trajectories, cached and full in turn.")] = 3,
+    batch: Annotated[int, typer.Option(help="Samples in a call.")] = 2,
+    memory: Memory = "speed",
+    threads: Threads = 1,
+    json: AsJson = False,
+) -> None:
+    """Milliseconds of each variant, and of whole trajectories with and without the cache."""
+    found = [
+        bench_bundle(Session.open(path, provider, memory, threads), steps=steps, rounds=rounds, batch=batch)
+        for provider in providers.split(",")
+    ]
+    if json:
+        print(json_text.dumps([asdict(one) for one in found], indent=1))
+        return
+    for one in found:
+        table = Table("variant", "ms a step", title=one.provider, title_justify="left")
+        for name, ms in one.variant_ms.items():
+            table.add_row(name, f"{ms:.2f}")
+        Console().print(table)
+        print(
+            f"{steps} steps: {one.full_ms:.0f} ms full, {one.cached_ms:.0f} ms cached, {one.speedup:.2f} times faster "
+            f"at {one.mac_fraction:.1%} of the MACs ({one.speedup * one.mac_fraction:.0%} of what that allows)"
+        )
+
+
+def _load(source: str) -> tuple[Any, Any]:
+    """The model and its example inputs from `package.module:function`."""
+    function = load(source)
+    found = function() if callable(function) else None
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise OptionError(f"{source}: expected a function that returns (model, example_inputs)")
+    return found[0], found[1]

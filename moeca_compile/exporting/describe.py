@@ -1,0 +1,96 @@
+"""The part of the manifest that says what the graphs are."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from moeca_compile import fx
+from moeca_compile.exporting.request import Captured
+from moeca_compile.lower.onnx_batch import Pair, dims
+from moeca_compile.runtime.manifest import FORMAT, VERSION, Dim, letters_of
+from moeca_compile.variant import Variant
+
+PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+def describe(captured: Sequence[Captured], shapes: Mapping[str, tuple[Dim, ...]], batches: Pair) -> dict[str, Any]:
+    """`captured`: at each of `batches`, or at one fixed batch; `shapes`: of inputs and outputs by their ONNX names."""
+    main = captured[0]
+    program, names = main.program, main.names
+    rows = program.schedule.distinct_rows()
+    variants = [program.variant(row) for row in rows]
+    results = [fx.need(node) for node in fx.nodes_of(fx.output_node(variants[0].gm).args[0])]
+    inputs = {one.name: arg for one, arg in zip(main.inputs, main.args, strict=True) if one.name in names}
+    timestep = None if program.timestep is None else names[main.inputs[program.timestep].name]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_with": _versions(),
+        "model": {"fingerprint": program.regions.fingerprint, "regions": list(program.regions.keys)},
+        "dtype": _dtype(main),
+        "expert_lowering": "segments" if any(map(fx.is_experts, variants[0].gm.graph.nodes)) else "none",
+        "inputs": [_tensor(names[name], arg.dtype, shapes) for name, arg in inputs.items() if names[name] in shapes],
+        "outputs": [_tensor(name, val.dtype, shapes) for (name, _), val in zip(main.results, results, strict=False)],
+        "state": _state(captured, batches),
+        "timestep": timestep if timestep in shapes else None,
+        "variants": [_variant(one, main) for one in variants],
+        "steps": [rows.index(row) for row in program.schedule.rows],
+    }
+
+
+def file_of(variant: Variant) -> str:
+    return f"{variant.name}.onnx"
+
+
+def _variant(variant: Variant, main: Captured) -> dict[str, Any]:
+    names, inputs, layout = main.names, main.inputs, main.program.layout
+    return {
+        "name": variant.name,
+        "file": file_of(variant),
+        "row": letters_of(variant.row),
+        "takes": [names[inputs[i].name] for i in variant.takes if inputs[i].name in names],
+        "reads": [layout[slot].name for slot in variant.reads],
+        "writes": [layout[slot].name for slot in variant.writes],
+        "coefficients": variant.wants_coefficients,
+        "macs": variant.macs,
+    }
+
+
+def _state(captured: Sequence[Captured], batches: Pair) -> list[dict[str, Any]]:
+    main, other = captured[0].program.layout, captured[-1].program.layout
+    return [
+        {
+            "name": one.name, "region": one.region, "output": one.output, "slot": one.slot, "dtype": one.dtype,
+            "shape": list(dims(one.shape, twin.shape, batches)),
+        }
+        for one, twin in zip(main, other, strict=True)
+    ]  # fmt: skip
+
+
+def _tensor(name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[Dim, ...]]) -> dict[str, Any]:
+    return {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shapes[name])}
+
+
+def _dtype(main: Captured) -> str:
+    """The floating dtype that most weights have."""
+    counted = Counter[str]()
+    for weight in main.weights.values():
+        if weight.is_floating_point():
+            counted[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+    return counted.most_common(1)[0][0] if counted else "float32"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found

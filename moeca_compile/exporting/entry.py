@@ -1,0 +1,190 @@
+"""`moeca_compile.export`, in order: capture, rewrite, lower, write, check what was written."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning, OptionError
+from moeca_compile.exporting import request
+from moeca_compile.exporting.describe import describe, file_of
+from moeca_compile.exporting.golden import golden_steps
+from moeca_compile.exporting.request import Arguments, Captured
+from moeca_compile.exporting.write import building, to_numpy, write_golden, write_graphs, write_manifest
+from moeca_compile.face import inner_module, prepare
+from moeca_compile.lower.onnx import OPSETS, lower_onnx
+from moeca_compile.options import Options
+from moeca_compile.runtime import ort
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.manifest import COEFFICIENTS, Dim, letters_of
+from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.verify import relative_error, verify
+from moeca_compile.schedule import Schedule
+from moeca_compile.study.progress import Tick, bar
+
+TARGETS = ("onnx",)
+BATCHES = (2, 3)  # what a graph for any batch is captured at
+OTHER_BATCHES = (1, 5)  # what it is tried at
+TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+WRONG = 100  # times the tolerance: no rounding, and no expert that flipped on a near-tie, gives that
+PROVIDER = "CPUExecutionProvider"
+
+
+def export(
+    model: torch.nn.Module,
+    example_inputs: Arguments,
+    schedule: Schedule | str | Path,
+    path: str | Path,
+    *,
+    targets: Sequence[str] = TARGETS,
+    opset: int = 20,
+    dynamic_batch: bool = True,
+    order: int = 1,
+    granularity: str = "region",
+    progress: bool = False,
+) -> Bundle:
+    """Write a bundle: one ONNX graph for each distinct row of the schedule, over one file of weights.
+
+    The model is prepared in place, as for compiling. What was written is opened and run before this returns: the golden
+    steps against torch, and with `dynamic_batch` two more batches against the model as it is.
+
+    Args:
+        model: on the CPU, in eval mode.
+        example_inputs: what one call gets, positional arguments or a mapping of keywords. Sizes but the batch's are
+            fixed by it, and numbers among them become constants.
+        schedule: a `Schedule`, the path of one, or a short form such as "uniform:3".
+        path: the directory to make; it must not exist.
+        targets: of the kinds in `TARGETS`.
+        opset: of the graphs, 18 to 22.
+        dynamic_batch: for any batch. False: for the example's batch only.
+        order: of the forecast, for short forms.
+        granularity: as in `Options`.
+        progress: show a bar.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        CaptureError: the model isn't one graph, or has nothing to cache.
+        LoweringError: no ONNX form, sizes that aren't linear in the batch, or a result that isn't the model's.
+        BundleError: the path is taken, or what was written can't be run.
+        ScheduleError, OptionError: as for `compile`.
+    """
+    _refuse(model, targets, opset)
+    options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager")
+    options.resolved_schedule()
+    model = inner_module(model)
+    with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
+        tick("capturing", 0.0)
+        prepare(model)
+        captured = _capture(model, example_inputs, options, dynamic_batch)
+        data, models = _lower(captured, opset, tick)
+        tick("writing", 0.7)
+        data["id"] = write_graphs(folder, models, captured[0].program.schedule)
+        data["model"] |= {"name": type(model).__name__, "baked": request.numbers(model, example_inputs)}
+        tick("golden steps in torch", 0.75)
+        steps = golden_steps(captured[0])
+        write_golden(folder, steps)
+        dtype = data["dtype"]
+        data["golden"] = {"steps": len(steps), "tolerance": TOLERANCE[dtype], "measured": []}
+        write_manifest(folder, data)
+        tick("checking", 0.85)
+        data["golden"]["measured"] = _check(folder, model, example_inputs, captured[0], dynamic_batch, dtype)
+        write_manifest(folder, data)
+    return Bundle.open(path)
+
+
+def _refuse(model: torch.nn.Module, targets: Sequence[str], opset: int) -> None:
+    if unknown := [name for name in targets if name not in TARGETS] or (["nothing"] if not targets else []):
+        raise OptionError(f"targets={list(targets)}: {', '.join(unknown)} can't be exported to; there are {TARGETS}")
+    if opset not in OPSETS:
+        raise OptionError(f"opset={opset}: expected {OPSETS.start} to {OPSETS.stop - 1}")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(f"export needs {', '.join(missing)}: pip install 'moeca-compile[onnx]'")
+    if not isinstance(model, torch.nn.Module):
+        raise OptionError(f"export takes a torch.nn.Module, not {type(model).__name__}")
+    if model.training:
+        raise LoweringError("the model is in training mode: call model.eval() first")
+
+
+def _capture(model: torch.nn.Module, example: Arguments, options: Options, dynamic_batch: bool) -> list[Captured]:
+    """At the batches that it takes; the fixed one is the example's."""
+    if not dynamic_batch:
+        return [request.capture(model, example, options)]
+    try:
+        found = [request.capture(model, request.rebatched(example, batch), options) for batch in BATCHES]
+    except CaptureError as error:
+        raise CaptureError(f"{error} (at another batch; dynamic_batch=False takes the example as it is)") from error
+    if len({one.program.regions.fingerprint for one in found}) > 1:
+        raise LoweringError("the model's regions depend on its batch: export it with dynamic_batch=False")
+    return found
+
+
+def _lower(captured: Sequence[Captured], opset: int, tick: Tick) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+    """Every distinct row's graph, and the part of the manifest that describes them."""
+    main, *twins = captured
+    rows = main.program.schedule.distinct_rows()
+    names = main.names | {slot.name: f"{slot.name}_in" for slot in main.program.layout} | {COEFFICIENTS: COEFFICIENTS}
+    models: dict[str, tuple[str, Any]] = {}
+    shapes: dict[str, tuple[Dim, ...]] = {}
+    for i, row in enumerate(rows):
+        tick(f"variant {i + 1} of {len(rows)} to ONNX", 0.1 + 0.6 * i / len(rows))
+        variant = main.program.variant(row)
+        outputs = [
+            *(name for name, _ in main.results),
+            *(f"{main.program.layout[slot].name}_out" for slot in variant.writes),
+        ]
+        twin = twins[0].program.variant(row) if twins else None
+        model, signature = lower_onnx(variant, main.weights, names, outputs, opset, twin, BATCHES)
+        models[file_of(variant)] = letters_of(row), model
+        shapes |= dict(signature.inputs) | dict(signature.outputs)
+    return {"opset": opset, **describe(captured, shapes, BATCHES)}, models
+
+
+def _check(
+    folder: Path, model: torch.nn.Module, example: Arguments, main: Captured, dynamic_batch: bool, dtype: str
+) -> list[dict[str, Any]]:
+    """Run what was written.
+
+    Raises:
+        LoweringError: it gives something else than torch.
+    """
+    try:
+        session = Session.open(folder, PROVIDER)
+    except BundleError as error:
+        if dtype != "bfloat16":
+            raise
+        warnings.warn(f"the bundle is written but couldn't be tried here: {error}", MoecaWarning, stacklevel=3)
+        return []
+    verdict = verify(session)
+    errors = {"the golden steps": verdict.error}
+    for batch in OTHER_BATCHES if dynamic_batch else ():
+        errors[f"a step at batch {batch}"] = _error_at(session, model, request.rebatched(example, batch), main)
+    worst = max(errors, key=lambda name: errors[name])
+    said = f"{worst} in {ort.version()} differ from torch by {errors[worst]:.1e} of the largest value"
+    if not errors[worst] <= WRONG * TOLERANCE[dtype]:
+        raise LoweringError(f"{said}: the export is wrong. dynamic_batch=False may work; please report it")
+    if errors[worst] > TOLERANCE[dtype]:
+        warnings.warn(
+            f"{said}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that", MoecaWarning, stacklevel=3
+        )
+    return [{"runtime": ort.version(), "provider": PROVIDER, "relative_error": verdict.error}]
+
+
+def _error_at(session: Session, model: torch.nn.Module, arguments: Arguments, main: Captured) -> float:
+    """A whole step of the bundle against the model as it is, at a batch that no graph was captured at."""
+    given = request.tensors(arguments)
+    places = {name: main.places[placeholder] for placeholder, name in main.names.items()}
+    try:
+        found = session.run({one.name: to_numpy(given[places[one.name]]) for one in session.inputs})
+    except BundleError as error:
+        raise LoweringError(f"the export can't run another batch: {error}. Use dynamic_batch=False") from error
+    wanted = tree_leaves(request.call(model, arguments))
+    return max(relative_error(found[name], to_numpy(wanted[place])) for name, place in main.results)

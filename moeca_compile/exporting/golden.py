@@ -1,0 +1,69 @@
+"""Golden steps: what torch makes of a schedule's first steps, for every machine to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moeca_compile.exporting.request import Captured
+from moeca_compile.runtime.dispatch import Tracks, run_step
+from moeca_compile.runtime.trajectory import Trajectory
+from moeca_compile.variant import SLOTS
+
+Step = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
+def golden_steps(captured: Captured) -> list[Step]:
+    """Inputs and outputs of the first steps of one trajectory: as many as it takes to run every variant once, and
+    those that forecast with a history to forecast from.
+
+    The variants run node by node in torch. Latent and timestep move as a sampler would move them, by seeded noise.
+    """
+    program = captured.program
+    schedule = program.schedule
+    trajectory = Trajectory([], stream="golden")
+    tracks = Tracks(trajectory)
+    own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
+    steps: list[Step] = []
+    missing = set(schedule.distinct_rows())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        while missing and len(steps) < len(schedule.rows) + len(SLOTS) * schedule.period:
+            index = len(steps)
+            args = _arguments(captured, index, generator)
+            states = tracks.of(program).states.values()
+            known = any(any(pair) for state in states for pair in state.coefficients(index))
+            outputs = run_step(program, tracks, args, trajectory)
+            at = schedule.row_index(index, schedule.timesteps[index] if schedule.timesteps else None)
+            row = schedule.rows[at or 0]
+            if known or not program.variant(row).wants_coefficients:
+                missing.discard(row)
+            steps.append(([args[i] for i in own], [one for one in outputs if isinstance(one, torch.Tensor)]))
+    return steps
+
+
+def _arguments(captured: Captured, step: int, generator: torch.Generator) -> list[Any]:
+    program, args = captured.program, list(captured.args)
+    latent = program.latent if program.latent is not None else _largest(captured)
+    if latent is not None:
+        noise = torch.randn(args[latent].shape, generator=generator).to(args[latent].dtype)
+        args[latent] = args[latent] + 0.1 * noise
+    if program.timestep is not None:
+        args[program.timestep] = _time(args[program.timestep], step, program.schedule.timesteps)
+    return args
+
+
+def _time(example: torch.Tensor, step: int, timesteps: Sequence[float]) -> torch.Tensor:
+    if timesteps:
+        return torch.full_like(example, timesteps[step])
+    first = example.reshape(-1)[:1].expand(example.numel()).reshape(example.shape)  # one timestep for the batch
+    return first - step if not example.is_floating_point() else first * (1 - 0.02 * step)
+
+
+def _largest(captured: Captured) -> int | None:
+    """The position of the floating input with the most dimensions, where no latent was found."""
+    own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
+    found = [i for i in own if captured.args[i].is_floating_point()]
+    return max(found, key=lambda i: captured.args[i].dim(), default=None)

@@ -1,0 +1,172 @@
+"""What is exported: the model captured as one graph, at the batches that the export needs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from moeca_compile.capture import Input, inputs_of
+from moeca_compile.errors import CaptureError, LoweringError
+from moeca_compile.options import Options
+from moeca_compile.program import Program
+
+Arguments = Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph of the model and the arguments it was captured with, by position of its placeholders."""
+
+    program: Program
+    args: tuple[Any, ...]
+    places: dict[str, int]  # by placeholder, for what the caller gave: its place among the tensors of the call
+    called: dict[str, str]  # by placeholder, what the model's signature calls it
+    results: tuple[tuple[str, int], ...]  # for each output of the graph, its name and its place in what the model gave
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return self.program.analysis.context.inputs
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What the model brings itself, by placeholder: parameters, buffers, and tensors that it merely holds."""
+        return {one.name: arg for one, arg in zip(self.inputs, self.args, strict=True) if one.name not in self.places}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names that people see, by placeholder: those of the model's arguments, or where Dynamo found it."""
+        found: dict[str, str] = {}
+        for one in self.inputs:
+            if one.name in self.places:
+                name = re.sub(r"[\s/\\]+", "_", self.called.get(one.name, one.label))
+                found[one.name] = one.name if name in found.values() else name
+        return found
+
+
+def call(model: Any, arguments: Arguments) -> Any:
+    """The model on positional arguments, or on a mapping of keywords."""
+    with torch.no_grad():
+        return model(**arguments) if isinstance(arguments, Mapping) else model(*arguments)
+
+
+def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> Captured:
+    """Run a prepared model once through Dynamo.
+
+    Raises:
+        CaptureError: it isn't one graph, or has nothing to cache.
+        LoweringError: its weights aren't on the CPU, or an argument isn't a plain tensor.
+    """
+    seen: list[tuple[Any, tuple[Input, ...], tuple[Any, ...], tuple[Any, ...]]] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        inputs = inputs_of(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            outputs = tuple(gm(*args))
+            seen.append((gm, inputs, args, outputs))
+            return outputs
+
+        return run
+
+    # the backend is a new object each time: what was compiled before isn't taken again
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, **_isolated())
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
+            result = call(compiled, arguments)
+    except TorchDynamoException as error:
+        text = " ".join(str(error).split("\n")[:4])
+        raise CaptureError(f"the model doesn't trace as one graph, which an export needs: {text}") from error
+    if len(seen) != 1:
+        raise CaptureError(f"the model ran {len(seen)} graphs in one call, an export needs exactly one")
+    gm, inputs, args, outputs = seen[0]
+    for one, arg in zip(inputs, args, strict=True):
+        if not isinstance(arg, torch.Tensor):
+            raise LoweringError(f"{one.label} reaches the graph as {type(arg).__name__}; pass it as a tensor")
+        if arg.device.type != "cpu":
+            raise LoweringError(f"{one.label} is on {arg.device}: move model and inputs to the CPU for the export")
+    program = Program(gm, args, inputs, options, whole=True)
+    given = {id(one): place for place, one in enumerate(tensors(arguments))}
+    names = [one.name for one in program.analysis.context.inputs]
+    places = {name: given[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in given}
+    by_id = {id(value): name for name, value in bound_arguments(model, arguments).items() if torch.is_tensor(value)}
+    called = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
+    return Captured(program, args, places, called, _results(result, outputs))
+
+
+def _isolated() -> dict[str, Any]:
+    """Keep this compile's entries apart from the user's own, where torch can (from 2.13 on)."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+
+
+def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+    """Which of the model's results each output of its graph is. What isn't there was handed through, as it came in.
+
+    Raises:
+        CaptureError: an output isn't among the results.
+    """
+    leaves = tree_leaves(result)
+    known = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves))) if torch.is_tensor(leaf)}
+    if any(id(one) not in known for one in outputs):
+        raise CaptureError("the model computes on what its graph gave; an export needs the graph's outputs as they are")
+    places = [known[id(one)] for one in outputs]
+    if isinstance(result, Mapping) and len(set(places)) == len(places) and all(map(_is_name, result)):
+        keys = {id(value): str(key) for key, value in result.items()}
+        if all(id(leaves[place]) in keys for place in places):
+            return tuple((keys[id(leaves[place])], place) for place in places)
+    numbered = ["output"] if len(outputs) == 1 else [f"output_{i:03d}" for i in range(len(outputs))]
+    return tuple(zip(numbered, places, strict=True))
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"[A-Za-z_]\w*", key) is not None
+
+
+def tensors(arguments: Arguments) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+
+
+def batch_of(arguments: Arguments) -> int:
+    """The size of the first dimension of the example's tensor with the most dimensions.
+
+    Raises:
+        LoweringError: no tensor has a dimension.
+    """
+    found = max(tensors(arguments), key=lambda one: one.dim(), default=None)
+    if found is None or not found.dim() or not found.shape[0]:
+        raise LoweringError("example_inputs: no tensor with a batch; give what one call of the model gets")
+    return found.shape[0]
+
+
+def rebatched(arguments: Arguments, batch: int) -> Any:
+    """The example with another batch: the samples of every tensor that has the example's batch, taken in turn."""
+    own = batch_of(arguments)
+
+    def take(one: torch.Tensor) -> torch.Tensor:
+        if not one.dim() or one.shape[0] != own:
+            return one
+        return one[torch.arange(batch, device=one.device) % own]
+
+    return tree_map_only(torch.Tensor, take, arguments)
+
+
+def numbers(model: torch.nn.Module, arguments: Arguments) -> dict[str, float]:
+    """Arguments that are numbers: they become constants of the graph, and the manifest says so."""
+    bound = bound_arguments(model, arguments)
+    return {k: v for k, v in bound.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def bound_arguments(model: torch.nn.Module, arguments: Arguments) -> dict[str, Any]:
+    """The arguments by the names that the model's signature gives them."""
+    if isinstance(arguments, Mapping):
+        return dict(arguments)
+    try:
+        return dict(inspect.signature(model.forward).bind(*arguments).arguments)
+    except (TypeError, ValueError):
+        return {}

@@ -1,0 +1,247 @@
+"""What `manifest.json` says, as data, and what must be true of it beyond its schema. No torch, no files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from moeca_compile.errors import BundleError
+from moeca_compile.runtime.schema import check
+from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.variant import SLOTS
+
+FORMAT, VERSION = "moeca-bundle", 1
+MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
+COEFFICIENTS = "coefficients"
+
+Dim = int | str  # a size, or a multiple of the batch: "batch", "256*batch", "batch+1"
+_DIM = re.compile(r"(?:(\d+)\*)?batch([+-]\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named input or output. A dimension is a size or an expression of the batch."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        return tuple(evaluate(dim, batch) for dim in self.shape)
+
+    def batch_of(self, sizes: Sequence[int]) -> int | None:
+        """The batch that a tensor of these sizes has; None if it fits none, or -1 if any batch fits."""
+        if len(sizes) != len(self.shape):
+            return None
+        found = {batch_in(dim, size) for dim, size in zip(self.shape, sizes, strict=True)} - {-1}
+        if not found:
+            return -1
+        batch = found.pop()
+        return batch if not found and batch is not None and batch > 0 else None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec(TensorSpec):
+    """A cache tensor; as an input it is called `<name>_in`, as an output `<name>_out`."""
+
+    region: int
+    output: int
+    slot: str
+
+
+@dataclass(frozen=True, slots=True)
+class VariantSpec:
+    """One graph: `row` is its actions' letters, `takes`, `reads` and `writes` are names of inputs and state."""
+
+    name: str
+    file: str
+    row: str
+    takes: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    coefficients: bool
+    macs: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`, checked."""
+
+    data: Mapping[str, Any]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[StateSpec, ...]
+    variants: tuple[VariantSpec, ...]
+    steps: tuple[int, ...]
+    files: Mapping[str, tuple[str, int]]
+
+    @property
+    def regions(self) -> int:
+        return len(self.data["model"]["regions"])
+
+    @property
+    def timestep(self) -> str | None:
+        found: str | None = self.data["timestep"]
+        return found
+
+    @property
+    def dynamic_batch(self) -> bool:
+        return any(isinstance(dim, str) for one in self.inputs for dim in one.shape)
+
+    def variant_of(self, row: Row) -> int:
+        letters = letters_of(row)
+        return next(i for i, one in enumerate(self.variants) if one.row == letters)
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Manifest:
+        """Read and check everything that needs no other file.
+
+        Raises:
+            BundleError: not a manifest, a newer format, a changed or contradictory entry.
+        """
+        try:
+            data = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST} isn't JSON: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(f"{MANIFEST} isn't of a moeca bundle")
+        version = data.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise BundleError(
+                f"the bundle's format is version {version}, this package reads up to {VERSION}: update moeca-compile"
+            )
+        if wrong := check(data, _schema()):
+            raise BundleError(f"{MANIFEST}: {wrong}")
+        if data["digest"] != digest_of(data):
+            raise BundleError(f"{MANIFEST} was changed after the export: its digest doesn't fit. Export again")
+        return cls(
+            data=data,
+            inputs=tuple(TensorSpec(o["name"], o["dtype"], tuple(o["shape"])) for o in data["inputs"]),
+            outputs=tuple(TensorSpec(o["name"], o["dtype"], tuple(o["shape"])) for o in data["outputs"]),
+            state=tuple(StateSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["state"]),
+            variants=tuple(VariantSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data["variants"]),
+            steps=tuple(data["steps"]),
+            files={name: (one["sha256"], one["bytes"]) for name, one in data["files"].items()},
+        )
+
+    def fit(self, schedule: Schedule) -> None:
+        """Check that tables and schedule say the same.
+
+        Raises:
+            BundleError: they don't.
+        """
+        keys = self.data["model"]["regions"]
+        _demand(schedule.regions == tuple(keys), "the schedule is for other regions")
+        _demand(schedule.fingerprint == self.data["model"]["fingerprint"], "the schedule is of another graph")
+        rows = [letters_of(row) for row in schedule.rows]
+        known = [one.row for one in self.variants]
+        _demand(len(set(known)) == len(known), "two variants have the same row")
+        _demand(sorted(known) == sorted(set(rows)), "the variants aren't the schedule's rows")
+        _demand([known.index(row) for row in rows] == list(self.steps), "steps and schedule differ")
+        inputs = [one.name for one in self.inputs]
+        _distinct([*inputs, *(f"{one.name}_in" for one in self.state), COEFFICIENTS], "input")
+        _distinct([*(one.name for one in self.outputs), *(f"{one.name}_out" for one in self.state)], "output")
+        _demand(self.timestep is None or self.timestep in inputs, f"the timestep {self.timestep!r} is no input")
+        _demand(not schedule.timesteps or self.timestep is not None, "a schedule with timesteps needs a timestep input")
+        self._fit_state(schedule)
+        for one in self.variants:
+            self._fit_variant(one)
+        needed = {SCHEDULE, WEIGHTS, GOLDEN, *(one.file for one in self.variants)}
+        _demand(set(self.files) == needed, f"files: {sorted(set(self.files) ^ needed)} are missing or too many")
+        _demand(len(needed) == 3 + len(self.variants), "two variants have the same file")
+
+    def _fit_state(self, schedule: Schedule) -> None:
+        outputs: dict[int, int] = {}
+        for one in self.state:
+            outputs[one.region] = max(outputs.get(one.region, 0), one.output + 1)
+        wanted = [
+            (region, output, slot)
+            for region in range(self.regions)
+            for output in range(outputs.get(region, 1 if schedule.depth(region) else 0))
+            for slot in SLOTS[: schedule.depth(region)]
+        ]
+        _demand([(o.region, o.output, o.slot) for o in self.state] == wanted, "state and schedule differ")
+        names = [f"state_{i:03d}" for i in range(len(self.state))]
+        _demand([one.name for one in self.state] == names, "state has other names than its places")
+
+    def _fit_variant(self, one: VariantSpec) -> None:
+        computed = {region for region, letter in enumerate(one.row) if letter == Action.COMPUTE.value}
+        writes = tuple(s.name for s in self.state if s.region in computed and s.slot == SLOTS[0])
+        readable = {s.name for s in self.state if s.region not in computed}
+        _demand(one.writes == writes, f"variant {one.name} doesn't write what its row computes")
+        _demand(readable.issuperset(one.reads), f"variant {one.name} reads state that its row computes")
+        _demand({i.name for i in self.inputs}.issuperset(one.takes), f"variant {one.name} takes unknown inputs")
+
+
+def bundle_id(schedule_sha256: str, weights_sha256: str) -> str:
+    """What every graph of a bundle carries, so that none serves in another."""
+    return hashlib.sha256(f"{schedule_sha256} {weights_sha256}".encode()).hexdigest()
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """The digest of a manifest, without the digest it may have."""
+    rest = {name: value for name, value in data.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def letters_of(row: Row) -> str:
+    return "".join(action.value for action in row)
+
+
+def expression(factor: int, offset: int) -> Dim:
+    """factor * batch + offset."""
+    if not factor:
+        return offset
+    return f"{f'{factor}*' if factor != 1 else ''}batch{f'{offset:+d}' if offset else ''}"
+
+
+def evaluate(dim: Dim, batch: int) -> int:
+    factor, offset = parts(dim)
+    return factor * batch + offset
+
+
+def batch_in(dim: Dim, size: int) -> int | None:
+    """The batch for which `dim` is `size`: None if there is none, -1 if any will do."""
+    factor, offset = parts(dim)
+    if not factor:
+        return -1 if size == offset else None
+    batch, rest = divmod(size - offset, factor)
+    return None if rest or batch < 0 else batch
+
+
+def parts(dim: Dim) -> tuple[int, int]:
+    """a and b of a * batch + b."""
+    if isinstance(dim, int):
+        return 0, dim
+    match = _DIM.fullmatch(dim)
+    assert match is not None, dim  # the schema saw to it
+    return int(match[1] or 1), int(match[2] or 0)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _demand(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise BundleError(f"{MANIFEST}: {otherwise}. Export again")
+
+
+def _distinct(names: Iterable[str], what: str) -> None:
+    seen = list(names)
+    _demand(len(set(seen)) == len(seen), f"an {what} name appears twice")
+
+
+@cache
+def _schema() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(files(__package__).joinpath("manifest.schema.json").read_text())
+    return found

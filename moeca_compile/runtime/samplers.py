@@ -1,0 +1,99 @@
+"""Samplers in numpy, for serving without torch: they call a `Model` and know nothing of caches.
+
+A model is `model(x, t, condition) -> output`; `model_of` makes one of a session's trajectory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeca_compile.errors import BundleError
+from moeca_compile.runtime.session import Trajectory
+
+Model = Callable[[Any, float, Any], Any]
+
+
+def model_of(trajectory: Trajectory, x: str = "x", t: str = "t", condition: str = "y", output: str = "") -> Model:
+    """A trajectory as a model; the names are its inputs', `output` is by default its first one. `t` is spread over the
+    batch where the input is a vector.
+
+    Raises:
+        BundleError: a name that the bundle doesn't have.
+    """
+    specs = {one.name: one for one in trajectory.session.inputs}
+    result = output or trajectory.session.outputs[0].name
+    known = {*specs, *(one.name for one in trajectory.session.outputs)}
+    if unknown := {x, t, condition, result} - known:
+        raise BundleError(f"the bundle has nothing named {sorted(unknown)}; it has {sorted(known)}")
+
+    def model(latent: Any, time: float, given: Any) -> Any:
+        sizes = () if not specs[t].shape else (len(latent),)
+        times = np.full(sizes, time, np.dtype(specs[t].dtype))
+        return trajectory.run({x: latent, t: times, condition: given})[result]
+
+    return model
+
+
+def guided(model: Model, null: Any, scale: float, unconditional: Model | None = None) -> Model:
+    """Classifier-free guidance, `uncond + scale * (cond - uncond)`: Ho & Salimans 2022.
+
+    One call with both halves in one batch, the conditional first; or two, with `unconditional`, which must be a model
+    of another trajectory. `null` is the empty condition, like a batch of conditions.
+    """
+
+    def both(x: Any, t: float, condition: Any) -> Any:
+        if unconditional is not None:
+            with_it, without = model(x, t, condition), unconditional(x, t, null)
+        else:
+            halves = model(np.concatenate([x, x]), t, np.concatenate([condition, null]))
+            with_it, without = np.split(halves, 2)
+        return without + np.asarray(scale, without.dtype) * (with_it - without)
+
+    return both
+
+
+def euler(
+    model: Model, x: Any, condition: Any, times: Sequence[float], time_scale: float = 1.0, channels: int | None = None
+) -> Any:
+    """Integrate dx/dt = velocity by Euler's method, for a rectified flow (Liu et al. 2022).
+
+    Args:
+        model: gives the velocity.
+        x: the start, [N, C, ...].
+        times: from the start to the end, one more than steps: 1 ... 0.
+        time_scale: what the model multiplies a time with, such as 1000.
+        channels: how many of the output's channels are velocity; None: all.
+    """
+    for now, after in itertools.pairwise(times):
+        velocity = model(x, time_scale * now, condition)[:, :channels]
+        x = x + np.asarray(after - now, x.dtype) * velocity
+    return x
+
+
+def ddim(
+    model: Model, x: Any, condition: Any, timesteps: Sequence[int], alphas: Sequence[float], channels: int | None = None
+) -> Any:
+    """Deterministic DDIM: Song, Meng & Ermon 2020, equation 12 with sigma = 0.
+
+    Args:
+        model: predicts the noise.
+        x: the start, [N, C, ...], noise.
+        timesteps: descending indices into `alphas`; the last step goes to the clean sample.
+        alphas: the cumulative products of 1 - beta by timestep.
+        channels: how many of the output's channels are noise (a model may add a variance); None: all.
+    """
+    for position, t in enumerate(timesteps):
+        now = alphas[t]
+        after = alphas[timesteps[position + 1]] if position + 1 < len(timesteps) else 1.0
+        noise = model(x, float(t), condition)[:, :channels]
+        clean = (x - _root(1 - now, x) * noise) / _root(now, x)
+        x = _root(after, x) * clean + _root(1 - after, x) * noise
+    return x
+
+
+def _root(value: float, like: Any) -> Any:
+    return np.asarray(np.sqrt(value), like.dtype)

@@ -1,0 +1,263 @@
+"""Sampling from a bundle with numpy and onnxruntime: no torch, no model code.
+
+session = Session.open("digits.moeca")
+with session.trajectory(steps=50) as t:
+    for ...:
+        out = t.run({"x": x, "t": time, "y": labels})["output"]
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from moeca_compile.errors import BundleError, MoecaWarning, StateError
+from moeca_compile.runtime import ort
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.manifest import COEFFICIENTS
+from moeca_compile.runtime.rows import choose_row
+from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.stats import Stats, StepRecord
+from moeca_compile.schedule import Row
+from moeca_compile.variant import StateSlot
+
+MAX_RECORDS = 4096
+
+Arrays = dict[str, Any]  # numpy arrays by the name of an input or output
+
+
+class Session:
+    """A bundle, loaded: every variant on one provider. Any number of trajectories may use it, in any threads.
+
+    Attributes:
+        bundle: the verified directory.
+        provider: of onnxruntime, the one that was asked for.
+        inputs, outputs: what a call takes and gives.
+    """
+
+    def __init__(self, bundle: Bundle, provider: str, variants: tuple[ort.OrtVariant, ...]) -> None:
+        self.bundle, self.provider, self.variants = bundle, provider, variants
+        self.manifest, self.schedule = bundle.manifest, bundle.schedule
+        self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
+
+    @classmethod
+    def open(
+        cls, path: str | Path, provider: str = "CPUExecutionProvider", memory: str = "speed",
+        threads: int | None = None,
+    ) -> Session:  # fmt: skip
+        """Verify and load a bundle.
+
+        Args:
+            path: the directory that `moeca_compile.export` made.
+            provider: an execution provider of onnxruntime; another one is never taken in its place.
+            memory: "speed", or "shared": all variants (and processes) use the one mapped copy of the weights, at the
+                price of slower matrix multiplies on the CPU.
+            threads: of one operator; None: onnxruntime's choice.
+
+        Raises:
+            BundleError: the bundle isn't what was exported, or can't run here.
+            OptionError: an unknown memory mode.
+        """
+        ort.check_request(provider, memory)
+        bundle = Bundle.open(path)
+        pairs = zip(bundle.graphs, bundle.manifest.variants, strict=True)
+        variants = tuple(
+            ort.OrtVariant(graph, spec, bundle.manifest, bundle.path, provider, memory, threads)
+            for graph, spec in pairs
+        )
+        return cls(bundle, provider, variants)
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays:
+        """One call by itself: everything is computed, nothing is kept.
+
+        Raises:
+            BundleError: inputs that the model doesn't take.
+        """
+        feeds, _ = self.admit(inputs)
+        variant = self.variant_of(self.schedule.rows[0])
+        return self.named(variant.run(feeds))
+
+    def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
+        """A denoising loop, or one stream of it: every call is exactly one step. Open one a request, and for guidance
+        in two calls one each for the conditional and the unconditional stream.
+
+        Raises:
+            StateError: `steps` doesn't fit the schedule.
+        """
+        return Trajectory(self, steps, stream)
+
+    def variant_of(self, row: Row) -> ort.OrtVariant:
+        return self.variants[self.manifest.variant_of(row)]
+
+    def admit(self, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
+        """The inputs as contiguous arrays, and their batch (1 where nothing depends on it).
+
+        Raises:
+            BundleError: other names, shapes or dtypes than the model takes.
+        """
+        if set(inputs) != {one.name for one in self.inputs}:
+            raise BundleError(f"inputs {sorted(inputs)}: the model takes {', '.join(map(str, self.inputs))}")
+        feeds, batch = {}, -1
+        for spec in self.inputs:
+            array = np.asarray(inputs[spec.name])
+            if array.dtype.name != spec.dtype:
+                raise BundleError(f"input {spec.name} has dtype {array.dtype}, the model takes {spec}")
+            found = spec.batch_of(array.shape)
+            if found is None or (found != -1 and batch not in (-1, found)):
+                others = f" (the other inputs have batch {batch})" if found is not None else ""
+                raise BundleError(f"input {spec.name} has shape {list(array.shape)}, the model takes {spec}{others}")
+            batch = max(batch, found)
+            feeds[spec.name] = np.asarray(array, order="C")
+        return feeds, max(batch, 1)
+
+    def named(self, values: list[Any]) -> Arrays:
+        """The model's outputs among a variant's."""
+        return {spec.name: value.numpy() for spec, value in zip(self.outputs, values, strict=False)}
+
+
+class Trajectory:
+    """One stream of one denoising loop: it owns its cached state. A context manager; leaving it drops the state."""
+
+    def __init__(self, session: Session, steps: int | None, stream: str) -> None:
+        rows, ends = len(session.schedule.rows), not (session.schedule.period or session.schedule.timesteps)
+        if steps is not None and (steps < 1 or (ends and steps > rows)):
+            raise StateError(f"trajectory: steps={steps}, expected 1 to {rows if ends else 'any number'}")
+        self.session, self.stream = session, stream
+        self.steps = rows if ends and steps is None else steps
+        self.records: list[StepRecord] = []
+        self._lock = threading.Lock()
+        self._step, self._batch = -1, 0
+        self._state: StreamState | None = None
+        self._closed = self._broken = False
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays:
+        """The next step: arrays by input name to arrays by output name.
+
+        Raises:
+            BundleError: inputs that the model doesn't take; the step doesn't count then.
+            StateError: one step too many, another batch than before, a closed trajectory, or a second thread.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise StateError("this trajectory is running in another thread: open one a thread and stream")
+        try:
+            return self._run(inputs)
+        finally:
+            self._lock.release()
+
+    def reset(self) -> None:
+        """Begin again: the next call is the first step."""
+        with self._lock:
+            self._step, self._state, self._broken = -1, None, False
+            self.records.clear()
+
+    def close(self) -> None:
+        """Drop the state; further calls are refused."""
+        self.reset()
+        self._closed = True
+
+    def stats(self) -> Stats:
+        """What ran so far, and what is held."""
+        records = tuple(self.records)
+        full = self.session.variant_of(self.session.schedule.rows[0]).spec.macs * len(records)
+        slots = zip(self._state.layout, self._state.tensors, strict=True) if self._state else ()
+        held = sum(slot.bytes for slot, tensor in slots if tensor is not None)
+        return Stats(records, held, sum(r.macs for r in records) / full if full else 1.0, 1, {})
+
+    def __enter__(self) -> Trajectory:
+        if self._closed:
+            raise StateError("this trajectory was closed: open another one")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, inputs: Mapping[str, Any]) -> Arrays:
+        begin = time.perf_counter()
+        session, step = self.session, self._step + 1
+        if self._closed:
+            raise StateError("this trajectory was closed: open another one")
+        if self.steps is not None and step >= self.steps:
+            raise StateError(f"the trajectory has {self.steps} steps, and this is call {step + 1}: open another one")
+        feeds, batch = session.admit(inputs)
+        if self._state is None:
+            self._batch = batch
+            self._state = StreamState(_layout(session, batch), session.manifest.regions)
+        elif batch != self._batch:
+            raise StateError(f"the trajectory began with batch {self._batch}, this call has {batch}: open another one")
+        state = self._state
+        if self._broken:
+            state.clear()
+            self._warn(f"step {step - 1} gave values that aren't finite: its state is dropped, this step is cold")
+        row, cold = self._choose(step, self._timestep(feeds), state)
+        variant = session.variant_of(row)
+        for slot in variant.spec.reads:
+            one = state.tensors[_number(slot)]
+            spec = session.manifest.state[_number(slot)]
+            feeds[f"{slot}_in"] = ort.zeros(spec.sizes(batch), spec.dtype) if one is None else one
+        if variant.spec.coefficients:
+            table = np.asarray(state.coefficients(step), np.float32)
+            feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, 2)
+        start = time.perf_counter()
+        values = variant.run(feeds)
+        end = time.perf_counter()
+        outputs = session.named(values)
+        state.commit(step, row, [_number(name) for name in variant.spec.writes], values[len(outputs) :])
+        self._step = step
+        self._broken = bool(variant.spec.writes) and not all(_finite(one) for one in outputs.values())
+        if len(self.records) == MAX_RECORDS:
+            del self.records[: MAX_RECORDS // 2]
+        ms = (end - start) * 1e3
+        overhead = (time.perf_counter() - begin) * 1e3 - ms
+        self.records.append(StepRecord(step, self.stream, variant.spec.name, ms, overhead, variant.spec.macs, cold))
+        return outputs
+
+    def _choose(self, step: int, timestep: float | None, state: StreamState) -> tuple[Row, bool]:
+        choice = choose_row(self.session.schedule, step, timestep, state)
+        if choice.past_end:
+            raise StateError(f"step {step} is past the schedule's last row ({len(self.session.schedule.rows)} rows)")
+        if choice.far is not None:
+            self._warn(
+                f"timestep {timestep:g} is far from the schedule's nearest, {choice.far:g}: it was made for other "
+                "timesteps. Export one for this sampler, or a uniform schedule"
+            )
+        if choice.cold:
+            state.clear()
+        return choice.row, choice.cold
+
+    def _timestep(self, feeds: Arrays) -> float | None:
+        """The call's timestep, where the schedule chooses rows by it."""
+        name = self.session.manifest.timestep
+        if not self.session.schedule.timesteps or name is None:
+            return None
+        times = np.asarray(feeds[name], np.float64).reshape(-1)
+        if not times.size or not math.isfinite(times[0]) or (times != times[0]).any():
+            raise StateError(f"{name}: the schedule chooses by timestep, and needs one finite timestep for the batch")
+        return float(times[0])
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(text, MoecaWarning, stacklevel=5)
+
+
+def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
+    found = []
+    for one in session.manifest.state:
+        sizes = one.sizes(batch)
+        size = math.prod(sizes) * np.dtype(one.dtype).itemsize
+        found.append(StateSlot(one.name, one.region, one.output, one.slot, sizes, one.dtype, "", size))
+    return tuple(found)
+
+
+def _number(slot: str) -> int:
+    return int(slot.removeprefix("state_"))
+
+
+def _finite(array: Any) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

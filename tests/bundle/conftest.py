@@ -1,0 +1,84 @@
+"""One small model, exported once for all tests here, with a schedule of three different rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeca_compile as moeca
+from moeca_compile.exporting.request import Captured, capture
+from moeca_compile.options import Options
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.manifest import MANIFEST, digest_of
+from moeca_compile.runtime.session import Session
+from moeca_compile.schedule import Schedule
+from tests.models import DiT
+from tests.tools import row
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def small_model(**sizes: Any) -> DiT:
+    torch.manual_seed(0)
+    return DiT("numpy", **{"depth": 1, "dim": 16, "hidden": 24, "heads": 2, **sizes}).eval().requires_grad_(False)
+
+
+def call_of(batch: int, seed: int = 0, size: int = 8, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """x, t and y of one call."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 4, size, size, generator=generator).to(dtype)
+    return x, torch.full((batch,), 500.0 - seed), torch.randint(0, 10, (batch,), generator=generator)
+
+
+def named(call: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    return {name: one.numpy() for name, one in zip("xty", call, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def model() -> DiT:
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def schedule(model: DiT) -> Schedule:
+    """All computed, all forecast, attention only, all forecast; the last three for ever."""
+    keys = tuple(region.key for region in moeca.explain(model, *call_of(2)).regions)
+    assert len(keys) == 2
+    return Schedule((row("CC"), row("FF"), row("CF"), row("CC"), row("FR")), keys, order=1, period=4)
+
+
+@pytest.fixture(scope="session")
+def exported(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return moeca.export(model, call_of(2), schedule, tmp_path_factory.mktemp("bundles") / "small.moeca")
+
+
+@pytest.fixture(scope="session")
+def session(exported: Bundle) -> Session:
+    return Session.open(exported.path, threads=1)
+
+
+@pytest.fixture(scope="session")
+def torch_side(model: DiT, schedule: Schedule, exported: Bundle) -> Captured:
+    """The same graph in torch, at a batch that the export never saw."""
+    return capture(model, call_of(4), Options(schedule=schedule, inner="eager"))
+
+
+@pytest.fixture
+def copy(exported: Bundle, tmp_path: Path) -> Path:
+    """A bundle to spoil."""
+    shutil.copytree(exported.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit_manifest(folder: Path, edit: Edit) -> None:
+    """Change the manifest as somebody would who knows how to seal it again."""
+    data = json.loads((folder / MANIFEST).read_text())
+    edit(data)
+    data["digest"] = digest_of(data)
+    (folder / MANIFEST).write_text(json.dumps(data))

@@ -1,0 +1,100 @@
+"""The bundle commands: what they print, and their exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from moeca_compile.cli import bundles
+from moeca_compile.errors import BundleError, OptionError
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.session import Session
+from tests.bundle.conftest import call_of, edit_manifest, named, small_model
+
+
+def run(*words: object) -> tuple[int, str]:
+    app = typer.Typer()
+    bundles.mount(app)
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout
+
+
+def tiny() -> tuple[torch.nn.Module, Any]:
+    return small_model(), call_of(2)
+
+
+def test_export(tmp_path: Path) -> None:
+    source = f"{__name__}:tiny" if __name__.startswith("tests.") else "tests.bundle.test_cli:tiny"
+    status, said = run("export", source, tmp_path / "b", "--schedule", "full", "--fixed-batch")
+    assert status == 0
+    assert "1 variants" in said
+    assert run("verify", tmp_path / "b")[0] == 0
+
+
+@pytest.mark.parametrize("source", ["nothing", "no.such.module:f", "tests.bundle.test_cli:none", "math:sqrt2"])
+def test_export_of_what_cannot_be_loaded(source: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError):
+        run("export", source, tmp_path / "b")
+
+
+def none() -> None:
+    return None
+
+
+def test_verify(exported: Bundle, copy: Path) -> None:
+    status, said = run("verify", exported.path, "--threads", 1)
+    assert status == 0
+    assert said.startswith("as recorded")
+    status, said = run("verify", exported.path, "--memory", "shared", "--json")
+    assert json.loads(said)["passed"]
+    edit_manifest(copy, lambda data: data["golden"].update(tolerance=0))
+    assert run("verify", copy)[0] == 1
+    (copy / "weights.bin").write_bytes(b"")
+    with pytest.raises(BundleError):
+        run("verify", copy)
+
+
+def test_info(exported: Bundle) -> None:
+    status, said = run("info", exported.path)
+    assert status == 0
+    assert "x: float32 [batch, 4, 8, 8]" in said
+    assert "onnxruntime 1" in said
+    assert json.loads(run("info", exported.path, "--json")[1])["opset"] == 20
+
+
+def test_run(exported: Bundle, session: Session, tmp_path: Path) -> None:
+    calls = [named(call_of(2, seed=step)) for step in range(5)]
+    np.savez(tmp_path / "in.npz", **{name: np.stack([one[name] for one in calls]) for name in "xty"})
+    status, said = run("run", exported.path, "--inputs", tmp_path / "in.npz", "--out", tmp_path / "out.npz")
+    assert status == 0
+    assert said.startswith("5 calls")
+    with session.trajectory() as trajectory, np.load(tmp_path / "out.npz") as found:
+        for step, call in enumerate(calls):
+            np.testing.assert_allclose(found["output"][step], trajectory.run(call)["output"], rtol=1e-4, atol=1e-5)
+
+
+def test_run_with_unequal_steps(exported: Bundle, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", x=np.zeros(3), t=np.zeros(2))
+    with pytest.raises(BundleError, match="same number of steps"):
+        run("run", exported.path, "--inputs", tmp_path / "in.npz", "--out", tmp_path / "out.npz")
+    with pytest.raises(BundleError, match="can't be read"):
+        run("run", exported.path, "--inputs", tmp_path / "none.npz", "--out", tmp_path / "out.npz")
+
+
+def test_bench(exported: Bundle) -> None:
+    status, said = run("bench", exported.path, "--steps", 8, "--rounds", 1, "--json")
+    assert status == 0
+    (figures,) = json.loads(said)
+    assert set(figures["variant_ms"]) <= {one.name for one in exported.manifest.variants}
+    assert figures["speedup"] == pytest.approx(figures["full_ms"] / figures["cached_ms"])
+    assert 0 < figures["mac_fraction"] < 1
+    assert "of the MACs" in run("bench", exported.path, "--steps", 4, "--rounds", 1)[1]

@@ -1,0 +1,104 @@
+"""What a graph goes through before it is ONNX: one for every batch, constants folded, squeezes that ONNX refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from moeca_compile import fx
+from moeca_compile.errors import LoweringError
+from moeca_compile.lower.onnx import _drop_squeezes
+from moeca_compile.lower.onnx_batch import any_batch, dims
+from moeca_compile.lower.onnx_constants import bind
+
+aten = torch.ops.aten
+
+
+def traced(function: Callable[..., Tensor], *args: Tensor) -> GraphModule:
+    return make_fx(function, tracing_mode="fake", pre_dispatch=True)(*args)
+
+
+def at_two(function: Callable[[Tensor], Tensor]) -> GraphModule:
+    first, second = (traced(function, torch.zeros(batch, 4, 6)) for batch in (2, 3))
+    return any_batch(first, second, (2, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.reshape(x.shape[0] * 4, 6) * 2,
+        lambda x: torch.cat([x, x.new_ones(1, 4, 6)]).view(x.shape[0] + 1, 24),
+        lambda x: x[: x.shape[0] - 1].sum(0).expand(3 * x.shape[0], 4, 6),
+        lambda x: x / x.shape[0],
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_sizes_follow_the_batch(function: Callable[[Tensor], Tensor], batch: int) -> None:
+    x = torch.randn(batch, 4, 6)
+    assert torch.equal(at_two(function)(x), function(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda x: x.sum() * x.shape[0] ** 2, "4 at batch 2 is 9 at batch 3"),
+        (lambda x: x * (1 / x.shape[0]), "0.5 at batch 2 is 0.33"),
+        (lambda x: torch.cat(list(x.unbind(0))), "loops over it|at batch 2 is"),
+        (lambda x: x.relu() if x.shape[0] == 2 else x.sigmoid(), "branches on its batch"),
+    ],
+)
+def test_what_does_not_is_refused(function: Callable[[Tensor], Tensor], says: str) -> None:
+    with pytest.raises(LoweringError, match=says) as caught:
+        at_two(function)
+    assert "dynamic_batch=False" in str(caught.value)
+
+
+def test_shapes_at_two_batches() -> None:
+    assert dims((2, 32, 7, 3), (3, 48, 7, 4), (2, 3)) == ("batch", "16*batch", 7, "batch+1")
+    with pytest.raises(LoweringError):
+        dims((4,), (9,), (2, 3))
+    with pytest.raises(LoweringError):
+        dims((3,), (2,), (2, 3))
+
+
+def test_weights_are_folded_and_transposed_once() -> None:
+    """A layer with a stacked weight that it splits, as in attention: two linears over its parts."""
+    weight, bias = torch.randn(8, 6), torch.randn(4)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        first, second = weight.split(4)
+        return aten.linear(x, first, bias) + aten.linear(x, second) + aten.linear(x, first)
+
+    x = torch.randn(2, 5, 6)
+    gm = traced(function, x, weight, bias)
+    _, w, b = fx.placeholders(gm)
+    bind(gm, {w.name: weight, b.name: bias})
+    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    assert targets.count(aten.matmul.default) == 3
+    assert not {aten.linear.default, aten.t.default, aten.split.Tensor} & set(targets)
+    assert [tuple(one.shape) for one in gm.buffers() if one.dim() == 2].count((6, 4)) == 2
+    torch.testing.assert_close(gm(x), function(x, weight, bias))
+
+
+def test_what_grows_is_not_folded() -> None:
+    bias = torch.randn(1, 1, 6)
+    gm = traced(lambda x, bias: x + bias.expand(500, 50, 6), torch.zeros(500, 50, 6), bias)
+    bind(gm, {fx.placeholders(gm)[1].name: bias})
+    assert max(one.numel() for one in gm.buffers()) == 6
+
+
+def test_squeezes_of_what_is_no_one() -> None:
+    def function(x: Tensor) -> Tensor:
+        return aten.squeeze.dims(aten.squeeze.dim(aten.squeeze.dim(x, 1), 0), [0, 1, 2])
+
+    x = torch.randn(1, 4, 1, 6)
+    gm = traced(function, x)
+    _drop_squeezes(gm)
+    assert [n.target for n in gm.graph.nodes].count(aten.squeeze.dims) == 1
+    assert aten.squeeze.dim in {n.target for n in gm.graph.nodes}
+    assert torch.equal(gm(x), function(x))
