@@ -3,7 +3,8 @@
     python -m examples.01_generate            # a table, and demo.png
     python -m examples.01_generate --json     # the figures as one line of JSON
 
-Both get the model as it is; the sampler is the same. Runs alternate, compile time is apart, figures are medians.
+Both get the model as it is; the sampler is the same. Runs alternate, compile time is apart, figures are medians. The
+schedule was calibrated by `examples.03_calibrate` on other seeds than these.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import moeca_compile as moeca
 from examples import digits
 from moeca_compile.schedule import Action, Schedule
 
-SCHEDULE = Schedule.uniform(3, order=1)
+SCHEDULE = Path(__file__).parent / "schedules" / "digits_34.json"
 BATCH = 32  # digits a run; with guidance the model sees twice as many
-CACHED_OPTIONS = {"schedule": "uniform:3", "order": 1}
+FIRST_SEED = 2000
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Figures:
 
 
 class Contender:
-    """A compiled model, and the digits and seconds it has made so far; its runs use the seeds 0, 1, 2, ..."""
+    """A compiled model, and the digits and seconds it has made so far; its runs use seeds one after another."""
 
     def __init__(self, model: Any, warm_up: Callable[..., object], steps: int) -> None:
         self.model, self.steps = model, steps
@@ -64,7 +65,9 @@ class Contender:
 
     def run(self, advance: Callable[[int, Tensor], None]) -> None:
         started = time.perf_counter()
-        images = digits.sample(self.model, seed=len(self.images), n=BATCH, steps=self.steps, callback=advance)
+        images = digits.sample(
+            self.model, seed=FIRST_SEED + len(self.images), n=BATCH, steps=self.steps, callback=advance
+        )
         self.seconds.append(time.perf_counter() - started)
         self.images.append(images)
 
@@ -84,7 +87,7 @@ def compare(runs: int, steps: int, console: Console) -> tuple[Figures, Contender
     with console.status("compiling: plain torch.compile"):
         plain = Contender(torch.compile(digits.load_model()), lambda model, *inputs: model(*inputs), steps)
     with console.status("compiling: moeca"):
-        model = torch.compile(digits.load_model(), backend="moeca", options=CACHED_OPTIONS)
+        model = torch.compile(digits.load_model(), backend="moeca", options={"schedule": SCHEDULE})
         cached = Contender(model, moeca.warmup, steps)
     with Progress(console=console) as progress:
         task = progress.add_task("sampling", total=2 * runs * steps)
@@ -112,7 +115,7 @@ def compare(runs: int, steps: int, console: Console) -> tuple[Figures, Contender
 
 def print_table(figures: Figures, console: Console) -> None:
     title = f"{BATCH} digits, {figures.steps} steps, guidance 2; quality over {figures.samples} digits"
-    table = Table("", "plain torch.compile", "moeca uniform:3, order 1", title=title, title_justify="left")
+    table = Table("", "plain torch.compile", "moeca, calibrated", title=title, title_justify="left")
     f = figures
     table.add_row("seconds", f"{f.seconds_uncached:.2f}", f"{f.seconds_cached:.2f}")
     table.add_row("speedup", "1", f"{f.speedup:.2f}")
@@ -132,17 +135,18 @@ def draw(uncached: Tensor, cached: Tensor, regions: Sequence[str], steps: int, p
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
 
-    computed = [SCHEDULE.rows[SCHEDULE.row_index(step) or 0][0] is Action.COMPUTE for step in range(steps)]
+    schedule = Schedule.load(SCHEDULE)
+    times = [1000.0 * (1 - step / steps) for step in range(steps)]
+    rows = [schedule.rows[schedule.row_index(step, times[step]) or 0] for step in range(steps)]
+    computed = [[row[column] is Action.COMPUTE for row in rows] for column in range(len(regions))]
     figure, (top, middle, bottom) = pyplot.subplots(
         3, 1, figsize=(12, 6), height_ratios=(1, 1, 1.6), layout="constrained"
     )
-    for axes, images, title in ((top, uncached, "plain torch.compile"), (middle, cached, "moeca, uniform:3, order 1")):
+    for axes, images, title in ((top, uncached, "plain torch.compile"), (middle, cached, "moeca, calibrated")):
         axes.imshow(torch.cat(list(images[:10, 0]), dim=1).clamp(-1, 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.set_title(title, loc="left")
         axes.axis("off")
-    bottom.pcolormesh(
-        [computed] * len(regions), cmap=ListedColormap(["#e8e8e8", "#27598c"]), edgecolors="white", linewidth=0.5
-    )
+    bottom.pcolormesh(computed, cmap=ListedColormap(["#e8e8e8", "#27598c"]), edgecolors="white", linewidth=0.5)
     bottom.set_title("what each step computes (dark) and forecasts (light)", loc="left")
     bottom.set_yticks([row + 0.5 for row in range(len(regions))], regions, fontsize=7)
     bottom.set_xlabel("step")

@@ -1,4 +1,4 @@
-"""`moeca export`, `verify`, `info`, `run` and `bench`: bundles, at the command line.."""
+"""`moeca export`, `verify`, `info`, `run` and `bench`: bundles, at the command line."""
 
 from __future__ import annotations
 

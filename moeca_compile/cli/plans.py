@@ -1,4 +1,4 @@
-"""`moeca calibrate` and `moeca plan`: schedules for a budget, at the command line.."""
+"""`moeca calibrate` and `moeca plan`: schedules for a budget, at the command line."""
 
 from __future__ import annotations
 

@@ -26,6 +26,11 @@ class Budget:
     state_bytes: int | None = None
     psnr_db: float | None = None
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        limits = {"macs": self.macs, "latency": self.latency, "state": self.state_bytes, "psnr": self.psnr_db}
+        return ",".join(f"{kind}:{limit:.12g}" for kind, limit in limits.items() if limit is not None)
+
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read a budget.

@@ -1,170 +1,211 @@
-"""Find the best plan within a budget: starts (uniform ones, the dynamic programme's), then local search by rollouts.
+"""Find the best plan within a budget: propose by estimate, decide by rollouts.
 
-Every plan that is considered for the answer has been rolled out: sampled with the calibration seeds and compared with
-the uncached samples. A quarter of the rollouts goes to the dearest uniform plans that the budget allows: on those seeds
-the answer is never worse than any of them.
+Every uniform plan that the budget allows, with every predictor, is a candidate, and so are annealed ones. The most
+promising of both are rolled out, more of them on few seeds than on many. What is returned has been sampled with every
+seed. So have the uniform plans that come near it, by estimate first and then by rollouts: on those seeds it is no worse
+than any of them.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from moeca_compile.errors import ScheduleError
+from moeca_compile.plan.anneal import anneal, neighbours, polish
 from moeca_compile.plan.budget import Budget
 from moeca_compile.plan.cost import Costs
-from moeca_compile.plan.refresh import Errors, best_refreshes, plan_of
+from moeca_compile.plan.drift import Drift, cheapest_plan, full_plan
+from moeca_compile.plan.predict import Predictor
+from moeca_compile.plan.race import Race
+from moeca_compile.plan.refresh import best_refreshes, plan_of
+from moeca_compile.plan.rows import FULL, NONE, Kinds, Plan, uniform_letters
 
-Rollout = Callable[[str], float]  # plan -> mean squared error of its samples against the uncached ones
+NEAR_DB = 0.5  # a uniform plan so near the winner on the seeds both have seen is rolled out on all of them
+CLOSE_DB = 3.0  # a uniform plan whose estimate is that near the winner's is rolled out, on one seed at least
+HOPELESS_DB = 6.0  # behind the best estimate: not raced
+RACED = 4  # seeds that candidates are compared on before the last round
 
 
 @dataclass
 class Search:
-    """One search. `seen` holds every plan that was rolled out and its error; `progress` is told of each.
+    """One search over plans of `steps` letters.
 
     Attributes:
-        rollouts: how many plans may be rolled out.
-        with_attention: whether attention-only rows may be used (a third variant).
+        kinds: the row kinds of the graph; `letters`: those that plans may use, the partial ones in order of trial.
+        effort: what the rollouts may cost together, in uncached trajectories; the last round is made in any case.
+        found: the best plan of each family that was looked at, and its quality in dB on the seeds it has seen.
     """
 
     steps: int
+    kinds: Kinds
     costs: Costs
-    errors: Errors
-    rollout: Rollout
-    rollouts: int
-    with_attention: bool = True
-    max_gap: int = 8
-    progress: Callable[[str, float], None] = lambda plan, error: None
-    seen: dict[str, float] = field(default_factory=dict)
+    drift: Drift
+    race: Race
+    predictors: Sequence[Predictor]
+    letters: str = FULL + NONE
+    effort: float = 32.0
+    moves: int = 40  # of one annealing, a step
+    found: dict[str, float] = field(default_factory=dict)
+    _estimates: dict[Plan, float] = field(default_factory=dict, repr=False)
 
-    def best(self, budget: Budget) -> str:
-        """The plan of least error that the budget allows.
+    def best(self, budget: Budget) -> Plan:
+        """The plan of best quality that the budget allows.
 
         Raises:
             ScheduleError: not even the cheapest plan keeps within it.
         """
-        starts = self._starts(budget)
-        if not starts:
-            raise ScheduleError(self._too_tight(budget))
-        for plan in starts:
-            self._error(plan)
-        current = min((p for p in self.seen if self.costs.allows(p, budget)), key=self.seen.__getitem__)
-        dice = random.Random(0)
-        moved = True
-        while moved and len(self.seen) < self.rollouts:
-            moved = False
-            neighbours = [p for p in dict.fromkeys(self._neighbours(current, budget)) if p not in self.seen]
-            dice.shuffle(neighbours)
-            for plan in neighbours[: max(0, self.rollouts - len(self.seen))]:
-                if self._error(plan) < self.seen[current]:
-                    current, moved = plan, True
-                    break
-        return current
-
-    def _error(self, plan: str) -> float:
-        if plan not in self.seen:
-            self.seen[plan] = self.rollout(plan)
-            self.progress(plan, self.seen[plan])
-        return self.seen[plan]
-
-    # -- starts -----------------------------------------------------------------------------------------------------
-
-    def _starts(self, budget: Budget) -> list[str]:
-        """Allowed plans worth a rollout, the dearest of each family: cheaper ones of a family are not better."""
-        return list(dict.fromkeys([*self._family(self._uniform(), budget), *self._planned(budget)]))
-
-    def _family(self, plans: Iterator[str], budget: Budget) -> list[str]:
-        allowed = [plan for plan in plans if self.costs.allows(plan, budget)]
-        return sorted(allowed, key=self.costs.fraction, reverse=True)[: max(4, self.rollouts // 4)]
-
-    def _uniform(self) -> Iterator[str]:
-        for interval in range(1, min(self.steps, 2 * self.max_gap) + 1):
-            for warmup in (1, 2, 3, 4):
-                letters = ["C" if s < warmup or (s - warmup + 1) % interval == 0 else "F" for s in range(self.steps)]
-                yield "".join(letters)
-                if self.with_attention and interval >= 4 and interval % 2 == 0:
-                    half = interval // 2
-                    yield "".join(
-                        "A" if mark == "F" and s >= warmup and (s - warmup + 1) % half == 0 else mark
-                        for s, mark in enumerate(letters)
-                    )
-
-    def _planned(self, budget: Budget) -> Iterator[str]:
-        """The dynamic programme's plan with as many refreshes as fit, and with fewer and attention rows instead."""
-        most = max((n for n in range(1, self.steps + 1) if self._fits(n, budget)), default=0)
-        for count in sorted({most, most - 1, most - 2}, reverse=True):
-            chain = best_refreshes(self.errors, self.steps, count, self.max_gap) if count > 1 else None
-            if chain is not None:
-                plan = plan_of(chain, self.steps)
-                yield plan
-                yield self._fill(plan, budget)
-
-    def _fits(self, count: int, budget: Budget) -> bool:
-        return self.costs.allows("C" * count + "F" * (self.steps - count), budget)
-
-    def _too_tight(self, budget: Budget) -> str:
-        least = min(self._uniform(), key=self.costs.fraction)
-        latency = f", {self.costs.fraction(least, 'ms'):.1%} of the latency" if self.costs.ms else ""
-        return (
-            f"{budget} can't be kept: the cheapest plan there is takes {self.costs.fraction(least):.1%} of the MACs"
-            f"{latency} and {self.costs.state_bytes} bytes of state"
-        )
-
-    # -- moves ------------------------------------------------------------------------------------------------------
-
-    def _neighbours(self, plan: str, budget: Budget) -> Iterator[str]:
-        """Plans one move away that the budget allows, with what is left of it spent on attention rows."""
-        for moved in self._moves(plan):
-            if self.costs.allows(moved, budget):
-                yield moved
-                yield self._fill(moved, budget)
-
-    def _moves(self, plan: str) -> Iterator[str]:
-        for at, letter in enumerate(plan):
-            if at == 0:
-                continue
-            if letter != "F":
-                for to in (at - 2, at - 1, at + 1, at + 2):  # a refresh a little earlier or later
-                    if 0 < to < self.steps and plan[to] != letter:
-                        yield _put(_put(plan, at, plan[to]), to, letter)
-                yield _put(plan, at, "F")
-            if letter != "C":
-                yield _put(plan, at, "C")
-                for other in range(1, self.steps):  # a refresh from anywhere else
-                    if plan[other] == "C" and abs(other - at) > 2:
-                        yield _put(_put(plan, other, "F"), at, "C")
-
-    def _fill(self, plan: str, budget: Budget) -> str:
-        """Attention rows in the middle of the widest gaps, while the budget lasts."""
-        while self.with_attention:
-            gaps = [(len(run), start) for start, run in _runs(plan) if len(run) >= 2]
-            if not gaps:
-                return plan
-            length, start = max(gaps, key=lambda gap: (gap[0], -gap[1]))
-            more = _put(plan, start + length // 2, "A")
-            if not self.costs.allows(more, budget):
-                return plan
-            plan = more
+        if self.costs.allows(full_plan(self.steps), budget):
+            plan = full_plan(self.steps)
+            self.race.run(plan, len(self.race.seeds))
+            return plan
+        uniform = self._uniform(budget)
+        planned = self._planned(budget)
+        if not uniform and not planned:
+            raise ScheduleError(self.too_tight(budget))
+        raced = min(RACED, len(self.race.seeds))
+        hopeful = [plan for plan in planned if self._estimate(plan) >= self._estimate(planned[0]) - HOPELESS_DB]
+        best_of = {(plan.predictor, plan.partial): plan for plan in reversed(planned)}
+        for plan in best_of.values():
+            self.race.run(plan, 1)  # the hopeless get one look, for the report
+        winners = self.race.halve(hopeful, 2, raced, 3) if planned else []
+        rulers = self.race.halve(self._promising(uniform), 1, raced, 2) if uniform else []
+        if winners:
+            winners = self._improve(winners, budget, raced)
+        plan = self._decide(winners, rulers, uniform)
+        self._note(set(uniform))
         return plan
 
+    def _decide(self, winners: Sequence[Plan], rulers: Sequence[Plan], uniform: Sequence[Plan]) -> Plan:
+        """The last round, on all seeds: the winner, the runner-up if it is near, and every uniform plan that is."""
+        everyone = len(self.race.seeds)
+        raced = min(RACED, everyone)
+        ranked = sorted([*winners, *rulers], key=lambda plan: -self.race.quality(plan, raced))
+        lead = self.race.quality(ranked[0], raced)
+        near = [plan for plan in ranked if self.race.quality(plan, raced) >= lead - NEAR_DB]
+        final = self.race.halve(near[:3], min(2 * raced, everyone), everyone, 2)
+        best = max(final, key=lambda plan: self.race.run(plan, everyone))
+        close = [plan for plan in uniform if self._estimate(plan) >= self._estimate(best) - CLOSE_DB]
+        for plan in dict.fromkeys([*rulers, *close]):
+            if plan != best and self._challenges(plan, best):
+                best = plan
+        return best
 
-def _put(plan: str, at: int, letter: str) -> str:
-    return plan[:at] + letter + plan[at + 1 :]
+    def _challenges(self, plan: Plan, best: Plan) -> bool:
+        """Whether the plan is better on all seeds; given up as soon as it is far behind on those that it has seen."""
+        for seeds in range(1, len(self.race.seeds) + 1):
+            if self.race.run(plan, seeds) < self.race.quality(best, seeds) - max(NEAR_DB, 2.0 / seeds):
+                return False
+        return self.race.quality(plan, len(self.race.seeds)) > self.race.quality(best, len(self.race.seeds))
 
+    # -- candidates -------------------------------------------------------------------------------------------------
 
-def _runs(plan: str) -> Iterator[tuple[int, str]]:
-    """Stretches of forecast steps: (start, letters)."""
-    start = None
-    for at, letter in enumerate(plan + "C"):
-        if letter == "F":
-            start = at if start is None else start
-        elif start is not None:
-            yield start, plan[start:at]
-            start = None
+    def _uniform(self, budget: Budget) -> list[Plan]:
+        """Every uniform plan within the budget, the most promising by estimate first."""
+        letters = dict.fromkeys(
+            uniform_letters(self.steps, interval, warmup)
+            for interval in range(1, self.steps + 1)
+            for warmup in range(1, self.steps)
+        )
+        plans = [Plan(one, predictor.name) for one in letters for predictor in self.predictors]
+        allowed = [plan for plan in plans if self.costs.allows(plan, budget)]
+        allowed.sort(key=lambda plan: (-self._estimate(plan), -self.costs.fraction(plan)))
+        return allowed
 
+    def _promising(self, uniform: Sequence[Plan]) -> list[Plan]:
+        """The three best by estimate, the best of each predictor, and without estimates the dearest."""
+        known = [plan for plan in uniform if self._estimate(plan) > -math.inf]
+        each = [next((p for p in known if p.predictor == one.name), None) for one in self.predictors]
+        dearest = sorted(uniform, key=lambda plan: -self.costs.fraction(plan))
+        chosen = [*known[:3], *(plan for plan in each if plan is not None), *([] if known else dearest[:6])]
+        return list(dict.fromkeys(chosen))
 
-def psnr(mse: float, data_range: float) -> float:
-    """Decibels of a mean squared error against a signal of this range."""
-    return math.inf if mse == 0 else 10 * math.log10(data_range**2 / mse)
+    def _planned(self, budget: Budget) -> list[Plan]:
+        """Annealed plans: of each predictor, all rows in step, then with partial rows where the estimate gains."""
+        plans: list[Plan] = []
+        for predictor in self.predictors:
+            start = self._start(predictor, budget)
+            if start is None:
+                continue
+            both = [self._anneal(start, FULL + NONE, budget, heat=2.0, seed=seed) for seed in range(2)]
+            whole = max(both, key=self._estimate)
+            for seed in range(2, 4):
+                whole = self._anneal(whole, FULL + NONE, budget, heat=0.5, seed=seed)
+            plans += dict.fromkeys([*both, whole])  # estimates err by a decibel: the race decides among them
+            for letter in self.letters.replace(FULL, "").replace(NONE, ""):
+                mixed = self._anneal(whole, FULL + NONE + letter, budget, heat=0.5, seed=4)
+                if mixed.partial:
+                    plans.append(mixed)
+        plans.sort(key=lambda plan: -self._estimate(plan))
+        return plans
+
+    def _anneal(self, start: Plan, letters: str, budget: Budget, heat: float, seed: int) -> Plan:
+        inside = self._inside(budget)
+        moves = self.moves * self.steps
+        found = anneal(start, letters, self._estimate, inside, moves=moves, heat=heat, seed=seed)
+        return polish(found, self._estimate, inside)
+
+    def _start(self, predictor: Predictor, budget: Budget) -> Plan | None:
+        """All rows in step: the dynamic programme's plan, or an even one where gaps are wider than was measured."""
+        name, inside = predictor.name, self._inside(budget)
+        counts = range(1, self.steps + 1)
+        count = max((n for n in counts if inside(Plan(FULL * n + NONE * (self.steps - n), name))), default=0)
+        if not count:
+            return None
+        even = tuple(round(n * self.steps / count) for n in range(count))
+        gap = max(2, self.drift.lookback // 2)
+        errors = self.drift.errors(name, gap)
+        chain = best_refreshes(errors, self.steps, count, gap) if count > 1 else None
+        starts = [Plan(plan_of(one, self.steps), name) for one in (even, chain) if one is not None]
+        return max(starts, key=self._estimate)
+
+    def _improve(self, winners: list[Plan], budget: Budget, raced: int) -> list[Plan]:
+        """Local search by rollouts: the likeliest neighbours of the best plan, while the effort lasts."""
+        inside = self._inside(budget)
+        reserve = 2 * (len(self.race.seeds) - raced) * self.race.price(winners[0])
+        tried: set[Plan] = set(self.race.seen)
+        while self.race.spent + reserve + raced * self.race.price(winners[0]) < self.effort:
+            best = winners[0]
+            near = [plan for plan in neighbours(best, self._letters_of(best)) if plan not in tried and inside(plan)]
+            if not near:
+                break
+            plan = max(near, key=self._estimate)
+            tried.add(plan)
+            if self.race.run(plan, 1) < self.race.quality(best, 1) - NEAR_DB:
+                continue
+            self.race.run(plan, raced)
+            winners = sorted([*winners, plan], key=lambda one: -self.race.quality(one, raced))[:3]
+        return winners
+
+    def _letters_of(self, plan: Plan) -> str:
+        return "".join(sorted({FULL, NONE, *plan.partial}))
+
+    # -- small helpers ----------------------------------------------------------------------------------------------
+
+    def _inside(self, budget: Budget) -> Callable[[Plan], bool]:
+        return lambda plan: self.costs.allows(plan, budget)
+
+    def _estimate(self, plan: Plan) -> float:
+        if plan not in self._estimates:
+            self._estimates[plan] = self.drift.quality(plan, self.kinds)
+        return self._estimates[plan]
+
+    def _note(self, uniform: Collection[Plan]) -> None:
+        """Keep the best of each family for the report: what won, and what did not."""
+        for plan in self.race.seen:
+            family = f"uniform {plan.predictor}" if plan in uniform else plan.predictor
+            name = f"{family}{''.join(f' with {letter}' for letter in sorted(plan.partial))}"
+            quality = self.race.quality(plan, self.race.count(plan))
+            self.found[name] = max(self.found.get(name, -math.inf), quality)
+
+    def too_tight(self, budget: Budget) -> str:
+        """Why nothing is allowed, and the nearest that is."""
+        least = [cheapest_plan(self.steps, predictor.name) for predictor in self.predictors]
+        cheap = min(least, key=lambda plan: (self.costs.fraction(plan), self.costs.state_of(plan)))
+        small = min(self.costs.state_of(plan) for plan in least)
+        latency = f", latency:{self.costs.fraction(cheap, 'ms'):.3f}" if self.costs.ms else ""
+        return (
+            f"budget {budget} can't be kept: the nearest that can is macs:{self.costs.fraction(cheap):.3f}{latency} "
+            f"with state:{small} bytes (one computed step, all others forecast)"
+        )

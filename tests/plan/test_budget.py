@@ -15,6 +15,11 @@ def test_every_kind_and_combinations_are_read() -> None:
     assert Budget.parse("macs:1,state:1.5GB").state_bytes == 1_500_000_000
 
 
+def test_a_budget_prints_as_it_is_read() -> None:
+    for text in ("macs:0.26", "latency:0.4,state:1048576", "macs:0.5,psnr:45"):
+        assert str(Budget.parse(text)) == text
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

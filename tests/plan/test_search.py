@@ -1,86 +1,130 @@
-"""The search on a made-up landscape: within budget, never worse than a uniform plan, frugal with rollouts."""
+"""The search on a made-up landscape: within budget, never worse than a uniform plan it rolled out, frugal."""
 
 from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.plan.budget import Budget
-from moeca_compile.plan.cost import Costs, row_of, schedule_of
+from moeca_compile.plan.cheapest import cheapest
+from moeca_compile.plan.cost import Costs
+from moeca_compile.plan.drift import Drift, pairs_of
+from moeca_compile.plan.predict import ORDERS
+from moeca_compile.plan.race import Race
+from moeca_compile.plan.rows import Plan, row_kinds, uniform_letters
 from moeca_compile.plan.search import Search
-from moeca_compile.schedule import Action
 
-STEPS = 20
-COSTS = Costs({"C": 100.0, "A": 20.0, "F": 2.0}, {"C": 10.0, "A": 4.0, "F": 1.0}, state_bytes=1000)
-
-
-def landscape(plan: str, seed: int) -> float:
-    """Forecast steps cost their distance, weighted by a hidden importance of each step; attention rows help half."""
-    dice = random.Random(seed)
-    weight = [dice.uniform(0.1, 3.0) ** 2 for _ in plan]
-    total, since = 0.0, 0.0
-    for letter, w in zip(plan, weight, strict=True):
-        since = 0.0 if letter == "C" else since * 0.5 if letter == "A" else since + 1
-        total += w * since**2
-    return total
+STEPS, SEEDS = 16, 4
+KINDS = row_kinds(("attention", "experts"), (0, 0))
+COSTS = Costs(
+    {"C": 100.0, "A": 20.0, "F": 2.0, "X": 80.0},
+    {"C": 10.0, "A": 4.0, "F": 1.0, "X": 8.0},
+    {f"order-{n}": 1000 * (n + 1) for n in range(3)},
+)
 
 
-def search(seed: int, rollouts: int = 60, **options: object) -> Search:
-    rolled: list[str] = []
-
-    def rollout(plan: str) -> float:
-        assert plan not in rolled, "a plan is rolled out once"
-        rolled.append(plan)
-        return landscape(plan, seed)
-
-    found = Search(STEPS, COSTS, {}, rollout, rollouts, **options)  # type: ignore[arg-type]
-    return found
+def drift_of(seed: int) -> Drift:
+    """Outputs that wander, faster at some steps than at others."""
+    dice = np.random.default_rng(seed)
+    speed = dice.uniform(0.1, 3.0, size=(1, STEPS, 1, 1)) ** 2
+    y = (dice.normal(size=(2, STEPS, 4, 6)) * speed).cumsum(axis=1)
+    pairs = pairs_of(STEPS, STEPS)
+    parts = np.stack([y[:, a] - y[:, s] for a, s in pairs], axis=1).astype(np.float32)
+    return Drift(STEPS, {pair: n for n, pair in enumerate(pairs)}, ((0,), (1,)), parts)
 
 
-@pytest.mark.parametrize("seed", range(4))
+def search(seed: int, effort: float = 30.0, letters: str = "CF", seeds: int = SEEDS) -> Search:
+    """What rolling out gives is near the estimate, but not the same."""
+    drift = drift_of(seed)
+
+    def rollout(plan: Plan, at: int) -> list[float]:
+        noise = random.Random(f"{plan} {at} {seed}").gauss(0, 0.7)
+        return [10 ** (-(drift.quality(plan, KINDS) + noise) / 10)]
+
+    race = Race(range(seeds), rollout, lambda plan: COSTS.fraction(plan) + 0.06, data_range=1.0)
+    return Search(STEPS, KINDS, COSTS, drift, race, ORDERS, letters=letters, effort=effort, moves=40)
+
+
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("share", [0.2, 0.34, 0.5])
-def test_it_is_no_worse_than_any_uniform_plan_it_rolled_out(seed: int, share: float) -> None:
+def test_it_keeps_its_budget_and_is_no_worse_than_uniform_ones(seed: int, share: float) -> None:
     one = search(seed)
     plan = one.best(Budget(macs=share))
     assert COSTS.fraction(plan) <= share
-    uniform = [
-        "".join("C" if s < warmup or (s - warmup + 1) % n == 0 else "F" for s in range(STEPS))
-        for n in range(1, 17)
-        for warmup in (1, 2, 3, 4)
-    ]
-    allowed = [u for u in uniform if COSTS.fraction(u) <= share]
-    assert landscape(plan, seed) <= min(landscape(u, seed) for u in allowed if u in one.seen)
-    assert len(one.seen) <= 60 + len(allowed)
+    everyone = [other for other in one.race.seen if one.race.count(other) == SEEDS]
+    uniform = {uniform_letters(STEPS, n, w) for n in range(1, STEPS) for w in range(1, STEPS)}
+    rulers = [other for other in everyone if other.letters in uniform]
+    assert rulers, "at least one uniform plan is rolled out on every seed"
+    assert one.race.quality(plan, SEEDS) >= max(one.race.quality(other, SEEDS) for other in rulers)
+    assert one.race.spent <= 30 + 2 * SEEDS * (share + 0.06)
+
+
+def test_all_uniform_plans_are_candidates() -> None:
+    one = search(0)
+    found = set(one._uniform(Budget(macs=0.5)))
+    every = {
+        Plan(uniform_letters(STEPS, interval, warmup), f"order-{order}")
+        for interval in range(1, STEPS + 1)
+        for warmup in range(1, STEPS)
+        for order in range(3)
+    }
+    assert found == {plan for plan in every if COSTS.fraction(plan) <= 0.5}
+
+
+def test_what_did_not_win_is_reported() -> None:
+    one = search(1)
+    one.best(Budget(macs=0.34))
+    assert {"order-0", "order-1", "order-2", "uniform order-1"} <= set(one.found)
+
+
+def test_partial_rows_are_used_where_they_pay() -> None:
+    """Experts that stand still, attention that moves: rows of attention only are nearly as good as full ones."""
+    one = search(0, letters="CFA")
+    one.drift.parts[1] *= 0.01
+    one.drift.__post_init__()
+    plan = one.best(Budget(macs=0.3))
+    assert "A" in plan.letters
 
 
 def test_a_budget_for_everything_computes_everything() -> None:
-    assert search(0).best(Budget(macs=1.0)) == "C" * STEPS
+    assert search(0).best(Budget(macs=1.0)).letters == "C" * STEPS
 
 
-def test_without_attention_rows_there_are_two_variants() -> None:
-    plan = search(1, with_attention=False).best(Budget(macs=0.3))
-    assert set(plan) == {"C", "F"}
-
-
-def test_state_that_does_not_fit_means_no_cache() -> None:
-    assert search(2).best(Budget(macs=1.0, state_bytes=999)) == "C" * STEPS
+def test_state_decides_what_order_fits() -> None:
+    assert search(2).best(Budget(macs=0.5, state_bytes=1000)).predictor == "order-0"
+    with pytest.raises(ScheduleError, match=r"nearest that can is .* state:1000 bytes"):
+        search(2).best(Budget(macs=0.5, state_bytes=999))
 
 
 def test_latency_is_a_budget_of_its_own() -> None:
-    plan = search(3).best(Budget(latency=0.5))
+    plan = search(2).best(Budget(latency=0.5))
     assert COSTS.fraction(plan, "ms") <= 0.5
 
 
 def test_a_budget_below_the_cheapest_plan_says_the_nearest() -> None:
-    with pytest.raises(ScheduleError, match="the cheapest plan there is takes"):
+    with pytest.raises(ScheduleError, match=r"nearest that can is macs:0\.081"):
         search(0).best(Budget(macs=0.01))
 
 
-def test_row_kinds() -> None:
-    kinds = ("attention", "experts", "mlp")
-    assert row_of("A", kinds, 1) == (Action.COMPUTE, Action.FORECAST, Action.FORECAST)
-    assert row_of("F", kinds, 0) == (Action.REUSE,) * 3
-    assert schedule_of("CC", ("a", "b", "c"), kinds, 1).depth(0) == 0
-    assert schedule_of("CAF", ("a", "b", "c"), kinds, 2).rows[1] == row_of("A", kinds, 2)
+def test_a_quality_budget_gives_the_cheapest_that_holds_it() -> None:
+    one = search(1, effort=60)
+    middle = one.race.run(one.best(Budget(macs=0.4)), SEEDS)
+    other = search(1, effort=60)
+    plan = cheapest(other, Budget(psnr_db=middle - 0.5))
+    assert other.race.quality(plan, SEEDS) >= middle - 0.5
+    assert COSTS.fraction(plan) <= 0.45
+    easier = search(1, effort=60)
+    assert COSTS.fraction(cheapest(easier, Budget(psnr_db=middle - 12))) < COSTS.fraction(plan)
+
+
+def test_a_quality_that_the_other_limits_forbid_says_how_near_it_comes() -> None:
+    with pytest.raises(ScheduleError, match=r"reaches -?\d+\.\d dB"):
+        cheapest(search(1), Budget(macs=0.2, psnr_db=90))
+    assert cheapest(search(1), Budget(psnr_db=140)).letters == "C" * STEPS
+
+
+def test_the_same_search_twice_finds_the_same() -> None:
+    assert search(0).best(Budget(macs=0.34)) == search(0).best(Budget(macs=0.34))

@@ -1,0 +1,269 @@
+"""What a calibrated schedule is worth: against uniform ones and fewer steps at equal MACs, on the digits model.
+
+    python -m benchmarks.schedules            # 50, 20 and 10 steps; writes results/schedules.json
+    python -m benchmarks.schedules --quick    # 10 steps, few seeds: does it run?
+
+All contenders make the same images: Euler steps of a rectified flow with guidance 2, from the same noise. A budget is
+what the uniform schedule of that interval costs, by the package's own count of MACs; for a solver with fewer steps it
+is as many whole steps as fit. Finished work is kept in `--work`, so that a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import moeca_compile as moeca
+from benchmarks.protocol import RESULTS, pin_threads, save
+from examples import digits
+from moeca_compile.plan.drift import Drift
+from moeca_compile.plan.predict import ORDERS
+from moeca_compile.plan.rows import Plan, uniform_letters
+from moeca_compile.schedule import Action, Schedule
+from moeca_compile.study.handle import Handle
+from moeca_compile.study.store import Store
+
+WORK = Path("build/schedules")
+GUIDANCE = 2.0
+CONVERGED = 100  # second-order steps: the reference for "how far from the exact solution"
+LEADING_SEEDS = 8  # uniform schedules are compared on so many held-out seeds, the best then on all
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    steps: tuple[int, ...]
+    images: int  # a seed
+    seeds: int  # that the search sees
+    held_out: int
+    intervals: dict[int, tuple[int, ...]]  # by steps: the uniform schedules whose cost is the budget
+
+
+WHOLE = Size((50, 20, 10), 4, 16, 64, {50: (2, 3, 4, 5), 20: (2, 3, 4), 10: (2, 3)})
+QUICK = Size((10,), 2, 2, 2, {10: (2,)})
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender: decibels are means over the images."""
+
+    name: str
+    what: str
+    mac_fraction: float
+    psnr_db: float
+    psnr_db_converged: float
+    accuracy: float
+    frechet: float
+
+
+def labels_of(seed: int, n: int) -> Tensor:
+    return (torch.arange(n) + seed * n) % digits.CLASSES
+
+
+def sampler(n: int, steps: int, second_order: bool = False) -> Callable[[Any, int], Tensor]:
+    """The loop: Euler steps, or second-order Adams-Bashforth ones (the usual multistep solver of a flow)."""
+
+    def sample(model: Any, seed: int) -> Tensor:
+        x, labels = digits.initial_noise(seed, n), labels_of(seed, n)
+        both = torch.cat([labels, torch.full_like(labels, digits.CLASSES)])
+        before = None
+        for step in range(steps):
+            t = torch.full((2 * n,), 1000.0 * (1 - step / steps))
+            cond, uncond = model(torch.cat([x, x]), t, both).chunk(2)
+            v = uncond + GUIDANCE * (cond - uncond)
+            x = x - (v if before is None or not second_order else 1.5 * v - 0.5 * before) / steps
+            before = v
+        return x
+
+    return sample
+
+
+class Bench:
+    """The model, and everything that was sampled with it."""
+
+    def __init__(self, size: Size, work: Path) -> None:
+        self.size, self.work = size, work
+        self.model = digits.load_model()
+        self.solver = sampler(size.images, 1)
+        self.handle = Handle(self.model, lambda model, seed: self.solver(model, seed), "region", "inductor")
+        self.seeds = tuple(range(size.seeds))
+        self.held_out = tuple(range(10_000, 10_000 + size.held_out))
+        (work / "images").mkdir(parents=True, exist_ok=True)
+        self.handle.run(0)  # a step, to capture the graph
+
+    def images(self, steps: int, plan: Plan | None = None, second_order: bool = False, seeds: int = 0) -> Tensor:
+        """The images of the first so many (0: all) held-out seeds, made now or before."""
+        self.solver = sampler(self.size.images, steps, second_order)
+        made = []
+        for seed in self.held_out[: seeds or None]:
+            key = hashlib.sha256(f"{steps} {plan} {second_order} {seed} {self.size.images}".encode()).hexdigest()[:24]
+            file = self.work / "images" / f"{key}.npy"
+            if not file.exists():
+                np.save(file, self.handle.run(seed, plan).numpy())
+            made.append(torch.from_numpy(np.load(file)))
+        return torch.cat(made)
+
+    def psnr(self, images: Tensor, truth: Tensor) -> float:
+        return digits.psnr(images, truth[: len(images)]).clamp(max=150).mean().item()
+
+    def line(self, name: str, what: str, cost: float, images: Tensor, truth: Tensor, exact: Tensor) -> Line:
+        labels = torch.cat([labels_of(seed, self.size.images) for seed in self.held_out])
+        return Line(
+            name, what, cost, self.psnr(images, truth), self.psnr(images, exact),
+            digits.accuracy(images, labels), frechet(images, truth),
+        )  # fmt: skip
+
+    # -- contenders -------------------------------------------------------------------------------------------------
+
+    def calibrated(self, steps: int, budget: float) -> Schedule:
+        return moeca.calibrate(
+            self.model,
+            sampler(self.size.images, steps),
+            budget=f"macs:{math.ceil(budget * 1e4) / 1e4:.4f}",
+            granularity="region",
+            seeds=self.seeds,
+            holdout=(),
+            data_range=2.0,
+            resume=self.work / f"steps{steps}",
+        )
+
+    def uniform(self, steps: int, budget: float, order: int, truth: Tensor, drift: Drift | None) -> tuple[Plan, str]:
+        """The best uniform schedule of an order: every interval and warm-up ranked by estimate, then by sampling."""
+        fits = {}
+        for interval in range(2, steps + 1):
+            for warmup in range(1, steps):
+                plan = Plan(uniform_letters(steps, interval, warmup), ORDERS[order].name)
+                if self.cost(plan) <= budget + 1e-6:
+                    fits.setdefault(plan, f"uniform:{interval}:warmup={warmup}")
+        kinds = self.handle.kinds
+        known = sorted(fits, key=lambda plan: -drift.quality(plan, kinds) if drift else -self.cost(plan))
+        shown = {
+            plan: self.psnr(self.images(steps, plan, seeds=LEADING_SEEDS), truth) for plan in known[: 4 if order else 2]
+        }
+        best = max(shown, key=lambda plan: shown[plan])
+        return best, fits[best]
+
+    def cost(self, plan: Plan) -> float:
+        return sum(self.macs[letter] for letter in plan.letters) / len(plan.letters)
+
+    @property
+    def macs(self) -> dict[str, float]:
+        """Of a computed and of a forecast step, relative to a computed one."""
+        program = self.handle.program
+        computed, forecast = (
+            program.variant((action,) * len(program.regions)).macs for action in (Action.COMPUTE, Action.FORECAST)
+        )
+        return {"C": 1.0, "F": forecast / computed}
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of the two sets' classifier features: 64 channels, averaged over the image."""
+    first, second = (_features(images) for images in (a, b))
+    gap = np.square(first.mean(0) - second.mean(0)).sum()
+    one, two = np.cov(first.T), np.cov(second.T)
+    values = np.linalg.eigvals(one @ two)
+    return float(gap + np.trace(one) + np.trace(two) - 2 * np.sqrt(values.astype(complex)).real.sum())
+
+
+@torch.no_grad()
+def _features(images: Tensor) -> np.ndarray:
+    classifier = digits.load_classifier()
+    x = torch.nn.functional.max_pool2d(classifier.conv1(images).relu(), 2)
+    x = torch.nn.functional.max_pool2d(classifier.conv2(x).relu(), 2)
+    return classifier.conv3(x).relu().mean(dim=(2, 3)).double().numpy()
+
+
+def measure(bench: Bench, steps: int, console: Console) -> dict[str, Any]:
+    """All budgets at one number of steps."""
+    console.print(f"{steps} steps: uncached and converged", style="dim")
+    truth, exact = bench.images(steps), bench.images(CONVERGED, second_order=True)
+    reference = bench.line("uncached", f"{steps} steps", 1.0, truth, truth, exact)
+    tables = {}
+    for interval in bench.size.intervals[steps]:
+        ruler = Plan(uniform_letters(steps, interval, 1), "order-1")
+        budget = bench.cost(ruler)
+        console.print(f"{steps} steps, {budget:.1%}: calibrating", style="dim")
+        schedule = bench.calibrated(steps, budget)
+        kept = Store(bench.work / f"steps{steps}" / "region").drift()
+        drift = None if kept is None else kept[0]
+        console.print(f"{steps} steps, {budget:.1%}: contenders", style="dim")
+        lines = []
+        for order in range(3):
+            plan, name = bench.uniform(steps, budget, order, truth, drift)
+            made = bench.images(steps, plan)
+            lines.append(bench.line(f"best uniform, order {order}", name, bench.cost(plan), made, truth, exact))
+        fewer = ruler.letters.count("C")
+        for second, name in ((False, "fewer Euler steps"), (True, "fewer second-order steps")):
+            made = bench.images(fewer, second_order=second)
+            lines.append(bench.line(name, f"{fewer} steps", fewer / steps, made, truth, exact))
+        letters = "".join(letter_of(row) for row in schedule.rows)
+        plan = Plan(letters, f"order-{schedule.order}")
+        cost = schedule.predicted["mac_fraction"]
+        lines.append(bench.line("calibrated", f"order {schedule.order}", cost, bench.images(steps, plan), truth, exact))
+        tables[f"{budget:.3f}"] = {
+            "lines": [asdict(line) for line in lines],
+            "schedule": letters,
+            "predicted": dict(schedule.predicted),
+            "made_by": schedule.made_by,
+        }
+        show(f"{steps} steps, {budget:.1%} of the MACs", [reference, *lines], console)
+    return {
+        "uncached": asdict(reference),
+        "budgets": tables,
+    }
+
+
+def letter_of(row: Sequence[Action]) -> str:
+    """The plan's letter of a row whose regions run in step, or `A`."""
+    computed = [action is Action.COMPUTE for action in row]
+    return "C" if all(computed) else "A" if any(computed) else "F"
+
+
+def show(title: str, lines: Sequence[Line], console: Console) -> None:
+    table = Table("contender", "", title=title, title_justify="left")
+    for column in ("MACs", "PSNR dB", "to converged", "accuracy", "Fréchet"):
+        table.add_column(column, justify="right")
+    for one in lines:
+        psnr = "" if one.name == "uncached" else f"{one.psnr_db:.1f}"
+        figures = (f"{one.mac_fraction:.1%}", psnr, f"{one.psnr_db_converged:.1f}")
+        table.add_row(one.name, one.what, *figures, f"{one.accuracy:.1%}", f"{one.frechet:.4f}")
+    console.print(table)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Calibrated schedules against uniform ones and fewer steps.")
+    parser.add_argument("--quick", action="store_true", help="10 steps, few seeds; the figures mean nothing")
+    parser.add_argument("--steps", type=int, nargs="*", help="only these numbers of steps")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"folder of what is done (default {WORK})")
+    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    args = parser.parse_args(argv)
+    size = QUICK if args.quick else WHOLE
+    pin_threads()
+    console = Console()
+    bench = Bench(size, args.work)
+    found = {str(steps): measure(bench, steps, console) for steps in args.steps or size.steps}
+    out = args.out or (None if args.quick else RESULTS)
+    if out:
+        payload = {
+            "model": f"digits, CFG {GUIDANCE:g}, {size.images} images a seed, {size.seeds} seeds for the search, "
+            f"{size.held_out} held out; converged: {CONVERGED} second-order steps",
+            "steps": found,
+        }
+        print(f"written: {save('schedules', payload, out).name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Predictors: what a forecast makes of a region's last outputs. One interface, so that the search can try any.
+
+A predictor gives two numbers for a step, from the steps that were computed last: the forecast is
+y0 + c0 (y0 - y1) + c1 (y1 - y2), with y0, y1, y2 the last outputs, latest first. Schedules run the three Newton ones
+(`order-0` to `order-2`, the runtime's own); the others are tried in the search and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moeca_compile.errors import ScheduleError
+
+Coefficients = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`coefficients(step, seen)` gives c0 and c1; `seen`: the steps computed last, latest first, at most `keeps`.
+
+    Attributes:
+        order: what a schedule with this predictor says; None: schedules can't run it, it is only tried.
+    """
+
+    name: str
+    keeps: int
+    order: int | None
+    coefficients: Callable[[int, Sequence[int]], Coefficients]
+
+    def weights(self, step: int, seen: Sequence[int]) -> tuple[tuple[int, float], ...]:
+        """The forecast as a weighted sum of outputs: (step it was computed at, weight), which add up to 1."""
+        seen = tuple(seen)[: self.keeps]
+        c0, c1 = self.coefficients(step, seen)
+        raw = (1.0 + c0, c1 - c0, -c1)
+        return tuple((at, weight) for at, weight in zip(seen, raw, strict=False) if weight)
+
+
+def newton(step: int, seen: Sequence[int]) -> Coefficients:
+    """Newton's interpolating polynomial through the outputs at `seen` (Stoer & Bulirsch 2.1.3), as the runtime's."""
+    if len(seen) < 2:
+        return 0.0, 0.0
+    s0, s1, *rest = seen
+    linear = (step - s0) / (s0 - s1)
+    if not rest:
+        return linear, 0.0
+    bend = (step - s0) * (step - s1) / (s0 - rest[0])
+    return linear + bend / (s0 - s1), -bend / (s1 - rest[0])
+
+
+def damped(step: int, seen: Sequence[int], share: float = 0.75) -> Coefficients:
+    """A share of the linear extrapolation."""
+    return share * newton(step, seen[:2])[0], 0.0
+
+
+def hermite(step: int, seen: Sequence[int], contraction: float = 0.6) -> Coefficients:
+    """Scaled Hermite polynomials in place of powers (HiCache, arXiv 2508.16984): s^i H_i(s x) / i!, x = step - s0."""
+    if len(seen) < 2:
+        return 0.0, 0.0
+    x, s = step - seen[0], contraction
+    first = s * 2 * s * x / (seen[0] - seen[1])
+    if len(seen) < 3:
+        return first, 0.0
+    second = s * s * (4 * s * s * x * x - 2) / (seen[0] - seen[2])
+    return first + second / (seen[0] - seen[1]), -second / (seen[1] - seen[2])
+
+
+ORDERS = tuple(Predictor(f"order-{order}", order + 1, order, newton) for order in range(3))
+OTHERS = (Predictor("damped", 2, None, damped), Predictor("hermite", 3, None, hermite))
+PREDICTORS = {predictor.name: predictor for predictor in (*ORDERS, *OTHERS)}
+
+
+def predictors_of(order: int | str) -> tuple[Predictor, ...]:
+    """`auto`: all orders; a number: that one.
+
+    Raises:
+        ScheduleError: neither.
+    """
+    if order == "auto":
+        return ORDERS
+    if isinstance(order, int) and not isinstance(order, bool) and 0 <= order < len(ORDERS):
+        return (ORDERS[order],)
+    raise ScheduleError(f"order is {order!r}, expected 0, 1, 2 or 'auto'")

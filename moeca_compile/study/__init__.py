@@ -1,0 +1,7 @@
+"""The planner on a real model: sample it, measure it, search, and hand out a schedule."""
+
+from __future__ import annotations
+
+from moeca_compile.study.calibration import calibrate
+
+__all__ = ["calibrate"]

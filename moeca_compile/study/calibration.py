@@ -1,0 +1,155 @@
+"""`calibrate`: a budget in, a schedule out, found on the user's own model, sampler and machine.
+
+Sample the seeds uncached (the truth), measure how far forecasts are off, then search: propose by estimate, decide by
+sampling. What is found is sampled once more with seeds that the search hasn't seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from moeca_compile.errors import CaptureError
+from moeca_compile.plan.rows import PARTIAL, Plan, schedule_of
+from moeca_compile.plan.search import RACED, Search
+from moeca_compile.schedule import Schedule
+from moeca_compile.study.handle import Sampler
+from moeca_compile.study.progress import bar
+from moeca_compile.study.request import Request
+from moeca_compile.study.study import Study
+
+
+def calibrate(
+    model: torch.nn.Module,
+    sample: Sampler,
+    *,
+    budget: str,
+    order: int | str = "auto",
+    granularity: str = "auto",
+    max_variants: int = 4,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    holdout: Sequence[int] = (1000, 1001),
+    effort: float | None = None,
+    data_range: float | None = None,
+    inner: str = "inductor",
+    resume: str | Path | None = None,
+    memory: int = 2**30,
+    progress: bool = True,
+) -> Schedule:
+    """Find the best schedule that a budget allows.
+
+    Args:
+        model: as `moeca_compile.compile` takes it; its weights are only read.
+        sample: the user's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`.
+        budget: `macs:0.26` (fraction of the uncached multiply-accumulates), `latency:0.4` (of the uncached time of
+            the variants, measured here), `psnr:45` (the cheapest that holds it), and `state:64MiB` beside them;
+            several with commas between.
+        order: of the forecasts: 0, 1, 2, or `auto`: whichever wins.
+        granularity: what the schedule's columns are, as in `Options`; `auto`: `region`, or `stack` if that wins or if
+            the state of `region` doesn't fit. The schedule runs under the granularity that `made_by` names.
+        max_variants: distinct rows allowed, at least 2; above 2 partial rows are tried.
+        seeds, holdout: what the search sees, and what only the final check sees; no seed in both. 8 to 16 seeds are
+            better than 4: a schedule can be made to measure for a few samples.
+        effort: what the search may sample, in uncached trajectories; default 1.25 a seed.
+        data_range: of the samples, for the PSNR; None: what the uncached samples span.
+        inner: `inductor` or `eager`, as in `Options`.
+        resume: a folder that keeps what was found, so that an interrupted calibration goes on where it was, and
+            another budget or order reuses it.
+        memory: bytes of region outputs held at once while measuring; more go to a temporary folder.
+        progress: show a progress bar where `rich` is installed.
+
+    Returns:
+        A closed schedule, one row a step, with the timesteps it was made for where these go one way. `predicted`
+        holds `mac_fraction`, `state_bytes`, `psnr_db` (mean over the samples of the search's seeds),
+        `psnr_db_holdout`, `trajectories` (what calibrating cost, in uncached ones, without compiling), and of each
+        family of schedules the best PSNR that it reached on the seeds it got to (`tried uniform order-2`, ...).
+
+    Raises:
+        ScheduleError: a budget that can't be read or kept (with the nearest that can), seeds in both sets or twice, a
+            sampler that isn't deterministic, never calls the model, ignores its seed or gives NaN, a `resume` folder
+            of something else.
+        CaptureError: the model can't be captured, or holds nothing to cache.
+    """
+    request = Request.read(budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume)
+    try:
+        with bar(progress) as tick:
+
+            def study_of(granularity: str) -> Study:
+                return Study(model, sample, granularity, inner, request, tick)
+
+            return _schedule(_auto(study_of, request) if granularity == "auto" else _search(study_of(granularity)))
+    except KeyboardInterrupt as stop:
+        if request.folder is not None:
+            stop.add_note(f"what was found so far is in {str(request.folder)!r}: the same call goes on from there")
+        raise
+
+
+@dataclass(frozen=True)
+class _Found:
+    study: Study
+    plan: Plan
+    search: Search
+
+    @property
+    def quality(self) -> float:
+        return self.search.race.quality(self.plan, len(self.study.request.seeds))
+
+
+def _search(study: Study) -> _Found:
+    study.sample_uncached()
+    return _Found(study, *study.search())
+
+
+def _auto(study_of: Callable[[str], Study], request: Request) -> _Found:
+    """Regions; or the whole stack, where only its state fits or where the plan that won is better with it."""
+    regions = study_of("region")
+    limit = request.budget.state_bytes
+    if limit is not None:
+        regions.handle.run(request.seeds[0])
+        if limit < min(regions.costs.state_bytes.values()):
+            return _search(study_of("stack"))
+    found = _search(regions)
+    if not found.plan.caches or found.plan.partial or limit is not None or request.budget.latency is not None:
+        return found
+    stack = study_of("stack")
+    try:
+        stack.borrow(regions)
+    except CaptureError:  # no blocks that follow each other: nothing to try
+        return found
+    race, raced = stack.race(), min(RACED, len(request.seeds))
+    tried = race.run(found.plan, raced)
+    found.search.found["stack, the same plan"] = tried
+    for name, seconds in stack.seconds.items():
+        regions.seconds[f"stack {name}"] = seconds
+    if tried <= found.search.race.quality(found.plan, raced) or not stack.costs.allows(found.plan, request.budget):
+        return found
+    if race.run(found.plan, len(request.seeds)) <= found.quality:
+        return found
+    found.search.race = race
+    return replace(found, study=stack)
+
+
+def _schedule(found: _Found) -> Schedule:
+    """The schedule, with what is expected of it and how it came about."""
+    study, plan, request = found.study, found.plan, found.study.request
+    predicted = {
+        "mac_fraction": study.costs.fraction(plan),
+        "state_bytes": float(study.costs.state_of(plan)),
+        "psnr_db": found.quality,
+    }
+    if study.costs.ms:
+        predicted["latency_fraction"] = study.costs.fraction(plan, "ms")
+    held_out = study.held_out(plan)
+    if held_out is not None:
+        predicted["psnr_db_holdout"] = held_out
+    predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
+    predicted |= {f"tried {name}": quality for name, quality in sorted(found.search.found.items())}
+    rows = "".join(f", {letter}: {PARTIAL[letter]}" for letter in sorted(plan.partial))
+    order = f"{plan.predictor}, granularity {study.granularity}{rows}"
+    made_by = f"calibrated for {request.text} on {len(request.seeds)} seeds: {order}"
+    program = study.handle.program
+    schedule = schedule_of(plan, program.regions.keys, study.handle.kinds, made_by)
+    return replace(schedule, fingerprint=program.regions.fingerprint, timesteps=study.timesteps, predicted=predicted)

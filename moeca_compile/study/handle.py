@@ -1,0 +1,220 @@
+"""A model with its sampler, run with any plan; each run is a trajectory of its own.
+
+The user's loop stays the user's: only what a call of the compiled model does is replaced while it runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moeca_compile.backend import Bank, Entry, visiting
+from moeca_compile.errors import ScheduleError
+from moeca_compile.face import compile as moeca_compile_model
+from moeca_compile.face import inner_module
+from moeca_compile.plan.predict import PREDICTORS, Predictor
+from moeca_compile.plan.rows import FULL, Kinds, Plan, row_kinds, row_of
+from moeca_compile.program import Program
+from moeca_compile.runtime.dispatch import Track, Tracks, arguments_for, run_step
+from moeca_compile.runtime.state import Coefficients, StreamState
+from moeca_compile.runtime.stats import StepRecord
+from moeca_compile.runtime.trajectory import Trajectory, current
+from moeca_compile.schedule import Schedule
+
+Sampler = Callable[[Any, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model in a run, just done: what it got, what came out, and where it stands."""
+
+    program: Program
+    track: Track
+    stream: str
+    record: StepRecord
+    args: Sequence[Any]
+    results: Sequence[Any]
+
+    @property
+    def state(self) -> StreamState | None:
+        """None: the call couldn't be placed, and was computed in full."""
+        found = (state for name, state in self.track.states.items() if str(name) == self.record.stream)
+        return next(found, None)
+
+    @property
+    def latent(self) -> torch.Tensor | None:
+        return None if self.program.latent is None else self.args[self.program.latent]
+
+    @property
+    def timestep(self) -> float | None:
+        if self.program.timestep is None:
+            return None
+        return float(torch.as_tensor(self.args[self.program.timestep]).reshape(-1)[0])
+
+
+class _Predicting(StreamState):
+    """A stream's state that forecasts with a predictor of the plan's instead of the schedule's order."""
+
+    __slots__ = ("predictor",)
+    predictor: Predictor
+
+    @classmethod
+    def of(cls, state: StreamState, predictor: Predictor) -> _Predicting:
+        one = cls(state.layout, state.regions)
+        one.tensors, one.history, one.last_step = state.tensors, state.history, state.last_step
+        one.predictor = predictor
+        return one
+
+    def coefficients(self, step: int) -> Coefficients:
+        keeps = self.predictor.keeps
+        return tuple(self.predictor.coefficients(step, seen[:keeps]) for seen in self.history)
+
+
+class Enough(BaseException):
+    """Ends a run early; not an Exception, so that a sampler's own handlers let it through."""
+
+
+class Handle:
+    """One compiled model and its sampler.
+
+    Attributes:
+        steps: of a trajectory, once it has run.
+        seconds: of the runs so far, compiling left out; of the processor where that runs the model, so that others who
+            use the machine don't count.
+        uncached: of each of the uncached ones.
+    """
+
+    def __init__(self, model: torch.nn.Module, sample: Sampler, granularity: str, inner: str) -> None:
+        self.sample, self.granularity = sample, granularity
+        self.caching = Schedule.uniform(2, order=2)  # whose state is kept whatever plan runs: one layout, all orders
+        self.model = moeca_compile_model(
+            inner_module(model), schedule=self.caching, inner=inner, granularity=granularity
+        )
+        self._programs: list[Program] = []
+        self.steps = 0
+        self.seconds = 0.0
+        self.uncached: list[float] = []
+        on_cpu = all(weight.device.type == "cpu" for weight in model.parameters())
+        self.clock = time.process_time if on_cpu else time.perf_counter
+
+    @property
+    def program(self) -> Program:
+        """The graph with the most regions; all of them run the plan. There is one after the first run."""
+        return max(self._programs, key=lambda program: len(program.regions))
+
+    @property
+    def kinds(self) -> Kinds:
+        return kinds_of(self.program)
+
+    def run(self, seed: int, plan: Plan | None = None, watch: Callable[[Call], None] | None = None) -> torch.Tensor:
+        """The samples of one seed with a plan; None computes everything, and counts the steps.
+
+        Raises:
+            ScheduleError: the sampler never called the model, or gave no tensor.
+        """
+        open_: dict[Any, Tracks] = {}
+        bound: set[Program] = set()
+        spent = self._compiling
+
+        def visit(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
+            program = entry.program(args, bank)
+            if program not in bound:
+                bound.add(program)
+                self._bind(program, plan)
+            trajectory = current(bank.ids)
+            tracks = open_.setdefault(trajectory, Tracks(trajectory or Trajectory(())))
+            results = run_step(program, tracks, args, trajectory)
+            track = tracks.of(program)
+            if plan is not None:
+                for name, state in track.states.items():
+                    if not isinstance(state, _Predicting):  # the first step, which forecasts nothing
+                        track.states[name] = _Predicting.of(state, PREDICTORS[plan.predictor])
+            if watch is not None:
+                record = track.records[-1]
+                stream = f"{trajectory.stream if trajectory is not None else None}/{record.stream}"
+                watch(Call(program, track, stream, record, args, results))
+            return results
+
+        begin = self.clock()
+        try:
+            samples = self._call(seed, visit)
+        finally:
+            for program in bound:  # whoever compiles the model with equal options shares them
+                program.use(self.caching)
+        if not bound:
+            raise ScheduleError(
+                "calibrate: sample(model, seed) never called the model that it was given, or torch gave up compiling "
+                "it (its recompile limit: torch._dynamo.reset() before calibrating helps)"
+            )
+        seconds = self.clock() - begin
+        if self._compiling > spent:  # as much as a run that didn't
+            seconds = statistics.median(self.uncached) if self.uncached else 0.0
+        self.seconds += seconds
+        if plan is None:
+            if seconds:
+                self.uncached.append(seconds)
+            tracks = [one.of(self.program) for one in open_.values()]
+            self.steps = max((1 + record.step for track in tracks for record in track.records), default=0)
+        return samples
+
+    def warm(self, seed: int, letters: str) -> None:
+        """Compile what plans of these letters run, so that no compiling is in the times of what follows."""
+
+        def watch(call: Call) -> None:
+            if call.program is not self.program or call.state is None:
+                return
+            for letter in letters:
+                variant = self.program.variant(row_of(self.kinds[letter], order=1))
+                step = call.state.last_step + 1
+                arguments = arguments_for(self.program, call.track, variant, call.args, call.state, step)
+                self.program.compile(variant, arguments)(arguments)
+            raise Enough
+
+        with suppress(Enough):
+            self.run(seed, watch=watch)
+
+    def replay(self, seed: int, visit: Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]) -> torch.Tensor | None:
+        """Run the sampler with `visit` in the model's place; None where that raised `Enough`."""
+        begin = self.clock()
+        try:
+            return self._call(seed, visit)
+        except Enough:
+            return None
+        finally:
+            self.seconds += self.clock() - begin
+
+    def _call(self, seed: int, visit: Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]) -> torch.Tensor:
+        with visiting(visit), torch.no_grad():
+            samples = self.sample(self.model, seed)
+        if not isinstance(samples, torch.Tensor):
+            raise ScheduleError(
+                f"calibrate: sample(model, seed) gave a {type(samples).__name__}, expected a tensor of final samples"
+            )
+        return samples.detach().float().cpu()
+
+    def _bind(self, program: Program, plan: Plan | None) -> None:
+        if program not in self._programs:
+            self._programs.append(program)
+        if plan is None:
+            schedule = Schedule.full()
+        else:
+            kinds = kinds_of(program)
+            rows = tuple(row_of(kinds.get(letter, kinds[FULL]), order=1) for letter in plan.letters)
+            schedule = Schedule(rows, regions=program.regions.keys, order=1)
+        program.use(schedule, keep=self.caching)
+
+    @property
+    def _compiling(self) -> float:
+        return sum(sum(program.compile_seconds.values()) for program in self._programs)
+
+
+def kinds_of(program: Program) -> Kinds:
+    """The row kinds of a program's graph."""
+    regions: Mapping[str, Any] = {region.key: region for region in program.regions}
+    return row_kinds([one.kind for one in regions.values()], [one.layer for one in regions.values()])

@@ -1,0 +1,73 @@
+"""What a calibration is asked for, read and checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.plan.budget import Budget
+from moeca_compile.plan.predict import Predictor, predictors_of
+
+EFFORT = 1.25  # of the rollouts, in uncached trajectories a seed
+
+
+@dataclass(frozen=True)
+class Request:
+    """`calibrate`'s arguments that aren't the model's."""
+
+    text: str
+    budget: Budget
+    predictors: tuple[Predictor, ...]
+    max_variants: int
+    seeds: tuple[int, ...]
+    holdout: tuple[int, ...]
+    effort: float
+    data_range: float | None
+    memory: int
+    folder: Path | None
+
+    @classmethod
+    def read(
+        cls,
+        budget: str,
+        order: int | str,
+        max_variants: int,
+        seeds: Sequence[int],
+        holdout: Sequence[int],
+        effort: float | None,
+        data_range: float | None,
+        memory: int,
+        resume: str | Path | None,
+    ) -> Request:
+        """Check them.
+
+        Raises:
+            ScheduleError: an argument that can't be.
+        """
+        limits = Budget.parse(budget)
+        seeds, holdout = tuple(seeds), tuple(holdout)
+        if not seeds or set(seeds) & set(holdout):
+            raise ScheduleError("calibrate: seeds must not be empty, and no seed may be in both seeds and holdout")
+        for name, given in (("seeds", seeds), ("holdout", holdout)):
+            if len(set(given)) < len(given):
+                raise ScheduleError(f"calibrate: {name}={given} has a seed twice")
+        if max_variants < 2:
+            raise ScheduleError(f"calibrate: max_variants={max_variants}, but a schedule that saves work has two rows")
+        if effort is not None and effort < 0:
+            raise ScheduleError(f"calibrate: effort={effort}, expected a number of uncached trajectories >= 0")
+        if data_range is not None and not data_range > 0:
+            raise ScheduleError(f"calibrate: data_range={data_range}, expected a number > 0")
+        return cls(
+            text=budget,
+            budget=limits,
+            predictors=predictors_of(order),
+            max_variants=max_variants,
+            seeds=seeds,
+            holdout=holdout,
+            effort=EFFORT * len(seeds) if effort is None else effort,
+            data_range=data_range,
+            memory=memory,
+            folder=None if resume is None else Path(resume),
+        )

@@ -1,0 +1,237 @@
+"""One model under one granularity: its uncached samples, its drift, its costs, and searches over them."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.plan.cheapest import cheapest
+from moeca_compile.plan.cost import Costs
+from moeca_compile.plan.drift import Drift
+from moeca_compile.plan.quality import mean_psnr
+from moeca_compile.plan.race import Race
+from moeca_compile.plan.rows import FULL, NONE, PARTIAL, Plan
+from moeca_compile.plan.search import Search
+from moeca_compile.study.experts import ExpertWatch
+from moeca_compile.study.handle import Call, Handle, Sampler
+from moeca_compile.study.latency import costs
+from moeca_compile.study.measure import measure
+from moeca_compile.study.mixing import Tape, find_mixing
+from moeca_compile.study.progress import Tick
+from moeca_compile.study.request import Request
+from moeca_compile.study.store import Store
+
+LOOKBACK = 20  # steps back that a forecast may rest on
+MEASURED = 4  # one in so many seeds is measured, two at least
+OVERHEAD = 0.06  # of an uncached trajectory: what a run costs beside its computed regions
+
+
+@dataclass
+class Study:
+    """See the module; `tick` is told what is being done."""
+
+    model: torch.nn.Module
+    sample: Sampler
+    granularity: str
+    inner: str
+    request: Request
+    tick: Tick
+
+    def __post_init__(self) -> None:
+        self.handle = Handle(self.model, self.sample, self.granularity, self.inner)
+        folder = self.request.folder
+        self.store = Store(None if folder is None else folder / self.granularity.replace(":", "_"))
+        self.truth: dict[int, torch.Tensor] = {}
+        self.seconds: dict[str, float] = {"truth": 0.0, "measure": 0.0, "search": 0.0}
+        self.tape = Tape()
+        self.drift: Drift
+
+    # -- the truth --------------------------------------------------------------------------------------------------
+
+    def sample_uncached(self) -> None:
+        """Sample all seeds uncached and measure the drift, refusing samplers whose samples say nothing about it."""
+        seeds = (*self.request.seeds, *self.request.holdout)
+        first = seeds[0]
+        self.tick("uncached samples", 0.0)
+        self.truth[first] = self._finite(first, self.handle.run(first))
+        self.handle.uncached.clear()  # it compiled
+        again = self.handle.run(first, watch=self._record)
+        if not torch.equal(again, self.truth[first]):
+            raise ScheduleError(
+                "calibrate: sample(model, seed) gave two results for one seed; it must depend on its seed alone: "
+                "draw all noise from a generator that is seeded with it"
+            )
+        self._check_store(first)
+        self.drift = self._drift()
+        for number, seed in enumerate(seeds[1:], start=2):
+            if seed not in self.truth:
+                kept = self.store.truth(seed)
+                self.truth[seed] = self._finite(seed, self.handle.run(seed) if kept is None else kept)
+                if kept is None:
+                    self.store.keep_truth(seed, self.truth[seed], self.handle.uncached[-1])
+            self.tick("uncached samples", 0.1 + 0.3 * number / len(seeds))
+        shapes = {tuple(samples.shape) for samples in self.truth.values()}
+        if len(shapes) > 1:
+            raise ScheduleError(f"calibrate: samples of different seeds have different shapes: {sorted(shapes)}")
+        if len(seeds) > 1 and all(torch.equal(again, self.truth[seed]) for seed in seeds[1:]):
+            raise ScheduleError("calibrate: the samples of all seeds are alike; sample(model, seed) must use its seed")
+        self.seconds["truth"] = self.uncached * (len(seeds) + 1)
+
+    def borrow(self, other: Study) -> None:
+        """Take the uncached samples of the same model and sampler under another granularity; no drift is measured."""
+        self.truth, self.tape = other.truth, other.tape
+        self.handle.run(self.request.seeds[0])
+        self.handle.steps = other.handle.steps
+        self.store.seconds = other.store.seconds
+        self.seconds["truth"] = self.uncached
+
+    def _record(self, call: Call) -> None:
+        if call.program is self.handle.program:
+            self.tape.record(call)
+
+    def _finite(self, seed: int, samples: torch.Tensor) -> torch.Tensor:
+        if not bool(samples.isfinite().all()):
+            raise ScheduleError(
+                f"calibrate: the uncached samples of seed {seed} aren't all finite; mend the model or the sampler first"
+            )
+        return samples
+
+    def _check_store(self, first: int) -> None:
+        self.store.check(
+            {
+                "graph": self.handle.program.regions.fingerprint,
+                "granularity": self.granularity,
+                "steps": self.handle.steps,
+                "timesteps": list(self.tape.timesteps.values()),
+            }
+        )
+        kept = self.store.truth(first)
+        if kept is None:
+            self.store.keep_truth(first, self.truth[first], self.handle.uncached[-1])
+        elif kept.shape != self.truth[first].shape or not torch.allclose(
+            kept, self.truth[first], rtol=1e-3, atol=1e-3 * float(kept.abs().max())
+        ):
+            raise ScheduleError(
+                f"resume={str(self.request.folder)!r} holds other samples for seed {first}: it was made with other "
+                "weights or another sampler. Name another folder"
+            )
+
+    @property
+    def uncached(self) -> float:
+        """Seconds of one uncached trajectory, without compiling."""
+        return max(statistics.median(self.store.seconds or self.handle.uncached), 1e-6)
+
+    @cached_property
+    def data_range(self) -> float:
+        """Of the samples."""
+        if self.request.data_range is not None:
+            return self.request.data_range
+        spread = max(float(t.max()) for t in self.truth.values()) - min(float(t.min()) for t in self.truth.values())
+        return spread or 1.0
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """Of each step, where they go one way: only then can a row be found by its timestep."""
+        found = [self.tape.timesteps[step] for step in sorted(self.tape.timesteps)]
+        one_way = found in (sorted(set(found)), sorted(set(found), reverse=True))
+        return tuple(found) if one_way and len(found) == self.handle.steps else ()
+
+    # -- measurements -----------------------------------------------------------------------------------------------
+
+    @property
+    def letters(self) -> str:
+        """The row kinds that plans may use: with a variant to spare, the likeliest partial one that the graph has.
+
+        One only: each more would double what is measured, and more than one has not been seen to pay.
+        """
+        partial = [letter for letter in PARTIAL if letter in self.handle.kinds]
+        return FULL + NONE + "".join(partial[:1] if self.request.max_variants > 2 else ())
+
+    def _drift(self) -> Drift:
+        """How far forecasts are off, from one in `MEASURED` seeds; their uncached samples come with it."""
+        given = self.request.seeds
+        count = max(2, len(given) // MEASURED)
+        seeds = given[1 : 1 + count] if len(given) > count else given  # the first one has been sampled
+        lookback = min(LOOKBACK, self.handle.steps - 1)
+        wanted = {"letters": self.letters, "lookback": lookback, "seeds": list(seeds)}
+        kept = self.store.drift(wanted)
+        if kept is not None:
+            self.seconds["measure"] = float(kept[1]["seconds"])
+            return kept[0]
+        self.tick("drift", 0.05)
+        self.handle.warm(seeds[0], self.letters)
+        before = self.handle.seconds
+        mixing = find_mixing(self.handle, given[0], self.tape)
+        experts = ExpertWatch(self.handle.program)
+        drift, samples = measure(
+            self.handle, seeds, mixing,
+            letters=self.letters, lookback=lookback, memory=self.request.memory, watch=experts.see,
+        )  # fmt: skip
+        for seed, made in samples.items():
+            if seed not in self.truth:
+                self.truth[seed] = self._finite(seed, made)
+                self.store.keep_truth(seed, made, self.handle.uncached[-1])
+        again = sum(seed != given[0] for seed in seeds)  # these trajectories are counted among the uncached samples
+        self.seconds["measure"] = self.handle.seconds - before - again * self.handle.uncached[-1]
+        extra = {"seconds": self.seconds["measure"], "linear": mixing.found, "experts": experts.as_json()}
+        self.store.keep_drift(drift, wanted, extra)
+        return drift
+
+    @cached_property
+    def costs(self) -> Costs:
+        timed = self.request.budget.latency is not None
+        return costs(self.handle, self.letters, self.request.predictors, self.request.seeds[0], timed)
+
+    # -- search -----------------------------------------------------------------------------------------------------
+
+    def rollout(self, plan: Plan, seed: int) -> tuple[float, ...]:
+        """Of each sample of `seed`, the mean squared error of the plan against the uncached one."""
+        if not plan.caches:
+            return (0.0,) * len(_rows(self.truth[seed]))
+        if (plan, seed) not in self.store.rollouts:
+            before = self.handle.seconds
+            error = _rows(self.handle.run(seed, plan) - self.truth[seed]).square().mean(dim=1)
+            found = [value if value == value else float("inf") for value in error.tolist()]
+            self.store.keep_rollout(plan, seed, found, self.handle.seconds - before)
+        errors, seconds = self.store.rollouts[plan, seed]
+        self.seconds["search"] += seconds
+        return errors
+
+    def race(self) -> Race:
+        effort = max(self.request.effort, 1e-9)
+
+        def told(plan: Plan, quality: float, seeds: int) -> None:
+            text = f"{self.costs.fraction(plan):.1%} of the MACs: {quality:.1f} dB on {seeds} seeds"
+            self.tick(text, 0.4 + 0.55 * race.spent / effort)
+
+        race = Race(
+            self.request.seeds, self.rollout, lambda plan: self.costs.fraction(plan) + OVERHEAD, self.data_range, told
+        )
+        return race
+
+    def search(self) -> tuple[Plan, Search]:
+        """The best plan for the request, and the search that found it."""
+        search = Search(
+            self.handle.steps, self.handle.kinds, self.costs, self.drift, self.race(), self.request.predictors,
+            letters=self.letters, effort=self.request.effort,
+        )  # fmt: skip
+        begin, sampled = self.handle.clock(), self.handle.seconds
+        budget = self.request.budget
+        plan = cheapest(search, budget) if budget.psnr_db is not None else search.best(budget)
+        self.seconds["plan"] = self.handle.clock() - begin - (self.handle.seconds - sampled)
+        return plan, search
+
+    def held_out(self, plan: Plan) -> float | None:
+        """Quality on the seeds that the search didn't see."""
+        if not self.request.holdout:
+            return None
+        return mean_psnr([self.rollout(plan, seed) for seed in self.request.holdout], self.data_range)
+
+
+def _rows(samples: torch.Tensor) -> torch.Tensor:
+    """[samples, numbers]"""
+    return samples.reshape(len(samples), -1) if samples.ndim > 1 else samples.reshape(1, -1)
