@@ -174,7 +174,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     gap = np.square(first.mean(0) - second.mean(0)).sum()
     one, two = np.cov(first.T), np.cov(second.T)
     values = np.linalg.eigvals(one @ two)
-    return float(gap + np.trace(one) + np.trace(two) - 2 * np.sqrt(values.astype(complex)).real.sum())
+    return max(0.0, float(gap + np.trace(one) + np.trace(two) - 2 * np.sqrt(values.astype(complex)).real.sum()))
 
 
 @torch.no_grad()

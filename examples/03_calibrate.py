@@ -1,8 +1,8 @@
 """Find a schedule for a budget: what calibrating on the model and the sampler themselves gains over a uniform one.
 
-    python -m examples.03_calibrate                     # a small search for 34 % of the MACs, about a minute
+    python -m examples.03_calibrate                     # a small search for 34 % of the MACs, under a minute
     python -m examples.03_calibrate --budget psnr:45    # the cheapest that holds 45 dB
-    python -m examples.03_calibrate --all               # make examples/schedules/ anew, about ten minutes
+    python -m examples.03_calibrate --all               # make examples/schedules/ anew, about three minutes
 
 The loop below is the user's own: `calibrate` only asks that it depends on its seed alone.
 """

@@ -88,6 +88,12 @@ def test_calibrate_and_then_plan_another_budget(tmp_path: Path) -> None:
     assert status == 0
     assert "calibrated for macs:0.4" in said
     assert Schedule.load(tmp_path / "40.json").predicted["mac_fraction"] <= 0.4
+    assert run("drift", str(kept), "--picture", str(tmp_path / "d.png"), "--experts", str(tmp_path / "e.svg"))[0] == 0
+    assert (tmp_path / "d.png").stat().st_size > 1000
+    status, said = run("drift", str(kept), "--json")
+    assert status == 0
+    assert [len(line) for line in json.loads(said)["experts"].values()] == [4, 4]
+    assert len(json.loads(said)["steps"]["all regions, 1 old"]) == 8
 
 
 def refused(*words: str) -> str:

@@ -37,8 +37,8 @@ def schedule_grid(schedule: Schedule, steps: int | None = None) -> Figure:
     return figure
 
 
-def drift_map(drift: Mapping[str, Sequence[float]], title: str = "drift") -> Figure:
-    """A heat map of one line a region (or expert), one column a step; log scale, for drifts span decades.
+def drift_map(drift: Mapping[str, Sequence[float]], title: str = "drift", columns: str = "step") -> Figure:
+    """A heat map of one line a region or layer, one column a step or expert; log scale, for drifts span decades.
 
     drift: by name, how far the output at each step is from what a forecast would give, relative; nan where unknown.
     """
@@ -54,7 +54,7 @@ def drift_map(drift: Mapping[str, Sequence[float]], title: str = "drift") -> Fig
     padded = [[*line, *[float("nan")] * (wide - len(line))] for line in values]
     image = axes.imshow(padded, aspect="auto", norm=norm, cmap="magma")
     axes.set_yticks(range(len(drift)), list(drift), fontsize=7)
-    axes.set_xlabel("step")
+    axes.set_xlabel(columns)
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes, label="relative drift")
     return figure

@@ -84,7 +84,7 @@ class Store:
     # -- drift ------------------------------------------------------------------------------------------------------
 
     def drift(self, wanted: Mapping[str, Any] | None = None) -> tuple[Drift, dict[str, Any]] | None:
-        """The drift measured as `wanted` says (letters, lookback, seeds; None: any) and what was noted beside it.
+        """The drift measured as `wanted` says (letters, seeds, at least the lookback; None: any), and what was noted.
 
         None: it wasn't measured yet, or otherwise.
         """
@@ -93,7 +93,10 @@ class Store:
             return None
         with np.load(file, allow_pickle=False) as kept:
             noted = json.loads(str(kept["noted"]))
-            if wanted is not None and noted["wanted"] != dict(wanted):
+            known = noted["wanted"]
+            if wanted is not None and ({**known, "lookback": 0} != {**wanted, "lookback": 0}):
+                return None
+            if wanted is not None and known["lookback"] < wanted["lookback"]:
                 return None
             pairs = {(int(a), int(s)): n for n, (a, s) in enumerate(kept["pairs"])}
             atoms = tuple(tuple(atom) for atom in noted["atoms"])

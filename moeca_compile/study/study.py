@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,8 @@ from moeca_compile.study.progress import Tick
 from moeca_compile.study.request import Request
 from moeca_compile.study.store import Store
 
-LOOKBACK = 20  # steps back that a forecast may rest on
+LOOKBACK = 20  # steps back that a forecast may rest on, at least
+GAPS = 4  # and as many mean gaps between computed steps: an order-2 forecast rests on three of them
 MEASURED = 4  # one in so many seeds is measured, two at least
 OVERHEAD = 0.06  # of an uncached trajectory: what a run costs beside its computed regions
 
@@ -156,7 +158,9 @@ class Study:
         given = self.request.seeds
         count = max(2, len(given) // MEASURED)
         seeds = given[1 : 1 + count] if len(given) > count else given  # the first one has been sampled
-        lookback = min(LOOKBACK, self.handle.steps - 1)
+        budget = self.request.budget
+        share = min(budget.macs or 1.0, budget.latency or 1.0)
+        lookback = min(max(LOOKBACK, math.ceil(GAPS / share)), self.handle.steps - 1)
         wanted = {"letters": self.letters, "lookback": lookback, "seeds": list(seeds)}
         kept = self.store.drift(wanted)
         if kept is not None:
