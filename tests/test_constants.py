@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.constants import constants_of
-from moeca_compile.errors import CaptureError, MoecaWarning
 from tests.passes.blocks import DIM, Block, Timed, latent
 from tests.tools import capture_module, run_graph, same, trace_module
 
@@ -63,11 +61,17 @@ def written_to_through_a_view(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("model", [of_the_latent, drawn, written_to, written_to_through_a_view])
-def test_a_number_that_depends_on_data_is_refused(model: Callable[[Tensor], Tensor]) -> None:
+def test_a_number_that_depends_on_data_is_no_constant_and_read_anew(model: Callable[[Tensor], Tensor]) -> None:
     traced = trace_module(model, latent())
     assert not {node.name for node in constants_of(traced.gm, traced.args) if node.target == "item"}
-    with pytest.raises(CaptureError, match="depends on data"):
-        capture_module(model, latent())
+    captured, (x,) = capture_module(model, latent())
+    large = x.clone()
+    large[0, :2, 0] = 200.0
+    for given, seed in ((x, 0), (large, 1), (large, 2)):
+        torch.manual_seed(seed)
+        wanted = model(given)
+        torch.manual_seed(seed)
+        assert same(run_graph(captured.gm, (given,))[0], wanted)
 
 
 # -- through torch.compile --------------------------------------------------------------------------------------------
@@ -136,13 +140,10 @@ def test_a_model_that_broke_in_its_first_call_is_one_graph(
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_model_whose_numbers_depend_on_data_runs_in_parts_and_says_why(by_hand: bool) -> None:
+def test_a_model_whose_numbers_depend_on_data_is_one_graph_too(by_hand: bool) -> None:
     torch.manual_seed(0)
     module = Reads(lambda x: x * (x > 0).sum().item() / 20).eval().requires_grad_(False)
     model = compiled(module, by_hand)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always", MoecaWarning)
-        found = steps(model)
-    texts = [str(one.message) for one in seen]
-    assert any("can't be captured in one graph" in text and "depends on data" in text for text in texts), texts
-    assert [found[0].shape, same(found[0], steps(module)[0])] == [(2, 4, DIM), True]
+    found, truth = steps(model), steps(module)
+    assert [same(a, b) for a, b in zip(found, truth, strict=True)] == [True, False, True]
+    assert moeca.stats(model).graphs == 1
