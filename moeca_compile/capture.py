@@ -6,6 +6,7 @@ source lines are kept. One capture is for one concrete input signature: sizes ar
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,6 +35,12 @@ _RESERVED = re.compile(r"coefficients|state_\d+")  # what variants call their ow
 
 # Inside a session other threads may go on calling what is compiled (before torch 2.13 they are refused).
 _session = getattr(torch.compiler, "_compile_session_context", nullcontext)
+
+
+def counted_apart() -> dict[str, Any]:
+    """For torch.compile, from 2.13 on: else Dynamo counts what the same model was compiled with before, and past its
+    limit runs eager."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from moeca_compile import backend, canonical
 from moeca_compile.backend import ENTRIES, Bank, Entry, Visitor, visiting
 from moeca_compile.canonical import PrepareReport
 from moeca_compile.canonical.isolate import isolate, share_again
+from moeca_compile.capture import counted_apart
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.options import Options
@@ -25,8 +25,6 @@ from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-# Else Dynamo counts what the same model was compiled with before, and past its limit runs eager.
-_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
 def prepare(model: torch.nn.Module) -> PrepareReport:
@@ -61,14 +59,13 @@ def compile(
     """
     Options.from_backend_options(options, mode).resolved_schedule()
     prepare(model)
-    own_limit: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
     compiled = torch.compile(
         model,
         backend=backend.moeca,
         fullgraph=fullgraph,
         dynamic=dynamic,
         options={**options, "mode": mode},
-        **own_limit,
+        **counted_apart(),
     )
     return compiled  # type: ignore[return-value]
 

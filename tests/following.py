@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from moeca_compile.capture import Capture, capture
+from moeca_compile.forecast import newton
 from moeca_compile.lower.inductor import Executable, lower_eager
 from moeca_compile.passes.context import Context
 from moeca_compile.pipeline import Analysis, analyse
-from moeca_compile.runtime.state import StreamState, newton
+from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.variant import Variant
 from tests.reference import Computed, Reference, forecast, number

@@ -15,7 +15,6 @@ from moeca_compile.cli.load import load
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.inspect import drift as lines
 from moeca_compile.inspect import plots, schedules
-from moeca_compile.schedule import Schedule
 
 Source = Annotated[str, typer.Argument(help="package.module:function; it returns the model.")]
 Sample = Annotated[str, typer.Option(help="package.module:function; it takes (model, seed) and returns the samples.")]
@@ -53,8 +52,27 @@ def calibrate(
     json: AsJson = False,
 ) -> None:
     """Find the best schedule that a budget allows, by sampling the model."""
-    found = _calibrated(source, sample, weights, budget, order, granularity, seeds, holdout, inner, resume, json)
-    _hand_out(found, out, json)
+    from moeca_compile.study import calibrate as find
+
+    found = find(
+        _weighted(load(source)(), weights),
+        load(sample),
+        budget=budget,
+        order=int(order) if order.isdecimal() else order,
+        granularity=granularity,
+        seeds=range(seeds),
+        holdout=range(1000, 1000 + holdout),
+        inner=inner,
+        resume=resume,
+        progress=not json,
+    )
+    found.save(out)
+    if json:
+        print(json_text.dumps(schedules.facts(found), indent=1))
+        return
+    console = Console(highlight=False)
+    for part in (schedules.table_of_facts(found), "", schedules.grid(found)):
+        console.print(part)
 
 
 def plan(
@@ -74,8 +92,7 @@ def plan(
     """Another budget, from what a calibration kept: nothing is measured again, only new plans are sampled."""
     if not any(resume.rglob("drift.npz")):  # a folder for each granularity
         raise ScheduleError(f"{resume} holds no calibration: run `moeca calibrate --resume {resume}` first")
-    found = _calibrated(source, sample, weights, budget, order, granularity, seeds, holdout, inner, resume, json)
-    _hand_out(found, out, json)
+    calibrate(source, sample, budget, out, weights, order, granularity, seeds, holdout, inner, resume, json)
 
 
 def drift(
@@ -115,26 +132,6 @@ def drift(
         console.print(table)
 
 
-def _calibrated(
-    source: str, sample: str, weights: Path | None, budget: str, order: str, granularity: str, seeds: int,
-    holdout: int, inner: str, resume: Path | None, json: bool,
-) -> Schedule:  # fmt: skip
-    from moeca_compile.study import calibrate as find
-
-    return find(
-        _weighted(load(source)(), weights),
-        load(sample),
-        budget=budget,
-        order=int(order) if order.isdecimal() else order,
-        granularity=granularity,
-        seeds=range(seeds),
-        holdout=range(1000, 1000 + holdout),
-        inner=inner,
-        resume=resume,
-        progress=not json,
-    )
-
-
 def _weighted(model: Any, weights: Path | None) -> Any:
     """The model in eval mode, with the weights of a file in the dtype that it has."""
     if weights is not None:
@@ -145,13 +142,3 @@ def _weighted(model: Any, weights: Path | None) -> Any:
         except (OSError, RuntimeError) as error:
             raise OptionError(f"{weights} can't be loaded into {type(model).__name__}: {error}") from error
     return model.eval().requires_grad_(False)
-
-
-def _hand_out(found: Schedule, out: Path, json: bool) -> None:
-    found.save(out)
-    if json:
-        print(json_text.dumps(schedules.facts(found), indent=1))
-        return
-    console = Console(highlight=False)
-    for part in (schedules.table_of_facts(found), "", schedules.grid(found)):
-        console.print(part)

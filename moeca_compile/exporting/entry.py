@@ -18,6 +18,7 @@ from moeca_compile.exporting.golden import golden_steps
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.write import building, to_numpy, write_golden, write_graphs, write_manifest
 from moeca_compile.face import inner_module, prepare
+from moeca_compile.inspect.progress import Tick, bar
 from moeca_compile.lower.onnx import OPSETS, lower_onnx
 from moeca_compile.options import Options
 from moeca_compile.runtime import ort
@@ -26,7 +27,6 @@ from moeca_compile.runtime.manifest import COEFFICIENTS, Dim, letters_of
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
-from moeca_compile.study.progress import Tick, bar
 
 TARGETS = ("onnx",)
 BATCHES = (2, 3)  # what a graph for any batch is captured at

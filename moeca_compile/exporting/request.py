@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moeca_compile.capture import Input, inputs_of
+from moeca_compile.capture import Input, counted_apart, inputs_of
 from moeca_compile.errors import CaptureError, LoweringError
 from moeca_compile.options import Options
 from moeca_compile.program import Program
@@ -76,7 +76,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
         return run
 
     # the backend is a new object each time: what was compiled before isn't taken again
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, **_isolated())
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, **counted_apart())
     try:
         with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
             result = call(compiled, arguments)
@@ -98,11 +98,6 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
     by_id = {id(value): name for name, value in bound_arguments(model, arguments).items() if torch.is_tensor(value)}
     called = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
     return Captured(program, args, places, called, _results(result, outputs))
-
-
-def _isolated() -> dict[str, Any]:
-    """Keep this compile's entries apart from the user's own, where torch can (from 2.13 on)."""
-    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:

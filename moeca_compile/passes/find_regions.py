@@ -34,7 +34,7 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
         if whole.join in shortcuts:
             continue
         inner = [joined[name] for name in whole.body if name in joined and name not in shortcuts]
-        branch = _after_the_last(whole, inner, cone) if inner else whole
+        branch = _after_the_last(whole, inner, cone, nodes) if inner else whole
         at = (whole.join, fx.where(nodes[whole.join]))
         if branch.reason:
             misses.append(Miss(branch.reason, *at))
@@ -69,10 +69,9 @@ def _shortcut(branch: Branch, joined: Mapping[str, Branch], anchors: set[str]) -
     return inner[0] if alone else None
 
 
-def _after_the_last(branch: Branch, inner: list[Branch], cone: fx.Cone) -> Branch:
+def _after_the_last(branch: Branch, inner: list[Branch], cone: fx.Cone, nodes: Mapping[str, Node]) -> Branch:
     """What lies behind the inner sum in `x + mlp(norm(x + attention(x)))`: the sum is only what the mlp sees."""
-    cut = next(node for node in cone.nodes if node.name == branch.cut)
-    last = next(node for node in cone.nodes if node.name == inner[-1].join)
+    cut, last = nodes[branch.cut], nodes[inner[-1].join]
     leaps = all(one.trunk == branch.trunk for one in inner)
     body = cone.between(last, cut) if leaps and last is not cut else []
     return replace(branch, body=tuple(node.name for node in body))

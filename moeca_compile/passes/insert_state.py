@@ -7,7 +7,7 @@ empty layout (nothing is ever reused) it does nothing. A region output with a ba
 A forecast is Newton's interpolating polynomial on the step index (Stoer & Bulirsch, Introduction to Numerical
 Analysis, 2.1.3) through the last outputs: y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences
 d1 = (y0 - y1)/(s0 - s1) and d2 = (d1 - (y1 - y2)/(s1 - s2))/(s0 - s2). Gathered by differences of outputs it is
-y0 + c0 (y0 - y1) + c1 (y1 - y2), where c0 and c1 depend on steps alone: the host computes them (`runtime/state.py`),
+y0 + c0 (y0 - y1) + c1 (y1 - y2), where c0 and c1 depend on steps alone: the host computes them (`forecast.py`),
 with 0 where history is missing, which lowers the order by itself. Keeping outputs and not d1 and d2 costs less state
 in bfloat16, says the same, and leaves a COMPUTE nothing to do but hand its output out.
 """

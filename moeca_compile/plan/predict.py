@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moeca_compile.errors import ScheduleError
+from moeca_compile.forecast import newton
 
 Coefficients = tuple[float, float]
 
@@ -34,18 +35,6 @@ class Predictor:
         c0, c1 = self.coefficients(step, seen)
         raw = (1.0 + c0, c1 - c0, -c1)
         return tuple((at, weight) for at, weight in zip(seen, raw, strict=False) if weight)
-
-
-def newton(step: int, seen: Sequence[int]) -> Coefficients:
-    """Newton's interpolating polynomial through the outputs at `seen` (Stoer & Bulirsch 2.1.3), as the runtime's."""
-    if len(seen) < 2:
-        return 0.0, 0.0
-    s0, s1, *rest = seen
-    linear = (step - s0) / (s0 - s1)
-    if not rest:
-        return linear, 0.0
-    bend = (step - s0) * (step - s1) / (s0 - rest[0])
-    return linear + bend / (s0 - s1), -bend / (s1 - rest[0])
 
 
 def damped(step: int, seen: Sequence[int], share: float = 0.75) -> Coefficients:

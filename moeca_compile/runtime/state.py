@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeca_compile.forecast import newton
 from moeca_compile.schedule import Action, Row
 from moeca_compile.variant import SLOTS, StateSlot
 
@@ -66,15 +67,3 @@ class StreamState:
         while last + 1 < len(self.layout) and self.layout[last + 1].slot != SLOTS[0]:
             last += 1
         self.tensors[slot : last + 1] = [value, *self.tensors[slot:last]]
-
-
-def newton(step: int, seen: Sequence[int]) -> tuple[float, float]:
-    """c0 and c1 for a forecast at `step` from outputs computed at the steps `seen`, latest first."""
-    if len(seen) < 2:
-        return 0.0, 0.0
-    s0, s1, *rest = seen
-    linear = (step - s0) / (s0 - s1)
-    if not rest:
-        return linear, 0.0
-    bend = (step - s0) * (step - s1) / (s0 - rest[0])
-    return linear + bend / (s0 - s1), -bend / (s1 - rest[0])

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from moeca_compile.errors import CaptureError
+from moeca_compile.inspect.progress import bar
 from moeca_compile.plan.rows import PARTIAL, Plan, schedule_of
 from moeca_compile.plan.search import RACED, Search
 from moeca_compile.schedule import Schedule
 from moeca_compile.study.handle import Sampler
-from moeca_compile.study.progress import bar
 from moeca_compile.study.request import Request
 from moeca_compile.study.study import Study
 

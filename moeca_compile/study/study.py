@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from moeca_compile.errors import ScheduleError
+from moeca_compile.inspect.progress import Tick
 from moeca_compile.plan.cheapest import cheapest
 from moeca_compile.plan.cost import Costs
 from moeca_compile.plan.drift import Drift
@@ -22,7 +23,6 @@ from moeca_compile.study.handle import Call, Handle, Sampler
 from moeca_compile.study.latency import costs
 from moeca_compile.study.measure import measure
 from moeca_compile.study.mixing import Tape, find_mixing
-from moeca_compile.study.progress import Tick
 from moeca_compile.study.request import Request
 from moeca_compile.study.store import Store
 

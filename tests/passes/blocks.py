@@ -75,6 +75,17 @@ class Routed(nn.Module):
         return y if self.shared is None else y + self.shared(x)
 
 
+class Grouped(Routed):
+    """DeepSeek's: first the best groups, then the best experts in them."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        groups = scores.view(-1, 3, 1).amax(-1).topk(2)[1]
+        mask = torch.zeros_like(scores).scatter(1, groups, 1.0)
+        weights, ids = scores.masked_fill(mask == 0, 0.0).topk(self.top_k)
+        return weights, ids
+
+
 class Timed(nn.Module):
     """A timestep embedding in front of a body."""
 

@@ -15,7 +15,7 @@ from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.pipeline import Analysis
 from moeca_compile.regions import Miss
 from tests.facts import Recorder, named_by_docstring
-from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, routed, times
+from tests.passes.blocks import DIM, Block, Grouped, Routed, Stack, Timed, latent, routed, times
 from tests.tools import analyse_module, node, ops
 
 NO_ROUTER = "no router found for its expert ids: no branch cache for it"
@@ -33,17 +33,6 @@ class Sigmoid(Routed):
         ids = (scores + torch.tensor([0.1, 0.0, -0.1])).topk(self.top_k, sorted=False)[1]
         weights = scores.gather(1, ids)
         return weights / weights.sum(-1, keepdim=True), ids
-
-
-class Grouped(Routed):
-    """DeepSeek's: first the best groups, then the best experts in them."""
-
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.router(x).softmax(-1)
-        groups = scores.view(-1, 3, 1).amax(-1).topk(2)[1]
-        mask = torch.zeros_like(scores).scatter(1, groups, 1.0)
-        weights, ids = scores.masked_fill(mask == 0, 0.0).topk(self.top_k)
-        return weights, ids
 
 
 class Sorted(Routed):

@@ -13,7 +13,7 @@ from moeca_compile.errors import InvariantError
 from moeca_compile.pipeline import Analysis
 from moeca_compile.regions import RouterInfo
 from tests.facts import Recorder, named_by_docstring
-from tests.passes.blocks import DIM, Attention, Block, Mlp, Routed, Stack, Timed, latent, times
+from tests.passes.blocks import DIM, Attention, Block, Grouped, Mlp, Stack, Timed, latent, times
 from tests.tools import analyse_module, node
 
 E, K = 3, 2  # experts and choices; latent() is [2, 4, DIM]
@@ -202,14 +202,6 @@ def test_a_routing_by_the_timestep_is_a_constant_of_the_step(fact: Recorder) -> 
 
 
 def test_the_choice_of_groups_is_no_router() -> None:
-    class Grouped(Routed):
-        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            scores = self.router(x).softmax(-1)
-            groups = scores.view(-1, 3, 1).amax(-1).topk(2)[1]
-            mask = torch.zeros_like(scores).scatter(1, groups, 1.0)
-            weights, ids = scores.masked_fill(mask == 0, 0.0).topk(self.top_k)
-            return weights, ids
-
     analysis = analyse(Grouped())
     assert len(analysis.context.routers) == 1
     assert analysis.context.experts[0].router == analysis.context.routers[0]

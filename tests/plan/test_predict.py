@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeca_compile import forecast
 from moeca_compile.errors import ScheduleError
 from moeca_compile.plan import predict
 from moeca_compile.plan.predict import ORDERS, OTHERS, predictors_of
-from moeca_compile.runtime import state
 
 PASTS = st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(lambda seen: sorted(seen, reverse=True))
 
@@ -18,7 +18,7 @@ PASTS = st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(la
 def test_orders_are_the_runtimes(seen: list[int], ahead: int) -> None:
     for predictor in ORDERS:
         kept = seen[: predictor.keeps]
-        assert predictor.coefficients(seen[0] + ahead, kept) == state.newton(seen[0] + ahead, kept)
+        assert predictor.coefficients(seen[0] + ahead, kept) == forecast.newton(seen[0] + ahead, kept)
 
 
 @given(PASTS, st.integers(1, 8), st.tuples(*[st.integers(-3, 3)] * 3))
@@ -43,7 +43,7 @@ def test_weights_add_up_to_one(predictor: predict.Predictor, seen: list[int], ah
 
 
 def test_damped_and_hermite_go_less_far_than_the_line() -> None:
-    line, _ = predict.newton(7, (5, 3))
+    line, _ = forecast.newton(7, (5, 3))
     assert predict.damped(7, (5, 3))[0] == pytest.approx(0.75 * line)
     assert predict.hermite(7, (5, 3))[0] == pytest.approx(2 * 0.6**2 * line)
     # full contraction 1/sqrt(2) leaves the line as it is

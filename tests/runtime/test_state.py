@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeca_compile.runtime.state import StreamState, newton
+from moeca_compile.forecast import newton
+from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Action, Row
 from moeca_compile.variant import SLOTS, StateSlot
 

@@ -18,5 +18,5 @@ def bar(show: bool) -> Iterator[Tick]:
         yield lambda text, share: None
         return
     with Progress(transient=True) as progress:
-        task = progress.add_task("calibrating", total=1.0)
+        task = progress.add_task("", total=1.0)
         yield lambda text, share: progress.update(task, completed=min(share, 1.0), description=text)
