@@ -25,7 +25,7 @@ class Program:
 
     Raises:
         CaptureError: the graph can't be captured, or (for a whole model) has no region to cache.
-        ScheduleError: the schedule is for another graph.
+        ScheduleError: the schedule is for another graph or granularity.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class Program:
         """Run another schedule from now on, with the state of `keep` (default: its own). Variants are kept by layout.
 
         Raises:
-            ScheduleError: it is for another graph.
+            ScheduleError: it is for another graph or granularity.
         """
         self.schedule, kept = (
-            one.bind(self.regions.keys, self.regions.fingerprint) for one in (schedule, keep or schedule)
+            one.bind(self.regions.keys, self.regions.fingerprint, self.options.granularity)
+            for one in (schedule, keep or schedule)
         )
         self.layout = state_layout(self.regions, kept)
         self._variants, self._executables = self._books.setdefault(self.layout, ({}, {}))

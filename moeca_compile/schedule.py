@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moeca_compile.errors import ScheduleError
+from moeca_compile.errors import OptionError, ScheduleError
+from moeca_compile.granularity import Granularity
 
 FORMAT, VERSION = "moeca-schedule", 1
 MAX_ORDER = 2
@@ -39,12 +40,14 @@ class Schedule:
         order: of FORECAST: 1 (linear) or 2; 0 where no row forecasts.
         period: the last `period` rows repeat for ever; 0: the schedule ends with its last row.
         fingerprint: of the graph that the columns belong to ("" = any graph with these keys).
+        granularity: what the columns are, as in `Options` ("" = not said: older files, and schedules for any graph).
         timesteps: the timestep of each row, as the model receives it; then a call takes the row nearest to its own.
         made_by: how the schedule was made, for people.
         predicted: figures its maker expected, such as `mac_fraction`.
 
     Raises:
-        ScheduleError: the first row doesn't compute everything, rows of unequal length, an order out of range.
+        ScheduleError: the first row doesn't compute everything, rows of unequal length, an order out of range, an
+            unknown granularity.
     """
 
     rows: tuple[Row, ...]
@@ -52,6 +55,7 @@ class Schedule:
     order: int = 1
     period: int = 0
     fingerprint: str = ""
+    granularity: str = ""
     timesteps: tuple[float, ...] = ()
     made_by: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
@@ -73,6 +77,11 @@ class Schedule:
             raise ScheduleError(f"period is {self.period}, but there are {len(self.rows)} rows")
         if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
             raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
+        if self.granularity:
+            try:
+                Granularity.parse(self.granularity)
+            except OptionError as error:
+                raise ScheduleError(f"schedule: {error}") from None
 
     # -- makers ---------------------------------------------------------------------------------------------------
 
@@ -141,15 +150,22 @@ class Schedule:
         """The rows without repeats, in order of first use: one program (variant) each."""
         return tuple(dict.fromkeys(self.rows))
 
-    def bind(self, keys: Sequence[str], fingerprint: str) -> Schedule:
+    def bind(self, keys: Sequence[str], fingerprint: str, granularity: str = "") -> Schedule:
         """Fit to a graph with these region keys: checks them, or spreads a one-column schedule over all regions.
 
         Raises:
-            ScheduleError: the schedule was made for another graph; says which regions differ.
+            ScheduleError: the schedule was made for another granularity, or for another graph; says which regions
+                differ.
         """
+        if granularity and self.granularity and Granularity.parse(granularity) != Granularity.parse(self.granularity):
+            raise ScheduleError(
+                f"the schedule is for granularity={self.granularity!r}, the model is compiled with {granularity!r}: "
+                f"pass granularity={self.granularity!r}, or make a schedule for {granularity!r}"
+            )
+        granularity = granularity or self.granularity
         if self.regions is None:
             rows = tuple(row * len(keys) for row in self.rows)
-            return replace(self, rows=rows, regions=tuple(keys), fingerprint=fingerprint)
+            return replace(self, rows=rows, regions=tuple(keys), fingerprint=fingerprint, granularity=granularity)
         if self.regions != tuple(keys):
             missing = [key for key in self.regions if key not in keys]
             extra = [key for key in keys if key not in self.regions]
@@ -164,7 +180,7 @@ class Schedule:
                 f"the schedule was made for graph {self.fingerprint}, this one is {fingerprint}: the regions have the "
                 "same names but other parameter shapes. Make a schedule for this model"
             )
-        return replace(self, fingerprint=fingerprint)
+        return replace(self, fingerprint=fingerprint, granularity=granularity)
 
     # -- JSON and text --------------------------------------------------------------------------------------------
 
@@ -178,6 +194,7 @@ class Schedule:
                 "order": self.order,
                 "period": self.period,
                 "fingerprint": self.fingerprint,
+                "granularity": self.granularity,
                 "regions": None if self.regions is None else list(self.regions),
                 "timesteps": list(self.timesteps),
                 "predicted": dict(self.predicted),
@@ -205,6 +222,7 @@ class Schedule:
                 order=int(data["order"]),
                 period=int(data["period"]),
                 fingerprint=str(data["fingerprint"]),
+                granularity=str(data.get("granularity", "")),
                 timesteps=tuple(float(t) for t in data["timesteps"]),
                 made_by=str(data["made_by"]),
                 predicted={str(k): float(v) for k, v in data["predicted"].items()},

@@ -109,7 +109,9 @@ def test_where_the_state_is_short_the_whole_stack_is_one_column(model: nn.Module
     every = 4 * 2 * 16 * 32 * 4  # regions, samples, tokens, channels, float32
     found = moeca.calibrate(model, sample, budget=f"macs:0.5,state:{every - 1}B", resume=folder, **stack)
     assert len(found.rows[0]) == 1
-    assert "granularity stack" in found.made_by
+    assert found.granularity == "stack"
+    with pytest.raises(ScheduleError, match="for granularity='stack'"), torch.no_grad():
+        sample(moeca.compile(model, schedule=found, inner="eager"), 0)
     compiled = moeca.compile(model, schedule=found, inner="eager", granularity="stack")
     with torch.no_grad():
         sample(compiled, 0)

@@ -85,7 +85,7 @@ def test_state_bytes_are_those_of_all_regions_and_outputs_kept() -> None:
 
 
 def test_the_schedule_is_the_one_asked_for_bound_to_the_regions() -> None:
-    assert report().schedule == Schedule.uniform(3).bind(KEYS, report().fingerprint)
+    assert report().schedule == Schedule.uniform(3).bind(KEYS, report().fingerprint, "region")
 
 
 # -- what it prints and saves -----------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ def changed(**entries: object) -> str:
     return json.dumps({name: entry for name, entry in data.items() if entry is not ...})
 
 
-ENTRIES = tuple(json.loads(Schedule.full().to_json()))
+ENTRIES = tuple(name for name in json.loads(Schedule.full().to_json()) if name != "granularity")  # files before it
 
 
 def test_the_unchanged_json_is_read() -> None:
@@ -327,6 +327,7 @@ def test_a_missing_entry_is_refused_by_name(name: str) -> None:
         (changed(rows=7), "not a readable schedule"),
         (changed(order="two"), "not a readable schedule"),
         (changed(timesteps=["noon"]), "not a readable schedule"),
+        (changed(granularity=7), "granularity='7' is not understood"),
         (changed(predicted=[1]), "not a readable schedule: AttributeError"),
         (changed(rows=["FFF"]), "row 0 must be all COMPUTE"),
         (changed(rows=["CC", "CC", "CC"]), "row 0 has 2 actions, expected 3"),

@@ -40,6 +40,7 @@ def export(
     path: Annotated[Path, typer.Argument(help="The directory to make.")],
     schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
     order: Annotated[int, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = 1,
+    granularity: Annotated[str, typer.Option(help="What the schedule's columns are.")] = "region",
     target: Annotated[list[str] | None, typer.Option(help="What to write; may be given again.")] = None,
     opset: Annotated[int, typer.Option(help="Of the graphs.")] = 20,
     fixed_batch: Annotated[bool, typer.Option(help="For the example's batch only.")] = False,
@@ -50,8 +51,8 @@ def export(
     model, inputs = _load(source)
     targets = tuple(target or ("onnx",))
     bundle = export_model(
-        model, inputs, schedule, path, targets=targets, opset=opset, order=order, dynamic_batch=not fixed_batch,
-        progress=True,
+        model, inputs, schedule, path, targets=targets, opset=opset, order=order, granularity=granularity,
+        dynamic_batch=not fixed_batch, progress=True,
     )  # fmt: skip
     print(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
 

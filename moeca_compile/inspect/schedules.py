@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EVERY = "every region"
 _STYLES = {Action.COMPUTE: "bold", Action.REUSE: "dim", Action.FORECAST: "cyan"}
 _GLYPHS = {Action.COMPUTE: "█", Action.REUSE: "░", Action.FORECAST: "▒"}
-_DESCRIBED = ("made_by", "order", "period", "fingerprint", "timesteps", "regions")
+_DESCRIBED = ("made_by", "order", "period", "fingerprint", "granularity", "timesteps", "regions")
 
 
 def facts(schedule: Schedule) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def facts(schedule: Schedule) -> dict[str, Any]:
         "reused": round(cells.count(Action.REUSE) / len(cells), 4),
         "timesteps": [schedule.timesteps[0], schedule.timesteps[-1]] if schedule.timesteps else None,
         "fingerprint": schedule.fingerprint,
+        "granularity": schedule.granularity,
         "predicted": dict(schedule.predicted),
     }
 

@@ -49,7 +49,7 @@ def calibrate(
             several with commas between.
         order: of the forecasts: 0, 1, 2, or `auto`: whichever wins.
         granularity: what the schedule's columns are, as in `Options`; `auto`: `region`, or `stack` if that wins or if
-            the state of `region` doesn't fit. The schedule runs under the granularity that `made_by` names.
+            the state of `region` doesn't fit. The schedule says which, and compiling with another one is refused.
         max_variants: distinct rows allowed, at least 2; above 2 partial rows are tried.
         seeds, holdout: what the search sees, and what only the final check sees; no seed in both. 8 to 16 seeds are
             better than 4: a schedule can be made to measure for a few samples.
@@ -152,4 +152,10 @@ def _schedule(found: _Found) -> Schedule:
     made_by = f"calibrated for {request.text} on {len(request.seeds)} seeds: {order}"
     program = study.handle.program
     schedule = schedule_of(plan, program.regions.keys, study.handle.kinds, made_by)
-    return replace(schedule, fingerprint=program.regions.fingerprint, timesteps=study.timesteps, predicted=predicted)
+    return replace(
+        schedule,
+        fingerprint=program.regions.fingerprint,
+        granularity=study.granularity,
+        timesteps=study.timesteps,
+        predicted=predicted,
+    )
