@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +15,12 @@ import torch
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from moeca_compile.errors import InvariantError
-from moeca_compile.schedule import Action
+from moeca_compile.schedule import Act
 
 aten = torch.ops.aten
 
@@ -180,6 +183,23 @@ def resolve(gm: GraphModule, names: Iterable[str]) -> list[Node]:
     return [table[name] for name in wanted]
 
 
+def resort(gm: GraphModule) -> None:
+    """Put every node behind what it reads, and change the order no more than that."""
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    waiting = {node: len(node.all_input_nodes) for node in place}
+    ready = [place[node] for node, count in waiting.items() if not count]
+    heapq.heapify(ready)
+    nodes, last = list(place), gm.graph._root
+    while ready:
+        node = nodes[heapq.heappop(ready)]
+        last.append(node)
+        last = node
+        for user in node.users:
+            waiting[user] -= 1
+            if not waiting[user]:
+                heapq.heappush(ready, place[user])
+
+
 def where(node: Node) -> str:
     """`file.py:12` of the model's own line that made `node`, or ''."""
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
@@ -210,7 +230,7 @@ class Mark:
 
     region: int
     output: int
-    action: Action
+    action: Act
 
 
 def set_mark(node: Node, mark: Mark) -> None:
@@ -241,6 +261,40 @@ def call(
     for name in ("stack_trace", "nn_module_stack"):
         if like is not None and name in like.meta:
             node.meta[name] = like.meta[name]
+    return node
+
+
+def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **given: Any) -> dict[str, Node]:
+    """Add what `function` does with tensors, at the insertion point: plain torch code becomes nodes.
+
+    `given`: nodes (lists and dicts of them too) for the tensors, and anything else as it is. What is a tensor in the
+    result of `function` is a node in the result.
+    """
+    flat, spec = tree_flatten(given)
+    nodes = [one for one in flat if isinstance(one, Node)]
+
+    def run(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        left = iter(tensors)
+        return function(**tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec))
+
+    with fake_mode_of([value(node) for node in nodes]), torch.no_grad():
+        traced = make_fx(run, pre_dispatch=True)(*(need(node) for node in nodes))
+    copies: dict[Node, Node] = dict(zip(placeholders(traced), nodes, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = gm.graph.node_copy(node, lambda source: copies[source])
+        elif node.op == "get_attr":
+            copies[node] = constant(gm, getattr(traced, str(node.target)))
+    result = map_arg(output_node(traced).args[0], lambda source: copies[source])
+    return dict(result)  # type: ignore[arg-type]
+
+
+def constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
+    """A tensor that belongs to the graph, at the insertion point."""
+    name = f"moeca_constant_{sum(key.startswith('moeca_constant') for key in dict(gm.named_buffers()))}"
+    gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = tensor
     return node
 
 

@@ -31,12 +31,15 @@ from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.passes.find_residuals import find_residuals
 from moeca_compile.passes.find_routers import find_routers
 from moeca_compile.passes.find_spans import find_spans
-from moeca_compile.passes.insert_state import COEFFICIENTS, insert_state
+from moeca_compile.passes.find_tokens import find_tokens
+from moeca_compile.passes.insert_state import insert_state
+from moeca_compile.passes.layout import state_layout
+from moeca_compile.passes.ports import COEFFICIENTS, NOW
 from moeca_compile.passes.tag_row import tag_row
 from moeca_compile.passes.verify_variant import verify_variant
 from moeca_compile.runner import Finder, PassRecord, Rewriter, Runner
-from moeca_compile.schedule import Row
-from moeca_compile.variant import StateSlot, Variant
+from moeca_compile.schedule import Row, Schedule
+from moeca_compile.variant import Variant
 
 NORMALISE: tuple[Rewriter, ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
@@ -50,7 +53,8 @@ FIND: tuple[Finder, ...] = (
     find_residuals,  # x + gate * branch(x), cut before the gate
     count_macs,  # what each node costs
     find_regions,  # NOTE: after those above, it joins their facts
-    find_spans,  # NOTE: last; one span of blocks in place of its regions, where the options ask for it
+    find_spans,  # NOTE: after find_regions; one span of blocks in place of its regions, where the options ask for it
+    find_tokens,  # NOTE: last; which regions can be recomputed in part
 )
 
 REWRITE: tuple[Rewriter, ...] = (
@@ -88,10 +92,11 @@ def analyse(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], optio
 
 
 def build_variant(
-    analysis: Analysis, layout: tuple[StateSlot, ...], row: Row, options: Options, name: str
+    analysis: Analysis, schedule: Schedule, row: Row, options: Options, name: str
 ) -> tuple[Variant, tuple[PassRecord, ...]]:
-    """rewrite: the program of one row, among others that keep the state of `layout`."""
-    context = replace(analysis.context, row=row, layout=layout)
+    """rewrite: the program of one row, among others that keep the state of `schedule`, fitted to these regions."""
+    layout = state_layout(analysis.context.regions, schedule)
+    context = replace(analysis.context, row=row, layout=layout, order=schedule.order, control=schedule.control)
     runner = _runner(options)
     gm = runner.rewrite(REWRITE, analysis.gm, context, label=f"{name} ")
     positions = {one.name: i for i, one in enumerate(context.inputs)}
@@ -101,11 +106,12 @@ def build_variant(
     variant = Variant(
         name=name,
         row=row,
-        gm=_in_order(gm, [*positions, *slots, COEFFICIENTS]),
+        gm=_in_order(gm, [*positions, *slots, NOW, COEFFICIENTS]),
         takes=tuple(sorted(positions[name] for name in names if name in positions)),
         reads=tuple(sorted(slots[name] for name in names if name in slots)),
         writes=writes,
         wants_coefficients=COEFFICIENTS in names,
+        wants_now=NOW in names,
         outputs=len(fx.output_node(gm).args[0]) - len(writes),  # type: ignore[arg-type]
         macs=sum(node_macs(node) for node in gm.graph.nodes),
         node_count=len(gm.graph.nodes),
@@ -114,7 +120,7 @@ def build_variant(
 
 
 def _in_order(gm: GraphModule, order: list[str]) -> GraphModule:
-    """Placeholders in one order for every variant: the model's inputs, the state, the coefficients."""
+    """Placeholders in one order for every variant: the model's inputs, the state, the clock."""
     rank = {name: i for i, name in enumerate(order)}
     body = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for node in sorted(fx.placeholders(gm), key=lambda node: rank[node.name]):

@@ -11,13 +11,14 @@ import torch
 from moeca_compile.autocast import autocast_is
 from moeca_compile.capture import Input, alone
 from moeca_compile.errors import CaptureError
+from moeca_compile.fit import fit
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
 from moeca_compile.options import Options
-from moeca_compile.passes.insert_state import state_layout
+from moeca_compile.passes.layout import state_layout
 from moeca_compile.pipeline import Analysis, analyse, build_variant
 from moeca_compile.runner import PassRecord
 from moeca_compile.schedule import Row, Schedule
-from moeca_compile.variant import SLOTS, StateSlot, Variant
+from moeca_compile.variant import SLOTS, Variant
 
 
 class Program:
@@ -41,7 +42,7 @@ class Program:
             if whole and any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
                 raise CaptureError(_nothing_found(self.analysis))
             wanted = type(wanted).full()
-        self._books: dict[tuple[StateSlot, ...], tuple[dict[Row, Variant], dict[Row, Executable]]] = {}
+        self._books: dict[Any, tuple[dict[Row, Variant], dict[Row, Executable]]] = {}
         self.use(wanted)
         positions = {one.name: i for i, one in enumerate(context.inputs)}
         self.timestep = positions.get(context.roles.timestep)
@@ -59,19 +60,19 @@ class Program:
         Raises:
             ScheduleError: it is for another graph or granularity.
         """
-        self.schedule, kept = (
-            one.bind(self.regions.keys, self.regions.fingerprint, self.options.granularity)
-            for one in (schedule, keep or schedule)
+        self.schedule, self._kept = (
+            fit(one, self.regions, self.options.granularity) for one in (schedule, keep or schedule)
         )
-        self.layout = state_layout(self.regions, kept)
-        self._variants, self._executables = self._books.setdefault(self.layout, ({}, {}))
+        self.layout = state_layout(self.regions, self._kept)
+        book = (self.layout, self._kept.order, self._kept.control)
+        self._variants, self._executables = self._books.setdefault(book, ({}, {}))
 
     def variant(self, row: Row) -> Variant:
         """The graph of `row`, built on first use; nothing is compiled yet."""
         if row not in self._variants:
             with alone():
                 begin, name = time.perf_counter(), f"v{len(self._variants)}"
-                variant, records = build_variant(self.analysis, self.layout, row, self.options, name)
+                variant, records = build_variant(self.analysis, self._kept, row, self.options, name)
                 self.records += records
                 self._variants[row] = variant
                 self._spent(variant.name, begin)
@@ -114,6 +115,8 @@ class Program:
             variant = self.variant(row)
             state = [self.zeros(slot) for slot in variant.reads]
             arguments = [*(args[i] for i in variant.takes), *state]
+            if variant.wants_now:
+                arguments.append(torch.ones((), device=self.layout[0].device))
             if variant.wants_coefficients:
                 arguments.append(torch.zeros(len(self.regions), len(SLOTS) - 1, device=self.layout[0].device))
             results = self.compile(variant, arguments)(arguments)

@@ -77,13 +77,49 @@ class AttentionInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Value:
+    """What a node gives: `shape` and `dtype` as it is kept in a state."""
+
+    node: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokensInfo:
+    """How a region is taken apart: N tokens a sample, each of which can be recomputed for itself.
+
+    Attributes:
+        batch, tokens: samples B, tokens a sample N.
+        parts: what is kept token by token, [B, N, D]: an attention's or mlp's output; for experts what lies beside the
+            routed branches (the shared experts).
+        body: the nodes that are run again for some tokens, in graph order; the router isn't among them.
+        axes: of these and of what enters them: (node, axis of its tokens, whether that is batch and tokens in one).
+        enters: the stream [B, N, D] that a part of the region is recomputed from; None for experts.
+        keys: an attention's keys and values, of which every token reads all.
+        branches: the routed branches [B, N, K, D]; None for others. `gates` are their weights and `scores` the router's.
+    """
+
+    batch: int
+    tokens: int
+    parts: tuple[Value, ...]
+    body: tuple[str, ...] = ()
+    axes: tuple[tuple[str, int, bool], ...] = ()
+    enters: Value | None = None
+    keys: tuple[Value, ...] = ()
+    branches: Value | None = None
+    gates: str = ""
+    scores: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """A part of the graph with one purpose whose outputs can be taken from an earlier step.
 
     `outputs` are the nodes at the cut: before the adaLN gate, so that a cached value meets the current step's gate.
     `body` are the nodes that only a COMPUTE runs, in graph order. Where `bases` names a node for an output, what is
     cached is the change from that node's value to the output: a span of blocks then adds its cached change to whatever
-    enters it now.
+    enters it now. `tokens` says how a part of it is recomputed; where it is None, `whole` says why that can't be done.
     """
 
     key: str
@@ -101,6 +137,8 @@ class Region:
     attention: tuple[AttentionInfo, ...] = ()
     routers: tuple[RouterInfo, ...] = ()
     bases: tuple[str, ...] = ()
+    tokens: TokensInfo | None = None
+    whole: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

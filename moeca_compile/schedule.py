@@ -1,8 +1,7 @@
-"""A schedule says for every step what each region does: compute, reuse, or forecast. Pure data, no torch."""
+"""A schedule says for every step what each region does: compute, reuse, forecast, or a part of it. Pure data, no torch."""
 
 from __future__ import annotations
 
-import enum
 import functools
 import itertools
 import json
@@ -11,23 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moeca_compile.action import Act, Action, Partial, Row, legend_of, read, written
+from moeca_compile.control import Control
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.granularity import Granularity
 
-FORMAT, VERSION = "moeca-schedule", 1
+FORMAT, VERSION = "moeca-schedule", 2
 MAX_ORDER = 2
-
-
-class Action(enum.Enum):
-    """What one region does at one step."""
-
-    COMPUTE = "C"  # run it, and write its state
-    REUSE = "R"  # the output of the last step that computed it
-    FORECAST = "F"  # that output, extrapolated by the schedule's order
-
-
-Row = tuple[Action, ...]
 _GLYPH = {Action.COMPUTE: "#", Action.REUSE: "=", Action.FORECAST: "/"}
+
+__all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,7 @@ class Schedule:
         fingerprint: of the graph that the columns belong to ("" = any graph with these keys).
         granularity: what the columns are, as in `Options` ("" = not said: older files, and schedules for any graph).
         timesteps: the timestep of each row, as the model receives it; then a call takes the row nearest to its own.
+        control: how PARTIAL rows choose what they recompute.
         made_by: how the schedule was made, for people.
         predicted: figures its maker expected, such as `mac_fraction`.
 
@@ -57,6 +50,7 @@ class Schedule:
     fingerprint: str = ""
     granularity: str = ""
     timesteps: tuple[float, ...] = ()
+    control: Control = field(default_factory=Control)
     made_by: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
 
@@ -71,6 +65,7 @@ class Schedule:
             raise ScheduleError("row 0 must be all COMPUTE: nothing can be reused before it was computed")
         if not 0 <= self.order <= MAX_ORDER:
             raise ScheduleError(f"order is {self.order}, expected 0, 1 or 2")
+        legend_of(self.rows)
         if self.order == 0 and any(Action.FORECAST in row for row in self.rows):
             raise ScheduleError("FORECAST needs order 1 or 2; with order 0 the action is REUSE")
         if not 0 <= self.period <= len(self.rows):
@@ -140,11 +135,15 @@ class Schedule:
         return max((b - a for a, b in itertools.pairwise(sorted(self.timesteps))), default=0.0)
 
     def depth(self, column: int) -> int:
-        """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the divided differences."""
+        """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the ones computed before."""
         actions = {row[column] for row in self.rows}
-        if Action.FORECAST in actions:
+        if Action.FORECAST in actions or self.partials(column):
             return 1 + self.order
         return 1 if Action.REUSE in actions else 0
+
+    def partials(self, column: int) -> tuple[Partial, ...]:
+        """The kinds of PARTIAL that a region meets; where there are any, its tokens age each for itself."""
+        return tuple(dict.fromkeys(row[column] for row in self.rows if isinstance(row[column], Partial)))
 
     def distinct_rows(self) -> tuple[Row, ...]:
         """The rows without repeats, in order of first use: one program (variant) each."""
@@ -186,6 +185,7 @@ class Schedule:
 
     def to_json(self) -> str:
         """Versioned JSON; `from_json(s.to_json()) == s`."""
+        legend = legend_of(self.rows)
         return json.dumps(
             {
                 "format": FORMAT,
@@ -198,7 +198,9 @@ class Schedule:
                 "regions": None if self.regions is None else list(self.regions),
                 "timesteps": list(self.timesteps),
                 "predicted": dict(self.predicted),
-                "rows": ["".join(action.value for action in row) for row in self.rows],
+                "control": self.control.to_dict(),
+                "partials": {letter: [one.rho, one.tau] for letter, one in legend.items()},
+                "rows": [written(row, legend) for row in self.rows],
             },
             indent=1,
         )
@@ -216,14 +218,16 @@ class Schedule:
                 raise ScheduleError(f"not a schedule: format is {data['format']!r}, expected {FORMAT!r}")
             if data["version"] > VERSION:
                 raise ScheduleError(f"schedule version {data['version']} is newer than this package reads ({VERSION})")
+            legend = {letter: Partial(*pair) for letter, pair in data.get("partials", {}).items()}
             return cls(
-                rows=tuple(tuple(Action(letter) for letter in row) for row in data["rows"]),
+                rows=tuple(read(row, legend) for row in data["rows"]),
                 regions=_keys(data["regions"]),
                 order=int(data["order"]),
                 period=int(data["period"]),
                 fingerprint=str(data["fingerprint"]),
                 granularity=str(data.get("granularity", "")),
                 timesteps=tuple(float(t) for t in data["timesteps"]),
+                control=Control.from_dict(data.get("control", {})),
                 made_by=str(data["made_by"]),
                 predicted={str(k): float(v) for k, v in data["predicted"].items()},
             )
@@ -247,12 +251,15 @@ class Schedule:
     def __str__(self) -> str:
         """A grid: one line a region, one mark a step."""
         names = ("every region",) if self.regions is None else self.regions
+        legend = legend_of(self.rows)
+        glyphs: dict[Act, str] = {**_GLYPH, **{one: letter for letter, one in legend.items()}}
         wide = max((len(name) for name in names), default=0)
         tail = f", then the last {self.period} repeat" if self.period else ""
         lines = [f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"]
         for column, name in enumerate(names):
-            lines.append(f"{name:<{wide}}  " + "".join(_GLYPH[row[column]] for row in self.rows))
-        return "\n".join([*lines, "# compute   = reuse   / forecast"])
+            lines.append(f"{name:<{wide}}  " + "".join(glyphs[row[column]] for row in self.rows))
+        kinds = "".join(f"   {letter} {one}" for letter, one in legend.items())
+        return "\n".join([*lines, f"# compute   = reuse   / forecast{kinds}"])
 
 
 def _keys(regions: object) -> tuple[str, ...] | None:

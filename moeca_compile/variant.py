@@ -12,7 +12,10 @@ SLOTS = ("y0", "y1", "y2")  # a region's output at the steps that computed it la
 
 @dataclass(frozen=True, slots=True)
 class StateSlot:
-    """One cache tensor. `name` is zero-padded: Triton mixes up states whose input and output names sort apart."""
+    """One cache tensor. `slot` is one of `SLOTS`, or says what it holds of a region whose tokens age one by one.
+
+    `name` is zero-padded: Triton mixes up states whose input and output names sort apart.
+    """
 
     name: str
     region: int
@@ -29,8 +32,9 @@ class Variant:
     """The program of `row`.
 
     It takes the inputs at positions `takes` of the captured call, then the state slots `reads` (positions in the
-    layout), then, if `wants_coefficients`, the table [regions, 2] float32. It returns the model's `outputs` values and
-    then new values for the slots `writes`, which are always y0: what was y0 becomes y1, and so on, without a copy.
+    layout), then, if `wants_now`, step + 1 as a float32 scalar, and if `wants_coefficients`, the table [regions, 2]
+    float32. It returns the model's `outputs` values and
+    then new values for the slots `writes`. A new y0 moves what was y0 on to y1, and so on, without a copy.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Variant:
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     wants_coefficients: bool
+    wants_now: bool
     outputs: int
     macs: int = 0
     node_count: int = field(default=0, compare=False)

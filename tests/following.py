@@ -82,6 +82,8 @@ class Runner:
         for slot in variant.reads:
             one, kept = self.layout[slot], self.state.tensors[slot]
             given.append(torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) if kept is None else kept)
+        if variant.wants_now:
+            given.append(torch.tensor(float(self.step + 1)))
         if variant.wants_coefficients:
             given.append(torch.tensor(self.state.coefficients(self.step), dtype=torch.float32))
         with torch.no_grad():

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.capture import Capture, Input, capture, inputs_of
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.insert_state import state_layout
+from moeca_compile.passes.layout import state_layout
 from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
 from moeca_compile.runner import Runner
 from moeca_compile.schedule import Action, Row, Schedule
@@ -101,7 +101,7 @@ def layout_of(analysis: Analysis, schedule: Schedule) -> tuple[StateSlot, ...]:
 def build(analysis: Analysis, schedule: Schedule, wanted: Row) -> Variant:
     """The program of one row of a bound schedule, named by its place among the distinct rows."""
     name = f"v{schedule.distinct_rows().index(wanted)}"
-    return build_variant(analysis, layout_of(analysis, schedule), wanted, EAGER, name)[0]
+    return build_variant(analysis, schedule, wanted, EAGER, name)[0]
 
 
 def variant_of(analysis: Analysis, text: str, order: int = 1, among: tuple[str, ...] = ()) -> Variant:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moeca_compile.capture import Input
 from moeca_compile.granularity import Granularity
 from moeca_compile.regions import AttentionInfo, ExpertsInfo, Miss, RegionMap, RouterInfo
-from moeca_compile.schedule import Row
+from moeca_compile.schedule import Control, Row
 from moeca_compile.variant import StateSlot
 
 
@@ -39,7 +39,8 @@ class Branch:
 
 @dataclass(frozen=True)
 class Context:
-    """Facts about one capture, and for rewriters the row to build and the state that the schedule keeps."""
+    """Facts about one capture, and for rewriters what they need of the schedule: the row to build and the state that it
+    keeps, the order of its forecast and the control of its PARTIAL rows."""
 
     inputs: tuple[Input, ...]
     granularity: Granularity = Granularity("region")
@@ -54,3 +55,5 @@ class Context:
     regions: RegionMap = RegionMap(())
     row: Row = ()
     layout: tuple[StateSlot, ...] = ()
+    order: int = 1
+    control: Control = Control()

@@ -17,15 +17,18 @@ def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
     gm.graph.lint()
     alive = {node.name for node in gm.graph.nodes}
     actions = list(zip(ctx.regions, ctx.row, strict=True))
+    branched = {ctx.regions.keys[slot.region] for slot in ctx.layout if slot.slot == "held"}
     needed = {name for region, action in actions if action is Action.COMPUTE for name in region.body}
     for region, action in actions:
+        label = action.name if isinstance(action, Action) else str(action)
+        routed = region.key in branched and action is not Action.COMPUTE  # its combination stays
         missing = [name for name in region.outputs if (name in alive) is (action is not Action.COMPUTE)]
-        if missing:
+        if missing and not routed:
             state = "still there" if action is not Action.COMPUTE else "gone"
-            raise InvariantError(f"region {region.key}: {action.name}, but its output {missing[0]} is {state}")
+            raise InvariantError(f"region {region.key}: {label}, but its output {missing[0]} is {state}")
         heavy = {a.node for a in region.attention} | {e.node for e in region.experts}
         if action is not Action.COMPUTE and (left := heavy & alive - needed):
-            raise InvariantError(f"region {region.key}: {action.name}, but {sorted(left)} would still run")
+            raise InvariantError(f"region {region.key}: {label}, but {sorted(left)} would still run")
     slots = {slot.name: slot for slot in ctx.layout}
     outputs = list(fx.nodes_of(fx.output_node(gm).args[0]))
     names = gm.meta.get("moeca_writes", ())

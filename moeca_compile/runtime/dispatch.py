@@ -52,8 +52,16 @@ class Track:
     probe: Probe = field(default_factory=Probe)
     finite: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     records: list[StepRecord] = field(default_factory=list)
-    tables: dict[Coefficients, torch.Tensor] = field(default_factory=dict)
+    tables: dict[Coefficients | float, torch.Tensor] = field(default_factory=dict)
     elsewhere: set[float] = field(default_factory=set)  # timesteps that other programs saw since the last call here
+
+    def table(self, values: Coefficients | float, device: str) -> torch.Tensor:
+        """What depends on the step alone, as float32 on the device: uploaded once."""
+        if values not in self.tables:
+            if len(self.tables) == MAX_TABLES:
+                self.tables.clear()
+            self.tables[values] = torch.tensor(values, dtype=torch.float32, device=device)
+        return self.tables[values]
 
     def forget(self) -> None:
         """Drop all state: the next call of each stream is cold."""
@@ -215,16 +223,12 @@ def arguments_for(
     for slot in variant.reads:
         kept = state.tensors[slot] if state is not None else None
         arguments.append(program.zeros(slot) if kept is None else kept)
+    device = program.layout[0].device if program.layout else ""
+    if variant.wants_now:
+        arguments.append(track.table(float(step + 1), device))
     if variant.wants_coefficients:
         assert state is not None  # without state every row is full, and a full row forecasts nothing
-        coefficients = state.coefficients(step)
-        table = track.tables.get(coefficients)
-        if table is None:
-            if len(track.tables) == MAX_TABLES:
-                track.tables.clear()
-            table = torch.tensor(coefficients, dtype=torch.float32, device=program.layout[0].device)
-            track.tables[coefficients] = table
-        arguments.append(table)
+        arguments.append(track.table(state.coefficients(step), device))
     return arguments
 
 

@@ -18,7 +18,7 @@ class StreamState:
     """State of one stream of a trajectory.
 
     Attributes:
-        layout: the slots; those of one region output stand together, y0 first.
+        layout: the slots; y0, y1, y2 of one region output stand together, in this order.
         regions: how many columns the schedule has.
         tensors: by slot; None: never written.
         history: by region, the steps whose outputs are kept, latest first.
@@ -49,12 +49,13 @@ class StreamState:
         """Per region c0 and c1 of the forecast y0 + c0 (y0 - y1) + c1 (y1 - y2) for `step`: Newton's polynomial through
         the outputs that are kept, gathered by differences; 0 where history is missing, so a lower order then."""
         kept = [0] * self.regions
-        for slot in self.layout:
+        for slot in (one for one in self.layout if one.slot in SLOTS):
             kept[slot.region] = max(kept[slot.region], SLOTS.index(slot.slot) + 1)
         return tuple(newton(step, seen[:depth]) for seen, depth in zip(self.history, kept, strict=True))
 
     def commit(self, step: int, row: Row, writes: Sequence[int], values: Sequence[Any]) -> None:
-        """Take what a variant wrote at `step`: each new y0 pushes its region's older outputs one slot on."""
+        """Take what a variant wrote at `step`: a new y0 pushes its region's older outputs one slot on, any other value
+        takes the place of the one before."""
         for slot, value in zip(writes, values, strict=True):
             self._push(slot, value)
         for region, action in enumerate(row):
@@ -64,6 +65,6 @@ class StreamState:
 
     def _push(self, slot: int, value: Any) -> None:
         last = slot
-        while last + 1 < len(self.layout) and self.layout[last + 1].slot != SLOTS[0]:
+        while last + 1 < len(self.layout) and self.layout[last + 1].slot in SLOTS[1:]:
             last += 1
         self.tensors[slot : last + 1] = [value, *self.tensors[slot:last]]

@@ -1,0 +1,67 @@
+"""How a PARTIAL row chooses its tokens and branches: the expert-aware control, a part of the schedule. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeca_compile.errors import ScheduleError
+
+SCORES = ("drift", "error")
+Weights = Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is recomputed first: by gate weight x what `score` says x the sensitivity of the expert.
+
+    Attributes:
+        score: `drift`: how far the input moved since the value was computed; `error`: how wrong the forecast was when
+            the value was last computed, growing with its age.
+        sensitivity: by region key, for each expert how much the sample suffers when it is stale; any scale, >= 0.
+            A region that isn't named weighs all its experts alike.
+        quota: by region key, for each expert its share of the branches that a PARTIAL row may compute; they sum to at
+            most 1. An expert's branches beyond its quota come after all others. Not named: no quotas.
+
+    Raises:
+        ScheduleError: a negative weight, or quotas that sum to more than 1.
+    """
+
+    score: str = "error"
+    sensitivity: Weights = field(default_factory=dict)
+    quota: Weights = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ScheduleError(f"control: score is {self.score!r}, expected one of {', '.join(SCORES)}")
+        for name in ("sensitivity", "quota"):
+            tables = {key: tuple(float(w) for w in weights) for key, weights in getattr(self, name).items()}
+            object.__setattr__(self, name, tables)
+            for key, weights in tables.items():
+                if not weights or not all(0 <= w < float("inf") for w in weights):
+                    raise ScheduleError(f"control: {name} of {key}: {weights}, expected one number >= 0 an expert")
+                if name == "quota" and sum(weights) > 1 + 1e-6:
+                    raise ScheduleError(f"control: the quotas of {key} sum to {sum(weights):g}, at most 1 is there")
+
+    def __hash__(self) -> int:
+        return hash((self.score, tuple(self.sensitivity.items()), tuple(self.quota.items())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, for JSON; tables only where they are set."""
+        tables = {"sensitivity": self.sensitivity, "quota": self.quota}
+        plain = {name: {key: list(w) for key, w in table.items()} for name, table in tables.items() if table}
+        return {"score": self.score, **plain}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Control:
+        """What `to_dict` gave.
+
+        Raises:
+            ScheduleError: an entry that isn't known.
+        """
+        unknown = sorted(set(data) - {"score", "sensitivity", "quota"})
+        if unknown:
+            raise ScheduleError(f"control has unknown entries {unknown}; known: score, sensitivity, quota")
+        tables = {name: {str(k): tuple(v) for k, v in data.get(name, {}).items()} for name in ("sensitivity", "quota")}
+        return cls(str(data.get("score", "error")), **tables)

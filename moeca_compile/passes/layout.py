@@ -1,0 +1,74 @@
+"""Which state a schedule keeps: for each region its last outputs, or one value a token or branch with its own age."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from moeca_compile.errors import InvariantError
+from moeca_compile.passes.kept import slots_of, wide
+from moeca_compile.regions import Region, RegionMap, Value
+from moeca_compile.schedule import Schedule
+from moeca_compile.variant import SLOTS, StateSlot
+
+Slot = tuple[int, str, tuple[int, ...], str]  # output, slot, shape, dtype
+
+
+def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...]:
+    """The state that `schedule` (fitted to these regions) keeps, in the order of the regions."""
+    slots: list[StateSlot] = []
+    for column, region in enumerate(regions):
+        found = _aging(region, schedule) if schedule.partials(column) else _whole(region, schedule.depth(column))
+        for output, slot, shape, dtype in found:
+            device = region.devices[min(output, len(region.devices) - 1)]
+            size = math.prod(shape) * getattr(torch, dtype).itemsize
+            slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, dtype, device, size))
+    return tuple(slots)
+
+
+def _whole(region: Region, depth: int) -> Iterator[Slot]:
+    for output, (shape, dtype) in enumerate(zip(region.shapes, region.dtypes, strict=True)):
+        for slot in SLOTS[:depth]:
+            yield output, slot, shape, dtype
+
+
+def _aging(region: Region, schedule: Schedule) -> Iterator[Slot]:
+    info, score = region.tokens, schedule.control.score
+    if info is None:
+        raise InvariantError(f"region {region.key} can't be taken apart: {region.whole}")
+    items = (info.batch, info.tokens)
+    first = 0
+    if info.branches is not None:
+        first, (*slots, _) = 1, info.branches.shape
+        yield 0, "held", tuple(slots), "int64"
+        yield 0, "gates", tuple(slots), _wide(info.branches.dtype)
+        yield from _value(0, info.branches, schedule.order)
+        if score == "drift":
+            yield 0, "drift", tuple(slots), "float32"
+            yield 0, "scores", (*items, region.routers[0].num_experts), "float32"
+        else:
+            yield 0, "error", tuple(slots), "float32"
+    for output, part in enumerate(info.parts, first):
+        yield from _value(output, part, schedule.order)
+        if info.enters is not None and score == "drift":
+            yield output, "drift", items, "float32"
+            yield output, "seen", info.enters.shape, info.enters.dtype
+        elif info.enters is not None:
+            yield output, "error", items, "float32"
+    for number, one in enumerate(info.keys):
+        yield 0, f"keys{number}", one.shape, one.dtype
+
+
+def _value(output: int, one: Value, order: int) -> Iterator[Slot]:
+    stamps = {"at", "before"}
+    for slot in slots_of(order):
+        if slot in stamps:
+            yield output, slot, one.shape[:-1], "float32"
+        else:
+            yield output, slot, one.shape, one.dtype if slot == "y" else _wide(one.dtype)
+
+
+def _wide(dtype: str) -> str:
+    return str(wide(getattr(torch, dtype))).removeprefix("torch.")
