@@ -59,6 +59,11 @@ _LETTERS = {action.value: action for action in Action}
 _NAMES = "abcdefghijklmnopqrstuvwxyz"
 
 
+def name_of(act: Act) -> str:
+    """`COMPUTE`, or `PARTIAL(0.1, 0.05)`."""
+    return act.name if isinstance(act, Action) else str(act)
+
+
 def legend_of(rows: Iterable[Row]) -> dict[str, Partial]:
     """A small letter for each kind of PARTIAL in `rows`, in order of first use.
 

@@ -6,6 +6,7 @@ import copy
 import heapq
 import operator
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -267,18 +268,24 @@ def call(
 def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **given: Any) -> dict[str, Node]:
     """Add what `function` does with tensors, at the insertion point: plain torch code becomes nodes.
 
-    `given`: nodes (lists and dicts of them too) for the tensors, and anything else as it is. What is a tensor in the
-    result of `function` is a node in the result.
+    `given`: nodes (in dicts too) for the tensors, and anything hashable as it is. What is a tensor in the result of
+    `function` is a node in the result. A graph has many equal layers: what was traced for one serves all.
     """
     flat, spec = tree_flatten(given)
     nodes = [one for one in flat if isinstance(one, Node)]
+    values = [need(node) for node in nodes]
+    kinds = tuple((v.shape, v.dtype, v.device) for v in values)
+    key = (function, spec, tuple(None if isinstance(one, Node) else (type(one), one) for one in flat), kinds)
+    known = _TRACES.setdefault(mode, {}) if (mode := _mode_of(values)) is not None else {}
+    if key not in known:
 
-    def run(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        left = iter(tensors)
-        return function(**tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec))
+        def run(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+            left = iter(tensors)
+            return function(**tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec))
 
-    with fake_mode_of([value(node) for node in nodes]), torch.no_grad():
-        traced = make_fx(run, pre_dispatch=True)(*(need(node) for node in nodes))
+        with fake_mode_of(values), torch.no_grad():
+            known[key] = make_fx(run, pre_dispatch=True)(*values)
+    traced = known[key]
     copies: dict[Node, Node] = dict(zip(placeholders(traced), nodes, strict=True))
     for node in traced.graph.nodes:
         if node.op == "call_function":
@@ -300,7 +307,11 @@ def constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
 
 def fake_mode_of(tree: object) -> AbstractContextManager[Any]:
     """The mode of the fake tensors in `tree`; nothing at all where there are none."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, FakeTensor):
-            return leaf.fake_mode
-    return nullcontext()
+    return _mode_of(tree) or nullcontext()
+
+
+def _mode_of(tree: object) -> FakeTensorMode | None:
+    return next((leaf.fake_mode for leaf in tree_leaves(tree) if isinstance(leaf, FakeTensor)), None)
+
+
+_TRACES: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, GraphModule]] = weakref.WeakKeyDictionary()

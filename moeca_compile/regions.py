@@ -97,7 +97,8 @@ class TokensInfo:
         axes: of these and of what enters them: (node, axis of its tokens, whether that is batch and tokens in one).
         enters: the stream [B, N, D] that a part of the region is recomputed from; None for experts.
         keys: an attention's keys and values, of which every token reads all.
-        branches: the routed branches [B, N, K, D]; None for others. `gates` are their weights and `scores` the router's.
+        branches: the routed branches [B, N, K, D]; None for others.
+        gates, scores: the nodes of their weights, [B * N, K, 1], and of the router's scores [B * N, E].
     """
 
     batch: int

@@ -1,4 +1,4 @@
-"""A schedule says for every step what each region does: compute, reuse, forecast, or a part of it. Pure data, no torch."""
+"""A schedule says for every step what each region does: all, nothing, a forecast, a part. Pure data, no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moeca_compile.granularity import Granularity
 
 FORMAT, VERSION = "moeca-schedule", 2
 MAX_ORDER = 2
-_GLYPH = {Action.COMPUTE: "#", Action.REUSE: "=", Action.FORECAST: "/"}
+_GLYPH: dict[Act, str] = {Action.COMPUTE: "#", Action.REUSE: "=", Action.FORECAST: "/"}
 
 __all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"]
 
@@ -143,7 +143,8 @@ class Schedule:
 
     def partials(self, column: int) -> tuple[Partial, ...]:
         """The kinds of PARTIAL that a region meets; where there are any, its tokens age each for itself."""
-        return tuple(dict.fromkeys(row[column] for row in self.rows if isinstance(row[column], Partial)))
+        acts = dict.fromkeys(row[column] for row in self.rows)
+        return tuple(act for act in acts if isinstance(act, Partial))
 
     def distinct_rows(self) -> tuple[Row, ...]:
         """The rows without repeats, in order of first use: one program (variant) each."""
@@ -252,7 +253,7 @@ class Schedule:
         """A grid: one line a region, one mark a step."""
         names = ("every region",) if self.regions is None else self.regions
         legend = legend_of(self.rows)
-        glyphs: dict[Act, str] = {**_GLYPH, **{one: letter for letter, one in legend.items()}}
+        glyphs = _GLYPH | {one: letter for letter, one in legend.items()}
         wide = max((len(name) for name in names), default=0)
         tail = f", then the last {self.period} repeat" if self.period else ""
         lines = [f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"]

@@ -105,8 +105,9 @@ def gathered(history: Sequence[Computed], step: int, order: int) -> Tensor:
 
 def assert_follows_the_oracle(one: Subject, runner: Runner, rows: Sequence[Row]) -> None:
     runner.start()
-    order = runner.schedule.order
-    plain, exact = (Reference(one.captured.gm, one.context.regions, order, form) for form in (forecast, gathered))
+    plain, exact = (
+        Reference(one.captured.gm, one.context.regions, runner.schedule, form) for form in (forecast, gathered)
+    )
     for step, wanted in enumerate(rows):
         args = one.call(step)
         found = runner(wanted, args)

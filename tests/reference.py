@@ -2,6 +2,7 @@
 
 It runs every node of the captured graph at every step, and then replaces the outputs of the regions that the row
 doesn't compute by what the rules say. It knows nothing of the passes that make variants, of slots or of the runtime.
+What is recomputed in part is decided in `reference_parts.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from moeca_compile.passes.parts import block_of
 from moeca_compile.regions import RegionMap
-from moeca_compile.schedule import Action, Row
+from moeca_compile.schedule import Action, Partial, Row, Schedule
+from tests.reference_parts import Branches, Tokens, most_due
 
 Computed = tuple[int, Tensor]  # the step, and what the region gave
 Forecast = Callable[[Sequence[Computed], int, int], Tensor]
@@ -57,29 +60,54 @@ class Reference(Interpreter):
     Args:
         gm: the captured graph; it isn't changed.
         regions: which of its nodes may be replaced.
-        order: of FORECAST, 0 to 2.
+        schedule: fitted to them; its order, its control, and which regions age item by item count here.
         extrapolate: the arithmetic of FORECAST; another one says the same, but rounds elsewhere.
     """
 
-    def __init__(self, gm: GraphModule, regions: RegionMap, order: int, extrapolate: Forecast = forecast) -> None:
+    def __init__(
+        self, gm: GraphModule, regions: RegionMap, schedule: Schedule, extrapolate: Forecast = forecast
+    ) -> None:
         super().__init__(gm, garbage_collect_values=False)  # bases are read late
-        self.order, self.extrapolate = order, extrapolate
+        self.order, self.extrapolate, self.control = schedule.order, extrapolate, schedule.control
         self.step = -1
         self.row: Row = ()
-        self.region_of = {name: column for column, region in enumerate(regions) for name in region.outputs}
-        self.base_of = {name: base for r in regions for name, base in zip(r.outputs, r.bases, strict=bool(r.bases))}
+        aging = {column for column in range(len(regions)) if schedule.partials(column)}
+        whole = [(column, region) for column, region in enumerate(regions) if column not in aging]
+        self.region_of = {name: column for column, region in whole for name in region.outputs}
+        self.base_of = {name: base for _, r in whole for name, base in zip(r.outputs, r.bases, strict=bool(r.bases))}
         self.node_of = {node.name: node for node in gm.graph.nodes}
         self.history: dict[str, list[Computed]] = {name: [] for name in self.region_of}  # by output, oldest first
+        self.aging = {column: regions.regions[column] for column in sorted(aging)}
+        self.part_of = {p.node: c for c, r in self.aging.items() if r.tokens for p in r.tokens.parts}
+        self.key_of = {p.node: c for c, r in self.aging.items() if r.tokens for p in r.tokens.keys}
+        self.tokens = {name: Tokens(self.order, forecast) for name in self.part_of}
+        self.keys: dict[str, Tensor] = {}
+        self.branches: dict[int, Branches] = {}
+        self.branches_at: dict[str, int] = {}  # the node that weights the branches
+        for column, region in self.aging.items():
+            if region.tokens is not None and region.tokens.branches is not None:
+                tables = (self.control.sensitivity.get(region.key), self.control.quota.get(region.key))
+                self.branches[column] = Branches(self.order, forecast, self.control, *tables)
+                experts = self.node_of[region.tokens.branches.node]
+                self.branches_at[next(iter(experts.users)).name] = column
+        self.chosen: dict[tuple[str, int], set[tuple[int, int]]] = {}
 
     def __call__(self, row: Row, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """The model's outputs at the next step, with these actions."""
         self.step += 1
         self.row = row
+        self.chosen.clear()
         with torch.no_grad():
             return tuple(self.run(*args))
 
     def run_node(self, n: Node) -> Any:
+        if n.name in self.branches_at:  # before it reads them
+            self._route(self.branches_at[n.name])
         value = super().run_node(n)
+        if n.name in self.key_of:
+            return self._key(n.name, self.key_of[n.name], value)
+        if n.name in self.part_of:
+            return self._tokens(n.name, self.part_of[n.name], value)
         if n.name not in self.region_of:
             return value
         action = self.row[self.region_of[n.name]]
@@ -90,3 +118,68 @@ class Reference(Interpreter):
             return value
         kept = history[-1][1] if action is Action.REUSE else self.extrapolate(history, self.step, self.order)
         return kept if base is None else base + kept
+
+    # -- regions that age item by item ------------------------------------------------------------------------------
+
+    def _recomputed(self, column: int) -> set[tuple[int, int]]:
+        """(sample, token) of what a row computes of a region."""
+        act, region = self.row[column], self.aging[column]
+        assert region.tokens is not None
+        info = region.tokens
+        if act is Action.COMPUTE:
+            return {(b, n) for b in range(info.batch) for n in range(info.tokens)}
+        if not isinstance(act, Partial) or not act.rho:
+            return set()
+        block, count = block_of(region.key), act.tokens(info.tokens)
+        if (block, count) not in self.chosen:
+            experts = next((c for c in self.branches if block_of(self.aging[c].key) == block), None)
+            weigh = None if experts is None else self.branches[experts].token_due
+            if info.enters is None:
+                assert weigh is not None
+                scores = self.env[self.node_of[info.scores]].reshape(info.batch, info.tokens, -1)
+                due = {at: weigh(self.step, at, True, scores) for at in self.branches[column].slots}
+            else:
+                entering = self.env[self.node_of[info.enters.node]]
+                due = self.tokens[info.parts[0].node].due(self.step, self.control, entering)
+                if weigh is not None:
+                    due = {at: one * weigh(self.step, at, False) for at, one in due.items()}
+            self.chosen[block, count] = most_due(due, count)
+        return self.chosen[block, count]
+
+    def _tokens(self, name: str, column: int, value: Tensor) -> Tensor:
+        info = self.aging[column].tokens
+        assert info is not None
+        entering = None
+        if info.enters is not None and self.control.score == "drift":
+            entering = self.env[self.node_of[info.enters.node]]
+        full = value.reshape(info.batch, info.tokens, -1)
+        copy = self.row[column] is Action.REUSE
+        return self.tokens[name].value(self.step, full, self._recomputed(column), copy, entering).view_as(value)
+
+    def _key(self, name: str, column: int, value: Tensor) -> Tensor:
+        """Keys and values of the recomputed tokens among those of the others as they were last."""
+        kept = self.keys.get(name, value).clone()
+        for b, n in self._recomputed(column):
+            kept[b, :, n] = value[b, :, n]
+        self.keys[name] = kept
+        return kept
+
+    def _route(self, column: int) -> None:
+        info, act = self.aging[column].tokens, self.row[column]
+        assert info is not None
+        assert info.branches is not None
+        node = self.node_of[info.branches.node]
+        items = (info.batch, info.tokens)
+        ids, gates, scores = (
+            self.env[one].reshape(*items, -1)
+            for one in (node.args[1], self.node_of[info.gates], self.node_of[info.scores])
+        )
+        full = self.env[node]
+        extra = act.branches(ids[0].numel()) if isinstance(act, Partial) else 0
+        everything = act is Action.COMPUTE
+        tokens = set() if everything else self._recomputed(column)
+        found = self.branches[column].value(
+            self.step, full.reshape(info.branches.shape), ids, gates, scores, tokens, extra, everything,
+            act is Action.REUSE,
+        )  # fmt: skip
+        self.env[node] = found.view_as(full)

@@ -106,7 +106,7 @@ def test_the_oracle_s_forecast_is_rounded_once() -> None:
 
 def test_the_oracle_computes_everything_at_a_full_row() -> None:
     one = subject("float32")
-    oracle = Reference(one.captured.gm, one.context.regions, 1)
+    oracle = Reference(one.captured.gm, one.context.regions, schedule_of(one.analysis, "CCCC"))
     assert same(oracle(row("CCCC"), one.call(0))[0], one.eager(0))
 
 
@@ -311,7 +311,7 @@ def test_the_compiled_model_in_a_trajectory_is_what_the_oracle_says(
     schedule = schedule_of(one.analysis, *texts, order=order)
     torch._dynamo.reset()
     model = moeca.compile(small(dtype), schedule=schedule, inner="eager")
-    oracle = Reference(one.captured.gm, one.context.regions, order, gathered)
+    oracle = Reference(one.captured.gm, one.context.regions, schedule, gathered)
     with torch.no_grad(), moeca.trajectory(model, steps=len(texts)):
         for step, wanted in enumerate(schedule.rows):
             found = model(**inputs(step, dtype))

@@ -301,7 +301,8 @@ def changed(**entries: object) -> str:
     return json.dumps({name: entry for name, entry in data.items() if entry is not ...})
 
 
-ENTRIES = tuple(name for name in json.loads(Schedule.full().to_json()) if name != "granularity")  # files before it
+LATER = ("granularity", "control", "partials")  # what the first files didn't have
+ENTRIES = tuple(name for name in json.loads(Schedule.full().to_json()) if name not in LATER)
 
 
 def test_the_unchanged_json_is_read() -> None:
@@ -321,10 +322,17 @@ def test_a_missing_entry_is_refused_by_name(name: str) -> None:
         ("[]", "not a readable schedule: TypeError"),
         ("null", "not a readable schedule"),
         (changed(format="onnx"), "format is 'onnx', expected 'moeca-schedule'"),
-        (changed(version=2), r"version 2 is newer than this package reads \(1\)"),
+        (changed(version=3), r"version 3 is newer than this package reads \(2\)"),
         (changed(version="new"), "not a readable schedule"),
-        (changed(rows=["CCC", "CXC"]), "not a readable schedule: ValueError: 'X' is not a valid Action"),
+        (changed(rows=["CCC", "CXC"]), "row 'CXC': 'X' is no action; known here: C, R, F"),
         (changed(rows=7), "not a readable schedule"),
+        (changed(rows=["CCC", "CaC"]), "row 'CaC': 'a' is no action; known here: C, R, F"),
+        (changed(rows=["CCC", "CaC"], partials={"a": [0.5, 1.5]}), "PARTIAL: tau is 1.5, expected a fraction"),
+        (changed(rows=["CCC", "CaC"], partials={"a": [0.1, 0.2, 0.3]}), "not a readable schedule"),
+        (changed(control={"weights": {}}), r"control has unknown entries \['weights'\]"),
+        (changed(control={"score": "guess"}), "control: score is 'guess', expected one of drift, error"),
+        (changed(control={"sensitivity": {"m": [-1.0, 1.0]}}), "control: sensitivity of m"),
+        (changed(control={"quota": {"m": [0.9, 0.3]}}), "the quotas of m sum to 1.2, at most 1 is there"),
         (changed(order="two"), "not a readable schedule"),
         (changed(timesteps=["noon"]), "not a readable schedule"),
         (changed(granularity=7), "granularity='7' is not understood"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +11,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from moeca_compile.action import read
 from moeca_compile.capture import Capture, Input, capture, inputs_of
+from moeca_compile.fit import fit
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
 from moeca_compile.runner import Runner
-from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule import Control, Partial, Row, Schedule
 from moeca_compile.variant import StateSlot, Variant
 
 EAGER = Options(inner="eager")
-LETTERS = {action.value: action for action in Action}
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,16 @@ def find_in(gm: GraphModule, inputs: tuple[Input, ...]) -> Context:
 
 def row(text: str) -> Row:
     """`C`ompute, `R`euse, `F`orecast: one letter a region."""
-    return tuple(LETTERS[letter] for letter in text)
+    return read(text, {})
 
 
-def schedule_of(analysis: Analysis, *rows: str, order: int = 1) -> Schedule:
-    """A schedule for the analysis' regions from rows like `CRF`."""
+def schedule_of(
+    analysis: Analysis, *rows: str, order: int = 1, legend: Mapping[str, Partial] | None = None, control: Any = None
+) -> Schedule:
+    """A schedule fitted to the analysis' regions from rows like `CRF`; `legend` says what other letters mean."""
     regions = analysis.context.regions
-    return Schedule(tuple(map(row, rows)), regions.keys, order=order, fingerprint=regions.fingerprint)
+    acts = tuple(read(text, legend or {}) for text in rows)
+    return fit(Schedule(acts, regions.keys, order=order, control=control or Control()), regions)
 
 
 def layout_of(analysis: Analysis, schedule: Schedule) -> tuple[StateSlot, ...]:

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeca_compile.action import legend_of, name_of
 from moeca_compile.errors import UserError
-from moeca_compile.schedule import Action, Schedule
+from moeca_compile.schedule import Act, Action, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = {Action.COMPUTE: "#1f3a5f", Action.FORECAST: "#8fb8de", Action.REUSE: "#e4e4e4"}
-_ORDER = (Action.COMPUTE, Action.FORECAST, Action.REUSE)
+_COLOURS: dict[Act, str] = {Action.COMPUTE: "#1f3a5f", Action.FORECAST: "#8fb8de", Action.REUSE: "#e4e4e4"}
+_GREENS = ("#2f7d4f", "#6fb58a", "#b4dcc2")  # kinds of PARTIAL, in turn
 _FORMATS = (".png", ".svg")
 
 
@@ -25,14 +26,16 @@ def schedule_grid(schedule: Schedule, steps: int | None = None) -> Figure:
     names = schedule.regions or ("every region",)
     count = steps or len(schedule.rows)
     rows = [schedule.rows[i] if (i := schedule.row_index(step)) is not None else None for step in range(count)]
-    shown = [[_ORDER.index(row[column]) if row else 0 for row in rows] for column in range(len(names))]
+    acts = [*_COLOURS, *legend_of(schedule.rows).values()]
+    colours = {act: _COLOURS.get(act, _GREENS[number % len(_GREENS)]) for number, act in enumerate(acts)}
+    shown = [[acts.index(row[column]) if row else 0 for row in rows] for column in range(len(names))]
     figure, axes = _figure(max(5.0, 0.16 * count + 2.5), 0.22 * len(names) + 1.4)
-    axes.imshow(shown, cmap=ListedColormap([_COLOURS[a] for a in _ORDER]), vmin=0, vmax=2, aspect="auto")
+    axes.imshow(shown, cmap=ListedColormap([colours[act] for act in acts]), vmin=0, vmax=len(acts) - 1, aspect="auto")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("step")
     axes.set_title(schedule.made_by or "schedule", fontsize=9)
-    used = [action for number, action in enumerate(_ORDER) if any(number in line for line in shown)]
-    patches = [Patch(color=_COLOURS[action], label=action.name.lower()) for action in used]
+    used = [act for number, act in enumerate(acts) if any(number in line for line in shown)]
+    patches = [Patch(color=colours[act], label=name_of(act).lower()) for act in used]
     axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
     return figure
 

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeca_compile.schedule import Action, Schedule
+from moeca_compile.action import legend_of, name_of
+from moeca_compile.schedule import Act, Action, Partial, Schedule
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
 EVERY = "every region"
-_STYLES = {Action.COMPUTE: "bold", Action.REUSE: "dim", Action.FORECAST: "cyan"}
-_GLYPHS = {Action.COMPUTE: "█", Action.REUSE: "░", Action.FORECAST: "▒"}
+_STYLES: dict[Act, str] = {Action.COMPUTE: "bold", Action.REUSE: "dim", Action.FORECAST: "cyan"}
+_GLYPHS: dict[Act, str] = {Action.COMPUTE: "█", Action.REUSE: "░", Action.FORECAST: "▒"}
 _DESCRIBED = ("made_by", "order", "period", "fingerprint", "granularity", "timesteps", "regions")
 
 
@@ -32,6 +33,7 @@ def facts(schedule: Schedule) -> dict[str, Any]:
         "computed": round(cells.count(Action.COMPUTE) / len(cells), 4),
         "forecast": round(cells.count(Action.FORECAST) / len(cells), 4),
         "reused": round(cells.count(Action.REUSE) / len(cells), 4),
+        "partial": round(sum(isinstance(cell, Partial) for cell in cells) / len(cells), 4),
         "timesteps": [schedule.timesteps[0], schedule.timesteps[-1]] if schedule.timesteps else None,
         "fingerprint": schedule.fingerprint,
         "granularity": schedule.granularity,
@@ -61,15 +63,17 @@ def grid(schedule: Schedule) -> Group:
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("regions", no_wrap=True)
     table.add_column("steps")
-    for names, actions in _lines(schedule):
-        table.add_row(_named(names), Text.assemble(*((_GLYPHS[action], _STYLES[action]) for action in actions)))
+    glyphs = _GLYPHS | {one: letter for letter, one in legend_of(schedule.rows).items()}
+    for names, acts in _lines(schedule):
+        cells = ((glyphs[act], _STYLES.get(act, "green")) for act in acts)
+        table.add_row(_named(names), Text.assemble(*cells))
     tail = f"   the last {schedule.period} steps repeat" if schedule.period else ""
-    return Group(table, Text("   ".join(f"{glyph} {action.name.lower()}" for action, glyph in _GLYPHS.items()) + tail))
+    return Group(table, Text("   ".join(f"{glyph} {name_of(act).lower()}" for act, glyph in glyphs.items()) + tail))
 
 
-def _lines(schedule: Schedule) -> Iterator[tuple[list[str], tuple[Action, ...]]]:
+def _lines(schedule: Schedule) -> Iterator[tuple[list[str], tuple[Act, ...]]]:
     names = schedule.regions or (EVERY,)
-    columns: dict[tuple[Action, ...], list[str]] = {}
+    columns: dict[tuple[Act, ...], list[str]] = {}
     for name, actions in zip(names, zip(*schedule.rows, strict=True), strict=True):
         columns.setdefault(actions, []).append(name)
     for actions, alike in columns.items():
@@ -109,7 +113,7 @@ def difference(left: Schedule, right: Schedule) -> Difference:
 def _cells(schedule: Schedule) -> dict[tuple[int, str], str]:
     names = schedule.regions or (EVERY,)
     return {
-        (step, name): action.name
+        (step, name): name_of(action)
         for step, row in enumerate(schedule.rows)
         for name, action in zip(names, row, strict=True)
     }

@@ -67,7 +67,7 @@ def priority(
 
 def moved(values: Tensor, last: Tensor) -> Tensor:
     """L1 distance of [B, N, E] from those last seen; what isn't finite (a masked expert) counts nothing. [B, N]."""
-    return (values.float() - last).abs().nan_to_num(0.0, posinf=0.0).sum(-1)
+    return (values.float() - last.float()).abs().nan_to_num(0.0, posinf=0.0).sum(-1)
 
 
 def settle(

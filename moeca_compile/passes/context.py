@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moeca_compile.capture import Input
 from moeca_compile.granularity import Granularity
@@ -56,4 +56,4 @@ class Context:
     row: Row = ()
     layout: tuple[StateSlot, ...] = ()
     order: int = 1
-    control: Control = Control()
+    control: Control = field(default_factory=Control)

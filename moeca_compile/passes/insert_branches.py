@@ -29,7 +29,7 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
     experts = parts.nodes[info.branches.node]
     routing = _routing(parts, info, experts)
     state = parts.ports.of(column, 0)
-    chosen = parts.chosen(column, act.rho) if isinstance(act, Partial) and act.rho else None
+    chosen = parts.chosen(column, act.rho, routing["scores"]) if isinstance(act, Partial) and act.rho else None
     if act is Action.COMPUTE:
         fresh = parts.inline(_everything, experts=experts, shape=info.branches.shape)
     elif isinstance(act, Partial) and (act.rho or act.tau):

@@ -70,8 +70,11 @@ class Parts:
                 self.ports.write(column, output, name, node)
         return value
 
-    def chosen(self, column: int, rho: float) -> Node:
-        """Positions [B, M] of the tokens that this block recomputes, in ascending order."""
+    def chosen(self, column: int, rho: float, scores: Node | None = None) -> Node:
+        """Positions [B, M] of the tokens that this block recomputes, in ascending order.
+
+        `scores`: the router's [B, N, E], for an experts region.
+        """
         region, info = self.info(column)
         count = Partial(rho).tokens(info.tokens)
         block = block_of(region.key)
@@ -87,6 +90,7 @@ class Parts:
             found = self.inline(
                 choose, count=count, now=self.ports.now(), order=self.order, own=own, branches=branches,
                 entering=self._entering(column) if own is not None and "seen" in own else None, sensitivity=weights,
+                scores=scores if own is None and branches is not None and "scores" in branches else None,
             )  # fmt: skip
             self._chosen[block, count] = found["chosen"]
         return self._chosen[block, count]
@@ -112,7 +116,7 @@ def copies(act: Act) -> bool:
 
 def choose(
     count: int, now: Tensor, order: int, own: State | None, branches: State | None, entering: Tensor | None,
-    sensitivity: Tensor | None,
+    scores: Tensor | None, sensitivity: Tensor | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The `count` tokens of each sample that most need to be computed: by what their branches weigh times how far the
     block's input drifted, or how wrong their forecast must be.
@@ -120,7 +124,8 @@ def choose(
     Args:
         own: the state [B, N, ..] of the region that the block begins with; None where that is the experts.
         branches: the block's branch state [B, N, K, ..], or None.
-        entering: [B, N, D], what enters the block, for drift.
+        entering: [B, N, D], what enters the block, and scores: [B, N, E], the router's where the block begins with the
+            experts: what drift is seen by.
         sensitivity: [E].
 
     Returns:
@@ -132,7 +137,11 @@ def choose(
         weight = branches["gates"].float().abs() * (1.0 if sensitivity is None else sensitivity[held])
     if own is None:
         assert branches is not None  # an experts region: what chooses there is its own state
-        due = branches["drift"] if "drift" in branches else overdue(branches, now, order)
+        due = (
+            overdue(branches, now, order)
+            if scores is None
+            else branches["drift"] + moved(scores, branches["scores"])[..., None]
+        )
         score = (weight * due).sum(-1)
     else:
         due = overdue(own, now, order) if entering is None else own["drift"] + moved(entering, own["seen"])
@@ -153,12 +162,11 @@ def settle(
     value = forecast(state, now, 0 if copy else order)
     if fresh is None:
         return {"value": value}
-    batch, tokens, width = value.shape
     if chosen is None:
         picked, full = torch.ones_like(state["at"], dtype=torch.bool), fresh
     else:
         picked = torch.zeros_like(state["at"], dtype=torch.bool).scatter(1, chosen, True)
-        full = value.scatter(1, chosen[..., None].expand(-1, -1, width), fresh)
+        full = value.scatter(1, chosen[..., None].expand_as(fresh), fresh)
     after = refreshed(state, full, picked, state["at"] > 0, now, order)
     if entering is not None:
         after["drift"] = torch.where(picked, 0.0, state["drift"] + moved(entering, state["seen"]))

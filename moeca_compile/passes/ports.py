@@ -1,4 +1,4 @@
-"""A variant's ends: placeholders for the state that it reads, made on first use, and the new state that it hands out."""
+"""A variant's ends: placeholders for the state that it reads, made on first use, and the new state it hands out."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ old ones, each of the same shape but for M at its token axis. What has no token 
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,18 +40,13 @@ class Slice:
         for node in body:
             if node.name not in self.axes:
                 continue
-            args, kwargs = map_arg((node.args, node.kwargs), lambda one: self._source(one, node, given or {}))
-            if node.target in VIEWING:
-                args, kwargs, target = (args[0], self._sizes(node)), {}, aten.reshape.default
-            elif node.target is aten.expand.default:
-                args, target = (args[0], self._sizes(node), *args[2:]), node.target
-            else:
-                target = node.target
-            if target is operator.getitem:
-                made = self.gm.graph.call_function(target, tuple(args))
-                made.meta["val"] = fx.value(args[0])[args[1]]
-            else:
-                made = fx.call(self.gm, target, args, dict(kwargs), like=node)
+            target: Any = node.target
+            args, kwargs = map_arg((node.args, node.kwargs), functools.partial(self._source, node, given or {}))
+            if target in VIEWING:
+                target, args, kwargs = aten.reshape.default, (args[0], self._sizes(node)), {}
+            elif target is aten.expand.default:
+                args = (args[0], self._sizes(node), *args[2:])
+            made = fx.call(self.gm, target, args, kwargs, like=node)
             val = fx.tensor(node)
             if val is not None and fx.shape(made) != self._sizes(node):
                 raise InvariantError(f"{node.name} on {self.count} tokens is {fx.shape(made)}, not {self._sizes(node)}")
@@ -89,7 +84,7 @@ class Slice:
     def _gather(self, node: Node, dim: int) -> Node:
         return self._call(aten.gather.default, node, dim, self.index(dim, fx.shape(node)))
 
-    def _source(self, one: Node, user: Node, given: Mapping[Node, Node]) -> Node:
+    def _source(self, user: Node, given: Mapping[Node, Node], one: Node) -> Node:
         """What stands for the operand `one` of `user` in the copy."""
         if one in given:
             return given[one]

@@ -88,9 +88,8 @@ class TokenAxes:
     def _pointwise(self, node: Node) -> Axis:
         """The operands' axes, aligned from the right; one that has the axis unmarked (a table of positions) gets it."""
         rank = len(fx.shape(node))
-        aligned = {
-            Axis(a.dim + rank - len(fx.shape(s)), a.merged) for s in node.all_input_nodes if (a := self.of.get(s))
-        }
+        known = [(one, self.of[one]) for one in node.all_input_nodes if one in self.of]
+        aligned = {Axis(axis.dim + rank - len(fx.shape(one)), axis.merged) for one, axis in known}
         if len(aligned) != 1:
             raise MixesTokens(f"{node.name}: its operands have their tokens in different places")
         (axis,) = aligned
@@ -135,7 +134,7 @@ class TokenAxes:
         return Axis(axis.dim - (dim % rank < axis.dim), axis.merged)
 
     def _unsqueeze(self, node: Node) -> Axis:
-        axis, dim = self._first(node), int(node.args[1])  # type: ignore[arg-type]
+        axis, dim = self._first(node), int(str(node.args[1]))
         return Axis(axis.dim + (dim % len(fx.shape(node)) <= axis.dim), axis.merged)
 
     def _permute(self, node: Node) -> Axis:
@@ -171,7 +170,7 @@ class TokenAxes:
     def _cat(self, node: Node) -> Axis:
         parts = list(fx.nodes_of(node.args[0]))
         axes = {self.of.get(part) for part in parts}
-        dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+        dim: Any = node.args[1] if len(node.args) > 1 else 0
         (axis,) = axes if len(axes) == 1 else (None,)
         if axis is None or dim % len(fx.shape(node)) == axis.dim:
             raise MixesTokens(f"{node.name}: it joins tokens with something else")
@@ -196,11 +195,8 @@ class TokenAxes:
         if (node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal")) is True:
             raise MixesTokens(f"{node.name}: a causal attention")
         wanted = Axis(rank - 2)
-        if (
-            fx.shape(query)[0] != self.batch
-            or self.of.get(query) != wanted
-            or any(self.of.get(one, wanted) != wanted for one in read)
-        ):
+        axes = [self.of.get(query), *(self.of.get(one, wanted) for one in read)]
+        if fx.shape(query)[0] != self.batch or any(axis != wanted for axis in axes):
             raise MixesTokens(f"{node.name}: its queries or keys lie in an unusual order")
         return wanted
 
@@ -226,12 +222,8 @@ def is_pointwise(target: object) -> bool:
 
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 VIEWING = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-)
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+)  # fmt: skip
 _RULES: dict[object, Callable[[TokenAxes, Node], Axis]] = {
     **dict.fromkeys((aten.clone.default, aten.alias.default, aten.contiguous.default), TokenAxes._same),
     **dict.fromkeys(VIEWING, TokenAxes._view),

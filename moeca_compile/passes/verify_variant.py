@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from moeca_compile import fx
+from moeca_compile.action import name_of
 from moeca_compile.errors import InvariantError
 from moeca_compile.passes.context import Context
 from moeca_compile.schedule import Action
@@ -20,7 +21,7 @@ def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
     branched = {ctx.regions.keys[slot.region] for slot in ctx.layout if slot.slot == "held"}
     needed = {name for region, action in actions if action is Action.COMPUTE for name in region.body}
     for region, action in actions:
-        label = action.name if isinstance(action, Action) else str(action)
+        label = name_of(action)
         routed = region.key in branched and action is not Action.COMPUTE  # its combination stays
         missing = [name for name in region.outputs if (name in alive) is (action is not Action.COMPUTE)]
         if missing and not routed:

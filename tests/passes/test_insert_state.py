@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeca_compile import fx
-from moeca_compile.passes.insert_state import COEFFICIENTS, insert_state, state_layout
+from moeca_compile.passes.insert_state import insert_state
+from moeca_compile.passes.layout import state_layout
+from moeca_compile.passes.ports import COEFFICIENTS
 from moeca_compile.pipeline import Analysis
 from moeca_compile.regions import Region, RegionMap
 from moeca_compile.schedule import Schedule

@@ -176,7 +176,7 @@ def test_every_routed_layer_is_found(name: str, fact: Recorder) -> None:
 def test_computed_in_full_it_gives_what_eager_gives(name: str) -> None:
     one = run(name)
     regions = one.program.regions
-    reference = Reference(one.program.analysis.gm, regions, order=0)
+    reference = Reference(one.program.analysis.gm, regions, one.program.schedule)
     full = one.program.schedule.rows[0]
     for args, wanted in zip(one.args, eager(name), strict=True):
         assert distance(reference(full, args), wanted) <= CLOSE
@@ -188,7 +188,7 @@ def test_a_uniform_schedule_gives_what_the_oracle_says(name: str, fact: Recorder
     one, truth = run(name), eager(name)
     schedule = one.program.schedule
     for outputs in one.outputs:
-        oracle = Reference(one.program.analysis.gm, one.program.regions, 1, gathered)
+        oracle = Reference(one.program.analysis.gm, one.program.regions, schedule, gathered)
         for step, found in enumerate(outputs):
             row = schedule.rows[schedule.row_index(step) or 0]
             for left, right in zip(oracle(row, one.args[step]), found, strict=True):
