@@ -52,8 +52,8 @@ def drift(
     Sampling also tells tokens, branches and experts apart.
     """
     if sample is None:
-        if weights is not None or seeds != 1 or gap != 1:
-            raise OptionError("--weights, --seeds and --gap are for a model that is sampled now: add --sample")
+        if weights is not None or (seeds, gap, inner) != (1, 1, "eager"):
+            raise OptionError("--weights, --seeds, --gap and --inner are for a model that is sampled now: add --sample")
         _kept(Path(of), picture, experts, json)
     else:
         _sampled(of, sample, weights, seeds, gap, inner, picture, experts, json)
