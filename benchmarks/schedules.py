@@ -2,6 +2,8 @@
 
     python -m benchmarks.schedules            # 50, 20 and 10 steps; writes results/schedules.json
     python -m benchmarks.schedules --quick    # 10 steps, few seeds: does it run?
+    python -m benchmarks.schedules --again calibrated    # only that contender anew; the others' figures are kept
+    python -m benchmarks.schedules --picture docs/pareto.svg    # error against cost, drawn from results/schedules.json
 
 All contenders make the same images: Euler steps of a rectified flow with guidance 2, from the same noise. A budget is
 what the uniform schedule of that interval costs, by the package's own count of MACs; for a solver with fewer steps it
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,9 +30,10 @@ from torch import Tensor
 import moeca_compile as moeca
 from benchmarks.protocol import RESULTS, pin_threads, save
 from examples import digits
+from moeca_compile.inspect import plots
 from moeca_compile.plan.drift import Drift
 from moeca_compile.plan.predict import ORDERS
-from moeca_compile.plan.rows import Plan, uniform_letters
+from moeca_compile.plan.rows import Plan, row_of, uniform_letters
 from moeca_compile.schedule import Action, Schedule
 from moeca_compile.study.handle import Handle
 from moeca_compile.study.store import Store
@@ -38,6 +42,8 @@ WORK = Path("build/schedules")
 GUIDANCE = 2.0
 CONVERGED = 100  # second-order steps: the reference for "how far from the exact solution"
 LEADING_SEEDS = 8  # uniform schedules are compared on so many held-out seeds, the best then on all
+CONTENDERS = ("uniform", "fewer", "calibrated")
+SWEEP = range(2, 11)  # intervals of the uniform schedules in the picture
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,11 @@ class Bench:
         best = max(shown, key=lambda plan: shown[plan])
         return best, fits[best]
 
+    def plan_of(self, schedule: Schedule) -> Plan:
+        """A calibrated schedule's rows as letters again."""
+        letters = {row_of(cells, schedule.order): letter for letter, cells in self.handle.kinds.items()}
+        return Plan("".join(letters[row] for row in schedule.rows), f"order-{schedule.order}")
+
     def cost(self, plan: Plan) -> float:
         return sum(self.macs[letter] for letter in plan.letters) / len(plan.letters)
 
@@ -185,50 +196,76 @@ def _features(images: Tensor) -> np.ndarray:
     return classifier.conv3(x).relu().mean(dim=(2, 3)).double().numpy()
 
 
-def measure(bench: Bench, steps: int, console: Console) -> dict[str, Any]:
-    """All budgets at one number of steps."""
+def measure(bench: Bench, steps: int, again: Sequence[str], kept: dict[str, Any], console: Console) -> dict[str, Any]:
+    """All budgets at one number of steps: the contenders of `again` now, the others as `kept` has them."""
     console.print(f"{steps} steps: uncached and converged", style="dim")
     truth, exact = bench.images(steps), bench.images(CONVERGED, second_order=True)
     reference = bench.line("uncached", f"{steps} steps", 1.0, truth, truth, exact)
-    tables = {}
+    tables, points = {}, Points()
     for interval in bench.size.intervals[steps]:
         ruler = Plan(uniform_letters(steps, interval, 1), "order-1")
         budget = bench.cost(ruler)
+        key, lines = f"{budget:.3f}", []
+        old = {line["name"]: Line(**line) for line in kept["budgets"][key]["lines"]} if kept else {}
         console.print(f"{steps} steps, {budget:.1%}: calibrating", style="dim")
         schedule = bench.calibrated(steps, budget)
-        kept = Store(bench.work / f"steps{steps}" / "region").drift()
-        drift = None if kept is None else kept[0]
+        found = Store(bench.work / f"steps{steps}" / "region").drift()
+        drift = None if found is None else found[0]
         console.print(f"{steps} steps, {budget:.1%}: contenders", style="dim")
-        lines = []
         for order in range(3):
-            plan, name = bench.uniform(steps, budget, order, truth, drift)
-            made = bench.images(steps, plan)
-            lines.append(bench.line(f"best uniform, order {order}", name, bench.cost(plan), made, truth, exact))
+            name = f"best uniform, order {order}"
+            if "uniform" in again:
+                plan, what = bench.uniform(steps, budget, order, truth, drift)
+                made = bench.images(steps, plan)
+                lines.append(bench.line(name, what, bench.cost(plan), made, truth, exact))
+            else:
+                lines.append(old[name])
         fewer = ruler.letters.count("C")
         for second, name in ((False, "fewer Euler steps"), (True, "fewer second-order steps")):
-            made = bench.images(fewer, second_order=second)
-            lines.append(bench.line(name, f"{fewer} steps", fewer / steps, made, truth, exact))
-        letters = "".join(letter_of(row) for row in schedule.rows)
-        plan = Plan(letters, f"order-{schedule.order}")
+            points.add(name, fewer / steps, bench.psnr(bench.images(fewer, None, second, LEADING_SEEDS), truth))
+            if "fewer" in again:
+                made = bench.images(fewer, second_order=second)
+                lines.append(bench.line(name, f"{fewer} steps", fewer / steps, made, truth, exact))
+            else:
+                lines.append(old[name])
+        plan = bench.plan_of(schedule)
         cost = schedule.predicted["mac_fraction"]
-        lines.append(bench.line("calibrated", f"order {schedule.order}", cost, bench.images(steps, plan), truth, exact))
-        tables[f"{budget:.3f}"] = {
+        made = bench.images(steps, plan)
+        lines.append(bench.line("calibrated", plan.predictor, cost, made, truth, exact))
+        points.add("calibrated", cost, bench.psnr(made[: LEADING_SEEDS * bench.size.images], truth))
+        tables[key] = {
             "lines": [asdict(line) for line in lines],
-            "schedule": letters,
+            "schedule": plan.letters,
             "predicted": dict(schedule.predicted),
             "made_by": schedule.made_by,
         }
         show(f"{steps} steps, {budget:.1%} of the MACs", [reference, *lines], console)
-    return {
-        "uncached": asdict(reference),
-        "budgets": tables,
-    }
+    for order in ORDERS:
+        for interval in SWEEP:
+            plan = Plan(uniform_letters(steps, interval, 1), order.name)
+            points.add(
+                f"uniform, {order.name}", bench.cost(plan), bench.psnr(bench.images(steps, plan, seeds=8), truth)
+            )
+    return {"uncached": asdict(reference), "budgets": tables, "points": points.by_name}
 
 
-def letter_of(row: Sequence[Action]) -> str:
-    """The plan's letter of a row whose regions run in step, or `A`."""
-    computed = [action is Action.COMPUTE for action in row]
-    return "C" if all(computed) else "A" if any(computed) else "F"
+class Points:
+    """For the picture: (share of the MACs, dB on the first `LEADING_SEEDS` held-out seeds) by contender."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, name: str, cost: float, psnr: float) -> None:
+        self.by_name.setdefault(name, []).append((round(cost, 5), round(psnr, 3)))
+
+
+def draw(results: Path, picture: Path) -> None:
+    """Error against cost, from what a run wrote; of the most steps."""
+    found = json.loads(results.read_text())["steps"]
+    steps = max(found, key=int)
+    series = dict(sorted(found[steps]["points"].items()))
+    title = f"{steps} steps, digits model, {LEADING_SEEDS} held-out seeds"
+    plots.save(plots.pareto(series, "share of the MACs", "PSNR to the uncached samples, dB", title), picture)
 
 
 def show(title: str, lines: Sequence[Line], console: Console) -> None:
@@ -249,17 +286,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="*", help="only these numbers of steps")
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder of what is done (default {WORK})")
     parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    parser.add_argument("--again", nargs="*", choices=CONTENDERS, help="only these anew, the rest as the result has it")
+    parser.add_argument("--picture", type=Path, help="draw the result into this .svg or .png, and measure nothing")
     args = parser.parse_args(argv)
+    out = args.out or (None if args.quick else RESULTS)
+    written = (out or RESULTS) / "schedules.json"
+    if args.picture is not None:
+        draw(written, args.picture)
+        return
+    again = CONTENDERS if args.again is None else args.again
+    kept = {} if args.again is None else json.loads(written.read_text())["steps"]
     size = QUICK if args.quick else WHOLE
     pin_threads()
     console = Console()
     bench = Bench(size, args.work)
-    found = {str(steps): measure(bench, steps, console) for steps in args.steps or size.steps}
-    out = args.out or (None if args.quick else RESULTS)
+    found = {
+        str(steps): measure(bench, steps, again, kept.get(str(steps), {}), console)
+        for steps in args.steps or size.steps
+    }
     if out:
         payload = {
             "model": f"digits, CFG {GUIDANCE:g}, {size.images} images a seed, {size.seeds} seeds for the search, "
             f"{size.held_out} held out; converged: {CONVERGED} second-order steps",
+            "measured anew": list(again),
             "steps": found,
         }
         print(f"written: {save('schedules', payload, out).name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ Holdout = Annotated[int, typer.Option(help="How many seeds only the final check 
 Inner = Annotated[str, typer.Option(help="inductor or eager.")]
 Kept = Annotated[Path, typer.Option(help="The folder that an earlier calibration kept.")]
 Resume = Annotated[Path | None, typer.Option(help="A folder that keeps what is found, to go on from or plan again.")]
+Perturb = Annotated[int, typer.Option(help="Experts to make stale one by one, at most; each costs two trajectories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the schedule's facts as JSON and nothing else.")]
 
 
@@ -49,11 +51,14 @@ def calibrate(
     holdout: Holdout = 2,
     inner: Inner = "inductor",
     resume: Resume = None,
+    perturb: Perturb = 0,
     json: AsJson = False,
 ) -> None:
     """Find the best schedule that a budget allows, by sampling the model."""
     from moeca_compile.study import calibrate as find
 
+    if perturb and not json:
+        print(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
     found = find(
         _weighted(load(source)(), weights),
         load(sample),
@@ -64,6 +69,7 @@ def calibrate(
         holdout=range(1000, 1000 + holdout),
         inner=inner,
         resume=resume,
+        perturb=perturb,
         progress=not json,
     )
     found.save(out)
@@ -92,7 +98,7 @@ def plan(
     """Another budget, from what a calibration kept: nothing is measured again, only new plans are sampled."""
     if not any(resume.rglob("drift.npz")):  # a folder for each granularity
         raise ScheduleError(f"{resume} holds no calibration: run `moeca calibrate --resume {resume}` first")
-    calibrate(source, sample, budget, out, weights, order, granularity, seeds, holdout, inner, resume, json)
+    calibrate(source, sample, budget, out, weights, order, granularity, seeds, holdout, inner, resume, json=json)
 
 
 def drift(
@@ -105,31 +111,39 @@ def drift(
     from moeca_compile.study.store import Store
 
     file = next(iter(sorted(kept.rglob("drift.npz"))), None)
-    found = Store(file.parent).drift() if file is not None else None
-    if found is None:
+    store = Store(file.parent) if file is not None else None
+    found = store.drift() if store is not None else None
+    if store is None or found is None:
         raise ScheduleError(f"{kept} holds no calibration: `moeca calibrate --resume {kept}` makes one")
     measured, noted = found
-    groups = [f"regions {', '.join(map(str, atom))}" for atom in measured.atoms]
-    steps = lines.by_step(measured.steps, measured.pairs, measured.parts, groups)
+    split = store.drift(name="split")
+    steps: dict[str, list[float]] = {}
+    for one in (*((split[0],) if split is not None else ()), measured):
+        groups = [f"regions {', '.join(map(str, atom))}" for atom in one.atoms]
+        steps |= lines.by_step(one.steps, one.pairs, one.parts, groups)
     layers = lines.by_expert(noted.get("experts", ()))
+    stale = lines.by_harm(map(asdict, store.harms()))
     if picture is not None:
         plots.save(plots.drift_map(steps, "how far the latent is moved by older outputs"), picture)
     if experts is not None:
         plots.save(plots.drift_map(layers, "forecast drift of each expert's gated output", "expert"), experts)
     if json:
-        print(json_text.dumps({"steps": steps, "experts": layers}, indent=1).replace("NaN", "null"))
+        print(json_text.dumps({"steps": steps, "experts": layers, "stale": stale}, indent=1).replace("NaN", "null"))
         return
     console = Console(highlight=False)
-    for title, found_lines in (("step", steps), ("expert", layers)):
-        table = Table(
-            f"drift by {title}", "least", "median", "most", "where it is most", box=None, padding=(0, 2, 0, 0)
-        )
+    for title, axis, found_lines in (
+        ("drift by step", "step", steps),
+        ("drift by expert", "expert", layers),
+        ("PSNR in dB with one expert stale", "expert", stale),
+    ):
+        table = Table(title, "least", "median", "most", "where it is most", box=None, padding=(0, 2, 0, 0))
         for name, line in found_lines.items():
             known = {at: value for at, value in enumerate(line) if value == value}
             low, middle, high = (f(known.values()) for f in (min, statistics.median, max))
             most = max(known, key=known.__getitem__)
-            table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{title} {most}")
-        console.print(table)
+            table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{axis} {most}")
+        if found_lines:
+            console.print(table)
 
 
 def _weighted(model: Any, weights: Path | None) -> Any:

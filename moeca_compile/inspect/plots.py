@@ -63,7 +63,7 @@ def drift_map(drift: Mapping[str, Sequence[float]], title: str = "drift", column
     return figure
 
 
-def pareto(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Figure:
+def pareto(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str = "") -> Figure:
     """Error against cost: one line for each way of spending less.
 
     series: by name, points (cost, quality), such as (fraction of the MACs, PSNR in dB).
@@ -76,6 +76,7 @@ def pareto(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
         axes.plot([x for x, _ in ordered], [y for _, y in ordered], marker=marker, markersize=4, label=name)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, frameon=False)
     return figure

@@ -3,7 +3,7 @@
 Expert e of a layer contributes to token t the sum of g_tk y_tk over the slots k that are routed to e, gate weights g
 included; where t isn't routed to e that is zero. The *drift* of e is how far this contribution at a step is from what
 the steps before give, copied (`reuse`) or extrapolated (`forecast`), on an uncached trajectory (teacher-forced): a
-token that changes its experts counts for both. What the sample suffers is not measured by perturbing it.
+token that changes its experts counts for both. What the sample suffers is another question (`study/stale.py`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ExpertWatch:
             return
         env = _values(self.program, call.args)
         for region, info in self.layers:
-            parts = _contributions(self.program, region, info, env)
+            parts = contributions(self.program, region, info, env)
             if parts is not None:
                 self._take(region, info, call.stream, step, *parts)
 
@@ -117,7 +117,7 @@ def _values(program: Program, args: Any) -> dict[torch.fx.Node, Any]:
     return interpreter.env
 
 
-def _contributions(
+def contributions(
     program: Program, region: Region, info: ExpertsInfo, env: dict[torch.fx.Node, Any]
 ) -> tuple[Tensor, Tensor] | None:
     """[experts, tokens, channels] float32 and how many branches each expert has; None: the sum isn't by token."""
