@@ -2,7 +2,7 @@
 
     python -m benchmarks.schedules            # 50, 20 and 10 steps; writes results/schedules.json
     python -m benchmarks.schedules --quick    # 10 steps, few seeds: does it run?
-    python -m benchmarks.schedules --again calibrated    # only that contender anew; the others' figures are kept
+    python -m benchmarks.schedules --again calibrated sweep    # only these parts; figures of the rest are kept
     python -m benchmarks.schedules --picture docs/pareto.svg    # error against cost, drawn from results/schedules.json
 
 All contenders make the same images: Euler steps of a rectified flow with guidance 2, from the same noise. A budget is
@@ -42,8 +42,8 @@ WORK = Path("build/schedules")
 GUIDANCE = 2.0
 CONVERGED = 100  # second-order steps: the reference for "how far from the exact solution"
 LEADING_SEEDS = 8  # uniform schedules are compared on so many held-out seeds, the best then on all
-CONTENDERS = ("uniform", "fewer", "calibrated")
-SWEEP = range(2, 11)  # intervals of the uniform schedules in the picture
+PARTS = ("calibrated", "rest", "sweep")  # of a run: the contender itself, the others, every uniform for the picture
+SWEEP = range(2, 11)  # intervals of the uniform schedules in the picture, each with all orders, on `LEADING_SEEDS`
 
 
 @dataclass(frozen=True)
@@ -197,42 +197,36 @@ def _features(images: Tensor) -> np.ndarray:
 
 
 def measure(bench: Bench, steps: int, again: Sequence[str], kept: dict[str, Any], console: Console) -> dict[str, Any]:
-    """All budgets at one number of steps: the contenders of `again` now, the others as `kept` has them."""
+    """At one number of steps: the parts of `again` now, the others as `kept` has them."""
+    found = dict(kept)
+    if {"calibrated", "rest"} & set(again):
+        found |= budgets(bench, steps, "rest" in again, kept.get("budgets", {}), console)
+    if "sweep" in again:
+        console.print(f"{steps} steps: every uniform schedule", style="dim")
+        found["sweep"] = sweep(bench, steps)
+    return found
+
+
+def budgets(bench: Bench, steps: int, rest: bool, kept: dict[str, Any], console: Console) -> dict[str, Any]:
+    """All contenders at all budgets; those beside the calibrated schedule from `kept` unless `rest`."""
     console.print(f"{steps} steps: uncached and converged", style="dim")
     truth, exact = bench.images(steps), bench.images(CONVERGED, second_order=True)
     reference = bench.line("uncached", f"{steps} steps", 1.0, truth, truth, exact)
-    tables, points = {}, Points()
+    tables = {}
     for interval in bench.size.intervals[steps]:
         ruler = Plan(uniform_letters(steps, interval, 1), "order-1")
         budget = bench.cost(ruler)
-        key, lines = f"{budget:.3f}", []
-        old = {line["name"]: Line(**line) for line in kept["budgets"][key]["lines"]} if kept else {}
+        key = f"{budget:.3f}"
         console.print(f"{steps} steps, {budget:.1%}: calibrating", style="dim")
         schedule = bench.calibrated(steps, budget)
-        found = Store(bench.work / f"steps{steps}" / "region").drift()
-        drift = None if found is None else found[0]
         console.print(f"{steps} steps, {budget:.1%}: contenders", style="dim")
-        for order in range(3):
-            name = f"best uniform, order {order}"
-            if "uniform" in again:
-                plan, what = bench.uniform(steps, budget, order, truth, drift)
-                made = bench.images(steps, plan)
-                lines.append(bench.line(name, what, bench.cost(plan), made, truth, exact))
-            else:
-                lines.append(old[name])
-        fewer = ruler.letters.count("C")
-        for second, name in ((False, "fewer Euler steps"), (True, "fewer second-order steps")):
-            points.add(name, fewer / steps, bench.psnr(bench.images(fewer, None, second, LEADING_SEEDS), truth))
-            if "fewer" in again:
-                made = bench.images(fewer, second_order=second)
-                lines.append(bench.line(name, f"{fewer} steps", fewer / steps, made, truth, exact))
-            else:
-                lines.append(old[name])
-        plan = bench.plan_of(schedule)
-        cost = schedule.predicted["mac_fraction"]
+        if rest:
+            lines = others(bench, steps, ruler, truth, exact)
+        else:
+            lines = [Line(**line) for line in kept[key]["lines"] if line["name"] != "calibrated"]
+        plan, cost = bench.plan_of(schedule), schedule.predicted["mac_fraction"]
         made = bench.images(steps, plan)
-        lines.append(bench.line("calibrated", plan.predictor, cost, made, truth, exact))
-        points.add("calibrated", cost, bench.psnr(made[: LEADING_SEEDS * bench.size.images], truth))
+        lines.append(bench.line("calibrated", f"order {schedule.order}", cost, made, truth, exact))
         tables[key] = {
             "lines": [asdict(line) for line in lines],
             "schedule": plan.letters,
@@ -240,32 +234,46 @@ def measure(bench: Bench, steps: int, again: Sequence[str], kept: dict[str, Any]
             "made_by": schedule.made_by,
         }
         show(f"{steps} steps, {budget:.1%} of the MACs", [reference, *lines], console)
+    return {"uncached": asdict(reference), "budgets": tables}
+
+
+def others(bench: Bench, steps: int, ruler: Plan, truth: Tensor, exact: Tensor) -> list[Line]:
+    """What a calibrated schedule is held against, at the cost of `ruler`."""
+    kept, lines = Store(bench.work / f"steps{steps}" / "region").drift(), []
+    for order in range(3):
+        plan, name = bench.uniform(steps, bench.cost(ruler), order, truth, None if kept is None else kept[0])
+        made = bench.images(steps, plan)
+        lines.append(bench.line(f"best uniform, order {order}", name, bench.cost(plan), made, truth, exact))
+    fewer = ruler.letters.count("C")
+    for second, name in ((False, "fewer Euler steps"), (True, "fewer second-order steps")):
+        made = bench.images(fewer, second_order=second)
+        lines.append(bench.line(name, f"{fewer} steps", fewer / steps, made, truth, exact))
+    return lines
+
+
+def sweep(bench: Bench, steps: int) -> dict[str, list[tuple[float, float]]]:
+    """Of every uniform schedule without warm-up: share of the MACs and PSNR on `LEADING_SEEDS`, by order."""
+    truth = bench.images(steps, seeds=LEADING_SEEDS)
+    found: dict[str, list[tuple[float, float]]] = {}
     for order in ORDERS:
         for interval in SWEEP:
             plan = Plan(uniform_letters(steps, interval, 1), order.name)
-            points.add(
-                f"uniform, {order.name}", bench.cost(plan), bench.psnr(bench.images(steps, plan, seeds=8), truth)
-            )
-    return {"uncached": asdict(reference), "budgets": tables, "points": points.by_name}
-
-
-class Points:
-    """For the picture: (share of the MACs, dB on the first `LEADING_SEEDS` held-out seeds) by contender."""
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, list[tuple[float, float]]] = {}
-
-    def add(self, name: str, cost: float, psnr: float) -> None:
-        self.by_name.setdefault(name, []).append((round(cost, 5), round(psnr, 3)))
+            psnr = bench.psnr(bench.images(steps, plan, seeds=LEADING_SEEDS), truth)
+            found.setdefault(f"every uniform, {order.name}", []).append((round(bench.cost(plan), 5), round(psnr, 3)))
+    return found
 
 
 def draw(results: Path, picture: Path) -> None:
     """Error against cost, from what a run wrote; of the most steps."""
     found = json.loads(results.read_text())["steps"]
     steps = max(found, key=int)
-    series = dict(sorted(found[steps]["points"].items()))
-    title = f"{steps} steps, digits model, {LEADING_SEEDS} held-out seeds"
-    plots.save(plots.pareto(series, "share of the MACs", "PSNR to the uncached samples, dB", title), picture)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for table in found[steps]["budgets"].values():
+        for line in table["lines"]:
+            series.setdefault(line["name"], []).append((line["mac_fraction"], line["psnr_db"]))
+    dots = found[steps].get("sweep", {})
+    title = f"digits model, {steps} steps"
+    plots.save(plots.pareto(series, "share of the MACs", "PSNR to the uncached samples, dB", dots, title), picture)
 
 
 def show(title: str, lines: Sequence[Line], console: Console) -> None:
@@ -286,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="*", help="only these numbers of steps")
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder of what is done (default {WORK})")
     parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
-    parser.add_argument("--again", nargs="*", choices=CONTENDERS, help="only these anew, the rest as the result has it")
+    parser.add_argument("--again", nargs="*", choices=PARTS, help="only these parts, the others as the result has them")
     parser.add_argument("--picture", type=Path, help="draw the result into this .svg or .png, and measure nothing")
     args = parser.parse_args(argv)
     out = args.out or (None if args.quick else RESULTS)
@@ -294,13 +302,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.picture is not None:
         draw(written, args.picture)
         return
-    again = CONTENDERS if args.again is None else args.again
+    again = PARTS if args.again is None else args.again
     kept = {} if args.again is None else json.loads(written.read_text())["steps"]
     size = QUICK if args.quick else WHOLE
     pin_threads()
     console = Console()
     bench = Bench(size, args.work)
-    found = {
+    found = kept | {
         str(steps): measure(bench, steps, again, kept.get(str(steps), {}), console)
         for steps in args.steps or size.steps
     }
