@@ -25,7 +25,7 @@ from moeca_compile.plan.rows import FULL, NONE, Kinds, Plan, uniform_letters
 NEAR_DB = 0.5  # a plan so near the best on few seeds goes on to more
 HOPELESS_DB = 6.0  # behind the best estimate: not raced
 RACED = 4  # seeds that candidates are compared on before the last round
-HOPEFUL = 5  # planned ones that are raced
+HOPEFUL = 4  # planned ones that are raced
 FEW = 5  # moves a step of an annealing that mostly goes into the report
 MIXED = 1  # of them with partial rows, at most
 
