@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moeca_compile.plan.predict import PREDICTORS
-from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule import Act, Action, Row, Schedule
 
 FULL, NONE = "C", "F"
-Cells = tuple[Action | None, ...]  # a row before it has an order; None: kept, by copy or forecast
+Cells = tuple[Act | None, ...]  # a row before it has an order; None: kept, by copy or forecast
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class RowType:
 
     letter: str
     says: str
-    does: Callable[[str, int, int], Action | None]
+    does: Callable[[str, int, int], Act | None]
 
 
-def _computes(test: Callable[[str, int, int], bool]) -> Callable[[str, int, int], Action | None]:
+def _computes(test: Callable[[str, int, int], bool]) -> Callable[[str, int, int], Act | None]:
     return lambda kind, layer, depth: Action.COMPUTE if test(kind, layer, depth) else None
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from moeca_compile.plan import rows
 from moeca_compile.plan.rows import Plan, RowType, atoms_of, row_kinds, row_of, schedule_of, uniform_letters
-from moeca_compile.schedule import Action, Schedule
+from moeca_compile.schedule import Action, Partial, Schedule
 
 KINDS = ("attention", "experts") * 3
 LAYERS = (0, 0, 1, 1, 2, 2)
@@ -34,12 +34,14 @@ def test_row_kinds_that_say_nothing_new_are_left_out() -> None:
 
 def test_a_row_type_may_do_something_else_than_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """One entry of the table: every room takes the row from there."""
-    reused = RowType("R", "experts reused", lambda kind, layer, depth: Action.REUSE if kind == "experts" else None)
-    monkeypatch.setattr(rows, "ROW_TYPES", (reused,))
+    some = Partial(rho=0.1, tau=0.05)
+    partial = RowType("P", "part of the experts", lambda kind, layer, depth: some if kind == "experts" else None)
+    monkeypatch.setattr(rows, "ROW_TYPES", (partial,))
     found = row_kinds(KINDS, LAYERS)
-    assert set(found) == {"C", "F", "R"}
-    assert row_of(found["R"], order=1) == (Action.FORECAST, Action.REUSE) * 3
-    assert atoms_of(found, "CFR") == ((0, 2, 4), (1, 3, 5))
+    assert set(found) == {"C", "F", "P"}
+    assert row_of(found["P"], order=1) == (Action.FORECAST, some) * 3
+    assert atoms_of(found, "CFP") == ((0, 2, 4), (1, 3, 5))
+    assert schedule_of(Plan("CPF"), list("abcdef"), found).rows[1] == row_of(found["P"], order=1)
 
 
 def test_atoms_are_told_apart_by_the_letters_in_use() -> None:
