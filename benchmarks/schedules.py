@@ -2,6 +2,8 @@
 
     python -m benchmarks.schedules            # 50, 20 and 10 steps; writes results/schedules.json
     python -m benchmarks.schedules --quick    # 10 steps, few seeds: does it run?
+    python -m benchmarks.schedules --again calibrated sweep    # only these parts; figures of the rest are kept
+    python -m benchmarks.schedules --picture docs/pareto.svg    # error against cost, drawn from results/schedules.json
 
 All contenders make the same images: Euler steps of a rectified flow with guidance 2, from the same noise. A budget is
 what the uniform schedule of that interval costs, by the package's own count of MACs; for a solver with fewer steps it
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,9 +30,10 @@ from torch import Tensor
 import moeca_compile as moeca
 from benchmarks.protocol import RESULTS, pin_threads, save
 from examples import digits
+from moeca_compile.inspect import plots
 from moeca_compile.plan.drift import Drift
 from moeca_compile.plan.predict import ORDERS
-from moeca_compile.plan.rows import Plan, uniform_letters
+from moeca_compile.plan.rows import Plan, row_of, uniform_letters
 from moeca_compile.schedule import Action, Schedule
 from moeca_compile.study.handle import Handle
 from moeca_compile.study.store import Store
@@ -38,6 +42,8 @@ WORK = Path("build/schedules")
 GUIDANCE = 2.0
 CONVERGED = 100  # second-order steps: the reference for "how far from the exact solution"
 LEADING_SEEDS = 8  # uniform schedules are compared on so many held-out seeds, the best then on all
+PARTS = ("calibrated", "rest", "sweep")  # of a run: the contender itself, the others, every uniform for the picture
+SWEEP = range(2, 11)  # intervals of the uniform schedules in the picture, each with all orders, on `LEADING_SEEDS`
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,11 @@ class Bench:
         best = max(shown, key=lambda plan: shown[plan])
         return best, fits[best]
 
+    def plan_of(self, schedule: Schedule) -> Plan:
+        """A calibrated schedule's rows as letters again."""
+        letters = {row_of(cells, schedule.order): letter for letter, cells in self.handle.kinds.items()}
+        return Plan("".join(letters[row] for row in schedule.rows), f"order-{schedule.order}")
+
     def cost(self, plan: Plan) -> float:
         return sum(self.macs[letter] for letter in plan.letters) / len(plan.letters)
 
@@ -185,8 +196,19 @@ def _features(images: Tensor) -> np.ndarray:
     return classifier.conv3(x).relu().mean(dim=(2, 3)).double().numpy()
 
 
-def measure(bench: Bench, steps: int, console: Console) -> dict[str, Any]:
-    """All budgets at one number of steps."""
+def measure(bench: Bench, steps: int, again: Sequence[str], kept: dict[str, Any], console: Console) -> dict[str, Any]:
+    """At one number of steps: the parts of `again` now, the others as `kept` has them."""
+    found = dict(kept)
+    if {"calibrated", "rest"} & set(again):
+        found |= budgets(bench, steps, "rest" in again, kept.get("budgets", {}), console)
+    if "sweep" in again:
+        console.print(f"{steps} steps: every uniform schedule", style="dim")
+        found["sweep"] = sweep(bench, steps)
+    return found
+
+
+def budgets(bench: Bench, steps: int, rest: bool, kept: dict[str, Any], console: Console) -> dict[str, Any]:
+    """All contenders at all budgets; those beside the calibrated schedule from `kept` unless `rest`."""
     console.print(f"{steps} steps: uncached and converged", style="dim")
     truth, exact = bench.images(steps), bench.images(CONVERGED, second_order=True)
     reference = bench.line("uncached", f"{steps} steps", 1.0, truth, truth, exact)
@@ -194,41 +216,64 @@ def measure(bench: Bench, steps: int, console: Console) -> dict[str, Any]:
     for interval in bench.size.intervals[steps]:
         ruler = Plan(uniform_letters(steps, interval, 1), "order-1")
         budget = bench.cost(ruler)
+        key = f"{budget:.3f}"
         console.print(f"{steps} steps, {budget:.1%}: calibrating", style="dim")
         schedule = bench.calibrated(steps, budget)
-        kept = Store(bench.work / f"steps{steps}" / "region").drift()
-        drift = None if kept is None else kept[0]
         console.print(f"{steps} steps, {budget:.1%}: contenders", style="dim")
-        lines = []
-        for order in range(3):
-            plan, name = bench.uniform(steps, budget, order, truth, drift)
-            made = bench.images(steps, plan)
-            lines.append(bench.line(f"best uniform, order {order}", name, bench.cost(plan), made, truth, exact))
-        fewer = ruler.letters.count("C")
-        for second, name in ((False, "fewer Euler steps"), (True, "fewer second-order steps")):
-            made = bench.images(fewer, second_order=second)
-            lines.append(bench.line(name, f"{fewer} steps", fewer / steps, made, truth, exact))
-        letters = "".join(letter_of(row) for row in schedule.rows)
-        plan = Plan(letters, f"order-{schedule.order}")
-        cost = schedule.predicted["mac_fraction"]
-        lines.append(bench.line("calibrated", f"order {schedule.order}", cost, bench.images(steps, plan), truth, exact))
-        tables[f"{budget:.3f}"] = {
+        if rest:
+            lines = others(bench, steps, ruler, truth, exact)
+        else:
+            lines = [Line(**line) for line in kept[key]["lines"] if line["name"] != "calibrated"]
+        plan, cost = bench.plan_of(schedule), schedule.predicted["mac_fraction"]
+        made = bench.images(steps, plan)
+        lines.append(bench.line("calibrated", f"order {schedule.order}", cost, made, truth, exact))
+        tables[key] = {
             "lines": [asdict(line) for line in lines],
-            "schedule": letters,
+            "schedule": plan.letters,
             "predicted": dict(schedule.predicted),
             "made_by": schedule.made_by,
         }
         show(f"{steps} steps, {budget:.1%} of the MACs", [reference, *lines], console)
-    return {
-        "uncached": asdict(reference),
-        "budgets": tables,
-    }
+    return {"uncached": asdict(reference), "budgets": tables}
 
 
-def letter_of(row: Sequence[Action]) -> str:
-    """The plan's letter of a row whose regions run in step, or `A`."""
-    computed = [action is Action.COMPUTE for action in row]
-    return "C" if all(computed) else "A" if any(computed) else "F"
+def others(bench: Bench, steps: int, ruler: Plan, truth: Tensor, exact: Tensor) -> list[Line]:
+    """What a calibrated schedule is held against, at the cost of `ruler`."""
+    kept, lines = Store(bench.work / f"steps{steps}" / "region").drift(), []
+    for order in range(3):
+        plan, name = bench.uniform(steps, bench.cost(ruler), order, truth, None if kept is None else kept[0])
+        made = bench.images(steps, plan)
+        lines.append(bench.line(f"best uniform, order {order}", name, bench.cost(plan), made, truth, exact))
+    fewer = ruler.letters.count("C")
+    for second, name in ((False, "fewer Euler steps"), (True, "fewer second-order steps")):
+        made = bench.images(fewer, second_order=second)
+        lines.append(bench.line(name, f"{fewer} steps", fewer / steps, made, truth, exact))
+    return lines
+
+
+def sweep(bench: Bench, steps: int) -> dict[str, list[tuple[float, float]]]:
+    """Of every uniform schedule without warm-up: share of the MACs and PSNR on `LEADING_SEEDS`, by order."""
+    truth = bench.images(steps, seeds=LEADING_SEEDS)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for order in ORDERS:
+        for interval in SWEEP:
+            plan = Plan(uniform_letters(steps, interval, 1), order.name)
+            psnr = bench.psnr(bench.images(steps, plan, seeds=LEADING_SEEDS), truth)
+            found.setdefault(f"every uniform, {order.name}", []).append((round(bench.cost(plan), 5), round(psnr, 3)))
+    return found
+
+
+def draw(results: Path, picture: Path) -> None:
+    """Error against cost, from what a run wrote; of the most steps."""
+    found = json.loads(results.read_text())["steps"]
+    steps = max(found, key=int)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for table in found[steps]["budgets"].values():
+        for line in table["lines"]:
+            series.setdefault(line["name"], []).append((line["mac_fraction"], line["psnr_db"]))
+    dots = found[steps].get("sweep", {})
+    title = f"digits model, {steps} steps"
+    plots.save(plots.pareto(series, "share of the MACs", "PSNR to the uncached samples, dB", dots, title), picture)
 
 
 def show(title: str, lines: Sequence[Line], console: Console) -> None:
@@ -249,17 +294,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="*", help="only these numbers of steps")
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder of what is done (default {WORK})")
     parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    parser.add_argument("--again", nargs="*", choices=PARTS, help="only these parts, the others as the result has them")
+    parser.add_argument("--picture", type=Path, help="draw the result into this .svg or .png, and measure nothing")
     args = parser.parse_args(argv)
+    out = args.out or (None if args.quick else RESULTS)
+    written = (out or RESULTS) / "schedules.json"
+    if args.picture is not None:
+        draw(written, args.picture)
+        return
+    again = PARTS if args.again is None else args.again
+    kept = {} if args.again is None else json.loads(written.read_text())["steps"]
     size = QUICK if args.quick else WHOLE
     pin_threads()
     console = Console()
     bench = Bench(size, args.work)
-    found = {str(steps): measure(bench, steps, console) for steps in args.steps or size.steps}
-    out = args.out or (None if args.quick else RESULTS)
+    found = kept | {
+        str(steps): measure(bench, steps, again, kept.get(str(steps), {}), console)
+        for steps in args.steps or size.steps
+    }
     if out:
         payload = {
             "model": f"digits, CFG {GUIDANCE:g}, {size.images} images a seed, {size.seeds} seeds for the search, "
             f"{size.held_out} held out; converged: {CONVERGED} second-order steps",
+            "measured anew": list(again),
             "steps": found,
         }
         print(f"written: {save('schedules', payload, out).name}")

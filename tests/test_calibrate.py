@@ -187,6 +187,8 @@ def test_bad_samplers_are_refused(model: nn.Module) -> None:
         ({"max_variants": 1}, "two rows"),
         ({"order": 3}, "expected 0, 1, 2"),
         ({"effort": -1}, "effort"),
+        ({"perturb": -1}, "perturb=-1, expected a number of experts"),
+        ({"perturb": 1}, "perturb needs resume=FOLDER"),
         ({"data_range": 0.0}, "data_range"),
         ({"budget": "mac:1"}, "expected macs"),
     ],

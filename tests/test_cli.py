@@ -84,6 +84,11 @@ def test_calibrate_and_then_plan_another_budget(tmp_path: Path) -> None:
     status, said = run("calibrate", *common, "--budget", "macs:0.6", "--out", str(tmp_path / "60.json"), "--json")
     assert status == 0
     assert json.loads(said)["predicted"]["mac_fraction"] <= 0.6
+    status, said = run(
+        "calibrate", *common, "--budget", "macs:0.6", "--out", str(tmp_path / "60.json"), "--perturb", "2"
+    )
+    assert status == 0
+    assert said.startswith("at most 2 experts are made stale, for about 4 uncached trajectories")
     status, said = run("plan", *common, "--budget", "macs:0.4", "--out", str(tmp_path / "40.json"))
     assert status == 0
     assert "calibrated for macs:0.4" in said
@@ -94,6 +99,8 @@ def test_calibrate_and_then_plan_another_budget(tmp_path: Path) -> None:
     assert status == 0
     assert [len(line) for line in json.loads(said)["experts"].values()] == [4, 4]
     assert len(json.loads(said)["steps"]["all regions, 1 old"]) == 8
+    assert sum(value is not None for line in json.loads(said)["stale"].values() for value in line) == 2
+    assert "PSNR in dB with one expert stale" in run("drift", str(kept))[1]
 
 
 def test_drift_by_sampling(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_text
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,31 +89,39 @@ def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) ->
     from moeca_compile.study.store import Store
 
     file = next(iter(sorted(kept.rglob("drift.npz"))), None)
-    found = Store(file.parent).drift() if file is not None else None
-    if found is None:
+    store = Store(file.parent) if file is not None else None
+    found = store.drift() if store is not None else None
+    if store is None or found is None:
         raise ScheduleError(f"{kept} holds no calibration: `moeca calibrate --resume {kept}` makes one")
     measured, noted = found
-    groups = [f"regions {', '.join(map(str, atom))}" for atom in measured.atoms]
-    steps = lines.by_step(measured.steps, measured.pairs, measured.parts, groups)
+    split = store.drift(name="split")
+    steps: dict[str, list[float]] = {}
+    for one in (*((split[0],) if split is not None else ()), measured):
+        groups = [f"regions {', '.join(map(str, atom))}" for atom in one.atoms]
+        steps |= lines.by_step(one.steps, one.pairs, one.parts, groups)
     layers = lines.by_expert(noted.get("experts", ()))
+    stale = lines.by_harm(map(asdict, store.harms()))
     if picture is not None:
         plots.save(plots.drift_map(steps, "how far the latent is moved by older outputs"), picture)
     if experts is not None:
         plots.save(plots.drift_map(layers, "forecast drift of each expert's gated output", "expert"), experts)
     if json:
-        _print_json({"steps": steps, "experts": layers})
+        _print_json({"steps": steps, "experts": layers, "stale": stale})
         return
     console = Console(highlight=False)
-    for title, found_lines in (("step", steps), ("expert", layers)):
-        table = Table(
-            f"drift by {title}", "least", "median", "most", "where it is most", box=None, padding=(0, 2, 0, 0)
-        )
+    for title, axis, found_lines in (
+        ("drift by step", "step", steps),
+        ("drift by expert", "expert", layers),
+        ("PSNR in dB with one expert stale", "expert", stale),
+    ):
+        table = Table(title, "least", "median", "most", "where it is most", box=None, padding=(0, 2, 0, 0))
         for name, line in found_lines.items():
             known = {at: value for at, value in enumerate(line) if value == value}
             low, middle, high = (f(known.values()) for f in (min, statistics.median, max))
             most = max(known, key=known.__getitem__)
-            table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{title} {most}")
-        console.print(table)
+            table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{axis} {most}")
+        if found_lines:
+            console.print(table)
 
 
 def _print_json(found: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ Holdout = Annotated[int, typer.Option(help="How many seeds only the final check 
 Inner = Annotated[str, typer.Option(help="inductor or eager.")]
 Kept = Annotated[Path, typer.Option(help="The folder that an earlier calibration kept.")]
 Resume = Annotated[Path | None, typer.Option(help="A folder that keeps what is found, to go on from or plan again.")]
+Perturb = Annotated[int, typer.Option(help="Experts to make stale one by one, at most; each costs two trajectories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the schedule's facts as JSON and nothing else.")]
 
 
@@ -46,11 +47,14 @@ def calibrate(
     holdout: Holdout = 2,
     inner: Inner = "inductor",
     resume: Resume = None,
+    perturb: Perturb = 0,
     json: AsJson = False,
 ) -> None:
     """Find the best schedule that a budget allows, by sampling the model."""
     from moeca_compile.study import calibrate as find
 
+    if perturb and not json:
+        print(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
     found = find(
         weighted(load(source)(), weights),
         load(sample),
@@ -61,6 +65,7 @@ def calibrate(
         holdout=range(1000, 1000 + holdout),
         inner=inner,
         resume=resume,
+        perturb=perturb,
         progress=not json,
     )
     found.save(out)
@@ -89,4 +94,4 @@ def plan(
     """Another budget, from what a calibration kept: nothing is measured again, only new plans are sampled."""
     if not any(resume.rglob("drift.npz")):  # a folder for each granularity
         raise ScheduleError(f"{resume} holds no calibration: run `moeca calibrate --resume {resume}` first")
-    calibrate(source, sample, budget, out, weights, order, granularity, seeds, holdout, inner, resume, json)
+    calibrate(source, sample, budget, out, weights, order, granularity, seeds, holdout, inner, resume, json=json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -40,3 +41,14 @@ def by_expert(found: Iterable[Mapping[str, Any]], what: str = "forecast") -> dic
     for one in found:
         lines.setdefault(str(one["region"]), []).append(float(one[what]))
     return lines
+
+
+def by_harm(found: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """A line for each MoE layer, a column for each expert: the samples' mean PSNR with it stale; nan: not tried."""
+    lines: dict[str, dict[int, list[float]]] = {}
+    for one in found:
+        lines.setdefault(str(one["region"]), {}).setdefault(int(one["expert"]), []).append(float(one["psnr_db"]))
+    return {
+        region: [fmean(tried[expert]) if expert in tried else float("nan") for expert in range(1 + max(tried))]
+        for region, tried in lines.items()
+    }

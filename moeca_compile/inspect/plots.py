@@ -63,10 +63,16 @@ def drift_map(drift: Mapping[str, Sequence[float]], title: str = "drift", column
     return figure
 
 
-def pareto(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Figure:
-    """Error against cost: one line for each way of spending less.
+def pareto(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    dots: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Error against cost: one line for each way of spending less, and dots that no line joins.
 
-    series: by name, points (cost, quality), such as (fraction of the MACs, PSNR in dB).
+    series, dots: by name, points (cost, quality), such as (fraction of the MACs, PSNR in dB).
     """
     if not any(series.values()):
         raise UserError("pareto: nothing to draw; give at least one series with at least one point")
@@ -74,8 +80,11 @@ def pareto(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
     for (name, points), marker in zip(series.items(), "osD^vPX*<>hp" * len(series), strict=False):
         ordered = sorted(points)
         axes.plot([x for x, _ in ordered], [y for _, y in ordered], marker=marker, markersize=4, label=name)
+    for (name, points), marker in zip((dots or {}).items(), "+x1234" * len(dots or {}), strict=False):
+        axes.plot([x for x, _ in points], [y for _, y in points], marker, color="0.5", markersize=4, label=name)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, frameon=False)
     return figure

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,29 +44,33 @@ class Drift:
     pairs: Mapping[tuple[int, int], int]
     atoms: tuple[tuple[int, ...], ...]
     parts: Array
-    _memo: dict[tuple[str, tuple[int, ...], int], Terms | None] = field(default_factory=dict, repr=False)
+    _memo: dict[tuple[str, tuple[int, ...], int, bool], Terms | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._flat = self.parts.reshape(*self.parts.shape[:2], -1)
         self._whole = self._flat.sum(axis=0)
 
-    @property
+    @cached_property
     def lookback(self) -> int:
         return max((s - a for a, s in self.pairs), default=0)
 
-    def quality(self, plan: Plan, kinds: Kinds) -> float:
-        """Estimated decibels, up to a constant: higher is better; -inf where a pair wasn't measured."""
+    def quality(self, plan: Plan, kinds: Kinds, beyond: bool = False) -> float:
+        """Estimated decibels, up to a constant: higher is better; -inf where a pair wasn't measured.
+
+        beyond: outputs older than was measured count as the oldest measured: kinder to the plan than the truth is, as
+        a bound wants it.
+        """
         together: list[tuple[int, float]] = []
         apart: list[list[tuple[int, float]]] = [[] for _ in self.atoms]
         seen: list[tuple[int, ...]] = [()] * len(self.atoms)
         for step, letter in enumerate(plan.letters):
-            computed = [kinds[letter][atom[0]] for atom in self.atoms]
+            computed = [kinds[letter][atom[0]] is not None for atom in self.atoms]
             alike = not any(computed) and len(set(seen)) == 1
             for number, done in enumerate(computed):
                 if done:
                     seen[number] = (step, *seen[number])[:3]
                     continue
-                terms = self._terms(plan.predictor, seen[number], step)
+                terms = self._terms(plan.predictor, seen[number], step, beyond)
                 if terms is None:
                     return -math.inf
                 (together if alike else apart[number]).extend(terms)
@@ -83,14 +88,14 @@ class Drift:
         rows, weights = zip(*terms, strict=True)
         return np.asarray(np.asarray(weights, np.float32) @ flat[list(rows)])
 
-    def _terms(self, predictor: str, seen: tuple[int, ...], step: int) -> Terms | None:
-        key = (predictor, seen, step)
+    def _terms(self, predictor: str, seen: tuple[int, ...], step: int, beyond: bool = False) -> Terms | None:
+        key = (predictor, seen, step, beyond)
         if key not in self._memo:
             weights = PREDICTORS[predictor].weights(step, seen)
-            rows = [(self.pairs.get((a, step)), weight) for a, weight in weights]
-            self._memo[key] = tuple((row, weight) for row, weight in rows if row is not None)
-            if len(self._memo[key] or ()) < len(rows):
-                self._memo[key] = None
+            oldest = step - self.lookback if beyond else 0
+            rows = [(self.pairs.get((max(a, oldest), step)), weight) for a, weight in weights]
+            known = tuple((row, weight) for row, weight in rows if row is not None)
+            self._memo[key] = known if len(known) == len(rows) else None
         return self._memo[key]
 
     def errors(self, predictor: str, max_gap: int) -> Errors:
@@ -103,6 +108,20 @@ class Drift:
                     if terms is not None:
                         found[p, a, s] = float(np.linalg.norm(self._sum(self._whole, terms)))
         return found
+
+
+def extended(split: Drift, whole: Drift) -> Drift:
+    """`split` with the pairs that only `whole` has.
+
+    Their displacements are taken to point where the oldest measured ones do, and to be as much larger as the whole is.
+    """
+    size = np.sqrt(np.square(whole.parts.sum(axis=0)).sum(axis=-1).mean(axis=-1))  # [pairs]
+    parts = np.empty((len(split.atoms), len(whole.pairs), *split.parts.shape[2:]), np.float32)
+    for (a, s), row in whole.pairs.items():
+        near = (max(a, s - split.lookback), s)
+        grown = size[row] / max(size[whole.pairs[near]], SMALLEST) if near != (a, s) else 1.0
+        parts[:, row] = split.parts[:, split.pairs[near]] * grown
+    return Drift(whole.steps, whole.pairs, split.atoms, parts)
 
 
 def pairs_of(steps: int, lookback: int) -> list[tuple[int, int]]:

@@ -1,12 +1,8 @@
 """Plans, and what their letters mean for the regions of one graph.
 
 A plan is a letter a step and a predictor. A letter names a kind of row: `C` computes every region, `F` forecasts all of
-them; between them are partial rows, each a sensible part of the regions:
-
-    A   attention only: a small share of a DiT-MoE's work, and much of a forecast's error
-    X   all but attention
-    H   the first third of the layers: their inputs are never stale
-    T   the last third
+them; between them are the partial rows of `ROW_TYPES`, each a sensible part of the regions. To add one is to add an
+entry there: what it costs is counted on its program, and whether it wins is decided by rollouts.
 """
 
 from __future__ import annotations
@@ -15,10 +11,47 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moeca_compile.plan.predict import PREDICTORS
-from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule import Act, Action, Row, Schedule
 
 FULL, NONE = "C", "F"
-PARTIAL = {"A": "attention only", "H": "first third of the layers", "X": "all but attention", "T": "last third"}
+Cells = tuple[Act | None, ...]  # a row before it has an order; None: kept, by copy or forecast
+
+
+@dataclass(frozen=True)
+class RowType:
+    """A kind of partial row.
+
+    Attributes:
+        letter: of it in plans.
+        says: what it does, for people.
+        does: (a region's kind, its layer, the number of layers) -> the action; None: its kept outputs serve. The
+            estimate takes whatever isn't kept to be right (`plan/drift.py`).
+    """
+
+    letter: str
+    says: str
+    does: Callable[[str, int, int], Act | None]
+
+
+def _computes(test: Callable[[str, int, int], bool]) -> Callable[[str, int, int], Act | None]:
+    return lambda kind, layer, depth: Action.COMPUTE if test(kind, layer, depth) else None
+
+
+def _third(layer: int, depth: int) -> int:
+    return 3 * layer // depth
+
+
+ROW_TYPES = (
+    # a small share of a DiT-MoE's work, and much of a forecast's error
+    RowType("A", "attention only", _computes(lambda kind, layer, depth: kind == "attention")),
+    RowType("X", "all but attention", _computes(lambda kind, layer, depth: kind != "attention")),
+    # spans of the layers: thirds, for each finer part would have to be measured apart
+    RowType("H", "first third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) == 0)),
+    RowType("M", "middle third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) == 1)),
+    RowType("T", "last third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) == 2)),
+    RowType("E", "first and last third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) != 1)),
+)
+PARTIAL = {one.letter: one for one in ROW_TYPES}
 
 
 @dataclass(frozen=True)
@@ -41,38 +74,32 @@ class Plan:
         return frozenset(self.letters) - {FULL, NONE}
 
 
-Kinds = Mapping[str, tuple[bool, ...]]  # letter -> for each column whether the row computes it
+Kinds = Mapping[str, Cells]  # letter -> what its row does with each column
 
 
-def row_kinds(kinds: Sequence[str], layers: Sequence[int]) -> dict[str, tuple[bool, ...]]:
+def row_kinds(kinds: Sequence[str], layers: Sequence[int]) -> dict[str, Cells]:
     """The row kinds of a graph, given each region's kind and layer. Those that say nothing new are left out."""
     depth = 1 + max(layers, default=0)
-    tests: dict[str, Callable[[str, int], bool]] = {
-        "A": lambda kind, layer: kind == "attention",
-        "H": lambda kind, layer: layer < depth / 3,
-        "X": lambda kind, layer: kind != "attention",
-        "T": lambda kind, layer: layer >= depth - depth / 3,
-    }
-    found = {FULL: (True,) * len(kinds), NONE: (False,) * len(kinds)}
-    for letter, test in tests.items():
-        columns = tuple(test(kind, layer) for kind, layer in zip(kinds, layers, strict=True))
-        if columns not in found.values():
-            found[letter] = columns
+    found: dict[str, Cells] = {FULL: (Action.COMPUTE,) * len(kinds), NONE: (None,) * len(kinds)}
+    for one in ROW_TYPES:
+        cells = tuple(one.does(kind, layer, depth) for kind, layer in zip(kinds, layers, strict=True))
+        if cells not in found.values():
+            found[one.letter] = cells
     return found
 
 
 def atoms_of(kinds: Kinds, letters: str) -> tuple[tuple[int, ...], ...]:
-    """The columns in groups that every one of these letters computes or forecasts together."""
-    groups: dict[tuple[bool, ...], list[int]] = {}
+    """The columns in groups that every one of these letters treats alike."""
+    groups: dict[Cells, list[int]] = {}
     for column in range(len(kinds[FULL])):
         groups.setdefault(tuple(kinds[letter][column] for letter in letters), []).append(column)
     return tuple(map(tuple, groups.values()))
 
 
-def row_of(computes: Sequence[bool], order: int) -> Row:
+def row_of(cells: Cells, order: int) -> Row:
     """The actions of one row kind."""
     kept = Action.FORECAST if order else Action.REUSE
-    return tuple(Action.COMPUTE if computed else kept for computed in computes)
+    return tuple(kept if action is None else action for action in cells)
 
 
 def schedule_of(plan: Plan, keys: Sequence[str], kinds: Kinds, made_by: str = "") -> Schedule:

@@ -1,9 +1,8 @@
 """Find the best plan within a budget: propose by estimate, decide by rollouts.
 
-Every uniform plan that the budget allows, with every predictor, is a candidate, and so are annealed ones. The most
-promising of both are rolled out, more of them on few seeds than on many. What is returned has been sampled with every
-seed. So have the uniform plans that come near it, by estimate first and then by rollouts: on those seeds it is no worse
-than any of them.
+Annealed plans are raced, more of them on few seeds than on many, and the best one is improved by local search with
+rollouts while the effort lasts. What is returned has been sampled with every seed; and against every uniform plan that
+the budget allows, with every predictor, it was settled that none is better on those seeds (`plan/rivals.py`).
 """
 
 from __future__ import annotations
@@ -13,19 +12,22 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.plan.anneal import anneal, neighbours, polish
+from moeca_compile.plan.anneal import anneal, neighbours, polish, put
 from moeca_compile.plan.budget import Budget
 from moeca_compile.plan.cost import Costs
 from moeca_compile.plan.drift import Drift, cheapest_plan, full_plan
 from moeca_compile.plan.predict import Predictor
 from moeca_compile.plan.race import Race
 from moeca_compile.plan.refresh import best_refreshes, plan_of
+from moeca_compile.plan.rivals import Rivals
 from moeca_compile.plan.rows import FULL, NONE, Kinds, Plan, uniform_letters
 
-NEAR_DB = 0.5  # a uniform plan so near the winner on the seeds both have seen is rolled out on all of them
-CLOSE_DB = 3.0  # a uniform plan whose estimate is that near the winner's is rolled out, on one seed at least
+NEAR_DB = 0.5  # a plan so near the best on few seeds goes on to more
 HOPELESS_DB = 6.0  # behind the best estimate: not raced
 RACED = 4  # seeds that candidates are compared on before the last round
+HOPEFUL = 4  # planned ones that are raced
+FEW = 5  # moves a step of an annealing that mostly goes into the report
+MIXED = 1  # of them with partial rows, at most
 
 
 @dataclass
@@ -33,9 +35,11 @@ class Search:
     """One search over plans of `steps` letters.
 
     Attributes:
-        kinds: the row kinds of the graph; `letters`: those that plans may use, the partial ones in order of trial.
+        kinds: the row kinds of the graph; `letters`: those that plans may use; `variants`: at most so many in one plan.
+        split: a drift whose atoms tell partial rows apart; None: no partial rows.
         effort: what the rollouts may cost together, in uncached trajectories; the last round is made in any case.
-        found: the best plan of each family that was looked at, and its quality in dB on the seeds it has seen.
+        found: the best plan of each family that was looked at, and its quality in dB on the seeds it has seen; where
+            it was not rolled out, by estimate.
     """
 
     steps: int
@@ -45,10 +49,13 @@ class Search:
     race: Race
     predictors: Sequence[Predictor]
     letters: str = FULL + NONE
+    split: Drift | None = None
+    variants: int = 4
     effort: float = 32.0
     moves: int = 40  # of one annealing, a step
     found: dict[str, float] = field(default_factory=dict)
     _estimates: dict[Plan, float] = field(default_factory=dict, repr=False)
+    _shift: dict[str, float] = field(default_factory=dict, repr=False)
 
     def best(self, budget: Budget) -> Plan:
         """The plan of best quality that the budget allows.
@@ -60,44 +67,24 @@ class Search:
             plan = full_plan(self.steps)
             self.race.run(plan, len(self.race.seeds))
             return plan
-        uniform = self._uniform(budget)
         planned = self._planned(budget)
-        if not uniform and not planned:
+        if not planned:
             raise ScheduleError(self.too_tight(budget))
+        uniform = self._uniform(budget)
         raced = min(RACED, len(self.race.seeds))
-        hopeful = [plan for plan in planned if self._estimate(plan) >= self._estimate(planned[0]) - HOPELESS_DB]
-        best_of = {(plan.predictor, plan.partial): plan for plan in reversed(planned)}
-        for plan in best_of.values():
-            self.race.run(plan, 1)  # the hopeless get one look, for the report
-        winners = self.race.halve(hopeful, 2, raced, 3) if planned else []
-        rulers = self.race.halve(self._promising(uniform), 1, raced, 2) if uniform else []
-        if winners:
-            winners = self._improve(winners, budget, raced)
-        plan = self._decide(winners, rulers, uniform)
-        self._note(set(uniform))
+        rivals = Rivals(self.race, uniform, self._optimistic)
+        rivals.probe(self._of_each_predictor(uniform))
+        winners = self.race.halve(self._hopeful(planned), 1, raced, 2)
+        winners = self._improve(winners, budget, raced, rivals)
+        plan = rivals.settle(self._finish(winners, raced))
+        self._note(set(uniform), planned)
         return plan
 
-    def _decide(self, winners: Sequence[Plan], rulers: Sequence[Plan], uniform: Sequence[Plan]) -> Plan:
-        """The last round, on all seeds: the winner, the runner-up if it is near, and every uniform plan that is."""
-        everyone = len(self.race.seeds)
-        raced = min(RACED, everyone)
-        ranked = sorted([*winners, *rulers], key=lambda plan: -self.race.quality(plan, raced))
-        lead = self.race.quality(ranked[0], raced)
-        near = [plan for plan in ranked if self.race.quality(plan, raced) >= lead - NEAR_DB]
-        final = self.race.halve(near[:3], min(2 * raced, everyone), everyone, 2)
-        best = max(final, key=lambda plan: self.race.run(plan, everyone))
-        close = [plan for plan in uniform if self._estimate(plan) >= self._estimate(best) - CLOSE_DB]
-        for plan in dict.fromkeys([*rulers, *close]):
-            if plan != best and self._challenges(plan, best):
-                best = plan
-        return best
-
-    def _challenges(self, plan: Plan, best: Plan) -> bool:
-        """Whether the plan is better on all seeds; given up as soon as it is far behind on those that it has seen."""
-        for seeds in range(1, len(self.race.seeds) + 1):
-            if self.race.run(plan, seeds) < self.race.quality(best, seeds) - max(NEAR_DB, 2.0 / seeds):
-                return False
-        return self.race.quality(plan, len(self.race.seeds)) > self.race.quality(best, len(self.race.seeds))
+    def _finish(self, winners: Sequence[Plan], raced: int) -> Plan:
+        """The better one of the first two on twice as many seeds, if they are near each other."""
+        lead = self.race.quality(winners[0], raced)
+        near = [plan for plan in winners[:2] if self.race.quality(plan, raced) >= lead - NEAR_DB]
+        return max(near, key=lambda plan: self.race.run(plan, min(2 * raced, len(self.race.seeds))))
 
     # -- candidates -------------------------------------------------------------------------------------------------
 
@@ -109,42 +96,68 @@ class Search:
             for warmup in range(1, self.steps)
         )
         plans = [Plan(one, predictor.name) for one in letters for predictor in self.predictors]
-        allowed = [plan for plan in plans if self.costs.allows(plan, budget)]
-        allowed.sort(key=lambda plan: (-self._estimate(plan), -self.costs.fraction(plan)))
-        return allowed
+        return [plan for plan in plans if self.costs.allows(plan, budget)]
 
-    def _promising(self, uniform: Sequence[Plan]) -> list[Plan]:
-        """The three best by estimate, the best of each predictor, and without estimates the dearest."""
-        known = [plan for plan in uniform if self._estimate(plan) > -math.inf]
-        each = [next((p for p in known if p.predictor == one.name), None) for one in self.predictors]
-        dearest = sorted(uniform, key=lambda plan: -self.costs.fraction(plan))
-        chosen = [*known[:3], *(plan for plan in each if plan is not None), *([] if known else dearest[:6])]
-        return list(dict.fromkeys(chosen))
+    def _of_each_predictor(self, plans: Sequence[Plan]) -> list[Plan]:
+        best: dict[str, Plan] = {}
+        for plan in sorted(plans, key=lambda plan: -self._estimate(plan)):
+            best.setdefault(plan.predictor, plan)
+        return list(best.values())
+
+    def _hopeful(self, planned: Sequence[Plan]) -> list[Plan]:
+        """The best by estimate, few of them with partial rows: their estimates err more."""
+        near = [plan for plan in planned if self._estimate(plan) >= self._estimate(planned[0]) - HOPELESS_DB]
+        mixed = [plan for plan in near if plan.partial][:MIXED]
+        whole = [plan for plan in near if not plan.partial]
+        return [*whole[: HOPEFUL - len(mixed)], *mixed]
 
     def _planned(self, budget: Budget) -> list[Plan]:
-        """Annealed plans: of each predictor, all rows in step, then with partial rows where the estimate gains."""
+        """Annealed plans, the best by estimate first: of each predictor, all rows in step; then with partial rows."""
         plans: list[Plan] = []
-        for predictor in self.predictors:
-            start = self._start(predictor, budget)
-            if start is None:
+        starts = [self._start(predictor, budget) for predictor in self.predictors]
+        first = [self._anneal(one, FULL + NONE, budget, heat=2.0, seed=0) for one in starts if one is not None]
+        lead = max(map(self._estimate, first), default=0.0)
+        for one in first:
+            if self._estimate(one) < lead - HOPELESS_DB:
+                plans.append(one)  # for the report
                 continue
-            both = [self._anneal(start, FULL + NONE, budget, heat=2.0, seed=seed) for seed in range(2)]
-            whole = max(both, key=self._estimate)
+            other = self._anneal(one, FULL + NONE, budget, heat=2.0, seed=1)
+            best = max(one, other, key=self._estimate)
             for seed in range(2, 4):
-                whole = self._anneal(whole, FULL + NONE, budget, heat=0.5, seed=seed)
-            plans += dict.fromkeys([*both, whole])  # estimates err by a decibel: the race decides among them
-            for letter in self.letters.replace(FULL, "").replace(NONE, ""):
-                mixed = self._anneal(whole, FULL + NONE + letter, budget, heat=0.5, seed=4)
-                if mixed.partial:
-                    plans.append(mixed)
+                best = self._anneal(best, FULL + NONE, budget, heat=0.5, seed=seed)
+            plans += dict.fromkeys([one, other, best])  # estimates err by a decibel: the race decides among them
+            if self.split is not None:
+                plans += self._mixed(best, self.split, budget)
         plans.sort(key=lambda plan: -self._estimate(plan))
         return plans
 
-    def _anneal(self, start: Plan, letters: str, budget: Budget, heat: float, seed: int) -> Plan:
-        inside = self._inside(budget)
-        moves = self.moves * self.steps
-        found = anneal(start, letters, self._estimate, inside, moves=moves, heat=heat, seed=seed)
-        return polish(found, self._estimate, inside)
+    def _mixed(self, whole: Plan, split: Drift, budget: Budget) -> list[Plan]:
+        """The best with partial rows by estimate: of each kind alone, and of several together."""
+        self._shift[whole.predictor] = self._estimate(whole) - split.quality(whole, self.kinds)
+        partial = self.letters.replace(FULL, "").replace(NONE, "")
+        found = []
+        for letter in partial:
+            swapped = [put(whole.letters, at, letter) for at, old in enumerate(whole.letters) if at and old == FULL]
+            starts = [Plan(one, whole.predictor) for one in swapped]
+            if starts:
+                start = max(starts, key=self._estimate)
+                found.append(self._anneal(start, FULL + NONE + letter, budget, heat=0.5, seed=4, moves=FEW, mixed=True))
+        if len(found) > 1 and self.variants > 3:
+            best = max(found, key=self._estimate)
+            found.append(self._anneal(best, FULL + NONE + partial, budget, heat=0.5, seed=5, mixed=True))
+        return list(dict.fromkeys(found))
+
+    def _anneal(
+        self, start: Plan, letters: str, budget: Budget, heat: float, seed: int, moves: int = 0, mixed: bool = False
+    ) -> Plan:
+        """moves: of a step, default `self.moves`; mixed: only plans with a partial row."""
+        inside, many = self._inside(budget), (moves or self.moves) * self.steps
+
+        def allowed(plan: Plan) -> bool:
+            return (bool(plan.partial) or not mixed) and inside(plan)
+
+        found = anneal(start, letters, self._estimate, allowed, moves=many, heat=heat, seed=seed)
+        return polish(found, self._estimate, allowed)
 
     def _start(self, predictor: Predictor, budget: Budget) -> Plan | None:
         """All rows in step: the dynamic programme's plan, or an even one where gaps are wider than was measured."""
@@ -160,23 +173,25 @@ class Search:
         starts = [Plan(plan_of(one, self.steps), name) for one in (even, chain) if one is not None]
         return max(starts, key=self._estimate)
 
-    def _improve(self, winners: list[Plan], budget: Budget, raced: int) -> list[Plan]:
+    def _improve(self, winners: list[Plan], budget: Budget, raced: int, rivals: Rivals) -> list[Plan]:
         """Local search by rollouts: the likeliest neighbours of the best plan, while the effort lasts."""
         inside = self._inside(budget)
-        reserve = 2 * (len(self.race.seeds) - raced) * self.race.price(winners[0])
         tried: set[Plan] = set(self.race.seen)
-        while self.race.spent + reserve + raced * self.race.price(winners[0]) < self.effort:
+        while True:
             best = winners[0]
+            price = self.race.price(best)
+            later = len(self.race.seeds) + raced + 2 * len(rivals.left(best))  # rollouts that come after this
+            if self.race.spent + (later + raced) * price > self.effort:
+                return winners
             near = [plan for plan in neighbours(best, self._letters_of(best)) if plan not in tried and inside(plan)]
             if not near:
-                break
+                return winners
             plan = max(near, key=self._estimate)
             tried.add(plan)
             if self.race.run(plan, 1) < self.race.quality(best, 1) - NEAR_DB:
                 continue
             self.race.run(plan, raced)
             winners = sorted([*winners, plan], key=lambda one: -self.race.quality(one, raced))[:3]
-        return winners
 
     def _letters_of(self, plan: Plan) -> str:
         return "".join(sorted({FULL, NONE, *plan.partial}))
@@ -184,20 +199,37 @@ class Search:
     # -- small helpers ----------------------------------------------------------------------------------------------
 
     def _inside(self, budget: Budget) -> Callable[[Plan], bool]:
-        return lambda plan: self.costs.allows(plan, budget)
+        return lambda plan: len(plan.partial) <= self.variants - 2 and self.costs.allows(plan, budget)
 
     def _estimate(self, plan: Plan) -> float:
+        """Decibels up to a constant; of partial rows by their own drift, set to agree on the best plan without them."""
         if plan not in self._estimates:
-            self._estimates[plan] = self.drift.quality(plan, self.kinds)
+            if plan.partial and self.split is not None:
+                found = self.split.quality(plan, self.kinds) + self._shift[plan.predictor]
+            else:
+                found = self.drift.quality(plan, self.kinds)
+            self._estimates[plan] = found
         return self._estimates[plan]
 
-    def _note(self, uniform: Collection[Plan]) -> None:
+    def _optimistic(self, plan: Plan) -> float:
+        """The estimate, or where it isn't known one that is too good."""
+        known = self._estimate(plan)
+        return known if known > -math.inf else self.drift.quality(plan, self.kinds, beyond=True)
+
+    def _note(self, uniform: Collection[Plan], planned: Sequence[Plan]) -> None:
         """Keep the best of each family for the report: what won, and what did not."""
         for plan in self.race.seen:
-            family = f"uniform {plan.predictor}" if plan in uniform else plan.predictor
-            name = f"{family}{''.join(f' with {letter}' for letter in sorted(plan.partial))}"
-            quality = self.race.quality(plan, self.race.count(plan))
-            self.found[name] = max(self.found.get(name, -math.inf), quality)
+            self._keep(plan, "uniform " if plan in uniform else "", self.race.quality(plan, self.race.count(plan)), "")
+        ruler = max(self.race.seen, key=lambda plan: (self.race.count(plan), plan.letters))
+        known = self.race.quality(ruler, self.race.count(ruler)) - self._optimistic(ruler)
+        for plan in planned:
+            if plan not in self.race.seen and self._estimate(plan) > -math.inf:
+                self._keep(plan, "", known + self._estimate(plan), ", by estimate")
+
+    def _keep(self, plan: Plan, before: str, quality: float, after: str) -> None:
+        kinds = "".join(f" with {letter}" for letter in sorted(plan.partial))
+        name = f"{before}{plan.predictor}{kinds}{after}"
+        self.found[name] = max(self.found.get(name, -math.inf), quality)
 
     def too_tight(self, budget: Budget) -> str:
         """Why nothing is allowed, and the nearest that is."""

@@ -37,6 +37,7 @@ def calibrate(
     inner: str = "inductor",
     resume: str | Path | None = None,
     memory: int = 2**30,
+    perturb: int = 0,
     progress: bool = True,
 ) -> Schedule:
     """Find the best schedule that a budget allows.
@@ -59,6 +60,8 @@ def calibrate(
         resume: a folder that keeps what was found, so that an interrupted calibration goes on where it was, and
             another budget or order reuses it.
         memory: bytes of region outputs held at once while measuring; more go to a temporary folder.
+        perturb: how many experts to make stale, one by one, on the first seed, to see what the sample suffers: those
+            that drift most first. Each costs about two uncached trajectories. Kept in `resume`; `moeca drift` shows it.
         progress: show a progress bar where `rich` is installed.
 
     Returns:
@@ -73,7 +76,7 @@ def calibrate(
             of something else.
         CaptureError: the model can't be captured, or holds nothing to cache.
     """
-    request = Request.read(budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume)
+    request = Request.read(budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb)
     try:
         with bar(progress) as tick:
 
@@ -100,6 +103,8 @@ class _Found:
 
 def _search(study: Study) -> _Found:
     study.sample_uncached()
+    if study.request.perturb:
+        study.make_stale()
     return _Found(study, *study.search())
 
 
@@ -147,7 +152,7 @@ def _schedule(found: _Found) -> Schedule:
         predicted["psnr_db_holdout"] = held_out
     predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
     predicted |= {f"tried {name}": quality for name, quality in sorted(found.search.found.items())}
-    rows = "".join(f", {letter}: {PARTIAL[letter]}" for letter in sorted(plan.partial))
+    rows = "".join(f", {letter}: {PARTIAL[letter].says}" for letter in sorted(plan.partial))
     order = f"{plan.predictor}, granularity {study.granularity}{rows}"
     made_by = f"calibrated for {request.text} on {len(request.seeds)} seeds: {order}"
     program = study.handle.program

@@ -3,7 +3,7 @@
 Expert e of a layer contributes to token t the sum of g_tk y_tk over the slots k that are routed to e, gate weights g
 included; where t isn't routed to e that is zero. The *drift* of e is how far this contribution at a step is from what
 the steps before give, copied (`reuse`) or extrapolated (`forecast`), on an uncached trajectory (teacher-forced): a
-token that changes its experts counts for both. What the sample suffers is not measured by perturbing it.
+token that changes its experts counts for both. What the sample suffers is another question (`study/stale.py`).
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ class ExpertWatch:
         for layer in self.layers:
             reading = layer.read(values)
             if reading is not None:
-                self._take(layer, call.stream, step, *_contributions(reading))
+                self._take(layer, call.stream, step, reading)
 
-    def _take(self, layer: RoutedLayer, stream: str, step: int, parts: Tensor, counts: Tensor) -> None:
+    def _take(self, layer: RoutedLayer, stream: str, step: int, reading: Reading) -> None:
         name = layer.info.node
+        parts = torch.stack([reading.part(expert) for expert in range(reading.experts)])  # [experts, T, D]
+        counts = reading.ids.flatten().bincount(minlength=reading.experts)
         kept = self._last.setdefault((name, stream), [])
         self._parts[name] = (layer.region, len(parts))
         for expert, count in enumerate(counts.tolist()):
@@ -105,11 +107,3 @@ class ExpertWatch:
 
     def as_json(self) -> list[dict[str, Any]]:
         return [asdict(one) for one in self.found()]
-
-
-def _contributions(one: Reading) -> tuple[Tensor, Tensor]:
-    """[experts, tokens, channels] float32 and how many branches each expert has."""
-    gated = one.gates.unsqueeze(-1) * one.y
-    mine = (one.ids == expert for expert in range(one.experts))
-    parts = torch.stack([(gated * of.unsqueeze(-1)).sum(dim=1) for of in mine])
-    return parts, one.ids.flatten().bincount(minlength=one.experts)

@@ -58,6 +58,9 @@ class Call:
         return float(torch.as_tensor(self.args[self.program.timestep]).reshape(-1)[0])
 
 
+Watch = Callable[[Call], tuple[Any, ...] | None]
+
+
 class _Predicting(StreamState):
     """A stream's state that forecasts with a predictor of the plan's instead of the schedule's order."""
 
@@ -112,8 +115,10 @@ class Handle:
     def kinds(self) -> Kinds:
         return kinds_of(self.program)
 
-    def run(self, seed: int, plan: Plan | None = None, watch: Callable[[Call], None] | None = None) -> torch.Tensor:
+    def run(self, seed: int, plan: Plan | None = None, watch: Watch | None = None) -> torch.Tensor:
         """The samples of one seed with a plan; None computes everything, and counts the steps.
+
+        watch: sees every call; what it returns, if anything, is handed to the sampler in place of the call's results.
 
         Raises:
             ScheduleError: the sampler never called the model, or gave no tensor.
@@ -138,7 +143,8 @@ class Handle:
             if watch is not None:
                 record = track.records[-1]
                 stream = f"{trajectory.stream if trajectory is not None else None}/{record.stream}"
-                watch(Call(program, track, stream, record, args, results))
+                altered = watch(Call(program, track, stream, record, args, results))
+                return results if altered is None else altered
             return results
 
         begin = self.clock()

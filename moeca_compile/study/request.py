@@ -27,6 +27,7 @@ class Request:
     data_range: float | None
     memory: int
     folder: Path | None
+    perturb: int
 
     @classmethod
     def read(
@@ -40,6 +41,7 @@ class Request:
         data_range: float | None,
         memory: int,
         resume: str | Path | None,
+        perturb: int,
     ) -> Request:
         """Check them.
 
@@ -59,6 +61,10 @@ class Request:
             raise ScheduleError(f"calibrate: effort={effort}, expected a number of uncached trajectories >= 0")
         if data_range is not None and not data_range > 0:
             raise ScheduleError(f"calibrate: data_range={data_range}, expected a number > 0")
+        if perturb < 0:
+            raise ScheduleError(f"calibrate: perturb={perturb}, expected a number of experts >= 0")
+        if perturb and resume is None:
+            raise ScheduleError("calibrate: perturb needs resume=FOLDER: what it finds is kept there (experts.jsonl)")
         return cls(
             text=budget,
             budget=limits,
@@ -70,4 +76,5 @@ class Request:
             data_range=data_range,
             memory=memory,
             folder=None if resume is None else Path(resume),
+            perturb=perturb,
         )

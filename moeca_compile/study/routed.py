@@ -40,6 +40,11 @@ class Reading:
         """[T, D], the gate-weighted sum."""
         return (self.gates.unsqueeze(-1) * self.y).sum(dim=1)
 
+    def part(self, expert: int) -> Tensor:
+        """[T, D], what one expert adds to it."""
+        mine = self.gates * (self.ids == expert)
+        return (mine.unsqueeze(-1) * self.y).sum(dim=1)
+
 
 class RoutedLayer:
     """Where the branches of a region's experts are in its graph."""
@@ -93,12 +98,16 @@ class RoutedLayer:
 
 def values_of(program: Program, args: Sequence[Any], wanted: Iterable[torch.fx.Node]) -> Values:
     """These nodes' values in a call with `args`; all others are dropped once they have been used."""
-    gm = program.analysis.gm
-    positions = {one.name: i for i, one in enumerate(program.analysis.context.inputs)}
-    taps = _Taps(gm, set(wanted))
+    taps = _Taps(program.analysis.gm, set(wanted))
     with autocast_is(()), torch.no_grad():
-        taps.run(*(args[positions[node.name]] for node in fx.placeholders(gm)))
+        taps.run(*in_graph_order(program, args))
     return taps.kept
+
+
+def in_graph_order(program: Program, args: Sequence[Any]) -> list[Any]:
+    """A call's `args` as the graph's placeholders stand."""
+    positions = {one.name: i for i, one in enumerate(program.analysis.context.inputs)}
+    return [args[positions[node.name]] for node in fx.placeholders(program.analysis.gm)]
 
 
 class _Taps(torch.fx.Interpreter):

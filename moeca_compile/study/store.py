@@ -2,7 +2,8 @@
 
     facts.json       which model and sampler: graph, steps, timesteps, granularity
     truth/<seed>.npy the uncached samples; truth.jsonl: the seconds that each took
-    drift.npz        the measured pairs
+    drift.npz        the measured pairs; split.npz: those of groups of regions
+    experts.jsonl    one line an expert that was made stale: what the sample suffered
     rollouts.jsonl   one line a rollout, added when it is done: plan, predictor, seed, errors, seconds
 
 None of it depends on the budget. A folder of another model, sampler or granularity is refused.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from moeca_compile.errors import ScheduleError
 from moeca_compile.plan.drift import Drift
 from moeca_compile.plan.rows import Plan
+from moeca_compile.study.stale import Harm
 
 FORMAT, VERSION = "moeca-calibration", 1
 
@@ -83,12 +85,14 @@ class Store:
 
     # -- drift ------------------------------------------------------------------------------------------------------
 
-    def drift(self, wanted: Mapping[str, Any] | None = None) -> tuple[Drift, dict[str, Any]] | None:
+    def drift(
+        self, wanted: Mapping[str, Any] | None = None, name: str = "drift"
+    ) -> tuple[Drift, dict[str, Any]] | None:
         """The drift measured as `wanted` says (letters, seeds, at least the lookback; None: any), and what was noted.
 
         None: it wasn't measured yet, or otherwise.
         """
-        file = None if self.path is None else self.path / "drift.npz"
+        file = None if self.path is None else self.path / f"{name}.npz"
         if file is None or not file.exists():
             return None
         with np.load(file, allow_pickle=False) as kept:
@@ -102,13 +106,26 @@ class Store:
             atoms = tuple(tuple(atom) for atom in noted["atoms"])
             return Drift(noted["steps"], pairs, atoms, kept["parts"]), noted["extra"]
 
-    def keep_drift(self, drift: Drift, wanted: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    def keep_drift(
+        self, drift: Drift, wanted: Mapping[str, Any], extra: Mapping[str, Any], name: str = "drift"
+    ) -> None:
         if self.path is None:
             return
         noted = {"wanted": wanted, "atoms": drift.atoms, "steps": drift.steps, "extra": extra}
-        part = self.path / "drift.part.npz"
+        part = self.path / f"{name}.part.npz"
         np.savez(part, noted=json.dumps(noted), pairs=np.array(list(drift.pairs)), parts=drift.parts)
-        part.replace(self.path / "drift.npz")
+        part.replace(self.path / f"{name}.npz")
+
+    # -- stale experts ----------------------------------------------------------------------------------------------
+
+    def harms(self) -> list[Harm]:
+        """What samples suffered from stale experts, in the order in which it was measured."""
+        return [] if self.path is None else [Harm(**line) for line in _lines(self.path / "experts.jsonl")]
+
+    def keep_harm(self, harm: Harm) -> None:
+        if self.path is not None:
+            with (self.path / "experts.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(harm)) + "\n")
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
 

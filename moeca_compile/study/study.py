@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.inspect.progress import Tick
 from moeca_compile.plan.cheapest import cheapest
 from moeca_compile.plan.cost import Costs
-from moeca_compile.plan.drift import Drift
+from moeca_compile.plan.drift import Drift, extended
 from moeca_compile.plan.quality import mean_psnr
 from moeca_compile.plan.race import Race
 from moeca_compile.plan.rows import FULL, NONE, PARTIAL, Plan
@@ -22,13 +23,15 @@ from moeca_compile.study.experts import ExpertWatch
 from moeca_compile.study.handle import Call, Handle, Sampler
 from moeca_compile.study.latency import costs
 from moeca_compile.study.measure import measure
-from moeca_compile.study.mixing import Tape, find_mixing
+from moeca_compile.study.mixing import Mixing, Tape, find_mixing
 from moeca_compile.study.request import Request
+from moeca_compile.study.stale import PRICE, Harm, stale_samples
 from moeca_compile.study.store import Store
 
 LOOKBACK = 20  # steps back that a forecast may rest on, at least
 GAPS = 4  # and as many mean gaps between computed steps: an order-2 forecast rests on three of them
 MEASURED = 4  # one in so many seeds is measured, two at least
+SPLIT = 8  # steps back that partial rows are told apart for, on one seed: each kind of row makes it dearer
 OVERHEAD = 0.06  # of an uncached trajectory: what a run costs beside its computed regions
 
 
@@ -51,6 +54,7 @@ class Study:
         self.seconds: dict[str, float] = {"truth": 0.0, "measure": 0.0, "search": 0.0}
         self.tape = Tape()
         self.drift: Drift
+        self.split: Drift | None
 
     # -- the truth --------------------------------------------------------------------------------------------------
 
@@ -68,7 +72,7 @@ class Study:
                 "draw all noise from a generator that is seeded with it"
             )
         self._check_store(first)
-        self.drift = self._drift()
+        self.drift, self.split = self._drift()
         for number, seed in enumerate(seeds[1:], start=2):
             if seed not in self.truth:
                 kept = self.store.truth(seed)
@@ -146,44 +150,54 @@ class Study:
 
     @property
     def letters(self) -> str:
-        """The row kinds that plans may use: with a variant to spare, the likeliest partial one that the graph has.
-
-        One only: each more would double what is measured, and more than one has not been seen to pay.
-        """
+        """The row kinds that plans may use: with a variant to spare, the partial ones too."""
         partial = [letter for letter in PARTIAL if letter in self.handle.kinds]
-        return FULL + NONE + "".join(partial[:1] if self.request.max_variants > 2 else ())
+        return FULL + NONE + "".join(partial if self.request.max_variants > 2 else ())
 
-    def _drift(self) -> Drift:
-        """How far forecasts are off, from one in `MEASURED` seeds; their uncached samples come with it."""
+    def _drift(self) -> tuple[Drift, Drift | None]:
+        """How far forecasts are off, from one in `MEASURED` seeds; and by groups of regions, from one seed.
+
+        The uncached samples of these seeds come with it.
+        """
         given = self.request.seeds
         count = max(2, len(given) // MEASURED)
         seeds = given[1 : 1 + count] if len(given) > count else given  # the first one has been sampled
         budget = self.request.budget
         share = min(budget.macs or 1.0, budget.latency or 1.0)
         lookback = min(max(LOOKBACK, math.ceil(GAPS / share)), self.handle.steps - 1)
-        wanted = {"letters": self.letters, "lookback": lookback, "seeds": list(seeds)}
-        kept = self.store.drift(wanted)
+        whole = self._measured("drift", FULL + NONE, seeds, lookback)
+        if self.letters == FULL + NONE:
+            return whole, None
+        split = self._measured("split", self.letters, seeds[:1], min(SPLIT, self.handle.steps - 1))
+        return whole, extended(split, whole)
+
+    def _measured(self, name: str, letters: str, seeds: Sequence[int], lookback: int) -> Drift:
+        wanted = {"letters": letters, "lookback": lookback, "seeds": list(seeds)}
+        kept = self.store.drift(wanted, name)
         if kept is not None:
-            self.seconds["measure"] = float(kept[1]["seconds"])
+            self.seconds["measure"] += float(kept[1]["seconds"])
             return kept[0]
-        self.tick("drift", 0.05)
-        self.handle.warm(seeds[0], self.letters)
+        self.tick(name, 0.05)
+        self.handle.warm(seeds[0], letters)
         before = self.handle.seconds
-        mixing = find_mixing(self.handle, given[0], self.tape)
         experts = ExpertWatch(self.handle.program)
         drift, samples = measure(
-            self.handle, seeds, mixing,
-            letters=self.letters, lookback=lookback, memory=self.request.memory, watch=experts.see,
+            self.handle, seeds, self._mixing,
+            letters=letters, lookback=lookback, memory=self.request.memory, watch=experts.see,
         )  # fmt: skip
-        for seed, made in samples.items():
-            if seed not in self.truth:
-                self.truth[seed] = self._finite(seed, made)
-                self.store.keep_truth(seed, made, self.handle.uncached[-1])
-        again = sum(seed != given[0] for seed in seeds)  # these trajectories are counted among the uncached samples
-        self.seconds["measure"] = self.handle.seconds - before - again * self.handle.uncached[-1]
-        extra = {"seconds": self.seconds["measure"], "linear": mixing.found, "experts": experts.as_json()}
-        self.store.keep_drift(drift, wanted, extra)
+        new = [seed for seed in seeds if seed not in self.truth]  # counted among the uncached samples
+        for seed in new:
+            self.truth[seed] = self._finite(seed, samples[seed])
+            self.store.keep_truth(seed, samples[seed], self.handle.uncached[-1])
+        seconds = self.handle.seconds - before - len(new) * self.handle.uncached[-1]
+        self.seconds["measure"] += seconds
+        extra = {"seconds": seconds, "linear": self._mixing.found, "experts": experts.as_json()}
+        self.store.keep_drift(drift, wanted, extra, name)
         return drift
+
+    @cached_property
+    def _mixing(self) -> Mixing:
+        return find_mixing(self.handle, self.request.seeds[0], self.tape)
 
     @cached_property
     def costs(self) -> Costs:
@@ -205,6 +219,32 @@ class Study:
         self.seconds["search"] += seconds
         return errors
 
+    def make_stale(self) -> None:
+        """Perturb so many experts as were asked for, those that drift most first; kept in the store."""
+        kept = self.store.drift()
+        noted = [] if kept is None else kept[1]["experts"]
+        drifts = {(one["region"], one["expert"]): one["forecast"] for one in noted}
+        every = [
+            (region, info, expert)
+            for region in self.handle.program.regions
+            for info in region.experts
+            for expert in range(info.router.num_experts if info.router is not None else 0)
+            if (region.key, expert) in drifts
+        ]
+        every.sort(key=lambda one: -drifts[one[0].key, one[2]])
+        asked, seed = every[: self.request.perturb], self.request.seeds[0]
+        done = {(one.region, one.expert, one.seed) for one in self.store.harms()}
+        left = [one for one in asked if (one[0].key, one[2], seed) not in done]
+        cost = f"{len(left)} experts stale, one by one: about {PRICE * len(left)} uncached trajectories"
+        begin = self.handle.seconds
+        for number, (region, info, expert) in enumerate(left):
+            self.tick(f"{cost} of {self.uncached:.2g} s", 0.4 + 0.1 * number / len(left))
+            made = stale_samples(self.handle, seed, region, info, expert)
+            self.handle.uncached.pop()  # this one isn't typical
+            errors = _rows(made - self.truth[seed]).square().mean(dim=1).tolist()
+            self.store.keep_harm(Harm(region.key, region.layer, expert, seed, mean_psnr([errors], self.data_range)))
+        self.seconds["perturb"] = self.handle.seconds - begin
+
     def race(self) -> Race:
         effort = max(self.request.effort, 1e-9)
 
@@ -221,7 +261,7 @@ class Study:
         """The best plan for the request, and the search that found it."""
         search = Search(
             self.handle.steps, self.handle.kinds, self.costs, self.drift, self.race(), self.request.predictors,
-            letters=self.letters, effort=self.request.effort,
+            letters=self.letters, split=self.split, variants=self.request.max_variants, effort=self.request.effort,
         )  # fmt: skip
         begin, sampled = self.handle.clock(), self.handle.seconds
         budget = self.request.budget

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import schedules
-from moeca_compile.schedule import Action
 
 
 def test_the_second_order_solver_is_one() -> None:
@@ -40,9 +39,9 @@ def test_frechet_distance_is_none_to_itself_and_grows_with_noise() -> None:
     assert 1e-3 < noisy[0] < noisy[1]
 
 
-def test_letters_of_rows() -> None:
-    c, f = Action.COMPUTE, Action.FORECAST
-    assert "".join(map(schedules.letter_of, [(c, c), (f, f), (c, f)])) == "CFA"
+def test_a_picture_is_drawn_from_the_committed_result(tmp_path: Path) -> None:
+    schedules.main(["--picture", str(tmp_path / "pareto.svg")])
+    assert "<svg" in (tmp_path / "pareto.svg").read_text()
 
 
 @pytest.mark.slow
@@ -55,3 +54,12 @@ def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     assert len(names) == 6
     assert all(line["mac_fraction"] <= 0.51 for line in budget["lines"])
     assert all(line["psnr_db"] > 20 for line in budget["lines"])
+    swept = written["steps"]["10"]["sweep"]
+    assert {name: len(some) for name, some in swept.items()} == {
+        f"every uniform, order-{order}": len(schedules.SWEEP) for order in range(3)
+    }
+    again = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path), "--again", "calibrated"]
+    schedules.main(again)
+    kept = json.loads((tmp_path / "schedules.json").read_text())
+    assert kept["measured anew"] == ["calibrated"]
+    assert kept["steps"] == written["steps"], "nothing changed in between"

@@ -29,3 +29,13 @@ def test_samples_count_by_their_mean_square() -> None:
 def test_a_line_for_each_layer_and_a_column_for_each_expert() -> None:
     found = [{"region": f"blocks.{b}.moe", "expert": e, "forecast": b + e / 10} for b in range(2) for e in range(3)]
     assert drift.by_expert(found) == {"blocks.0.moe": [0.0, 0.1, 0.2], "blocks.1.moe": [1.0, 1.1, 1.2]}
+
+
+def test_a_stale_expert_that_was_not_tried_is_unknown() -> None:
+    found = [
+        {"region": "blocks.0.moe", "expert": expert, "psnr_db": db} for expert, db in ((2, 50.0), (0, 40.0), (0, 42.0))
+    ]
+    (line,) = drift.by_harm(found).values()
+    assert (line[0], line[2]) == (41.0, 50.0)
+    assert math.isnan(line[1])
+    assert drift.by_harm([]) == {}

@@ -39,8 +39,11 @@ def test_lines_of_unequal_length_are_filled_up() -> None:
 
 
 def test_a_curve_goes_from_cheap_to_dear() -> None:
-    figure = plots.pareto({"uniform": [(0.5, 48.0), (0.3, 46.0)], "calibrated": [(0.3, 50.0)]}, "MACs", "PSNR")
-    uniform, calibrated = figure.axes[0].lines
+    series = {"uniform": [(0.5, 48.0), (0.3, 46.0)], "calibrated": [(0.3, 50.0)]}
+    figure = plots.pareto(series, "MACs", "PSNR", {"others": [(0.4, 45.0), (0.2, 44.0)]}, "toy")
+    uniform, calibrated, others = figure.axes[0].lines
+    assert (others.get_linestyle(), list(others.get_xdata())) == ("None", [0.4, 0.2])
+    assert figure.axes[0].get_title() == "toy"
     assert list(uniform.get_xdata()) == [0.3, 0.5]
     assert list(calibrated.get_ydata()) == [50.0]
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from moeca_compile.plan.drift import Drift, pairs_of
+from moeca_compile.plan.drift import Drift, extended, pairs_of
 from moeca_compile.plan.predict import PREDICTORS
 from moeca_compile.plan.refresh import best_refreshes
 from moeca_compile.plan.rows import Plan, row_kinds
@@ -65,3 +65,26 @@ def test_the_programme_gets_norms_of_forecasts() -> None:
     chain = best_refreshes(errors, STEPS, 4, max_gap=4)
     assert chain is not None
     assert len(chain) == 4
+
+
+def test_groups_measured_for_less_long_are_taken_to_grow_as_the_whole_does() -> None:
+    """Outputs on straight lines: then that is exact."""
+    speed = np.random.default_rng(3).normal(size=(2, 1, SAMPLES, NUMBERS))
+    y = speed * np.arange(STEPS).reshape(1, STEPS, 1, 1)
+    found, true = extended(drift_of(y, lookback=2), drift_of(y)), drift_of(y)
+    assert found.pairs == true.pairs
+    np.testing.assert_allclose(found.parts, true.parts, rtol=1e-4)
+    plan = Plan("CAFFXFFFA", "order-0")
+    assert drift_of(y, lookback=2).quality(plan, KINDS) == -math.inf
+    assert found.quality(plan, KINDS) == pytest.approx(true.quality(plan, KINDS), abs=1e-3)
+
+
+def test_a_bound_takes_what_was_not_measured_for_the_oldest_that_was() -> None:
+    y = values(2)
+    short, plan = drift_of(y, lookback=3), Plan("CFFFFFCCC", "order-0")
+    assert short.quality(plan, KINDS) == -math.inf
+    oldest = sum(y[:, max(0, s - 3)] - y[:, s] for s in range(1, 6)).sum(axis=0)
+    by_hand = float(-10 * np.log10(np.square(oldest).sum(axis=1)).mean())
+    assert short.quality(plan, KINDS, beyond=True) == pytest.approx(by_hand, abs=1e-3)
+    known = Plan("CFFFCFFCF", "order-0")
+    assert short.quality(known, KINDS, beyond=True) == short.quality(known, KINDS)
