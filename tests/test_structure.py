@@ -18,7 +18,19 @@ PACKAGE = Path(moeca_compile.__file__).parent
 ROOT = Path(__file__).parents[1]
 LINE_CEILING = 400
 
-DATA = {"action", "control", "errors", "fit", "forecast", "granularity", "options", "regions", "schedule", "variant"}
+DATA = {
+    "action",
+    "adaptive",
+    "control",
+    "errors",
+    "fit",
+    "forecast",
+    "granularity",
+    "options",
+    "regions",
+    "schedule",
+    "variant",
+}
 GRAPH = DATA | {"fx", "ops", "autocast", "constants", "capture"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
