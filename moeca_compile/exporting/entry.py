@@ -19,6 +19,8 @@ from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.write import building, to_numpy, write_golden, write_graphs, write_manifest
 from moeca_compile.face import inner_module, prepare
 from moeca_compile.inspect.progress import Tick, bar
+from moeca_compile.lower.experts.choose import FORMS, Lowering, choose
+from moeca_compile.lower.experts.rewrite import calls, why_no_moe
 from moeca_compile.lower.onnx import OPSETS, lower_onnx
 from moeca_compile.options import Options
 from moeca_compile.runtime import ort
@@ -28,7 +30,7 @@ from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
 
-TARGETS = ("onnx",)
+TARGETS = tuple(FORMS)
 BATCHES = (2, 3)  # what a graph for any batch is captured at
 OTHER_BATCHES = (1, 5)  # what it is tried at
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -42,8 +44,9 @@ def export(
     schedule: Schedule | str | Path,
     path: str | Path,
     *,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] = ("onnx",),
     opset: int = 20,
+    experts: str = "auto",
     dynamic_batch: bool = True,
     order: int = 1,
     granularity: str = "region",
@@ -60,8 +63,11 @@ def export(
             fixed by it, and numbers among them become constants.
         schedule: a `Schedule`, the path of one, or a short form such as "uniform:3".
         path: the directory to make; it must not exist.
-        targets: of the kinds in `TARGETS`.
+        targets: what is to run the graphs: "onnx" (onnxruntime on CPUs), "openvino", "cuda" (onnxruntime on CUDA),
+            "tensorrt". They decide the form of the experts.
         opset: of the graphs, 18 to 22.
+        experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
+            the rows of an even routing); "auto": the best exact one that all targets run.
         dynamic_batch: for any batch. False: for the example's batch only.
         order: of the forecast, for short forms.
         granularity: as in `Options`.
@@ -73,6 +79,7 @@ def export(
     Raises:
         CaptureError: the model isn't one graph, or has nothing to cache.
         LoweringError: no ONNX form, sizes that aren't linear in the batch, or a result that isn't the model's.
+            An expert lowering that a target or the model doesn't take, or a capacity that drops golden branches.
         BundleError: the path is taken, or what was written can't be run.
         ScheduleError, OptionError: as for `compile`.
     """
@@ -84,7 +91,9 @@ def export(
         tick("capturing", 0.0)
         prepare(model)
         captured = _capture(model, example_inputs, options, dynamic_batch)
-        data, models = _lower(captured, opset, tick)
+        lowering = _expert_lowering(captured[0], experts, targets)
+        data, models = _lower(captured, opset, lowering, tick)
+        data["targets"] = list(targets)
         tick("writing", 0.7)
         data["id"] = write_graphs(folder, models, captured[0].program.schedule)
         data["model"] |= {"name": type(model).__name__, "baked": request.numbers(model, example_inputs)}
@@ -127,7 +136,21 @@ def _capture(model: torch.nn.Module, example: Arguments, options: Options, dynam
     return found
 
 
-def _lower(captured: Sequence[Captured], opset: int, tick: Tick) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+def _expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Lowering:
+    gm = main.program.variant(main.program.schedule.rows[0]).gm
+    chosen, slower = choose(experts, targets, why_no_moe(gm))
+    if slower and calls(gm):
+        warnings.warn(
+            f"a bundle has one form of the experts, here {str(chosen)!r}: {slower}. A bundle a target is fastest",
+            MoecaWarning,
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _lower(
+    captured: Sequence[Captured], opset: int, experts: Lowering, tick: Tick
+) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
     """Every distinct row's graph, and the part of the manifest that describes them."""
     main, *twins = captured
     rows = main.program.schedule.distinct_rows()
@@ -142,10 +165,10 @@ def _lower(captured: Sequence[Captured], opset: int, tick: Tick) -> tuple[dict[s
             *(f"{main.program.layout[slot].name}_out" for slot in variant.writes),
         ]
         twin = twins[0].program.variant(row) if twins else None
-        model, signature = lower_onnx(variant, main.weights, names, outputs, opset, twin, BATCHES)
+        model, signature = lower_onnx(variant, main.weights, names, outputs, opset, twin, BATCHES, experts)
         models[file_of(variant)] = letters_of(row), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
-    return {"opset": opset, **describe(captured, shapes, BATCHES)}, models
+    return {"opset": opset, **describe(captured, shapes, BATCHES, experts)}, models
 
 
 def _check(
@@ -163,7 +186,14 @@ def _check(
             raise
         warnings.warn(f"the bundle is written but couldn't be tried here: {error}", MoecaWarning, stacklevel=3)
         return []
-    verdict = verify(session)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*left out", MoecaWarning)  # an error here
+        verdict = verify(session)
+    if verdict.dropped:
+        raise LoweringError(
+            f"experts={session.manifest.data['expert_lowering']!r}: {verdict.dropped} branches of the golden steps "
+            "find their expert's rows taken. Give it a larger capacity, or experts='dense'"
+        )
     errors = {"the golden steps": verdict.error}
     for batch in OTHER_BATCHES if dynamic_batch else ():
         errors[f"a step at batch {batch}"] = _error_at(session, model, request.rebatched(example, batch), main)

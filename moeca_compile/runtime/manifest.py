@@ -19,6 +19,7 @@ from moeca_compile.variant import SLOTS
 FORMAT, VERSION = "moeca-bundle", 1
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
 COEFFICIENTS = "coefficients"
+DROPPED = "moeca_dropped"  # an output, int64 []: how many branches found their expert's rows taken
 
 Dim = int | str  # a size, or a multiple of the batch: "batch", "256*batch", "batch+1"
 _DIM = re.compile(r"(?:(\d+)\*)?batch([+-]\d+)?")
@@ -69,6 +70,7 @@ class VariantSpec:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     coefficients: bool
+    counts_dropped: bool
     macs: int
 
 
@@ -149,7 +151,7 @@ class Manifest:
         _demand([known.index(row) for row in rows] == list(self.steps), "steps and schedule differ")
         inputs = [one.name for one in self.inputs]
         _distinct([*inputs, *(f"{one.name}_in" for one in self.state), COEFFICIENTS], "input")
-        _distinct([*(one.name for one in self.outputs), *(f"{one.name}_out" for one in self.state)], "output")
+        _distinct([*(o.name for o in self.outputs), *(f"{o.name}_out" for o in self.state), DROPPED], "output")
         _demand(self.timestep is None or self.timestep in inputs, f"the timestep {self.timestep!r} is no input")
         _demand(not schedule.timesteps or self.timestep is not None, "a schedule with timesteps needs a timestep input")
         self._fit_state(schedule)

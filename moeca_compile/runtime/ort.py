@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.manifest import COEFFICIENTS, Manifest, TensorSpec, VariantSpec
+from moeca_compile.runtime.manifest import COEFFICIENTS, DROPPED, Manifest, TensorSpec, VariantSpec
 
 MEMORY = ("speed", "shared")
 _DTYPES = {
@@ -58,13 +58,15 @@ class OrtVariant:
             raise BundleError(f"{provider} was asked for, and onnxruntime fell back to {used}")
         self.spec = spec
         self._outputs = [*(one.name for one in manifest.outputs), *(f"{name}_out" for name in spec.writes)]
+        self._outputs += [DROPPED] if spec.counts_dropped else []
         self._check(manifest)
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         """One run. `feeds`: arrays or OrtValues by the graph's input names, at least those that it takes.
 
         Returns:
-            OrtValues: the model's outputs, then what the variant writes. States go in and come out without a copy.
+            OrtValues: the model's outputs, then what the variant writes, then how many branches were dropped, where it
+            counts them. States go in and come out without a copy.
         """
         binding = self.session.io_binding()
         for name in self._inputs:
@@ -95,6 +97,7 @@ class OrtVariant:
             wanted[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, 2))
         self._compare("inputs", wanted, self.session.get_inputs())
         given = {one.name: one for one in manifest.outputs} | {f"{name}_out": state[name] for name in spec.writes}
+        given |= {DROPPED: TensorSpec(DROPPED, "int64", ())} if spec.counts_dropped else {}
         self._compare("outputs", given, self.session.get_outputs())
         self._inputs = tuple(wanted)
 

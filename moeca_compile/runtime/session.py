@@ -22,7 +22,7 @@ import numpy as np
 from moeca_compile.errors import BundleError, MoecaWarning, StateError
 from moeca_compile.runtime import ort
 from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import COEFFICIENTS
+from moeca_compile.runtime.manifest import COEFFICIENTS, VariantSpec
 from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import Stats, StepRecord
@@ -83,7 +83,10 @@ class Session:
         """
         feeds, _ = self.admit(inputs)
         variant = self.variant_of(self.schedule.rows[0])
-        return self.named(variant.run(feeds))
+        values = variant.run(feeds)
+        if dropped := dropped_in(variant.spec, values):
+            warnings.warn(_left_out("this call", dropped), MoecaWarning, stacklevel=2)
+        return self.named(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
         """A denoising loop, or one stream of it: every call is exactly one step. Open one a request, and for guidance
@@ -208,15 +211,19 @@ class Trajectory:
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()
-        outputs = session.named(values)
-        state.commit(step, row, [_number(name) for name in variant.spec.writes], values[len(outputs) :])
+        outputs, writes = session.named(values), [_number(name) for name in variant.spec.writes]
+        state.commit(step, row, writes, values[len(outputs) : len(outputs) + len(writes)])
+        if dropped := dropped_in(variant.spec, values):
+            self._warn(_left_out(f"step {step}", dropped))
         self._step = step
         self._broken = bool(variant.spec.writes) and not all(_finite(one) for one in outputs.values())
         if len(self.records) == MAX_RECORDS:
             del self.records[: MAX_RECORDS // 2]
         ms = (end - start) * 1e3
         overhead = (time.perf_counter() - begin) * 1e3 - ms
-        self.records.append(StepRecord(step, self.stream, variant.spec.name, ms, overhead, variant.spec.macs, cold))
+        self.records.append(
+            StepRecord(step, self.stream, variant.spec.name, ms, overhead, variant.spec.macs, cold, dropped)
+        )
         return outputs
 
     def _choose(self, step: int, timestep: float | None, state: StreamState) -> tuple[Row, bool]:
@@ -257,6 +264,18 @@ def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
 
 def _number(slot: str) -> int:
     return int(slot.removeprefix("state_"))
+
+
+def dropped_in(spec: VariantSpec, values: list[Any]) -> int:
+    """How many branches a variant says that it dropped; its count is the last of its values."""
+    return int(values[-1].numpy()) if spec.counts_dropped else 0
+
+
+def _left_out(what: str, dropped: int) -> str:
+    return (
+        f"{what} left out {dropped} branches, whose experts' rows were taken: it isn't exact. Export with a larger "
+        "capacity, or experts='dense'"
+    )
 
 
 def _finite(array: Any) -> bool:

@@ -108,6 +108,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "a variant's reads": (variant(reads=["state_000"]), "reads state that its row computes"),
     "a variant's writes": (variant(writes=[]), "doesn't write what its row computes"),
     "coefficients": (variant(coefficients=True), "has the inputs"),
+    "counts": (variant(counts_dropped=True), "has the outputs"),
+    "an unknown form of experts": (lambda d: d.update(expert_lowering="capacity"), "expert_lowering"),
     "one file twice": (variant(file="v1.onnx"), "files"),
     "no timestep": (lambda d: d.update(timestep="time"), "the timestep 'time' is no input"),
     "regions": (lambda d: d["model"]["regions"].reverse(), "for other regions"),

@@ -93,6 +93,37 @@ def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
     assert hit - of_the_example
 
 
+def test_the_targets_decide_the_form_of_the_experts(tmp_path: Path, model: DiT) -> None:
+    with pytest.warns(MoecaWarning, match="here 'dense': onnx would run 'segments' faster"):
+        bundle = moeca.export(model, call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"))
+    assert bundle.manifest.data["expert_lowering"] == "dense"
+    assert bundle.manifest.data["targets"] == ["onnx", "tensorrt"]
+    assert b"NonZero" not in bundle.graphs[0]
+    weights = sum(one.numel() * one.element_size() for one in model.parameters())
+    assert bundle.manifest.files["weights.bin"][1] <= 1.02 * weights
+    with pytest.raises(LoweringError, match="runs dense, capacity only"):
+        moeca.export(model, call_of(2), "full", tmp_path / "no", targets=("tensorrt",), experts="segments")
+
+
+def test_a_capacity_is_exact_or_says_what_it_left_out(tmp_path: Path) -> None:
+    model = small_model(hidden=16)
+    with pytest.raises(LoweringError, match="branches of the golden steps find"):
+        moeca.export(model, call_of(2), "full", tmp_path / "no", experts="capacity:0.3", dynamic_batch=False)
+    bundle = moeca.export(model, call_of(2), "uniform:2", tmp_path / "b", experts="capacity:1.75")
+    assert bundle.manifest.data["expert_lowering"] == "capacity:1.75"
+    session = Session.open(bundle.path, threads=1)
+    call = call_of(3, seed=2)
+    assert relative_error(session.run(named(call))["output"], model(*call)) < 1e-4
+    same = named(call_of(3)) | {"x": np.full((3, 4, 8, 8), 99, np.float32)}  # all tokens want the same experts
+    with pytest.warns(MoecaWarning, match=r"this call left out \d+ branches"):
+        session.run(same)
+    with session.trajectory() as trajectory:
+        with pytest.warns(MoecaWarning, match=r"step 0 left out \d+ branches.*larger capacity"):
+            trajectory.run(same)
+        trajectory.run(same)  # a forecast: no experts in it
+        assert [bool(record.dropped) for record in trajectory.records] == [True, False]
+
+
 def test_weights_are_on_disk_once(exported: Bundle, model: DiT) -> None:
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     sizes = {name: size for name, (_, size) in exported.manifest.files.items()}
@@ -243,7 +274,8 @@ def test_a_taken_path_is_refused(tmp_path: Path, model: DiT) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"targets": ("onnx", "tensorrt")}, "tensorrt can't be exported to"),
+        ({"targets": ("onnx", "tpu")}, "tpu can't be exported to"),
+        ({"experts": "loops"}, "experts='loops'"),
         ({"targets": ()}, "nothing can't"),
         ({"opset": 12}, "opset=12"),
         ({"schedule": "sometimes"}, "not understood"),
