@@ -41,7 +41,10 @@ def export(
     schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
     order: Annotated[int, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = 1,
     granularity: Annotated[str, typer.Option(help="What the schedule's columns are.")] = "region",
-    target: Annotated[list[str] | None, typer.Option(help="What to write; may be given again.")] = None,
+    targets: Annotated[
+        str, typer.Option(help="What is to run it, by commas: onnx, openvino, cuda, tensorrt.")
+    ] = "onnx",
+    experts: Annotated[str, typer.Option(help="auto, segments, dense, moe, capacity or capacity:1.25.")] = "auto",
     opset: Annotated[int, typer.Option(help="Of the graphs.")] = 20,
     fixed_batch: Annotated[bool, typer.Option(help="For the example's batch only.")] = False,
 ) -> None:
@@ -49,9 +52,8 @@ def export(
     from moeca_compile.exporting import export as export_model
 
     model, inputs = _load(source)
-    targets = tuple(target or ("onnx",))
     bundle = export_model(
-        model, inputs, schedule, path, targets=targets, opset=opset, order=order, granularity=granularity,
+        model, inputs, schedule, path, targets=targets.split(","), opset=opset, experts=experts, order=order, granularity=granularity,
         dynamic_batch=not fixed_batch, progress=True,
     )  # fmt: skip
     print(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")

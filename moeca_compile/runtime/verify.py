@@ -13,8 +13,8 @@ from moeca_compile.runtime.session import Session
 
 @dataclass(frozen=True)
 class Verdict:
-    """`errors`: of each recorded step, the largest |difference| over the largest |recorded value|. `dropped`: branches that
-    found no row in an expert's capacity."""
+    """`errors`: of each recorded step, the largest |difference| over the largest |recorded value|. `dropped`:
+    branches that found no row in an expert's capacity."""
 
     provider: str
     errors: tuple[float, ...]

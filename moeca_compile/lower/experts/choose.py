@@ -30,13 +30,13 @@ class Lowering:
         return f"{self.name}:{float(self.factor):g}" if self.factor else self.name
 
 
-def choose(experts: str, targets: Sequence[str], moe_fits: str = "") -> tuple[Lowering, str]:
+def choose(experts: str, targets: Sequence[str], moe_unfit: str = "") -> tuple[Lowering, str]:
     """The lowering that `experts` asks for, or with "auto" the best that all targets run and that is exact.
 
     Args:
         experts: "auto", "segments", "dense", "moe", "capacity" or "capacity:1.25".
         targets: of `FORMS`.
-        moe_fits: what keeps `com.microsoft.MoE` from the model's experts; "" if nothing does.
+        moe_unfit: what keeps `com.microsoft.MoE` from the model's experts; "" if nothing does.
 
     Returns:
         The lowering, and what is slower for it ("" if nothing is).
@@ -50,13 +50,12 @@ def choose(experts: str, targets: Sequence[str], moe_fits: str = "") -> tuple[Lo
         for target in targets:
             if wanted.name not in FORMS[target]:
                 raise LoweringError(f"experts={experts!r}: target {target!r} runs {', '.join(FORMS[target])} only")
-        if wanted.name == "moe" and moe_fits:
-            raise LoweringError(f"experts='moe': onnxruntime's operator doesn't take {moe_fits}. Use experts='auto'")
+        if wanted.name == "moe" and moe_unfit:
+            raise LoweringError(f"experts='moe': onnxruntime's operator doesn't take {moe_unfit}. Use experts='auto'")
         return wanted, ""
     # a capacity may drop branches: never without being asked for
-    exact = {
-        one: [form for form in FORMS[one] if form != "capacity" and (form != "moe" or not moe_fits)] for one in targets
-    }
+    unfit = {"capacity"} | ({"moe"} if moe_unfit else set())
+    exact = {one: [form for form in FORMS[one] if form not in unfit] for one in targets}
     shared = [form for form in exact[targets[0]] if all(form in forms for forms in exact.values())]
     chosen = min(shared, key=lambda form: sum(forms.index(form) for forms in exact.values()))
     slower = [f"{one} would run {forms[0]!r} faster" for one, forms in exact.items() if forms[0] != chosen]
