@@ -23,7 +23,6 @@ from moeca_compile.lower.experts.choose import FORMS, Lowering, choose
 from moeca_compile.lower.experts.rewrite import calls, why_no_moe
 from moeca_compile.lower.onnx import OPSETS, lower_onnx
 from moeca_compile.options import Options
-from moeca_compile.runtime import ort
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import COEFFICIENTS, Dim, letters_of
 from moeca_compile.runtime.session import Session
@@ -198,14 +197,14 @@ def _check(
     for batch in OTHER_BATCHES if dynamic_batch else ():
         errors[f"a step at batch {batch}"] = _error_at(session, model, request.rebatched(example, batch), main)
     worst = max(errors, key=lambda name: errors[name])
-    said = f"{worst} in {ort.version()} differ from torch by {errors[worst]:.1e} of the largest value"
+    said = f"{worst} in {session.runtime.version()} differ from torch by {errors[worst]:.1e} of the largest value"
     if not errors[worst] <= WRONG * TOLERANCE[dtype]:
         raise LoweringError(f"{said}: the export is wrong. dynamic_batch=False may work; please report it")
     if errors[worst] > TOLERANCE[dtype]:
         warnings.warn(
             f"{said}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that", MoecaWarning, stacklevel=3
         )
-    return [{"runtime": ort.version(), "provider": PROVIDER, "relative_error": verdict.error}]
+    return [{"runtime": session.runtime.version(), "provider": PROVIDER, "relative_error": verdict.error}]
 
 
 def _error_at(session: Session, model: torch.nn.Module, arguments: Arguments, main: Captured) -> float:

@@ -1,4 +1,4 @@
-"""Sampling from a bundle with numpy and onnxruntime: no torch, no model code.
+"""Sampling from a bundle with numpy and a runtime: no torch, no model code.
 
 session = Session.open("digits.moeca")
 with session.trajectory(steps=50) as t:
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, MoecaWarning, StateError
-from moeca_compile.runtime import ort
 from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import COEFFICIENTS, VariantSpec
+from moeca_compile.runtime.manifest import COEFFICIENTS
+from moeca_compile.runtime.ort import CPU
+from moeca_compile.runtime.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import Stats, StepRecord
@@ -39,41 +40,41 @@ class Session:
 
     Attributes:
         bundle: the verified directory.
-        provider: of onnxruntime, the one that was asked for.
+        provider: the one that was asked for.
+        runtime: what runs it.
         inputs, outputs: what a call takes and gives.
     """
 
-    def __init__(self, bundle: Bundle, provider: str, variants: tuple[ort.OrtVariant, ...]) -> None:
-        self.bundle, self.provider, self.variants = bundle, provider, variants
+    def __init__(self, bundle: Bundle, runtime: Runtime, variants: tuple[Loaded, ...]) -> None:
+        self.bundle, self.runtime, self.variants = bundle, runtime, variants
+        self.provider = runtime.provider
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
 
     @classmethod
     def open(
-        cls, path: str | Path, provider: str = "CPUExecutionProvider", memory: str = "speed",
-        threads: int | None = None,
+        cls, path: str | Path, provider: str = CPU, memory: str = "speed", threads: int | None = None,
+        provider_options: Mapping[str, Any] | None = None,
     ) -> Session:  # fmt: skip
         """Verify and load a bundle.
 
         Args:
             path: the directory that `moeca_compile.export` made.
-            provider: an execution provider of onnxruntime; another one is never taken in its place.
+            provider: an execution provider of onnxruntime, or "openvino"; another is never taken in its place.
             memory: "speed", or "shared": all variants (and processes) use the one mapped copy of the weights, at the
                 price of slower matrix multiplies on the CPU.
-            threads: of one operator; None: onnxruntime's choice.
+            threads: of one operator; None: the runtime's choice.
+            provider_options: the provider's own, such as {"device_id": 1}; properties of the device for OpenVINO.
 
         Raises:
             BundleError: the bundle isn't what was exported, or can't run here.
             OptionError: an unknown memory mode.
         """
-        ort.check_request(provider, memory)
+        runtime = runtime_of(provider, memory, threads, provider_options)
         bundle = Bundle.open(path)
         pairs = zip(bundle.graphs, bundle.manifest.variants, strict=True)
-        variants = tuple(
-            ort.OrtVariant(graph, spec, bundle.manifest, bundle.path, provider, memory, threads)
-            for graph, spec in pairs
-        )
-        return cls(bundle, provider, variants)
+        variants = tuple(runtime.load(graph, spec, bundle.manifest, bundle.path) for graph, spec in pairs)
+        return cls(bundle, runtime, variants)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """One call by itself: everything is computed, nothing is kept.
@@ -84,7 +85,7 @@ class Session:
         feeds, _ = self.admit(inputs)
         variant = self.variant_of(self.schedule.rows[0])
         values = variant.run(feeds)
-        if dropped := dropped_in(variant.spec, values):
+        if dropped := self.dropped(variant, values):
             warnings.warn(_left_out("this call", dropped), MoecaWarning, stacklevel=2)
         return self.named(values)
 
@@ -97,7 +98,7 @@ class Session:
         """
         return Trajectory(self, steps, stream)
 
-    def variant_of(self, row: Row) -> ort.OrtVariant:
+    def variant_of(self, row: Row) -> Loaded:
         return self.variants[self.manifest.variant_of(row)]
 
     def admit(self, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
@@ -123,7 +124,11 @@ class Session:
 
     def named(self, values: list[Any]) -> Arrays:
         """The model's outputs among a variant's."""
-        return {spec.name: value.numpy() for spec, value in zip(self.outputs, values, strict=False)}
+        return {spec.name: self.runtime.numpy(value) for spec, value in zip(self.outputs, values, strict=False)}
+
+    def dropped(self, variant: Loaded, values: list[Any]) -> int:
+        """How many branches a variant says that it dropped; its count is the last of its values."""
+        return int(self.runtime.numpy(values[-1])) if variant.spec.counts_dropped else 0
 
 
 class Trajectory:
@@ -204,7 +209,7 @@ class Trajectory:
         for slot in variant.spec.reads:
             one = state.tensors[_number(slot)]
             spec = session.manifest.state[_number(slot)]
-            feeds[f"{slot}_in"] = ort.zeros(spec.sizes(batch), spec.dtype) if one is None else one
+            feeds[f"{slot}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if one is None else one
         if variant.spec.coefficients:
             table = np.asarray(state.coefficients(step), np.float32)
             feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, 2)
@@ -213,7 +218,7 @@ class Trajectory:
         end = time.perf_counter()
         outputs, writes = session.named(values), [_number(name) for name in variant.spec.writes]
         state.commit(step, row, writes, values[len(outputs) : len(outputs) + len(writes)])
-        if dropped := dropped_in(variant.spec, values):
+        if dropped := session.dropped(variant, values):
             self._warn(_left_out(f"step {step}", dropped))
         self._step = step
         self._broken = bool(variant.spec.writes) and not all(_finite(one) for one in outputs.values())
@@ -264,11 +269,6 @@ def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
 
 def _number(slot: str) -> int:
     return int(slot.removeprefix("state_"))
-
-
-def dropped_in(spec: VariantSpec, values: list[Any]) -> int:
-    """How many branches a variant says that it dropped; its count is the last of its values."""
-    return int(values[-1].numpy()) if spec.counts_dropped else 0
 
 
 def _left_out(what: str, dropped: int) -> str:

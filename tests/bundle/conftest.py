@@ -21,6 +21,7 @@ from moeca_compile.schedule import Schedule
 from tests.models import DiT
 from tests.tools import row
 
+PROVIDERS = ("CPUExecutionProvider", "openvino")
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -58,9 +59,9 @@ def exported(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFa
     return moeca.export(model, call_of(2), schedule, tmp_path_factory.mktemp("bundles") / "small.moeca")
 
 
-@pytest.fixture(scope="session")
-def session(exported: Bundle) -> Session:
-    return Session.open(exported.path, threads=1)
+@pytest.fixture(scope="session", params=PROVIDERS)
+def session(exported: Bundle, request: pytest.FixtureRequest) -> Session:
+    return Session.open(exported.path, request.param, threads=1)
 
 
 @pytest.fixture(scope="session")

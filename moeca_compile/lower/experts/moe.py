@@ -1,9 +1,9 @@
 """onnxruntime's own operator, `com.microsoft.MoE`: on CUDA one grouped matrix multiply a layer, without a host sync.
 
 It routes by itself: a softmax over logits, then the k largest. Here each branch goes in as a token of its own with
-k = 1 and the logarithm of its one-hot routing, so that its expert gets weight 1 and the gates stay the model's own, whatever
-they are. SwiGLU wants gate and up in turn, row by row, and its constants set; "gelu" is the form with tanh. All of it
-as measured with onnxruntime 1.31.1 on its CPU provider, which has the operator in float32.
+k = 1 and the logarithm of its one-hot routing, so that its expert gets weight 1 and the gates stay the model's own,
+whatever they are. SwiGLU wants gate and up in turn, row by row, and its constants set; "gelu" is the form with tanh.
+All of it as measured with onnxruntime 1.31.1 on its CPU provider, which has the operator in float32.
 """
 
 from __future__ import annotations
