@@ -16,15 +16,18 @@ from moeca_compile.exporting import request
 from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.golden import golden_steps
 from moeca_compile.exporting.request import Arguments, Captured
-from moeca_compile.exporting.write import building, to_numpy, write_golden, write_graphs, write_manifest
+from moeca_compile.exporting.steps import step_table
+from moeca_compile.exporting.write import building, to_numpy, write_fused, write_golden, write_graphs, write_manifest
 from moeca_compile.face import inner_module, prepare
 from moeca_compile.inspect.progress import Tick, bar
 from moeca_compile.lower.experts.choose import FORMS, Lowering, choose
 from moeca_compile.lower.experts.rewrite import calls, why_no_moe
 from moeca_compile.lower.onnx import OPSETS, lower_onnx
+from moeca_compile.lower.onnx_fused import fuse
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import COEFFICIENTS, Dim, letters_of
+from moeca_compile.runtime.fused import FusedSession
+from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, Dim, letters_of
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
@@ -47,6 +50,7 @@ def export(
     opset: int = 20,
     experts: str = "auto",
     dynamic_batch: bool = True,
+    fused: bool = False,
     order: int = 1,
     granularity: str = "region",
     progress: bool = False,
@@ -68,6 +72,7 @@ def export(
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
         dynamic_batch: for any batch. False: for the example's batch only.
+        fused: also write `fused.onnx`, all variants in one graph that counts its steps.
         order: of the forecast, for short forms.
         granularity: as in `Options`.
         progress: show a bar.
@@ -95,6 +100,7 @@ def export(
         data["targets"] = list(targets)
         tick("writing", 0.7)
         data["id"] = write_graphs(folder, models, captured[0].program.schedule)
+        data["fused"] = _fuse(folder, captured[0], data, models) if fused else None
         data["model"] |= {"name": type(model).__name__, "baked": request.numbers(model, example_inputs)}
         tick("golden steps in torch", 0.75)
         steps = golden_steps(captured[0])
@@ -170,6 +176,15 @@ def _lower(
     return {"opset": opset, **describe(captured, shapes, BATCHES, experts)}, models
 
 
+def _fuse(folder: Path, main: Captured, data: dict[str, Any], models: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Write `fused.onnx` out of the variants' models, which are used up."""
+    program = main.program
+    table = step_table(program.schedule, program.layout, len(program.regions))
+    entries = list(zip(table.variants, table.coefficients, strict=True))
+    write_fused(folder, fuse([model for _, model in models.values()], data, entries, table.period), data["id"])
+    return {"file": FUSED, "steps": table.steps}
+
+
 def _check(
     folder: Path, model: torch.nn.Module, example: Arguments, main: Captured, dynamic_batch: bool, dtype: str
 ) -> list[dict[str, Any]]:
@@ -194,6 +209,8 @@ def _check(
             "find their expert's rows taken. Give it a larger capacity, or experts='dense'"
         )
     errors = {"the golden steps": verdict.error}
+    if session.bundle.fused is not None:
+        errors[f"the golden steps with {FUSED}"] = verify(FusedSession.open(folder, PROVIDER)).error
     for batch in OTHER_BATCHES if dynamic_batch else ():
         errors[f"a step at batch {batch}"] = _error_at(session, model, request.rebatched(example, batch), main)
     worst = max(errors, key=lambda name: errors[name])

@@ -53,8 +53,7 @@ class OpenvinoRuntime:
         BundleError: OpenVINO refuses the graph, or its signature isn't the manifest's.
         """
         model = self.read(graph, spec.file, folder)
-        carried = dict(model.get_rt_info()).get("framework", {})  # an ONNX file's metadata
-        check_identity(spec, manifest, {name: str(value.astype(str)) for name, value in carried.items()})
+        check_identity(spec, manifest, metadata(model))
         return OpenvinoVariant(self, model, spec, manifest)
 
     def read(self, graph: bytes, file: str, folder: Path) -> Any:
@@ -64,13 +63,13 @@ class OpenvinoRuntime:
         try:
             return self.core.read_model(folder / file)
         except Exception as error:
-            raise BundleError(f"{version()} refuses {file}: {_last_lines(error)}") from error
+            raise BundleError(f"{version()} refuses {file}: {last_lines(error)}") from error
 
     def compile(self, model: Any, file: str) -> Any:
         try:
             return self.core.compile_model(model, "CPU", self.options)
         except Exception as error:
-            raise BundleError(f"{version()} refuses {file}: {_last_lines(error)}") from error
+            raise BundleError(f"{version()} refuses {file}: {last_lines(error)}") from error
 
     def zeros(self, sizes: tuple[int, ...], dtype: str) -> Any:
         """A state that was never written."""
@@ -116,8 +115,19 @@ class OpenvinoVariant:
                 request.set_tensor(name, self._tensor(array, shared_memory=True))
             request.infer()
         except Exception as error:
-            raise BundleError(f"OpenVINO failed in {self.spec.file}: {_last_lines(error)}") from error
+            raise BundleError(f"OpenVINO failed in {self.spec.file}: {last_lines(error)}") from error
         return list(results.values())
+
+
+def metadata(model: Any) -> dict[str, str]:
+    """What the ONNX file carries."""
+    carried = dict(model.get_rt_info()).get("framework", {})
+    return {name: str(value.astype(str)) for name, value in carried.items()}
+
+
+def make_stateful(model: Any, pairs: Mapping[str, str]) -> None:
+    """Turn inputs and the outputs that feed them next time into variables of the model, in place."""
+    importlib.import_module("openvino._offline_transformations").apply_make_stateful_transformation(model, dict(pairs))
 
 
 def said(ports: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:
@@ -146,7 +156,7 @@ def library() -> Any:
         raise BundleError(f"this needs OpenVINO: pip install 'moeca-compile[openvino]' ({error})") from None
 
 
-def _last_lines(error: Exception) -> str:
+def last_lines(error: Exception) -> str:
     """OpenVINO begins with the places in its own source."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     return " ".join(lines[-3:])[:500]

@@ -115,8 +115,8 @@ class OrtVariant:
     def __init__(self, runtime: OrtRuntime, session: Any, spec: VariantSpec, manifest: Manifest) -> None:
         self.runtime, self.session, self.spec = runtime, session, spec
         takes, gives = signature_of(spec, manifest)
-        check_side(spec.file, "inputs", takes, _said(session.get_inputs()))
-        check_side(spec.file, "outputs", gives, _said(session.get_outputs()))
+        check_side(spec.file, "inputs", takes, said(session.get_inputs()))
+        check_side(spec.file, "outputs", gives, said(session.get_outputs()))
         self._inputs, self._outputs = tuple(takes), tuple(gives)
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
@@ -187,7 +187,7 @@ def library() -> Any:
         raise BundleError(f"running a bundle needs onnxruntime: pip install onnxruntime ({error})") from None
 
 
-def _said(values: Iterable[Any]) -> dict[str, tuple[str, list[Any]]]:
+def said(values: Iterable[Any]) -> dict[str, tuple[str, list[Any]]]:
     """What onnxruntime says of inputs or outputs; a size that depends on the batch is a name, or None."""
     kinds = {one.name: (one.type.removeprefix("tensor(").removesuffix(")"), one.shape) for one in values}
     return {name: (_DTYPES.get(kind, kind), shape) for name, (kind, shape) in kinds.items()}

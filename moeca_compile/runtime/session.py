@@ -21,7 +21,7 @@ import numpy as np
 
 from moeca_compile.errors import BundleError, MoecaWarning, StateError
 from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import COEFFICIENTS
+from moeca_compile.runtime.manifest import COEFFICIENTS, Manifest
 from moeca_compile.runtime.ort import CPU
 from moeca_compile.runtime.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.rows import choose_row
@@ -82,7 +82,7 @@ class Session:
         Raises:
             BundleError: inputs that the model doesn't take.
         """
-        feeds, _ = self.admit(inputs)
+        feeds, _ = admit(self.manifest, inputs)
         variant = self.variant_of(self.schedule.rows[0])
         values = variant.run(feeds)
         if dropped := self.dropped(variant, values):
@@ -100,27 +100,6 @@ class Session:
 
     def variant_of(self, row: Row) -> Loaded:
         return self.variants[self.manifest.variant_of(row)]
-
-    def admit(self, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
-        """The inputs as contiguous arrays, and their batch (1 where nothing depends on it).
-
-        Raises:
-            BundleError: other names, shapes or dtypes than the model takes.
-        """
-        if set(inputs) != {one.name for one in self.inputs}:
-            raise BundleError(f"inputs {sorted(inputs)}: the model takes {', '.join(map(str, self.inputs))}")
-        feeds, batch = {}, -1
-        for spec in self.inputs:
-            array = np.asarray(inputs[spec.name])
-            if array.dtype.name != spec.dtype:
-                raise BundleError(f"input {spec.name} has dtype {array.dtype}, the model takes {spec}")
-            found = spec.batch_of(array.shape)
-            if found is None or (found != -1 and batch not in (-1, found)):
-                others = f" (the other inputs have batch {batch})" if found is not None else ""
-                raise BundleError(f"input {spec.name} has shape {list(array.shape)}, the model takes {spec}{others}")
-            batch = max(batch, found)
-            feeds[spec.name] = np.asarray(array, order="C")
-        return feeds, max(batch, 1)
 
     def named(self, values: list[Any]) -> Arrays:
         """The model's outputs among a variant's."""
@@ -194,7 +173,7 @@ class Trajectory:
             raise StateError("this trajectory was closed: open another one")
         if self.steps is not None and step >= self.steps:
             raise StateError(f"the trajectory has {self.steps} steps, and this is call {step + 1}: open another one")
-        feeds, batch = session.admit(inputs)
+        feeds, batch = admit(session.manifest, inputs)
         if self._state is None:
             self._batch = batch
             self._state = StreamState(_layout(session, batch), session.manifest.regions)
@@ -256,6 +235,28 @@ class Trajectory:
 
     def _warn(self, text: str) -> None:
         warnings.warn(text, MoecaWarning, stacklevel=5)
+
+
+def admit(manifest: Manifest, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
+    """The inputs as contiguous arrays, and their batch (1 where nothing depends on it).
+
+    Raises:
+        BundleError: other names, shapes or dtypes than the model takes.
+    """
+    if set(inputs) != {one.name for one in manifest.inputs}:
+        raise BundleError(f"inputs {sorted(inputs)}: the model takes {', '.join(map(str, manifest.inputs))}")
+    feeds, batch = {}, -1
+    for spec in manifest.inputs:
+        array = np.asarray(inputs[spec.name])
+        if array.dtype.name != spec.dtype:
+            raise BundleError(f"input {spec.name} has dtype {array.dtype}, the model takes {spec}")
+        found = spec.batch_of(array.shape)
+        if found is None or (found != -1 and batch not in (-1, found)):
+            others = f" (the other inputs have batch {batch})" if found is not None else ""
+            raise BundleError(f"input {spec.name} has shape {list(array.shape)}, the model takes {spec}{others}")
+        batch = max(batch, found)
+        feeds[spec.name] = np.asarray(array, order="C")
+    return feeds, max(batch, 1)
 
 
 def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError
+from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.session import Session
 
 
@@ -40,7 +41,7 @@ class Verdict:
         )
 
 
-def verify(session: Session) -> Verdict:
+def verify(session: Session | FusedSession) -> Verdict:
     """Run the golden trajectory and compare.
 
     Raises:

@@ -13,6 +13,7 @@ import pytest
 
 from moeca_compile.errors import MoecaError
 from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, named
@@ -22,14 +23,16 @@ FEWER = 4  # times, where every bundle that opens is compiled for seconds
 STEPS = 4
 
 
-def result_of(session: Session) -> list[bytes]:
+def result_of(session: Session | FusedSession) -> list[bytes]:
     with session.trajectory() as trajectory:
         return [trajectory.run(named(call_of(2, seed=step)))["output"].tobytes() for step in range(STEPS)]
 
 
 @pytest.fixture(scope="module")
 def wanted(session: Session) -> list[bytes]:
-    return result_of(session)
+    """Of the variants, then of the fused graph."""
+    fused = FusedSession.open(session.bundle.path, session.provider, threads=1)
+    return result_of(session) + result_of(fused)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def outcome(folder: Path, wanted: list[bytes], provider: str) -> str:
     try:
         session = Session.open(folder, provider, threads=1)
         session.bundle.golden()
-        found = result_of(session)
+        found = result_of(session) + result_of(FusedSession.open(folder, provider, threads=1))
     except MoecaError:
         return "refused"
     assert found == wanted, "a mutated bundle gave another result"
