@@ -25,9 +25,12 @@ from moeca_compile.lower.experts.rewrite import calls, why_no_moe
 from moeca_compile.lower.onnx import OPSETS, lower_onnx
 from moeca_compile.lower.onnx_fused import fuse
 from moeca_compile.options import Options
+from moeca_compile.runtime import openvino
+from moeca_compile.runtime.bfloat16 import from_stored
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, Dim, letters_of
+from moeca_compile.runtime.ort import CPU
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
@@ -37,7 +40,7 @@ BATCHES = (2, 3)  # what a graph for any batch is captured at
 OTHER_BATCHES = (1, 5)  # what it is tried at
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 WRONG = 100  # times the tolerance: no rounding, and no expert that flipped on a near-tie, gives that
-PROVIDER = "CPUExecutionProvider"
+HALVES = ("bfloat16", "float16")  # not all of it runs on a CPU
 
 
 def export(
@@ -193,12 +196,8 @@ def _check(
     Raises:
         LoweringError: it gives something else than torch.
     """
-    try:
-        session = Session.open(folder, PROVIDER)
-    except BundleError as error:
-        if dtype != "bfloat16":
-            raise
-        warnings.warn(f"the bundle is written but couldn't be tried here: {error}", MoecaWarning, stacklevel=3)
+    session = _opened(folder, dtype)
+    if session is None:
         return []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*left out", MoecaWarning)  # an error here
@@ -210,7 +209,7 @@ def _check(
         )
     errors = {"the golden steps": verdict.error}
     if session.bundle.fused is not None:
-        errors[f"the golden steps with {FUSED}"] = verify(FusedSession.open(folder, PROVIDER)).error
+        errors[f"the golden steps with {FUSED}"] = verify(FusedSession.open(folder, session.provider)).error
     for batch in OTHER_BATCHES if dynamic_batch else ():
         errors[f"a step at batch {batch}"] = _error_at(session, model, request.rebatched(example, batch), main)
     worst = max(errors, key=lambda name: errors[name])
@@ -221,7 +220,22 @@ def _check(
         warnings.warn(
             f"{said}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that", MoecaWarning, stacklevel=3
         )
-    return [{"runtime": session.runtime.version(), "provider": PROVIDER, "relative_error": verdict.error}]
+    return [{"runtime": session.runtime.version(), "provider": session.provider, "relative_error": verdict.error}]
+
+
+def _opened(folder: Path, dtype: str) -> Session | None:
+    """On onnxruntime's CPU provider; or on OpenVINO, which has bfloat16 there; else None, with a warning."""
+    try:
+        return Session.open(folder, CPU)
+    except BundleError as error:
+        if dtype not in HALVES:
+            raise
+        try:
+            return Session.open(folder, openvino.NAME)
+        except BundleError:
+            text = f"the bundle is written but couldn't be tried here: {error}"
+            warnings.warn(text, MoecaWarning, stacklevel=4)
+            return None
 
 
 def _error_at(session: Session, model: torch.nn.Module, arguments: Arguments, main: Captured) -> float:
@@ -229,8 +243,9 @@ def _error_at(session: Session, model: torch.nn.Module, arguments: Arguments, ma
     given = request.tensors(arguments)
     places = {name: main.places[placeholder] for placeholder, name in main.names.items()}
     try:
-        found = session.run({one.name: to_numpy(given[places[one.name]]) for one in session.inputs})
+        arrays = {one.name: to_numpy(given[places[one.name]]) for one in session.inputs}
+        found = session.run({one.name: from_stored(arrays[one.name], one.dtype) for one in session.inputs})
     except BundleError as error:
         raise LoweringError(f"the export can't run another batch: {error}. Use dynamic_batch=False") from error
     wanted = tree_leaves(request.call(model, arguments))
-    return max(relative_error(found[name], to_numpy(wanted[place])) for name, place in main.results)
+    return max(relative_error(found[name], wanted[place].double().numpy()) for name, place in main.results)

@@ -18,7 +18,7 @@ import torch
 from moeca_compile.errors import BundleError
 from moeca_compile.exporting.golden import Step
 from moeca_compile.lower.onnx_weights import externalise
-from moeca_compile.runtime.bundle import to_stored
+from moeca_compile.runtime.bfloat16 import to_stored
 from moeca_compile.runtime.manifest import FUSED, GOLDEN, MANIFEST, SCHEDULE, WEIGHTS, bundle_id, digest_of
 from moeca_compile.schedule import Schedule
 

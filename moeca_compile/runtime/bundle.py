@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, ScheduleError
+from moeca_compile.runtime.bfloat16 import from_stored
 from moeca_compile.runtime.manifest import FUSED, GOLDEN, MANIFEST, SCHEDULE, WEIGHTS, Manifest, bundle_id
 from moeca_compile.schedule import Schedule
 
@@ -92,18 +93,6 @@ class Bundle:
     def bytes(self) -> int:
         """Of all files in the directory that the manifest knows, itself among them."""
         return sum(size for _, size in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
-
-
-def to_stored(array: Any) -> Any:
-    """numpy files know no bfloat16: its bits are kept as uint16."""
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-
-
-def from_stored(array: Any, dtype: str) -> Any:
-    """The array as recorded; bfloat16 widened to float32, which is exact."""
-    if dtype == "bfloat16" and array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array
 
 
 def _verified(folder: Path, name: str, manifest: Manifest, keep: bool = True) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, StateError
-from moeca_compile.runtime import openvino, ort
+from moeca_compile.runtime import bfloat16, openvino, ort
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import DROPPED, FUSED, FUSED_ROW, STEP, Manifest, TensorSpec, VariantSpec
 from moeca_compile.runtime.provider import runtime_of
@@ -89,7 +89,8 @@ class FusedTrajectory:
         ms = (time.perf_counter() - begin) * 1e3
         dropped = int(found.pop(DROPPED, 0))
         self.records.append(StepRecord(step, "", "fused", ms, 0.0, 0, False, dropped))
-        return {name: array for name, array in found.items() if not name.endswith("_out")}
+        outputs = self.session.manifest.outputs
+        return {one.name: bfloat16.from_stored(found[one.name], one.dtype) for one in outputs}
 
     def __enter__(self) -> FusedTrajectory:
         return self
@@ -121,7 +122,8 @@ class _OnOrt:
             for name, value in found.items():
                 if name not in given and name != DROPPED:
                     states[f"{name.removesuffix('_out')}_in"] = value
-            return {name: value.numpy() for name, value in found.items() if name in given or name == DROPPED}
+            host = {name: value for name, value in found.items() if name in given or name == DROPPED}
+            return {name: self.runtime.numpy(value) for name, value in host.items()}
 
         return run
 
@@ -142,13 +144,17 @@ class _OnOpenvino:
     def start(self) -> Any:
         request = self.compiled.create_infer_request()
         request.reset_state()  # all variables are zero: step 0
-        given = [*(one.name for one in self.manifest.outputs), *([DROPPED] if DROPPED in self.gives else [])]
+        library, dtypes = self.runtime.library, {one.name: one.dtype for one in self.manifest.inputs}
+        given = {one.name: bfloat16.stored_dtype(one.dtype) for one in self.manifest.outputs}
+        given |= {DROPPED: np.dtype(np.int64)} if DROPPED in self.gives else {}
 
         def run(feeds: Arrays, batch: int) -> Arrays:
             try:
-                request.infer({name: np.asarray(array) for name, array in feeds.items()})
+                for name, array in feeds.items():
+                    request.set_tensor(name, openvino.tensor_of(library, array, dtypes[name]))
+                request.infer()
             except Exception as error:
                 raise BundleError(f"OpenVINO failed in {FUSED}: {openvino.last_lines(error)}") from error
-            return {name: request.get_tensor(name).data.copy() for name in given}
+            return {name: request.get_tensor(name).data.copy().view(stored) for name, stored in given.items()}
 
         return run

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, OptionError
+from moeca_compile.runtime.bfloat16 import NAME as NAME_OF_HALF
+from moeca_compile.runtime.bfloat16 import stored_dtype
 from moeca_compile.runtime.manifest import Manifest, VariantSpec
-from moeca_compile.runtime.signature import check_identity, check_side, signature_of
+from moeca_compile.runtime.signature import batch_of, check_identity, check_side, signature_of
 
 NAME = "openvino"
 _DTYPES = {
@@ -73,7 +75,7 @@ class OpenvinoRuntime:
 
     def zeros(self, sizes: tuple[int, ...], dtype: str) -> Any:
         """A state that was never written."""
-        return np.zeros(sizes, np.dtype(dtype))
+        return np.zeros(sizes, stored_dtype(dtype))
 
     def numpy(self, value: Any) -> Any:
         return value
@@ -88,11 +90,9 @@ class OpenvinoVariant:
     def __init__(self, runtime: OpenvinoRuntime, model: Any, spec: VariantSpec, manifest: Manifest) -> None:
         self.spec = spec
         self._takes, self._gives = signature_of(spec, manifest)
-        if any(one.dtype == "bfloat16" for one in (*self._takes.values(), *self._gives.values())):
-            raise BundleError(f"{spec.file} takes or gives bfloat16, which numpy doesn't know. Export it in float32")
         check_side(spec.file, "inputs", self._takes, said(model.inputs))
         check_side(spec.file, "outputs", self._gives, said(model.outputs))
-        self._tensor, self._compiled = runtime.library.Tensor, runtime.compile(model, spec.file)
+        self._library, self._compiled = runtime.library, runtime.compile(model, spec.file)
         self._requests = threading.local()
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
@@ -105,14 +105,13 @@ class OpenvinoVariant:
         request = getattr(self._requests, "mine", None)
         if request is None:
             request = self._requests.mine = self._compiled.create_infer_request()
-        found = (spec.batch_of(feeds[name].shape) for name, spec in self._takes.items())
-        batch = max((one for one in found if one is not None), default=1)
-        results = {name: np.empty(spec.sizes(max(batch, 1)), spec.dtype) for name, spec in self._gives.items()}
+        batch = batch_of(self._takes, feeds)
+        results = {name: np.empty(spec.sizes(batch), stored_dtype(spec.dtype)) for name, spec in self._gives.items()}
         try:
-            for name in self._takes:
-                request.set_tensor(name, self._tensor(feeds[name], shared_memory=True))
-            for name, array in results.items():
-                request.set_tensor(name, self._tensor(array, shared_memory=True))
+            for name, spec in self._takes.items():
+                request.set_tensor(name, tensor_of(self._library, feeds[name], spec.dtype))
+            for name, spec in self._gives.items():
+                request.set_tensor(name, tensor_of(self._library, results[name], spec.dtype))
             request.infer()
         except Exception as error:
             raise BundleError(f"OpenVINO failed in {self.spec.file}: {last_lines(error)}") from error
@@ -128,6 +127,13 @@ def metadata(model: Any) -> dict[str, str]:
 def make_stateful(model: Any, pairs: Mapping[str, str]) -> None:
     """Turn inputs and the outputs that feed them next time into variables of the model, in place."""
     importlib.import_module("openvino._offline_transformations").apply_make_stateful_transformation(model, dict(pairs))
+
+
+def tensor_of(library: Any, array: Any, dtype: str) -> Any:
+    """An OpenVINO tensor over the array's memory."""
+    if dtype == NAME_OF_HALF:
+        return library.Tensor(array, library.Shape(array.shape), library.Type.bf16)
+    return library.Tensor(array, shared_memory=True)
 
 
 def said(ports: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, OptionError
+from moeca_compile.runtime.bfloat16 import NAME, stored_dtype
 from moeca_compile.runtime.manifest import Manifest, VariantSpec
-from moeca_compile.runtime.signature import check_identity, check_side, signature_of
+from moeca_compile.runtime.signature import Specs, batch_of, check_identity, check_side, signature_of
 
 MEMORY = ("speed", "shared")
 CPU = "CPUExecutionProvider"
@@ -27,6 +28,7 @@ _OF_SIZES = {
     "Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast", "Add", "Sub", "Mul", "Div", "Mod",
     "Range", "Reshape", "Constant", "ConstantOfShape", "Identity", "Less", "Equal", "Where", "And", "Neg", "Min", "Max",
 }  # fmt: skip
+_BFLOAT16 = 16  # in ONNX's list of types
 _DTYPES = {"double": "float64", "float": "float32"}  # onnxruntime's names that aren't numpy's
 
 
@@ -99,11 +101,13 @@ class OrtRuntime:
 
     def zeros(self, sizes: tuple[int, ...], dtype: str) -> Any:
         """A state that was never written, where this provider keeps its tensors."""
-        array = np.zeros(sizes, np.dtype(dtype))
+        array = np.zeros(sizes, stored_dtype(dtype))
+        if dtype == NAME:
+            return array
         return self.library.OrtValue.ortvalue_from_numpy(array, self.device, self.device_id)
 
     def numpy(self, value: Any) -> Any:
-        return value.numpy()
+        return value if isinstance(value, np.ndarray) else value.numpy()
 
     def version(self) -> str:
         return version()
@@ -117,7 +121,7 @@ class OrtVariant:
         takes, gives = signature_of(spec, manifest)
         check_side(spec.file, "inputs", takes, said(session.get_inputs()))
         check_side(spec.file, "outputs", gives, said(session.get_outputs()))
-        self._inputs, self._outputs = tuple(takes), tuple(gives)
+        self._takes, self._gives = takes, gives
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         """One run. `feeds`: arrays or OrtValues by the graph's input names, at least those that it takes.
@@ -126,32 +130,39 @@ class OrtVariant:
             OrtValues: the model's outputs, then what the variant writes, then how many branches were dropped, where it
             counts them. States go in and come out without a copy, and stay on the provider's device.
         """
-        return bound_run(self.runtime, self.session, self.spec.file, self._inputs, self._outputs, feeds)
+        return bound_run(self.runtime, self.session, self.spec.file, self._takes, self._gives, feeds)
 
 
 def bound_run(
-    runtime: OrtRuntime, session: Any, file: str, inputs: Iterable[str], outputs: Iterable[str],
-    feeds: Mapping[str, Any],
-) -> list[Any]:  # fmt: skip
-    """OrtValues of `outputs`; what is called `..._out` stays on the device, the rest comes to the host."""
+    runtime: OrtRuntime, session: Any, file: str, takes: Specs, gives: Specs, feeds: Mapping[str, Any]
+) -> list[Any]:
+    """Values of `gives`: what is called `..._out` stays on the device, the rest comes to the host. OrtValues, or for
+    bfloat16 on the host an array of its bits, which an OrtValue wouldn't hand out."""
     binding = session.io_binding()
-    for name in inputs:
+    kept = []  # an OrtValue over an array's memory doesn't keep it
+    for name, spec in takes.items():
         value = feeds[name]
+        if spec.dtype == NAME and not hasattr(value, "_ortvalue"):
+            value = runtime.library.OrtValue.ortvalue_from_numpy_with_onnx_type(value, _BFLOAT16)
+            kept.append(value)
         if hasattr(value, "_ortvalue"):
             binding.bind_ortvalue_input(name, value)
         else:
             binding.bind_cpu_input(name, value)
-    for name in outputs:
-        if name.endswith("_out") and runtime.device != "cpu":
+    batch, hosted = batch_of(takes, feeds), {}
+    for name, spec in gives.items():
+        if name.endswith("_out"):
             binding.bind_output(name, runtime.device, runtime.device_id)
+        elif spec.dtype == NAME:
+            array = hosted[name] = np.empty(spec.sizes(batch), np.uint16)
+            binding.bind_output(name, "cpu", 0, _BFLOAT16, array.shape, array.ctypes.data)
         else:
             binding.bind_output(name)
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
         raise BundleError(f"onnxruntime failed in {file}: {_first_line(error)}") from error
-    found: list[Any] = binding.get_outputs()
-    return found
+    return [hosted.get(name, value) for name, value in zip(gives, binding.get_outputs(), strict=True)]
 
 
 def refuse_strays(file: str, provider: str, assigned: Iterable[Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, MoecaWarning, StateError
+from moeca_compile.runtime import bfloat16
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import COEFFICIENTS, Manifest
 from moeca_compile.runtime.ort import CPU
@@ -102,8 +103,9 @@ class Session:
         return self.variants[self.manifest.variant_of(row)]
 
     def named(self, values: list[Any]) -> Arrays:
-        """The model's outputs among a variant's."""
-        return {spec.name: self.runtime.numpy(value) for spec, value in zip(self.outputs, values, strict=False)}
+        """The model's outputs among a variant's; bfloat16 as float32."""
+        pairs = zip(self.outputs, values, strict=False)
+        return {spec.name: bfloat16.from_stored(self.runtime.numpy(value), spec.dtype) for spec, value in pairs}
 
     def dropped(self, variant: Loaded, values: list[Any]) -> int:
         """How many branches a variant says that it dropped; its count is the last of its values."""
@@ -238,7 +240,7 @@ class Trajectory:
 
 
 def admit(manifest: Manifest, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
-    """The inputs as contiguous arrays, and their batch (1 where nothing depends on it).
+    """The inputs as contiguous arrays, and their batch (1 where nothing depends on it). bfloat16 is given as float32.
 
     Raises:
         BundleError: other names, shapes or dtypes than the model takes.
@@ -248,7 +250,11 @@ def admit(manifest: Manifest, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
     feeds, batch = {}, -1
     for spec in manifest.inputs:
         array = np.asarray(inputs[spec.name])
-        if array.dtype.name != spec.dtype:
+        if spec.dtype == bfloat16.NAME:
+            if array.dtype.name not in ("float32", bfloat16.NAME):
+                raise BundleError(f"input {spec.name} has dtype {array.dtype}, give float32 for {spec}")
+            array = bfloat16.rounded(array) if array.dtype == np.float32 else bfloat16.to_stored(array)
+        elif array.dtype.name != spec.dtype:
             raise BundleError(f"input {spec.name} has dtype {array.dtype}, the model takes {spec}")
         found = spec.batch_of(array.shape)
         if found is None or (found != -1 and batch not in (-1, found)):
@@ -263,7 +269,7 @@ def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
     found = []
     for one in session.manifest.state:
         sizes = one.sizes(batch)
-        size = math.prod(sizes) * np.dtype(one.dtype).itemsize
+        size = math.prod(sizes) * bfloat16.stored_dtype(one.dtype).itemsize
         found.append(StateSlot(one.name, one.region, one.output, one.slot, sizes, one.dtype, "", size))
     return tuple(found)
 

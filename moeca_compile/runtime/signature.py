@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.manifest import COEFFICIENTS, DROPPED, Manifest, TensorSpec, VariantSpec
 
@@ -25,6 +27,12 @@ def signature_of(spec: VariantSpec, manifest: Manifest) -> tuple[Specs, Specs]:
     if spec.counts_dropped:
         gives[DROPPED] = TensorSpec(DROPPED, "int64", ())
     return takes, gives
+
+
+def batch_of(takes: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> int:
+    """The batch that the arrays among the feeds have; 1 where nothing depends on it."""
+    arrays = ((spec, feeds[name]) for name, spec in takes.items() if isinstance(feeds[name], np.ndarray))
+    return max([1, *(spec.batch_of(array.shape) or 1 for spec, array in arrays)])
 
 
 def check_identity(spec: VariantSpec, manifest: Manifest, carried: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from moeca_compile.exporting import entry
 from moeca_compile.exporting.request import Captured
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.dispatch import Tracks, run_step
+from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
-from tests.bundle.conftest import call_of, named, small_model
+from tests.bundle.conftest import PROVIDERS, call_of, named, small_model
 from tests.models import DiT
 
 
@@ -176,22 +178,39 @@ def test_a_fixed_batch_keywords_and_baked_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision(tmp_path: Path) -> None:
-    call = call_of(2, dtype=torch.float16)
-    bundle = moeca.export(small_model().half(), call, "uniform:2", tmp_path / "half", dynamic_batch=False)
-    assert bundle.manifest.data["dtype"] == "float16"
-    assert verify(Session.open(bundle.path, threads=1)).error < 2e-2
+@pytest.mark.parametrize(
+    ("dtype", "provider"), [(torch.float16, PROVIDERS[0]), (torch.float16, "openvino"), (torch.bfloat16, "openvino")]
+)
+def test_half_precision(dtype: torch.dtype, provider: str, tmp_path: Path) -> None:
+    model = small_model().to(dtype)
+    bundle = moeca.export(model, call_of(2, dtype=dtype), "uniform:2", tmp_path / "half", fused=True)
+    assert bundle.manifest.data["dtype"] == str(dtype)[6:]
+    tolerance = bundle.manifest.data["golden"]["tolerance"]
+    for kind in (Session, FusedSession):
+        assert verify(kind.open(bundle.path, provider, threads=1)).error < tolerance
+    call = call_of(3, seed=4, dtype=dtype)
+    given = named((call[0].float() if dtype == torch.bfloat16 else call[0], *call[1:]))
+    found = Session.open(bundle.path, provider, threads=1).run(given)["output"]
+    assert found.dtype == (np.float32 if dtype == torch.bfloat16 else np.float16)
+    assert relative_error(found, model(*call).float()) < tolerance
 
 
 @pytest.mark.slow
-def test_bfloat16_is_written_and_the_cpu_says_why_it_cannot_run_it(tmp_path: Path) -> None:
+def test_bfloat16_and_a_cpu_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(2, dtype=torch.bfloat16)
-    with pytest.warns(MoecaWarning, match="no bfloat16 kernels"):
-        bundle = moeca.export(small_model().bfloat16(), call, "uniform:2", tmp_path / "b", dynamic_batch=False)
-    assert bundle.manifest.data["golden"]["measured"] == []
+    bundle = moeca.export(small_model().bfloat16(), call, "uniform:2", tmp_path / "b", dynamic_batch=False)
+    (measured,) = bundle.manifest.data["golden"]["measured"]
+    assert measured["provider"] == "openvino"
     assert bundle.golden()[1][0]["output"].dtype == np.float32
     with pytest.raises(BundleError, match="no bfloat16 kernels"):
         Session.open(bundle.path)
+    session = Session.open(bundle.path, "openvino", threads=1)
+    with pytest.raises(BundleError, match="give float32"):
+        session.run({**bundle.golden()[0][0], "x": np.zeros((2, 4, 8, 8))})
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.warns(MoecaWarning, match="couldn't be tried here.*no bfloat16 kernels"):
+        untried = moeca.export(small_model().bfloat16(), call, "full", tmp_path / "c", dynamic_batch=False)
+    assert untried.manifest.data["golden"]["measured"] == []
 
 
 class Square(nn.Module):
