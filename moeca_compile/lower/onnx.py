@@ -19,6 +19,7 @@ from moeca_compile.lower.experts.choose import Lowering
 from moeca_compile.lower.experts.rewrite import rewrite_experts
 from moeca_compile.lower.experts.segments import segments
 from moeca_compile.lower.onnx_batch import Pair, any_batch, dims
+from moeca_compile.lower.onnx_complex import without_complex
 from moeca_compile.lower.onnx_constants import bind
 from moeca_compile.runtime.manifest import DROPPED, Dim, parts
 from moeca_compile.variant import Variant
@@ -64,6 +65,7 @@ def lower_onnx(
     if rewrite_experts(gm, experts):
         signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))
     bind(gm, weights)
+    without_complex(gm)
     placeholders = fx.placeholders(gm)
     example = tuple(_example(node) for node in placeholders)
     batch = torch.export.Dim("batch", min=1)
