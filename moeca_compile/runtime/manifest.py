@@ -204,7 +204,14 @@ def digest_of(data: Mapping[str, Any]) -> str:
 
 
 def letters_of(row: Row) -> str:
-    return "".join(action.value for action in row)
+    """A row in a bundle: one letter a region.
+
+    Raises:
+        BundleError: it recomputes parts of regions.
+    """
+    if not all(isinstance(action, Action) for action in row):
+        raise BundleError("bundles hold rows of COMPUTE, REUSE and FORECAST; the schedule has PARTIAL ones")
+    return "".join(action.value for action in row if isinstance(action, Action))
 
 
 def expression(factor: int, offset: int) -> Dim:

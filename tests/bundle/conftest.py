@@ -56,7 +56,14 @@ def schedule(model: DiT) -> Schedule:
 
 @pytest.fixture(scope="session")
 def exported(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return moeca.export(model, call_of(2), schedule, tmp_path_factory.mktemp("bundles") / "small.moeca", fused=True)
+    return moeca.export(
+        model,
+        call_of(2),
+        schedule,
+        tmp_path_factory.mktemp("bundles") / "small.moeca",
+        fused=True,
+        targets=("onnx", "openvino"),
+    )
 
 
 @pytest.fixture(scope="session", params=PROVIDERS)

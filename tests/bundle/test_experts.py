@@ -57,7 +57,7 @@ def exported(call: Call, weights: list[Tensor], lowering: str) -> Callable[[Tens
         gm = make_fx(call, tracing_mode="fake", pre_dispatch=True)(*example, *weights)
         output = next(node for node in gm.graph.nodes if node.op == "output")
         output.args = (tuple(output.args[0]),)
-        variants.append(Variant("v0", (Action.COMPUTE,), gm, (), (), (), False, len(output.args[0])))
+        variants.append(Variant("v0", (Action.COMPUTE,), gm, (), (), (), False, False, len(output.args[0])))
     names = [node.name for node in variants[0].gm.graph.nodes if node.op == "placeholder"]
     outputs = [f"y{i}" for i in range(variants[0].outputs)]
     model, _ = lower_onnx(

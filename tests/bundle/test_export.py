@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
+from moeca_compile.action import Partial
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaError, MoecaWarning, OptionError
 from moeca_compile.exporting import entry
 from moeca_compile.exporting.request import Captured
@@ -147,8 +149,9 @@ def test_it_is_verified_and_says_so(session: Session, exported: Bundle) -> None:
     verdict = verify(session)
     assert verdict.passed
     assert set(verdict.variants) == {one.name for one in exported.manifest.variants}
-    (measured,) = exported.manifest.data["golden"]["measured"]
-    assert measured["relative_error"] == verdict.recorded < 1e-5
+    measured = {one["provider"]: one["relative_error"] for one in exported.manifest.data["golden"]["measured"]}
+    assert list(measured) == list(PROVIDERS)
+    assert measured[session.provider] == verdict.recorded < 1e-5
     assert "as recorded" in str(verdict)
 
 
@@ -307,6 +310,13 @@ def test_wrong_requests(wrong: dict[str, Any], says: str, tmp_path: Path, model:
     request = {"model": model, "example_inputs": call_of(2), "schedule": "full", "path": tmp_path / "b", **wrong}
     with pytest.raises(MoecaError, match=says):
         moeca.export(**request)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partial_rows_are_refused(tmp_path: Path, model: DiT, schedule: Schedule) -> None:
+    partial = replace(schedule, rows=(*schedule.rows[:1], (Partial(0.5), Partial(0.5))), period=2)
+    with pytest.raises(BundleError, match="has PARTIAL ones"):
+        moeca.export(model, call_of(2), partial, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
