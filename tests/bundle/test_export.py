@@ -269,7 +269,7 @@ def _one_step(captured: Captured) -> list[Any]:
     return [([args[i] for i in own], [captured.program.warm(args)[0]])]
 
 
-@pytest.mark.parametrize("what", ["write_golden", "write_manifest", "_check", "write_graphs"])
+@pytest.mark.parametrize("what", ["write_golden", "write_manifest", "check_export", "write_graphs"])
 def test_an_export_that_fails_leaves_nothing(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: Schedule, model: DiT
 ) -> None:
@@ -279,7 +279,7 @@ def test_an_export_that_fails_leaves_nothing(
     def fail(*args: Any) -> Any:
         raise OSError("no space left on device")
 
-    for name in ("write_golden", "write_manifest", "_check", "write_graphs"):
+    for name in ("write_golden", "write_manifest", "check_export", "write_graphs"):
         monkeypatch.setattr(entry, name, fail if name == what else lambda *args: None)
     monkeypatch.setattr(entry, "_lower", lower)
     with pytest.raises(OSError, match="no space"):
