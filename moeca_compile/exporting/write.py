@@ -18,8 +18,8 @@ import torch
 from moeca_compile.errors import BundleError
 from moeca_compile.exporting.golden import Step
 from moeca_compile.lower.onnx_weights import externalise
-from moeca_compile.runtime.bundle import to_stored
-from moeca_compile.runtime.manifest import GOLDEN, MANIFEST, SCHEDULE, WEIGHTS, bundle_id, digest_of
+from moeca_compile.runtime.bfloat16 import to_stored
+from moeca_compile.runtime.manifest import FUSED, GOLDEN, MANIFEST, SCHEDULE, WEIGHTS, bundle_id, digest_of
 from moeca_compile.schedule import Schedule
 
 
@@ -48,16 +48,18 @@ def building(path: Path) -> Iterator[Path]:
 
 def write_graphs(folder: Path, models: Mapping[str, tuple[str, Any]], schedule: Schedule) -> str:
     """Write weights, schedule and graphs; `models`: (row, onnx_ir.Model) by file name. Returns the bundle's id."""
-    import onnx_ir as ir
-
     externalise([model for _, model in models.values()], folder)
     schedule.save(folder / SCHEDULE)
     identity = bundle_id(checksum(folder / SCHEDULE), checksum(folder / WEIGHTS))
     for name, (row, model) in models.items():
-        model.producer_name = "moeca-compile"
-        model.metadata_props.update({"moeca.id": identity, "moeca.row": row})
-        (folder / name).write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+        model.metadata_props["moeca.row"] = row
+        _write_graph(folder / name, model, identity)
     return identity
+
+
+def write_fused(folder: Path, model: Any, identity: str) -> None:
+    """Write the fused graph; its weights are in the weights file already."""
+    _write_graph(folder / FUSED, model, identity)
 
 
 def write_golden(folder: Path, steps: Sequence[Step]) -> None:
@@ -75,6 +77,14 @@ def write_manifest(folder: Path, data: dict[str, Any]) -> None:
     data["files"] = {file.name: {"sha256": checksum(file), "bytes": file.stat().st_size} for file in files}
     data["digest"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _write_graph(file: Path, model: Any, identity: str) -> None:
+    import onnx_ir as ir
+
+    model.producer_name = "moeca-compile"
+    model.metadata_props["moeca.id"] = identity
+    file.write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
 
 
 def checksum(file: Path) -> str:

@@ -18,7 +18,10 @@ from moeca_compile.variant import SLOTS
 
 FORMAT, VERSION = "moeca-bundle", 1
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
+FUSED, FUSED_ROW = "fused.onnx", "fused"  # all variants in one graph, and what it carries in place of a row
 COEFFICIENTS = "coefficients"
+STEP = "moeca_step"  # a state of the fused graph, int64 [1]: how many steps were made
+DROPPED = "moeca_dropped"  # an output, int64 []: how many branches found their expert's rows taken
 
 Dim = int | str  # a size, or a multiple of the batch: "batch", "256*batch", "batch+1"
 _DIM = re.compile(r"(?:(\d+)\*)?batch([+-]\d+)?")
@@ -69,6 +72,7 @@ class VariantSpec:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     coefficients: bool
+    counts_dropped: bool
     macs: int
 
 
@@ -148,16 +152,22 @@ class Manifest:
         _demand(sorted(known) == sorted(set(rows)), "the variants aren't the schedule's rows")
         _demand([known.index(row) for row in rows] == list(self.steps), "steps and schedule differ")
         inputs = [one.name for one in self.inputs]
-        _distinct([*inputs, *(f"{one.name}_in" for one in self.state), COEFFICIENTS], "input")
-        _distinct([*(one.name for one in self.outputs), *(f"{one.name}_out" for one in self.state)], "output")
+        kept = [STEP, *(one.name for one in self.state)]
+        _distinct([*inputs, *(f"{name}_in" for name in kept), COEFFICIENTS], "input")
+        _distinct([*(one.name for one in self.outputs), *(f"{name}_out" for name in kept), DROPPED], "output")
         _demand(self.timestep is None or self.timestep in inputs, f"the timestep {self.timestep!r} is no input")
         _demand(not schedule.timesteps or self.timestep is not None, "a schedule with timesteps needs a timestep input")
         self._fit_state(schedule)
         for one in self.variants:
             self._fit_variant(one)
-        needed = {SCHEDULE, WEIGHTS, GOLDEN, *(one.file for one in self.variants)}
+        known = [SCHEDULE, WEIGHTS, GOLDEN, *(one.file for one in self.variants)]
+        if self.data["fused"] is not None:
+            known.append(FUSED)
+            steps = None if schedule.period else len(schedule.rows)
+            _demand(self.data["fused"] == {"file": FUSED, "steps": steps}, "the fused graph is of another schedule")
+        needed = set(known)
         _demand(set(self.files) == needed, f"files: {sorted(set(self.files) ^ needed)} are missing or too many")
-        _demand(len(needed) == 3 + len(self.variants), "two variants have the same file")
+        _demand(len(needed) == len(known), "two variants have the same file")
 
     def _fit_state(self, schedule: Schedule) -> None:
         outputs: dict[int, int] = {}
@@ -194,7 +204,14 @@ def digest_of(data: Mapping[str, Any]) -> str:
 
 
 def letters_of(row: Row) -> str:
-    return "".join(action.value for action in row)
+    """A row in a bundle: one letter a region.
+
+    Raises:
+        BundleError: it recomputes parts of regions.
+    """
+    if not all(isinstance(action, Action) for action in row):
+        raise BundleError("bundles hold rows of COMPUTE, REUSE and FORECAST; the schedule has PARTIAL ones")
+    return "".join(action.value for action in row if isinstance(action, Action))
 
 
 def expression(factor: int, offset: int) -> Dim:
