@@ -17,7 +17,7 @@ from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.golden import golden_steps
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.steps import step_table
-from moeca_compile.exporting.write import building, write_fused, write_golden, write_graphs, write_manifest
+from moeca_compile.exporting.write import write_fused, write_golden, write_graphs
 from moeca_compile.face import inner_module, prepare
 from moeca_compile.inspect.progress import Tick, bar
 from moeca_compile.lower.experts.choose import FORMS, Lowering, choose
@@ -27,6 +27,7 @@ from moeca_compile.lower.onnx_fused import fuse
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, Dim, letters_of
+from moeca_compile.runtime.writing import building, write_manifest
 from moeca_compile.schedule import Schedule
 
 TARGETS = tuple(FORMS)

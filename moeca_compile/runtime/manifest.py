@@ -235,6 +235,11 @@ def batch_in(dim: Dim, size: int) -> int | None:
     return None if rest or batch < 0 else batch
 
 
+def known_dim(dim: Dim) -> bool:
+    """Whether it is a size or an expression of the batch."""
+    return dim > 0 if isinstance(dim, int) else _DIM.fullmatch(dim) is not None
+
+
 def parts(dim: Dim) -> tuple[int, int]:
     """a and b of a * batch + b."""
     if isinstance(dim, int):
