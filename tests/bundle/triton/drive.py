@@ -29,7 +29,7 @@ def call(client: Any, model: str, inputs: dict[str, Any], number: int, start: bo
 
 def refusal(client: Any, model: str, inputs: dict[str, Any], number: int, start: bool) -> str:
     try:
-        call(client, model, inputs, number, start, False)
+        call(client, model, inputs, number, start, True)  # the server would wait for an open sequence when it ends
     except InferenceServerException as error:
         return str(error)
     return ""

@@ -60,6 +60,7 @@ def serving(repository: Path, folder: Path) -> Iterator[str]:
     command = [
         distribution / "bin" / "tritonserver", f"--model-repository={repository}", f"--backend-directory={backends}",
         "--http-address=127.0.0.1", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",
+        "--exit-timeout-secs=5",
     ]  # fmt: skip
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
