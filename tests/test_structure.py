@@ -28,7 +28,8 @@ ALL = STAGES | {"plan", "inspect", "program", "owner", "first_call", "backend", 
 MAY_IMPORT = {
     **dict.fromkeys((*DATA, "plan", "runtime", "inspect"), DATA),
     **dict.fromkeys(("fx", "ops", "autocast", "constants", "capture", "passes", "canonical"), GRAPH),
-    "lower": GRAPH | {"runtime.bundle", "runtime.manifest"},
+    "lower": GRAPH
+    | {"runtime.bundle", "runtime.manifest", "runtime.graphs", "runtime.signature", "runtime.trt", "runtime.writing"},
     "runner": REWRITE,
     "pipeline": STAGES,
     "program": STAGES | {"pipeline"},  # a captured graph, its schedule and its variants

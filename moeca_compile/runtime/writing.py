@@ -40,11 +40,19 @@ def building(path: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, data: dict[str, Any]) -> None:
-    """Add the checksums of all files in the folder and below it, and the digest; then write, in one go."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    data["files"] = {
-        file.relative_to(folder).as_posix(): {"sha256": checksum(file), "bytes": file.stat().st_size} for file in files
-    }
+    """With the checksums of all files in the folder."""
+    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
+    data["files"] = {file.name: entry_of(file) for file in files}
+    seal(folder, data)
+
+
+def entry_of(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"sha256": checksum(file), "bytes": file.stat().st_size}
+
+
+def seal(folder: Path, data: dict[str, Any]) -> None:
+    """Write the manifest with its digest, in one go."""
     data["digest"] = digest_of(data)
     fresh = folder / f".{MANIFEST}.unfinished"
     fresh.write_text(json.dumps(data, indent=1) + "\n")

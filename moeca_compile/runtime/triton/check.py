@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.manifest import COEFFICIENTS, Dim, TensorSpec, known_dim
+from moeca_compile.runtime.graphs import graph_of
+from moeca_compile.runtime.manifest import COEFFICIENTS, DROPPED, Dim, TensorSpec, known_dim
 from moeca_compile.runtime.triton.config import CONTROLS, TYPES, sizes_of
 from moeca_compile.runtime.triton.pbtxt import loads, many
 
@@ -28,7 +29,7 @@ def check_python(text: str, graphs: Sequence[bytes]) -> None:
     for graph in graphs:
         ins, outs = signature_of(graph)
         inputs |= {k: v for k, v in ins.items() if not k.startswith("state_") and k != COEFFICIENTS}
-        outputs |= {k: v for k, v in outs.items() if not k.startswith("state_")}
+        outputs |= {k: v for k, v in outs.items() if not k.startswith("state_") and k != DROPPED}
     _compare("inputs", _tensors(config, "input"), inputs, batch=-1)
     _compare("outputs", _tensors(config, "output"), outputs, batch=-1)
     controls = [one.get("name") for one in many(config.get("sequence_batching", {}), "control_input")]
@@ -65,14 +66,9 @@ def signature_of(graph: bytes) -> tuple[Specs, Specs]:
     Raises:
         BundleError: it isn't one, or a size of it is neither a number nor known from the batch.
     """
-    try:
-        import onnx
-    except ImportError:
-        raise BundleError("reading a graph's inputs and outputs needs onnx: pip install onnx") from None
-    try:
-        found = onnx.load_model_from_string(graph).graph
-    except Exception as error:  # protobuf's own classes
-        raise BundleError(f"this isn't an ONNX graph: {error}") from error
+    found = graph_of(graph)
+    import onnx
+
     constants = {one.name for one in found.initializer}
     called = {"float64": "DOUBLE", "float32": "FLOAT"}
     ours = {int(onnx.TensorProto.DataType.Value(called.get(name, name.upper()))): name for name in TYPES}
