@@ -17,7 +17,7 @@ from moeca_compile.cli import deploy
 from moeca_compile.cli.load import load
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bench import bench_bundle
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle import Bundle, engine_file
 from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.manifest import FUSED
 from moeca_compile.runtime.ort import CPU
@@ -82,7 +82,10 @@ def verify(
 ) -> None:
     """Checksums, then the golden steps on this machine; exit status 1 if they differ from what was recorded."""
     kind = FusedSession if fused else Session
-    verdict = verify_session(kind.open(path, provider, memory, threads))
+    session = kind.open(path, provider, memory, threads)
+    for one in session.manifest.engines:  # those too that this machine has no use for
+        engine_file(path, one, session.manifest)
+    verdict = verify_session(session)
     if json:
         print(json_text.dumps({**asdict(verdict), "error": verdict.error, "passed": verdict.passed}, indent=1))
     else:

@@ -14,7 +14,14 @@ import numpy as np
 from moeca_compile.errors import BundleError, ScheduleError
 from moeca_compile.runtime.bfloat16 import from_stored
 from moeca_compile.runtime.manifest import (
-    FUSED, GOLDEN, MANIFEST, SCHEDULE, WEIGHTS, EngineSpec, Manifest, bundle_id,
+    FUSED,
+    GOLDEN,
+    MANIFEST,
+    SCHEDULE,
+    WEIGHTS,
+    EngineSpec,
+    Manifest,
+    bundle_id,
 )  # fmt: skip
 from moeca_compile.schedule import Schedule
 

@@ -1,14 +1,19 @@
-"""The small bundle with engines that the fake runs."""
+"""The small bundle: with engines that the fake runs, and lowered for TensorRT."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 
+import moeca_compile as moeca
+from moeca_compile.errors import MoecaWarning
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.writing import entry_of, seal
+from moeca_compile.schedule import Schedule
+from tests.bundle.conftest import call_of, small_model
 from tests.bundle.tensorrt.fake import entries
 
 
@@ -24,3 +29,12 @@ def with_engines(copy: Path) -> Bundle:
         data["files"][one["file"]] = entry_of(plan)
     seal(copy, data)
     return Bundle.open(copy)
+
+
+@pytest.fixture(scope="session")
+def lowered(schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """For TensorRT, with its engines where TensorRT-RTX is installed."""
+    folder = tmp_path_factory.mktemp("lowered") / "small.moeca"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no engines were built", MoecaWarning)
+        return moeca.export(small_model(), call_of(2), schedule, folder, targets=("tensorrt",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,6 @@ from tests.bundle.conftest import call_of, edit_manifest, small_model
 rtx = pytest.mark.skipif(
     "not __import__('importlib').util.find_spec('tensorrt_rtx_bindings')", reason="TensorRT-RTX isn't installed"
 )
-
-
-@pytest.fixture(scope="session")
-def lowered(schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """For TensorRT, with its engines where TensorRT-RTX is installed."""
-    folder = tmp_path_factory.mktemp("lowered") / "small.moeca"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no engines were built", MoecaWarning)
-        return moeca.export(small_model(), call_of(2), schedule, folder, targets=("tensorrt",))
 
 
 @rtx

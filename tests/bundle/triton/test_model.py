@@ -20,6 +20,12 @@ from moeca_compile.runtime.triton.sequences import Sequences
 from tests.bundle.conftest import call_of, named
 
 
+@pytest.fixture(scope="module")
+def session(exported: Bundle) -> Session:
+    """On the provider that the model has."""
+    return Session.open(exported.path, threads=1)
+
+
 def step_of(number: int, step: int) -> dict[str, Any]:
     return named(call_of(2, seed=100 * number + step))
 

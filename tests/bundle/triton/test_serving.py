@@ -88,7 +88,7 @@ def wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     pytest.fail(f"the server didn't start:\n{log.read_text()[-3000:]}")
 
 
-def test_interleaved_sequences_equal_a_session(exported: Bundle, session: Session, copy: Path, tmp_path: Path) -> None:
+def test_interleaved_sequences_equal_a_session(exported: Bundle, copy: Path, tmp_path: Path) -> None:
     """Three sequences of different lengths and batches, step by step in turn."""
     lengths = {1: (9, 2), 2: (6, 1), 3: (9, 3)}  # steps, batch
     calls = {
@@ -98,6 +98,7 @@ def test_interleaved_sequences_equal_a_session(exported: Bundle, session: Sessio
     given: dict[str, Any] = {
         f"{number}:{name}": np.stack([one[name] for one in steps]) for number, steps in calls.items() for name in "xty"
     }
+    session = Session.open(exported.path, threads=1)
     np.savez(tmp_path / "steps.npz", **given)
     (model,) = write_repository(exported, tmp_path / "models", threads=1)
     (copy / "fused.onnx").write_bytes(one_file())
