@@ -143,6 +143,11 @@ def test_runtime_needs_no_torch() -> None:
     run_python("import sys; sys.modules['torch'] = None; import moeca_compile.runtime")
 
 
+@pytest.mark.parametrize("name", ["lower.tensorrt", "lower.tensorrt_worker", "runtime.triton.model", "cli"])
+def test_what_serving_machines_need_no_torch_for(name: str) -> None:
+    run_python(f"import sys; sys.modules['torch'] = None; import moeca_compile.{name}")
+
+
 def test_runtime_pulls_in_no_compiler() -> None:
     loaded = run_python("import sys, moeca_compile.runtime; print(*sys.modules)").split()
     assert not [name for name in loaded if re.match(r"moeca_compile\.(passes|plan|lower|canonical|pipeline)\b", name)]
