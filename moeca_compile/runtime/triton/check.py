@@ -103,9 +103,10 @@ def _named(messages: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
 def _compare(side: str, given: Mapping[str, Any], wanted: Specs, batch: int) -> None:
     _demand(set(given) == set(wanted), f"the {side} are {sorted(given)}, the graph's are {sorted(wanted)}")
     for name, spec in wanted.items():
-        kind, dims = given[name].get("data_type"), many(given[name], "dims")
-        real = TYPES[spec.dtype], sizes_of(spec, batch)
-        _demand((kind, dims) == real, f"{name} is {kind} {dims}, the graph has {real[0]} {real[1]} ({spec})")
+        one, sizes = given[name], sizes_of(spec, batch)
+        kind, dims = one.get("data_type"), many(one, "dims")
+        fits = (kind, dims, one.get("reshape")) == (TYPES[spec.dtype], sizes["dims"], sizes.get("reshape"))
+        _demand(fits, f"{name} is {kind} {dims}, the graph has {TYPES[spec.dtype]} {sizes['dims']} ({spec})")
 
 
 def _demand(holds: bool, otherwise: str) -> None:

@@ -88,11 +88,11 @@ def state_config(
 
 
 def _tensor(spec: TensorSpec, batch: int) -> Config:
-    return {"name": spec.name, "data_type": Name(TYPES[spec.dtype]), "dims": sizes_of(spec, batch)}
+    return {"name": spec.name, "data_type": Name(TYPES[spec.dtype]), **sizes_of(spec, batch)}
 
 
 def _state(name: str, spec: TensorSpec, batch: int) -> Config:
-    sizes = {"data_type": Name(TYPES[spec.dtype]), "dims": sizes_of(spec, batch)}
+    sizes = {"data_type": Name(TYPES[spec.dtype]), **sizes_of(spec, batch)}
     return {
         "input_name": f"{name}_in",
         "output_name": f"{name}_out",
@@ -101,8 +101,9 @@ def _state(name: str, spec: TensorSpec, batch: int) -> Config:
     }
 
 
-def sizes_of(spec: TensorSpec, batch: int) -> list[int]:
-    """The sizes at a batch; with batch -1, -1 wherever they depend on it."""
-    if batch < 0:
-        return [one if isinstance(one, int) else -1 for one in spec.shape]
-    return list(spec.sizes(batch))
+def sizes_of(spec: TensorSpec, batch: int) -> Config:
+    """`dims` at a batch; with batch -1, -1 wherever they depend on it. Triton has no scalars: a single value stands for
+    one, and is reshaped."""
+    if not spec.shape:
+        return {"dims": [1], "reshape": {"shape": []}}
+    return {"dims": [one if isinstance(one, int) else -1 for one in spec.shape] if batch < 0 else [*spec.sizes(batch)]}

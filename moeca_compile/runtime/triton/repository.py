@@ -8,10 +8,11 @@ from pathlib import Path
 
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import FUSED, MANIFEST, WEIGHTS
+from moeca_compile.runtime.manifest import FUSED, MANIFEST, STEP, WEIGHTS, Manifest
 from moeca_compile.runtime.triton.check import Specs, check_python, check_state, signature_of
 from moeca_compile.runtime.triton.config import BUNDLE, MODEL_FILE, python_config, state_config
 from moeca_compile.runtime.triton.pbtxt import dumps
+from moeca_compile.runtime.trt import runtime as trt
 from moeca_compile.runtime.writing import building
 
 CONFIG = "config.pbtxt"
@@ -29,7 +30,7 @@ def write_repository(
     """Write a bundle as models of a Triton server.
 
     `<name>`: the python backend over a copy of the bundle, each sequence a trajectory, any batch. If the bundle has a
-    one-file graph, `<name>_fused` too: onnxruntime's backend, where Triton keeps the state. Each config is read back
+    fused graph, `<name>_fused` too: onnxruntime's backend, where Triton keeps the state. Each config is read back
     and held against the ONNX files before this returns.
 
     Args:
@@ -64,41 +65,50 @@ def write_repository(
     )  # fmt: skip
     made = [directory / name]
     with building(made[0]) as folder:
-        _copy(bundle, folder / "1" / BUNDLE)
+        _copy(bundle, folder / "1" / BUNDLE, engines=provider == trt.NAME)
         (folder / "1" / "model.py").write_text(_MODEL)
         (folder / CONFIG).write_text(dumps(config))
         check_python((folder / CONFIG).read_text(), Bundle.open(folder / "1" / BUNDLE).graphs)
-        if FUSED in manifest.files:
+        if bundle.fused is not None:
             made.append(directory / f"{name}_fused")
-            write_fused(bundle, made[-1], batch, sequences, idle_seconds)
+            weights = folder / "1" / BUNDLE / WEIGHTS  # verified just now
+            write_fused(bundle.fused, weights, manifest, made[-1], batch, sequences, idle_seconds)
     return tuple(made)
 
 
-def _copy(bundle: Bundle, folder: Path) -> None:
-    for file in (MANIFEST, *bundle.manifest.files):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(bundle.path / file, folder / file)
+def _copy(bundle: Bundle, folder: Path, engines: bool) -> None:
+    left_out = set() if engines else {one.file for one in bundle.manifest.engines}
+    try:
+        for file in {MANIFEST, *bundle.manifest.files} - left_out:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / file, folder / file)
+    except OSError as error:
+        raise BundleError(f"can't copy the bundle: {error}") from error
 
 
-def write_fused(bundle: Bundle, path: Path, batch: int, sequences: int, idle_seconds: int) -> None:
-    """The bundle's one-file graph as a model of onnxruntime's backend. What goes in as `<name>_in` and comes out as
-    `<name>_out` is state."""
-    graph = (bundle.path / FUSED).read_bytes()
+def write_fused(
+    graph: bytes, weights: Path, manifest: Manifest, path: Path, batch: int, sequences: int, idle_seconds: int
+) -> None:
+    """A bundle's fused graph as a model of onnxruntime's backend."""
     inputs, outputs = signature_of(graph)
-    names = sorted(name.removesuffix("_in") for name in inputs if f"{name.removesuffix('_in')}_out" in outputs)
-    state: Specs = {name: inputs[f"{name}_in"] for name in names if f"{name}_in" in inputs}
+    names = [STEP, *(one.name for one in manifest.state)]
+    _demand_states(names, inputs, outputs)
+    state: Specs = {name: inputs.pop(f"{name}_in") for name in names}
+    for name in names:
+        del outputs[f"{name}_out"]
     config = state_config(
-        path.name,
-        [spec for key, spec in inputs.items() if key.removesuffix("_in") not in state],
-        [spec for key, spec in outputs.items() if key.removesuffix("_out") not in state],
-        state,
-        batch,
-        sequences=sequences,
+        path.name, list(inputs.values()), list(outputs.values()), state, batch, sequences=sequences,
         idle_seconds=idle_seconds,
-    )
+    )  # fmt: skip
     with building(path) as folder:
         (folder / "1").mkdir()
         (folder / "1" / MODEL_FILE).write_bytes(graph)
-        shutil.copyfile(bundle.path / WEIGHTS, folder / "1" / WEIGHTS)
+        shutil.copyfile(weights, folder / "1" / WEIGHTS)
         (folder / CONFIG).write_text(dumps(config))
         check_state((folder / CONFIG).read_text(), graph, batch)
+
+
+def _demand_states(names: list[str], inputs: Specs, outputs: Specs) -> None:
+    missing = [one for one in names if f"{one}_in" not in inputs or f"{one}_out" not in outputs]
+    if missing:
+        raise BundleError(f"{FUSED} doesn't take and give {', '.join(missing)}: it isn't this bundle's")

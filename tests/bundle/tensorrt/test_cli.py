@@ -53,7 +53,7 @@ def test_batches_that_are_none(exported: Bundle, batches: str) -> None:
 
 def test_triton(exported: Bundle, tmp_path: Path) -> None:
     said = run("triton", exported.path, tmp_path / "models", "--name", "m", "--sequences", 3)
-    assert said.split() == [str(tmp_path / "models" / "m")]
+    assert said.split() == [str(tmp_path / "models" / name) for name in ("m", "m_fused")]
     assert "max_candidate_sequences: 3" in (tmp_path / "models" / "m" / "config.pbtxt").read_text()
 
 

@@ -13,7 +13,7 @@ from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import TensorSpec
 from moeca_compile.runtime.triton.check import check_python, check_state, signature_of
 from moeca_compile.runtime.triton.config import Config, python_config, state_config
-from moeca_compile.runtime.triton.pbtxt import Name, dumps
+from moeca_compile.runtime.triton.pbtxt import Name, dumps, loads
 from tests.bundle.triton.graphs import one_file
 
 Edit = Callable[[Any], Any]
@@ -89,6 +89,15 @@ def test_a_state_config_that_fits(fused: bytes) -> None:
     assert states[0]["dims"] == [2, 3]
     with pytest.raises(BundleError, match="x is"):
         check_state(dumps(config), fused, 3)
+
+
+def test_single_values() -> None:
+    """Triton has no scalars."""
+    config = python_config(
+        "m", [TensorSpec("t", "float32", ())], [], sequences=1, idle_seconds=1, provider="", threads=0
+    )
+    found = loads(dumps(config))["input"]
+    assert (found["dims"], found["reshape"]) == ([1], {"shape": []})
 
 
 def swap(config: Any) -> None:

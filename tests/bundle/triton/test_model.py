@@ -105,7 +105,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def started(bundle: Bundle, folder: Path, provider: str = "CPUExecutionProvider") -> TritonPythonModel:
-    (place,) = write_repository(bundle, folder, threads=1)
+    place, _ = write_repository(bundle, folder, threads=1)
     config = {
         "parameters": {"provider": {"string_value": provider}, "threads": {"string_value": "1"}},
         "sequence_batching": {

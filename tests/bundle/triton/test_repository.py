@@ -6,19 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.manifest import EngineSpec
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.triton import write_repository
 from moeca_compile.runtime.triton.pbtxt import loads
-from moeca_compile.runtime.triton.repository import write_fused
+from tests.bundle.conftest import call_of, named
 from tests.bundle.triton.graphs import one_file
 
 
 def test_a_repository(exported: Bundle, tmp_path: Path) -> None:
-    (folder,) = write_repository(exported, tmp_path / "models", sequences=3, idle_seconds=5, threads=1)
+    folder, _ = write_repository(exported, tmp_path / "models", sequences=3, idle_seconds=5, threads=1)
     assert folder == tmp_path / "models" / "small"
     config = loads((folder / "config.pbtxt").read_text())
     assert config["name"] == "small"
@@ -26,32 +29,54 @@ def test_a_repository(exported: Bundle, tmp_path: Path) -> None:
     assert config["sequence_batching"]["max_sequence_idle_microseconds"] == 5_000_000
     assert Session.open(folder / "1" / "bundle", threads=1).bundle.manifest.data == exported.manifest.data
     write_repository(exported, tmp_path / "models", "another")
-    assert sorted(one.name for one in (tmp_path / "models").iterdir()) == ["another", "small"]
+    models = sorted(one.name for one in (tmp_path / "models").iterdir())
+    assert models == ["another", "another_fused", "small", "small_fused"]
 
 
-def one_file_bundle(exported: Bundle, graph: bytes, folder: Path) -> Bundle:
-    """A hand-made graph in place of the bundle's: what counts here is that its signature becomes the config."""
-    (folder / "fused.onnx").write_bytes(graph)
-    return replace(exported, path=folder)
-
-
-def test_one_file_with_state_for_onnxruntime(exported: Bundle, copy: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "models" / "m"
-    write_fused(one_file_bundle(exported, one_file(), copy), folder, batch=2, sequences=4, idle_seconds=60)
-    config = loads((folder / "config.pbtxt").read_text())
-    assert (config["name"], config["backend"]) == ("m", "onnxruntime")
-    assert config["input"] == {"name": "x", "data_type": "TYPE_FP32", "dims": [2, 3]}
-    assert [one["input_name"] for one in config["sequence_batching"]["state"]] == [
-        "state_000_in", "state_001_in", "step_in",
-    ]  # fmt: skip
+def test_the_fused_graph_runs_by_its_config_alone(exported: Bundle, tmp_path: Path) -> None:
+    """What Triton does with implicit state, played with onnxruntime: twice, for the state begins as zeros each time."""
+    _, folder = write_repository(exported, tmp_path / "models", "m", batch=2)
     assert sorted(one.name for one in (folder / "1").iterdir()) == ["model.onnx", "weights.bin"]
+    config = loads((folder / "config.pbtxt").read_text())
+    assert (config["name"], config["backend"], config["max_batch_size"]) == ("m_fused", "onnxruntime", 0)
+    backend = onnxruntime.InferenceSession(folder / "1" / config["default_model_filename"])
+    states = config["sequence_batching"]["state"]
+    reference = Session.open(exported.path, threads=1)
+    for _ in range(2):
+        kept = {one["input_name"]: zeros(one["initial_state"]) for one in states}
+        with reference.trajectory() as trajectory:
+            for step in range(9):
+                call = named(call_of(2, seed=step))
+                assert all(list(call[one["name"]].shape) == one["dims"] for one in config["input"])
+                found = dict(zip((o.name for o in backend.get_outputs()), backend.run(None, call | kept), strict=True))
+                kept = {one["input_name"]: found[one["output_name"]] for one in states}
+                wanted = trajectory.run(call)["output"]
+                np.testing.assert_allclose(found["output"], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_graph_that_cannot_be_served_leaves_nothing(exported: Bundle, copy: Path, tmp_path: Path) -> None:
-    bundle = one_file_bundle(exported, one_file("width"), copy)
-    with pytest.raises(BundleError, match="the size 'width'"):
-        write_fused(bundle, tmp_path / "models" / "m", batch=2, sequences=4, idle_seconds=60)
-    assert not (tmp_path / "models").exists()
+def zeros(config: dict[str, Any]) -> Any:
+    return np.zeros(config["dims"], {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}[config["data_type"]])
+
+
+@pytest.mark.parametrize(
+    ("graph", "says"),
+    [(one_file("width"), "the size 'width'"), (one_file(states=1), r"doesn't take and give moeca_step, state_001")],
+)
+def test_a_fused_graph_that_cannot_be_served_leaves_nothing(
+    exported: Bundle, tmp_path: Path, graph: bytes, says: str
+) -> None:
+    with pytest.raises(BundleError, match=says):
+        write_repository(replace(exported, fused=graph), tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_engines_come_along_for_tensorrt_only(exported: Bundle, tmp_path: Path) -> None:
+    engines = (EngineSpec("v0", "engines/a/v0.plan", "tensorrt", "1", ("sm_90",), None),)
+    files = {**exported.manifest.files, "engines/a/v0.plan": ("0" * 64, 1)}
+    bundle = replace(exported, manifest=replace(exported.manifest, engines=engines, files=files))
+    write_repository(bundle, tmp_path / "models")
+    with pytest.raises(BundleError, match=r"can't copy the bundle: .*v0\.plan"):
+        write_repository(bundle, tmp_path / "others", provider="tensorrt")
 
 
 def test_what_is_there_stays(exported: Bundle, tmp_path: Path) -> None:
