@@ -47,7 +47,7 @@ def triton(
     path: BundlePath,
     directory: Annotated[Path, typer.Argument(help="The model repository; made if it isn't there.")],
     name: Annotated[str, typer.Option(help="Of the model; else the bundle's.")] = "",
-    batch: Annotated[int, typer.Option(help="Of a request to the one-file model, if the bundle has one.")] = 1,
+    batch: Annotated[int, typer.Option(help="Of a request to the fused model, if the bundle has one.")] = 1,
     sequences: Annotated[int, typer.Option(help="Trajectories at a time, at most.")] = 64,
     idle_seconds: Annotated[int, typer.Option(help="After which a sequence without requests is dropped.")] = 60,
     provider: Provider = "CPUExecutionProvider",

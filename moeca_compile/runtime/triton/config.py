@@ -1,4 +1,4 @@
-"""`config.pbtxt` of the two ways to serve a bundle: the python backend over it, and its one-file graph.
+"""`config.pbtxt` of the two ways to serve a bundle: the python backend over it, and its fused graph.
 
 Neither batches: `max_batch_size` 0, and the batch is a dimension of the request like the others. Triton's sequence
 batcher takes requests of one sample only, but guidance wants both halves in one call, and sizes like 256 * batch have
