@@ -11,7 +11,7 @@ from typing import Any
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.graphs import graph_of
 from moeca_compile.runtime.manifest import COEFFICIENTS, DROPPED, Dim, TensorSpec, known_dim
-from moeca_compile.runtime.triton.config import CONTROLS, TYPES, sizes_of
+from moeca_compile.runtime.triton.config import CONTROLS, TYPES, at_the_face, sizes_of
 from moeca_compile.runtime.triton.pbtxt import loads, many
 
 Specs = dict[str, TensorSpec]
@@ -28,8 +28,8 @@ def check_python(text: str, graphs: Sequence[bytes]) -> None:
     outputs: Specs = {}
     for graph in graphs:
         ins, outs = signature_of(graph)
-        inputs |= {k: v for k, v in ins.items() if not k.startswith("state_") and k != COEFFICIENTS}
-        outputs |= {k: v for k, v in outs.items() if not k.startswith("state_") and k != DROPPED}
+        inputs |= {k: at_the_face(v) for k, v in ins.items() if not k.startswith("state_") and k != COEFFICIENTS}
+        outputs |= {k: at_the_face(v) for k, v in outs.items() if not k.startswith("state_") and k != DROPPED}
     _compare("inputs", _tensors(config, "input"), inputs, batch=-1)
     _compare("outputs", _tensors(config, "output"), outputs, batch=-1)
     controls = [one.get("name") for one in many(config.get("sequence_batching", {}), "control_input")]

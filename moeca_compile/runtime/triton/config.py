@@ -8,9 +8,11 @@ no batch dimension to take off.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moeca_compile.errors import BundleError
+from moeca_compile.runtime import bfloat16
 from moeca_compile.runtime.manifest import TensorSpec
 from moeca_compile.runtime.triton.pbtxt import Name
 
@@ -32,12 +34,10 @@ def python_config(
     """The python backend: any batch, one trajectory a sequence.
 
     Raises:
-        BundleError: an input has the name of a control, or a tensor is bfloat16.
+        BundleError: an input has the name of a control.
     """
     if taken := sorted({one.name for one in inputs} & set(CONTROLS)):
         raise BundleError(f"the model's inputs {taken} have names of Triton's controls: rename them and export again")
-    if narrow := [one.name for one in (*inputs, *outputs) if one.dtype == "bfloat16"]:
-        raise BundleError(f"{', '.join(narrow)}: Triton's python backend has no bfloat16; export in another dtype")
     plain = {START: "CONTROL_SEQUENCE_START", END: "CONTROL_SEQUENCE_END", READY: "CONTROL_SEQUENCE_READY"}
     flags = {one: {"kind": Name(kind), "int32_false_true": [0, 1]} for one, kind in plain.items()}
     corrid = {"kind": Name("CONTROL_SEQUENCE_CORRID"), "data_type": Name("TYPE_UINT64")}
@@ -45,8 +45,8 @@ def python_config(
         "name": name,
         "backend": "python",
         "max_batch_size": 0,
-        "input": [_tensor(one, -1) for one in inputs],
-        "output": [_tensor(one, -1) for one in outputs],
+        "input": [_tensor(at_the_face(one), -1) for one in inputs],
+        "output": [_tensor(at_the_face(one), -1) for one in outputs],
         "sequence_batching": {
             "max_sequence_idle_microseconds": idle_seconds * 1_000_000,
             "control_input": [
@@ -85,6 +85,11 @@ def state_config(
             "state": [_state(one, spec, batch) for one, spec in sorted(state.items())],
         },
     }
+
+
+def at_the_face(spec: TensorSpec) -> TensorSpec:
+    """As a session takes and gives it: bfloat16 as float32."""
+    return replace(spec, dtype="float32") if spec.dtype == bfloat16.NAME else spec
 
 
 def _tensor(spec: TensorSpec, batch: int) -> Config:

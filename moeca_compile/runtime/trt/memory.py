@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.bundle import from_stored
+from moeca_compile.runtime.bfloat16 import stored_dtype
 
 _GRAIN = 256  # bytes; CUDA aligns to that anyway
 
@@ -69,10 +69,10 @@ class DeviceTensor:
         self.address, self.shape, self.dtype = address, shape, dtype
 
     def numpy(self) -> Any:
-        """A copy on the host; bfloat16 widened to float32."""
-        array = np.empty(self.shape, _stored(self.dtype))
+        """A copy on the host; of bfloat16 its bits."""
+        array = np.empty(self.shape, stored_dtype(self.dtype))
         self._pool.device.download(array, self.address)
-        return from_stored(array, self.dtype)
+        return array
 
     def __del__(self) -> None:
         self._pool.give_back(self.address, self._size)
@@ -90,7 +90,7 @@ class Pool:
 
     def take(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
         """A tensor with anything in it."""
-        count = math.prod(shape) * _stored(dtype).itemsize
+        count = math.prod(shape) * stored_dtype(dtype).itemsize
         size = max(-(-count // _GRAIN), 1) * _GRAIN
         with self._lock:
             free = self._free.setdefault(size, [])
@@ -107,13 +107,8 @@ class Pool:
         return found
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
-        return self.put(np.zeros(shape, _stored(dtype)), dtype)
+        return self.put(np.zeros(shape, stored_dtype(dtype)), dtype)
 
     def give_back(self, address: int, size: int) -> None:
         with self._lock:
             self._free[size].append(address)
-
-
-def _stored(dtype: str) -> Any:
-    """numpy knows no bfloat16: its bits."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype)

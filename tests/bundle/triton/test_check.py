@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy as copies
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from onnx import TensorProto, helper
 
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle import Bundle
@@ -77,8 +79,20 @@ def test_what_the_python_backend_cannot_serve(exported: Bundle) -> None:
     given: Any = {"sequences": 4, "idle_seconds": 60, "provider": "", "threads": 1}
     with pytest.raises(BundleError, match=r"\['END'\] have names of Triton's controls"):
         python_config("small", [TensorSpec("END", "float32", (1,))], [], **given)
-    with pytest.raises(BundleError, match="z: Triton's python backend has no bfloat16"):
-        python_config("small", [], [TensorSpec("z", "bfloat16", (1,))], **given)
+
+
+def test_bfloat16_is_float32_at_the_face() -> None:
+    given: Any = {"sequences": 4, "idle_seconds": 60, "provider": "", "threads": 1}
+    spec = TensorSpec("z", "bfloat16", ("batch", 2))
+    config = python_config("small", [spec], [replace(spec, name="out")], **given)
+    assert config["input"][0]["data_type"] == "TYPE_FP32"
+    check_python(dumps(config), [graph_of_halves()])
+
+
+def graph_of_halves() -> bytes:
+    ends = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["batch", 2]) for name in ("z", "out")]
+    made = helper.make_graph([helper.make_node("Relu", ["z"], ["out"])], "g", ends[:1], ends[1:])
+    return helper.make_model(made).SerializeToString()
 
 
 def test_a_state_config_that_fits(fused: bytes) -> None:
