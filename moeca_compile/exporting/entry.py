@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning, OptionError
+from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning, OptionError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.check import TOLERANCE, check_export
 from moeca_compile.exporting.describe import describe, file_of
