@@ -15,7 +15,7 @@ try:
     import typer
     from rich.console import Console, RenderableType
 
-    from moeca_compile.cli import bundles, plans
+    from moeca_compile.cli import bundles, deploy, plans
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise
@@ -55,6 +55,7 @@ def diff(left: ScheduleFile, right: ScheduleFile, json: AsJson = False) -> None:
 
 plans.mount(app)
 bundles.mount(app)
+deploy.mount(app)
 
 
 def _print(what: dict[str, Any] | tuple[RenderableType, ...]) -> None:

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moeca_compile.cli import deploy
 from moeca_compile.cli.load import load
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bench import bench_bundle
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle import Bundle, engine_file
 from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.manifest import FUSED
 from moeca_compile.runtime.ort import CPU
@@ -25,7 +26,7 @@ from moeca_compile.runtime.verify import verify as verify_session
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]
-Provider = Annotated[str, typer.Option(help="An execution provider of onnxruntime, or openvino.")]
+Provider = deploy.Provider
 Memory = Annotated[str, typer.Option(help="speed, or shared: one copy of the weights for all variants.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of one operator.")]
 
@@ -49,16 +50,26 @@ def export(
     opset: Annotated[int, typer.Option(help="Of the graphs.")] = 20,
     fused: Annotated[bool, typer.Option("--fused", help="Also fused.onnx: all variants in one graph.")] = False,
     fixed_batch: Annotated[bool, typer.Option(help="For the example's batch only.")] = False,
+    arch: deploy.Arch = "",
+    batches: deploy.Batches = deploy.BATCHES,
+    triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository of it there too.")] = None,
 ) -> None:
-    """Write a model and a schedule as a bundle."""
+    """Write a model and a schedule as a bundle; for tensorrt with its engines, and the trtexec lines that make them."""
     from moeca_compile.exporting import export as export_model
 
+    asked = deploy.request_of(arch=arch, batches=batches)
     model, inputs = _load(source)
     bundle = export_model(
         model, inputs, schedule, path, targets=targets.split(","), opset=opset, experts=experts, order=order,
         granularity=granularity, fused=fused, dynamic_batch=not fixed_batch, progress=True,
+        engines=asked if arch or batches != deploy.BATCHES else None,
     )  # fmt: skip
     print(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
+    if "tensorrt" in bundle.manifest.data["targets"]:
+        deploy.show_engines(bundle)
+        deploy.show_commands(bundle, asked)
+    if triton is not None:
+        deploy.triton(path, triton)
 
 
 def verify(
@@ -71,7 +82,10 @@ def verify(
 ) -> None:
     """Checksums, then the golden steps on this machine; exit status 1 if they differ from what was recorded."""
     kind = FusedSession if fused else Session
-    verdict = verify_session(kind.open(path, provider, memory, threads))
+    session = kind.open(path, provider, memory, threads)
+    for one in session.manifest.engines:  # those too that this machine has no use for
+        engine_file(path, one, session.manifest)
+    verdict = verify_session(session)
     if json:
         print(json_text.dumps({**asdict(verdict), "error": verdict.error, "passed": verdict.passed}, indent=1))
     else:
@@ -96,6 +110,7 @@ def info(path: BundlePath, json: AsJson = False) -> None:
         "state": f"{len(manifest.state)} tensors",
         "experts": data["expert_lowering"],
         "for": ", ".join(data["targets"]),
+        "engines": "\n".join(sorted({one.folder for one in manifest.engines})),
         "graphs": f"ONNX opset {data['opset']}" + (f", also {FUSED}" if data["fused"] else ""),
         "made with": ", ".join(f"{k} {v}" for k, v in data["made_with"].items()),
         "size": f"{bundle.bytes / 2**20:.1f} MiB",

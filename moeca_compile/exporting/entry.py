@@ -10,23 +10,28 @@ from typing import Any
 
 import torch
 
-from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning, OptionError
+from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning, OptionError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.check import TOLERANCE, check_export
 from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.golden import golden_steps
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.steps import step_table
-from moeca_compile.exporting.write import building, write_fused, write_golden, write_graphs, write_manifest
+from moeca_compile.exporting.write import write_fused, write_golden, write_graphs
 from moeca_compile.face import inner_module, prepare
 from moeca_compile.inspect.progress import Tick, bar
+from moeca_compile.lower import tensorrt
 from moeca_compile.lower.experts.choose import FORMS, Lowering, choose
 from moeca_compile.lower.experts.rewrite import calls, why_no_moe
 from moeca_compile.lower.onnx import OPSETS, lower_onnx
 from moeca_compile.lower.onnx_fused import fuse
+from moeca_compile.lower.tensorrt import EngineRequest
+from moeca_compile.lower.tensorrt_operators import refuse_unsupported
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, Dim, letters_of
+from moeca_compile.runtime.trt.library import find
+from moeca_compile.runtime.writing import building, write_manifest
 from moeca_compile.schedule import Schedule
 
 TARGETS = tuple(FORMS)
@@ -46,6 +51,7 @@ def export(
     fused: bool = False,
     order: int = 1,
     granularity: str = "region",
+    engines: EngineRequest | None = None,
     progress: bool = False,
 ) -> Bundle:
     """Write a bundle: one ONNX graph for each distinct row of the schedule, over one file of weights.
@@ -61,13 +67,15 @@ def export(
         path: the directory to make; it must not exist.
         targets: what is to run the graphs: "onnx" (onnxruntime on CPUs), "openvino", "cuda" (onnxruntime on CUDA),
             "tensorrt". They decide the form of the experts.
-        opset: of the graphs, 18 to 22.
+        opset: of the graphs, 18 to 22; for "tensorrt" to 20.
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
         dynamic_batch: for any batch. False: for the example's batch only.
         fused: also write `fused.onnx`, all variants in one graph that counts its steps.
         order: of the forecast, for short forms.
         granularity: as in `Options`.
+        engines: which to build for the target "tensorrt". By default those that can be built here: without TensorRT, or
+            without the GPU that it needs, there are none, with a warning.
         progress: show a bar.
 
     Returns:
@@ -95,6 +103,8 @@ def export(
         data["targets"] = list(targets)
         tick("writing", 0.7)
         data["id"] = write_graphs(folder, models, captured[0].program.schedule)
+        for name in models if "tensorrt" in targets else ():
+            refuse_unsupported((folder / name).read_bytes(), name)
         data["fused"] = _fuse(folder, captured[0], data, models) if fused else None
         data["model"] |= {"name": type(model).__name__, "baked": request.numbers(model, example_inputs)}
         tick("golden steps in torch", 0.75)
@@ -108,14 +118,17 @@ def export(
             folder, model, example_inputs, captured[0], targets, dynamic_batch, dtype
         )
         write_manifest(folder, data)
+        if "tensorrt" in targets:
+            _build_engines(folder, Path(path), engines, tick)
     return Bundle.open(path)
 
 
 def _refuse(model: torch.nn.Module, targets: Sequence[str], opset: int) -> None:
     if unknown := [name for name in targets if name not in TARGETS] or (["nothing"] if not targets else []):
         raise OptionError(f"targets={list(targets)}: {', '.join(unknown)} can't be exported to; there are {TARGETS}")
-    if opset not in OPSETS:
-        raise OptionError(f"opset={opset}: expected {OPSETS.start} to {OPSETS.stop - 1}")
+    opsets = tensorrt.OPSETS if "tensorrt" in targets else OPSETS
+    if opset not in opsets:
+        raise OptionError(f"opset={opset}: expected {opsets.start} to {opsets.stop - 1} for targets={list(targets)}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(f"export needs {', '.join(missing)}: pip install 'moeca-compile[onnx]'")
@@ -180,3 +193,17 @@ def _fuse(folder: Path, main: Captured, data: dict[str, Any], models: dict[str, 
     entries = list(zip(table.variants, table.coefficients, strict=True))
     write_fused(folder, fuse([model for _, model in models.values()], data, entries, table.period), data["id"])
     return {"file": FUSED, "steps": table.steps}
+
+
+def _build_engines(folder: Path, path: Path, wanted: EngineRequest | None, tick: Tick) -> None:
+    if wanted is None:
+        try:
+            tensorrt.targets(find(), ())
+        except BundleError as error:
+            warnings.warn(
+                f"no engines were built: {error}. On the machine that is to run them: moeca engines {path}",
+                MoecaWarning,
+                stacklevel=3,
+            )
+            return
+    tensorrt.build_engines(Bundle.open(folder), wanted, lambda text, done: tick(text, 0.9 + 0.1 * done))

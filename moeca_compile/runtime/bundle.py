@@ -13,7 +13,16 @@ import numpy as np
 
 from moeca_compile.errors import BundleError, ScheduleError
 from moeca_compile.runtime.bfloat16 import from_stored
-from moeca_compile.runtime.manifest import FUSED, GOLDEN, MANIFEST, SCHEDULE, WEIGHTS, Manifest, bundle_id
+from moeca_compile.runtime.manifest import (
+    FUSED,
+    GOLDEN,
+    MANIFEST,
+    SCHEDULE,
+    WEIGHTS,
+    EngineSpec,
+    Manifest,
+    bundle_id,
+)  # fmt: skip
 from moeca_compile.schedule import Schedule
 
 _LARGEST_TEXT = 1 << 26  # a manifest or a schedule beyond this is no such thing
@@ -95,6 +104,15 @@ class Bundle:
         return sum(size for _, size in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
 
 
+def engine_file(folder: Path, engine: EngineSpec, manifest: Manifest) -> bytes:
+    """An engine's bytes. Engines are verified here, when one is used: those of other machines needn't be there.
+
+    Raises:
+        BundleError: it is missing or damaged.
+    """
+    return _verified(folder, engine.file, manifest)
+
+
 def _verified(folder: Path, name: str, manifest: Manifest, keep: bool = True) -> bytes:
     checksum, size = manifest.files.get(name, ("", 0))
     file = _inside(folder, name)
@@ -124,6 +142,9 @@ def _read(folder: Path, name: str, most: int) -> bytes:
 def _inside(folder: Path, name: str) -> Path:
     """The file, if it is a plain one of the directory: no link leads out, no pipe blocks."""
     file = folder / name
+    for parent in reversed(Path(name).parents[:-1]):
+        if (folder / parent).is_symlink():
+            raise BundleError(f"{parent} is a link; a bundle holds its own files")
     try:
         kind = os.lstat(file).st_mode
     except (OSError, ValueError) as error:

@@ -76,6 +76,29 @@ class VariantSpec:
     macs: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """A variant as an engine of TensorRT: it runs with this library in this version, on these architectures only.
+
+    `batch`: the least, the usual and the largest batch that it was built for; None: the graph's one.
+    """
+
+    variant: str
+    file: str
+    library: str
+    version: str
+    arch: tuple[str, ...]
+    batch: tuple[int, int, int] | None
+
+    @property
+    def folder(self) -> str:
+        return self.file.rpartition("/")[0]
+
+    @property
+    def range(self) -> str:
+        return f"batches {self.batch[0]} to {self.batch[2]}" if self.batch else "one batch"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """`manifest.json`, checked."""
@@ -87,6 +110,7 @@ class Manifest:
     variants: tuple[VariantSpec, ...]
     steps: tuple[int, ...]
     files: Mapping[str, tuple[str, int]]
+    engines: tuple[EngineSpec, ...]
 
     @property
     def regions(self) -> int:
@@ -135,6 +159,7 @@ class Manifest:
             variants=tuple(VariantSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data["variants"]),
             steps=tuple(data["steps"]),
             files={name: (one["sha256"], one["bytes"]) for name, one in data["files"].items()},
+            engines=tuple(EngineSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data.get("engines", ())),
         )
 
     def fit(self, schedule: Schedule) -> None:
@@ -160,7 +185,9 @@ class Manifest:
         self._fit_state(schedule)
         for one in self.variants:
             self._fit_variant(one)
+        self._fit_engines()
         known = [SCHEDULE, WEIGHTS, GOLDEN, *(one.file for one in self.variants)]
+        known += [one.file for one in self.engines]
         if self.data["fused"] is not None:
             known.append(FUSED)
             steps = None if schedule.period else len(schedule.rows)
@@ -182,6 +209,17 @@ class Manifest:
         _demand([(o.region, o.output, o.slot) for o in self.state] == wanted, "state and schedule differ")
         names = [f"state_{i:03d}" for i in range(len(self.state))]
         _demand([one.name for one in self.state] == names, "state has other names than its places")
+
+    def _fit_engines(self) -> None:
+        """Every set of engines, which has a folder of its own, is one engine for each variant."""
+        sets: dict[str, list[EngineSpec]] = {}
+        for one in self.engines:
+            sets.setdefault(one.folder, []).append(one)
+        names = sorted(one.name for one in self.variants)
+        for folder, engines in sets.items():
+            _demand(sorted(one.variant for one in engines) == names, f"{folder} isn't one engine for each variant")
+            made = {(one.library, one.version, one.arch) for one in engines}
+            _demand(len(made) == 1, f"{folder} has engines of several kinds")
 
     def _fit_variant(self, one: VariantSpec) -> None:
         computed = {region for region, letter in enumerate(one.row) if letter == Action.COMPUTE.value}
@@ -233,6 +271,11 @@ def batch_in(dim: Dim, size: int) -> int | None:
         return -1 if size == offset else None
     batch, rest = divmod(size - offset, factor)
     return None if rest or batch < 0 else batch
+
+
+def known_dim(dim: Dim) -> bool:
+    """Whether it is a size or an expression of the batch."""
+    return dim > 0 if isinstance(dim, int) else _DIM.fullmatch(dim) is not None
 
 
 def parts(dim: Dim) -> tuple[int, int]:

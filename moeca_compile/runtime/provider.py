@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from moeca_compile.runtime import openvino, ort
 from moeca_compile.runtime.manifest import Manifest, VariantSpec
+from moeca_compile.runtime.trt import runtime as trt
 
 
 class Loaded(Protocol):
@@ -36,7 +37,7 @@ class Runtime(Protocol):
 def runtime_of(
     provider: str, memory: str = "speed", threads: int | None = None, options: Mapping[str, Any] | None = None
 ) -> Runtime:
-    """OpenVINO for "openvino", else an execution provider of onnxruntime.
+    """OpenVINO for "openvino", a bundle's engines for "tensorrt", else an execution provider of onnxruntime.
 
     Raises:
         BundleError: it isn't installed, or has no such provider.
@@ -44,4 +45,6 @@ def runtime_of(
     """
     if provider == openvino.NAME:
         return openvino.OpenvinoRuntime(memory, threads, options)
+    if provider == trt.NAME:
+        return trt.TensorrtRuntime(memory, options)
     return ort.OrtRuntime(provider, memory, threads, options)

@@ -61,11 +61,13 @@ class Session:
 
         Args:
             path: the directory that `moeca_compile.export` made.
-            provider: an execution provider of onnxruntime, or "openvino"; another is never taken in its place.
+            provider: an execution provider of onnxruntime, "openvino", or "tensorrt" for the bundle's engines; another
+                is never taken in its place.
             memory: "speed", or "shared": all variants (and processes) use the one mapped copy of the weights, at the
                 price of slower matrix multiplies on the CPU.
             threads: of one operator; None: the runtime's choice.
-            provider_options: the provider's own, such as {"device_id": 1}; properties of the device for OpenVINO.
+            provider_options: the provider's own, such as {"device_id": 1}; properties of the device for OpenVINO,
+                {"library": "tensorrt-rtx"} for engines.
 
         Raises:
             BundleError: the bundle isn't what was exported, or can't run here.

@@ -14,10 +14,10 @@ import pytest
 
 import moeca_compile as moeca
 from moeca_compile.errors import BundleError
-from moeca_compile.exporting.write import checksum
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import Manifest, bundle_id
 from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
 from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, small_model
 
