@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := .venv-triton
+SERVER := tests/bundle/triton/requirements.txt
 PYTEST_ARGS ?=
 
 # One thread per process: the tests run two processes, and torch on shared cores is slower with more.
@@ -19,6 +21,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train,cli]'
 	touch $@
 
+# Triton's server and client can't live with what the package is tested with
+$(TRITON)/.installed: pyproject.toml $(SERVER)
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet -r $(SERVER)
+	$(TRITON)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 install: $(INSTALLED) ## make .venv with the package and all tools
 
 demo: $(INSTALLED) ## sample digits plain and cached, print the table, write demo.png
@@ -27,7 +36,7 @@ demo: $(INSTALLED) ## sample digits plain and cached, print the table, write dem
 test: $(INSTALLED) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED) ## the slow tests
+test-slow: $(INSTALLED) $(TRITON)/.installed ## the slow tests, some against a Triton server
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy --strict
@@ -47,4 +56,4 @@ bench: $(INSTALLED) ## measure; writes benchmarks/results
 	$(BIN)/python -m benchmarks.steps
 
 clean: ## remove .venv and what the tools leave
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

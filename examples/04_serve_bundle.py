@@ -1,6 +1,7 @@
-"""Draw digits from a bundle: the process that draws them has numpy and onnxruntime, and can't import torch.
+"""Draw digits from a bundle: the process that draws them has numpy and a runtime, and can't import torch.
 
     python -m examples.04_serve_bundle                 # export if there is no bundle yet, serve, compare with torch
+    python -m examples.04_serve_bundle --provider openvino
     python -m examples.04_serve_bundle --json          # the figures as one line of JSON
     python -m examples.04_serve_bundle --serve digits.moeca noise.npy digits.npy     # the serving process alone
 
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.runtime import Session
+from moeca_compile.runtime.ort import CPU
 from moeca_compile.runtime.samplers import euler, guided, model_of
 
 SCHEDULE = "uniform:3"
@@ -30,9 +32,9 @@ CLASSES = 10
 COUNT = 32
 
 
-def serve(bundle: Path, noise: Path, out: Path, steps: int) -> dict[str, Any]:
+def serve(bundle: Path, noise: Path, out: Path, steps: int, provider: str) -> dict[str, Any]:
     """Draw as many digits as `noise` (N,1,16,16) has samples, 0 to 9 in turn, and save them."""
-    session = Session.open(bundle, threads=1)
+    session = Session.open(bundle, provider, threads=1)
     x = np.load(noise, allow_pickle=False)
     labels = np.arange(len(x)) % CLASSES
     seconds, stats = [], None
@@ -87,7 +89,7 @@ def _example(count: int) -> tuple[Any, Any, Any]:
     return torch.cat([x, x]), torch.full((2 * count,), 1000.0), torch.cat([labels, torch.full_like(labels, CLASSES)])
 
 
-def compare(bundle: Path, steps: int, count: int) -> dict[str, Any]:
+def compare(bundle: Path, steps: int, count: int, provider: str) -> dict[str, Any]:
     """Serve in another process, and hold the digits against torch's."""
     import torch
 
@@ -106,6 +108,8 @@ def compare(bundle: Path, steps: int, count: int) -> dict[str, Any]:
             out,
             "--steps",
             str(steps),
+            "--provider",
+            provider,
         ]
         served = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         found = torch.from_numpy(np.load(out))
@@ -130,15 +134,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--serve", nargs=3, type=Path, metavar=("BUNDLE", "NOISE", "OUT"), help="only serve")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default 50)")
     parser.add_argument("--digits", type=int, default=COUNT, help=f"how many (default {COUNT})")
+    parser.add_argument("--provider", default=CPU, help=f"what runs it, such as openvino (default {CPU})")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     args = parser.parse_args(argv)
     if args.serve:
         sys.modules["torch"] = None  # type: ignore[assignment] # from here on importing it fails
-        print(json.dumps(serve(*args.serve, steps=args.steps)))
+        print(json.dumps(serve(*args.serve, steps=args.steps, provider=args.provider)))
         return
     if not args.bundle.exists():
         export(args.bundle, show=not args.json)
-    figures = compare(args.bundle, args.steps, args.digits)
+    figures = compare(args.bundle, args.steps, args.digits, args.provider)
     if args.json:
         print(json.dumps(figures))
         return

@@ -26,6 +26,7 @@ class Partial:
         rho: the fraction of each sample's tokens that is recomputed, in [0, 1].
         tau: the fraction of each sample's routed branches (token, expert) that is computed beyond those: first the
             ones whose expert the cache doesn't hold (transitions), then the ones that drifted most; in [0, 1].
+        shared: compute the shared experts for all tokens, not only for the recomputed ones.
 
     Raises:
         ScheduleError: a fraction outside [0, 1].
@@ -33,6 +34,7 @@ class Partial:
 
     rho: float = 0.0
     tau: float = 0.0
+    shared: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rho", "tau"):
@@ -40,6 +42,12 @@ class Partial:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ScheduleError(f"PARTIAL: {name} is {value!r}, expected a fraction from 0 to 1")
             object.__setattr__(self, name, float(value))
+        if not isinstance(self.shared, bool):
+            raise ScheduleError(f"PARTIAL: shared is {self.shared!r}, expected true or false")
+
+    def to_list(self) -> list[float | bool]:
+        """rho, tau and, if set, shared: for JSON; `Partial(*list)` is the same."""
+        return [self.rho, self.tau, *([True] if self.shared else [])]
 
     def tokens(self, of: int) -> int:
         """How many of a sample's tokens are recomputed: at least one where rho isn't 0."""
@@ -50,7 +58,7 @@ class Partial:
         return _share(self.tau, of)
 
     def __str__(self) -> str:
-        return f"PARTIAL({self.rho:g}, {self.tau:g})"
+        return f"PARTIAL({self.rho:g}, {self.tau:g}{', shared' if self.shared else ''})"
 
 
 Act = Action | Partial

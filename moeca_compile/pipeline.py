@@ -30,6 +30,7 @@ from moeca_compile.passes.find_inputs import find_inputs
 from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.passes.find_residuals import find_residuals
 from moeca_compile.passes.find_routers import find_routers
+from moeca_compile.passes.find_signal import find_signal
 from moeca_compile.passes.find_spans import find_spans
 from moeca_compile.passes.find_tokens import find_tokens
 from moeca_compile.passes.insert_state import insert_state
@@ -54,7 +55,8 @@ FIND: tuple[Finder, ...] = (
     count_macs,  # what each node costs
     find_regions,  # NOTE: after those above, it joins their facts
     find_spans,  # NOTE: after find_regions; one span of blocks in place of its regions, where the options ask for it
-    find_tokens,  # NOTE: last; which regions can be recomputed in part
+    find_tokens,  # NOTE: after find_spans; which regions can be recomputed in part
+    find_signal,  # NOTE: last; what an adaptive schedule watches
 )
 
 REWRITE: tuple[Rewriter, ...] = (

@@ -150,11 +150,13 @@ class Region:
 
 @dataclass(frozen=True)
 class RegionMap:
-    """All regions of one graph in graph order, the misses, and the graph's total cost (MACs of one call)."""
+    """All regions of one graph in graph order, the misses, the graph's total cost (MACs of one call), and the stream
+    that an adaptive schedule watches."""
 
     regions: tuple[Region, ...]
     misses: tuple[Miss, ...] = ()
     total_macs: int = 0
+    signal: Value | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moeca_compile.action import Act, Action, Partial, Row, legend_of, read, written
+from moeca_compile.adaptive import Adaptive
 from moeca_compile.control import Control
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.granularity import Granularity
@@ -35,6 +37,7 @@ class Schedule:
         granularity: what the columns are, as in `Options` ("" = not said: older files, and schedules for any graph).
         timesteps: the timestep of each row, as the model receives it; then a call takes the row nearest to its own.
         control: how PARTIAL rows choose what they recompute.
+        adaptive: then the rows, from dear to cheap, are what each step chooses from while it runs.
         made_by: how the schedule was made, for people.
         predicted: figures its maker expected, such as `mac_fraction`.
 
@@ -51,6 +54,7 @@ class Schedule:
     granularity: str = ""
     timesteps: tuple[float, ...] = ()
     control: Control = field(default_factory=Control)
+    adaptive: Adaptive | None = None
     made_by: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
 
@@ -72,11 +76,21 @@ class Schedule:
             raise ScheduleError(f"period is {self.period}, but there are {len(self.rows)} rows")
         if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
             raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
+        if self.adaptive is not None:
+            self._check_adaptive(self.adaptive)
         if self.granularity:
             try:
                 Granularity.parse(self.granularity)
             except OptionError as error:
                 raise ScheduleError(f"schedule: {error}") from None
+
+    def _check_adaptive(self, adaptive: Adaptive) -> None:
+        if len(adaptive.thresholds) != len(self.rows) - 1:
+            raise ScheduleError(
+                f"adaptive: {len(adaptive.thresholds)} thresholds for {len(self.rows)} rows, one less is needed"
+            )
+        if len(set(self.rows)) != len(self.rows) or self.timesteps or self.period:
+            raise ScheduleError("adaptive: its rows are different ones, without timesteps and period")
 
     # -- makers ---------------------------------------------------------------------------------------------------
 
@@ -99,8 +113,16 @@ class Schedule:
         return cls(((Action.COMPUTE,),), order=0, period=1, made_by="full")
 
     @classmethod
+    def watching(cls, threshold: float, order: int = 1, **bounds: Any) -> Schedule:
+        """Compute in full where the drift since the last full step reaches `threshold`; else reuse (order 0) or
+        forecast. `bounds`: the other attributes of `Adaptive`."""
+        between = Action.FORECAST if order else Action.REUSE
+        rows: tuple[Row, ...] = ((Action.COMPUTE,), (between,))
+        return cls(rows, order=order, adaptive=Adaptive((threshold,), **bounds), made_by=f"adaptive:{threshold:g}")
+
+    @classmethod
     def parse(cls, text: str, order: int = 1) -> Schedule:
-        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`) or the path of a schedule's JSON file."""
+        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `adaptive:0.1`) or the path of a JSON file."""
         head, *rest = text.split(":")
         if head == "full" and not rest:
             return cls.full()
@@ -108,10 +130,13 @@ class Schedule:
             named = dict(part.partition("=")[::2] for part in rest[1:])
             if rest[0].isdecimal() and set(named) <= {"warmup"} and all(value.isdecimal() for value in named.values()):
                 return cls.uniform(int(rest[0]), warmup=int(named.get("warmup", 1)), order=order)
+        elif head == "adaptive" and len(rest) == 1 and re.fullmatch(r"\d*\.?\d+", rest[0]):
+            return cls.watching(float(rest[0]), order)
         elif text.endswith(".json"):
             return cls.load(text)
         raise ScheduleError(
-            f"schedule {text!r} is not understood; use 'full', 'uniform:3', 'uniform:3:warmup=2' or a path to a .json"
+            f"schedule {text!r} is not understood; use 'full', 'uniform:3', 'uniform:3:warmup=2', 'adaptive:0.1' or "
+            "a path to a .json"
         )
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -200,7 +225,8 @@ class Schedule:
                 "timesteps": list(self.timesteps),
                 "predicted": dict(self.predicted),
                 "control": self.control.to_dict(),
-                "partials": {letter: [one.rho, one.tau] for letter, one in legend.items()},
+                "adaptive": None if self.adaptive is None else self.adaptive.to_dict(),
+                "partials": {letter: one.to_list() for letter, one in legend.items()},
                 "rows": [written(row, legend) for row in self.rows],
             },
             indent=1,
@@ -229,6 +255,7 @@ class Schedule:
                 granularity=str(data.get("granularity", "")),
                 timesteps=tuple(float(t) for t in data["timesteps"]),
                 control=Control.from_dict(data.get("control", {})),
+                adaptive=None if data.get("adaptive") is None else Adaptive.from_dict(data["adaptive"]),
                 made_by=str(data["made_by"]),
                 predicted={str(k): float(v) for k, v in data["predicted"].items()},
             )

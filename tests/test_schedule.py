@@ -301,7 +301,7 @@ def changed(**entries: object) -> str:
     return json.dumps({name: entry for name, entry in data.items() if entry is not ...})
 
 
-LATER = ("granularity", "control", "partials")  # what the first files didn't have
+LATER = ("granularity", "control", "partials", "adaptive")  # what the first files didn't have
 ENTRIES = tuple(name for name in json.loads(Schedule.full().to_json()) if name not in LATER)
 
 

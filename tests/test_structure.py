@@ -18,7 +18,19 @@ PACKAGE = Path(moeca_compile.__file__).parent
 ROOT = Path(__file__).parents[1]
 LINE_CEILING = 400
 
-DATA = {"action", "control", "errors", "fit", "forecast", "granularity", "options", "regions", "schedule", "variant"}
+DATA = {
+    "action",
+    "adaptive",
+    "control",
+    "errors",
+    "fit",
+    "forecast",
+    "granularity",
+    "options",
+    "regions",
+    "schedule",
+    "variant",
+}
 GRAPH = DATA | {"fx", "ops", "autocast", "constants", "capture"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
@@ -28,7 +40,8 @@ ALL = STAGES | {"plan", "inspect", "program", "owner", "first_call", "backend", 
 MAY_IMPORT = {
     **dict.fromkeys((*DATA, "plan", "runtime", "inspect"), DATA),
     **dict.fromkeys(("fx", "ops", "autocast", "constants", "capture", "passes", "canonical"), GRAPH),
-    "lower": GRAPH | {"runtime.bundle", "runtime.manifest"},
+    "lower": GRAPH
+    | {"runtime.bundle", "runtime.manifest", "runtime.graphs", "runtime.signature", "runtime.trt", "runtime.writing"},
     "runner": REWRITE,
     "pipeline": STAGES,
     "program": STAGES | {"pipeline"},  # a captured graph, its schedule and its variants
@@ -140,6 +153,11 @@ def test_backend_import_is_light() -> None:
 
 def test_runtime_needs_no_torch() -> None:
     run_python("import sys; sys.modules['torch'] = None; import moeca_compile.runtime")
+
+
+@pytest.mark.parametrize("name", ["lower.tensorrt", "lower.tensorrt_worker", "runtime.triton.model", "cli"])
+def test_what_serving_machines_need_no_torch_for(name: str) -> None:
+    run_python(f"import sys; sys.modules['torch'] = None; import moeca_compile.{name}")
 
 
 def test_runtime_pulls_in_no_compiler() -> None:

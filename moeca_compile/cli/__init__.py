@@ -15,7 +15,7 @@ try:
     import typer
     from rich.console import Console, RenderableType
 
-    from moeca_compile.cli import bundles, drift, plans
+    from moeca_compile.cli import bundles, deploy, drift, plans
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise
@@ -56,6 +56,7 @@ def diff(left: ScheduleFile, right: ScheduleFile, json: AsJson = False) -> None:
 plans.mount(app)
 drift.mount(app)
 bundles.mount(app)
+deploy.mount(app)
 
 
 def _print(what: dict[str, Any] | tuple[RenderableType, ...]) -> None:

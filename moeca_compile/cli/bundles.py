@@ -13,20 +13,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moeca_compile.cli import deploy
 from moeca_compile.cli.load import load
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bench import bench_bundle
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle import Bundle, engine_file
+from moeca_compile.runtime.fused import FusedSession
+from moeca_compile.runtime.manifest import FUSED
+from moeca_compile.runtime.ort import CPU
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import verify as verify_session
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]
-Provider = Annotated[str, typer.Option(help="An execution provider of onnxruntime.")]
+Provider = deploy.Provider
 Memory = Annotated[str, typer.Option(help="speed, or shared: one copy of the weights for all variants.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of one operator.")]
-
-CPU = "CPUExecutionProvider"
 
 
 def mount(app: typer.Typer) -> None:
@@ -41,27 +43,49 @@ def export(
     schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
     order: Annotated[int, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = 1,
     granularity: Annotated[str, typer.Option(help="What the schedule's columns are.")] = "region",
-    target: Annotated[list[str] | None, typer.Option(help="What to write; may be given again.")] = None,
+    targets: Annotated[
+        str, typer.Option(help="What is to run it, by commas: onnx, openvino, cuda, tensorrt.")
+    ] = "onnx",
+    experts: Annotated[str, typer.Option(help="auto, segments, dense, moe, capacity or capacity:1.25.")] = "auto",
     opset: Annotated[int, typer.Option(help="Of the graphs.")] = 20,
+    fused: Annotated[bool, typer.Option("--fused", help="Also fused.onnx: all variants in one graph.")] = False,
     fixed_batch: Annotated[bool, typer.Option(help="For the example's batch only.")] = False,
+    arch: deploy.Arch = "",
+    batches: deploy.Batches = deploy.BATCHES,
+    triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository of it there too.")] = None,
 ) -> None:
-    """Write a model and a schedule as a bundle."""
+    """Write a model and a schedule as a bundle; for tensorrt with its engines, and the trtexec lines that make them."""
     from moeca_compile.exporting import export as export_model
 
+    asked = deploy.request_of(arch=arch, batches=batches)
     model, inputs = _load(source)
-    targets = tuple(target or ("onnx",))
     bundle = export_model(
-        model, inputs, schedule, path, targets=targets, opset=opset, order=order, granularity=granularity,
-        dynamic_batch=not fixed_batch, progress=True,
+        model, inputs, schedule, path, targets=targets.split(","), opset=opset, experts=experts, order=order,
+        granularity=granularity, fused=fused, dynamic_batch=not fixed_batch, progress=True,
+        engines=asked if arch or batches != deploy.BATCHES else None,
     )  # fmt: skip
     print(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
+    if "tensorrt" in bundle.manifest.data["targets"]:
+        deploy.show_engines(bundle)
+        deploy.show_commands(bundle, asked)
+    if triton is not None:
+        deploy.triton(path, triton)
 
 
 def verify(
-    path: BundlePath, provider: Provider = CPU, memory: Memory = "speed", threads: Threads = None, json: AsJson = False
+    path: BundlePath,
+    provider: Provider = CPU,
+    memory: Memory = "speed",
+    threads: Threads = None,
+    fused: Annotated[bool, typer.Option("--fused", help="The fused graph in place of the variants.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Checksums, then the golden steps on this machine; exit status 1 if they differ from what was recorded."""
-    verdict = verify_session(Session.open(path, provider, memory, threads))
+    kind = FusedSession if fused else Session
+    session = kind.open(path, provider, memory, threads)
+    for one in session.manifest.engines:  # those too that this machine has no use for
+        engine_file(path, one, session.manifest)
+    verdict = verify_session(session)
     if json:
         print(json_text.dumps({**asdict(verdict), "error": verdict.error, "passed": verdict.passed}, indent=1))
     else:
@@ -85,7 +109,9 @@ def info(path: BundlePath, json: AsJson = False) -> None:
         "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows",
         "state": f"{len(manifest.state)} tensors",
         "experts": data["expert_lowering"],
-        "graphs": f"ONNX opset {data['opset']}",
+        "for": ", ".join(data["targets"]),
+        "engines": "\n".join(sorted({one.folder for one in manifest.engines})),
+        "graphs": f"ONNX opset {data['opset']}" + (f", also {FUSED}" if data["fused"] else ""),
         "made with": ", ".join(f"{k} {v}" for k, v in data["made_with"].items()),
         "size": f"{bundle.bytes / 2**20:.1f} MiB",
     }.items():
@@ -131,7 +157,7 @@ def run(
 
 def bench(
     path: BundlePath,
-    providers: Annotated[str, typer.Option(help="Execution providers of onnxruntime, by commas.")] = CPU,
+    providers: Annotated[str, typer.Option(help="Execution providers of onnxruntime, or openvino; by commas.")] = CPU,
     steps: Annotated[int, typer.Option(help="Of a trajectory.")] = 50,
     rounds: Annotated[int, typer.Option(help="Whole trajectories, cached and full in turn.")] = 3,
     batch: Annotated[int, typer.Option(help="Samples in a call.")] = 2,

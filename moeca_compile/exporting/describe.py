@@ -12,6 +12,8 @@ import torch
 
 from moeca_compile import fx
 from moeca_compile.exporting.request import Captured
+from moeca_compile.lower.experts.choose import Lowering
+from moeca_compile.lower.experts.rewrite import calls
 from moeca_compile.lower.onnx_batch import Pair, dims
 from moeca_compile.runtime.manifest import FORMAT, VERSION, Dim, letters_of
 from moeca_compile.variant import Variant
@@ -19,7 +21,9 @@ from moeca_compile.variant import Variant
 PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
-def describe(captured: Sequence[Captured], shapes: Mapping[str, tuple[Dim, ...]], batches: Pair) -> dict[str, Any]:
+def describe(
+    captured: Sequence[Captured], shapes: Mapping[str, tuple[Dim, ...]], batches: Pair, experts: Lowering
+) -> dict[str, Any]:
     """`captured`: at each of `batches`, or at one fixed batch; `shapes`: of inputs and outputs by their ONNX names."""
     main = captured[0]
     program, names = main.program, main.names
@@ -34,12 +38,12 @@ def describe(captured: Sequence[Captured], shapes: Mapping[str, tuple[Dim, ...]]
         "made_with": _versions(),
         "model": {"fingerprint": program.regions.fingerprint, "regions": list(program.regions.keys)},
         "dtype": _dtype(main),
-        "expert_lowering": "segments" if any(map(fx.is_experts, variants[0].gm.graph.nodes)) else "none",
+        "expert_lowering": str(experts) if calls(variants[0].gm) else "none",
         "inputs": [_tensor(names[name], arg.dtype, shapes) for name, arg in inputs.items() if names[name] in shapes],
         "outputs": [_tensor(name, val.dtype, shapes) for (name, _), val in zip(main.results, results, strict=False)],
         "state": _state(captured, batches),
         "timestep": timestep if timestep in shapes else None,
-        "variants": [_variant(one, main) for one in variants],
+        "variants": [_variant(one, main, experts) for one in variants],
         "steps": [rows.index(row) for row in program.schedule.rows],
     }
 
@@ -48,7 +52,7 @@ def file_of(variant: Variant) -> str:
     return f"{variant.name}.onnx"
 
 
-def _variant(variant: Variant, main: Captured) -> dict[str, Any]:
+def _variant(variant: Variant, main: Captured, experts: Lowering) -> dict[str, Any]:
     names, inputs, layout = main.names, main.inputs, main.program.layout
     return {
         "name": variant.name,
@@ -58,6 +62,7 @@ def _variant(variant: Variant, main: Captured) -> dict[str, Any]:
         "reads": [layout[slot].name for slot in variant.reads],
         "writes": [layout[slot].name for slot in variant.writes],
         "coefficients": variant.wants_coefficients,
+        "counts_dropped": experts.name == "capacity" and bool(calls(variant.gm)),
         "macs": variant.macs,
     }
 

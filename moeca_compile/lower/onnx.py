@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,19 @@ from torch.fx import GraphModule, Node
 from moeca_compile import fx
 from moeca_compile.errors import LoweringError
 from moeca_compile.fx import aten
+from moeca_compile.lower.experts.choose import Lowering
+from moeca_compile.lower.experts.rewrite import rewrite_experts
+from moeca_compile.lower.experts.segments import segments
 from moeca_compile.lower.onnx_batch import Pair, any_batch, dims
+from moeca_compile.lower.onnx_complex import without_complex
 from moeca_compile.lower.onnx_constants import bind
-from moeca_compile.lower.onnx_experts import segments
-from moeca_compile.runtime.manifest import Dim, parts
+from moeca_compile.runtime.manifest import DROPPED, Dim, parts
 from moeca_compile.variant import Variant
 
 OPSETS = range(18, 23)  # from 23 on SDPA becomes one Attention node, which fewer runtimes have
+
+
+SEGMENTS = Lowering("segments")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Signature:
 
 def lower_onnx(
     variant: Variant, weights: Mapping[str, torch.Tensor], names: Mapping[str, str], outputs: Sequence[str], opset: int,
-    twin: Variant | None = None, batches: Pair = (0, 0),
+    twin: Variant | None = None, batches: Pair = (0, 0), experts: Lowering = SEGMENTS,
 ) -> tuple[Any, Signature]:  # fmt: skip
     """Translate one variant.
 
@@ -45,6 +51,7 @@ def lower_onnx(
         outputs: ONNX names of all outputs.
         opset: of the standard ONNX domain.
         twin: the same variant captured at `batches[1]`; None: the graph is for its one batch only.
+        experts: the form of the routed experts. With a capacity, the graph has one more output, `DROPPED`.
 
     Returns:
         An onnx_ir.Model, and its signature.
@@ -54,8 +61,11 @@ def lower_onnx(
     """
     gm = fx.copied(variant.gm) if twin is None else any_batch(variant.gm, twin.gm, batches)
     _drop_squeezes(gm)
-    bind(gm, weights)
     signature = _signature(variant, twin, weights, names, outputs, batches)
+    if rewrite_experts(gm, experts):
+        signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))
+    bind(gm, weights)
+    without_complex(gm)
     placeholders = fx.placeholders(gm)
     example = tuple(_example(node) for node in placeholders)
     batch = torch.export.Dim("batch", min=1)
@@ -70,7 +80,7 @@ def lower_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[name for name, _ in signature.inputs],
-                output_names=list(outputs),
+                output_names=[name for name, _ in signature.outputs],
                 custom_translation_table={torch.ops.moeca.experts.default: segments(opset)},
                 optimize=True,
                 verbose=False,

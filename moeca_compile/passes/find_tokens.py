@@ -18,13 +18,13 @@ from moeca_compile import fx
 from moeca_compile.fx import aten
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.token_axes import MixesTokens, TokenAxes
-from moeca_compile.regions import Region, RegionMap, TokensInfo, Value
+from moeca_compile.regions import Region, TokensInfo, Value
 
 
 def find_tokens(gm: GraphModule, ctx: Context) -> Context:
     finder = _Finder(gm, ctx)
     regions = tuple(finder.told(region) for region in ctx.regions)
-    return replace(ctx, regions=RegionMap(regions, ctx.regions.misses, ctx.regions.total_macs))
+    return replace(ctx, regions=replace(ctx.regions, regions=regions))
 
 
 class _Finder:

@@ -144,7 +144,7 @@ def _beside(
 ) -> None:  # fmt: skip
     """A shared part: computed, or recomputed for the block's chosen tokens, or forecast."""
     sizes = list(info.parts[output - 1].shape)
-    if act is Action.COMPUTE:
+    if act is Action.COMPUTE or (isinstance(act, Partial) and act.shared):
         parts.settle(column, output, parts.call(aten.reshape.default, node, sizes), None, False)
         return
     fresh = None

@@ -22,6 +22,7 @@ from moeca_compile import fx
 from moeca_compile.fx import aten
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.insert_branches import insert_branches
+from moeca_compile.passes.insert_signal import insert_signal
 from moeca_compile.passes.insert_tokens import insert_tokens
 from moeca_compile.passes.parts import Parts
 from moeca_compile.passes.ports import Ports
@@ -48,6 +49,7 @@ def insert_state(gm: GraphModule, ctx: Context) -> GraphModule:
             _read(ports, node, mark, base)
         if mark.action is not Action.COMPUTE:
             node.meta.pop("moeca")
+    insert_signal(parts, ctx)
     ports.finish()
     fx.resort(gm)
     return gm

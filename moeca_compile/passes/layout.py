@@ -7,25 +7,41 @@ from collections.abc import Iterator
 
 import torch
 
-from moeca_compile.errors import InvariantError
+from moeca_compile.errors import InvariantError, ScheduleError
 from moeca_compile.passes.kept import slots_of, wide
 from moeca_compile.regions import Region, RegionMap, Value
 from moeca_compile.schedule import Schedule
 from moeca_compile.variant import SLOTS, StateSlot
 
+MODEL = -1  # in place of a region: state that belongs to the whole graph
 Slot = tuple[int, str, tuple[int, ...], str]  # output, slot, shape, dtype
 
 
 def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...]:
     """The state that `schedule` (fitted to these regions) keeps, in the order of the regions."""
     slots: list[StateSlot] = []
-    for column, region in enumerate(regions):
-        found = _aging(region, schedule) if schedule.partials(column) else _whole(region, schedule.depth(column))
+    kept = {
+        column: _aging(region, schedule) if schedule.partials(column) else _whole(region, schedule.depth(column))
+        for column, region in enumerate(regions)
+    }
+    if schedule.adaptive is not None:
+        kept[MODEL] = _signal(regions, schedule.order)
+    for column, found in kept.items():
+        devices = regions.regions[max(column, 0)].devices
         for output, slot, shape, dtype in found:
-            device = region.devices[min(output, len(region.devices) - 1)]
+            device = devices[min(output, len(devices) - 1)]
             size = math.prod(shape) * getattr(torch, dtype).itemsize
             slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, dtype, device, size))
     return tuple(slots)
+
+
+def _signal(regions: RegionMap, order: int) -> Iterator[Slot]:
+    """What an adaptive schedule watches: one item a sample, and the figure that it decides by."""
+    if regions.signal is None:
+        raise ScheduleError("an adaptive schedule has nothing to watch: no stream with a batch enters the first region")
+    batch, *sizes = regions.signal.shape
+    yield from _value(0, Value(regions.signal.node, (batch, math.prod(sizes)), regions.signal.dtype), order)
+    yield 0, "figure", (batch,), "float32"
 
 
 def _whole(region: Region, depth: int) -> Iterator[Slot]:

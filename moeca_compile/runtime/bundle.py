@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, ScheduleError
-from moeca_compile.runtime.manifest import GOLDEN, MANIFEST, SCHEDULE, WEIGHTS, Manifest, bundle_id
+from moeca_compile.runtime.bfloat16 import from_stored
+from moeca_compile.runtime.manifest import (
+    FUSED,
+    GOLDEN,
+    MANIFEST,
+    SCHEDULE,
+    WEIGHTS,
+    EngineSpec,
+    Manifest,
+    bundle_id,
+)  # fmt: skip
 from moeca_compile.schedule import Schedule
 
 _LARGEST_TEXT = 1 << 26  # a manifest or a schedule beyond this is no such thing
@@ -27,12 +37,14 @@ class Bundle:
         manifest: what is in it.
         schedule: bound to the graph's regions.
         graphs: the variants' ONNX files in the manifest's order, as they were when their checksums were verified.
+        fused: all variants in one ONNX file, if the bundle has it.
     """
 
     path: Path
     manifest: Manifest
     schedule: Schedule
     graphs: tuple[bytes, ...]
+    fused: bytes | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -54,11 +66,12 @@ class Bundle:
             raise BundleError(f"{SCHEDULE}: {error}") from error
         manifest.fit(schedule)
         graphs = tuple(_verified(folder, one.file, manifest) for one in manifest.variants)
+        fused = _verified(folder, FUSED, manifest) if manifest.data["fused"] is not None else None
         for name in (WEIGHTS, GOLDEN):
             _verified(folder, name, manifest, keep=False)
         if bundle_id(manifest.files[SCHEDULE][0], manifest.files[WEIGHTS][0]) != manifest.data["id"]:
             raise BundleError(f"{MANIFEST}: the id isn't that of this schedule and these weights. Export again")
-        return cls(folder, manifest, schedule, graphs)
+        return cls(folder, manifest, schedule, graphs, fused)
 
     def golden(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The recorded steps of one trajectory: inputs by name and outputs by name, one dict a step. The model's own
@@ -91,16 +104,13 @@ class Bundle:
         return sum(size for _, size in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
 
 
-def to_stored(array: Any) -> Any:
-    """numpy files know no bfloat16: its bits are kept as uint16."""
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+def engine_file(folder: Path, engine: EngineSpec, manifest: Manifest) -> bytes:
+    """An engine's bytes. Engines are verified here, when one is used: those of other machines needn't be there.
 
-
-def from_stored(array: Any, dtype: str) -> Any:
-    """The array as recorded; bfloat16 widened to float32, which is exact."""
-    if dtype == "bfloat16" and array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array
+    Raises:
+        BundleError: it is missing or damaged.
+    """
+    return _verified(folder, engine.file, manifest)
 
 
 def _verified(folder: Path, name: str, manifest: Manifest, keep: bool = True) -> bytes:
@@ -132,6 +142,9 @@ def _read(folder: Path, name: str, most: int) -> bytes:
 def _inside(folder: Path, name: str) -> Path:
     """The file, if it is a plain one of the directory: no link leads out, no pipe blocks."""
     file = folder / name
+    for parent in reversed(Path(name).parents[:-1]):
+        if (folder / parent).is_symlink():
+            raise BundleError(f"{parent} is a link; a bundle holds its own files")
     try:
         kind = os.lstat(file).st_mode
     except (OSError, ValueError) as error:

@@ -18,7 +18,10 @@ from moeca_compile.variant import SLOTS
 
 FORMAT, VERSION = "moeca-bundle", 1
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
+FUSED, FUSED_ROW = "fused.onnx", "fused"  # all variants in one graph, and what it carries in place of a row
 COEFFICIENTS = "coefficients"
+STEP = "moeca_step"  # a state of the fused graph, int64 [1]: how many steps were made
+DROPPED = "moeca_dropped"  # an output, int64 []: how many branches found their expert's rows taken
 
 Dim = int | str  # a size, or a multiple of the batch: "batch", "256*batch", "batch+1"
 _DIM = re.compile(r"(?:(\d+)\*)?batch([+-]\d+)?")
@@ -69,7 +72,31 @@ class VariantSpec:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     coefficients: bool
+    counts_dropped: bool
     macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """A variant as an engine of TensorRT: it runs with this library in this version, on these architectures only.
+
+    `batch`: the least, the usual and the largest batch that it was built for; None: the graph's one.
+    """
+
+    variant: str
+    file: str
+    library: str
+    version: str
+    arch: tuple[str, ...]
+    batch: tuple[int, int, int] | None
+
+    @property
+    def folder(self) -> str:
+        return self.file.rpartition("/")[0]
+
+    @property
+    def range(self) -> str:
+        return f"batches {self.batch[0]} to {self.batch[2]}" if self.batch else "one batch"
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,7 @@ class Manifest:
     variants: tuple[VariantSpec, ...]
     steps: tuple[int, ...]
     files: Mapping[str, tuple[str, int]]
+    engines: tuple[EngineSpec, ...]
 
     @property
     def regions(self) -> int:
@@ -131,6 +159,7 @@ class Manifest:
             variants=tuple(VariantSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data["variants"]),
             steps=tuple(data["steps"]),
             files={name: (one["sha256"], one["bytes"]) for name, one in data["files"].items()},
+            engines=tuple(EngineSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data.get("engines", ())),
         )
 
     def fit(self, schedule: Schedule) -> None:
@@ -148,16 +177,24 @@ class Manifest:
         _demand(sorted(known) == sorted(set(rows)), "the variants aren't the schedule's rows")
         _demand([known.index(row) for row in rows] == list(self.steps), "steps and schedule differ")
         inputs = [one.name for one in self.inputs]
-        _distinct([*inputs, *(f"{one.name}_in" for one in self.state), COEFFICIENTS], "input")
-        _distinct([*(one.name for one in self.outputs), *(f"{one.name}_out" for one in self.state)], "output")
+        kept = [STEP, *(one.name for one in self.state)]
+        _distinct([*inputs, *(f"{name}_in" for name in kept), COEFFICIENTS], "input")
+        _distinct([*(one.name for one in self.outputs), *(f"{name}_out" for name in kept), DROPPED], "output")
         _demand(self.timestep is None or self.timestep in inputs, f"the timestep {self.timestep!r} is no input")
         _demand(not schedule.timesteps or self.timestep is not None, "a schedule with timesteps needs a timestep input")
         self._fit_state(schedule)
         for one in self.variants:
             self._fit_variant(one)
-        needed = {SCHEDULE, WEIGHTS, GOLDEN, *(one.file for one in self.variants)}
+        self._fit_engines()
+        known = [SCHEDULE, WEIGHTS, GOLDEN, *(one.file for one in self.variants)]
+        known += [one.file for one in self.engines]
+        if self.data["fused"] is not None:
+            known.append(FUSED)
+            steps = None if schedule.period else len(schedule.rows)
+            _demand(self.data["fused"] == {"file": FUSED, "steps": steps}, "the fused graph is of another schedule")
+        needed = set(known)
         _demand(set(self.files) == needed, f"files: {sorted(set(self.files) ^ needed)} are missing or too many")
-        _demand(len(needed) == 3 + len(self.variants), "two variants have the same file")
+        _demand(len(needed) == len(known), "two variants have the same file")
 
     def _fit_state(self, schedule: Schedule) -> None:
         outputs: dict[int, int] = {}
@@ -172,6 +209,17 @@ class Manifest:
         _demand([(o.region, o.output, o.slot) for o in self.state] == wanted, "state and schedule differ")
         names = [f"state_{i:03d}" for i in range(len(self.state))]
         _demand([one.name for one in self.state] == names, "state has other names than its places")
+
+    def _fit_engines(self) -> None:
+        """Every set of engines, which has a folder of its own, is one engine for each variant."""
+        sets: dict[str, list[EngineSpec]] = {}
+        for one in self.engines:
+            sets.setdefault(one.folder, []).append(one)
+        names = sorted(one.name for one in self.variants)
+        for folder, engines in sets.items():
+            _demand(sorted(one.variant for one in engines) == names, f"{folder} isn't one engine for each variant")
+            made = {(one.library, one.version, one.arch) for one in engines}
+            _demand(len(made) == 1, f"{folder} has engines of several kinds")
 
     def _fit_variant(self, one: VariantSpec) -> None:
         computed = {region for region, letter in enumerate(one.row) if letter == Action.COMPUTE.value}
@@ -194,7 +242,14 @@ def digest_of(data: Mapping[str, Any]) -> str:
 
 
 def letters_of(row: Row) -> str:
-    return "".join(action.value for action in row)
+    """A row in a bundle: one letter a region.
+
+    Raises:
+        BundleError: it recomputes parts of regions.
+    """
+    if not all(isinstance(action, Action) for action in row):
+        raise BundleError("bundles hold rows of COMPUTE, REUSE and FORECAST; the schedule has PARTIAL ones")
+    return "".join(action.value for action in row if isinstance(action, Action))
 
 
 def expression(factor: int, offset: int) -> Dim:
@@ -216,6 +271,11 @@ def batch_in(dim: Dim, size: int) -> int | None:
         return -1 if size == offset else None
     batch, rest = divmod(size - offset, factor)
     return None if rest or batch < 0 else batch
+
+
+def known_dim(dim: Dim) -> bool:
+    """Whether it is a size or an expression of the batch."""
+    return dim > 0 if isinstance(dim, int) else _DIM.fullmatch(dim) is not None
 
 
 def parts(dim: Dim) -> tuple[int, int]:

@@ -3,129 +3,183 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.manifest import COEFFICIENTS, Manifest, TensorSpec, VariantSpec
+from moeca_compile.runtime.bfloat16 import NAME, stored_dtype
+from moeca_compile.runtime.manifest import Manifest, VariantSpec
+from moeca_compile.runtime.signature import Specs, batch_of, check_identity, check_side, signature_of
 
 MEMORY = ("speed", "shared")
-_DTYPES = {
-    "float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64",
-    "int32": "int32", "int16": "int16", "int8": "int8", "uint8": "uint8", "bool": "bool",
+CPU = "CPUExecutionProvider"
+# providers that keep tensors on a device, by the name that onnxruntime gives the device
+_DEVICES = {
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+}
+# what a provider may leave to others: CUDA runs what TensorRT refuses, a CPU the arithmetic of sizes
+_HELPERS = {"TensorrtExecutionProvider": ("CUDAExecutionProvider",)}
+# operators that a CPU may run beside a device: they work on sizes and indices
+_OF_SIZES = {
+    "Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast", "Add", "Sub", "Mul", "Div", "Mod",
+    "Range", "Reshape", "Constant", "ConstantOfShape", "Identity", "Less", "Equal", "Where", "And", "Neg", "Min", "Max",
 }  # fmt: skip
+_BFLOAT16 = 16  # in ONNX's list of types
+_DTYPES = {"double": "float64", "float": "float32"}  # onnxruntime's names that aren't numpy's
 
 
-class OrtVariant:
-    """One variant, ready to run. Several threads may run it at once: each run binds its own values.
+class OrtRuntime:
+    """One execution provider of onnxruntime; another one is never taken in its place.
 
     Args:
-        graph: the ONNX file's bytes; its weights lie in `folder`.
-        provider: an execution provider of onnxruntime; it takes the graph, or this raises.
+        provider: such as CPUExecutionProvider, CUDAExecutionProvider, TensorrtExecutionProvider.
         memory: "speed" lets onnxruntime repack weights, a private copy for each variant; "shared" leaves them in the
             mapped file, one copy for all variants and all processes.
         threads: of one operator; None: onnxruntime's choice.
+        provider_options: the provider's own, such as {"device_id": 1} or {"trt_engine_cache_enable": True}.
 
     Raises:
-        BundleError: onnxruntime refuses the graph, or its signature isn't the manifest's.
+        BundleError: onnxruntime isn't installed, or has no such provider.
+        OptionError: no such memory mode.
     """
 
     def __init__(
-        self, graph: bytes, spec: VariantSpec, manifest: Manifest, folder: Path, provider: str, memory: str,
-        threads: int | None,
+        self, provider: str, memory: str = "speed", threads: int | None = None,
+        provider_options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        ort = library()
+        if memory not in MEMORY:
+            raise OptionError(f"memory={memory!r}: expected one of {MEMORY}")
+        self.library = library()
+        known = self.library.get_available_providers()
+        if provider not in known:
+            raise BundleError(
+                f"this onnxruntime has no {provider!r}; it has {known}. Nothing else is taken in its place"
+            )
+        self.provider, self.memory, self.threads = provider, memory, threads
+        self.options = {name: str(value) for name, value in (provider_options or {}).items()}
+        self.device = _DEVICES.get(provider, "cpu")
+        self.device_id = int(self.options.get("device_id", 0))
+
+    def load(self, graph: bytes, spec: VariantSpec, manifest: Manifest, folder: Path) -> OrtVariant:
+        """Raises:
+        BundleError: onnxruntime refuses the graph, leaves parts of it to a CPU, or its signature isn't the manifest's.
+        """
+        session = self.session(graph, spec.file, folder, manifest)
+        check_identity(spec, manifest, session.get_modelmeta().custom_metadata_map)
+        return OrtVariant(self, session, spec, manifest)
+
+    def session(self, graph: bytes, file: str, folder: Path, manifest: Manifest) -> Any:
+        """An InferenceSession of `graph`, whose weights lie in `folder`, on this provider and no other."""
+        ort = self.library
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what it would print it also raises
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = self.threads or 0
         # the next step may run another variant: its threads must not fight with idle ones of this
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-        if memory == "shared":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if self.memory == "shared":
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # it keeps the largest working memory that it ever had
+        helpers = _HELPERS.get(self.provider, ())
         try:
-            self.session = ort.InferenceSession(graph, options, providers=[provider])
+            session = ort.InferenceSession(graph, options, providers=[(self.provider, self.options), *helpers])
         except Exception as error:  # onnxruntime's own classes have no common base
             raise BundleError(
-                f"onnxruntime {ort.__version__} ({provider}) refuses {spec.file}: {_first_line(error)}"
-                + _about_bfloat16(manifest, provider)
+                f"onnxruntime {ort.__version__} ({self.provider}) refuses {file}: {_first_line(error)}"
+                + _about_halves(manifest, self.provider)
             ) from error
-        if (used := self.session.get_providers()[:1]) != [provider]:
-            raise BundleError(f"{provider} was asked for, and onnxruntime fell back to {used}")
-        self.spec = spec
-        self._outputs = [*(one.name for one in manifest.outputs), *(f"{name}_out" for name in spec.writes)]
-        self._check(manifest)
+        if (used := session.get_providers()[:1]) != [self.provider]:
+            raise BundleError(f"{self.provider} was asked for, and onnxruntime fell back to {used}")
+        if self.provider != CPU:
+            refuse_strays(file, self.provider, session.get_provider_graph_assignment_info())
+        return session
+
+    def zeros(self, sizes: tuple[int, ...], dtype: str) -> Any:
+        """A state that was never written, where this provider keeps its tensors."""
+        array = np.zeros(sizes, stored_dtype(dtype))
+        if dtype == NAME:
+            return array
+        return self.library.OrtValue.ortvalue_from_numpy(array, self.device, self.device_id)
+
+    def numpy(self, value: Any) -> Any:
+        return value if isinstance(value, np.ndarray) else value.numpy()
+
+    def version(self) -> str:
+        return version()
+
+
+class OrtVariant:
+    """One variant, ready to run. Several threads may run it at once: each run binds its own values."""
+
+    def __init__(self, runtime: OrtRuntime, session: Any, spec: VariantSpec, manifest: Manifest) -> None:
+        self.runtime, self.session, self.spec = runtime, session, spec
+        takes, gives = signature_of(spec, manifest)
+        check_side(spec.file, "inputs", takes, said(session.get_inputs()))
+        check_side(spec.file, "outputs", gives, said(session.get_outputs()))
+        self._takes, self._gives = takes, gives
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         """One run. `feeds`: arrays or OrtValues by the graph's input names, at least those that it takes.
 
         Returns:
-            OrtValues: the model's outputs, then what the variant writes. States go in and come out without a copy.
+            OrtValues: the model's outputs, then what the variant writes, then how many branches were dropped, where it
+            counts them. States go in and come out without a copy, and stay on the provider's device.
         """
-        binding = self.session.io_binding()
-        for name in self._inputs:
-            value = feeds[name]
-            if hasattr(value, "_ortvalue"):
-                binding.bind_ortvalue_input(name, value)
-            else:
-                binding.bind_cpu_input(name, value)
-        for name in self._outputs:
+        return bound_run(self.runtime, self.session, self.spec.file, self._takes, self._gives, feeds)
+
+
+def bound_run(
+    runtime: OrtRuntime, session: Any, file: str, takes: Specs, gives: Specs, feeds: Mapping[str, Any]
+) -> list[Any]:
+    """Values of `gives`: what is called `..._out` stays on the device, the rest comes to the host. OrtValues, or for
+    bfloat16 on the host an array of its bits, which an OrtValue wouldn't hand out."""
+    binding = session.io_binding()
+    kept = []  # an OrtValue over an array's memory doesn't keep it
+    for name, spec in takes.items():
+        value = feeds[name]
+        if spec.dtype == NAME and not hasattr(value, "_ortvalue"):
+            value = runtime.library.OrtValue.ortvalue_from_numpy_with_onnx_type(value, _BFLOAT16)
+            kept.append(value)
+        if hasattr(value, "_ortvalue"):
+            binding.bind_ortvalue_input(name, value)
+        else:
+            binding.bind_cpu_input(name, value)
+    batch, hosted = batch_of(takes, feeds), {}
+    for name, spec in gives.items():
+        if name.endswith("_out"):
+            binding.bind_output(name, runtime.device, runtime.device_id)
+        elif spec.dtype == NAME:
+            array = hosted[name] = np.empty(spec.sizes(batch), np.uint16)
+            binding.bind_output(name, "cpu", 0, _BFLOAT16, array.shape, array.ctypes.data)
+        else:
             binding.bind_output(name)
-        try:
-            self.session.run_with_iobinding(binding)
-        except Exception as error:
-            raise BundleError(f"onnxruntime failed in {self.spec.file}: {_first_line(error)}") from error
-        found: list[Any] = binding.get_outputs()
-        return found
-
-    def _check(self, manifest: Manifest) -> None:
-        spec, meta = self.spec, self.session.get_modelmeta().custom_metadata_map
-        carried = {"moeca.id": manifest.data["id"], "moeca.row": spec.row}
-        if {name: meta.get(name) for name in carried} != carried:
-            raise BundleError(f"{spec.file} isn't variant {spec.name} of this bundle: it carries another id or row")
-        state = {one.name: one for one in manifest.state}
-        inputs = {one.name: one for one in manifest.inputs}
-        wanted = {name: inputs[name] for name in spec.takes}
-        wanted |= {f"{name}_in": state[name] for name in spec.reads}
-        if spec.coefficients:
-            wanted[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, 2))
-        self._compare("inputs", wanted, self.session.get_inputs())
-        given = {one.name: one for one in manifest.outputs} | {f"{name}_out": state[name] for name in spec.writes}
-        self._compare("outputs", given, self.session.get_outputs())
-        self._inputs = tuple(wanted)
-
-    def _compare(self, side: str, wanted: Mapping[str, TensorSpec], found: Any) -> None:
-        real = {one.name: (one.type, one.shape) for one in found}
-        if set(real) != set(wanted):
-            raise BundleError(f"{self.spec.file} has the {side} {sorted(real)}, the manifest says {sorted(wanted)}")
-        for name, spec in wanted.items():
-            kind, shape = real[name]
-            fits = len(shape) == len(spec.shape) and kind == f"tensor({_DTYPES[spec.dtype]})"
-            pairs = zip(shape, spec.shape, strict=True) if fits else ()
-            # onnxruntime names a size that depends on the batch, or doesn't know it
-            if not fits or any(a != b for a, b in pairs if isinstance(a, int) or isinstance(b, int)):
-                raise BundleError(f"{self.spec.file}: {name} is {kind} {shape}, the manifest says {spec}")
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise BundleError(f"onnxruntime failed in {file}: {_first_line(error)}") from error
+    return [hosted.get(name, value) for name, value in zip(gives, binding.get_outputs(), strict=True)]
 
 
-def check_request(provider: str, memory: str) -> None:
-    """Raises:
-    BundleError: onnxruntime isn't installed, or has no such provider.
-    OptionError: no such memory mode.
+def refuse_strays(file: str, provider: str, assigned: Iterable[Any]) -> None:
+    """Operators that a provider doesn't have go to the CPU without a word.
+
+    Args:
+        assigned: onnxruntime's `get_provider_graph_assignment_info()`.
+
+    Raises:
+        BundleError: some that do more than sizes went there.
     """
-    if memory not in MEMORY:
-        raise OptionError(f"memory={memory!r}: expected one of {MEMORY}")
-    known = library().get_available_providers()
-    if provider not in known:
-        raise BundleError(f"this onnxruntime has no {provider!r}; it has {known}. Nothing else is taken in its place")
-
-
-def zeros(sizes: tuple[int, ...], dtype: str) -> Any:
-    """A state that was never written."""
-    return library().OrtValue.ortvalue_from_numpy(np.zeros(sizes, np.dtype(dtype)))
+    nodes = (node for part in assigned if part.ep_name == CPU for node in part.get_nodes())
+    if strays := sorted({node.op_type for node in nodes} - _OF_SIZES):
+        raise BundleError(
+            f"{file}: {provider} leaves {', '.join(strays)} to the CPU, and copies their tensors there and back at "
+            f"each step. Export for it (targets=...), or open the bundle with {CPU}"
+        )
 
 
 def version() -> str:
@@ -144,11 +198,20 @@ def library() -> Any:
         raise BundleError(f"running a bundle needs onnxruntime: pip install onnxruntime ({error})") from None
 
 
+def said(values: Iterable[Any]) -> dict[str, tuple[str, list[Any]]]:
+    """What onnxruntime says of inputs or outputs; a size that depends on the batch is a name, or None."""
+    kinds = {one.name: (one.type.removeprefix("tensor(").removesuffix(")"), one.shape) for one in values}
+    return {name: (_DTYPES.get(kind, kind), shape) for name, (kind, shape) in kinds.items()}
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:500]
 
 
-def _about_bfloat16(manifest: Manifest, provider: str) -> str:
-    if manifest.data["dtype"] == "bfloat16" and provider == "CPUExecutionProvider":
-        return ". onnxruntime's CPU provider has no bfloat16 kernels: export the model in float32 or float16 for it"
-    return ""
+def _about_halves(manifest: Manifest, provider: str) -> str:
+    dtype, experts = manifest.data["dtype"], manifest.data["expert_lowering"]
+    if provider != CPU or dtype not in ("bfloat16", "float16"):
+        return ""
+    if dtype == "float16":
+        return ". onnxruntime's CPU provider has the MoE operator in float32 alone" if experts == "moe" else ""
+    return ". onnxruntime's CPU provider has no bfloat16 kernels: export the model in float32 or float16 for it"

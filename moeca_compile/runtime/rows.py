@@ -18,8 +18,13 @@ class Choice(NamedTuple):
 
 
 def choose_row(schedule: Schedule, step: int, timestep: float | None, state: StreamState) -> Choice:
-    """The row of `step`. `timestep` None: it wasn't read, and the row goes by counting. Changes nothing."""
+    """The row of `step`. `timestep` None: it wasn't read, and the row goes by counting. An adaptive schedule's row is
+    chosen by what the stream's last step showed."""
     full = schedule.rows[0]
+    if schedule.adaptive is not None:
+        row = schedule.rows[state.pace.choose(schedule.adaptive, step, state.figure())]
+        cold = row != full and not state.can_run(row, step)
+        return Choice(full if cold else row, cold)
     index = schedule.row_index(step, timestep)
     if index is None:
         return Choice(full, past_end=True)

@@ -1,4 +1,4 @@
-"""Sampling from a bundle with numpy and onnxruntime: no torch, no model code.
+"""Sampling from a bundle with numpy and a runtime: no torch, no model code.
 
 session = Session.open("digits.moeca")
 with session.trajectory(steps=50) as t:
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, MoecaWarning, StateError
-from moeca_compile.runtime import ort
+from moeca_compile.runtime import bfloat16
 from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import COEFFICIENTS
+from moeca_compile.runtime.manifest import COEFFICIENTS, Manifest
+from moeca_compile.runtime.ort import CPU
+from moeca_compile.runtime.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import Stats, StepRecord
@@ -39,41 +41,43 @@ class Session:
 
     Attributes:
         bundle: the verified directory.
-        provider: of onnxruntime, the one that was asked for.
+        provider: the one that was asked for.
+        runtime: what runs it.
         inputs, outputs: what a call takes and gives.
     """
 
-    def __init__(self, bundle: Bundle, provider: str, variants: tuple[ort.OrtVariant, ...]) -> None:
-        self.bundle, self.provider, self.variants = bundle, provider, variants
+    def __init__(self, bundle: Bundle, runtime: Runtime, variants: tuple[Loaded, ...]) -> None:
+        self.bundle, self.runtime, self.variants = bundle, runtime, variants
+        self.provider = runtime.provider
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
 
     @classmethod
     def open(
-        cls, path: str | Path, provider: str = "CPUExecutionProvider", memory: str = "speed",
-        threads: int | None = None,
+        cls, path: str | Path, provider: str = CPU, memory: str = "speed", threads: int | None = None,
+        provider_options: Mapping[str, Any] | None = None,
     ) -> Session:  # fmt: skip
         """Verify and load a bundle.
 
         Args:
             path: the directory that `moeca_compile.export` made.
-            provider: an execution provider of onnxruntime; another one is never taken in its place.
+            provider: an execution provider of onnxruntime, "openvino", or "tensorrt" for the bundle's engines; another
+                is never taken in its place.
             memory: "speed", or "shared": all variants (and processes) use the one mapped copy of the weights, at the
                 price of slower matrix multiplies on the CPU.
-            threads: of one operator; None: onnxruntime's choice.
+            threads: of one operator; None: the runtime's choice.
+            provider_options: the provider's own, such as {"device_id": 1}; properties of the device for OpenVINO,
+                {"library": "tensorrt-rtx"} for engines.
 
         Raises:
             BundleError: the bundle isn't what was exported, or can't run here.
             OptionError: an unknown memory mode.
         """
-        ort.check_request(provider, memory)
+        runtime = runtime_of(provider, memory, threads, provider_options)
         bundle = Bundle.open(path)
         pairs = zip(bundle.graphs, bundle.manifest.variants, strict=True)
-        variants = tuple(
-            ort.OrtVariant(graph, spec, bundle.manifest, bundle.path, provider, memory, threads)
-            for graph, spec in pairs
-        )
-        return cls(bundle, provider, variants)
+        variants = tuple(runtime.load(graph, spec, bundle.manifest, bundle.path) for graph, spec in pairs)
+        return cls(bundle, runtime, variants)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """One call by itself: everything is computed, nothing is kept.
@@ -81,9 +85,12 @@ class Session:
         Raises:
             BundleError: inputs that the model doesn't take.
         """
-        feeds, _ = self.admit(inputs)
+        feeds, _ = admit(self.manifest, inputs)
         variant = self.variant_of(self.schedule.rows[0])
-        return self.named(variant.run(feeds))
+        values = variant.run(feeds)
+        if dropped := self.dropped(variant, values):
+            warnings.warn(_left_out("this call", dropped), MoecaWarning, stacklevel=2)
+        return self.named(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
         """A denoising loop, or one stream of it: every call is exactly one step. Open one a request, and for guidance
@@ -94,33 +101,17 @@ class Session:
         """
         return Trajectory(self, steps, stream)
 
-    def variant_of(self, row: Row) -> ort.OrtVariant:
+    def variant_of(self, row: Row) -> Loaded:
         return self.variants[self.manifest.variant_of(row)]
 
-    def admit(self, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
-        """The inputs as contiguous arrays, and their batch (1 where nothing depends on it).
-
-        Raises:
-            BundleError: other names, shapes or dtypes than the model takes.
-        """
-        if set(inputs) != {one.name for one in self.inputs}:
-            raise BundleError(f"inputs {sorted(inputs)}: the model takes {', '.join(map(str, self.inputs))}")
-        feeds, batch = {}, -1
-        for spec in self.inputs:
-            array = np.asarray(inputs[spec.name])
-            if array.dtype.name != spec.dtype:
-                raise BundleError(f"input {spec.name} has dtype {array.dtype}, the model takes {spec}")
-            found = spec.batch_of(array.shape)
-            if found is None or (found != -1 and batch not in (-1, found)):
-                others = f" (the other inputs have batch {batch})" if found is not None else ""
-                raise BundleError(f"input {spec.name} has shape {list(array.shape)}, the model takes {spec}{others}")
-            batch = max(batch, found)
-            feeds[spec.name] = np.asarray(array, order="C")
-        return feeds, max(batch, 1)
-
     def named(self, values: list[Any]) -> Arrays:
-        """The model's outputs among a variant's."""
-        return {spec.name: value.numpy() for spec, value in zip(self.outputs, values, strict=False)}
+        """The model's outputs among a variant's; bfloat16 as float32."""
+        pairs = zip(self.outputs, values, strict=False)
+        return {spec.name: bfloat16.from_stored(self.runtime.numpy(value), spec.dtype) for spec, value in pairs}
+
+    def dropped(self, variant: Loaded, values: list[Any]) -> int:
+        """How many branches a variant says that it dropped; its count is the last of its values."""
+        return int(self.runtime.numpy(values[-1])) if variant.spec.counts_dropped else 0
 
 
 class Trajectory:
@@ -186,7 +177,7 @@ class Trajectory:
             raise StateError("this trajectory was closed: open another one")
         if self.steps is not None and step >= self.steps:
             raise StateError(f"the trajectory has {self.steps} steps, and this is call {step + 1}: open another one")
-        feeds, batch = session.admit(inputs)
+        feeds, batch = admit(session.manifest, inputs)
         if self._state is None:
             self._batch = batch
             self._state = StreamState(_layout(session, batch), session.manifest.regions)
@@ -201,22 +192,26 @@ class Trajectory:
         for slot in variant.spec.reads:
             one = state.tensors[_number(slot)]
             spec = session.manifest.state[_number(slot)]
-            feeds[f"{slot}_in"] = ort.zeros(spec.sizes(batch), spec.dtype) if one is None else one
+            feeds[f"{slot}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if one is None else one
         if variant.spec.coefficients:
             table = np.asarray(state.coefficients(step), np.float32)
             feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, 2)
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()
-        outputs = session.named(values)
-        state.commit(step, row, [_number(name) for name in variant.spec.writes], values[len(outputs) :])
+        outputs, writes = session.named(values), [_number(name) for name in variant.spec.writes]
+        state.commit(step, row, writes, values[len(outputs) : len(outputs) + len(writes)])
+        if dropped := session.dropped(variant, values):
+            self._warn(_left_out(f"step {step}", dropped))
         self._step = step
         self._broken = bool(variant.spec.writes) and not all(_finite(one) for one in outputs.values())
         if len(self.records) == MAX_RECORDS:
             del self.records[: MAX_RECORDS // 2]
         ms = (end - start) * 1e3
         overhead = (time.perf_counter() - begin) * 1e3 - ms
-        self.records.append(StepRecord(step, self.stream, variant.spec.name, ms, overhead, variant.spec.macs, cold))
+        self.records.append(
+            StepRecord(step, self.stream, variant.spec.name, ms, overhead, variant.spec.macs, cold, dropped)
+        )
         return outputs
 
     def _choose(self, step: int, timestep: float | None, state: StreamState) -> tuple[Row, bool]:
@@ -246,17 +241,50 @@ class Trajectory:
         warnings.warn(text, MoecaWarning, stacklevel=5)
 
 
+def admit(manifest: Manifest, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
+    """The inputs as contiguous arrays, and their batch (1 where nothing depends on it). bfloat16 is given as float32.
+
+    Raises:
+        BundleError: other names, shapes or dtypes than the model takes.
+    """
+    if set(inputs) != {one.name for one in manifest.inputs}:
+        raise BundleError(f"inputs {sorted(inputs)}: the model takes {', '.join(map(str, manifest.inputs))}")
+    feeds, batch = {}, -1
+    for spec in manifest.inputs:
+        array = np.asarray(inputs[spec.name])
+        if spec.dtype == bfloat16.NAME:
+            if array.dtype.name not in ("float32", bfloat16.NAME):
+                raise BundleError(f"input {spec.name} has dtype {array.dtype}, give float32 for {spec}")
+            array = bfloat16.rounded(array) if array.dtype == np.float32 else bfloat16.to_stored(array)
+        elif array.dtype.name != spec.dtype:
+            raise BundleError(f"input {spec.name} has dtype {array.dtype}, the model takes {spec}")
+        found = spec.batch_of(array.shape)
+        if found is None or (found != -1 and batch not in (-1, found)):
+            others = f" (the other inputs have batch {batch})" if found is not None else ""
+            raise BundleError(f"input {spec.name} has shape {list(array.shape)}, the model takes {spec}{others}")
+        batch = max(batch, found)
+        feeds[spec.name] = np.asarray(array, order="C")
+    return feeds, max(batch, 1)
+
+
 def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
     found = []
     for one in session.manifest.state:
         sizes = one.sizes(batch)
-        size = math.prod(sizes) * np.dtype(one.dtype).itemsize
+        size = math.prod(sizes) * bfloat16.stored_dtype(one.dtype).itemsize
         found.append(StateSlot(one.name, one.region, one.output, one.slot, sizes, one.dtype, "", size))
     return tuple(found)
 
 
 def _number(slot: str) -> int:
     return int(slot.removeprefix("state_"))
+
+
+def _left_out(what: str, dropped: int) -> str:
+    return (
+        f"{what} left out {dropped} branches, whose experts' rows were taken: it isn't exact. Export with a larger "
+        "capacity, or experts='dense'"
+    )
 
 
 def _finite(array: Any) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeca_compile.forecast import newton
+from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Action, Row
 from moeca_compile.variant import SLOTS, StateSlot
 
@@ -22,6 +23,7 @@ class StreamState:
         regions: how many columns the schedule has.
         tensors: by slot; None: never written.
         history: by region, the steps whose outputs are kept, latest first.
+        pace: what an adaptive schedule knows of the stream.
     """
 
     layout: tuple[StateSlot, ...]
@@ -29,6 +31,7 @@ class StreamState:
     tensors: list[Any] = field(init=False)
     history: list[tuple[int, ...]] = field(init=False)
     last_step: int = -1
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self.clear()
@@ -38,6 +41,7 @@ class StreamState:
         self.tensors = [None] * len(self.layout)
         self.history = [()] * self.regions
         self.last_step = -1
+        self.pace = Pace()
 
     def can_run(self, row: Row, step: int) -> bool:
         """Whether every region that `row` doesn't compute has a value, written without a gap in this stream."""
@@ -62,6 +66,13 @@ class StreamState:
             if action is Action.COMPUTE:
                 self.history[region] = (step, *self.history[region][: len(SLOTS) - 1])
         self.last_step = step
+        self.pace.ran(all(act is Action.COMPUTE for act in row))
+
+    def figure(self) -> float | None:
+        """How far the last step's signal was from its forecast, for the worst sample; None: not known. One read."""
+        found = next((i for i, one in enumerate(self.layout) if one.slot == "figure"), None)
+        kept = None if found is None else self.tensors[found]
+        return None if kept is None else float(kept.max())
 
     def _push(self, slot: int, value: Any) -> None:
         last = slot

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One model call: milliseconds are the variant's own on the host, without compiling; `cold`: state was missing."""
+    """One model call: milliseconds are the variant's own on the host, without compiling; `cold`: state was missing;
+    `dropped`: branches without a row, where experts have a capacity."""
 
     step: int
     stream: str
@@ -17,6 +18,7 @@ class StepRecord:
     overhead_ms: float
     macs: int
     cold: bool
+    dropped: int = 0
 
 
 @dataclass(frozen=True)

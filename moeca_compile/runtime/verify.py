@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError
+from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.session import Session
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`errors`: of each recorded step, the largest |difference| over the largest |recorded value|."""
+    """`errors`: of each recorded step, the largest |difference| over the largest |recorded value|. `dropped`:
+    branches that found no row in an expert's capacity."""
 
     provider: str
     errors: tuple[float, ...]
     variants: tuple[str, ...]
     tolerance: float
     recorded: float | None
+    dropped: int = 0
 
     @property
     def error(self) -> float:
@@ -38,7 +41,7 @@ class Verdict:
         )
 
 
-def verify(session: Session) -> Verdict:
+def verify(session: Session | FusedSession) -> Verdict:
     """Run the golden trajectory and compare.
 
     Raises:
@@ -54,9 +57,12 @@ def verify(session: Session) -> Verdict:
                     raise BundleError(f"golden step {step}: {name} has shape {array.shape}, not {found[name].shape}")
             errors.append(max(relative_error(found[name], array) for name, array in wanted.items()))
         ran = tuple(dict.fromkeys(record.variant for record in trajectory.records))
+        dropped = sum(record.dropped for record in trajectory.records)
     golden = session.manifest.data["golden"]
     measured = [one["relative_error"] for one in golden["measured"] if one["provider"] == session.provider]
-    return Verdict(session.provider, tuple(errors), ran, golden["tolerance"], measured[0] if measured else None)
+    return Verdict(
+        session.provider, tuple(errors), ran, golden["tolerance"], measured[0] if measured else None, dropped
+    )
 
 
 def relative_error(found: Any, wanted: Any) -> float:

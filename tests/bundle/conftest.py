@@ -21,6 +21,7 @@ from moeca_compile.schedule import Schedule
 from tests.models import DiT
 from tests.tools import row
 
+PROVIDERS = ("CPUExecutionProvider", "openvino")
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -55,12 +56,19 @@ def schedule(model: DiT) -> Schedule:
 
 @pytest.fixture(scope="session")
 def exported(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return moeca.export(model, call_of(2), schedule, tmp_path_factory.mktemp("bundles") / "small.moeca")
+    return moeca.export(
+        model,
+        call_of(2),
+        schedule,
+        tmp_path_factory.mktemp("bundles") / "small.moeca",
+        fused=True,
+        targets=("onnx", "openvino"),
+    )
 
 
-@pytest.fixture(scope="session")
-def session(exported: Bundle) -> Session:
-    return Session.open(exported.path, threads=1)
+@pytest.fixture(scope="session", params=PROVIDERS)
+def session(exported: Bundle, request: pytest.FixtureRequest) -> Session:
+    return Session.open(exported.path, request.param, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from moeca_compile.cli import bundles
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.session import Session
-from tests.bundle.conftest import call_of, edit_manifest, named, small_model
+from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, small_model
 
 
 def run(*words: object) -> tuple[int, str]:
@@ -56,6 +56,10 @@ def test_verify(exported: Bundle, copy: Path) -> None:
     assert said.startswith("as recorded")
     status, said = run("verify", exported.path, "--memory", "shared", "--json")
     assert json.loads(said)["passed"]
+    for provider in PROVIDERS:
+        status, said = run("verify", exported.path, "--fused", "--provider", provider)
+        assert status == 0
+        assert f"on {provider}, variants fused" in said
     edit_manifest(copy, lambda data: data["golden"].update(tolerance=0))
     assert run("verify", copy)[0] == 1
     (copy / "weights.bin").write_bytes(b"")
@@ -68,6 +72,7 @@ def test_info(exported: Bundle) -> None:
     assert status == 0
     assert "x: float32 [batch, 4, 8, 8]" in said
     assert "onnxruntime 1" in said
+    assert "also fused.onnx" in said
     assert json.loads(run("info", exported.path, "--json")[1])["opset"] == 20
 
 
@@ -91,9 +96,12 @@ def test_run_with_unequal_steps(exported: Bundle, tmp_path: Path) -> None:
 
 
 def test_bench(exported: Bundle) -> None:
-    status, said = run("bench", exported.path, "--steps", 8, "--rounds", 1, "--json")
+    status, said = run(
+        "bench", exported.path, "--providers", ",".join(PROVIDERS), "--steps", 8, "--rounds", 1, "--json"
+    )
     assert status == 0
-    (figures,) = json.loads(said)
+    figures, other = json.loads(said)
+    assert [figures["provider"], other["provider"]] == list(PROVIDERS)
     assert set(figures["variant_ms"]) <= {one.name for one in exported.manifest.variants}
     assert figures["speedup"] == pytest.approx(figures["full_ms"] / figures["cached_ms"])
     assert 0 < figures["mac_fraction"] < 1

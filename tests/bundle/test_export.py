@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
+from moeca_compile.action import Partial
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaError, MoecaWarning, OptionError
 from moeca_compile.exporting import entry
 from moeca_compile.exporting.request import Captured
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.dispatch import Tracks, run_step
+from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
-from tests.bundle.conftest import call_of, named, small_model
+from tests.bundle.conftest import PROVIDERS, call_of, named, small_model
 from tests.models import DiT
 
 
@@ -43,7 +47,7 @@ def test_every_variant_equals_torch(session: Session, torch_side: Captured) -> N
         feeds |= {f"{program.layout[s].name}_in": one.numpy() for s, one in state.items()}
         found = loaded.run({**feeds, "coefficients": table.numpy()})
         assert len(found) == len(wanted)
-        assert max(relative_error(a.numpy(), b) for a, b in zip(found, wanted, strict=True)) < 1e-4
+        assert max(relative_error(session.runtime.numpy(a), b) for a, b in zip(found, wanted, strict=True)) < 1e-4
 
 
 def test_a_trajectory_equals_torch(session: Session, torch_side: Captured) -> None:
@@ -93,6 +97,37 @@ def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
     assert hit - of_the_example
 
 
+def test_the_targets_decide_the_form_of_the_experts(tmp_path: Path, model: DiT) -> None:
+    with pytest.warns(MoecaWarning, match="here 'dense': onnx would run 'segments' faster"):
+        bundle = moeca.export(model, call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"))
+    assert bundle.manifest.data["expert_lowering"] == "dense"
+    assert bundle.manifest.data["targets"] == ["onnx", "tensorrt"]
+    assert b"NonZero" not in bundle.graphs[0]
+    weights = sum(one.numel() * one.element_size() for one in model.parameters())
+    assert bundle.manifest.files["weights.bin"][1] <= 1.02 * weights
+    with pytest.raises(LoweringError, match="runs dense, capacity only"):
+        moeca.export(model, call_of(2), "full", tmp_path / "no", targets=("tensorrt",), experts="segments")
+
+
+def test_a_capacity_is_exact_or_says_what_it_left_out(tmp_path: Path) -> None:
+    model = small_model(hidden=16)
+    with pytest.raises(LoweringError, match="branches of the golden steps find"):
+        moeca.export(model, call_of(2), "full", tmp_path / "no", experts="capacity:0.3", dynamic_batch=False)
+    bundle = moeca.export(model, call_of(2), "uniform:2", tmp_path / "b", experts="capacity:1.75")
+    assert bundle.manifest.data["expert_lowering"] == "capacity:1.75"
+    session = Session.open(bundle.path, threads=1)
+    call = call_of(3, seed=2)
+    assert relative_error(session.run(named(call))["output"], model(*call)) < 1e-4
+    same = named(call_of(3)) | {"x": np.full((3, 4, 8, 8), 99, np.float32)}  # all tokens want the same experts
+    with pytest.warns(MoecaWarning, match=r"this call left out \d+ branches"):
+        session.run(same)
+    with session.trajectory() as trajectory:
+        with pytest.warns(MoecaWarning, match=r"step 0 left out \d+ branches.*larger capacity"):
+            trajectory.run(same)
+        trajectory.run(same)  # a forecast: no experts in it
+        assert [bool(record.dropped) for record in trajectory.records] == [True, False]
+
+
 def test_weights_are_on_disk_once(exported: Bundle, model: DiT) -> None:
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     sizes = {name: size for name, (_, size) in exported.manifest.files.items()}
@@ -114,8 +149,9 @@ def test_it_is_verified_and_says_so(session: Session, exported: Bundle) -> None:
     verdict = verify(session)
     assert verdict.passed
     assert set(verdict.variants) == {one.name for one in exported.manifest.variants}
-    (measured,) = exported.manifest.data["golden"]["measured"]
-    assert measured["relative_error"] == verdict.recorded < 1e-5
+    measured = {one["provider"]: one["relative_error"] for one in exported.manifest.data["golden"]["measured"]}
+    assert list(measured) == list(PROVIDERS)
+    assert measured[session.provider] == verdict.recorded < 1e-5
     assert "as recorded" in str(verdict)
 
 
@@ -145,22 +181,39 @@ def test_a_fixed_batch_keywords_and_baked_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision(tmp_path: Path) -> None:
-    call = call_of(2, dtype=torch.float16)
-    bundle = moeca.export(small_model().half(), call, "uniform:2", tmp_path / "half", dynamic_batch=False)
-    assert bundle.manifest.data["dtype"] == "float16"
-    assert verify(Session.open(bundle.path, threads=1)).error < 2e-2
+@pytest.mark.parametrize(
+    ("dtype", "provider"), [(torch.float16, PROVIDERS[0]), (torch.float16, "openvino"), (torch.bfloat16, "openvino")]
+)
+def test_half_precision(dtype: torch.dtype, provider: str, tmp_path: Path) -> None:
+    model = small_model().to(dtype)
+    bundle = moeca.export(model, call_of(2, dtype=dtype), "uniform:2", tmp_path / "half", fused=True)
+    assert bundle.manifest.data["dtype"] == str(dtype)[6:]
+    tolerance = bundle.manifest.data["golden"]["tolerance"]
+    for kind in (Session, FusedSession):
+        assert verify(kind.open(bundle.path, provider, threads=1)).error < tolerance
+    call = call_of(3, seed=4, dtype=dtype)
+    given = named((call[0].float() if dtype == torch.bfloat16 else call[0], *call[1:]))
+    found = Session.open(bundle.path, provider, threads=1).run(given)["output"]
+    assert found.dtype == (np.float32 if dtype == torch.bfloat16 else np.float16)
+    assert relative_error(found, model(*call).float()) < tolerance
 
 
 @pytest.mark.slow
-def test_bfloat16_is_written_and_the_cpu_says_why_it_cannot_run_it(tmp_path: Path) -> None:
+def test_bfloat16_and_a_cpu_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(2, dtype=torch.bfloat16)
-    with pytest.warns(MoecaWarning, match="no bfloat16 kernels"):
-        bundle = moeca.export(small_model().bfloat16(), call, "uniform:2", tmp_path / "b", dynamic_batch=False)
-    assert bundle.manifest.data["golden"]["measured"] == []
+    bundle = moeca.export(small_model().bfloat16(), call, "uniform:2", tmp_path / "b", dynamic_batch=False)
+    (measured,) = bundle.manifest.data["golden"]["measured"]
+    assert measured["provider"] == "openvino"
     assert bundle.golden()[1][0]["output"].dtype == np.float32
     with pytest.raises(BundleError, match="no bfloat16 kernels"):
         Session.open(bundle.path)
+    session = Session.open(bundle.path, "openvino", threads=1)
+    with pytest.raises(BundleError, match="give float32"):
+        session.run({**bundle.golden()[0][0], "x": np.zeros((2, 4, 8, 8))})
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.warns(MoecaWarning, match="couldn't be tried here.*no bfloat16 kernels"):
+        untried = moeca.export(small_model().bfloat16(), call, "full", tmp_path / "c", dynamic_batch=False)
+    assert untried.manifest.data["golden"]["measured"] == []
 
 
 class Square(nn.Module):
@@ -216,7 +269,7 @@ def _one_step(captured: Captured) -> list[Any]:
     return [([args[i] for i in own], [captured.program.warm(args)[0]])]
 
 
-@pytest.mark.parametrize("what", ["write_golden", "write_manifest", "_check", "write_graphs"])
+@pytest.mark.parametrize("what", ["write_golden", "write_manifest", "check_export", "write_graphs"])
 def test_an_export_that_fails_leaves_nothing(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: Schedule, model: DiT
 ) -> None:
@@ -226,7 +279,7 @@ def test_an_export_that_fails_leaves_nothing(
     def fail(*args: Any) -> Any:
         raise OSError("no space left on device")
 
-    for name in ("write_golden", "write_manifest", "_check", "write_graphs"):
+    for name in ("write_golden", "write_manifest", "check_export", "write_graphs"):
         monkeypatch.setattr(entry, name, fail if name == what else lambda *args: None)
     monkeypatch.setattr(entry, "_lower", lower)
     with pytest.raises(OSError, match="no space"):
@@ -243,7 +296,8 @@ def test_a_taken_path_is_refused(tmp_path: Path, model: DiT) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"targets": ("onnx", "tensorrt")}, "tensorrt can't be exported to"),
+        ({"targets": ("onnx", "tpu")}, "tpu can't be exported to"),
+        ({"experts": "loops"}, "experts='loops'"),
         ({"targets": ()}, "nothing can't"),
         ({"opset": 12}, "opset=12"),
         ({"schedule": "sometimes"}, "not understood"),
@@ -256,6 +310,13 @@ def test_wrong_requests(wrong: dict[str, Any], says: str, tmp_path: Path, model:
     request = {"model": model, "example_inputs": call_of(2), "schedule": "full", "path": tmp_path / "b", **wrong}
     with pytest.raises(MoecaError, match=says):
         moeca.export(**request)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partial_rows_are_refused(tmp_path: Path, model: DiT, schedule: Schedule) -> None:
+    partial = replace(schedule, rows=(*schedule.rows[:1], (Partial(0.5), Partial(0.5))), period=2)
+    with pytest.raises(BundleError, match="has PARTIAL ones"):
+        moeca.export(model, call_of(2), partial, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from moeca_compile import fx
 from moeca_compile.errors import LoweringError
 from moeca_compile.lower.onnx import _drop_squeezes
 from moeca_compile.lower.onnx_batch import any_batch, dims
+from moeca_compile.lower.onnx_complex import without_complex
 from moeca_compile.lower.onnx_constants import bind
 
 aten = torch.ops.aten
@@ -83,6 +84,46 @@ def test_weights_are_folded_and_transposed_once() -> None:
     assert not {aten.linear.default, aten.t.default, aten.split.Tensor} & set(targets)
     assert [tuple(one.shape) for one in gm.buffers() if one.dim() == 2].count((6, 4)) == 2
     torch.testing.assert_close(gm(x), function(x, weight, bias))
+
+
+def rotary(x: Tensor, freqs: Tensor, places: Tensor) -> Tensor:
+    """As models write it: pairs of channels are complex numbers, turned by constants that are."""
+    first, second = freqs[:4].split(3, dim=-1)
+    table = torch.cat([first.view(1, 2, 2, -1).expand(1, 2, 2, -1).reshape(4, -1), second], dim=-1)
+    turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * table.unsqueeze(0).unsqueeze(-2)
+    turned = turned * freqs[places].select(0, 1) * 0.5 * x[..., :5].abs()
+    return torch.view_as_real(torch.cat([turned, turned[..., -2:]], -1).clone()).flatten(-2)
+
+
+def test_complex_numbers_become_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 10, generator=generator)
+    freqs = torch.polar(torch.ones(8, 5), torch.randn(8, 5, generator=generator))
+    places = torch.tensor([1, 3])
+    gm = traced(rotary, x, freqs, places)
+    bind(gm, {fx.placeholders(gm)[1].name: freqs})
+    without_complex(gm)
+    assert not [
+        node for node in gm.graph.nodes if node.target in (aten.view_as_complex.default, aten.view_as_real.default)
+    ]
+    assert not any(one.is_complex() for one in gm.buffers() if one is getattr(gm, "freqs_real", None))
+    torch.testing.assert_close(gm(x, places), rotary(x, freqs, places))
+
+
+def test_complex_operators_without_a_form_are_named() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.view_as_complex(x).angle()
+
+    gm = traced(function, torch.zeros(3, 2))
+    with pytest.raises(LoweringError, match=r"aten.angle.* on complex numbers has no ONNX form"):
+        without_complex(gm)
+
+
+def test_a_graph_without_complex_numbers_stays() -> None:
+    gm = traced(lambda x: x * 2, torch.zeros(3))
+    before = [node.name for node in gm.graph.nodes]
+    without_complex(gm)
+    assert [node.name for node in gm.graph.nodes] == before
 
 
 def test_what_grows_is_not_folded() -> None:

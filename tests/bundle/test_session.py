@@ -16,12 +16,12 @@ import torch
 
 import moeca_compile as moeca
 from moeca_compile.errors import BundleError, MoecaWarning, OptionError, StateError
-from moeca_compile.runtime import ort
 from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.ort import CPU, OrtRuntime, refuse_strays
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import verify
 from moeca_compile.schedule import Schedule
-from tests.bundle.conftest import call_of, named
+from tests.bundle.conftest import PROVIDERS, call_of, named
 from tests.models import DiT
 
 
@@ -56,14 +56,15 @@ def test_trajectories_in_threads(session: Session) -> None:
 
 def test_two_threads_on_one_trajectory_are_refused(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, leave = threading.Event(), threading.Event()
-    slow = ort.OrtVariant.run
+    kind = type(session.variants[0])
+    slow = kind.run
 
     def wait(self: Any, feeds: Any) -> Any:
         inside.set()
         assert leave.wait(30)
         return slow(self, feeds)
 
-    monkeypatch.setattr(ort.OrtVariant, "run", wait)
+    monkeypatch.setattr(kind, "run", wait)
     trajectory = session.trajectory()
     first = threading.Thread(target=trajectory.run, args=(named(call_of(2)),))
     first.start()
@@ -86,12 +87,17 @@ def test_state_is_handed_on_without_a_copy(session: Session) -> None:
         trajectory.run(named(call_of(2)))
         state = trajectory._state
         assert state is not None
-        first = [one.data_ptr() for one in state.tensors if one is not None]
+        first = [address(one) for one in state.tensors if one is not None]
         trajectory.run(named(call_of(2, seed=1)))  # forecasts: writes nothing
-        assert [one.data_ptr() for one in state.tensors if one is not None] == first
+        assert [address(one) for one in state.tensors if one is not None] == first
         trajectory.run(named(call_of(2, seed=2)))  # attention again: what was y0 is y1
         slots = {(s.region, s.slot): t for s, t in zip(state.layout, state.tensors, strict=True)}
-        assert slots[0, "y1"].data_ptr() in first
+        assert address(slots[0, "y1"]) in first
+
+
+def address(value: Any) -> int:
+    found: int = value.ctypes.data if isinstance(value, np.ndarray) else value.data_ptr()
+    return found
 
 
 def test_leaving_and_resetting(session: Session) -> None:
@@ -166,6 +172,26 @@ def test_values_that_are_not_finite_do_not_live_on(session: Session) -> None:
         assert [record.cold for record in trajectory.records] == [False, True]
 
 
+def test_options_reach_the_provider(exported: Bundle) -> None:
+    runtime = OrtRuntime(CPU, threads=1, provider_options={"device_id": 0})
+    assert runtime.options == {"device_id": "0"}
+    session = Session.open(
+        exported.path, "openvino", threads=1, provider_options={"INFERENCE_PRECISION_HINT": "undefined"}
+    )
+    assert verify(session).passed
+    with pytest.raises(BundleError, match=r"openvino .* refuses v0.onnx"):
+        Session.open(exported.path, "openvino", provider_options={"NO_SUCH_THING": 1})
+
+
+def test_without_the_package_it_says_what_to_install(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BundleError, match="pip install onnxruntime"):
+        Session.open(exported.path)
+    with pytest.raises(BundleError, match=r"moeca-compile\[openvino\]"):
+        Session.open(exported.path, "openvino")
+
+
 def test_no_other_provider_is_taken(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BundleError, match="no 'CUDAExecutionProvider'"):
         Session.open(exported.path, provider="CUDAExecutionProvider")
@@ -175,7 +201,52 @@ def test_no_other_provider_is_taken(exported: Bundle, monkeypatch: pytest.Monkey
         Session.open(exported.path, provider="TensorrtExecutionProvider")
 
 
+class Node:
+    def __init__(self, op_type: str) -> None:
+        self.op_type = op_type
+
+
+class Part:
+    """As onnxruntime tells it: which provider got which nodes."""
+
+    def __init__(self, ep_name: str, *kinds: str) -> None:
+        self.ep_name, self.nodes = ep_name, [Node(kind) for kind in kinds]
+
+    def get_nodes(self) -> list[Node]:
+        return self.nodes
+
+
+def test_parts_left_to_the_cpu_are_told() -> None:
+    ours = Part("CUDAExecutionProvider", "MatMul", "NonZero")
+    refuse_strays("v0.onnx", "CUDAExecutionProvider", [ours, Part(CPU, "Shape", "Gather", "Concat")])
+    with pytest.raises(BundleError, match=r"v0.onnx: CUDAExecutionProvider leaves Gemm, ScatterND to the CPU"):
+        refuse_strays("v0.onnx", "CUDAExecutionProvider", [ours, Part(CPU, "Shape", "ScatterND", "Gemm")])
+
+
+def test_what_onnxruntime_says_of_parts(exported: Bundle) -> None:
+    """The same question put to the real one, as if its CPU provider were the helper of another."""
+    session = OrtRuntime(CPU, threads=1).session(exported.graphs[0], "v0.onnx", exported.path, exported.manifest)
+    with pytest.raises(BundleError, match=r"leaves .*LayerNormalization.* to the CPU"):
+        refuse_strays("v0.onnx", "SomeProvider", session.get_provider_graph_assignment_info())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_on_a_gpu(provider: str, exported: Bundle) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    if provider not in ort.get_available_providers():
+        pytest.skip(f"this onnxruntime has no {provider}")
+    session = Session.open(exported.path, provider)
+    assert verify(session).passed
+    with session.trajectory() as trajectory:
+        trajectory.run(named(call_of(2)))
+        assert trajectory._state is not None
+        assert {one.device_name().lower() for one in trajectory._state.tensors if one is not None} == {"cuda"}
+
+
 def test_memory_modes(exported: Bundle) -> None:
+    with pytest.raises(OptionError, match="OpenVINO has its own copy"):
+        Session.open(exported.path, "openvino", memory="shared")
     assert verify(Session.open(exported.path, memory="shared", threads=1)).passed
     with pytest.raises(OptionError, match="memory='little'"):
         Session.open(exported.path, memory="little")
@@ -199,7 +270,9 @@ def test_rows_by_timestep_and_the_end_of_a_schedule(model: DiT, schedule: Schedu
         with pytest.raises(StateError, match="one finite timestep"):
             trajectory.run({**at(0.0), "t": np.array([1, 2], np.float32)})
     # the same bundle, counting: what isn't there isn't made up
-    counted = Session(replace(session.bundle, schedule=replace(bundle.schedule, timesteps=())), "", session.variants)
+    counted = Session(
+        replace(session.bundle, schedule=replace(bundle.schedule, timesteps=())), session.runtime, session.variants
+    )
     counted.schedule = counted.bundle.schedule
     with counted.trajectory() as trajectory:
         for _ in range(3):
@@ -217,7 +290,7 @@ import numpy as np
 from moeca_compile.runtime import Session
 from moeca_compile.runtime.samplers import euler, guided, model_of
 from moeca_compile.runtime.verify import verify
-session = Session.open(sys.argv[1], threads=1)
+session = Session.open(sys.argv[1], sys.argv[2], threads=1)
 assert verify(session).passed
 x = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
 with session.trajectory() as trajectory:
@@ -228,9 +301,10 @@ print(*sorted(name for name in sys.modules if name.split(".")[0] in ("onnx", "on
 """
 
 
-def test_it_serves_without_torch(exported: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_it_serves_without_torch(provider: str, exported: Bundle, tmp_path: Path) -> None:
     shutil.copytree(exported.path, tmp_path / "elsewhere")
-    command = [sys.executable, "-c", SERVE, str(tmp_path / "elsewhere")]
+    command = [sys.executable, "-c", SERVE, str(tmp_path / "elsewhere"), provider]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(moeca.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["torch"]

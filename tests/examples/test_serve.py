@@ -12,8 +12,9 @@ serve = importlib.import_module("examples.04_serve_bundle")
 
 
 @pytest.mark.slow
-def test_served_digits_are_torchs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    serve.main(["--json", "--bundle", str(tmp_path / "digits.moeca")])
+@pytest.mark.parametrize("provider", ["CPUExecutionProvider", "openvino"])
+def test_served_digits_are_torchs(provider: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    serve.main(["--json", "--bundle", str(tmp_path / "digits.moeca"), "--provider", provider])
     (line,) = capsys.readouterr().out.splitlines()
     figures = json.loads(line)
     assert figures["steps"] == 50

@@ -1,0 +1,86 @@
+"""`moeca engines` and `triton`: a bundle made ready for NVIDIA's runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeca_compile.errors import OptionError
+from moeca_compile.inspect.progress import bar
+from moeca_compile.lower.tensorrt import EngineRequest, build_engines
+from moeca_compile.lower.tensorrt_command import trtexec_lines
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.triton import write_repository
+
+BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]
+Arch = Annotated[str, typer.Option(help="For which GPUs, by commas: sm_89,sm_120. TensorRT builds for the one here.")]
+Batches = Annotated[str, typer.Option(help="The least, the usual and the largest batch.")]
+Provider = Annotated[str, typer.Option(help="An execution provider of onnxruntime, openvino, or tensorrt.")]
+
+BATCHES = "1,2,8"
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    for command in (engines, triton):
+        app.command()(command)
+
+
+def engines(
+    path: BundlePath,
+    library: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx; else the one that is installed.")] = "",
+    arch: Arch = "",
+    batches: Batches = BATCHES,
+    timing_cache: Annotated[Path | None, typer.Option(help="A file that keeps timings between builds.")] = None,
+) -> None:
+    """Build a TensorRT engine of each variant into the bundle; prints the trtexec lines too."""
+    request = request_of(library, arch, batches, timing_cache)
+    with bar(True) as tick:
+        bundle = build_engines(Bundle.open(path), request, tick)
+    show_engines(bundle)
+    show_commands(bundle, request)
+
+
+def triton(
+    path: BundlePath,
+    directory: Annotated[Path, typer.Argument(help="The model repository; made if it isn't there.")],
+    name: Annotated[str, typer.Option(help="Of the model; else the bundle's.")] = "",
+    batch: Annotated[int, typer.Option(help="Of a request to the fused model, if the bundle has one.")] = 1,
+    sequences: Annotated[int, typer.Option(help="Trajectories at a time, at most.")] = 64,
+    idle_seconds: Annotated[int, typer.Option(help="After which a sequence without requests is dropped.")] = 60,
+    provider: Provider = "CPUExecutionProvider",
+    threads: Annotated[int, typer.Option(help="Of one operator; 0: the runtime's choice.")] = 0,
+) -> None:
+    """Write a bundle as models of a Triton server; each config is held against the ONNX files."""
+    made = write_repository(
+        Bundle.open(path), directory, name, batch=batch, sequences=sequences, idle_seconds=idle_seconds,
+        provider=provider, threads=threads,
+    )  # fmt: skip
+    for folder in made:
+        print(folder)
+
+
+def request_of(library: str = "", arch: str = "", batches: str = BATCHES, cache: Path | None = None) -> EngineRequest:
+    """What the options say.
+
+    Raises:
+        OptionError: batches that aren't three numbers.
+    """
+    try:
+        least, usual, largest = map(int, batches.split(","))
+    except ValueError:
+        raise OptionError(f"--batches {batches}: expected three numbers, as in {BATCHES}") from None
+    return EngineRequest(library, tuple(filter(None, arch.split(","))), (least, usual, largest), cache)
+
+
+def show_engines(bundle: Bundle) -> None:
+    for one in bundle.manifest.engines:
+        print(f"{one.file}: {bundle.manifest.files[one.file][1] / 2**20:.1f} MiB, {one.range}")
+
+
+def show_commands(bundle: Bundle, request: EngineRequest) -> None:
+    """The same with TensorRT's own tool."""
+    for line in trtexec_lines(bundle, request.batch):
+        print(line)

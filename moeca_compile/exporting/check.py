@@ -1,0 +1,109 @@
+"""Nothing is believed before it ran: a written bundle against torch, on the runtimes at hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from moeca_compile.errors import BundleError, LoweringError, MoecaWarning
+from moeca_compile.exporting import request
+from moeca_compile.exporting.request import Arguments, Captured
+from moeca_compile.exporting.write import to_numpy
+from moeca_compile.runtime import openvino
+from moeca_compile.runtime.bfloat16 import from_stored
+from moeca_compile.runtime.fused import FusedSession
+from moeca_compile.runtime.manifest import FUSED
+from moeca_compile.runtime.ort import CPU
+from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.verify import relative_error, verify
+
+OTHER_BATCHES = (1, 5)  # what it is tried at
+TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+WRONG = 100  # times the tolerance: no rounding, and no expert that flipped on a near-tie, gives that
+HALVES = ("bfloat16", "float16")  # not all of it runs on a CPU
+
+
+def check_export(
+    folder: Path,
+    model: torch.nn.Module,
+    example: Arguments,
+    main: Captured,
+    targets: Sequence[str],
+    dynamic_batch: bool,
+    dtype: str,
+) -> list[dict[str, Any]]:
+    """Run what was written.
+
+    Raises:
+        LoweringError: it gives something else than torch.
+    """
+    session = _opened(folder, dtype)
+    if session is None:
+        return []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*left out", MoecaWarning)  # an error here
+        verdict = verify(session)
+    if verdict.dropped:
+        raise LoweringError(
+            f"experts={session.manifest.data['expert_lowering']!r}: {verdict.dropped} branches of the golden steps "
+            "find their expert's rows taken. Give it a larger capacity, or experts='dense'"
+        )
+    errors = {"the golden steps": verdict.error}
+    measured = [(session.runtime, verdict.error)]
+    if openvino.NAME in targets and session.provider != openvino.NAME:
+        second = Session.open(folder, openvino.NAME)
+        errors["the golden steps in OpenVINO"] = verify(second).error
+        measured.append((second.runtime, errors["the golden steps in OpenVINO"]))
+    if session.bundle.fused is not None:
+        errors[f"the golden steps with {FUSED}"] = verify(FusedSession.open(folder, session.provider)).error
+    for batch in OTHER_BATCHES if dynamic_batch else ():
+        errors[f"a step at batch {batch}"] = _error_at(session, model, request.rebatched(example, batch), main)
+    worst = max(errors, key=lambda name: errors[name])
+    said = f"{worst} in {session.runtime.version()} differ from torch by {errors[worst]:.1e} of the largest value"
+    if not errors[worst] <= WRONG * TOLERANCE[dtype]:
+        raise LoweringError(f"{said}: the export is wrong. dynamic_batch=False may work; please report it")
+    if errors[worst] > TOLERANCE[dtype]:
+        warnings.warn(
+            f"{said}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that", MoecaWarning, stacklevel=3
+        )
+    return [
+        {"runtime": runtime.version(), "provider": runtime.provider, "relative_error": error}
+        for runtime, error in measured
+    ]
+
+
+def _opened(folder: Path, dtype: str) -> Session | None:
+    """On onnxruntime's CPU provider; or on OpenVINO, which has bfloat16 there; else None, with a warning."""
+    try:
+        return Session.open(folder, CPU)
+    except BundleError as error:
+        if dtype not in HALVES:
+            raise
+        try:
+            session = Session.open(folder, openvino.NAME)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MoecaWarning)
+                session.run(session.bundle.golden()[0][0])  # it opens dense experts in bfloat16, and can't run them
+            return session
+        except BundleError:
+            text = f"the bundle is written but couldn't be tried here: {error}"
+            warnings.warn(text, MoecaWarning, stacklevel=4)
+            return None
+
+
+def _error_at(session: Session, model: torch.nn.Module, arguments: Arguments, main: Captured) -> float:
+    """A whole step of the bundle against the model as it is, at a batch that no graph was captured at."""
+    given = request.tensors(arguments)
+    places = {name: main.places[placeholder] for placeholder, name in main.names.items()}
+    try:
+        arrays = {one.name: to_numpy(given[places[one.name]]) for one in session.inputs}
+        found = session.run({one.name: from_stored(arrays[one.name], one.dtype) for one in session.inputs})
+    except BundleError as error:
+        raise LoweringError(f"the export can't run another batch: {error}. Use dynamic_batch=False") from error
+    wanted = tree_leaves(request.call(model, arguments))
+    return max(relative_error(found[name], wanted[place].double().numpy()) for name, place in main.results)

@@ -1,0 +1,160 @@
+"""`fused.onnx` on a runtime: as a check of it, and to show how it is run. No schedule here: the graph counts steps.
+
+On onnxruntime states go round by hand, as OrtValues; on OpenVINO they become the model's own variables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from moeca_compile.errors import BundleError, StateError
+from moeca_compile.runtime import bfloat16, openvino, ort
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.manifest import DROPPED, FUSED, FUSED_ROW, STEP, Manifest, TensorSpec, VariantSpec
+from moeca_compile.runtime.provider import runtime_of
+from moeca_compile.runtime.session import Arrays, admit
+from moeca_compile.runtime.signature import check_identity, check_side
+from moeca_compile.runtime.stats import StepRecord
+
+Specs = dict[str, TensorSpec]
+
+
+def fused_signature(manifest: Manifest) -> tuple[Specs, Specs]:
+    """Inputs and outputs of the fused graph: the model's, the number of the step, and all states."""
+    state = {f"{STEP}": TensorSpec(STEP, "int64", (1,))} | {one.name: one for one in manifest.state}
+    takes: Specs = {one.name: one for one in manifest.inputs} | {f"{name}_in": one for name, one in state.items()}
+    gives: Specs = {one.name: one for one in manifest.outputs} | {f"{name}_out": one for name, one in state.items()}
+    if any(one.counts_dropped for one in manifest.variants):
+        gives[DROPPED] = TensorSpec(DROPPED, "int64", ())
+    return takes, gives
+
+
+class FusedSession:
+    """A bundle's fused graph, loaded. Trajectories have their own state, in any threads."""
+
+    def __init__(self, bundle: Bundle, provider: str, loaded: _OnOrt | _OnOpenvino) -> None:
+        self.bundle, self.provider, self._loaded = bundle, provider, loaded
+        self.manifest, self.schedule = bundle.manifest, bundle.schedule
+
+    @classmethod
+    def open(
+        cls, path: str | Path, provider: str = ort.CPU, memory: str = "speed", threads: int | None = None,
+        provider_options: Mapping[str, Any] | None = None,
+    ) -> FusedSession:  # fmt: skip
+        """As `Session.open`.
+
+        Raises:
+            BundleError: the bundle has no fused graph, isn't what was exported, or can't run here.
+        """
+        runtime = runtime_of(provider, memory, threads, provider_options)
+        bundle = Bundle.open(path)
+        if bundle.fused is None:
+            raise BundleError(f"the bundle has no {FUSED}: export it with fused=True")
+        spec = VariantSpec("fused", FUSED, FUSED_ROW, (), (), (), False, False, 0)
+        kind = _OnOpenvino if isinstance(runtime, openvino.OpenvinoRuntime) else _OnOrt
+        return cls(bundle, provider, kind(runtime, bundle, spec))  # type: ignore[arg-type]
+
+    def trajectory(self) -> FusedTrajectory:
+        """A denoising loop from step 0."""
+        steps = self.manifest.data["fused"]["steps"]
+        return FusedTrajectory(self, self._loaded.start(), steps)
+
+
+class FusedTrajectory:
+    """One stream of one denoising loop. A context manager; for one thread."""
+
+    def __init__(self, session: FusedSession, run: Any, steps: int | None) -> None:
+        self.session, self.steps, self._run = session, steps, run
+        self.records: list[StepRecord] = []
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays:
+        """The next step.
+
+        Raises:
+            BundleError: inputs that the model doesn't take.
+            StateError: one step too many.
+        """
+        step = len(self.records)
+        if self.steps is not None and step >= self.steps:
+            raise StateError(f"the schedule has {self.steps} steps, and this is call {step + 1}: open another one")
+        feeds, batch = admit(self.session.manifest, inputs)
+        begin = time.perf_counter()
+        found = self._run(feeds, batch)
+        ms = (time.perf_counter() - begin) * 1e3
+        dropped = int(found.pop(DROPPED, 0))
+        self.records.append(StepRecord(step, "", "fused", ms, 0.0, 0, False, dropped))
+        outputs = self.session.manifest.outputs
+        return {one.name: bfloat16.from_stored(found[one.name], one.dtype) for one in outputs}
+
+    def __enter__(self) -> FusedTrajectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._run = None
+
+
+class _OnOrt:
+    def __init__(self, runtime: ort.OrtRuntime, bundle: Bundle, spec: VariantSpec) -> None:
+        assert bundle.fused is not None
+        self.runtime, self.manifest = runtime, bundle.manifest
+        self.session = runtime.session(bundle.fused, FUSED, bundle.path, bundle.manifest)
+        check_identity(spec, bundle.manifest, self.session.get_modelmeta().custom_metadata_map)
+        self.takes, self.gives = fused_signature(bundle.manifest)
+        check_side(FUSED, "inputs", self.takes, ort.said(self.session.get_inputs()))
+        check_side(FUSED, "outputs", self.gives, ort.said(self.session.get_outputs()))
+
+    def start(self) -> Any:
+        states: dict[str, Any] = {}
+
+        def run(feeds: Arrays, batch: int) -> Arrays:
+            for name, spec in self.takes.items():
+                if name.endswith("_in") and name not in states and name not in feeds:
+                    states[name] = self.runtime.zeros(spec.sizes(batch), spec.dtype)
+            values = ort.bound_run(self.runtime, self.session, FUSED, self.takes, self.gives, feeds | states)
+            found = dict(zip(self.gives, values, strict=True))
+            given = {one.name for one in self.manifest.outputs}
+            for name, value in found.items():
+                if name not in given and name != DROPPED:
+                    states[f"{name.removesuffix('_out')}_in"] = value
+            host = {name: value for name, value in found.items() if name in given or name == DROPPED}
+            return {name: self.runtime.numpy(value) for name, value in host.items()}
+
+        return run
+
+
+class _OnOpenvino:
+    def __init__(self, runtime: openvino.OpenvinoRuntime, bundle: Bundle, spec: VariantSpec) -> None:
+        assert bundle.fused is not None
+        model = runtime.read(bundle.fused, FUSED, bundle.path)
+        check_identity(spec, bundle.manifest, openvino.metadata(model))
+        self.takes, self.gives = fused_signature(bundle.manifest)
+        check_side(FUSED, "inputs", self.takes, openvino.said(model.inputs))
+        check_side(FUSED, "outputs", self.gives, openvino.said(model.outputs))
+        self.runtime, self.manifest = runtime, bundle.manifest
+        names = [STEP, *(one.name for one in bundle.manifest.state)]
+        openvino.make_stateful(model, {f"{name}_in": f"{name}_out" for name in names})
+        self.compiled = runtime.compile(model, FUSED)
+
+    def start(self) -> Any:
+        request = self.compiled.create_infer_request()
+        request.reset_state()  # all variables are zero: step 0
+        library, dtypes = self.runtime.library, {one.name: one.dtype for one in self.manifest.inputs}
+        given = {one.name: bfloat16.stored_dtype(one.dtype) for one in self.manifest.outputs}
+        given |= {DROPPED: np.dtype(np.int64)} if DROPPED in self.gives else {}
+
+        def run(feeds: Arrays, batch: int) -> Arrays:
+            try:
+                for name, array in feeds.items():
+                    request.set_tensor(name, openvino.tensor_of(library, array, dtypes[name]))
+                request.infer()
+            except Exception as error:
+                raise BundleError(f"OpenVINO failed in {FUSED}: {openvino.last_lines(error)}") from error
+            return {name: request.get_tensor(name).data.copy().view(stored) for name, stored in given.items()}
+
+        return run

@@ -1,0 +1,114 @@
+"""`config.pbtxt` of the two ways to serve a bundle: the python backend over it, and its fused graph.
+
+Neither batches: `max_batch_size` 0, and the batch is a dimension of the request like the others. Triton's sequence
+batcher takes requests of one sample only, but guidance wants both halves in one call, and sizes like 256 * batch have
+no batch dimension to take off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moeca_compile.errors import BundleError
+from moeca_compile.runtime import bfloat16
+from moeca_compile.runtime.manifest import TensorSpec
+from moeca_compile.runtime.triton.pbtxt import Name
+
+BUNDLE, MODEL_FILE = "bundle", "model.onnx"
+START, END, READY, CORRID = CONTROLS = ("START", "END", "READY", "CORRID")
+TYPES = {
+    "float64": "TYPE_FP64", "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16",
+    "int64": "TYPE_INT64", "int32": "TYPE_INT32", "int16": "TYPE_INT16", "int8": "TYPE_INT8", "uint8": "TYPE_UINT8",
+    "bool": "TYPE_BOOL",
+}  # fmt: skip
+
+Config = dict[str, Any]
+
+
+def python_config(
+    name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, sequences: int, idle_seconds: int,
+    provider: str, threads: int,
+) -> Config:  # fmt: skip
+    """The python backend: any batch, one trajectory a sequence.
+
+    Raises:
+        BundleError: an input has the name of a control.
+    """
+    if taken := sorted({one.name for one in inputs} & set(CONTROLS)):
+        raise BundleError(f"the model's inputs {taken} have names of Triton's controls: rename them and export again")
+    plain = {START: "CONTROL_SEQUENCE_START", END: "CONTROL_SEQUENCE_END", READY: "CONTROL_SEQUENCE_READY"}
+    flags = {one: {"kind": Name(kind), "int32_false_true": [0, 1]} for one, kind in plain.items()}
+    corrid = {"kind": Name("CONTROL_SEQUENCE_CORRID"), "data_type": Name("TYPE_UINT64")}
+    return {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": 0,
+        "input": [_tensor(at_the_face(one), -1) for one in inputs],
+        "output": [_tensor(at_the_face(one), -1) for one in outputs],
+        "sequence_batching": {
+            "max_sequence_idle_microseconds": idle_seconds * 1_000_000,
+            "control_input": [
+                *({"name": one, "control": flag} for one, flag in flags.items()),
+                {"name": CORRID, "control": corrid},
+            ],
+            "oldest": {"max_candidate_sequences": sequences},
+        },
+        "instance_group": {"kind": Name("KIND_CPU"), "count": 1},
+        "parameters": [
+            {"key": key, "value": {"string_value": value}}
+            for key, value in {"provider": provider, "threads": str(threads)}.items()
+        ],
+    }
+
+
+def state_config(
+    name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], state: Mapping[str, TensorSpec], batch: int,
+    *, sequences: int, idle_seconds: int,
+) -> Config:  # fmt: skip
+    """onnxruntime's backend with implicit state, for one batch: a state's sizes are fixed before the first request.
+
+    Args:
+        state: by name, as `<name>_in` and `<name>_out` of the graph; a sequence starts with zeros.
+    """
+    return {
+        "name": name,
+        "backend": "onnxruntime",
+        "max_batch_size": 0,
+        "default_model_filename": MODEL_FILE,
+        "input": [_tensor(one, batch) for one in inputs],
+        "output": [_tensor(one, batch) for one in outputs],
+        "sequence_batching": {
+            "max_sequence_idle_microseconds": idle_seconds * 1_000_000,
+            "oldest": {"max_candidate_sequences": sequences},
+            "state": [_state(one, spec, batch) for one, spec in sorted(state.items())],
+        },
+    }
+
+
+def at_the_face(spec: TensorSpec) -> TensorSpec:
+    """As a session takes and gives it: bfloat16 as float32."""
+    return replace(spec, dtype="float32") if spec.dtype == bfloat16.NAME else spec
+
+
+def _tensor(spec: TensorSpec, batch: int) -> Config:
+    return {"name": spec.name, "data_type": Name(TYPES[spec.dtype]), **sizes_of(spec, batch)}
+
+
+def _state(name: str, spec: TensorSpec, batch: int) -> Config:
+    sizes = {"data_type": Name(TYPES[spec.dtype]), **sizes_of(spec, batch)}
+    return {
+        "input_name": f"{name}_in",
+        "output_name": f"{name}_out",
+        **sizes,
+        "initial_state": {**sizes, "name": "zeros", "zero_data": True},
+    }
+
+
+def sizes_of(spec: TensorSpec, batch: int) -> Config:
+    """`dims` at a batch; with batch -1, -1 wherever they depend on it. Triton has no scalars: a single value stands for
+    one, and is reshaped."""
+    if not spec.shape:
+        return {"dims": [1], "reshape": {"shape": []}}
+    return {"dims": [one if isinstance(one, int) else -1 for one in spec.shape] if batch < 0 else [*spec.sizes(batch)]}

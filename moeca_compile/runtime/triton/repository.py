@@ -1,0 +1,114 @@
+"""A model repository: a directory that `tritonserver --model-repository` takes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from moeca_compile.errors import BundleError, OptionError
+from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.manifest import FUSED, MANIFEST, STEP, WEIGHTS, Manifest
+from moeca_compile.runtime.triton.check import Specs, check_python, check_state, signature_of
+from moeca_compile.runtime.triton.config import BUNDLE, MODEL_FILE, python_config, state_config
+from moeca_compile.runtime.triton.pbtxt import dumps
+from moeca_compile.runtime.trt import runtime as trt
+from moeca_compile.runtime.writing import building
+
+CONFIG = "config.pbtxt"
+_MODEL = """\
+from moeca_compile.runtime.triton.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+"""
+
+
+def write_repository(
+    bundle: Bundle, directory: str | Path, name: str = "", *, batch: int = 1, sequences: int = 64,
+    idle_seconds: int = 60, provider: str = "CPUExecutionProvider", threads: int = 0,
+) -> tuple[Path, ...]:  # fmt: skip
+    """Write a bundle as models of a Triton server.
+
+    `<name>`: the python backend over a copy of the bundle, each sequence a trajectory, any batch. If the bundle has a
+    fused graph, `<name>_fused` too: onnxruntime's backend, where Triton keeps the state. Each config is read back
+    and held against the ONNX files before this returns.
+
+    Args:
+        directory: the repository; made if it isn't there. It may hold other models.
+        name: of the model; the bundle's without its ending by default.
+        batch: of a request to `<name>_fused`, whose state has fixed sizes.
+        sequences: trajectories at a time, at most.
+        idle_seconds: after which a sequence without requests is dropped.
+        provider: as for `Session.open`.
+        threads: of one operator; 0: the runtime's choice.
+
+    Returns:
+        The models' directories.
+
+    Raises:
+        BundleError: one of them exists, `directory` is in the bundle, or Triton can't serve the bundle.
+        OptionError: a name or number that can't be.
+    """
+    name = name or re.sub(r"[^A-Za-z0-9_-]", "_", bundle.path.resolve().stem)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise OptionError(f"name={name!r}: expected letters, digits, '_', '.' and '-'")
+    numbers = {"batch": batch, "sequences": sequences, "idle_seconds": idle_seconds, "threads": threads + 1}
+    if wrong := [key for key, value in numbers.items() if value < 1]:
+        raise OptionError(f"{', '.join(wrong)}: too small")
+    directory = Path(directory)
+    if directory.resolve().is_relative_to(bundle.path.resolve()):
+        raise BundleError(f"{str(directory)!r} is in the bundle, which holds its own files only: write it elsewhere")
+    manifest = bundle.manifest
+    config = python_config(
+        name, manifest.inputs, manifest.outputs, sequences=sequences, idle_seconds=idle_seconds, provider=provider,
+        threads=threads,
+    )  # fmt: skip
+    made = [directory / name]
+    with building(made[0]) as folder:
+        _copy(bundle, folder / "1" / BUNDLE, engines=provider == trt.NAME)
+        (folder / "1" / "model.py").write_text(_MODEL)
+        (folder / CONFIG).write_text(dumps(config))
+        check_python((folder / CONFIG).read_text(), Bundle.open(folder / "1" / BUNDLE).graphs)
+        if bundle.fused is not None:
+            made.append(directory / f"{name}_fused")
+            weights = folder / "1" / BUNDLE / WEIGHTS  # verified just now
+            write_fused(bundle.fused, weights, manifest, made[-1], batch, sequences, idle_seconds)
+    return tuple(made)
+
+
+def _copy(bundle: Bundle, folder: Path, engines: bool) -> None:
+    left_out = set() if engines else {one.file for one in bundle.manifest.engines}
+    try:
+        for file in {MANIFEST, *bundle.manifest.files} - left_out:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / file, folder / file)
+    except OSError as error:
+        raise BundleError(f"can't copy the bundle: {error}") from error
+
+
+def write_fused(
+    graph: bytes, weights: Path, manifest: Manifest, path: Path, batch: int, sequences: int, idle_seconds: int
+) -> None:
+    """A bundle's fused graph as a model of onnxruntime's backend."""
+    inputs, outputs = signature_of(graph)
+    names = [STEP, *(one.name for one in manifest.state)]
+    _demand_states(names, inputs, outputs)
+    state: Specs = {name: inputs.pop(f"{name}_in") for name in names}
+    for name in names:
+        del outputs[f"{name}_out"]
+    config = state_config(
+        path.name, list(inputs.values()), list(outputs.values()), state, batch, sequences=sequences,
+        idle_seconds=idle_seconds,
+    )  # fmt: skip
+    with building(path) as folder:
+        (folder / "1").mkdir()
+        (folder / "1" / MODEL_FILE).write_bytes(graph)
+        shutil.copyfile(weights, folder / "1" / WEIGHTS)
+        (folder / CONFIG).write_text(dumps(config))
+        check_state((folder / CONFIG).read_text(), graph, batch)
+
+
+def _demand_states(names: list[str], inputs: Specs, outputs: Specs) -> None:
+    missing = [one for one in names if f"{one}_in" not in inputs or f"{one}_out" not in outputs]
+    if missing:
+        raise BundleError(f"{FUSED} doesn't take and give {', '.join(missing)}: it isn't this bundle's")
