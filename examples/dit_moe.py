@@ -13,8 +13,9 @@ Shapes below: N samples, T tokens, D hidden size, E experts, K experts per token
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -230,16 +231,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One adaLN-Zero transformer block: attention, then mixture of experts."""
+    """One adaLN-Zero transformer block: attention, then the mixture of experts ``moe_layer(config)``."""
 
-    def __init__(self, config: DiTMoEConfig) -> None:
+    def __init__(self, config: DiTMoEConfig, moe_layer: Callable[[Any], nn.Module]) -> None:
         super().__init__()
         dim = config.hidden_size
         attention = Attention if config.attention == "plain" else QKNormAttention
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = attention(dim, config.num_heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.moe = SparseMoE(config)
+        self.moe = moe_layer(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -305,6 +306,8 @@ class FinalLayer(nn.Module):
 class DiTMoE(nn.Module):
     """The whole network. See `dit_moe` for the published configurations."""
 
+    moe_layer: ClassVar[Callable[[Any], nn.Module]] = SparseMoE
+
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
         self.config = config
@@ -314,7 +317,7 @@ class DiTMoE(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, dim)
         # A frozen parameter, not a buffer, because released checkpoints carry it as one.
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, self.moe_layer) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._init_weights()
 

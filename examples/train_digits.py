@@ -1,6 +1,7 @@
-"""Train the digits model and its judge; about 25 minutes on one CPU core.
+"""Train a digits model, and the judge of all of them; about 25 minutes on one CPU core.
 
-    python -m examples.train_digits                   # both, into examples/checkpoints
+    python -m examples.train_digits                   # the DiT-MoE and the judge, into examples/checkpoints
+    python -m examples.train_digits --model dsmoe --steps 3500        # the DSMoE alone, as it was committed
     python -m examples.train_digits --steps 200       # a quick look
     python -m examples.train_digits --evaluate        # class accuracy of the committed model's samples
 
@@ -13,9 +14,10 @@ import getopt
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,9 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples import digits
-from examples.dit_moe import SparseMoE
+from examples import digits, dsmoe
+from examples.dit_moe import DiTMoE, SparseMoE
+from examples.dsmoe import BiasRoutedMoE
 
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -42,7 +45,7 @@ def real_digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(data.target)
 
 
-def sorted_branches(self: SparseMoE, x: Tensor, flat_expert_indices: Tensor) -> Tensor:
+def sorted_branches(self: SparseMoE | BiasRoutedMoE, x: Tensor, flat_expert_indices: Tensor) -> Tensor:
     """Same result as `SparseMoE.moe_train`, but one gather for all experts instead of a mask for each.
 
     x (M,D), ids (M*K,) -> (M*K,D).
@@ -54,13 +57,36 @@ def sorted_branches(self: SparseMoE, x: Tensor, flat_expert_indices: Tensor) -> 
     return out[order.argsort()]
 
 
-def train_model(steps: int, seed: int = 0) -> None:
-    """Train the DiT-MoE from a seeded start."""
+def sorted_dispatch(self: BiasRoutedMoE, x: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
+    """Same result as `BiasRoutedMoE.dispatch`, likewise; x (T,D), ids (T,K), weights (T,K) -> (T,D)."""
+    branches = sorted_branches(self, x, topk_idx.flatten()).view(*topk_idx.shape, -1)
+    return (branches * topk_weight.unsqueeze(-1)).sum(dim=1)
+
+
+class Trained(NamedTuple):
+    """A model that can be trained: how to build and load it, its checkpoint, and its layers' faster dispatch."""
+
+    build: Callable[[], DiTMoE]
+    load: Callable[[], DiTMoE]
+    file: Path
+    method: str
+    faster: Callable[..., Tensor]
+
+
+MODELS = {
+    "dit_moe": Trained(digits.build_model, digits.load_model, digits.MODEL_FILE, "moe_train", sorted_branches),
+    "dsmoe": Trained(dsmoe.build_digits, dsmoe.load_digits, dsmoe.MODEL_FILE, "dispatch", sorted_dispatch),
+}
+
+
+def train_model(name: str, steps: int, seed: int = 0) -> None:
+    """Train one of `MODELS` from a seeded start."""
     torch.manual_seed(seed)
-    model = digits.build_model()
+    one = MODELS[name]
+    model = one.build()
     for block in model.blocks:
-        block.moe.moe_train = MethodType(sorted_branches, block.moe)
-    fit(model, digits.MODEL_FILE, steps, seed)
+        setattr(block.moe, one.method, MethodType(one.faster, block.moe))
+    fit(model, one.file, steps, seed)
 
 
 def fit(model: nn.Module, path: Path, steps: int, seed: int = 0) -> None:
@@ -144,29 +170,31 @@ def save(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: value.detach().half().contiguous() for name, value in state.items()}, path)
 
 
-def evaluate(images: int = 500, model: digits.Velocity | None = None) -> float:
-    """Class accuracy of samples of a model, by default the saved DiT-MoE: uncached, 50 steps, guidance 2."""
-    made = digits.sample(digits.load_model() if model is None else model, seed=0, n=images)
+def evaluate(model: digits.Velocity, images: int = 500) -> float:
+    """Class accuracy of samples of a model: uncached, 50 steps, guidance 2."""
+    made = digits.sample(model, seed=0, n=images)
     return digits.accuracy(made, digits.labels_of(images))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Options: --steps N (default 5000); --evaluate, only measure what is saved."""
+    """Options: --model dit_moe|dsmoe; --steps N (default 5000); --evaluate, only measure what is saved."""
     try:
-        pairs, rest = getopt.getopt(list(sys.argv[1:] if argv is None else argv), "", ["steps=", "evaluate"])
+        pairs, rest = getopt.getopt(list(sys.argv[1:] if argv is None else argv), "", ["model=", "steps=", "evaluate"])
         options = dict(pairs)
         steps = int(options.get("--steps", 5000))
     except (getopt.GetoptError, ValueError) as error:
         raise SystemExit(f"{error}\n{main.__doc__}") from None
-    if rest or steps < 1:
-        raise SystemExit(f"no positional arguments, and at least one step\n{main.__doc__}")
+    name = options.get("--model", "dit_moe")
+    if rest or steps < 1 or name not in MODELS:
+        raise SystemExit(f"no positional arguments, at least one step, {' or '.join(MODELS)}\n{main.__doc__}")
     torch.set_num_threads(1)
     if "--evaluate" not in options:
         started = time.perf_counter()
-        train_model(steps)
-        print(f"model trained in {(time.perf_counter() - started) / 60:.1f} min -> {digits.MODEL_FILE}")
-        print(f"classifier: {train_classifier():.1%} of held-out real digits")
-    print(f"class accuracy of 500 samples, 50 steps, guidance 2: {evaluate():.1%}")
+        train_model(name, steps)
+        print(f"{name} trained in {(time.perf_counter() - started) / 60:.1f} min -> {MODELS[name].file}")
+        if name == "dit_moe":  # the judge belongs to no model, and need not change with each
+            print(f"classifier: {train_classifier():.1%} of held-out real digits")
+    print(f"class accuracy of 500 samples, 50 steps, guidance 2: {evaluate(MODELS[name].load()):.1%}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             started = time.perf_counter()
             train(name, steps)
             print(f"{name}: trained in {(time.perf_counter() - started) / 60:.1f} min -> {FILES[name]}")
-        accuracy = evaluate(model=skip_dit.load_digits(skips=name == "skip"))
+        accuracy = evaluate(skip_dit.load_digits(skips=name == "skip"))
         print(f"{name}: class accuracy of 500 samples, 50 steps, guidance 2: {accuracy:.1%}")
 
 

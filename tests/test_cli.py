@@ -103,6 +103,19 @@ def test_calibrate_and_then_plan_another_budget(tmp_path: Path) -> None:
     assert "PSNR in dB with one expert stale" in run("drift", str(kept))[1]
 
 
+def test_drift_by_sampling(tmp_path: Path) -> None:
+    words = ("drift", "tests.toy:model", "--sample", "tests.toy:sample")
+    status, said = run(*words, "--picture", str(tmp_path / "d.png"), "--experts", str(tmp_path / "e.svg"))
+    assert status == 0
+    assert all(title in said for title in ("region", "branches of", "routed sum of", "experts of"))
+    assert min((tmp_path / name).stat().st_size for name in ("d.png", "e.svg")) > 1000
+    status, said = run(*words, "--gap", "2", "--json")
+    assert status == 0
+    found = json.loads(said)
+    assert (found["steps"], found["gap"], found["seeds"]) == (8, 2, 1)
+    assert found["regions"]["blocks.1.moe"]["by_step"]["transitions"][:2] == [None, None]
+
+
 def refused(*words: str) -> str:
     with pytest.raises(MoecaError) as error:
         CliRunner().invoke(app, words, catch_exceptions=False)
@@ -118,3 +131,8 @@ def test_what_can_t_be_loaded_is_said(tmp_path: Path) -> None:
     assert "can't be loaded into DiT" in refused("calibrate", "tests.toy:model", *sample, *missing, *rest)
     kept = ("--resume", str(tmp_path))
     assert "holds no calibration" in refused("plan", "tests.toy:model", *sample, *kept, *rest)
+
+
+def test_drift_of_a_folder_takes_no_options_of_sampling(tmp_path: Path) -> None:
+    assert "are for a model that is sampled now: add --sample" in refused("drift", str(tmp_path), "--gap", "2")
+    assert "holds no calibration" in refused("drift", str(tmp_path))

@@ -15,7 +15,7 @@ try:
     import typer
     from rich.console import Console, RenderableType
 
-    from moeca_compile.cli import bundles, deploy, plans
+    from moeca_compile.cli import bundles, deploy, drift, plans
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise
@@ -54,6 +54,7 @@ def diff(left: ScheduleFile, right: ScheduleFile, json: AsJson = False) -> None:
 
 
 plans.mount(app)
+drift.mount(app)
 bundles.mount(app)
 deploy.mount(app)
 

@@ -1,4 +1,4 @@
-"""What people name on the command line: `package.module:function`, looked for beside the current folder too."""
+"""What people name on the command line: `package.module:function`, beside the current folder too, and weights."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def load(source: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise OptionError(f"{source!r} can't be loaded: {error}") from error
+
+
+def weighted(model: Any, weights: Path | None) -> Any:
+    """The model in eval mode, with the weights of a file in the dtype that it has."""
+    if weights is not None:
+        from safetensors.torch import load_file
+
+        try:
+            model.load_state_dict(load_file(weights))
+        except (OSError, RuntimeError) as error:
+            raise OptionError(f"{weights} can't be loaded into {type(model).__name__}: {error}") from error
+    return model.eval().requires_grad_(False)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json as json_text
-import statistics
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from moeca_compile.cli.load import load
-from moeca_compile.errors import OptionError, ScheduleError
-from moeca_compile.inspect import drift as lines
-from moeca_compile.inspect import plots, schedules
+from moeca_compile.cli.load import load, weighted
+from moeca_compile.errors import ScheduleError
+from moeca_compile.inspect import schedules
 
 Source = Annotated[str, typer.Argument(help="package.module:function; it returns the model.")]
 Sample = Annotated[str, typer.Option(help="package.module:function; it takes (model, seed) and returns the samples.")]
@@ -35,7 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the schedule's facts
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to an app."""
-    for command in (calibrate, plan, drift):
+    for command in (calibrate, plan):
         app.command()(command)
 
 
@@ -60,7 +56,7 @@ def calibrate(
     if perturb and not json:
         print(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
     found = find(
-        _weighted(load(source)(), weights),
+        weighted(load(source)(), weights),
         load(sample),
         budget=budget,
         order=int(order) if order.isdecimal() else order,
@@ -99,60 +95,3 @@ def plan(
     if not any(resume.rglob("drift.npz")):  # a folder for each granularity
         raise ScheduleError(f"{resume} holds no calibration: run `moeca calibrate --resume {resume}` first")
     calibrate(source, sample, budget, out, weights, order, granularity, seeds, holdout, inner, resume, json=json)
-
-
-def drift(
-    kept: Annotated[Path, typer.Argument(help="The folder that a calibration kept.")],
-    picture: Annotated[Path | None, typer.Option(help="Draw drift by step into this .png or .svg.")] = None,
-    experts: Annotated[Path | None, typer.Option(help="Draw drift by expert into this .png or .svg.")] = None,
-    json: AsJson = False,
-) -> None:
-    """How far each step, and each expert, is from what a forecast would give; as a calibration measured it."""
-    from moeca_compile.study.store import Store
-
-    file = next(iter(sorted(kept.rglob("drift.npz"))), None)
-    store = Store(file.parent) if file is not None else None
-    found = store.drift() if store is not None else None
-    if store is None or found is None:
-        raise ScheduleError(f"{kept} holds no calibration: `moeca calibrate --resume {kept}` makes one")
-    measured, noted = found
-    split = store.drift(name="split")
-    steps: dict[str, list[float]] = {}
-    for one in (*((split[0],) if split is not None else ()), measured):
-        groups = [f"regions {', '.join(map(str, atom))}" for atom in one.atoms]
-        steps |= lines.by_step(one.steps, one.pairs, one.parts, groups)
-    layers = lines.by_expert(noted.get("experts", ()))
-    stale = lines.by_harm(map(asdict, store.harms()))
-    if picture is not None:
-        plots.save(plots.drift_map(steps, "how far the latent is moved by older outputs"), picture)
-    if experts is not None:
-        plots.save(plots.drift_map(layers, "forecast drift of each expert's gated output", "expert"), experts)
-    if json:
-        print(json_text.dumps({"steps": steps, "experts": layers, "stale": stale}, indent=1).replace("NaN", "null"))
-        return
-    console = Console(highlight=False)
-    for title, axis, found_lines in (
-        ("drift by step", "step", steps),
-        ("drift by expert", "expert", layers),
-        ("PSNR in dB with one expert stale", "expert", stale),
-    ):
-        table = Table(title, "least", "median", "most", "where it is most", box=None, padding=(0, 2, 0, 0))
-        for name, line in found_lines.items():
-            known = {at: value for at, value in enumerate(line) if value == value}
-            low, middle, high = (f(known.values()) for f in (min, statistics.median, max))
-            most = max(known, key=known.__getitem__)
-            table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{axis} {most}")
-        if found_lines:
-            console.print(table)
-
-
-def _weighted(model: Any, weights: Path | None) -> Any:
-    """The model in eval mode, with the weights of a file in the dtype that it has."""
-    if weights is not None:
-        from safetensors.torch import load_file
-
-        try:
-            model.load_state_dict(load_file(weights))
-        except (OSError, RuntimeError) as error:
-            raise OptionError(f"{weights} can't be loaded into {type(model).__name__}: {error}") from error
-    return model.eval().requires_grad_(False)

@@ -54,8 +54,29 @@ def hermite(step: int, seen: Sequence[int], contraction: float = 0.6) -> Coeffic
     return first + second / (seen[0] - seen[1]), -second / (seen[1] - seen[2])
 
 
+def damped_bend(step: int, seen: Sequence[int], share: float = 0.75) -> Coefficients:
+    """The linear extrapolation and a share of what order 2 adds to it."""
+    (line, _), (full, bend) = newton(step, seen[:2]), newton(step, seen)
+    return line + share * (full - line), share * bend
+
+
+def fitted_line(step: int, seen: Sequence[int]) -> Coefficients:
+    """The least-squares line through the last three outputs, at `step`."""
+    if len(seen) < 3:
+        return newton(step, seen)
+    middle = sum(seen) / 3
+    slope = (step - middle) / sum((at - middle) ** 2 for at in seen)
+    first, last = (1 / 3 + slope * (at - middle) for at in (seen[0], seen[2]))
+    return first - 1, -last
+
+
 ORDERS = tuple(Predictor(f"order-{order}", order + 1, order, newton) for order in range(3))
-OTHERS = (Predictor("damped", 2, None, damped), Predictor("hermite", 3, None, hermite))
+OTHERS = (
+    Predictor("damped", 2, None, damped),
+    Predictor("damped-bend", 3, None, damped_bend),
+    Predictor("fitted-line", 3, None, fitted_line),
+    Predictor("hermite", 3, None, hermite),
+)
 PREDICTORS = {predictor.name: predictor for predictor in (*ORDERS, *OTHERS)}
 
 

@@ -72,7 +72,7 @@ class Search:
             raise ScheduleError(self.too_tight(budget))
         uniform = self._uniform(budget)
         raced = min(RACED, len(self.race.seeds))
-        rivals = Rivals(self.race, uniform, self._optimistic)
+        rivals = Rivals(self.race, uniform, self.optimistic)
         rivals.probe(self._of_each_predictor(uniform))
         winners = self.race.halve(self._hopeful(planned), 1, raced, 2)
         winners = self._improve(winners, budget, raced, rivals)
@@ -100,13 +100,13 @@ class Search:
 
     def _of_each_predictor(self, plans: Sequence[Plan]) -> list[Plan]:
         best: dict[str, Plan] = {}
-        for plan in sorted(plans, key=lambda plan: -self._estimate(plan)):
+        for plan in sorted(plans, key=lambda plan: -self.estimate(plan)):
             best.setdefault(plan.predictor, plan)
         return list(best.values())
 
     def _hopeful(self, planned: Sequence[Plan]) -> list[Plan]:
         """The best by estimate, few of them with partial rows: their estimates err more."""
-        near = [plan for plan in planned if self._estimate(plan) >= self._estimate(planned[0]) - HOPELESS_DB]
+        near = [plan for plan in planned if self.estimate(plan) >= self.estimate(planned[0]) - HOPELESS_DB]
         mixed = [plan for plan in near if plan.partial][:MIXED]
         whole = [plan for plan in near if not plan.partial]
         return [*whole[: HOPEFUL - len(mixed)], *mixed]
@@ -114,36 +114,40 @@ class Search:
     def _planned(self, budget: Budget) -> list[Plan]:
         """Annealed plans, the best by estimate first: of each predictor, all rows in step; then with partial rows."""
         plans: list[Plan] = []
-        starts = [self._start(predictor, budget) for predictor in self.predictors]
-        first = [self._anneal(one, FULL + NONE, budget, heat=2.0, seed=0) for one in starts if one is not None]
-        lead = max(map(self._estimate, first), default=0.0)
+        first = [one for predictor in self.predictors if (one := self.proposed(predictor, budget)) is not None]
+        lead = max(map(self.estimate, first), default=0.0)
         for one in first:
-            if self._estimate(one) < lead - HOPELESS_DB:
+            if self.estimate(one) < lead - HOPELESS_DB:
                 plans.append(one)  # for the report
                 continue
             other = self._anneal(one, FULL + NONE, budget, heat=2.0, seed=1)
-            best = max(one, other, key=self._estimate)
+            best = max(one, other, key=self.estimate)
             for seed in range(2, 4):
                 best = self._anneal(best, FULL + NONE, budget, heat=0.5, seed=seed)
             plans += dict.fromkeys([one, other, best])  # estimates err by a decibel: the race decides among them
             if self.split is not None:
                 plans += self._mixed(best, self.split, budget)
-        plans.sort(key=lambda plan: -self._estimate(plan))
+        plans.sort(key=lambda plan: -self.estimate(plan))
         return plans
+
+    def proposed(self, predictor: Predictor, budget: Budget) -> Plan | None:
+        """The best by estimate, all rows in step; None: the budget allows nothing."""
+        start = self._start(predictor, budget)
+        return None if start is None else self._anneal(start, FULL + NONE, budget, heat=2.0, seed=0)
 
     def _mixed(self, whole: Plan, split: Drift, budget: Budget) -> list[Plan]:
         """The best with partial rows by estimate: of each kind alone, and of several together."""
-        self._shift[whole.predictor] = self._estimate(whole) - split.quality(whole, self.kinds)
+        self._shift[whole.predictor] = self.estimate(whole) - split.quality(whole, self.kinds)
         partial = self.letters.replace(FULL, "").replace(NONE, "")
         found = []
         for letter in partial:
             swapped = [put(whole.letters, at, letter) for at, old in enumerate(whole.letters) if at and old == FULL]
             starts = [Plan(one, whole.predictor) for one in swapped]
             if starts:
-                start = max(starts, key=self._estimate)
+                start = max(starts, key=self.estimate)
                 found.append(self._anneal(start, FULL + NONE + letter, budget, heat=0.5, seed=4, moves=FEW, mixed=True))
         if len(found) > 1 and self.variants > 3:
-            best = max(found, key=self._estimate)
+            best = max(found, key=self.estimate)
             found.append(self._anneal(best, FULL + NONE + partial, budget, heat=0.5, seed=5, mixed=True))
         return list(dict.fromkeys(found))
 
@@ -156,8 +160,8 @@ class Search:
         def allowed(plan: Plan) -> bool:
             return (bool(plan.partial) or not mixed) and inside(plan)
 
-        found = anneal(start, letters, self._estimate, allowed, moves=many, heat=heat, seed=seed)
-        return polish(found, self._estimate, allowed)
+        found = anneal(start, letters, self.estimate, allowed, moves=many, heat=heat, seed=seed)
+        return polish(found, self.estimate, allowed)
 
     def _start(self, predictor: Predictor, budget: Budget) -> Plan | None:
         """All rows in step: the dynamic programme's plan, or an even one where gaps are wider than was measured."""
@@ -171,7 +175,7 @@ class Search:
         errors = self.drift.errors(name, gap)
         chain = best_refreshes(errors, self.steps, count, gap) if count > 1 else None
         starts = [Plan(plan_of(one, self.steps), name) for one in (even, chain) if one is not None]
-        return max(starts, key=self._estimate)
+        return max(starts, key=self.estimate)
 
     def _improve(self, winners: list[Plan], budget: Budget, raced: int, rivals: Rivals) -> list[Plan]:
         """Local search by rollouts: the likeliest neighbours of the best plan, while the effort lasts."""
@@ -186,7 +190,7 @@ class Search:
             near = [plan for plan in neighbours(best, self._letters_of(best)) if plan not in tried and inside(plan)]
             if not near:
                 return winners
-            plan = max(near, key=self._estimate)
+            plan = max(near, key=self.estimate)
             tried.add(plan)
             if self.race.run(plan, 1) < self.race.quality(best, 1) - NEAR_DB:
                 continue
@@ -201,7 +205,7 @@ class Search:
     def _inside(self, budget: Budget) -> Callable[[Plan], bool]:
         return lambda plan: len(plan.partial) <= self.variants - 2 and self.costs.allows(plan, budget)
 
-    def _estimate(self, plan: Plan) -> float:
+    def estimate(self, plan: Plan) -> float:
         """Decibels up to a constant; of partial rows by their own drift, set to agree on the best plan without them."""
         if plan not in self._estimates:
             if plan.partial and self.split is not None:
@@ -211,22 +215,24 @@ class Search:
             self._estimates[plan] = found
         return self._estimates[plan]
 
-    def _optimistic(self, plan: Plan) -> float:
+    def optimistic(self, plan: Plan) -> float:
         """The estimate, or where it isn't known one that is too good."""
-        known = self._estimate(plan)
+        known = self.estimate(plan)
         return known if known > -math.inf else self.drift.quality(plan, self.kinds, beyond=True)
 
     def _note(self, uniform: Collection[Plan], planned: Sequence[Plan]) -> None:
         """Keep the best of each family for the report: what won, and what did not."""
         for plan in self.race.seen:
-            self._keep(plan, "uniform " if plan in uniform else "", self.race.quality(plan, self.race.count(plan)), "")
+            before = "uniform " if plan in uniform else ""
+            self.keep(plan, self.race.quality(plan, self.race.count(plan)), before=before)
         ruler = max(self.race.seen, key=lambda plan: (self.race.count(plan), plan.letters))
-        known = self.race.quality(ruler, self.race.count(ruler)) - self._optimistic(ruler)
+        known = self.race.quality(ruler, self.race.count(ruler)) - self.optimistic(ruler)
         for plan in planned:
-            if plan not in self.race.seen and self._estimate(plan) > -math.inf:
-                self._keep(plan, "", known + self._estimate(plan), ", by estimate")
+            if plan not in self.race.seen and self.estimate(plan) > -math.inf:
+                self.keep(plan, known + self.estimate(plan), ", by estimate")
 
-    def _keep(self, plan: Plan, before: str, quality: float, after: str) -> None:
+    def keep(self, plan: Plan, quality: float, after: str = "", before: str = "") -> None:
+        """Add to `found`."""
         kinds = "".join(f" with {letter}" for letter in sorted(plan.partial))
         name = f"{before}{plan.predictor}{kinds}{after}"
         self.found[name] = max(self.found.get(name, -math.inf), quality)

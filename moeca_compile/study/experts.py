@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_compile import fx
-from moeca_compile.autocast import autocast_is
 from moeca_compile.program import Program
-from moeca_compile.regions import ExpertsInfo, Region
+from moeca_compile.regions import Region
 from moeca_compile.study.handle import Call
+from moeca_compile.study.routed import Reading, RoutedLayer, values_of
 
 EVERY, RUN = 6, 3  # of so many steps the first few are looked at
 
@@ -41,7 +40,7 @@ class ExpertWatch:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.layers = [(region, info) for region in program.regions for info in region.experts]
+        self.layers = [RoutedLayer(program, region, info) for region in program.regions for info in region.experts]
         self._last: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
         self._sums: dict[tuple[str, int], list[float]] = {}
         self._parts: dict[str, tuple[Region, int]] = {}
@@ -59,27 +58,30 @@ class ExpertWatch:
         self._streams[call.stream] = step
         if step % EVERY >= RUN:
             return
-        env = _values(self.program, call.args)
-        for region, info in self.layers:
-            parts = contributions(self.program, region, info, env)
-            if parts is not None:
-                self._take(region, info, call.stream, step, *parts)
+        values = values_of(self.program, call.args, {node for layer in self.layers for node in layer.needs})
+        for layer in self.layers:
+            reading = layer.read(values)
+            if reading is not None:
+                self._take(layer, call.stream, step, reading)
 
-    def _take(self, region: Region, info: ExpertsInfo, stream: str, step: int, parts: Tensor, counts: Tensor) -> None:
-        kept = self._last.setdefault((info.node, stream), [])
-        self._parts[info.node] = (region, len(parts))
+    def _take(self, layer: RoutedLayer, stream: str, step: int, reading: Reading) -> None:
+        name = layer.info.node
+        parts = torch.stack([reading.part(expert) for expert in range(reading.experts)])  # [experts, T, D]
+        counts = reading.ids.flatten().bincount(minlength=reading.experts)
+        kept = self._last.setdefault((name, stream), [])
+        self._parts[name] = (layer.region, len(parts))
         for expert, count in enumerate(counts.tolist()):
-            self._sum(info.node, expert)[0] += count
+            self._sum(name, expert)[0] += count
         if len(kept) == 2 and [at for at, _ in kept] == [step - 1, step - 2]:
             (_, one), (_, two) = kept
             reuse = (parts - one).square().mean(dim=(1, 2)).tolist()
             forecast = (parts - 2 * one + two).square().mean(dim=(1, 2)).tolist()
             for expert in range(len(parts)):
-                sums = self._sum(info.node, expert)
+                sums = self._sum(name, expert)
                 sums[1] += reuse[expert]
                 sums[2] += forecast[expert]
                 sums[3] += 1
-        self._last[info.node, stream] = [(step, parts), *kept][:2]
+        self._last[name, stream] = [(step, parts), *kept][:2]
 
     def _sum(self, node: str, expert: int) -> list[float]:
         return self._sums.setdefault((node, expert), [0.0] * 4)
@@ -105,50 +107,3 @@ class ExpertWatch:
 
     def as_json(self) -> list[dict[str, Any]]:
         return [asdict(one) for one in self.found()]
-
-
-def _values(program: Program, args: Any) -> dict[torch.fx.Node, Any]:
-    """Every node's value for a call with `args`."""
-    gm = program.analysis.gm
-    positions = {one.name: i for i, one in enumerate(program.analysis.context.inputs)}
-    interpreter = torch.fx.Interpreter(gm, garbage_collect_values=False)
-    with autocast_is(()), torch.no_grad():
-        interpreter.run(*(args[positions[node.name]] for node in fx.placeholders(gm)))
-    return interpreter.env
-
-
-def contributions(
-    program: Program, region: Region, info: ExpertsInfo, env: dict[torch.fx.Node, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """[experts, tokens, channels] float32 and how many branches each expert has; None: the sum isn't by token."""
-    gm = program.analysis.gm
-    (node,) = fx.resolve(gm, (info.node,))
-    (ids_node,) = fx.resolve(gm, (info.ids,))
-    (output,) = fx.resolve(gm, region.outputs[:1])
-    y, ids = env[node], env[ids_node]
-    ids = ids.reshape(y.shape[:2])
-
-    def outcome(of: Tensor) -> Tensor:
-        """The region's output if the experts had given `of`."""
-        values = {node: of}
-        inside = set(region.body) | {output.name}
-        interpreter = torch.fx.Interpreter(gm)
-        for one in gm.graph.nodes:
-            if one.name in inside and one is not node and any(source in values for source in one.all_input_nodes):
-                interpreter.env = {source: values.get(source, env[source]) for source in one.all_input_nodes}
-                values[one] = interpreter.run_node(one)
-        return values[output] if output in values else env[output]
-
-    with autocast_is(()), torch.no_grad():
-        base = outcome(torch.zeros_like(y)).float()
-        if base.numel() != y.shape[0] * y.shape[2]:
-            return None
-        gates = []
-        for slot in range(y.shape[1]):  # the sum is linear in y: ones in one slot show that slot's gate
-            ones = torch.zeros_like(y)
-            ones[:, slot] = 1
-            gates.append((outcome(ones).float() - base).reshape(y.shape[0], y.shape[2]).mean(dim=1))
-        gated = torch.stack(gates, dim=1).unsqueeze(-1) * y.float()
-        count = max(int(ids.max()) + 1, info.router.num_experts if info.router is not None else 0)
-        parts = torch.stack([(gated * (ids == expert).unsqueeze(-1)).sum(dim=1) for expert in range(count)])
-        return parts, ids.flatten().bincount(minlength=count)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.plan.budget import Budget
-from moeca_compile.plan.predict import Predictor, predictors_of
+from moeca_compile.plan.predict import OTHERS, Predictor, predictors_of
 
 EFFORT = 1.25  # of the rollouts, in uncached trajectories a seed
 
@@ -20,6 +20,7 @@ class Request:
     text: str
     budget: Budget
     predictors: tuple[Predictor, ...]
+    others: tuple[Predictor, ...]  # only tried, for the report
     max_variants: int
     seeds: tuple[int, ...]
     holdout: tuple[int, ...]
@@ -69,6 +70,7 @@ class Request:
             text=budget,
             budget=limits,
             predictors=predictors_of(order),
+            others=OTHERS if order == "auto" else (),
             max_variants=max_variants,
             seeds=seeds,
             holdout=holdout,

@@ -1,6 +1,6 @@
 """How much the sample suffers when one expert is stale: perturbed on purpose, one trajectory for each expert.
 
-At every second step the expert's part of its layer's output (`study/experts.py`) is the one of the step before, as an
+At every second step the expert's part of its layer's output (`Reading.part`) is the one of the step before, as an
 interval of 2 with copies would have it for this expert alone; everything else is computed. What that does to the final
 sample is the expert's harm. Beside the expert's drift it knows what later steps make of the error.
 
@@ -10,17 +10,17 @@ trajectories for each expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeca_compile import fx
 from moeca_compile.autocast import autocast_is
 from moeca_compile.regions import ExpertsInfo, Region
-from moeca_compile.study.experts import contributions
 from moeca_compile.study.handle import Call, Handle
+from moeca_compile.study.routed import RoutedLayer, in_graph_order
 
 PRICE = 2  # uncached trajectories for each expert, about
 
@@ -45,7 +45,7 @@ class _Stale:
     """Watches a run and puts other results in the place of its own at every second step."""
 
     def __init__(self, handle: Handle, region: Region, info: ExpertsInfo, expert: int) -> None:
-        self.program, self.region, self.info, self.expert = handle.program, region, info, expert
+        self.program, self.layer, self.expert = handle.program, RoutedLayer(handle.program, region, info), expert
         self.kept: dict[str, tuple[int, Tensor]] = {}
 
     def __call__(self, call: Call) -> tuple[Any, ...] | None:
@@ -71,25 +71,22 @@ class _Interpreter(torch.fx.Interpreter):
         super().__init__(of.program.analysis.gm, garbage_collect_values=False)
         self.of, self.stale = of, stale
         self.part: Tensor | None = None
-        (self.cut,) = fx.resolve(of.program.analysis.gm, of.region.outputs[:1])
 
-    def results(self, args: Any) -> tuple[Any, ...] | None:
-        positions = {one.name: i for i, one in enumerate(self.of.program.analysis.context.inputs)}
-        names = [node.name for node in fx.placeholders(self.of.program.analysis.gm)]
+    def results(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
         try:
             with autocast_is(()), torch.no_grad():
-                return tuple(self.run(*(args[positions[name]] for name in names)))
+                return tuple(self.run(*in_graph_order(self.of.program, args)))
         except _Enough:
             return None
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
-        if n is not self.cut:
+        if n is not self.of.layer.output:
             return value
-        found = contributions(self.of.program, self.of.region, self.of.info, self.env)
-        if found is None:
+        reading = self.of.layer.read(self.env)
+        if reading is None:
             raise _Enough
-        self.part = found[0][self.of.expert]
+        self.part = reading.part(self.of.expert)
         if self.stale is None:
             raise _Enough
         return value + (self.stale - self.part).reshape(value.shape).to(value.dtype)

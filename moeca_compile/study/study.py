@@ -15,6 +15,7 @@ from moeca_compile.inspect.progress import Tick
 from moeca_compile.plan.cheapest import cheapest
 from moeca_compile.plan.cost import Costs
 from moeca_compile.plan.drift import Drift, extended
+from moeca_compile.plan.others import try_others
 from moeca_compile.plan.quality import mean_psnr
 from moeca_compile.plan.race import Race
 from moeca_compile.plan.rows import FULL, NONE, PARTIAL, Plan
@@ -202,7 +203,8 @@ class Study:
     @cached_property
     def costs(self) -> Costs:
         timed = self.request.budget.latency is not None
-        return costs(self.handle, self.letters, self.request.predictors, self.request.seeds[0], timed)
+        predictors = (*self.request.predictors, *self.request.others)
+        return costs(self.handle, self.letters, predictors, self.request.seeds[0], timed)
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -266,6 +268,7 @@ class Study:
         begin, sampled = self.handle.clock(), self.handle.seconds
         budget = self.request.budget
         plan = cheapest(search, budget) if budget.psnr_db is not None else search.best(budget)
+        try_others(search, self.request.others, plan, budget)
         self.seconds["plan"] = self.handle.clock() - begin - (self.handle.seconds - sampled)
         return plan, search
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,23 @@ def test_damped_and_hermite_go_less_far_than_the_line() -> None:
     assert predict.hermite(7, (5, 3))[0] == pytest.approx(2 * 0.6**2 * line)
     # full contraction 1/sqrt(2) leaves the line as it is
     assert predict.hermite(7, (5, 3), contraction=0.5**0.5)[0] == pytest.approx(line)
+
+
+def test_a_damped_bend_lies_between_the_orders() -> None:
+    seen = (9, 7, 4)
+    one, two = forecast.newton(12, seen[:2]), forecast.newton(12, seen)
+    for share, expected in ((0.0, one), (1.0, two)):
+        assert predict.damped_bend(12, seen, share) == pytest.approx(expected)
+
+
+@given(st.tuples(*[st.integers(-5, 5)] * 3))
+def test_the_fitted_line_is_numpys(values: tuple[int, int, int]) -> None:
+    seen = (9, 7, 4)
+    c0, c1 = predict.fitted_line(12, seen)
+    y0, y1, y2 = values
+    fit = np.polynomial.Polynomial.fit(seen, values, 1)
+    assert y0 + c0 * (y0 - y1) + c1 * (y1 - y2) == pytest.approx(fit(12), abs=1e-9)
+    assert predict.fitted_line(12, seen[:2]) == forecast.newton(12, seen[:2])
 
 
 def test_which_orders_are_tried() -> None:

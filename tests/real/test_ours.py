@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from examples.dit_moe import dit_moe
+from examples.dsmoe import DSMoE, DSMoEConfig
 from examples.skip_dit import SkipDiT
 from tests.facts import Recorder
 from tests.following import Runner, assert_follows_the_oracle, subject_of
-from tests.models import DiT
 from tests.tools import schedule_of
 
 SIZES = {"input_size": 8, "in_channels": 1, "num_classes": 10}
@@ -34,11 +34,17 @@ def dit_moe_small() -> nn.Module:
     return dit_moe("S/2-8E2A", depth=2, hidden_size=24, num_heads=2, expert_hidden=16, shared_hidden=16, **SIZES)
 
 
+def dsmoe_small() -> nn.Module:
+    config = DSMoEConfig(
+        hidden_size=24, depth=2, num_heads=2, num_experts=16, experts_per_token=4, expert_hidden=8, shared_hidden=16,
+        learn_sigma=False, **SIZES,
+    )  # fmt: skip
+    return DSMoE(config)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int], str]] = {
     "DiT-MoE (examples/dit_moe.py)": (dit_moe_small, {"attention": 2, "experts": 2}, "token choice"),
-    "DSMoE-like (sigmoid, selection bias, shared)": (
-        lambda: DiT("nonzero", channels=1), {"attention": 2, "experts": 2}, "token choice"
-    ),
+    "DSMoE (examples/dsmoe.py)": (dsmoe_small, {"attention": 2, "experts": 2}, "token choice"),
     "Skip-DiT (examples/skip_dit.py)": (
         lambda: SkipDiT(depth=4, hidden_size=24, num_heads=2, **SIZES), {"attention": 4, "mlp": 4}, ""
     ),

@@ -1,0 +1,129 @@
+"""`moeca drift`: how a model changes from step to step, at the command line."""
+
+from __future__ import annotations
+
+import json as json_text
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moeca_compile.cli.load import load, weighted
+from moeca_compile.errors import OptionError, ScheduleError
+from moeca_compile.inspect import branch_plots, branches, plots
+from moeca_compile.inspect import drift as lines
+from moeca_compile.inspect.progress import bar
+
+Of = Annotated[str, typer.Argument(help="A folder that a calibration kept; with --sample, package.module:function.")]
+Sample = Annotated[
+    str | None, typer.Option(help="package.module:function; it takes (model, seed); runs the model now.")
+]
+Weights = Annotated[Path | None, typer.Option(help="A .safetensors file to load into the model.")]
+Seeds = Annotated[int, typer.Option(help="How many seeds are sampled: 0, 1, ...")]
+Gap = Annotated[int, typer.Option(help="How many steps back values are compared with.")]
+Inner = Annotated[str, typer.Option(help="inductor or eager.")]
+Picture = Annotated[Path | None, typer.Option(help="Draw drift by step into this .png or .svg.")]
+Experts = Annotated[Path | None, typer.Option(help="Draw drift by expert into this .png or .svg.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the command to an app."""
+    app.command()(drift)
+
+
+def drift(
+    of: Of,
+    sample: Sample = None,
+    weights: Weights = None,
+    seeds: Seeds = 1,
+    gap: Gap = 1,
+    inner: Inner = "eager",
+    picture: Picture = None,
+    experts: Experts = None,
+    json: AsJson = False,
+) -> None:
+    """How far each step is from what a cache would give: as a calibration measured it, or by sampling a model now.
+
+    Sampling also tells tokens, branches and experts apart.
+    """
+    if sample is None:
+        if weights is not None or (seeds, gap, inner) != (1, 1, "eager"):
+            raise OptionError("--weights, --seeds, --gap and --inner are for a model that is sampled now: add --sample")
+        _kept(Path(of), picture, experts, json)
+    else:
+        _sampled(of, sample, weights, seeds, gap, inner, picture, experts, json)
+
+
+def _sampled(
+    source: str, sample: str, weights: Path | None, seeds: int, gap: int, inner: str,
+    picture: Path | None, experts: Path | None, json: bool,
+) -> None:  # fmt: skip
+    from moeca_compile.study.branches import branch_drift
+
+    model = weighted(load(source)(), weights)
+    with bar(not json) as tick:
+        found = branch_drift(model, load(sample), range(seeds), gap, inner, tick)
+    title = f"{source}, {found['steps']} steps, gap {gap}"
+    if picture is not None:
+        plots.save(branch_plots.by_layer(found, title), picture)
+    if experts is not None:
+        plots.save(branch_plots.by_expert(found, title), experts)
+    if json:
+        _print_json(found)
+        return
+    console = Console(highlight=False)
+    for table in branches.tables(found["regions"]):
+        console.print(table, "")
+    apart = branches.not_told_apart(found["regions"])
+    if apart:
+        console.print(f"as a whole only, for their branches can't be told apart: {', '.join(apart)}")
+
+
+def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
+    from moeca_compile.study.store import Store
+
+    file = next(iter(sorted(kept.rglob("drift.npz"))), None)
+    store = Store(file.parent) if file is not None else None
+    found = store.drift() if store is not None else None
+    if store is None or found is None:
+        raise ScheduleError(f"{kept} holds no calibration: `moeca calibrate --resume {kept}` makes one")
+    measured, noted = found
+    split = store.drift(name="split")
+    steps: dict[str, list[float]] = {}
+    for one in (*((split[0],) if split is not None else ()), measured):
+        groups = [f"regions {', '.join(map(str, atom))}" for atom in one.atoms]
+        steps |= lines.by_step(one.steps, one.pairs, one.parts, groups)
+    layers = lines.by_expert(noted.get("experts", ()))
+    stale = lines.by_harm(map(asdict, store.harms()))
+    if picture is not None:
+        plots.save(plots.drift_map(steps, "how far the latent is moved by older outputs"), picture)
+    if experts is not None:
+        plots.save(plots.drift_map(layers, "forecast drift of each expert's gated output", "expert"), experts)
+    if json:
+        _print_json({"steps": steps, "experts": layers, "stale": stale})
+        return
+    console = Console(highlight=False)
+    for title, axis, found_lines in (
+        ("drift by step", "step", steps),
+        ("drift by expert", "expert", layers),
+        ("PSNR in dB with one expert stale", "expert", stale),
+    ):
+        table = Table(title, "least", "median", "most", "where it is most", box=None, padding=(0, 2, 0, 0))
+        for name, line in found_lines.items():
+            known = {at: value for at, value in enumerate(line) if value == value}
+            low, middle, high = (f(known.values()) for f in (min, statistics.median, max))
+            most = max(known, key=known.__getitem__)
+            table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{axis} {most}")
+        if found_lines:
+            console.print(table)
+
+
+def _print_json(found: Mapping[str, Any]) -> None:
+    """Numbers that aren't known are null."""
+    print(json_text.dumps(found, indent=1).replace("NaN", "null"))
