@@ -141,7 +141,7 @@ def is_view(node: Node) -> bool:
 
 def is_experts(node: Node) -> bool:
     """Whether the node is our `moeca::experts` call."""
-    return isinstance(node.target, OpOverload) and node.target.namespace == "moeca"
+    return isinstance(node.target, OpOverload) and node.target.name() == "moeca::experts"
 
 
 def is_view_or_part(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 The router runs at every step, for all tokens, and the current gates combine. A PARTIAL row computes all branches of the
 block's chosen tokens, and beyond them a fixed number of branches a sample: transitions first, then those that are worst
-by now (`branches.priority`). They go through the same operator, one row a branch. Shared experts are kept beside the
+by now (`branch_ops.pick`). They go through the same operator, one row a branch. Shared experts are kept beside the
 branches, token by token.
 """
 
@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from moeca_compile import fx
 from moeca_compile.fx import aten
-from moeca_compile.passes.branches import priority, settle
+from moeca_compile.passes.branches import due, settle
 from moeca_compile.passes.kept import State
 from moeca_compile.passes.parts import Parts, copies
 from moeca_compile.passes.slice_tokens import Slice
@@ -112,11 +112,11 @@ def _pick(
     if tokens is not None:
         positions.append((tokens[..., None] * top_k + torch.arange(top_k, device=ids.device)).flatten(1))
     if count:
-        rank = priority(ids, gates, scores, now, order, state, sensitivity, quota)["priority"]
-        if tokens is not None:  # their branches are computed already
+        taken = None
+        if tokens is not None:
             taken = torch.zeros(batch, length, dtype=torch.bool, device=ids.device).scatter(1, tokens, True)
-            rank = torch.where(taken[..., None], -9.0, rank)
-        positions.append(rank.flatten(1).topk(count, dim=1).indices)
+        wanted = due(scores, now, order, state)
+        positions.append(torch.ops.moeca.pick(ids, gates, state["held"], wanted, taken, sensitivity, quota, count))
     where = torch.cat(positions, dim=1)
     rows = x.reshape(batch, length, -1)
     width = rows.shape[-1]

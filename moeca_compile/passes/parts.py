@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile import fx
 from moeca_compile.errors import InvariantError
-from moeca_compile.passes.branches import moved
+from moeca_compile.passes.branches import due, moved
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.kept import State, forecast, overdue, refreshed
 from moeca_compile.passes.ports import Ports
@@ -137,15 +137,10 @@ def choose(
         weight = branches["gates"].float().abs() * (1.0 if sensitivity is None else sensitivity[held])
     if own is None:
         assert branches is not None  # an experts region: what chooses there is its own state
-        due = (
-            overdue(branches, now, order)
-            if scores is None
-            else branches["drift"] + moved(scores, branches["scores"])[..., None]
-        )
-        score = (weight * due).sum(-1)
+        score = (weight * due(scores, now, order, branches)).sum(-1)
     else:
-        due = overdue(own, now, order) if entering is None else own["drift"] + moved(entering, own["seen"])
-        score = due * (weight if isinstance(weight, float) else weight.sum(-1))
+        wanted = overdue(own, now, order) if entering is None else own["drift"] + moved(entering, own["seen"])
+        score = wanted * (weight if isinstance(weight, float) else weight.sum(-1))
     return {"chosen": score.topk(count, dim=1).indices.sort(dim=1).values}
 
 
