@@ -42,13 +42,20 @@ def inputs(step: int, speed: float, tokens: int = 4) -> dict[str, Tensor]:
 
 
 @cache
-def subject(
-    style: str = "numpy", top_k: int = 2, speed: float = WILD, shared: bool = True, depth: int = 2
-) -> Subject:
+def subject(style: str = "numpy", top_k: int = 2, speed: float = WILD, shared: bool = True, depth: int = 2) -> Subject:
     torch.manual_seed(0)
     style, _, kind = style.partition(" ")
     model = DiT(
-        style=style, depth=depth, dim=16, heads=2, num_experts=5, top_k=top_k, hidden=12, size=4, channels=2, shared=shared
+        style=style,
+        depth=depth,
+        dim=16,
+        heads=2,
+        num_experts=5,
+        top_k=top_k,
+        hidden=12,
+        size=4,
+        channels=2,
+        shared=shared,
     )
     for block in model.blocks:
         with torch.no_grad():
