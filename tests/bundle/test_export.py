@@ -274,14 +274,14 @@ def test_an_export_that_fails_leaves_nothing(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: Schedule, model: DiT
 ) -> None:
     def lower(*args: Any) -> Any:
-        return {"model": {}, "dtype": "float32"}, {}
+        return {"model": {}, "dtype": "float32", "sizes": []}, {}
 
     def fail(*args: Any) -> Any:
         raise OSError("no space left on device")
 
     for name in ("write_golden", "write_manifest", "check_export", "write_graphs"):
         monkeypatch.setattr(entry, name, fail if name == what else lambda *args: None)
-    monkeypatch.setattr(entry, "_lower", lower)
+    monkeypatch.setattr(entry, "_lower_all", lower)
     with pytest.raises(OSError, match="no space"):
         moeca.export(model, call_of(2), schedule, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -317,6 +317,13 @@ def test_partial_rows_are_refused(tmp_path: Path, model: DiT, schedule: Schedule
     partial = replace(schedule, rows=(*schedule.rows[:1], (Partial(0.5), Partial(0.5))), period=2)
     with pytest.raises(BundleError, match="has PARTIAL ones"):
         moeca.export(model, call_of(2), partial, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adaptive_schedules_are_refused(tmp_path: Path, model: DiT) -> None:
+    for schedule in ("adaptive:0.1", Schedule.watching(0.2, order=0)):
+        with pytest.raises(BundleError, match="the schedule is adaptive: .* Export a static one, such as 'uniform:3'"):
+            moeca.export(model, call_of(2), schedule, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
