@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx
 import pytest
 
 import moeca_compile as moeca
+from moeca_compile.adaptive import Adaptive
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import Manifest, bundle_id
@@ -183,6 +185,16 @@ def test_a_schedule_of_another_graph(copy: Path) -> None:
     (copy / "schedule.json").write_text(json.dumps({**data, "fingerprint": "0" * 16}))
     seal(copy)
     with pytest.raises(BundleError, match="of another graph"):
+        open_it(copy)
+
+
+def test_an_adaptive_schedule(copy: Path) -> None:
+    """Its rows are the bundle's, but nothing in it could choose among them."""
+    other = Schedule.load(copy / "schedule.json")
+    adaptive = Adaptive((0.3, 0.2, 0.1))
+    replace(other, rows=other.distinct_rows(), period=0, adaptive=adaptive).save(copy / "schedule.json")
+    seal(copy)
+    with pytest.raises(BundleError, match="the schedule is adaptive, which a bundle can't be"):
         open_it(copy)
 
 
