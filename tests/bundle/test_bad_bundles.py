@@ -13,7 +13,6 @@ from typing import Any
 import onnx
 import pytest
 
-import moeca_compile as moeca
 from moeca_compile.adaptive import Adaptive
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle import Bundle
@@ -21,7 +20,7 @@ from moeca_compile.runtime.manifest import Manifest, bundle_id
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
-from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, small_model
+from tests.bundle.conftest import PROVIDERS, Edit, edit_manifest
 
 
 def open_it(folder: Path, provider: str = PROVIDERS[0]) -> Session:
@@ -157,12 +156,20 @@ def test_swapped_variants_with_checksums_that_fit(provider: str, copy: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def sibling(exported: Bundle, schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same network with other weights, and every file's own checksums."""
-    model = small_model()
-    model.out.weight.data.mul_(2)
+def sibling(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same network with other weights, and every file's own checksums: as good a bundle."""
     path = tmp_path_factory.mktemp("sibling") / "b"
-    moeca.export(model, call_of(2), schedule, path, dynamic_batch=False)
+    shutil.copytree(exported.path, path)
+    weights = bytearray((path / "weights.bin").read_bytes())
+    weights[0] ^= 1
+    (path / "weights.bin").write_bytes(weights)
+    identity = bundle_id(checksum(path / "schedule.json"), checksum(path / "weights.bin"))
+    for file in path.glob("*.onnx"):
+        model = onnx.load(file, load_external_data=False)
+        next(one for one in model.metadata_props if one.key == "moeca.id").value = identity
+        file.write_bytes(model.SerializeToString())
+    seal(path)
+    open_it(path)
     return path
 
 

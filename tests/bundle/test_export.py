@@ -81,7 +81,7 @@ def test_any_batch(session: Session, model: DiT, batch: int) -> None:
 def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
     """One token a sample and eight experts: the example's two samples hit half of them at most."""
     model = small_model(size=2, num_experts=8)
-    moeca.export(model, call_of(2, size=2), "uniform:2", tmp_path / "sparse")
+    moeca.export(model, call_of(2, size=2), "uniform:2", tmp_path / "sparse", dynamic_batch=False)
     session = Session.open(tmp_path / "sparse", threads=1)
     hit: set[int] = set()
     model.blocks[0].moe.router.register_forward_hook(
@@ -99,7 +99,9 @@ def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
 
 def test_the_targets_decide_the_form_of_the_experts(tmp_path: Path, model: DiT) -> None:
     with pytest.warns(MoecaWarning, match="here 'dense': onnx would run 'segments' faster"):
-        bundle = moeca.export(model, call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"))
+        bundle = moeca.export(
+            model, call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"), dynamic_batch=False
+        )
     assert bundle.manifest.data["expert_lowering"] == "dense"
     assert bundle.manifest.data["targets"] == ["onnx", "tensorrt"]
     assert b"NonZero" not in bundle.graphs[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy as copies
+import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +22,17 @@ from moeca_compile.lower.tensorrt import build_engines
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.dispatch import Tracks, run_step
+from moeca_compile.runtime.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.runtime.triton import write_repository
 from moeca_compile.runtime.verify import relative_error, verify
 from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, named, small_model
+from tests.bundle.test_fuzz import mutate_entry
 from tests.models import DiT
 
 SIZES = (8, 4)
+MUTATIONS = 150
 SCHEDULE = "uniform:2"
 
 
@@ -164,6 +170,29 @@ def test_a_missing_graph_of_a_further_size(sized: Bundle, tmp_path: Path) -> Non
     (tmp_path / "copy" / "size_1_v1.onnx").unlink()
     with pytest.raises(BundleError, match=r"size_1_v1\.onnx is missing"):
         Session.open(tmp_path / "copy")
+
+
+def test_mutated_sizes(sized: Bundle, tmp_path: Path) -> None:
+    """A clean error, or the result that the bundle gave before."""
+
+    def result(folder: Path) -> list[bytes]:
+        session = Session.open(folder, threads=1)
+        return [session.run(named(call_of(2, size=size)))["output"].tobytes() for size in SIZES]
+
+    dice, wanted, refused = random.Random(4), result(sized.path), 0
+    folder = tmp_path / "copy"
+    shutil.copytree(sized.path, folder)
+    original = json.loads((folder / MANIFEST).read_text())
+    for _ in range(MUTATIONS):
+        data = copies.deepcopy(original)
+        mutate_entry(data["sizes"], dice)
+        data["digest"] = digest_of(data)
+        (folder / MANIFEST).write_text(json.dumps(data))
+        try:
+            assert result(folder) == wanted
+        except MoecaError:
+            refused += 1
+    assert MUTATIONS / 2 < refused < MUTATIONS
 
 
 @pytest.mark.parametrize(
