@@ -23,13 +23,15 @@ def cheapest(search: Search, budget: Budget) -> Plan:
     low, high = 0.0, most
     holds: list[Plan] = []
     missed: list[float] = []
+    told: dict[Plan, dict[str, float]] = {}  # what was tried beside a plan, at its cost
     whole, everyone = search.effort, len(search.race.seeds)
     fraction = min(most, 0.34)
     for _ in range(5):
-        search.effort = search.race.spent + whole / 5
+        search.effort, search.found = search.race.spent + whole / 5, {}
         try:
             plan = search.best(replace(budget, macs=fraction, psnr_db=None))
             quality = search.race.quality(plan, everyone)
+            told[plan] = search.found
         except ScheduleError:  # nothing is that cheap
             if fraction == most:
                 raise
@@ -53,4 +55,6 @@ def cheapest(search: Search, budget: Budget) -> Plan:
             f"psnr:{wanted:g} can't be held within the other limits of the budget: the best plan found there reaches "
             f"{max(missed):.1f} dB"
         )
-    return min(holds, key=search.costs.fraction)
+    best = min(holds, key=search.costs.fraction)
+    search.found = told.get(best, {})
+    return best

@@ -97,6 +97,8 @@ def test_a_quality_budget_gives_the_cheapest_that_holds_it() -> None:
     plan = cheapest(other, Budget(psnr_db=middle - 0.5))
     assert other.race.quality(plan, SEEDS) >= middle - 0.5
     assert COSTS.fraction(plan) <= 0.45
+    reached = {name: quality for name, quality in other.found.items() if "estimate" not in name}
+    assert reached["uniform order-1"] < middle, "what is told was tried at that cost, not at others"
     easier = search(1, effort=60)
     assert COSTS.fraction(cheapest(easier, Budget(psnr_db=middle - 12))) < COSTS.fraction(plan)
 
