@@ -1,9 +1,10 @@
-"""What a bundle costs on onnxruntime's CPU provider: DiT-MoE-S/2-8E2A, time at interval 3, memory of three variants.
+"""What a bundle costs on onnxruntime and OpenVINO: DiT-MoE-S/2-8E2A, time at interval 3, memory of three variants.
 
-    python -m benchmarks.bundle            # about 15 minutes on one core; writes results/bundle.json
+    python -m benchmarks.bundle            # about 20 minutes on one core; writes results/bundle.json
     python -m benchmarks.bundle --quick    # two blocks, few steps: does it run?
 
-The figures come from processes of their own, which import numpy and onnxruntime and not torch.
+The figures come from processes of their own, which import numpy and the runtime and not torch. Times are ratios of
+medians in one process; runtimes are measured one after the other, so their milliseconds aren't to be compared.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.protocol import RESULTS, pin_threads, save
 
 TIMED = "uniform:3"
+PROVIDERS = ("CPUExecutionProvider", "openvino")
 MAPS = Path("/proc/self/smaps")
 
 
@@ -48,7 +50,7 @@ def export(folder: Path, size: Size) -> dict[str, Any]:
     model, inputs = models.network(size.depth), models.example_inputs()
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     begin = time.perf_counter()
-    timed = moeca.export(model, inputs, TIMED, folder / "timed")
+    timed = moeca.export(model, inputs, TIMED, folder / "timed", targets=("onnx", "openvino"))
     seconds = time.perf_counter() - begin
     regions = moeca.explain(model, *inputs).regions
     rows = [
@@ -67,21 +69,21 @@ def export(folder: Path, size: Size) -> dict[str, Any]:
         "bundle_over_weights_and_graphs": timed.bytes / (weights + graphs),
         "export_seconds": seconds,
         "golden_relative_error": {
-            name: one.manifest.data["golden"]["measured"][0]["relative_error"]
+            name: {each["provider"]: each["relative_error"] for each in one.manifest.data["golden"]["measured"]}
             for name, one in (("timed", timed), ("three", three))
         },
         "torch": torch.__version__,
     }
 
 
-def speed(path: Path, size: Size) -> dict[str, Any]:
+def speed(path: Path, size: Size, provider: str) -> dict[str, Any]:
     """Trajectories cached and all computed in turn."""
     from dataclasses import asdict
 
     from moeca_compile.runtime import Session
     from moeca_compile.runtime.bench import bench_bundle
 
-    figures = bench_bundle(Session.open(path, threads=1), steps=size.steps, rounds=size.rounds)
+    figures = bench_bundle(Session.open(path, provider, threads=1), steps=size.steps, rounds=size.rounds)
     return {**asdict(figures), "speedup_times_mac_fraction": figures.speedup * figures.mac_fraction}
 
 
@@ -139,25 +141,26 @@ def part(what: str, path: Path, *rest: str) -> dict[str, Any]:
     sys.modules["torch"] = None  # type: ignore[assignment]
     if what == "memory":
         return memory(path, rest[0])
-    return speed(path, QUICK if rest[0] == "quick" else WHOLE)
+    return speed(path, QUICK if rest[0] == "quick" else WHOLE, rest[1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure a bundle on onnxruntime.")
     parser.add_argument("--quick", action="store_true", help="two blocks, few steps; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
-    parser.add_argument("--part", nargs=3, metavar=("WHAT", "BUNDLE", "HOW"), help="one measurement, as JSON")
+    parser.add_argument("--part", nargs="+", metavar="WHAT", help="one measurement, as JSON: WHAT BUNDLE HOW ...")
     args = parser.parse_args(argv)
     if args.part:
-        what, path, how = args.part
-        print(json.dumps(part(what, Path(path), how)))
+        what, path, *rest = args.part
+        print(json.dumps(part(what, Path(path), *rest)))
         return
     size = QUICK if args.quick else WHOLE
     with tempfile.TemporaryDirectory() as folder:
         payload: dict[str, Any] = {"export": export(Path(folder), size)}
         weights = payload["export"]["weights_bytes"]
         payload["memory"] = {mode: apart("memory", Path(folder, "three"), mode) for mode in ("shared", "speed")}
-        payload["time"] = apart("speed", Path(folder, "timed"), "quick" if args.quick else "whole")
+        how = "quick" if args.quick else "whole"
+        payload["time"] = {one: apart("speed", Path(folder, "timed"), how, one) for one in PROVIDERS}
     for one in payload["memory"].values():
         one["weights_take_over_weights"] = one["weights_take"] / weights
     print(json.dumps(payload, indent=1))

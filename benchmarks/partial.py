@@ -1,7 +1,7 @@
-"""What a PARTIAL row costs, compiled: DiT-MoE-S/2-8E2A, every kind of row in turn, as a share of a full step.
+"""What a PARTIAL row costs, compiled: blocks of DiT-MoE-S/2-8E2A, every kind of row in turn, as a share of a full step.
 
-    python -m benchmarks.partial            # about 10 minutes on one core; writes results/partial.json
-    python -m benchmarks.partial --quick    # two blocks, few rounds: does it run?
+    python -m benchmarks.partial            # four blocks, about 6 minutes on one core; writes results/partial.json
+    python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
 The bound for a row is (rho + tau) x full + 10 % of full. A full step here also writes what the partial ones read; what
 that costs is shown against a model compiled without a cache.
@@ -25,10 +25,8 @@ FULL, UNCACHED = "full", "moeca, full, no state"
 C, F = Action.COMPUTE, Action.FORECAST
 KINDS: dict[str, tuple[Act, Act]] = {  # attention, experts
     FULL: (C, C),
-    "branches forecast": (F, Partial(0, 0)),
-    "tau 0.02": (F, Partial(0, 0.02)),
-    "tau 0.1": (F, Partial(0, 0.1)),
-    "rho 0.1": (Partial(0.1), Partial(0.1)),
+    "tau 0": (F, Partial(0, 0)),
+    "tau 0.05": (F, Partial(0, 0.05)),
     "rho 0.25": (Partial(0.25), Partial(0.25)),
     "rho 0.25, tau 0.1": (Partial(0.25, 0.1), Partial(0.25, 0.1)),
 }
@@ -50,10 +48,10 @@ def schedule(depth: int) -> Schedule:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure what PARTIAL rows cost.")
-    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds; the figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="one block, few rounds; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
     args = parser.parse_args(argv)
-    depth, rounds = (2, 2) if args.quick else (models.DEPTH, 10)
+    depth, rounds = (1, 2) if args.quick else (4, 10)
     pin_threads()
     network = models.network(depth)
     inputs = models.example_inputs()

@@ -1,8 +1,8 @@
 """`moeca::align` and `moeca::pick`: which slot holds which branch, and which branches to compute. Small index work.
 
 K slots a token, keyed by expert id. What a slot holds is kept as expert id + 1, so that zero is an empty slot. A routed
-expert that a slot holds is a hit, another one a transition; ids that a router gives twice are told apart by their number.
-All shapes are static, and nothing couples the samples of a batch.
+expert that a slot holds is a hit, another one a transition; ids that a router gives twice are told apart by their
+number. All shapes are static, and nothing couples the samples of a batch.
 
 They are operators of their own so that a compiler doesn't repeat this work for each of the D numbers of a branch: their
 tensors are [B, N, K, K] at most, for B samples of N tokens.

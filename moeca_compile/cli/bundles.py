@@ -38,7 +38,9 @@ def mount(app: typer.Typer) -> None:
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="package.module:function; it returns (model, example_inputs).")],
+    source: Annotated[
+        str, typer.Argument(help="package.module:function; it returns (model, example_inputs), more sizes after them.")
+    ],
     path: Annotated[Path, typer.Argument(help="The directory to make.")],
     schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
     order: Annotated[int, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = 1,
@@ -58,11 +60,11 @@ def export(
     from moeca_compile.exporting import export as export_model
 
     asked = deploy.request_of(arch=arch, batches=batches)
-    model, inputs = _load(source)
+    model, inputs, *other_sizes = _load(source)
     bundle = export_model(
-        model, inputs, schedule, path, targets=targets.split(","), opset=opset, experts=experts, order=order,
-        granularity=granularity, fused=fused, dynamic_batch=not fixed_batch, progress=True,
-        engines=asked if arch or batches != deploy.BATCHES else None,
+        model, inputs, schedule, path, other_sizes=other_sizes, targets=targets.split(","), opset=opset,
+        experts=experts, order=order, granularity=granularity, fused=fused, dynamic_batch=not fixed_batch,
+        progress=True, engines=asked if arch or batches != deploy.BATCHES else None,
     )  # fmt: skip
     print(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
     if "tensorrt" in bundle.manifest.data["targets"]:
@@ -105,6 +107,7 @@ def info(path: BundlePath, json: AsJson = False) -> None:
         "model": f"{data['model']['name']}, {len(data['model']['regions'])} regions, {data['dtype']}",
         "inputs": "\n".join(map(str, manifest.inputs)),
         "outputs": "\n".join(map(str, manifest.outputs)),
+        "other sizes": "\n".join(", ".join(map(str, one.inputs)) for one in manifest.sizes),
         "baked in": ", ".join(f"{k}={v}" for k, v in data["model"]["baked"].items()),
         "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows",
         "state": f"{len(manifest.state)} tensors",
@@ -184,10 +187,10 @@ def bench(
         )
 
 
-def _load(source: str) -> tuple[Any, Any]:
-    """The model and its example inputs from `package.module:function`."""
+def _load(source: str) -> tuple[Any, ...]:
+    """The model and its example inputs, of one size or several, from `package.module:function`."""
     function = load(source)
     found = function() if callable(function) else None
-    if not isinstance(found, tuple) or len(found) != 2:
+    if not isinstance(found, tuple) or len(found) < 2:
         raise OptionError(f"{source}: expected a function that returns (model, example_inputs)")
-    return found[0], found[1]
+    return found

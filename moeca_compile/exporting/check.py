@@ -31,13 +31,13 @@ HALVES = ("bfloat16", "float16")  # not all of it runs on a CPU
 def check_export(
     folder: Path,
     model: torch.nn.Module,
-    example: Arguments,
-    main: Captured,
+    examples: Sequence[Arguments],
+    captured: Sequence[Captured],
     targets: Sequence[str],
     dynamic_batch: bool,
     dtype: str,
 ) -> list[dict[str, Any]]:
-    """Run what was written.
+    """Run what was written; `examples`, `captured`: of each size.
 
     Raises:
         LoweringError: it gives something else than torch.
@@ -61,8 +61,11 @@ def check_export(
         measured.append((second.runtime, errors["the golden steps in OpenVINO"]))
     if session.bundle.fused is not None:
         errors[f"the golden steps with {FUSED}"] = verify(FusedSession.open(folder, session.provider)).error
-    for batch in OTHER_BATCHES if dynamic_batch else ():
-        errors[f"a step at batch {batch}"] = _error_at(session, model, request.rebatched(example, batch), main)
+    for size, (example, main) in enumerate(zip(examples, captured, strict=True)):
+        of = f" of other_sizes[{size - 1}]" if size else ""
+        for batch in OTHER_BATCHES if dynamic_batch else ():
+            arguments = request.rebatched(example, batch)
+            errors[f"a step at batch {batch}{of}"] = _error_at(session, model, arguments, main)
     worst = max(errors, key=lambda name: errors[name])
     said = f"{worst} in {session.runtime.version()} differ from torch by {errors[worst]:.1e} of the largest value"
     if not errors[worst] <= WRONG * TOLERANCE[dtype]:

@@ -22,9 +22,10 @@ PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "nump
 
 
 def describe(
-    captured: Sequence[Captured], shapes: Mapping[str, tuple[Dim, ...]], batches: Pair, experts: Lowering
+    captured: Sequence[Captured], size: int, shapes: Mapping[str, tuple[Dim, ...]], batches: Pair, experts: Lowering
 ) -> dict[str, Any]:
-    """`captured`: at each of `batches`, or at one fixed batch; `shapes`: of inputs and outputs by their ONNX names."""
+    """`captured`: at each of `batches`, or at one fixed batch; `size`: which of the bundle's sizes this is, from 0;
+    `shapes`: of inputs and outputs by their ONNX names."""
     main = captured[0]
     program, names = main.program, main.names
     rows = program.schedule.distinct_rows()
@@ -43,20 +44,20 @@ def describe(
         "outputs": [_tensor(name, val.dtype, shapes) for (name, _), val in zip(main.results, results, strict=False)],
         "state": _state(captured, batches),
         "timestep": timestep if timestep in shapes else None,
-        "variants": [_variant(one, main, experts) for one in variants],
+        "variants": [_variant(one, size, main, experts) for one in variants],
         "steps": [rows.index(row) for row in program.schedule.rows],
     }
 
 
-def file_of(variant: Variant) -> str:
-    return f"{variant.name}.onnx"
+def file_of(variant: Variant, size: int) -> str:
+    return f"{variant.name}.onnx" if not size else f"size_{size}_{variant.name}.onnx"
 
 
-def _variant(variant: Variant, main: Captured, experts: Lowering) -> dict[str, Any]:
+def _variant(variant: Variant, size: int, main: Captured, experts: Lowering) -> dict[str, Any]:
     names, inputs, layout = main.names, main.inputs, main.program.layout
     return {
         "name": variant.name,
-        "file": file_of(variant),
+        "file": file_of(variant, size),
         "row": letters_of(variant.row),
         "takes": [names[inputs[i].name] for i in variant.takes if inputs[i].name in names],
         "reads": [layout[slot].name for slot in variant.reads],

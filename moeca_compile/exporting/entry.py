@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,31 +9,31 @@ from typing import Any
 
 import torch
 
-from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning, OptionError
+from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning
 from moeca_compile.exporting import request
 from moeca_compile.exporting.check import TOLERANCE, check_export
 from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.golden import golden_steps
+from moeca_compile.exporting.refuse import refuse_request, refuse_schedule, refuse_sizes
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.steps import step_table
 from moeca_compile.exporting.write import write_fused, write_golden, write_graphs
 from moeca_compile.face import inner_module, prepare
 from moeca_compile.inspect.progress import Tick, bar
 from moeca_compile.lower import tensorrt
-from moeca_compile.lower.experts.choose import FORMS, Lowering, choose
+from moeca_compile.lower.experts.choose import Lowering, choose
 from moeca_compile.lower.experts.rewrite import calls, why_no_moe
-from moeca_compile.lower.onnx import OPSETS, lower_onnx
+from moeca_compile.lower.onnx import lower_onnx
 from moeca_compile.lower.onnx_fused import fuse
 from moeca_compile.lower.tensorrt import EngineRequest
 from moeca_compile.lower.tensorrt_operators import refuse_unsupported
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, Dim, letters_of
+from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, GOLDEN, OF_A_SIZE, Dim, golden_file, letters_of
 from moeca_compile.runtime.trt.library import find
 from moeca_compile.runtime.writing import building, write_manifest
 from moeca_compile.schedule import Schedule
 
-TARGETS = tuple(FORMS)
 BATCHES = (2, 3)  # what a graph for any batch is captured at
 
 
@@ -48,6 +47,7 @@ def export(
     opset: int = 20,
     experts: str = "auto",
     dynamic_batch: bool = True,
+    other_sizes: Sequence[Arguments] = (),
     fused: bool = False,
     order: int = 1,
     granularity: str = "region",
@@ -62,7 +62,7 @@ def export(
     Args:
         model: on the CPU, in eval mode.
         example_inputs: what one call gets, positional arguments or a mapping of keywords. Sizes but the batch's are
-            fixed by it, and numbers among them become constants.
+            fixed by it and by `other_sizes`, and numbers among them become constants.
         schedule: a `Schedule`, the path of one, or a short form such as "uniform:3".
         path: the directory to make; it must not exist.
         targets: what is to run the graphs: "onnx" (onnxruntime on CPUs), "openvino", "cuda" (onnxruntime on CUDA),
@@ -71,6 +71,8 @@ def export(
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
         dynamic_batch: for any batch. False: for the example's batch only.
+        other_sizes: more example inputs, one for each further resolution (or length of the prompt; or batch, without
+            `dynamic_batch`). Each gets graphs of its own over the same weights; a call finds its own by its shapes.
         fused: also write `fused.onnx`, all variants in one graph that counts its steps.
         order: of the forecast, for short forms.
         granularity: as in `Options`.
@@ -85,37 +87,43 @@ def export(
         CaptureError: the model isn't one graph, or has nothing to cache.
         LoweringError: no ONNX form, sizes that aren't linear in the batch, or a result that isn't the model's.
             An expert lowering that a target or the model doesn't take, or a capacity that drops golden branches.
-        BundleError: the path is taken, what was written can't be run, or the schedule has PARTIAL rows.
+        BundleError: the path is taken, what was written can't be run, or the schedule is adaptive or has PARTIAL rows.
         ScheduleError, OptionError: as for `compile`.
     """
-    _refuse(model, targets, opset)
+    refuse_request(model, targets, opset)
+    refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
     options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager")
-    options.resolved_schedule()
+    refuse_schedule(options.resolved_schedule())
+    examples = (example_inputs, *other_sizes)
     model = inner_module(model)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)
         prepare(model)
-        captured = _capture(model, example_inputs, options, dynamic_batch)
-        for row in captured[0].program.schedule.distinct_rows():
-            letters_of(row)  # or it can't be written down
-        lowering = _expert_lowering(captured[0], experts, targets)
-        data, models = _lower(captured, opset, lowering, tick)
+        captured = _capture_all(model, examples, options, dynamic_batch)
+        main = captured[0][0]
+        lowering = _expert_lowering(main, experts, targets)
+        data, models = _lower_all(captured, opset, lowering, tick)
         data["targets"] = list(targets)
         tick("writing", 0.7)
-        data["id"] = write_graphs(folder, models, captured[0].program.schedule)
+        data["id"] = write_graphs(folder, models, main.program.schedule)
         for name in models if "tensorrt" in targets else ():
             refuse_unsupported((folder / name).read_bytes(), name)
-        data["fused"] = _fuse(folder, captured[0], data, models) if fused else None
-        data["model"] |= {"name": type(model).__name__, "baked": request.numbers(model, example_inputs)}
+        data["fused"] = _fuse(folder, main, data, models) if fused else None
+        baked, *others = [request.numbers(model, one) for one in examples]
+        data["model"] |= {"name": type(model).__name__, "baked": baked}
         tick("golden steps in torch", 0.75)
-        steps = golden_steps(captured[0])
-        write_golden(folder, steps)
+        steps = golden_steps(main)
+        write_golden(folder / GOLDEN, steps)
+        for i, (size, (twin, *_), numbers) in enumerate(zip(data["sizes"], captured[1:], others, strict=True), 1):
+            further = golden_steps(twin)
+            write_golden(folder / golden_file(i), further)
+            size |= {"baked": numbers, "golden_steps": len(further)}
         dtype = data["dtype"]
         data["golden"] = {"steps": len(steps), "tolerance": TOLERANCE[dtype], "measured": []}
         write_manifest(folder, data)
         tick("checking", 0.85)
         data["golden"]["measured"] = check_export(
-            folder, model, example_inputs, captured[0], targets, dynamic_batch, dtype
+            folder, model, examples, [one for one, *_ in captured], targets, dynamic_batch, dtype
         )
         write_manifest(folder, data)
         if "tensorrt" in targets:
@@ -123,19 +131,19 @@ def export(
     return Bundle.open(path)
 
 
-def _refuse(model: torch.nn.Module, targets: Sequence[str], opset: int) -> None:
-    if unknown := [name for name in targets if name not in TARGETS] or (["nothing"] if not targets else []):
-        raise OptionError(f"targets={list(targets)}: {', '.join(unknown)} can't be exported to; there are {TARGETS}")
-    opsets = tensorrt.OPSETS if "tensorrt" in targets else OPSETS
-    if opset not in opsets:
-        raise OptionError(f"opset={opset}: expected {opsets.start} to {opsets.stop - 1} for targets={list(targets)}")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise OptionError(f"export needs {', '.join(missing)}: pip install 'moeca-compile[onnx]'")
-    if not isinstance(model, torch.nn.Module):
-        raise OptionError(f"export takes a torch.nn.Module, not {type(model).__name__}")
-    if model.training:
-        raise LoweringError("the model is in training mode: call model.eval() first")
+def _capture_all(
+    model: torch.nn.Module, examples: Sequence[Arguments], options: Options, dynamic_batch: bool
+) -> list[list[Captured]]:
+    """Each size at its batches."""
+    captured = [_capture(model, one, options, dynamic_batch) for one in examples]
+    main = captured[0][0]
+    for i, (other, *_) in enumerate(captured[1:]):
+        said = [(one.program.regions.fingerprint, one.called, one.results) for one in (main, other)]
+        if said[0] != said[1]:
+            raise LoweringError(
+                f"other_sizes[{i}]: the model has other regions, inputs or outputs at this size. Export a bundle for it"
+            )
+    return captured
 
 
 def _capture(model: torch.nn.Module, example: Arguments, options: Options, dynamic_batch: bool) -> list[Captured]:
@@ -163,10 +171,19 @@ def _expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Lo
     return chosen
 
 
-def _lower(
-    captured: Sequence[Captured], opset: int, experts: Lowering, tick: Tick
+def _lower_all(
+    captured: Sequence[Sequence[Captured]], opset: int, experts: Lowering, tick: Tick
 ) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
-    """Every distinct row's graph, and the part of the manifest that describes them."""
+    """All graphs of all sizes, and the part of the manifest that describes them."""
+    (data, models), *others = [_lower(one, i, opset, experts, tick) for i, one in enumerate(captured)]
+    data["sizes"] = [{name: other[name] for name in OF_A_SIZE} for other, _ in others]
+    return data, models | {name: model for _, own in others for name, model in own.items()}
+
+
+def _lower(
+    captured: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: Tick
+) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+    """Every distinct row's graph at one size, and the part of the manifest that describes them."""
     main, *twins = captured
     rows = main.program.schedule.distinct_rows()
     names = main.names | {slot.name: f"{slot.name}_in" for slot in main.program.layout} | {COEFFICIENTS: COEFFICIENTS}
@@ -181,9 +198,9 @@ def _lower(
         ]
         twin = twins[0].program.variant(row) if twins else None
         model, signature = lower_onnx(variant, main.weights, names, outputs, opset, twin, BATCHES, experts)
-        models[file_of(variant)] = letters_of(row), model
+        models[file_of(variant, size)] = letters_of(row), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
-    return {"opset": opset, **describe(captured, shapes, BATCHES, experts)}, models
+    return {"opset": opset, **describe(captured, size, shapes, BATCHES, experts)}, models
 
 
 def _fuse(folder: Path, main: Captured, data: dict[str, Any], models: dict[str, tuple[str, Any]]) -> dict[str, Any]:

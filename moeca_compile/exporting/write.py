@@ -12,7 +12,7 @@ import torch
 from moeca_compile.exporting.golden import Step
 from moeca_compile.lower.onnx_weights import externalise
 from moeca_compile.runtime.bfloat16 import to_stored
-from moeca_compile.runtime.manifest import FUSED, GOLDEN, SCHEDULE, WEIGHTS, bundle_id
+from moeca_compile.runtime.manifest import FUSED, SCHEDULE, WEIGHTS, bundle_id
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
 
@@ -33,12 +33,12 @@ def write_fused(folder: Path, model: Any, identity: str) -> None:
     _write_graph(folder / FUSED, model, identity)
 
 
-def write_golden(folder: Path, steps: Sequence[Step]) -> None:
+def write_golden(path: Path, steps: Sequence[Step]) -> None:
     arrays: dict[str, Any] = {}
     for side, name in enumerate(("input", "output")):
         for i in range(len(steps[0][side])):
             arrays[f"{name}_{i:03d}"] = np.stack([to_numpy(step[side][i]) for step in steps])
-    with (folder / GOLDEN).open("wb") as file:
+    with path.open("wb") as file:
         np.savez(file, **arrays)
 
 

@@ -118,6 +118,10 @@ class TokenAxes:
         dim: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
         return self._not_at(node, dim)
 
+    def _flip(self, node: Node) -> Axis:
+        dims: Any = node.args[1]
+        return self._not_at(node, *dims)
+
     def _reduce(self, node: Node) -> Axis:
         axis, rank = self._first(node), len(fx.shape(fx.arg(node, 0)))
         dims: Any = node.args[1] if len(node.args) > 1 else None
@@ -233,6 +237,7 @@ _RULES: dict[object, Callable[[TokenAxes, Node], Axis]] = {
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), TokenAxes._norm),
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default), TokenAxes._reduce),
     **dict.fromkeys((aten.mm.default, aten.addmm.default, aten.matmul.default), TokenAxes._matmul),
+    aten.flip.default: TokenAxes._flip,
     aten.linear.default: TokenAxes._linear,
     aten.unsqueeze.default: TokenAxes._unsqueeze,
     aten.expand.default: TokenAxes._expand,

@@ -15,7 +15,6 @@ from moeca_compile.errors import BundleError, ScheduleError
 from moeca_compile.runtime.bfloat16 import from_stored
 from moeca_compile.runtime.manifest import (
     FUSED,
-    GOLDEN,
     MANIFEST,
     SCHEDULE,
     WEIGHTS,
@@ -38,6 +37,7 @@ class Bundle:
         schedule: bound to the graph's regions.
         graphs: the variants' ONNX files in the manifest's order, as they were when their checksums were verified.
         fused: all variants in one ONNX file, if the bundle has it.
+        sizes: the same bundle at its further sizes (resolutions), one each.
     """
 
     path: Path
@@ -45,6 +45,7 @@ class Bundle:
     schedule: Schedule
     graphs: tuple[bytes, ...]
     fused: bytes | None = None
+    sizes: tuple[Bundle, ...] = ()
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -65,13 +66,18 @@ class Bundle:
         except (ScheduleError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"{SCHEDULE}: {error}") from error
         manifest.fit(schedule)
-        graphs = tuple(_verified(folder, one.file, manifest) for one in manifest.variants)
+        graphs, *others = (
+            tuple(_verified(folder, one.file, manifest) for one in size.variants)
+            for size in (manifest, *manifest.sizes)
+        )
         fused = _verified(folder, FUSED, manifest) if manifest.data["fused"] is not None else None
-        for name in (WEIGHTS, GOLDEN):
+        for name in (WEIGHTS, *(size.golden for size in (manifest, *manifest.sizes))):
             _verified(folder, name, manifest, keep=False)
         if bundle_id(manifest.files[SCHEDULE][0], manifest.files[WEIGHTS][0]) != manifest.data["id"]:
             raise BundleError(f"{MANIFEST}: the id isn't that of this schedule and these weights. Export again")
-        return cls(folder, manifest, schedule, graphs, fused)
+        pairs = zip(manifest.sizes, others, strict=True)
+        sizes = tuple(cls(folder, size, schedule, own) for size, own in pairs)
+        return cls(folder, manifest, schedule, graphs, fused, sizes)
 
     def golden(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The recorded steps of one trajectory: inputs by name and outputs by name, one dict a step. The model's own
@@ -82,16 +88,16 @@ class Bundle:
         """
         manifest = self.manifest
         try:
-            with np.load(self.path / GOLDEN, allow_pickle=False) as data:
+            with np.load(self.path / manifest.golden, allow_pickle=False) as data:
                 arrays = {name: data[name] for name in data.files}
         except Exception as error:  # whatever numpy and zipfile make of a broken file
-            raise BundleError(f"{GOLDEN} can't be read: {error}") from error
+            raise BundleError(f"{manifest.golden} can't be read: {error}") from error
         steps = manifest.data["golden"]["steps"]
         sides = []
         for side, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
             found = [arrays.get(f"{side}_{i:03d}") for i in range(len(specs))]
             if any(one is None or one.ndim < 1 or len(one) != steps for one in found):
-                raise BundleError(f"{GOLDEN} doesn't hold {steps} steps of every {side}")
+                raise BundleError(f"{manifest.golden} doesn't hold {steps} steps of every {side}")
             pairs = [(spec, one) for spec, one in zip(specs, found, strict=True) if one is not None]
             sides.append(
                 [{spec.name: from_stored(one[step], spec.dtype) for spec, one in pairs} for step in range(steps)]

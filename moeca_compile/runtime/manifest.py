@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -16,10 +16,11 @@ from moeca_compile.runtime.schema import check
 from moeca_compile.schedule import Action, Row, Schedule
 from moeca_compile.variant import SLOTS
 
-FORMAT, VERSION = "moeca-bundle", 1
+FORMAT, VERSION = "moeca-bundle", 2
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
 FUSED, FUSED_ROW = "fused.onnx", "fused"  # all variants in one graph, and what it carries in place of a row
 COEFFICIENTS = "coefficients"
+OF_A_SIZE = ("inputs", "outputs", "state", "variants")  # entries of which each further size has its own
 STEP = "moeca_step"  # a state of the fused graph, int64 [1]: how many steps were made
 DROPPED = "moeca_dropped"  # an output, int64 []: how many branches found their expert's rows taken
 
@@ -101,7 +102,11 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`, checked."""
+    """`manifest.json`, checked.
+
+    A bundle may hold further sizes (resolutions): the same model, schedule and weights, with graphs of their own. Each
+    is a manifest too, one of `sizes`, whose own `sizes` are empty.
+    """
 
     data: Mapping[str, Any]
     inputs: tuple[TensorSpec, ...]
@@ -111,6 +116,8 @@ class Manifest:
     steps: tuple[int, ...]
     files: Mapping[str, tuple[str, int]]
     engines: tuple[EngineSpec, ...]
+    sizes: tuple[Manifest, ...] = ()
+    golden: str = GOLDEN
 
     @property
     def regions(self) -> int:
@@ -134,7 +141,7 @@ class Manifest:
         """Read and check everything that needs no other file.
 
         Raises:
-            BundleError: not a manifest, a newer format, a changed or contradictory entry.
+            BundleError: not a manifest, another version of the format, a changed or contradictory entry.
         """
         try:
             data = json.loads(raw)
@@ -147,12 +154,25 @@ class Manifest:
             raise BundleError(
                 f"the bundle's format is version {version}, this package reads up to {VERSION}: update moeca-compile"
             )
+        if isinstance(version, int) and 0 < version < VERSION:
+            raise BundleError(
+                f"the bundle's format is version {version}, this package reads {VERSION}: export it again, or open it "
+                "with the moeca-compile that made it"
+            )
         if wrong := check(data, _schema()):
             raise BundleError(f"{MANIFEST}: {wrong}")
         if data["digest"] != digest_of(data):
             raise BundleError(f"{MANIFEST} was changed after the export: its digest doesn't fit. Export again")
+        sizes = tuple(
+            cls._of({**data, **_at_size(data, size)}, golden_file(i)) for i, size in enumerate(data["sizes"], 1)
+        )
+        return replace(cls._of(data, GOLDEN), sizes=sizes)
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any], golden: str) -> Manifest:
         return cls(
             data=data,
+            golden=golden,
             inputs=tuple(TensorSpec(o["name"], o["dtype"], tuple(o["shape"])) for o in data["inputs"]),
             outputs=tuple(TensorSpec(o["name"], o["dtype"], tuple(o["shape"])) for o in data["outputs"]),
             state=tuple(StateSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["state"]),
@@ -168,7 +188,28 @@ class Manifest:
         Raises:
             BundleError: they don't.
         """
+        for one in (self, *self.sizes):
+            one._fit_tables(schedule)
+            _demand(one._names() == self._names(), "a further size has other names or dtypes")
+        shapes = {tuple(spec.shape for spec in one.inputs) for one in (self, *self.sizes)}
+        _demand(len(shapes) == 1 + len(self.sizes), "two sizes are the same")
+        known = [SCHEDULE, WEIGHTS, *(one.file for one in self.engines)]
+        for one in (self, *self.sizes):
+            known += [one.golden, *(variant.file for variant in one.variants)]
+        self._fit_engines()
+        _demand(not self.sizes or not self.engines, "engines are of one size, and there are several")
+        if self.data["fused"] is not None:
+            known.append(FUSED)
+            steps = None if schedule.period else len(schedule.rows)
+            _demand(self.data["fused"] == {"file": FUSED, "steps": steps}, "the fused graph is of another schedule")
+            _demand(not self.sizes, "a fused graph is of one size, and there are several")
+        needed = set(known)
+        _demand(set(self.files) == needed, f"files: {sorted(set(self.files) ^ needed)} are missing or too many")
+        _demand(len(needed) == len(known), "two variants have the same file")
+
+    def _fit_tables(self, schedule: Schedule) -> None:
         keys = self.data["model"]["regions"]
+        _demand(schedule.adaptive is None, "the schedule is adaptive, which a bundle can't be")
         _demand(schedule.regions == tuple(keys), "the schedule is for other regions")
         _demand(schedule.fingerprint == self.data["model"]["fingerprint"], "the schedule is of another graph")
         rows = [letters_of(row) for row in schedule.rows]
@@ -185,16 +226,9 @@ class Manifest:
         self._fit_state(schedule)
         for one in self.variants:
             self._fit_variant(one)
-        self._fit_engines()
-        known = [SCHEDULE, WEIGHTS, GOLDEN, *(one.file for one in self.variants)]
-        known += [one.file for one in self.engines]
-        if self.data["fused"] is not None:
-            known.append(FUSED)
-            steps = None if schedule.period else len(schedule.rows)
-            _demand(self.data["fused"] == {"file": FUSED, "steps": steps}, "the fused graph is of another schedule")
-        needed = set(known)
-        _demand(set(self.files) == needed, f"files: {sorted(set(self.files) ^ needed)} are missing or too many")
-        _demand(len(needed) == len(known), "two variants have the same file")
+
+    def _names(self) -> list[tuple[str, str]]:
+        return [(one.name, one.dtype) for one in (*self.inputs, *self.outputs, *self.state)]
 
     def _fit_state(self, schedule: Schedule) -> None:
         outputs: dict[int, int] = {}
@@ -252,6 +286,11 @@ def letters_of(row: Row) -> str:
     return "".join(action.value for action in row if isinstance(action, Action))
 
 
+def golden_file(size: int) -> str:
+    """Of the further size `size`, counted from 1."""
+    return f"golden_{size}.npz"
+
+
 def expression(factor: int, offset: int) -> Dim:
     """factor * batch + offset."""
     if not factor:
@@ -285,6 +324,14 @@ def parts(dim: Dim) -> tuple[int, int]:
     match = _DIM.fullmatch(dim)
     assert match is not None, dim  # the schema saw to it
     return int(match[1] or 1), int(match[2] or 0)
+
+
+def _at_size(data: Mapping[str, Any], size: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says differently for one of its further sizes."""
+    own = {name: size[name] for name in OF_A_SIZE}
+    model = {**data["model"], "baked": size["baked"]}
+    golden = {**data["golden"], "steps": size["golden_steps"]}
+    return {**own, "model": model, "golden": golden, "sizes": [], "engines": [], "fused": None}
 
 
 def _frozen(value: Any) -> Any:

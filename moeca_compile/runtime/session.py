@@ -44,10 +44,13 @@ class Session:
         provider: the one that was asked for.
         runtime: what runs it.
         inputs, outputs: what a call takes and gives.
+        sizes: a session for each further size (resolution) of the bundle; calls find theirs by their shapes.
     """
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, variants: tuple[Loaded, ...]) -> None:
-        self.bundle, self.runtime, self.variants = bundle, runtime, variants
+    def __init__(
+        self, bundle: Bundle, runtime: Runtime, variants: tuple[Loaded, ...], sizes: tuple[Session, ...] = ()
+    ) -> None:
+        self.bundle, self.runtime, self.variants, self.sizes = bundle, runtime, variants, sizes
         self.provider = runtime.provider
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
@@ -75,9 +78,29 @@ class Session:
         """
         runtime = runtime_of(provider, memory, threads, provider_options)
         bundle = Bundle.open(path)
+        return cls._load(bundle, runtime)
+
+    @classmethod
+    def _load(cls, bundle: Bundle, runtime: Runtime) -> Session:
         pairs = zip(bundle.graphs, bundle.manifest.variants, strict=True)
         variants = tuple(runtime.load(graph, spec, bundle.manifest, bundle.path) for graph, spec in pairs)
-        return cls(bundle, runtime, variants)
+        return cls(bundle, runtime, variants, tuple(cls._load(one, runtime) for one in bundle.sizes))
+
+    def sized(self, inputs: Mapping[str, Any]) -> Session:
+        """This session at the size that the inputs have.
+
+        Raises:
+            BundleError: it is none of the bundle's.
+        """
+        if not self.sizes:
+            return self
+        every = (self, *self.sizes)
+        for one in every:
+            if all(spec.batch_of(np.shape(inputs[spec.name])) for spec in one.inputs if spec.name in inputs):
+                return one
+        known = "; or ".join(", ".join(map(str, one.inputs)) for one in every)
+        given = ", ".join(f"{name} {list(np.shape(array))}" for name, array in inputs.items())
+        raise BundleError(f"the inputs have the shapes {given}; the bundle was exported for {known}")
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """One call by itself: everything is computed, nothing is kept.
@@ -85,6 +108,9 @@ class Session:
         Raises:
             BundleError: inputs that the model doesn't take.
         """
+        sized = self.sized(inputs)
+        if sized is not self:
+            return sized.run(inputs)
         feeds, _ = admit(self.manifest, inputs)
         variant = self.variant_of(self.schedule.rows[0])
         values = variant.run(feeds)
@@ -121,7 +147,7 @@ class Trajectory:
         rows, ends = len(session.schedule.rows), not (session.schedule.period or session.schedule.timesteps)
         if steps is not None and (steps < 1 or (ends and steps > rows)):
             raise StateError(f"trajectory: steps={steps}, expected 1 to {rows if ends else 'any number'}")
-        self.session, self.stream = session, stream
+        self.session, self.stream, self._whole = session, stream, session
         self.steps = rows if ends and steps is None else steps
         self.records: list[StepRecord] = []
         self._lock = threading.Lock()
@@ -177,6 +203,8 @@ class Trajectory:
             raise StateError("this trajectory was closed: open another one")
         if self.steps is not None and step >= self.steps:
             raise StateError(f"the trajectory has {self.steps} steps, and this is call {step + 1}: open another one")
+        if self._state is None:
+            session = self.session = self._whole.sized(inputs)
         feeds, batch = admit(session.manifest, inputs)
         if self._state is None:
             self._batch = batch

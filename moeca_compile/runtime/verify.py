@@ -10,6 +10,7 @@ import numpy as np
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.fused import FusedSession
 from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.stats import StepRecord
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,26 @@ class Verdict:
 
 
 def verify(session: Session | FusedSession) -> Verdict:
-    """Run the golden trajectory and compare.
+    """Run the golden trajectory, one for each size, and compare.
 
     Raises:
         BundleError: the golden file doesn't fit the model.
     """
-    inputs, outputs = session.bundle.golden()
-    errors = []
-    with session.trajectory() as trajectory:
-        for step, (given, wanted) in enumerate(zip(inputs, outputs, strict=True)):
-            found = trajectory.run(given)
-            for name, array in wanted.items():
-                if array.shape != found[name].shape:
-                    raise BundleError(f"golden step {step}: {name} has shape {array.shape}, not {found[name].shape}")
-            errors.append(max(relative_error(found[name], array) for name, array in wanted.items()))
-        ran = tuple(dict.fromkeys(record.variant for record in trajectory.records))
-        dropped = sum(record.dropped for record in trajectory.records)
+    errors: list[float] = []
+    records: list[StepRecord] = []
+    for bundle in (session.bundle, *session.bundle.sizes):
+        inputs, outputs = bundle.golden()
+        with session.trajectory() as trajectory:
+            for step, (given, wanted) in enumerate(zip(inputs, outputs, strict=True)):
+                found = trajectory.run(given)
+                for name, array in wanted.items():
+                    if array.shape != found[name].shape:
+                        shape = found[name].shape
+                        raise BundleError(f"golden step {step}: {name} has shape {array.shape}, not {shape}")
+                errors.append(max(relative_error(found[name], array) for name, array in wanted.items()))
+            records += trajectory.records
+    ran = tuple(dict.fromkeys(record.variant for record in records))
+    dropped = sum(record.dropped for record in records)
     golden = session.manifest.data["golden"]
     measured = [one["relative_error"] for one in golden["measured"] if one["provider"] == session.provider]
     return Verdict(

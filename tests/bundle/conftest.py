@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def exported(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFa
         fused=True,
         targets=("onnx", "openvino"),
     )
+
+
+@pytest.fixture(scope="session")
+def closed(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """For one batch, with a schedule of three recorded timesteps that ends."""
+    ends = replace(schedule, rows=schedule.rows[:3], period=0, timesteps=(900.0, 600.0, 300.0))
+    path = tmp_path_factory.mktemp("closed") / "b"
+    return moeca.export(model, call_of(2), ends, path, fused=True, dynamic_batch=False)
 
 
 @pytest.fixture(scope="session", params=PROVIDERS)

@@ -6,20 +6,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
-import moeca_compile as moeca
+from moeca_compile.adaptive import Adaptive
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import Manifest, bundle_id
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
-from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, small_model
+from tests.bundle.conftest import PROVIDERS, Edit, edit_manifest
 
 
 def open_it(folder: Path, provider: str = PROVIDERS[0]) -> Session:
@@ -80,7 +81,8 @@ def variant(**change: Any) -> Edit:
 
 
 EDITS: dict[str, tuple[Edit, str]] = {
-    "a newer format": (lambda d: d.update(version=2), "version 2, this package reads up to 1"),
+    "a newer format": (lambda d: d.update(version=3), "version 3, this package reads up to 2: update moeca-compile"),
+    "an older format": (lambda d: d.update(version=1), "version 1, this package reads 2: export it again"),
     "another format": (lambda d: d.update(format="zip"), "isn't of a moeca bundle"),
     "an unknown entry": (lambda d: d.update(plugin="x.so"), "unknown entries"),
     "a missing entry": (lambda d: d.pop("state"), "expected entries"),
@@ -154,12 +156,20 @@ def test_swapped_variants_with_checksums_that_fit(provider: str, copy: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def sibling(exported: Bundle, schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same network with other weights, and every file's own checksums."""
-    model = small_model()
-    model.out.weight.data.mul_(2)
+def sibling(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same network with other weights, and every file's own checksums: as good a bundle."""
     path = tmp_path_factory.mktemp("sibling") / "b"
-    moeca.export(model, call_of(2), schedule, path, dynamic_batch=False)
+    shutil.copytree(exported.path, path)
+    weights = bytearray((path / "weights.bin").read_bytes())
+    weights[0] ^= 1
+    (path / "weights.bin").write_bytes(weights)
+    identity = bundle_id(checksum(path / "schedule.json"), checksum(path / "weights.bin"))
+    for file in path.glob("*.onnx"):
+        model = onnx.load(file, load_external_data=False)
+        next(one for one in model.metadata_props if one.key == "moeca.id").value = identity
+        file.write_bytes(model.SerializeToString())
+    seal(path)
+    open_it(path)
     return path
 
 
@@ -182,6 +192,16 @@ def test_a_schedule_of_another_graph(copy: Path) -> None:
     (copy / "schedule.json").write_text(json.dumps({**data, "fingerprint": "0" * 16}))
     seal(copy)
     with pytest.raises(BundleError, match="of another graph"):
+        open_it(copy)
+
+
+def test_an_adaptive_schedule(copy: Path) -> None:
+    """Its rows are the bundle's, but nothing in it could choose among them."""
+    other = Schedule.load(copy / "schedule.json")
+    adaptive = Adaptive((0.3, 0.2, 0.1))
+    replace(other, rows=other.distinct_rows(), period=0, adaptive=adaptive).save(copy / "schedule.json")
+    seal(copy)
+    with pytest.raises(BundleError, match="the schedule is adaptive, which a bundle can't be"):
         open_it(copy)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def run(*words: object) -> tuple[int, str]:
     return done.exit_code, done.stdout
 
 
-def tiny() -> tuple[torch.nn.Module, Any]:
-    return small_model(), call_of(2)
+def tiny() -> tuple[torch.nn.Module, Any, Any]:
+    return small_model(), call_of(2), call_of(1)
 
 
 def test_export(tmp_path: Path) -> None:
@@ -38,6 +39,9 @@ def test_export(tmp_path: Path) -> None:
     assert status == 0
     assert "1 variants" in said
     assert run("verify", tmp_path / "b")[0] == 0
+    status, said = run("info", tmp_path / "b")
+    assert status == 0
+    assert re.search(r"other sizes +x: float32 \[1, 4, 8, 8\]", said)
 
 
 @pytest.mark.parametrize("source", ["nothing", "no.such.module:f", "tests.bundle.test_cli:none", "math:sqrt2"])

@@ -81,7 +81,7 @@ def test_any_batch(session: Session, model: DiT, batch: int) -> None:
 def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
     """One token a sample and eight experts: the example's two samples hit half of them at most."""
     model = small_model(size=2, num_experts=8)
-    moeca.export(model, call_of(2, size=2), "uniform:2", tmp_path / "sparse")
+    moeca.export(model, call_of(2, size=2), "uniform:2", tmp_path / "sparse", dynamic_batch=False)
     session = Session.open(tmp_path / "sparse", threads=1)
     hit: set[int] = set()
     model.blocks[0].moe.router.register_forward_hook(
@@ -99,7 +99,9 @@ def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
 
 def test_the_targets_decide_the_form_of_the_experts(tmp_path: Path, model: DiT) -> None:
     with pytest.warns(MoecaWarning, match="here 'dense': onnx would run 'segments' faster"):
-        bundle = moeca.export(model, call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"))
+        bundle = moeca.export(
+            model, call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"), dynamic_batch=False
+        )
     assert bundle.manifest.data["expert_lowering"] == "dense"
     assert bundle.manifest.data["targets"] == ["onnx", "tensorrt"]
     assert b"NonZero" not in bundle.graphs[0]
@@ -274,14 +276,14 @@ def test_an_export_that_fails_leaves_nothing(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: Schedule, model: DiT
 ) -> None:
     def lower(*args: Any) -> Any:
-        return {"model": {}, "dtype": "float32"}, {}
+        return {"model": {}, "dtype": "float32", "sizes": []}, {}
 
     def fail(*args: Any) -> Any:
         raise OSError("no space left on device")
 
     for name in ("write_golden", "write_manifest", "check_export", "write_graphs"):
         monkeypatch.setattr(entry, name, fail if name == what else lambda *args: None)
-    monkeypatch.setattr(entry, "_lower", lower)
+    monkeypatch.setattr(entry, "_lower_all", lower)
     with pytest.raises(OSError, match="no space"):
         moeca.export(model, call_of(2), schedule, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -317,6 +319,13 @@ def test_partial_rows_are_refused(tmp_path: Path, model: DiT, schedule: Schedule
     partial = replace(schedule, rows=(*schedule.rows[:1], (Partial(0.5), Partial(0.5))), period=2)
     with pytest.raises(BundleError, match="has PARTIAL ones"):
         moeca.export(model, call_of(2), partial, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adaptive_schedules_are_refused(tmp_path: Path, model: DiT) -> None:
+    for schedule in ("adaptive:0.1", Schedule.watching(0.2, order=0)):
+        with pytest.raises(BundleError, match=r"adaptive: .* Export a static one, such as 'uniform:3'"):
+            moeca.export(model, call_of(2), schedule, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 

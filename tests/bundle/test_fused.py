@@ -13,7 +13,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-import moeca_compile as moeca
 from moeca_compile.errors import BundleError, LoweringError, StateError
 from moeca_compile.exporting.request import Captured
 from moeca_compile.exporting.steps import step_table
@@ -113,9 +112,8 @@ def test_inputs_are_checked(fused: FusedSession) -> None:
         trajectory.run({**named(call_of(2)), "x": np.zeros((2, 4, 8, 9), np.float32)})
 
 
-def test_a_schedule_that_ends(model: DiT, schedule: Schedule, tmp_path: Path) -> None:
-    closed = replace(schedule, rows=schedule.rows[:3], period=0, timesteps=(900.0, 600.0, 300.0))
-    bundle = moeca.export(model, call_of(2), closed, tmp_path / "b", fused=True, dynamic_batch=False)
+def test_a_schedule_that_ends(model: DiT, closed: Bundle) -> None:
+    bundle = closed
     assert bundle.manifest.data["fused"]["steps"] == 3
     fused = FusedSession.open(bundle.path, threads=1)
     with fused.trajectory() as trajectory:

@@ -15,6 +15,7 @@ FIXED = {"HiDreamImage"}  # it loops over its samples
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore"),  # of diffusers
 ]
 

@@ -12,6 +12,7 @@ serve = importlib.import_module("examples.04_serve_bundle")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("provider", ["CPUExecutionProvider", "openvino"])
 def test_served_digits_are_torchs(provider: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     serve.main(["--json", "--bundle", str(tmp_path / "digits.moeca"), "--provider", provider])

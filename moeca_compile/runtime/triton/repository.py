@@ -58,6 +58,8 @@ def write_repository(
     directory = Path(directory)
     if directory.resolve().is_relative_to(bundle.path.resolve()):
         raise BundleError(f"{str(directory)!r} is in the bundle, which holds its own files only: write it elsewhere")
+    if bundle.sizes:
+        raise BundleError("a Triton model has one size and this bundle several: export a bundle for each")
     manifest = bundle.manifest
     config = python_config(
         name, manifest.inputs, manifest.outputs, sequences=sequences, idle_seconds=idle_seconds, provider=provider,

@@ -1,0 +1,76 @@
+"""What an export can't do, said before anything is captured."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moeca_compile.errors import BundleError, LoweringError, OptionError
+from moeca_compile.exporting import request
+from moeca_compile.exporting.request import Arguments
+from moeca_compile.lower import tensorrt
+from moeca_compile.lower.experts.choose import FORMS
+from moeca_compile.lower.onnx import OPSETS
+from moeca_compile.runtime.manifest import FUSED, letters_of
+from moeca_compile.schedule import Schedule
+
+TARGETS = tuple(FORMS)
+
+
+def refuse_request(model: torch.nn.Module, targets: Sequence[str], opset: int) -> None:
+    """Raises:
+    OptionError: targets or an opset that there aren't, packages that are missing, no module.
+    LoweringError: a model in training mode.
+    """
+    if unknown := [name for name in targets if name not in TARGETS] or (["nothing"] if not targets else []):
+        raise OptionError(f"targets={list(targets)}: {', '.join(unknown)} can't be exported to; there are {TARGETS}")
+    opsets = tensorrt.OPSETS if "tensorrt" in targets else OPSETS
+    if opset not in opsets:
+        raise OptionError(f"opset={opset}: expected {opsets.start} to {opsets.stop - 1} for targets={list(targets)}")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(f"export needs {', '.join(missing)}: pip install 'moeca-compile[onnx]'")
+    if not isinstance(model, torch.nn.Module):
+        raise OptionError(f"export takes a torch.nn.Module, not {type(model).__name__}")
+    if model.training:
+        raise LoweringError("the model is in training mode: call model.eval() first")
+
+
+def refuse_sizes(
+    example: Arguments, other_sizes: Sequence[Arguments], targets: Sequence[str], dynamic_batch: bool, fused: bool
+) -> None:
+    """Raises:
+    OptionError: no list of example inputs, one size twice, or something that has one size only.
+    """
+    if other_sizes and (isinstance(other_sizes, Mapping) or not all(map(_is_call, other_sizes))):
+        raise OptionError("other_sizes: expected a list of example inputs, each a tuple or a mapping of keywords")
+    if other_sizes and (fused or "tensorrt" in targets):
+        what = f"{FUSED} is" if fused else "the engines of the target 'tensorrt' are"
+        raise OptionError(f"other_sizes: {what} of one size; export a bundle for each")
+    seen: list[list[torch.Size]] = []
+    for one in (example, *other_sizes) if other_sizes else ():
+        alike = request.rebatched(one, 1) if dynamic_batch else one
+        shapes = [tensor.shape for tensor in request.tensors(alike)]
+        if shapes in seen:
+            raise OptionError("other_sizes: the same sizes twice" + (", but for the batch" if dynamic_batch else ""))
+        seen.append(shapes)
+
+
+def _is_call(example: Any) -> bool:
+    return isinstance(example, (tuple, list, Mapping))
+
+
+def refuse_schedule(schedule: Schedule) -> None:
+    """Raises:
+    BundleError: a manifest can't say it.
+    """
+    if schedule.adaptive is not None:
+        raise BundleError(
+            "the schedule is adaptive: its rows are chosen while a trajectory runs, and a bundle's are fixed. Export a "
+            "static one, such as 'uniform:3' or what moeca_compile.calibrate gives"
+        )
+    for row in schedule.distinct_rows():
+        letters_of(row)
