@@ -137,9 +137,8 @@ def jobs(model: str) -> list[tuple[str, str, Schedule]]:
     few = [one for one in POLICIES if one != WHOLE and not one.startswith(("tokens", "attention"))]
     for name in chosen:
         many = name in ("uniform:4", "calibrated for 34 %")
-        for policy in POLICIES if many else few:
-            if policy != WHOLE:
-                found.append((name, policy, with_policy(bases(model)[name], POLICIES[policy])))
+        policies = [policy for policy in (POLICIES if many else few) if policy != WHOLE]
+        found += [(name, policy, with_policy(bases(model)[name], POLICIES[policy])) for policy in policies]
     base = next(name for name in reversed(chosen) if "34" in name or "uniform" in name)
     found += [(base, idea, with_policy(bases(model)[base], *idea_of)) for idea, idea_of in IDEAS.items()]
     for threshold in (0.02, 0.05):
