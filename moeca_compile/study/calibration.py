@@ -54,7 +54,8 @@ def calibrate(
         max_variants: distinct rows allowed, at least 2; above 2 partial rows are tried.
         seeds, holdout: what the search sees, and what only the final check sees; no seed in both. 8 to 16 seeds are
             better than 4: a schedule can be made to measure for a few samples.
-        effort: what the search may sample, in uncached trajectories; default 1.25 a seed.
+        effort: what the search may sample, in uncached trajectories; default 1.25 a seed. The last round, and with
+            order `auto` at most two rollouts for each predictor that schedules can't run, come on top.
         data_range: of the samples, for the PSNR; None: what the uncached samples span.
         inner: `inductor` or `eager`, as in `Options`.
         resume: a folder that keeps what was found, so that an interrupted calibration goes on where it was, and
