@@ -1,7 +1,7 @@
 """Which parts to recompute: policies for the steps between full ones, at equal cost, on two trained digits models.
 
     python -m benchmarks.policies --calibrate   # examples/schedules/dsmoe_*.json, about 5 minutes
-    python -m benchmarks.policies               # about 30 minutes on one core; writes results/policies.json
+    python -m benchmarks.policies               # about 30 minutes on one core; goes on from results/policies.json
     python -m benchmarks.policies --report      # docs/branch-caching.md's tables and picture from the results
 
 A schedule of whole regions says which steps are full, and a policy what happens at the others. MACs are counted on the
@@ -41,6 +41,7 @@ BUDGETS = {"50": 0.5033, "34": 0.3443}
 C, F = Action.COMPUTE, Action.FORECAST
 KEYS = tuple(f"blocks.{i}.{part}" for i in range(BLOCKS) for part in ("attn", "moe"))
 WHOLE = "whole regions"
+MANY = "uniform:4"  # the schedule on which all policies and ideas are tried
 
 # What a step between full ones does with attention and experts.
 POLICIES: dict[str, tuple[Act, Act]] = {
@@ -55,7 +56,7 @@ POLICIES: dict[str, tuple[Act, Act]] = {
     "attention every step, experts whole": (C, F),
     "attention every step, tau 0.04": (C, Partial(0, 0.04)),
 }
-# The idea that a policy tries beside those, on one schedule.
+# Further ideas.
 IDEAS: dict[str, tuple[tuple[Act, Act], Control]] = {
     "tau 0.04, scored by drift of the router": ((F, Partial(0, 0.04)), Control("drift")),
     "tau 0.1, scored by drift of the router": ((F, Partial(0, 0.1)), Control("drift")),
@@ -133,15 +134,12 @@ def adaptive(threshold: float, cheap: tuple[Act, Act]) -> Schedule:
 
 def jobs(model: str) -> list[tuple[str, str, Schedule]]:
     found = [(name, WHOLE, schedule) for name, schedule in bases(model).items()]
-    chosen = [name for name in bases(model) if name in ("uniform:2", "uniform:4") or name.startswith("calibrated")]
+    chosen = [*(name for name in bases(model) if name.startswith("calibrated")), "uniform:2", "uniform:4"]
     few = [one for one in POLICIES if one != WHOLE and not one.startswith(("tokens", "attention"))]
     for name in chosen:
-        many = name in ("uniform:4", "calibrated for 34 %")
-        for policy in POLICIES if many else few:
-            if policy != WHOLE:
-                found.append((name, policy, with_policy(bases(model)[name], POLICIES[policy])))
-    base = next(name for name in reversed(chosen) if "34" in name or "uniform" in name)
-    found += [(base, idea, with_policy(bases(model)[base], *idea_of)) for idea, idea_of in IDEAS.items()]
+        policies = [policy for policy in (POLICIES if name == MANY else few) if policy != WHOLE]
+        found += [(name, policy, with_policy(bases(model)[name], POLICIES[policy])) for policy in policies]
+    found += [(MANY, idea, with_policy(bases(model)[MANY], *idea_of)) for idea, idea_of in IDEAS.items()]
     for threshold in (0.02, 0.05):
         found.append((f"adaptive:{threshold}", "adaptive, whole regions", adaptive(threshold, (F, F))))
         found.append((f"adaptive:{threshold}", "adaptive, tau 0.04", adaptive(threshold, (F, Partial(0, 0.04)))))
@@ -233,27 +231,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare what is recomputed between full steps.")
     parser.add_argument("--calibrate", action="store_true", help="make the second model's schedules and stop")
     parser.add_argument("--report", action="store_true", help="print and draw what results/policies.json holds")
-    parser.add_argument("--quick", action="store_true", help="two runs a model: does it run?")
-    parser.add_argument("--model", choices=[*MODELS], help="only this one; the other's results are kept")
+    parser.add_argument("--quick", action="store_true", help="two runs, nothing kept: does it run?")
+    parser.add_argument("--model", choices=[*MODELS], help="only this one's runs")
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget what results/policies.json holds, not go on from it"
+    )
     args = parser.parse_args(argv)
     pin_threads()
     if args.calibrate:
         calibrate()
         return
     wanted = [args.model] if args.model else [*MODELS]
-    points: list[Point] = []
-    if not args.report:
-        todo = [(model, *job) for model in wanted for job in (jobs(model)[:2] if args.quick else jobs(model))]
-        points = [run(*job) for job in track(todo, description="policies")]
-    file = RESULTS / "policies.json"
-    old = [Point(**one) for one in json.loads(file.read_text())["points"]] if file.exists() else []
-    points += [one for one in old if args.report or (one.model not in wanted and not args.quick)]
+    points = [] if args.fresh or args.quick else kept()
+    done = {(one.model, one.schedule, one.policy) for one in points}
+    todo = [(model, *job) for model in wanted for job in jobs(model)]
+    missing = [job for job in todo if job[:3] not in done]
+    for job in track([] if args.report else missing[:2] if args.quick else missing, description="policies"):
+        points.append(run(*job))
+        if not args.quick:
+            keep(points)
     points = with_gains(points)
     for model in MODELS:
         Console(width=120).print(table(points, model))
     if not args.quick:
-        save("policies", {"images": IMAGES, "steps": STEPS, "points": [asdict(one) for one in points]})
+        keep(points)
         picture(points, Path("docs/policies.svg"))
+
+
+def kept() -> list[Point]:
+    """What runs before this one found."""
+    file = RESULTS / "policies.json"
+    return [Point(**one) for one in json.loads(file.read_text())["points"]] if file.exists() else []
+
+
+def keep(points: Sequence[Point]) -> None:
+    save("policies", {"images": IMAGES, "steps": STEPS, "points": [asdict(one) for one in points]})
 
 
 if __name__ == "__main__":

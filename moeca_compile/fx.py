@@ -6,7 +6,6 @@ import copy
 import heapq
 import operator
 import re
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ import torch
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from moeca_compile.errors import InvariantError
 from moeca_compile.schedule import Act
@@ -265,53 +262,11 @@ def call(
     return node
 
 
-def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **given: Any) -> dict[str, Node]:
-    """Add what `function` does with tensors, at the insertion point: plain torch code becomes nodes.
-
-    `given`: nodes (in dicts too) for the tensors, and anything hashable as it is. What is a tensor in the result of
-    `function` is a node in the result. A graph has many equal layers: what was traced for one serves all.
-    """
-    flat, spec = tree_flatten(given)
-    nodes = [one for one in flat if isinstance(one, Node)]
-    values = [need(node) for node in nodes]
-    kinds = tuple((v.shape, v.dtype, v.device) for v in values)
-    key = (function, spec, tuple(None if isinstance(one, Node) else (type(one), one) for one in flat), kinds)
-    known = _TRACES.setdefault(mode, {}) if (mode := _mode_of(values)) is not None else {}
-    if key not in known:
-
-        def run(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-            left = iter(tensors)
-            return function(**tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec))
-
-        with fake_mode_of(values), torch.no_grad():
-            known[key] = make_fx(run, pre_dispatch=True)(*values)
-    traced = known[key]
-    copies: dict[Node, Node] = dict(zip(placeholders(traced), nodes, strict=True))
-    for node in traced.graph.nodes:
-        if node.op == "call_function":
-            copies[node] = gm.graph.node_copy(node, lambda source: copies[source])
-        elif node.op == "get_attr":
-            copies[node] = constant(gm, getattr(traced, str(node.target)))
-    result = map_arg(output_node(traced).args[0], lambda source: copies[source])
-    return dict(result)  # type: ignore[arg-type]
-
-
-def constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
-    """A tensor that belongs to the graph, at the insertion point."""
-    name = f"moeca_constant_{sum(key.startswith('moeca_constant') for key in dict(gm.named_buffers()))}"
-    gm.register_buffer(name, tensor)
-    node = gm.graph.get_attr(name)
-    node.meta["val"] = tensor
-    return node
-
-
 def fake_mode_of(tree: object) -> AbstractContextManager[Any]:
     """The mode of the fake tensors in `tree`; nothing at all where there are none."""
-    return _mode_of(tree) or nullcontext()
+    return fake_mode(tree) or nullcontext()
 
 
-def _mode_of(tree: object) -> FakeTensorMode | None:
+def fake_mode(tree: object) -> FakeTensorMode | None:
+    """The mode of the first fake tensor in `tree`."""
     return next((leaf.fake_mode for leaf in tree_leaves(tree) if isinstance(leaf, FakeTensor)), None)
-
-
-_TRACES: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, GraphModule]] = weakref.WeakKeyDictionary()

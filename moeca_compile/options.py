@@ -21,8 +21,9 @@ class Options:
     """What the backend takes. Every field is also a keyword of `moeca_compile.compile`.
 
     Attributes:
-        schedule: a `Schedule`, the path of one, or a short form (`full`, `uniform:3`, `uniform:3:warmup=2`). The
-            default is careful: four full steps, then every second step computed, the others forecast.
+        schedule: a `Schedule`, the path of one, or a short form (`full`, `uniform:3`, `uniform:3:warmup=2`,
+            `adaptive:0.05`). The default is careful: four full steps, then every second step computed, the others
+            forecast.
         order: of the forecast, for short forms: 0 copies, 1 extrapolates linearly, 2 quadratically.
         granularity: what the schedule's columns are: `region` (each attention, experts and mlp by itself), or one span
             of blocks: `stack` (what leaves all of them), `blocks:2:-2` (the change that a slice of them makes),

@@ -1,7 +1,7 @@
 """The branch cache of one MoE layer, in plain torch: K slots a token, kept in the order of the routing.
 
 B samples, N tokens, K branches a token, E experts, D channels. Which slot is whose is `branch_ops.align`'s work; what
-becomes of the values is here. Traced into the variants by `fx.inline`.
+becomes of the values is here. Traced into the variants by `inline`.
 """
 
 from __future__ import annotations

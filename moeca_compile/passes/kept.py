@@ -2,7 +2,7 @@
 
 Everything is stamped with step + 1, so that zeros mean "never" and an empty state needs no other initial value. The
 forecast is Newton's polynomial (see `insert_state`) with the divided differences kept for each item, for they differ in
-age: y + d1 (s - s0) + d2 (s - s0)(s - s1). These functions are traced into the variants by `fx.inline`.
+age: y + d1 (s - s0) + d2 (s - s0)(s - s1). These functions are traced into the variants by `inline`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from moeca_compile import fx
 from moeca_compile.errors import InvariantError
 from moeca_compile.passes.branches import due, moved
 from moeca_compile.passes.context import Context
+from moeca_compile.passes.inline import constant, inline
 from moeca_compile.passes.kept import State, forecast, overdue, refreshed
 from moeca_compile.passes.ports import Ports
 from moeca_compile.regions import Region, TokensInfo
@@ -41,7 +42,7 @@ class Parts:
 
     def inline(self, function: Any, **given: Any) -> dict[str, Node]:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):
-            return fx.inline(self.gm, function, **given)
+            return inline(self.gm, function, **given)
 
     def call(self, target: Any, *args: Any) -> Node:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):
@@ -52,7 +53,7 @@ class Parts:
         if values is None:
             return None
         with self.gm.graph.inserting_before(fx.output_node(self.gm)), fx.fake_mode_of(fx.need(like)):
-            return fx.constant(self.gm, torch.tensor(values, dtype=dtype, device=fx.need(like).device))
+            return constant(self.gm, torch.tensor(values, dtype=dtype, device=fx.need(like).device))
 
     def settle(self, column: int, output: int, fresh: Node | None, chosen: Node | None, copy: bool) -> Node:
         """The value of tokens that age one by one: `fresh` [B, M, D] at `chosen` [B, M], the others forecast; no
