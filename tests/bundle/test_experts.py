@@ -179,7 +179,7 @@ def test_an_activation_without_a_form_is_refused() -> None:
         _activate(None, None, "swoosh")
 
 
-def test_it_is_the_only_operator_of_ours() -> None:
-    """Another one would need a translation too."""
+def test_it_is_the_only_operator_of_ours_that_a_bundle_meets() -> None:
+    """Another one would need a translation too; those of PARTIAL rows are refused before (`exporting/refuse.py`)."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moeca::")}
-    assert names == {"moeca::experts"}
+    assert names - {"moeca::align", "moeca::pick"} == {"moeca::experts"}
