@@ -141,9 +141,10 @@ def test_trajectories_of_two_shapes_that_take_turns_are_both_exact_or_cold(model
 
 def test_other_strides_are_exact(model: nn.Module, full: nn.Module) -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
-        tape = Taped(lambda x, t, y, layout=layout: model(x.contiguous(memory_format=layout), t, y))
+        laid = [lambda x, t, y, layout=layout, m=m: m(x.contiguous(memory_format=layout), t, y) for m in (model, full)]
+        tape = Taped(laid[0])
         run(plain(tape, times=TIMES[:3]))
-        assert tape.equals(full, calls=[0])
+        assert tape.equals(laid[1], calls=[0])  # a processor's kernels for the two layouts may round apart
 
 
 def test_another_dtype_of_the_whole_model_starts_cold(model: nn.Module, full: nn.Module) -> None:
