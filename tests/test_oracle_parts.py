@@ -108,6 +108,18 @@ def test_any_partial_schedule_is_run_as_the_oracle_says(style: str, speed: float
     follow(one, data.draw(schedules(one)))
 
 
+@pytest.mark.parametrize("score", ["drift", "error"])
+def test_sensitivity_and_quotas_are_real_tables_of_the_program(score: str) -> None:
+    one = subject(depth=1)
+    weights, shares = {"blocks.0.moe": (1.0, 2.0, 0.5, 4.0, 1.0)}, {"blocks.0.moe": (0.2,) * 5}
+    schedule = schedule_of(one.analysis, "CC", "Fa", "aF", "bb", legend=LEGEND, control=Control(score, weights, shares))
+    follow(one, schedule)
+    variant = Runner(one, schedule).variant(schedule.rows[1])[0]
+    tables = list(variant.gm.buffers())
+    assert [tuple(table.shape) for table in tables] == [(5,)] * 3, "weights for the tokens, weights and quotas for the rest"
+    assert all(type(table) is Tensor for table in tables), "not fake ones"
+
+
 def run(one: Subject, schedule: Schedule) -> list[Tensor]:
     """The outputs of the schedule's rows, one step each."""
     runner = Runner(one, schedule)

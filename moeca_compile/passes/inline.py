@@ -45,15 +45,16 @@ def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **
         if node.op == "call_function":
             copies[node] = gm.graph.node_copy(node, lambda source: copies[source])
         elif node.op == "get_attr":
-            copies[node] = constant(gm, getattr(traced, str(node.target)))
+            copies[node] = constant(gm, getattr(traced, str(node.target)), values[0])
     result = map_arg(fx.output_node(traced).args[0], lambda source: copies[source])
     return dict(result)  # type: ignore[arg-type]
 
 
-def constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
-    """A tensor that belongs to the graph, at the insertion point."""
+def constant(gm: GraphModule, tensor: torch.Tensor, like: torch.Tensor) -> Node:
+    """A real tensor that belongs to the graph, at the insertion point; its `meta` is in the mode of `like`."""
     name = f"moeca_constant_{sum(key.startswith('moeca_constant') for key in dict(gm.named_buffers()))}"
     gm.register_buffer(name, tensor)
     node = gm.graph.get_attr(name)
-    node.meta["val"] = tensor
+    mode = fx.fake_mode(like)
+    node.meta["val"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
     return node

@@ -52,8 +52,9 @@ class Parts:
         """A table of the control as a part of the graph."""
         if values is None:
             return None
-        with self.gm.graph.inserting_before(fx.output_node(self.gm)), fx.fake_mode_of(fx.need(like)):
-            return constant(self.gm, torch.tensor(values, dtype=dtype, device=fx.need(like).device))
+        value = fx.need(like)
+        with self.gm.graph.inserting_before(fx.output_node(self.gm)):
+            return constant(self.gm, torch.tensor(values, dtype=dtype, device=value.device), value)
 
     def settle(self, column: int, output: int, fresh: Node | None, chosen: Node | None, copy: bool) -> Node:
         """The value of tokens that age one by one: `fresh` [B, M, D] at `chosen` [B, M], the others forecast; no
