@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format docs bench clean
+.PHONY: help install demo test engines test-slow lint format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +35,9 @@ demo: $(INSTALLED) ## sample digits plain and cached, print the table, write dem
 
 test: $(INSTALLED) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+engines: $(INSTALLED) ## TensorRT-RTX parses and builds every variant of the digits and S/2 bundles; no GPU is needed
+	$(BIN)/python -m pytest -m slow tests/bundle/tensorrt/test_models.py $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) $(TRITON)/.installed ## the slow tests, some against a Triton server
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -116,7 +116,7 @@ def test_sensitivity_and_quotas_are_real_tables_of_the_program(score: str) -> No
     follow(one, schedule)
     variant = Runner(one, schedule).variant(schedule.rows[1])[0]
     tables = list(variant.gm.buffers())
-    assert [tuple(table.shape) for table in tables] == [(5,)] * 3, "weights for the tokens, weights and quotas for the rest"
+    assert [tuple(table.shape) for table in tables] == [(5,)] * 3, "two of weights, one of quotas"
     assert all(type(table) is Tensor for table in tables), "not fake ones"
 
 

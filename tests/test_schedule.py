@@ -328,7 +328,7 @@ def test_a_missing_entry_is_refused_by_name(name: str) -> None:
         (changed(rows=7), "not a readable schedule"),
         (changed(rows=["CCC", "CaC"]), "row 'CaC': 'a' is no action; known here: C, R, F"),
         (changed(rows=["CCC", "CaC"], partials={"a": [0.5, 1.5]}), "PARTIAL: tau is 1.5, expected a fraction"),
-        (changed(rows=["CCC", "CaC"], partials={"a": [0.1, 0.2, 0.3]}), "PARTIAL: shared is 0.3, expected true or false"),
+        (changed(rows=["CCC", "CaC"], partials={"a": [0.1, 0.2, 0.3]}), "shared is 0.3, expected true or false"),
         (changed(control={"weights": {}}), r"control has unknown entries \['weights'\]"),
         (changed(control={"score": "guess"}), "control: score is 'guess', expected one of drift, error"),
         (changed(control={"sensitivity": {"m": [-1.0, 1.0]}}), "control: sensitivity of m"),

@@ -16,10 +16,10 @@ from moeca_compile import fx
 from moeca_compile.fx import aten
 from moeca_compile.passes.branches import due, settle
 from moeca_compile.passes.kept import State
-from moeca_compile.passes.parts import Parts, copies
+from moeca_compile.passes.parts import Parts, computes, copies
 from moeca_compile.passes.slice_tokens import Slice
 from moeca_compile.regions import Region, TokensInfo
-from moeca_compile.schedule import Action, Partial
+from moeca_compile.schedule import Act, Action, Partial
 
 
 def insert_branches(parts: Parts, mark: fx.Mark) -> None:
@@ -32,7 +32,8 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
     chosen = parts.chosen(column, act.rho, routing["scores"]) if isinstance(act, Partial) and act.rho else None
     if act is Action.COMPUTE:
         fresh = parts.inline(_everything, experts=experts, shape=info.branches.shape)
-    elif isinstance(act, Partial) and (act.rho or act.tau):
+    elif computes(act):
+        assert isinstance(act, Partial)
         fresh = _some(parts, region, info, act, routing, state, chosen)
     else:
         fresh = parts.inline(_nothing, state=state)
@@ -41,7 +42,7 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
         settle, **fresh, **routing, now=parts.ports.now(), order=parts.order, copy=copies(act), state=state
     )
     branches = after.pop("branches")
-    if act is Action.COMPUTE or (isinstance(act, Partial) and (act.rho or act.tau)):
+    if computes(act):
         for name, node in after.items():
             parts.ports.write(column, 0, name, node)
     if act is not Action.COMPUTE:
@@ -139,7 +140,7 @@ def _spread(made: Tensor, positions: Tensor, shape: tuple[int, ...]) -> dict[str
 
 
 def _beside(
-    parts: Parts, info: TokensInfo, act: object, column: int, output: int, node: Node,
+    parts: Parts, info: TokensInfo, act: Act, column: int, output: int, node: Node,
     chosen: Node | None,
 ) -> None:  # fmt: skip
     """A shared part: computed, or recomputed for the block's chosen tokens, or forecast."""
@@ -154,7 +155,7 @@ def _beside(
             part.follow([parts.nodes[name] for name in info.body])
         fresh = parts.call(aten.reshape.default, part.made[node], [sizes[0], -1, sizes[2]])
     users = list(node.users)
-    value = parts.settle(column, output, fresh, chosen, act is Action.REUSE)
+    value = parts.settle(column, output, fresh, chosen, copies(act))
     shaped = parts.call(aten.reshape.default, value, list(fx.shape(node)))
     for user in users:
         user.replace_input_with(node, shaped)

@@ -111,6 +111,11 @@ def block_of(key: str) -> str:
     return found[1] if found else key
 
 
+def computes(act: Act) -> bool:
+    """Whether anything of the region's branches is computed."""
+    return bool(act.rho or act.tau) if isinstance(act, Partial) else act is Action.COMPUTE
+
+
 def copies(act: Act) -> bool:
     """Whether what isn't computed is taken as it was, not extrapolated."""
     return act is Action.REUSE
