@@ -73,6 +73,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return reports
 
 
+@pytest.mark.slow
 def test_the_first_process_compiles_each_variant_once(processes: list[dict[str, Any]]) -> None:
     found = processes[0]["counters"]
     assert found["fxgraph_cache_miss"] == found["autograd_cache_miss"] == 2

@@ -150,8 +150,7 @@ class Shuffled(NumpyMoE):
         return ids.gather(1, order), weights.gather(1, order)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("row", ["FbFb", "aaaa", "Fdcf"])
+@pytest.mark.parametrize(("row", "top_k"), [("FbFb", 1), ("FbFb", 2), ("aaaa", 2), ("Fdcf", 3)])
 def test_the_order_of_a_token_s_experts_means_nothing(row: str, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STYLES, "shuffled", Shuffled)
     plain, shuffled = subject("numpy", top_k), subject("shuffled", top_k)

@@ -16,6 +16,7 @@ from tests.real.zoo import normal, pixart
 hidream = importlib.import_module("examples.02_diffusers_hidream")
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_cached_and_computed_in_full_gives_the_same_image() -> None:
     """No word to the pipeline but its transformer; two images, one after the other, and their steps."""
     torch._dynamo.reset()

@@ -33,9 +33,9 @@ pytestmark = [
 ]
 
 
-def named(*names: str) -> Any:
+def named(*names: str, fast: tuple[str, ...] = FAST) -> Any:
     """The models of these names; all but a few are for `make test-slow`."""
-    given = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in names]
+    given = [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names]
     return pytest.mark.parametrize("name", given)
 
 
@@ -202,7 +202,7 @@ def test_a_uniform_schedule_gives_what_the_oracle_says(name: str, fact: Recorder
 # -- moeca_compile.compile and explain, torch.export ------------------------------------------------------------------
 
 
-@named(*WHOLE)
+@named(*WHOLE, fast=("PixArt",))
 def test_compiled_by_hand_and_asked_for_a_tuple(name: str) -> None:
     case = ZOO[name]
     torch._dynamo.reset()

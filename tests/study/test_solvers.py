@@ -79,8 +79,7 @@ def run(model: nn.Module, schedule: Schedule, sample: Sampler, seed: int = 5) ->
     "name",
     [
         "DDPMScheduler",
-        "HeunDiscreteScheduler",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("HeunDiscreteScheduler", *SLOW)),
     ],
 )
 def test_each_solver_is_calibrated_and_runs_as_predicted(model: nn.Module, name: str) -> None:
