@@ -20,6 +20,8 @@ from tests.sampling import Taped, alone, compiled, dit, noise, plain, records, r
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow  # two processes that compile
+
 
 def report() -> dict[str, Any]:
     """What one process sees: how far Inductor's variants are from eager ones, and what it had to compile for them."""
@@ -73,7 +75,6 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return reports
 
 
-@pytest.mark.slow
 def test_the_first_process_compiles_each_variant_once(processes: list[dict[str, Any]]) -> None:
     found = processes[0]["counters"]
     assert found["fxgraph_cache_miss"] == found["autograd_cache_miss"] == 2
