@@ -1,6 +1,6 @@
 """Which parts to recompute: policies for the steps between full ones, at equal cost, on two trained digits models.
 
-    python -m benchmarks.policies --calibrate   # examples/schedules/dsmoe_*.json, about 5 minutes
+    python -m benchmarks.policies --calibrate   # examples/schedules/policies_*.json, about 8 minutes a schedule
     python -m benchmarks.policies               # about 30 minutes on one core; goes on from results/policies.json
     python -m benchmarks.policies --report      # docs/branch-caching.md's tables and picture from the results
 
@@ -12,22 +12,22 @@ schedule of whole regions at the same MACs: the upper hull of all uniform and ca
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import moeca_compile as moeca
+from benchmarks.policies_report import WHOLE, Point, picture, table, with_gains
 from benchmarks.protocol import RESULTS, pin_threads, save
 from examples import digits, dsmoe
 from moeca_compile.adaptive import Adaptive
@@ -40,7 +40,8 @@ PREFIX = {"dit_moe": "digits", "dsmoe": "dsmoe"}
 BUDGETS = {"50": 0.5033, "34": 0.3443}
 C, F = Action.COMPUTE, Action.FORECAST
 KEYS = tuple(f"blocks.{i}.{part}" for i in range(BLOCKS) for part in ("attn", "moe"))
-WHOLE = "whole regions"
+TAU = 0.04
+CALIBRATED = f"calibrated with tau {TAU} in every cheap row"
 MANY = "uniform:4"  # the schedule on which all policies and ideas are tried
 
 # What a step between full ones does with attention and experts.
@@ -62,20 +63,6 @@ IDEAS: dict[str, tuple[tuple[Act, Act], Control]] = {
     "tau 0.1, scored by drift of the router": ((F, Partial(0, 0.1)), Control("drift")),
     "tau 0.04 and shared experts computed": ((F, Partial(0, 0.04, True)), Control()),
 }
-
-
-@dataclass(frozen=True)
-class Point:
-    """One run."""
-
-    model: str
-    schedule: str
-    policy: str
-    macs: float
-    psnr_db: float
-    accuracy: float
-    state_mb: float
-    gain_db: float | None = None
 
 
 @cache
@@ -105,7 +92,7 @@ def bases(model: str) -> dict[str, Schedule]:
     """Schedules of whole regions: uniform ones, and those that were calibrated."""
     found = {f"uniform:{k}": uniform(k) for k in (2, 3, 4, 6)}
     for budget in BUDGETS:
-        path = SCHEDULES / f"{PREFIX[model]}_{budget}.json"
+        path = SCHEDULES / file_of(model, budget, 0.0)
         if path.exists():
             found[f"calibrated for {budget} %"] = Schedule.load(path)
     return found
@@ -118,13 +105,17 @@ def uniform(interval: int) -> Schedule:
 
 
 def with_policy(schedule: Schedule, acts: tuple[Act, Act], control: Control | None = None) -> Schedule:
-    """The schedule with `acts` at the steps that aren't full."""
+    """The schedule with `acts` in the place of whole regions forecast."""
 
     def row(old: Row) -> Row:
-        return old if all(act is C for act in old) else acts * BLOCKS
+        return tuple(new if act is F else act for act, new in zip(old, acts * BLOCKS, strict=True))
 
     control = control or Control()
     return replace(schedule, rows=tuple(map(row, schedule.rows)), order=schedule.order or 1, control=control)
+
+
+def has_branches(schedule: Schedule) -> bool:
+    return any(isinstance(act, Partial) for row in schedule.rows for act in row)
 
 
 def adaptive(threshold: float, cheap: tuple[Act, Act]) -> Schedule:
@@ -140,96 +131,36 @@ def jobs(model: str) -> list[tuple[str, str, Schedule]]:
         policies = [policy for policy in (POLICIES if name == MANY else few) if policy != WHOLE]
         found += [(name, policy, with_policy(bases(model)[name], POLICIES[policy])) for policy in policies]
     found += [(MANY, idea, with_policy(bases(model)[MANY], *idea_of)) for idea, idea_of in IDEAS.items()]
+    for budget in BUDGETS:
+        path = SCHEDULES / file_of(model, budget, TAU)
+        if path.exists() and has_branches(schedule := Schedule.load(path)):
+            found.append((f"calibrated for {budget} %", CALIBRATED, schedule))
     for threshold in (0.02, 0.05):
         found.append((f"adaptive:{threshold}", "adaptive, whole regions", adaptive(threshold, (F, F))))
         found.append((f"adaptive:{threshold}", "adaptive, tau 0.04", adaptive(threshold, (F, Partial(0, 0.04)))))
     return found
 
 
-def with_gains(points: Sequence[Point]) -> list[Point]:
-    """Each point's gain over the hull of the whole-region schedules, where its MACs lie within it."""
-    result = []
-    for point in points:
-        hull = hull_of([(one.macs, one.psnr_db) for one in points if one.model == point.model and one.policy == WHOLE])
-        level = on_hull(hull, point.macs)
-        result.append(replace(point, gain_db=None if level is None else point.psnr_db - level))
-    return result
-
-
-def hull_of(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The upper concave hull, by rising cost."""
-    hull: list[tuple[float, float]] = []
-    for x, y in sorted(points):
-        while len(hull) > 1 and _turn(hull[-2], hull[-1], (x, y)) >= 0:
-            hull.pop()
-        hull.append((x, y))
-    return hull
-
-
-def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
-    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
-
-
-def on_hull(hull: Sequence[tuple[float, float]], macs: float) -> float | None:
-    """The hull's height at `macs`; None outside it."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(hull):
-        if x0 <= macs <= x1:
-            return y0 + (y1 - y0) * (macs - x0) / (x1 - x0)
-    return None
-
-
-def calibrate() -> None:
-    """Schedules of whole regions for the second model, as `examples.03_calibrate` makes the first one's."""
+def calibrate(models: Sequence[str]) -> None:
+    """Schedules of both kinds on the same seeds: of whole regions, and whatever is better with branches tried too."""
     sampler = import_module("examples.03_calibrate").sampler()
-    for name, share in BUDGETS.items():
+    for model, (name, share), branches in product(models, BUDGETS.items(), (0.0, TAU)):
+        torch._dynamo.reset()
         found = moeca.calibrate(
-            dsmoe.load_digits(), sampler, budget=f"macs:{share}", granularity="region", seeds=range(8),
-            holdout=range(1000, 1002), data_range=2.0, resume=Path("build/dsmoe"),
+            MODELS[model](), sampler, budget=f"macs:{share}", granularity="region", seeds=range(8),
+            holdout=range(1000, 1002), data_range=2.0, branches=branches, resume=Path("build") / model, inner="eager",
         )  # fmt: skip
-        found.save(SCHEDULES / f"dsmoe_{name}.json")
-        print(f"{name} %: {found.predicted}")
+        found.save(SCHEDULES / file_of(model, name, branches))
+        print(f"{model} {name} %: {found.made_by}: {found.predicted['psnr_db']:.2f} dB")
 
 
-def table(points: Sequence[Point], model: str) -> Table:
-    shown = Table("schedule", "policy", "MACs", "PSNR dB", "gain dB", "state MB", title=model, title_justify="left")
-    for one in points:
-        if one.model == model:
-            gain = "" if one.gain_db is None or one.policy == WHOLE else f"{one.gain_db:+.2f}"
-            shown.add_row(
-                one.schedule, one.policy, f"{one.macs:.1%}", f"{one.psnr_db:.1f}", gain, f"{one.state_mb:.0f}"
-            )
-    return shown
-
-
-def picture(points: Sequence[Point], path: Path) -> None:
-    """PSNR against MACs, the hull of whole regions and every policy, one panel a model."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(MODELS), figsize=(11, 4.6), sharey=True)
-    for axes, model in zip(panels, MODELS, strict=True):
-        mine = [one for one in points if one.model == model]
-        hull = hull_of([(one.macs, one.psnr_db) for one in mine if one.policy == WHOLE])
-        axes.plot([100 * x for x, _ in hull], [y for _, y in hull], color="0.6", zorder=0)
-        for number, policy in enumerate(dict.fromkeys(one.policy for one in mine)):
-            some = [one for one in mine if one.policy == policy]
-            marker, colour = "osD^vP*X<>"[number % 10], f"C{number % 10}"
-            axes.scatter(
-                [100 * one.macs for one in some], [one.psnr_db for one in some], s=22, marker=marker, color=colour,
-                label=policy,
-            )  # fmt: skip
-        axes.set(title=model, xlabel="% of the MACs", xlim=(15, 65))
-    panels[0].set_ylabel("PSNR against uncached, dB")
-    panels[-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+def file_of(model: str, budget: str, branches: float) -> str:
+    return f"policies_{PREFIX[model]}_{budget}{'_branches' if branches else ''}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare what is recomputed between full steps.")
-    parser.add_argument("--calibrate", action="store_true", help="make the second model's schedules and stop")
+    parser.add_argument("--calibrate", action="store_true", help="make the schedules and stop")
     parser.add_argument("--report", action="store_true", help="print and draw what results/policies.json holds")
     parser.add_argument("--quick", action="store_true", help="two runs, nothing kept: does it run?")
     parser.add_argument("--model", choices=[*MODELS], help="only this one's runs")
@@ -238,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     pin_threads()
-    if args.calibrate:
-        calibrate()
-        return
     wanted = [args.model] if args.model else [*MODELS]
+    if args.calibrate:
+        calibrate(wanted)
+        return
     points = [] if args.fresh or args.quick else kept()
     done = {(one.model, one.schedule, one.policy) for one in points}
     todo = [(model, *job) for model in wanted for job in jobs(model)]

@@ -26,6 +26,7 @@ Inner = Annotated[str, typer.Option(help="inductor or eager.")]
 Kept = Annotated[Path, typer.Option(help="The folder that an earlier calibration kept.")]
 Resume = Annotated[Path | None, typer.Option(help="A folder that keeps what is found, to go on from or plan again.")]
 Perturb = Annotated[int, typer.Option(help="Experts to make stale one by one, at most; each costs two trajectories.")]
+Branches = Annotated[float, typer.Option(help="Also try cheap rows that compute this share of the branches, 0.04.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the schedule's facts as JSON and nothing else.")]
 
 
@@ -48,6 +49,7 @@ def calibrate(
     inner: Inner = "inductor",
     resume: Resume = None,
     perturb: Perturb = 0,
+    branches: Branches = 0.0,
     json: AsJson = False,
 ) -> None:
     """Find the best schedule that a budget allows, by sampling the model."""
@@ -66,6 +68,7 @@ def calibrate(
         inner=inner,
         resume=resume,
         perturb=perturb,
+        branches=branches,
         progress=not json,
     )
     found.save(out)

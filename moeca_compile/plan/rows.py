@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moeca_compile.plan.predict import PREDICTORS
-from moeca_compile.schedule import Act, Action, Row, Schedule
+from moeca_compile.schedule import Act, Action, Partial, Row, Schedule
 
 FULL, NONE = "C", "F"
 Cells = tuple[Act | None, ...]  # a row before it has an order; None: kept, by copy or forecast
@@ -86,6 +86,15 @@ def row_kinds(kinds: Sequence[str], layers: Sequence[int]) -> dict[str, Cells]:
         if cells not in found.values():
             found[one.letter] = cells
     return found
+
+
+def filled(kinds: Kinds, cheap: Row) -> dict[str, Cells]:
+    """The row kinds where a region that isn't computed does what it does in the row `cheap`, if that is PARTIAL."""
+    parts = [act if isinstance(act, Partial) else None for act in cheap]
+    return {
+        letter: tuple(part if act is None else act for act, part in zip(cells, parts, strict=True))
+        for letter, cells in kinds.items()
+    }
 
 
 def atoms_of(kinds: Kinds, letters: str) -> tuple[tuple[int, ...], ...]:

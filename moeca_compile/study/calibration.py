@@ -38,6 +38,7 @@ def calibrate(
     resume: str | Path | None = None,
     memory: int = 2**30,
     perturb: int = 0,
+    branches: float = 0.0,
     progress: bool = True,
 ) -> Schedule:
     """Find the best schedule that a budget allows.
@@ -63,6 +64,9 @@ def calibrate(
         memory: bytes of region outputs held at once while measuring; more go to a temporary folder.
         perturb: how many experts to make stale, one by one, on the first seed, to see what the sample suffers: those
             that drift most first. Each costs about two uncached trajectories. Kept in `resume`; `moeca drift` shows it.
+        branches: 0, or which share of the branches (token, expert) a row computes that doesn't compute the experts, as
+            `Partial(0, branches)`; 0.02 to 0.05 holds the transitions. Schedules of such rows are searched beside those
+            of whole regions, for about as much again, and returned if they are better. Bundles can't hold them yet.
         progress: show a progress bar where `rich` is installed.
 
     Returns:
@@ -77,7 +81,9 @@ def calibrate(
             of something else.
         CaptureError: the model can't be captured, or holds nothing to cache.
     """
-    request = Request.read(budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb)
+    request = Request.read(
+        budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches
+    )
     try:
         with bar(progress) as tick:
 
@@ -102,11 +108,30 @@ class _Found:
         return self.search.race.quality(self.plan, len(self.study.request.seeds))
 
 
-def _search(study: Study) -> _Found:
+def _search(study: Study, branches: bool = True) -> _Found:
     study.sample_uncached()
     if study.request.perturb:
         study.make_stale()
-    return _Found(study, *study.search())
+    found = _Found(study, *study.search())
+    return _by_branches(found) if branches and study.request.branches else found
+
+
+def _by_branches(found: _Found) -> _Found:
+    """What was found, or a schedule that computes some branches in its cheap rows, if that is better."""
+    study = found.study.by_branches()
+    other = _Found(study, *study.search())
+    found.search.found |= {f"branches, {name}": quality for name, quality in other.search.found.items()}
+    other.search.found = found.search.found
+    for name, seconds in study.seconds.items():
+        found.study.seconds[f"branches {name}"] = seconds
+    if found.study.request.budget.psnr_db is not None:
+        better = study.costs.fraction(other.plan) < found.study.costs.fraction(found.plan)
+    else:
+        better = other.quality > found.quality
+    if not better:
+        return found
+    study.seconds = found.study.seconds
+    return other
 
 
 def _auto(study_of: Callable[[str], Study], request: Request) -> _Found:
@@ -115,10 +140,12 @@ def _auto(study_of: Callable[[str], Study], request: Request) -> _Found:
     limit = request.budget.state_bytes
     if limit is not None:
         regions.handle.run(request.seeds[0])
+        # by branches there is more state, not less
         if limit < min(regions.costs.state_bytes.values()):
-            return _search(study_of("stack"))
+            return _search(study_of("stack"), branches=False)
     found = _search(regions)
-    if not found.plan.caches or found.plan.partial or limit is not None or request.budget.latency is not None:
+    limited = limit is not None or request.budget.latency is not None
+    if limited or found.study is not regions or not found.plan.caches or found.plan.partial:
         return found
     stack = study_of("stack")
     try:
@@ -155,6 +182,8 @@ def _schedule(found: _Found) -> Schedule:
     predicted |= {f"tried {name}": quality for name, quality in sorted(found.search.found.items())}
     rows = "".join(f", {letter}: {PARTIAL[letter].says}" for letter in sorted(plan.partial))
     order = f"{plan.predictor}, granularity {study.granularity}{rows}"
+    if study.handle.by_branches:
+        order += f", {request.branches:g} of the branches in every cheap row"
     made_by = f"calibrated for {request.text} on {len(request.seeds)} seeds: {order}"
     program = study.handle.program
     schedule = schedule_of(plan, program.regions.keys, study.handle.kinds, made_by)

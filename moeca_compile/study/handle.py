@@ -19,7 +19,7 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.face import compile as moeca_compile_model
 from moeca_compile.face import inner_module
 from moeca_compile.plan.predict import PREDICTORS, Predictor
-from moeca_compile.plan.rows import FULL, Kinds, Plan, row_kinds, row_of
+from moeca_compile.plan.rows import FULL, Kinds, Plan, filled, row_kinds, row_of
 from moeca_compile.program import Program
 from moeca_compile.runtime.dispatch import Track, Tracks, arguments_for, run_step
 from moeca_compile.runtime.state import Coefficients, StreamState
@@ -86,6 +86,11 @@ class Enough(BaseException):
 class Handle:
     """One compiled model and its sampler.
 
+    Args:
+        caching: whose state is kept whatever plan runs. None: whole regions, one layout for all orders. One that names
+            its regions and has a PARTIAL row last: what a region that isn't computed does in that row it does in every
+            plan, and all forecasts are of its order.
+
     Attributes:
         steps: of a trajectory, once it has run.
         seconds: of the runs so far, compiling left out; of the processor where that runs the model, so that others who
@@ -93,9 +98,11 @@ class Handle:
         uncached: of each of the uncached ones.
     """
 
-    def __init__(self, model: torch.nn.Module, sample: Sampler, granularity: str, inner: str) -> None:
+    def __init__(
+        self, model: torch.nn.Module, sample: Sampler, granularity: str, inner: str, caching: Schedule | None = None
+    ) -> None:
         self.sample, self.granularity = sample, granularity
-        self.caching = Schedule.uniform(2, order=2)  # whose state is kept whatever plan runs: one layout, all orders
+        self.caching = caching or Schedule.uniform(2, order=2)
         self.model = moeca_compile_model(
             inner_module(model), schedule=self.caching, inner=inner, granularity=granularity
         )
@@ -113,7 +120,15 @@ class Handle:
 
     @property
     def kinds(self) -> Kinds:
-        return kinds_of(self.program)
+        return self._kinds(self.program)
+
+    @property
+    def by_branches(self) -> bool:
+        return self.caching.regions is not None
+
+    def _kinds(self, program: Program) -> Kinds:
+        plain = kinds_of(program)
+        return filled(plain, self.caching.rows[-1]) if self.by_branches else plain
 
     def run(self, seed: int, plan: Plan | None = None, watch: Watch | None = None) -> torch.Tensor:
         """The samples of one seed with a plan; None computes everything, and counts the steps.
@@ -136,7 +151,7 @@ class Handle:
             tracks = open_.setdefault(trajectory, Tracks(trajectory or Trajectory(())))
             results = run_step(program, tracks, args, trajectory)
             track = tracks.of(program)
-            if plan is not None:
+            if plan is not None and not self.by_branches:
                 for name, state in track.states.items():
                     if not isinstance(state, _Predicting):  # the first step, which forecasts nothing
                         track.states[name] = _Predicting.of(state, PREDICTORS[plan.predictor])
@@ -210,7 +225,7 @@ class Handle:
         if plan is None:
             schedule = Schedule.full()
         else:
-            kinds = kinds_of(program)
+            kinds = self._kinds(program)
             rows = tuple(row_of(kinds.get(letter, kinds[FULL]), order=1) for letter in plan.letters)
             schedule = Schedule(rows, regions=program.regions.keys, order=1)
         program.use(schedule, keep=self.caching)

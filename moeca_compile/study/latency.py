@@ -19,11 +19,12 @@ def costs(handle: Handle, letters: str, predictors: Sequence[Predictor], seed: i
     """MACs of each row kind, and bytes of state of each predictor; milliseconds too if `timed`."""
     program = handle.program
     rows = {letter: row_of(handle.kinds[letter], order=1) for letter in letters}
+    every = sum(slot.bytes for slot in program.layout)
     once = sum(slot.bytes for slot in program.layout if slot.slot == "y0")
     return Costs(
         macs={letter: float(program.variant(row).macs) for letter, row in rows.items()},
         ms=_milliseconds(handle, letters, seed) if timed else {},
-        state_bytes={predictor.name: once * predictor.keeps for predictor in predictors},
+        state_bytes={one.name: every if handle.by_branches else once * one.keeps for one in predictors},
     )
 
 

@@ -29,6 +29,7 @@ class Request:
     memory: int
     folder: Path | None
     perturb: int
+    branches: float
 
     @classmethod
     def read(
@@ -43,6 +44,7 @@ class Request:
         memory: int,
         resume: str | Path | None,
         perturb: int,
+        branches: float,
     ) -> Request:
         """Check them.
 
@@ -66,6 +68,12 @@ class Request:
             raise ScheduleError(f"calibrate: perturb={perturb}, expected a number of experts >= 0")
         if perturb and resume is None:
             raise ScheduleError("calibrate: perturb needs resume=FOLDER: what it finds is kept there (experts.jsonl)")
+        if not 0 <= branches < 1:
+            raise ScheduleError(f"calibrate: branches={branches}, expected a fraction of the branches below 1, or 0")
+        if branches and order not in ("auto", 1):
+            raise ScheduleError(
+                f"calibrate: branches are forecast with order 1, not with order={order}: leave order out"
+            )
         return cls(
             text=budget,
             budget=limits,
@@ -79,4 +87,5 @@ class Request:
             memory=memory,
             folder=None if resume is None else Path(resume),
             perturb=perturb,
+            branches=branches,
         )

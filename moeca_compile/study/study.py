@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,12 +16,14 @@ from moeca_compile.plan.cheapest import cheapest
 from moeca_compile.plan.cost import Costs
 from moeca_compile.plan.drift import Drift, extended
 from moeca_compile.plan.others import try_others
+from moeca_compile.plan.predict import predictors_of
 from moeca_compile.plan.quality import mean_psnr
 from moeca_compile.plan.race import Race
 from moeca_compile.plan.rows import FULL, NONE, PARTIAL, Plan
 from moeca_compile.plan.search import Search
+from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.study.experts import ExpertWatch
-from moeca_compile.study.handle import Call, Handle, Sampler
+from moeca_compile.study.handle import Call, Handle, Sampler, kinds_of
 from moeca_compile.study.latency import costs
 from moeca_compile.study.measure import measure
 from moeca_compile.study.mixing import Mixing, Tape, find_mixing
@@ -46,11 +48,15 @@ class Study:
     inner: str
     request: Request
     tick: Tick
+    caching: Schedule | None = None  # as in `Handle`
 
     def __post_init__(self) -> None:
-        self.handle = Handle(self.model, self.sample, self.granularity, self.inner)
+        self.handle = Handle(self.model, self.sample, self.granularity, self.inner, self.caching)
         folder = self.request.folder
-        self.store = Store(None if folder is None else folder / self.granularity.replace(":", "_"))
+        name = self.granularity.replace(":", "_")
+        if self.caching is not None:
+            name += f"_branches_{self.request.branches:g}"
+        self.store = Store(None if folder is None else folder / name)
         self.truth: dict[int, torch.Tensor] = {}
         self.seconds: dict[str, float] = {"truth": 0.0, "measure": 0.0, "search": 0.0}
         self.tape = Tape()
@@ -95,6 +101,32 @@ class Study:
         self.handle.steps = other.handle.steps
         self.store.seconds = other.store.seconds
         self.seconds["truth"] = self.uncached
+
+    def by_branches(self) -> Study:
+        """The same with branches cached one by one, where rows that don't compute the experts compute some of them.
+
+        The drift of whole regions stands in for theirs: it says where full steps are wanted, rollouts decide.
+
+        Raises:
+            ScheduleError: no experts that can be taken apart; says why.
+        """
+        regions = self.handle.program.regions
+        parts = Partial(0, self.request.branches)
+        apart = [one.kind == "experts" and one.tokens is not None for one in regions]
+        if not any(apart):
+            reasons = "; ".join(f"{one.key}: {one.whole}" for one in regions if one.kind == "experts")
+            raise ScheduleError(
+                f"calibrate: branches={parts.tau:g}, but no experts can be taken apart by themselves at granularity "
+                f"{self.granularity!r}: {reasons or 'it has no columns of experts'}. Leave branches out"
+            )
+        full = tuple(Action.COMPUTE for _ in regions)
+        cheap = tuple(parts if found else Action.FORECAST for found in apart)
+        caching = Schedule((full, cheap), regions.keys, order=1, granularity=self.granularity)
+        request = replace(self.request, predictors=predictors_of(1), others=())
+        study = Study(self.model, self.sample, self.granularity, self.inner, request, self.tick, caching)
+        study.borrow(self)
+        study.drift, study.split = self.drift, self.split
+        return study
 
     def _record(self, call: Call) -> None:
         if call.program is self.handle.program:
@@ -262,8 +294,9 @@ class Study:
     def search(self) -> tuple[Plan, Search]:
         """The best plan for the request, and the search that found it."""
         search = Search(
-            self.handle.steps, self.handle.kinds, self.costs, self.drift, self.race(), self.request.predictors,
-            letters=self.letters, split=self.split, variants=self.request.max_variants, effort=self.request.effort,
+            self.handle.steps, kinds_of(self.handle.program), self.costs, self.drift, self.race(),
+            self.request.predictors, letters=self.letters, split=self.split, variants=self.request.max_variants,
+            effort=self.request.effort,
         )  # fmt: skip
         begin, sampled = self.handle.clock(), self.handle.seconds
         budget = self.request.budget
