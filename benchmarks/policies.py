@@ -1,6 +1,6 @@
 """Which parts to recompute: policies for the steps between full ones, at equal cost, on two trained digits models.
 
-    python -m benchmarks.policies --calibrate   # examples/schedules/policies_*.json, about 8 minutes a schedule
+    python -m benchmarks.policies --calibrate   # the schedules in examples/schedules, about 5 minutes each
     python -m benchmarks.policies               # about 30 minutes on one core; goes on from results/policies.json
     python -m benchmarks.policies --report      # docs/branch-caching.md's tables and picture from the results
 
@@ -142,20 +142,26 @@ def jobs(model: str) -> list[tuple[str, str, Schedule]]:
 
 
 def calibrate(models: Sequence[str]) -> None:
-    """Schedules of both kinds on the same seeds: of whole regions, and whatever is better with branches tried too."""
+    """Schedules of both kinds on the same seeds: of whole regions, and whatever is better with branches tried too.
+
+    The first model's of whole regions are `examples.03_calibrate`'s.
+    """
     sampler = import_module("examples.03_calibrate").sampler()
     for model, (name, share), branches in product(models, BUDGETS.items(), (0.0, TAU)):
+        path = SCHEDULES / file_of(model, name, branches)
+        if path.name.startswith("digits") and not branches:
+            continue
         torch._dynamo.reset()
         found = moeca.calibrate(
             MODELS[model](), sampler, budget=f"macs:{share}", granularity="region", seeds=range(8),
             holdout=range(1000, 1002), data_range=2.0, branches=branches, resume=Path("build") / model, inner="eager",
         )  # fmt: skip
-        found.save(SCHEDULES / file_of(model, name, branches))
+        found.save(path)
         print(f"{model} {name} %: {found.made_by}: {found.predicted['psnr_db']:.2f} dB")
 
 
 def file_of(model: str, budget: str, branches: float) -> str:
-    return f"policies_{PREFIX[model]}_{budget}{'_branches' if branches else ''}.json"
+    return f"{PREFIX[model]}_{budget}{'_branches' if branches else ''}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
