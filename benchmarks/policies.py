@@ -125,16 +125,16 @@ def adaptive(threshold: float, cheap: tuple[Act, Act]) -> Schedule:
 
 def jobs(model: str) -> list[tuple[str, str, Schedule]]:
     found = [(name, WHOLE, schedule) for name, schedule in bases(model).items()]
+    for budget in BUDGETS:
+        path = SCHEDULES / file_of(model, budget, TAU)
+        if path.exists() and has_branches(schedule := Schedule.load(path)):
+            found.append((f"calibrated for {budget} %", CALIBRATED, schedule))
     chosen = [*(name for name in bases(model) if name.startswith("calibrated")), "uniform:2", "uniform:4"]
     few = [one for one in POLICIES if one != WHOLE and not one.startswith(("tokens", "attention"))]
     for name in chosen:
         policies = [policy for policy in (POLICIES if name == MANY else few) if policy != WHOLE]
         found += [(name, policy, with_policy(bases(model)[name], POLICIES[policy])) for policy in policies]
     found += [(MANY, idea, with_policy(bases(model)[MANY], *idea_of)) for idea, idea_of in IDEAS.items()]
-    for budget in BUDGETS:
-        path = SCHEDULES / file_of(model, budget, TAU)
-        if path.exists() and has_branches(schedule := Schedule.load(path)):
-            found.append((f"calibrated for {budget} %", CALIBRATED, schedule))
     for threshold in (0.02, 0.05):
         found.append((f"adaptive:{threshold}", "adaptive, whole regions", adaptive(threshold, (F, F))))
         found.append((f"adaptive:{threshold}", "adaptive, tau 0.04", adaptive(threshold, (F, Partial(0, 0.04)))))
