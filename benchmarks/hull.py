@@ -21,8 +21,8 @@ def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]
 
 
 def on_hull(hull: Sequence[tuple[float, float]], macs: float) -> float | None:
-    """The hull's height at `macs`; None outside it."""
+    """The best that `macs` buy: the hull's height there, or what fewer give; None outside the hull."""
     for (x0, y0), (x1, y1) in itertools.pairwise(hull):
         if x0 <= macs <= x1:
-            return y0 + (y1 - y0) * (macs - x0) / (x1 - x0)
+            return max(y0, y0 + (y1 - y0) * (macs - x0) / (x1 - x0))
     return None
