@@ -29,12 +29,17 @@ class Point:
 
 def with_gains(points: Sequence[Point]) -> list[Point]:
     """Each point's gain over the hull of the whole-region schedules, where its MACs lie within it."""
+    hulls = {model: whole_regions(points, model) for model in {one.model for one in points}}
     result = []
     for point in points:
-        hull = hull_of([(one.macs, one.psnr_db) for one in points if one.model == point.model and one.policy == WHOLE])
-        level = on_hull(hull, point.macs)
+        level = on_hull(hulls[point.model], point.macs)
         result.append(replace(point, gain_db=None if level is None else point.psnr_db - level))
     return result
+
+
+def whole_regions(points: Sequence[Point], model: str) -> list[tuple[float, float]]:
+    """The hull of a model's schedules of whole regions."""
+    return hull_of([(one.macs, one.psnr_db) for one in points if one.model == model and one.policy == WHOLE])
 
 
 def table(points: Sequence[Point], model: str) -> Table:
@@ -59,7 +64,7 @@ def picture(points: Sequence[Point], path: Path) -> None:
     figure, panels = plt.subplots(1, len(models), figsize=(11, 4.6), sharey=True, squeeze=False)
     for axes, model in zip(panels[0], models, strict=True):
         mine = [one for one in points if one.model == model]
-        hull = hull_of([(one.macs, one.psnr_db) for one in mine if one.policy == WHOLE])
+        hull = whole_regions(points, model)
         axes.plot([100 * x for x, _ in hull], [y for _, y in hull], color="0.6", zorder=0)
         for number, policy in enumerate(dict.fromkeys(one.policy for one in mine)):
             some = [one for one in mine if one.policy == policy]

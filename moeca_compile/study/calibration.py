@@ -122,8 +122,7 @@ def _by_branches(found: _Found) -> _Found:
     other = _Found(study, *study.search())
     found.search.found |= {f"branches, {name}": quality for name, quality in other.search.found.items()}
     other.search.found = found.search.found
-    for name, seconds in study.seconds.items():
-        found.study.seconds[f"branches {name}"] = seconds
+    found.study.count("branches", study)
     if found.study.request.budget.psnr_db is not None:
         better = study.costs.fraction(other.plan) < found.study.costs.fraction(found.plan)
     else:
@@ -155,8 +154,7 @@ def _auto(study_of: Callable[[str], Study], request: Request) -> _Found:
     race, raced = stack.race(), min(RACED, len(request.seeds))
     tried = race.run(found.plan, raced)
     found.search.found["stack, the same plan"] = tried
-    for name, seconds in stack.seconds.items():
-        regions.seconds[f"stack {name}"] = seconds
+    regions.count("stack", stack)
     if tried <= found.search.race.quality(found.plan, raced) or not stack.costs.allows(found.plan, request.budget):
         return found
     if race.run(found.plan, len(request.seeds)) <= found.quality:

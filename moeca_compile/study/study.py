@@ -102,6 +102,10 @@ class Study:
         self.store.seconds = other.store.seconds
         self.seconds["truth"] = self.uncached
 
+    def count(self, name: str, other: Study) -> None:
+        """Take what another study of the same request cost so far into what this one did."""
+        self.seconds |= {f"{name} {part}": seconds for part, seconds in other.seconds.items()}
+
     def by_branches(self) -> Study:
         """The same with branches cached one by one, where rows that don't compute the experts compute some of them.
 
