@@ -31,7 +31,7 @@ from moeca_compile.autocast import ambient_autocast, autocast_is, materialise_ca
 from moeca_compile.constants import constants_of, takes_sizes
 from moeca_compile.errors import CaptureError
 
-_RESERVED = re.compile(r"coefficients|state_\d+")  # what variants call their own inputs
+_RESERVED = re.compile(r"coefficients|now|(state|hoisted)_\d+")  # what variants call their own inputs
 
 # Inside a session other threads may go on calling what is compiled (before torch 2.13 they are refused).
 _session = getattr(torch.compiler, "_compile_session_context", nullcontext)

@@ -89,7 +89,9 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     return result
 
 
-def trajectory(model: Any, steps: int | None = None, stream: str | None = None) -> Trajectory:
+def trajectory(
+    model: Any, steps: int | None = None, stream: str | None = None, *, timesteps: Sequence[float] = ()
+) -> Trajectory:
     """Say where a trajectory begins and ends: `with moeca_compile.trajectory(model, steps=50): ...`
 
     Inside it nothing of another trajectory is ever used. With `stream`, each call of the model is exactly one step and
@@ -100,8 +102,11 @@ def trajectory(model: Any, steps: int | None = None, stream: str | None = None) 
         model: the compiled model.
         steps: calls expected (a stream); one more is refused. None: any number.
         stream: a name, for samplers that call the model several times a step (CFG in two calls, Heun).
+        timesteps: those that the model will be called with, as it receives them: what depends on them alone is then
+            computed for all steps at once. Without them that is so from the second trajectory on, where its timesteps
+            are those of the first. A call with another timestep computes its own.
     """
-    return Trajectory([id(weight) for weight in parameters_of(model)], steps, stream)
+    return Trajectory([id(weight) for weight in parameters_of(model)], steps, stream, timesteps)
 
 
 def reset(model: Any) -> None:
@@ -112,7 +117,7 @@ def reset(model: Any) -> None:
 
 def stats(model: Any) -> Stats:
     """What the last trajectory did, and what is held now."""
-    steps, held, executed, full = [], 0, 0, 0
+    steps, held, shared, executed, full = [], 0, 0, 0, 0
     seconds: dict[str, float] = {}
     graphs = set()
     for entry, bank in _banks(model):
@@ -122,6 +127,7 @@ def stats(model: Any) -> Stats:
                 seconds[name] = seconds.get(name, 0.0) + spent
             for tracks in bank.all:
                 track = tracks.by_program.get(program)
+                shared += sum(one.bytes for one in track.hoisted.values()) if track else 0
                 for state in track.states.values() if track else ():
                     pairs = zip(state.tensors, program.layout, strict=True)
                     held += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
@@ -131,7 +137,7 @@ def stats(model: Any) -> Stats:
                 executed += sum(record.macs for record in shown.records)
                 full += program.variant(program.schedule.rows[0]).macs * len(shown.records)
     steps.sort(key=lambda record: record.step)  # stable: calls of one program stay in their order
-    return Stats(tuple(steps), held, executed / full if full else 1.0, len(graphs), seconds)
+    return Stats(tuple(steps), held, executed / full if full else 1.0, len(graphs), seconds, shared)
 
 
 def explain(
@@ -222,4 +228,5 @@ def _report(programs: Sequence[Program]) -> Report:
         variants=tuple(
             VariantReport(v.name, serves[v.row], v.node_count, v.macs, len(v.reads), len(v.writes)) for v in variants
         ),
+        hoisted=tuple(main.hoisted[i] for i in sorted({i for v in variants for i in v.hoists})),
     )

@@ -26,6 +26,7 @@ from moeca_compile.passes.drop_dead import drop_dead
 from moeca_compile.passes.drop_noops import drop_noops
 from moeca_compile.passes.find_attention import find_attention
 from moeca_compile.passes.find_experts import find_experts
+from moeca_compile.passes.find_hoisted import find_hoisted
 from moeca_compile.passes.find_inputs import find_inputs
 from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.passes.find_residuals import find_residuals
@@ -33,6 +34,7 @@ from moeca_compile.passes.find_routers import find_routers
 from moeca_compile.passes.find_signal import find_signal
 from moeca_compile.passes.find_spans import find_spans
 from moeca_compile.passes.find_tokens import find_tokens
+from moeca_compile.passes.hoist import hand_out, hoist_invariant, hoist_step_only, name_of
 from moeca_compile.passes.insert_state import insert_state
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.ports import COEFFICIENTS, NOW
@@ -56,17 +58,26 @@ FIND: tuple[Finder, ...] = (
     find_regions,  # NOTE: after those above, it joins their facts
     find_spans,  # NOTE: after find_regions; one span of blocks in place of its regions, where the options ask for it
     find_tokens,  # NOTE: after find_spans; which regions can be recomputed in part
-    find_signal,  # NOTE: last; what an adaptive schedule watches
+    find_signal,  # NOTE: after find_tokens; what an adaptive schedule watches
+    find_hoisted,  # what doesn't change with the latent
 )
 
 REWRITE: tuple[Rewriter, ...] = (
     tag_row,  # decide: one mark per region output
     insert_state,  # act: read, extrapolate, write state
     drop_dead,  # NOTE: after insert_state; only now are the skipped regions dead
+    hoist_step_only,  # NOTE: after drop_dead; what depends on the timestep and not on the latent comes in from outside
+    hoist_invariant,  # NOTE: after hoist_step_only; and what is left that stays the same in a trajectory
     verify_variant,  # NOTE: last; lowering must get what the row promises
 )
 
-OPTIONAL = frozenset(rewriter.__name__ for rewriter in NORMALISE)  # may be disabled: results stay right without them
+PRELUDE: dict[str, tuple[Rewriter, ...]] = {  # how the hoisted values are computed, by their level
+    "invariant": (hand_out, drop_dead),
+    "step": (hand_out, drop_dead, hoist_invariant),
+}
+
+HOIST: tuple[Rewriter, ...] = (hoist_step_only, hoist_invariant)
+OPTIONAL = frozenset(one.__name__ for one in (*NORMALISE, *HOIST))  # may be disabled: results stay right without them
 
 
 @dataclass(frozen=True)
@@ -101,24 +112,41 @@ def build_variant(
     context = replace(analysis.context, row=row, layout=layout, order=schedule.order, control=schedule.control)
     runner = _runner(options)
     gm = runner.rewrite(REWRITE, analysis.gm, context, label=f"{name} ")
+    return _variant(name, gm, context), tuple(runner.records)
+
+
+def build_prelude(
+    analysis: Analysis, gives: tuple[int, ...], options: Options, name: str
+) -> tuple[Variant, tuple[PassRecord, ...]]:
+    """The program of these hoisted values (positions in the context's list, all of one level)."""
+    (level,) = {analysis.context.hoisted[position].level for position in gives}
+    context = replace(analysis.context, gives=gives)
+    runner = _runner(options)
+    gm = runner.rewrite(PRELUDE[level], analysis.gm, context, label=f"{name} ")
+    return _variant(name, gm, context), tuple(runner.records)
+
+
+def _variant(name: str, gm: GraphModule, context: Context) -> Variant:
+    layout = context.layout
     positions = {one.name: i for i, one in enumerate(context.inputs)}
+    hoisted = {name_of(i): i for i in range(len(context.hoisted))}
     slots = {slot.name: i for i, slot in enumerate(layout)}
     names = [node.name for node in fx.placeholders(gm)]
     writes = tuple(slots[name] for name in gm.meta.get("moeca_writes", ()))
-    variant = Variant(
+    return Variant(
         name=name,
-        row=row,
-        gm=_in_order(gm, [*positions, *slots, NOW, COEFFICIENTS]),
+        row=context.row,
+        gm=_in_order(gm, [*positions, *hoisted, *slots, NOW, COEFFICIENTS]),
         takes=tuple(sorted(positions[name] for name in names if name in positions)),
+        hoists=tuple(sorted(hoisted[name] for name in names if name in hoisted)),
         reads=tuple(sorted(slots[name] for name in names if name in slots)),
         writes=writes,
         wants_coefficients=COEFFICIENTS in names,
         wants_now=NOW in names,
         outputs=len(fx.output_node(gm).args[0]) - len(writes),  # type: ignore[arg-type]
-        macs=sum(node_macs(node) for node in gm.graph.nodes),
+        macs=sum(map(node_macs, gm.graph.nodes)) + gm.meta.get("moeca_hoisted_macs", 0),
         node_count=len(gm.graph.nodes),
     )
-    return variant, tuple(runner.records)
 
 
 def _in_order(gm: GraphModule, order: list[str]) -> GraphModule:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from moeca_compile import fx
 from moeca_compile.autocast import autocast_is
 from moeca_compile.capture import Input, alone
-from moeca_compile.errors import CaptureError
+from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning
 from moeca_compile.fit import fit
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
+from moeca_compile.lower.over_steps import lower_over_steps
 from moeca_compile.options import Options
 from moeca_compile.passes.layout import state_layout
-from moeca_compile.pipeline import Analysis, analyse, build_variant
+from moeca_compile.pipeline import Analysis, analyse, build_prelude, build_variant
 from moeca_compile.runner import PassRecord
+from moeca_compile.runtime.hoisted import Hoisted
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.variant import SLOTS, Variant
 
@@ -37,6 +41,11 @@ class Program:
         self.analysis: Analysis = analyse(gm, args, inputs, options)
         context = self.analysis.context
         self.regions = context.regions
+        self.hoisted = context.hoisted
+        self._preludes: dict[tuple[int, ...], tuple[Variant, Executable | None]] = {}
+        self._mapped: dict[tuple[int, ...], Executable] = {}
+        self._by_step = options.inner == "eager"  # there every value is bitwise that of a call by itself
+        self.walked: list[float] = []  # the timesteps of the last trajectory
         wanted = options.resolved_schedule()
         if not len(self.regions):
             if whole and any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
@@ -89,15 +98,61 @@ class Program:
         """
         with alone():
             if variant.row not in self._executables:
-                begin = time.perf_counter()
-                if self.options.inner == "eager":
-                    run = lower_eager(variant)
-                else:
-                    with autocast_is(()):
-                        run = lower_inductor(variant, args, self.options.mode, self.options.inner_options)
-                self._executables[variant.row] = _without_autocast(run)
-                self._spent(variant.name, begin)
+                self._executables[variant.row] = self._lower(variant, args)
         return self._executables[variant.row]
+
+    def prelude(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Executable]:
+        """The program of these hoisted values (positions in `hoisted`, all of one level), compiled for such calls.
+
+        Raises:
+            LoweringError: the inner compiler refused it.
+        """
+        variant, run = self._prelude(gives)
+        if run is None:
+            with alone():
+                variant, run = self._prelude(gives)
+                if run is None:
+                    given = [*(args[i] for i in variant.takes), *self._examples(variant.hoists)]
+                    run = self._lower(variant, given)
+                    self._preludes[gives] = variant, run
+        return variant, run
+
+    def over_steps(self, gives: tuple[int, ...]) -> tuple[Variant, Executable] | None:
+        """The same for many timesteps at once, the timestep and the results with a leading axis; None: not possible."""
+        if self._by_step or self.timestep is None:
+            return None
+        variant, _ = self._prelude(gives)
+        if gives not in self._mapped:
+            self._mapped[gives] = _without_autocast(lower_over_steps(variant, variant.takes.index(self.timestep)))
+        return variant, self._mapped[gives]
+
+    def give_up_steps(self, error: LoweringError) -> None:
+        self._by_step = True
+        warnings.warn(f"{error}. They are computed at each step, which is slower", MoecaWarning, stacklevel=2)
+
+    def _prelude(self, gives: tuple[int, ...]) -> tuple[Variant, Executable | None]:
+        if gives not in self._preludes:
+            with alone():
+                begin, name = time.perf_counter(), f"prelude{len(self._preludes)}"
+                variant, records = build_prelude(self.analysis, gives, self.options, name)
+                self.records += records
+                self._preludes[gives] = variant, None
+                self._spent(name, begin)
+        return self._preludes[gives]
+
+    def _examples(self, hoists: tuple[int, ...]) -> list[torch.Tensor]:
+        nodes = fx.resolve(self.analysis.gm, (self.hoisted[position].value for position in hoists))
+        return [torch.empty(fx.shape(node), dtype=fx.need(node).dtype, device=fx.need(node).device) for node in nodes]
+
+    def _lower(self, variant: Variant, args: Sequence[Any]) -> Executable:
+        begin = time.perf_counter()
+        if self.options.inner == "eager":
+            run = lower_eager(variant)
+        else:
+            with autocast_is(()):
+                run = lower_inductor(variant, args, self.options.mode, self.options.inner_options)
+        self._spent(variant.name, begin)
+        return _without_autocast(run)
 
     def zeros(self, slot: int) -> torch.Tensor:
         """What an unwritten slot reads as; one tensor serves all slots of a kind, for variants never write in place."""
@@ -111,10 +166,11 @@ class Program:
     def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Compile every distinct row for inputs like `args`; returns the all-COMPUTE outputs. No state is kept."""
         outputs: tuple[Any, ...] = ()
+        hoisted = Hoisted()
         for row in self.schedule.distinct_rows():
             variant = self.variant(row)
             state = [self.zeros(slot) for slot in variant.reads]
-            arguments = [*(args[i] for i in variant.takes), *state]
+            arguments = [*(args[i] for i in variant.takes), *hoisted.of(self, variant.hoists, args, None), *state]
             if variant.wants_now:
                 arguments.append(torch.ones((), device=self.layout[0].device))
             if variant.wants_coefficients:

@@ -148,6 +148,16 @@ class Region:
             raise InvariantError(f"region {self.key}: {len(self.bases)} bases for {len(self.outputs)} outputs")
 
 
+@dataclass(frozen=True, slots=True)
+class HoistedValue:
+    """A value that several calls share: `invariant`, the same at all steps of a trajectory, or `step`, the same for all
+    latents at a timestep."""
+
+    value: str
+    level: str
+    bytes: int
+
+
 @dataclass(frozen=True)
 class RegionMap:
     """All regions of one graph in graph order, the misses, the graph's total cost (MACs of one call), and the stream

@@ -1,4 +1,7 @@
-"""A variant: the straight-line program of one distinct schedule row, and what it takes in and hands out. Pure data."""
+"""A variant: the straight-line program of one distinct schedule row, and what it takes in and hands out. Pure data.
+
+A prelude is one too: of no row, it gives values that variants share (`passes/find_hoisted.py`) as its outputs.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ class StateSlot:
 class Variant:
     """The program of `row`.
 
-    It takes the inputs at positions `takes` of the captured call, then the state slots `reads` (positions in the
-    layout), then, if `wants_now`, step + 1 as a float32 scalar, and if `wants_coefficients`, the table [regions, 2]
-    float32. It returns the model's `outputs` values and
+    It takes the inputs at positions `takes` of the captured call, then the hoisted values `hoists` (positions in the
+    program's list), then the state slots `reads` (positions in the layout), then, if `wants_now`, step + 1 as a float32
+    scalar, and if `wants_coefficients`, the table [regions, 2] float32. It returns the model's `outputs` values and
     then new values for the slots `writes`. A new y0 moves what was y0 on to y1, and so on, without a copy.
     """
 
@@ -46,5 +49,6 @@ class Variant:
     wants_coefficients: bool
     wants_now: bool
     outputs: int
-    macs: int = 0
+    hoists: tuple[int, ...] = ()
+    macs: int = 0  # those of what was hoisted with them
     node_count: int = field(default=0, compare=False)

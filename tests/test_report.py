@@ -93,7 +93,8 @@ def test_the_schedule_is_the_one_asked_for_bound_to_the_regions() -> None:
 
 def test_the_text_shows_regions_variants_and_passes() -> None:
     text = str(report())
-    head, regions, variants, passes = text.split("\n\n")
+    head, regions, hoisted, variants, passes = text.split("\n\n")
+    assert hoisted.startswith("computed once a timestep: ")
     assert head.splitlines()[0].startswith(f"1 graph(s), {report().nodes} nodes, ")
     assert head.splitlines()[0].endswith(f"fingerprint {report().fingerprint}")
     assert head.splitlines()[1] == "timestep input: t, latent input: x"

@@ -22,7 +22,8 @@ from moeca_compile.runner import Runner
 from moeca_compile.schedule import Control, Partial, Row, Schedule
 from moeca_compile.variant import StateSlot, Variant
 
-EAGER = Options(inner="eager")
+UNHOISTED = ("hoist_step_only", "hoist_invariant")
+EAGER = Options(inner="eager", disable=UNHOISTED)  # one program a row, with nothing beside it
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from moeca_compile.lower.onnx_fused import fuse
 from moeca_compile.lower.tensorrt import EngineRequest
 from moeca_compile.lower.tensorrt_operators import refuse_unsupported
 from moeca_compile.options import Options
+from moeca_compile.pipeline import HOIST
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, GOLDEN, OF_A_SIZE, Dim, golden_file, letters_of
 from moeca_compile.runtime.trt.library import find
@@ -92,7 +93,8 @@ def export(
     """
     refuse_request(model, targets, opset)
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
-    options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager")
+    whole = tuple(one.__name__ for one in HOIST)  # a graph of a bundle stands by itself
+    options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager", disable=whole)
     refuse_schedule(options.resolved_schedule())
     examples = (example_inputs, *other_sizes)
     model = inner_module(model)

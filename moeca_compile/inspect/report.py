@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from moeca_compile.regions import Miss, Region
+from moeca_compile.regions import HoistedValue, Miss, Region
 from moeca_compile.schedule import Schedule
 
 Rows = list[tuple[str, ...]]
@@ -32,6 +32,7 @@ class Report:
         nodes: in that graph, normalised.
         passes: (name, milliseconds, nodes before, nodes after), in the order in which they ran.
         state_bytes: of all cache tensors for one stream.
+        hoisted: values that aren't computed in the variants, but once for several calls.
     """
 
     graphs: int
@@ -46,6 +47,7 @@ class Report:
     state_bytes: int
     passes: tuple[tuple[str, float, int, int], ...]
     variants: tuple[VariantReport, ...]
+    hoisted: tuple[HoistedValue, ...] = ()
 
     def to_json(self) -> str:
         """All of it as JSON."""
@@ -54,11 +56,8 @@ class Report:
         return json.dumps(data, indent=1)
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            "\n".join(section)
-            for section in (self._head(), self._regions(), self._misses(), self._variants(), self._passes())
-            if section
-        )
+        parts = (self._head, self._regions, self._misses, self._hoisted, self._variants, self._passes)
+        return "\n\n".join("\n".join(section) for part in parts if (section := part()))
 
     def _head(self) -> list[str]:
         return [
@@ -78,6 +77,11 @@ class Report:
 
     def _misses(self) -> list[str]:
         return [f"left alone: {miss}" for miss in self.misses]
+
+    def _hoisted(self) -> list[str]:
+        says = {"step": "computed once a timestep", "invariant": "computed once a trajectory"}
+        sizes = {level: [one.bytes for one in self.hoisted if one.level == level] for level in says}
+        return [f"{says[level]}: {len(of)} values, {sum(of)} bytes" for level, of in sizes.items() if of]
 
     def _variants(self) -> list[str]:
         rows: Rows = [("variant", "rows", "nodes", "MACs", "reads", "writes")]

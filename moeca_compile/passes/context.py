@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from moeca_compile.capture import Input
 from moeca_compile.granularity import Granularity
-from moeca_compile.regions import AttentionInfo, ExpertsInfo, Miss, RegionMap, RouterInfo
+from moeca_compile.regions import AttentionInfo, ExpertsInfo, HoistedValue, Miss, RegionMap, RouterInfo
 from moeca_compile.schedule import Control, Row
 from moeca_compile.variant import StateSlot
 
@@ -40,7 +40,8 @@ class Branch:
 @dataclass(frozen=True)
 class Context:
     """Facts about one capture, and for rewriters what they need of the schedule: the row to build and the state that it
-    keeps, the order of its forecast and the control of its PARTIAL rows."""
+    keeps, the order of its forecast and the control of its PARTIAL rows; of a prelude the hoisted values that it
+    gives."""
 
     inputs: tuple[Input, ...]
     granularity: Granularity = Granularity("region")
@@ -53,7 +54,9 @@ class Context:
     misses: tuple[Miss, ...] = ()
     macs: tuple[tuple[str, int], ...] = ()
     regions: RegionMap = RegionMap(())
+    hoisted: tuple[HoistedValue, ...] = ()
     row: Row = ()
     layout: tuple[StateSlot, ...] = ()
     order: int = 1
     control: Control = field(default_factory=Control)
+    gives: tuple[int, ...] = ()

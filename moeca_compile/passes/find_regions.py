@@ -41,7 +41,7 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
         elif not any(name in macs for name in branch.body):
             misses.append(Miss(f"a residual around {len(inner)} others: each of them is a region of its own", *at))
         elif depends.get(branch.cut) != "latent":
-            misses.append(Miss("doesn't depend on the latent: it could be computed once, not cached", *at))
+            misses.append(Miss("doesn't depend on the latent: hoisted, not cached", *at))
         elif fx.tensor(nodes[branch.cut]) is None:
             misses.append(Miss("its output isn't one tensor", *at))
         elif fx.has_unknown_size(nodes[branch.cut]):

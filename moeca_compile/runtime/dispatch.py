@@ -15,6 +15,7 @@ import torch
 
 from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.runtime.clock import Clock, Counter, Sighting, Tick
+from moeca_compile.runtime.hoisted import Ahead, Hoisted, Preluded, uniform_timestep
 from moeca_compile.runtime.probe import Probe
 from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import Coefficients, StreamState
@@ -27,7 +28,7 @@ MAX_RECORDS = 4096
 MAX_TABLES = 512
 
 
-class Runnable(Protocol):
+class Runnable(Preluded, Protocol):
     """What the dispatcher needs of a program (one graph, one input signature)."""
 
     schedule: Schedule  # bound to the graph's regions
@@ -37,6 +38,8 @@ class Runnable(Protocol):
     condition: tuple[int, ...]
     latent_jump: float
     warned: set[str]
+    walked: list[float]  # the timesteps of the last trajectory
+    compile_seconds: dict[str, float]
 
     def executable(self, row: Row) -> tuple[Variant, Callable[[Sequence[Any]], Sequence[Any]] | None]: ...
     def compile(self, variant: Variant, args: Sequence[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]: ...
@@ -49,6 +52,8 @@ class Track:
 
     clock: Clock | Counter
     states: dict[Hashable, StreamState] = field(default_factory=dict)
+    ahead: Ahead = field(default_factory=Ahead)
+    hoisted: dict[Hashable, Hoisted] = field(default_factory=dict)
     probe: Probe = field(default_factory=Probe)
     finite: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     records: list[StepRecord] = field(default_factory=list)
@@ -66,6 +71,7 @@ class Track:
     def forget(self) -> None:
         """Drop all state: the next call of each stream is cold."""
         self.states.clear()
+        self.hoisted.clear()
         self.finite.clear()
 
 
@@ -142,6 +148,9 @@ def _run(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Tra
     tick = track.clock.observe(sighting)
     if tick.restart:
         tracks.begin(track)
+        track.hoisted.clear()
+        declared = trajectory.timesteps if trajectory is not None else ()
+        track.ahead = Ahead(declared or tuple(program.schedule.timesteps or program.walked))
     if tick.warning and program.layout:  # without state nothing is lost
         warn_once(program, tick.warning)
     if trajectory is not None and trajectory.steps is not None and tick.step >= trajectory.steps:
@@ -159,7 +168,11 @@ def _run(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Tra
         _drop_if_not_finite(program, track, tick, state)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
-    arguments = arguments_for(program, track, variant, args, state, tick.step)
+    start, compiled = time.perf_counter(), sum(program.compile_seconds.values())
+    hoisted = _hoisted(program, track, tick.stream, sighting, variant, args)
+    compiling = sum(program.compile_seconds.values()) - compiled
+    begin, sharing = begin + compiling, time.perf_counter() - start - compiling
+    arguments = arguments_for(program, track, variant, args, state, tick.step, hoisted)
     if run is None:
         outside = time.perf_counter()
         run = program.compile(variant, arguments)
@@ -175,7 +188,7 @@ def _run(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Tra
             track.finite[tick.stream] = torch.isfinite(outputs[0]).all()
     if len(track.records) == MAX_RECORDS:
         del track.records[: MAX_RECORDS // 2]
-    ms = (end - start) * 1e3
+    ms = (end - start + sharing) * 1e3
     overhead = (time.perf_counter() - begin) * 1e3 - ms
     track.records.append(StepRecord(tick.step, str(tick.stream), variant.name, ms, overhead, variant.macs, cold))
     return outputs
@@ -215,11 +228,38 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
     return choice.row, choice.cold
 
 
+def _hoisted(
+    program: Runnable, track: Track, stream: Hashable, sighting: Sighting, variant: Variant, args: Sequence[Any]
+) -> list[torch.Tensor]:
+    if not variant.hoists:
+        return []
+    timestep = sighting.timestep
+    if isinstance(track.clock, Counter) and not program.schedule.timesteps:  # there the sighting saw nothing
+        timestep = None if program.timestep is None else uniform_timestep(args[program.timestep])
+    if stream is None:
+        return Hoisted().of(program, variant.hoists, args, None)
+    ahead = track.ahead
+    if timestep is not None:
+        ahead.walk(timestep)
+        if len(ahead.walked) >= len(program.walked) or (ahead.known and timestep not in ahead.known):
+            program.walked = ahead.walked
+    return track.hoisted.setdefault(stream, Hoisted(ahead)).of(program, variant.hoists, args, timestep)
+
+
 def arguments_for(
-    program: Runnable, track: Track, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int
+    program: Runnable,
+    track: Track,
+    variant: Variant,
+    args: Sequence[Any],
+    state: StreamState | None,
+    step: int,
+    hoisted: Sequence[torch.Tensor] | None = None,
 ) -> list[Any]:
-    """What `variant` takes for a call with `args` at `step`: inputs, state (zeros where unwritten), coefficients."""
-    arguments = [args[i] for i in variant.takes]
+    """What `variant` takes for a call with `args` at `step`: inputs, hoisted values (None: computed for it), state
+    (zeros where unwritten), coefficients."""
+    if hoisted is None:
+        hoisted = Hoisted().of(program, variant.hoists, args, None)
+    arguments = [*(args[i] for i in variant.takes), *hoisted]
     for slot in variant.reads:
         kept = state.tensors[slot] if state is not None else None
         arguments.append(program.zeros(slot) if kept is None else kept)

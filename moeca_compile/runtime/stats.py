@@ -31,6 +31,7 @@ class Stats:
         mac_fraction: MACs executed / MACs of the same calls all computed (1.0 before the first call).
         graphs: how many captured graphs serve this model (1: no graph break).
         compile_seconds: spent in capturing, rewriting and compiling, by variant name.
+        hoisted_bytes: of values that are kept because they don't depend on the latent.
     """
 
     steps: tuple[StepRecord, ...]
@@ -38,6 +39,7 @@ class Stats:
     mac_fraction: float
     graphs: int
     compile_seconds: dict[str, float]
+    hoisted_bytes: int = 0
 
     def __str__(self) -> str:
         ran = Counter(record.variant for record in self.steps)

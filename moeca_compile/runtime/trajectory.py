@@ -23,15 +23,23 @@ class Trajectory:
     Attributes:
         weights: ids of the model's parameters and buffers; empty: any model.
         steps: calls that are expected (per stream); one more is refused.
+        timesteps: those of the calls, where they are known.
         tracks: runtime state by set of weights, filled by the dispatcher.
     """
 
-    def __init__(self, weights: Collection[int], steps: int | None = None, stream: str | None = None) -> None:
+    def __init__(
+        self,
+        weights: Collection[int],
+        steps: int | None = None,
+        stream: str | None = None,
+        timesteps: Collection[float] = (),
+    ) -> None:
         if steps is not None and steps < 1:
             raise StateError(f"trajectory: steps={steps}, expected at least 1")
         self.weights = frozenset(weights)
         self.steps = steps
         self.stream = stream
+        self.timesteps = tuple(float(one) for one in timesteps)
         self.tracks: dict[Any, Any] = {}
         self._thread: int | None = None
 

@@ -35,7 +35,7 @@ from tests.passes.blocks import (
 from tests.tools import analyse_module, node
 
 W = torch.randn(DIM, DIM)
-STEP_ONLY = "doesn't depend on the latent: it could be computed once, not cached"
+STEP_ONLY = "doesn't depend on the latent: hoisted, not cached"
 
 
 def timed(body: Any, dtype: torch.dtype = torch.float32, x: Tensor | None = None) -> Analysis:
