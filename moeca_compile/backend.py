@@ -23,6 +23,7 @@ from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateErr
 from moeca_compile.first_call import out_of_date
 from moeca_compile.options import Options
 from moeca_compile.owner import Owner, find_owner, runs_whole
+from moeca_compile.packed import Packs
 from moeca_compile.program import Program
 from moeca_compile.runtime.dispatch import Tracks, run_step
 from moeca_compile.runtime.trajectory import Trajectory, current
@@ -67,6 +68,7 @@ class Bank:
         self.plain = Tracks()  # of calls outside any trajectory
         self.latest = self.plain  # what `stats` shows
         self.all: weakref.WeakSet[Tracks] = weakref.WeakSet((self.plain,))
+        self.packs = Packs()
 
     def lives(self) -> bool:
         """Whether handle and weights still exist (their ids may have been used again)."""
@@ -78,6 +80,7 @@ class Bank:
         stamp = tuple((w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in weights)
         if stamp != self.stamp:
             self.stamp = stamp
+            self.packs = Packs()
             for tracks in self.all:
                 tracks.forget()
 
@@ -134,7 +137,11 @@ class Entry:
         trajectory = current(bank.ids)
         with _books:
             tracks = bank.tracks(trajectory)
-        return run_step(program, tracks, args, trajectory)
+        if not program.packs_experts:
+            return run_step(program, tracks, args, trajectory)
+        packs = bank.packs
+        with packs.active():
+            return run_step(program, tracks, args, trajectory, packs.doubt)
 
     def _bank(self, owner: Owner | None, weights: list[torch.Tensor]) -> Bank:
         ids = (id(owner.handle) if owner else None, *map(id, weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,7 +81,9 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     """
 
     def warm(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
-        return entry.program(args, bank).warm(args)
+        program = entry.program(args, bank)
+        with bank.packs.active() if program.packs_experts else nullcontext():
+            return program.warm(args)
 
     with torch.no_grad():
         result, seen = _visit(model, inputs, keywords, warm)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.errors import UserError
+from moeca_compile.packed import PackedExperts, current
 
 Weights = Sequence[Tensor]
 WeightLists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -82,8 +83,23 @@ def segments(
     order, counts = _sort(idx, len(up))
     rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))
     outputs = x.new_empty(tokens * top_k, down[0].shape[0])
+    weights = (up, down, gate, up_bias, down_bias, gate_bias)
+    packs = current()
+    packed = packs.of(*weights) if packs is not None else None
+    if packed is not None:
+        _run_packed(packed, rows, counts, activation, outputs)
+    else:
+        _run(rows, counts, *weights, activation, outputs)
+    return torch.empty_like(outputs).index_copy_(0, order, outputs).view(tokens, top_k, outputs.shape[1])
+
+
+def _run(
+    rows: Tensor, counts: Sequence[int], up: Weights, down: Weights, gate: Weights,
+    up_bias: Weights, down_bias: Weights, gate_bias: Weights, activation: str, out: Tensor,
+) -> None:  # fmt: skip
+    """Each expert on its rows, `counts[e]` of them, one expert's after the other's."""
     # One pair of buffers for all experts: it stays in the cache.
-    hidden = x.new_empty(max(counts), up[0].shape[0])
+    hidden = rows.new_empty(max(counts), up[0].shape[0])
     gates = torch.empty_like(hidden) if gate else hidden
     start = 0
     for e, count in enumerate(counts):
@@ -96,9 +112,19 @@ def segments(
                 h.mul_(activate_(g, activation))
             else:
                 h = activate_(h, activation)
-            _linear(h, down[e], down_bias[e] if down_bias else None, out=outputs[start : start + count])
+            _linear(h, down[e], down_bias[e] if down_bias else None, out=out[start : start + count])
             start += count
-    return torch.empty_like(outputs).index_copy_(0, order, outputs).view(tokens, top_k, outputs.shape[1])
+
+
+def _run_packed(experts: PackedExperts, rows: Tensor, counts: Sequence[int], activation: str, out: Tensor) -> None:
+    start = 0
+    for e, count in enumerate(counts):
+        if count:
+            part = rows[start : start + count]
+            h = experts.up[e](part)
+            h = h.mul_(activate_(experts.gate[e](part), activation)) if experts.gate else activate_(h, activation)
+            out[start : start + count] = experts.down[e](h)
+            start += count
 
 
 def grouped(

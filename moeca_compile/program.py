@@ -18,6 +18,7 @@ from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
 from moeca_compile.lower.over_steps import lower_over_steps
 from moeca_compile.options import Options
 from moeca_compile.passes.layout import state_layout
+from moeca_compile.passes.packable import why_not_packed
 from moeca_compile.pipeline import Analysis, analyse, build_prelude, build_variant
 from moeca_compile.runner import PassRecord
 from moeca_compile.runtime.hoisted import Hoisted
@@ -41,6 +42,7 @@ class Program:
         self.analysis: Analysis = analyse(gm, args, inputs, options)
         context = self.analysis.context
         self.regions = context.regions
+        self.packs_experts = options.pack_experts and self._can_pack()
         self.hoisted = context.hoisted
         self._preludes: dict[tuple[int, ...], tuple[Variant, Executable | None]] = {}
         self._mapped: dict[tuple[int, ...], Executable] = {}
@@ -178,6 +180,12 @@ class Program:
             results = self.compile(variant, arguments)(arguments)
             outputs = outputs or tuple(results[: variant.outputs])
         return outputs
+
+    def _can_pack(self) -> bool:
+        reason = why_not_packed(self.analysis.gm, self.analysis.context.inputs)
+        if reason:
+            warnings.warn(f"pack_experts is left out: {reason}", MoecaWarning, stacklevel=2)
+        return not reason
 
     def _spent(self, name: str, begin: float) -> None:
         self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + time.perf_counter() - begin

@@ -31,7 +31,7 @@ DATA = {
     "schedule",
     "variant",
 }
-GRAPH = DATA | {"fx", "ops", "branch_ops", "autocast", "constants", "capture"}
+GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "autocast", "constants", "capture"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
 ALL = STAGES | {"plan", "inspect", "program", "owner", "first_call", "backend", "face", "study"}
@@ -39,7 +39,7 @@ ALL = STAGES | {"plan", "inspect", "program", "owner", "first_call", "backend", 
 # room -> the rooms it may import besides itself (DESIGN section 3)
 MAY_IMPORT = {
     **dict.fromkeys((*DATA, "plan", "runtime", "inspect"), DATA),
-    **dict.fromkeys(("fx", "ops", "branch_ops", "autocast", "constants", "capture", "passes", "canonical"), GRAPH),
+    **dict.fromkeys(GRAPH - DATA | {"passes", "canonical"}, GRAPH),
     "lower": GRAPH
     | {"runtime.bundle", "runtime.manifest", "runtime.graphs", "runtime.signature", "runtime.trt", "runtime.writing"},
     "runner": REWRITE,

@@ -124,8 +124,14 @@ class Tracks:
                 one.records.clear()
 
 
-def run_step(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
-    """Run one call.
+def run_step(
+    program: Runnable,
+    tracks: Tracks,
+    args: Sequence[Any],
+    trajectory: Trajectory | None,
+    at_start: Callable[[], None] = lambda: None,
+) -> tuple[Any, ...]:
+    """Run one call; `at_start` is called where it begins a trajectory, or belongs to none that is known.
 
     Raises:
         StateError: two threads share these tracks, or a trajectory got more calls than it declared.
@@ -136,16 +142,24 @@ def run_step(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory:
             "its own `with moeca_compile.trajectory(model): ...`"
         )
     try:
-        return _run(program, tracks, args, trajectory)
+        return _run(program, tracks, args, trajectory, at_start)
     finally:
         tracks.lock.release()
 
 
-def _run(program: Runnable, tracks: Tracks, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
+def _run(
+    program: Runnable,
+    tracks: Tracks,
+    args: Sequence[Any],
+    trajectory: Trajectory | None,
+    at_start: Callable[[], None],
+) -> tuple[Any, ...]:
     begin = time.perf_counter()
     track = tracks.of(program)
     sighting = _look(program, tracks, track, args)
     tick = track.clock.observe(sighting)
+    if tick.restart or tick.stream is None:
+        at_start()
     if tick.restart:
         tracks.begin(track)
         track.hoisted.clear()

@@ -1,0 +1,127 @@
+"""Experts with packed weights: equal to the plain form, and never those of other or older weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeca_compile as moeca
+from moeca_compile import packed
+from moeca_compile.errors import MoecaWarning, OptionError
+from moeca_compile.ops import segments
+from moeca_compile.packed import Packs
+from tests.sampling import compiled, dit, plain, run
+
+D, HIDDEN, EXPERTS = 16, 24, 3
+
+
+def layer(gated: bool, biased: bool, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    def lists(rows: int, *columns: int) -> list[Tensor]:
+        return [torch.randn(rows, *columns, dtype=dtype) for _ in range(EXPERTS)]
+
+    up, down = lists(HIDDEN, D), lists(D, HIDDEN)
+    gate = lists(HIDDEN, D) if gated else []
+    biases = [lists(HIDDEN), lists(D), lists(HIDDEN) if gated else []] if biased else [[], [], []]
+    return [up, down, gate, *biases]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_experts_are_the_plain_ones(gated: bool, biased: bool) -> None:
+    torch.manual_seed(0)
+    weights, packs = layer(gated, biased), Packs()
+    for tokens in (1, 5, 40):
+        x, idx = torch.randn(tokens, D), torch.randint(0, EXPERTS - 1, (tokens, 2))  # the last expert gets none
+        truth = segments(x, idx, *weights, "silu")
+        with packs.active():
+            found = segments(x, idx, *weights, "silu")
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-4)
+    assert len(packs.layers) == 1
+
+
+def test_weights_that_can_not_be_packed_run_as_they_are() -> None:
+    weights, packs = layer(True, False, torch.float64), Packs()
+    x, idx = torch.randn(4, D, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.int64)
+    with packs.active():
+        assert torch.equal(segments(x, idx, *weights, "silu"), segments(x, idx, *weights, "silu"))
+    assert packs.layers == {}
+
+
+def test_packs_are_used_where_they_are_active_and_nowhere_else() -> None:
+    outer, inner = Packs(), Packs()
+    assert packed.current() is None
+    with outer.active():
+        with inner.active():
+            assert packed.current() is inner
+        assert packed.current() is outer
+    assert packed.current() is None
+
+
+def test_a_write_past_the_version_counter_is_found_when_it_is_doubted() -> None:
+    weights, packs = layer(True, False), Packs()
+    first = packs.of(*weights)
+    assert packs.of(*weights) is first
+    packs.doubt()
+    assert packs.of(*weights) is first
+    weights[0][1].data[0, 0] += 1
+    packs.doubt()
+    assert packs.of(*weights) is not first
+
+
+# -- compiled models --------------------------------------------------------------------------------------------------
+
+
+def scaled(module: nn.Module) -> None:
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(1.5)
+
+
+def scaled_past_its_counter(module: nn.Module) -> None:
+    for weight in module.parameters():
+        weight.data.mul_(1.5)
+
+
+def moved(module: nn.Module) -> None:
+    for weight in module.parameters():
+        weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("change", [scaled, scaled_past_its_counter, moved])
+def test_changed_weights_are_packed_again(change: Callable[[nn.Module], None]) -> None:
+    module = dit()
+    model = compiled(module, pack_experts=True)
+    for _ in range(2):
+        for one, truth in zip(run(plain(model)), run(plain(compiled(copy.deepcopy(module)))), strict=True):
+            torch.testing.assert_close(one, truth, rtol=1e-4, atol=1e-5)
+        change(module)
+
+
+def test_two_models_have_their_own() -> None:
+    modules = [dit(seed) for seed in (0, 1)]
+    models = [compiled(module, pack_experts=True) for module in modules]
+    loops = [plain(model) for model in models]
+    found = [[next(loops[i]) for _ in range(3)] for i in (0, 1)]
+    for outputs, module in zip(found, modules, strict=True):
+        for one, truth in zip(outputs, run(plain(compiled(copy.deepcopy(module))), 3), strict=True):
+            torch.testing.assert_close(one, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_made_anew_are_not_packed() -> None:
+    model = compiled(dit(), pack_experts=True)
+    with (
+        pytest.warns(
+            MoecaWarning, match="pack_experts is left out: experts computes with .*, which isn't a parameter: "
+        ),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        run(plain(model), 1)
+
+
+def test_the_option_is_yes_or_no() -> None:
+    with pytest.raises(OptionError, match="pack_experts='yes': expected True or False"):
+        moeca.compile(dit(), pack_experts="yes")
