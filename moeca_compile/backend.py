@@ -64,7 +64,7 @@ class Bank:
         self.handle = weakref.ref(owner.handle) if owner else None
         self.weights = [weakref.ref(weight) for weight in weights]
         self.ids = frozenset(map(id, weights))
-        self.stamp: Hashable = None
+        self.stamp: tuple[list[int], list[int]] | None = None
         self.plain = Tracks()  # of calls outside any trajectory
         self.latest = self.plain  # what `stats` shows
         self.all: weakref.WeakSet[Tracks] = weakref.WeakSet((self.plain,))
@@ -74,10 +74,13 @@ class Bank:
         """Whether handle and weights still exist (their ids may have been used again)."""
         return (self.handle is None or self.handle() is not None) and all(ref() is not None for ref in self.weights)
 
-    def follow(self) -> None:
+    def follow(self, weights: Sequence[torch.Tensor]) -> None:
         """Start cold if a weight was changed in place or its storage swapped."""
-        weights = [weight for ref in self.weights if (weight := ref()) is not None]
-        stamp = tuple((w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in weights)
+        try:
+            versions = [weight._version for weight in weights]  # hundreds, at every step: nothing slower will do
+        except RuntimeError:  # inference tensors have none
+            versions = [-1 if weight.is_inference() else weight._version for weight in weights]
+        stamp = [weight.data_ptr() for weight in weights], versions
         if stamp != self.stamp:
             self.stamp = stamp
             self.packs = Packs()
@@ -155,7 +158,7 @@ class Entry:
             if bank is None or not bank.lives():
                 bank = _BANKS[key] = Bank(owner, weights)
             self.banks[ids] = bank
-        bank.follow()
+        bank.follow(weights)
         return bank
 
     @property

@@ -1,0 +1,148 @@
+"""The exact optimisations, each by itself, on DiT-MoE-S/2-8E2A; and what a cache gives end to end at intervals 2 to 6.
+
+    python -m benchmarks.exact            # about 15 minutes on one core; writes results/exact.json
+    python -m benchmarks.exact --quick    # two blocks, few rounds: does it run?
+
+A step is a single call; `hoisted` steps are those of a trajectory whose timesteps are known (from the one before), so
+that their step-only values come out of a table; the table's own cost is in the whole runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moeca_compile as moeca
+from benchmarks import models
+from benchmarks.protocol import RESULTS, Timing, as_json, interleave, pin_threads, print_table, save
+from benchmarks.steps import Target, print_targets
+from moeca_compile.schedule import Schedule
+
+SHIPPED, PREPARED = "torch.compile, as shipped", "torch.compile, prepared"
+FULL, LEAN, PACKED = "moeca, nothing hoisted", "moeca", "moeca, packed experts"
+WHOLE = {"disable": ("hoist_step_only", "hoist_invariant")}
+FORMS: dict[str, dict[str, Any]] = {FULL: WHOLE, LEAN: {}, PACKED: {"pack_experts": True}}
+INTERVALS = (2, 3, 4, 5, 6)
+
+
+@dataclass(frozen=True)
+class Size:
+    depth: int
+    rounds: int
+    runs: int
+    steps: int
+
+
+ALL = Size(depth=models.DEPTH, rounds=10, runs=3, steps=models.STEPS)
+QUICK = Size(depth=2, rounds=2, runs=1, steps=8)
+
+
+class Bench:
+    """One set of weights, as shipped and prepared."""
+
+    def __init__(self, size: Size) -> None:
+        self.size, self.inputs = size, models.example_inputs()
+        self.shipped, self.prepared = models.network(size.depth), models.network(size.depth)
+        moeca.prepare(self.prepared)
+
+    def compiled(self, schedule: str, **options: Any) -> Any:
+        model = moeca.compile(self.prepared, schedule=schedule, order=1, **options)
+        moeca.warmup(model, *self.inputs)
+        return model
+
+    def computed(self) -> dict[str, Timing]:
+        """One step with everything computed."""
+        plain: dict[str, Callable[[], object]] = {}
+        for name, model in ((SHIPPED, self.shipped), (PREPARED, self.prepared)):
+            plain[name] = partial(torch.compile(model), *self.inputs)
+            plain[name]()
+        rounds = self.size.rounds
+        walkers = {name: self._walker("full", rounds, options) for name, options in FORMS.items()}
+        ours = {name: walker.step for name, walker in walkers.items()}
+        return interleave({**plain, **ours}, rounds=rounds)
+
+    def reused(self) -> dict[str, Timing]:
+        """One step of a long stretch that forecasts every region."""
+        forms = {FULL: WHOLE, "moeca, invariants hoisted": {"disable": ("hoist_step_only",)}, LEAN: {}}
+        rounds = 5 * self.size.rounds
+        walkers = {name: self._walker("uniform:1000:warmup=2", rounds, options) for name, options in forms.items()}
+        return interleave({name: one.step for name, one in walkers.items()}, rounds=rounds)
+
+    def runs(self) -> tuple[dict[str, Timing], dict[str, float]]:
+        """Whole trajectories, and the share of the MACs that each one executed."""
+        schedules = {"full": "full"} | {f"interval {k}": f"uniform:{k}" for k in INTERVALS}
+        made = {name: self.compiled(schedule) for name, schedule in schedules.items()}
+        timings = interleave(
+            {name: partial(models.euler, model, self.size.steps) for name, model in made.items()},
+            rounds=self.size.runs,
+            warmup=0,
+        )
+        return timings, {name: moeca.stats(model).mac_fraction for name, model in made.items()}
+
+    def _walker(self, schedule: str, rounds: int, options: dict[str, Any]) -> models.Walker:
+        """Some steps into a trajectory whose timesteps are known: those of one before it, which was long enough."""
+        model = self.compiled(schedule, **options)
+        for steps in (rounds + 6, 3):
+            walker = models.Walker(model, Schedule.full())
+            for _ in range(steps):
+                walker.step()
+        return walker
+
+
+def judge(
+    computed: dict[str, Timing], reused: dict[str, Timing], runs: dict[str, Timing], macs: dict[str, float]
+) -> list[Target]:
+    best = min((LEAN, PACKED), key=lambda name: computed[name].median)
+    over = computed[best].speedup(computed[SHIPPED])
+    slower = 1 / computed[LEAN].speedup(computed[PREPARED])
+    share = reused[LEAN].median / computed[LEAN].median
+    found = [
+        Target(f"everything computed ({best}) over torch.compile as shipped", ">= 1.10", over, over >= 1.1),
+        Target("moeca / torch.compile on the prepared model, milliseconds", "<= 1.02", slower, slower <= 1.02),
+        Target("forecast step / full step", "<= 0.012", share, share <= 0.012),
+    ]
+    for k in INTERVALS:
+        name, bound = f"interval {k}", 0.95 if k <= 3 else 0.9
+        reached = runs[name].speedup(runs["full"]) * macs[name]
+        found.append(Target(f"{name}: speedup x MAC fraction", f">= {bound:.2f}", reached, reached >= bound))
+    return found
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the exact optimisations and whole cached runs.")
+    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds; the figures mean nothing")
+    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    args = parser.parse_args(argv)
+    size = QUICK if args.quick else ALL
+    pin_threads()
+    bench = Bench(size)
+    computed = bench.computed()
+    print_table(f"everything computed, {models.CONFIG}, {size.depth} blocks", computed, baseline=SHIPPED)
+    reused = bench.reused()
+    print_table("a forecast step", reused, baseline=FULL)
+    runs, macs = bench.runs()
+    print_table(f"{size.steps} steps", runs, baseline="full")
+    targets = judge(computed, reused, runs, macs)
+    print_targets(targets)
+    out = args.out or (None if args.quick else RESULTS)
+    if out:
+        payload = {
+            "model": f"DiT-MoE-{models.CONFIG}, {size.depth} blocks, 256 tokens, batch {models.BATCH}, float32",
+            "computed": as_json(computed, baseline=SHIPPED),
+            "reused": as_json(reused, baseline=FULL),
+            "runs": as_json(runs, baseline="full"),
+            "mac_fraction": macs,
+            "targets": {one.name: {"bound": one.bound, "measured": one.value, "met": one.met} for one in targets},
+        }
+        print(f"written: {save('exact', payload, out).name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""`python -m benchmarks.exact` runs, in its quick form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import exact
+
+
+@pytest.mark.slow
+def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
+    exact.main(["--quick", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "exact.json").read_text())
+    assert set(written["computed"]) == {exact.SHIPPED, exact.PREPARED, *exact.FORMS}
+    assert len(written["reused"]) == 3
+    assert written["mac_fraction"]["full"] == 1.0
+    assert 0.2 < written["mac_fraction"]["interval 6"] < written["mac_fraction"]["interval 2"] < 0.7
+    assert len(written["targets"]) == 3 + len(exact.INTERVALS)
