@@ -2,18 +2,20 @@
 
     python -m benchmarks.policies --calibrate   # the schedules in examples/schedules, about 5 minutes each
     python -m benchmarks.policies               # about 30 minutes on one core; goes on from results/policies.json
+    python -m benchmarks.policies --latency     # then what each schedule costs in time, about 20 minutes
     python -m benchmarks.policies --report      # docs/branch-caching.md's tables and picture from the results
 
 A schedule of whole regions says which steps are full, and a policy what happens at the others. MACs are counted on the
 programs that ran, PSNR is against the uncached run, the mean over 32 digits that no search saw. `gain` is over the best
-schedule of whole regions at the same MACs: the upper hull of all uniform and calibrated ones that were run.
+schedule of whole regions at the same MACs, or in the same time: the upper hull of all uniform and calibrated ones that
+were run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import import_module
@@ -27,42 +29,14 @@ from rich.progress import track
 from torch import Tensor
 
 import moeca_compile as moeca
-from benchmarks.policies_report import WHOLE, Point, picture, table, with_gains
+from benchmarks.policies_jobs import BUDGETS, KEYS, MODELS, SCHEDULES, STEPS, TAU, file_of, jobs
+from benchmarks.policies_latency import time_share
+from benchmarks.policies_report import Point, picture, table, with_gains
 from benchmarks.protocol import RESULTS, pin_threads, save
-from examples import digits, dsmoe
-from moeca_compile.adaptive import Adaptive
-from moeca_compile.schedule import Act, Action, Control, Partial, Row, Schedule
+from examples import digits
+from moeca_compile.schedule import Schedule
 
-SCHEDULES = Path("examples/schedules")
-SEED, IMAGES, STEPS, BLOCKS = 5000, 32, 50, 6
-MODELS: dict[str, Callable[[], Any]] = {"dit_moe": digits.load_model, "dsmoe": dsmoe.load_digits}
-PREFIX = {"dit_moe": "digits", "dsmoe": "dsmoe"}
-BUDGETS = {"52": 0.5178, "50": 0.5033, "34": 0.3443}
-C, F = Action.COMPUTE, Action.FORECAST
-KEYS = tuple(f"blocks.{i}.{part}" for i in range(BLOCKS) for part in ("attn", "moe"))
-TAU = 0.04
-CALIBRATED = f"calibrated with tau {TAU} in every cheap row"
-MANY = "uniform:4"  # the schedule on which all policies and ideas are tried
-
-# What a step between full ones does with attention and experts.
-POLICIES: dict[str, tuple[Act, Act]] = {
-    WHOLE: (F, F),
-    "branches forecast, none computed": (F, Partial(0, 0)),
-    "transitions: tau 0.02": (F, Partial(0, 0.02)),
-    "transitions: tau 0.04": (F, Partial(0, 0.04)),
-    "branches: tau 0.1": (F, Partial(0, 0.1)),
-    "tokens, attention too: rho 0.1": (Partial(0.1), Partial(0.1)),
-    "tokens and branches: rho 0.1, tau 0.04": (Partial(0.1, 0.04), Partial(0.1, 0.04)),
-    "attention tokens only: rho 0.25": (Partial(0.25), F),
-    "attention every step, experts whole": (C, F),
-    "attention every step, tau 0.04": (C, Partial(0, 0.04)),
-}
-# Further ideas.
-IDEAS: dict[str, tuple[tuple[Act, Act], Control]] = {
-    "tau 0.04, scored by drift of the router": ((F, Partial(0, 0.04)), Control("drift")),
-    "tau 0.1, scored by drift of the router": ((F, Partial(0, 0.1)), Control("drift")),
-    "tau 0.04 and shared experts computed": ((F, Partial(0, 0.04, True)), Control()),
-}
+SEED, IMAGES = 5000, 32
 
 
 @cache
@@ -88,55 +62,6 @@ def run(model: str, name: str, policy: str, schedule: Schedule) -> Point:
     return Point(model, name, policy, stats.mac_fraction, quality, right, stats.state_bytes / 1e6)
 
 
-def bases(model: str) -> dict[str, Schedule]:
-    """Schedules of whole regions: uniform ones, and those that were calibrated."""
-    found = {f"uniform:{k}": uniform(k) for k in (2, 3, 4, 6)}
-    for budget in BUDGETS:
-        path = SCHEDULES / file_of(model, budget, 0.0)
-        if path.exists():
-            found[f"calibrated for {budget} %"] = Schedule.load(path)
-    return found
-
-
-def uniform(interval: int) -> Schedule:
-    """Two full steps, then every `interval`-th; order 1."""
-    rows = tuple((C if step < 2 or (step - 1) % interval == 0 else F,) * len(KEYS) for step in range(STEPS))
-    return Schedule(rows, KEYS, order=1, made_by=f"uniform:{interval}")
-
-
-def with_policy(schedule: Schedule, acts: tuple[Act, Act], control: Control | None = None) -> Schedule:
-    """The schedule with `acts` in the place of whole regions forecast."""
-
-    def row(old: Row) -> Row:
-        return tuple(new if act is F else act for act, new in zip(old, acts * BLOCKS, strict=True))
-
-    control = control or Control()
-    return replace(schedule, rows=tuple(map(row, schedule.rows)), order=schedule.order or 1, control=control)
-
-
-def adaptive(threshold: float, cheap: tuple[Act, Act]) -> Schedule:
-    rows = (tuple([C] * len(KEYS)), cheap * BLOCKS)
-    return Schedule(rows, KEYS, order=1, adaptive=Adaptive((threshold,)))
-
-
-def jobs(model: str) -> list[tuple[str, str, Schedule]]:
-    found = [(name, WHOLE, schedule) for name, schedule in bases(model).items()]
-    for budget in BUDGETS:
-        path = SCHEDULES / file_of(model, budget, TAU)
-        if path.exists():
-            found.append((f"calibrated for {budget} %", CALIBRATED, Schedule.load(path)))
-    chosen = [*(name for name in bases(model) if name.startswith("calibrated")), "uniform:2", "uniform:4"]
-    few = [one for one in POLICIES if one != WHOLE and not one.startswith(("tokens", "attention"))]
-    for name in chosen:
-        policies = [policy for policy in (POLICIES if name == MANY else few) if policy != WHOLE]
-        found += [(name, policy, with_policy(bases(model)[name], POLICIES[policy])) for policy in policies]
-    found += [(MANY, idea, with_policy(bases(model)[MANY], *idea_of)) for idea, idea_of in IDEAS.items()]
-    for threshold in (0.02, 0.05):
-        found.append((f"adaptive:{threshold}", "adaptive, whole regions", adaptive(threshold, (F, F))))
-        found.append((f"adaptive:{threshold}", "adaptive, tau 0.04", adaptive(threshold, (F, Partial(0, 0.04)))))
-    return found
-
-
 def calibrate(models: Sequence[str]) -> None:
     """Schedules of both kinds on the same seeds: of whole regions, and with branches where these are better.
 
@@ -156,14 +81,11 @@ def calibrate(models: Sequence[str]) -> None:
         print(f"{model} {name} %: {found.made_by}: {found.predicted['psnr_db']:.2f} dB")
 
 
-def file_of(model: str, budget: str, branches: float) -> str:
-    return f"{PREFIX[model]}_{budget}{'_branches' if branches else ''}.json"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare what is recomputed between full steps.")
     parser.add_argument("--calibrate", action="store_true", help="make the schedules and stop")
     parser.add_argument("--report", action="store_true", help="print and draw what results/policies.json holds")
+    parser.add_argument("--latency", action="store_true", help="time what was run, compiled")
     parser.add_argument("--quick", action="store_true", help="two runs, nothing kept: does it run?")
     parser.add_argument("--model", choices=[*MODELS], help="only this one's runs")
     parser.add_argument(
@@ -177,18 +99,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     points = [] if args.fresh or args.quick else kept()
     done = {(one.model, one.schedule, one.policy) for one in points}
-    todo = [(model, *job) for model in wanted for job in jobs(model)]
+    looks = args.report or args.latency  # at what was run before
+    todo = [] if looks else [(model, *job) for model in wanted for job in jobs(model)]
     missing = [job for job in todo if job[:3] not in done]
-    for job in track([] if args.report else missing[:2] if args.quick else missing, description="policies"):
+    for job in track(missing[:2] if args.quick else missing, description="policies"):
         points.append(run(*job))
         if not args.quick:
             keep(points)
+    if args.latency:
+        points = timed(points, not args.quick)
     points = with_gains(points)
     for model in MODELS:
         Console(width=120).print(table(points, model))
     if not args.quick:
         keep(points)
         picture(points, Path("docs/policies.svg"))
+
+
+def timed(points: list[Point], keeps: bool) -> list[Point]:
+    """The points with their share of the time, where they have none yet."""
+    schedules = {(model, name, policy): schedule for model in MODELS for name, policy, schedule in jobs(model)}
+    for number, one in enumerate(track(points, description="latency")):
+        if one.time_share is None:
+            schedule = schedules[one.model, one.schedule, one.policy]
+            points[number] = replace(one, time_share=time_share(prepared(one.model), schedule, STEPS))
+            if keeps:
+                keep(points)
+    return points
 
 
 def kept() -> list[Point]:

@@ -25,30 +25,47 @@ class Point:
     accuracy: float
     state_mb: float
     gain_db: float | None = None
+    time_share: float | None = None
+    gain_in_time_db: float | None = None
 
 
 def with_gains(points: Sequence[Point]) -> list[Point]:
     """Each point's gain over the hull of the whole-region schedules, where its MACs lie within it."""
-    hulls = {model: whole_regions(points, model) for model in {one.model for one in points}}
-    result = []
-    for point in points:
-        level = on_hull(hulls[point.model], point.macs)
-        result.append(replace(point, gain_db=None if level is None else point.psnr_db - level))
-    return result
+    models = {one.model for one in points}
+    macs, time = ({model: whole_regions(points, model, cost) for model in models} for cost in ("macs", "time_share"))
+    return [
+        replace(
+            one,
+            gain_db=_gain(macs[one.model], one, one.macs),
+            gain_in_time_db=_gain(time[one.model], one, one.time_share),
+        )
+        for one in points
+    ]
 
 
-def whole_regions(points: Sequence[Point], model: str) -> list[tuple[float, float]]:
+def _gain(hull: list[tuple[float, float]], point: Point, cost: float | None) -> float | None:
+    level = None if cost is None else on_hull(hull, cost)
+    return None if level is None else point.psnr_db - level
+
+
+def whole_regions(points: Sequence[Point], model: str, cost: str = "macs") -> list[tuple[float, float]]:
     """The hull of a model's schedules of whole regions."""
-    return hull_of([(one.macs, one.psnr_db) for one in points if one.model == model and one.policy == WHOLE])
+    mine = [one for one in points if one.model == model and one.policy == WHOLE]
+    return hull_of([(share, one.psnr_db) for one in mine if (share := getattr(one, cost)) is not None])
 
 
 def table(points: Sequence[Point], model: str) -> Table:
-    shown = Table("schedule", "policy", "MACs", "PSNR dB", "gain dB", "state MB", title=model, title_justify="left")
+    shown = Table(title=model, title_justify="left")
+    for name in ("schedule", "policy", "MACs", "PSNR dB", "gain dB", "time", "gain in time", "state MB"):
+        shown.add_column(name)
     for one in points:
         if one.model == model:
-            gain = "" if one.gain_db is None or one.policy == WHOLE else f"{one.gain_db:+.2f}"
+            gains = (one.gain_db, one.gain_in_time_db)
+            by_macs, in_time = ("" if g is None or one.policy == WHOLE else f"{g:+.2f}" for g in gains)
+            time = "" if one.time_share is None else f"{one.time_share:.1%}"
+            quality = f"{one.psnr_db:.1f}"
             shown.add_row(
-                one.schedule, one.policy, f"{one.macs:.1%}", f"{one.psnr_db:.1f}", gain, f"{one.state_mb:.0f}"
+                one.schedule, one.policy, f"{one.macs:.1%}", quality, by_macs, time, in_time, f"{one.state_mb:.0f}"
             )
     return shown
 
