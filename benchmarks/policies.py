@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 import moeca_compile as moeca
-from benchmarks.policies_jobs import BUDGETS, KEYS, MODELS, SCHEDULES, STEPS, TAU, file_of, jobs
+from benchmarks.policies_jobs import BUDGETS, KEYS, MODELS, SCHEDULES, STEPS, TAU, TIMED, file_of, jobs
 from benchmarks.policies_latency import time_share
 from benchmarks.policies_report import Point, picture, table, with_gains
 from benchmarks.protocol import RESULTS, pin_threads, save
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare what is recomputed between full steps.")
     parser.add_argument("--calibrate", action="store_true", help="make the schedules and stop")
     parser.add_argument("--report", action="store_true", help="print and draw what results/policies.json holds")
-    parser.add_argument("--latency", action="store_true", help="time what was run, compiled")
+    parser.add_argument("--latency", action="store_true", help="time some of what was run, compiled")
     parser.add_argument("--quick", action="store_true", help="two runs, nothing kept: does it run?")
     parser.add_argument("--model", choices=[*MODELS], help="only this one's runs")
     parser.add_argument(
@@ -120,7 +120,7 @@ def timed(points: list[Point], keeps: bool) -> list[Point]:
     """The points with their share of the time, where they have none yet."""
     schedules = {(model, name, policy): schedule for model in MODELS for name, policy, schedule in jobs(model)}
     for number, one in enumerate(track(points, description="latency")):
-        if one.time_share is None:
+        if one.time_share is None and one.policy in TIMED:
             schedule = schedules[one.model, one.schedule, one.policy]
             points[number] = replace(one, time_share=time_share(prepared(one.model), schedule, STEPS))
             if keeps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ import moeca_compile as moeca
 from examples import digits
 from moeca_compile.schedule import Schedule
 
-DIGITS, SEED = 8, 6000  # with guidance in one call: 16 samples a step
-EVERY = 4  # after so many steps one with everything computed is timed
+DIGITS, SEED = 16, 6000  # with guidance in one call: 32 samples a step
+EVERY = 5  # after so many steps one with everything computed is timed
 
 
 class Timed:
@@ -35,19 +36,27 @@ class Timed:
         return result
 
 
+def compiled(network: Any, schedule: Schedule | str) -> Any:
+    """Ready to be timed."""
+    model = moeca.compile(network, schedule=schedule, pack_experts=True)
+    inputs = (torch.zeros(2 * DIGITS, 1, 16, 16), torch.full((2 * DIGITS,), 1000.0), torch.zeros(2 * DIGITS).long())
+    with torch.no_grad():
+        moeca.warmup(model, *inputs)
+        model(*inputs)
+    return model
+
+
+@cache
+def everything(network: Any) -> Any:
+    return compiled(network, "full")
+
+
 def time_share(network: Any, schedule: Schedule, steps: int) -> float:
     """Time of a trajectory under the schedule / the same with everything computed; medians by kind of step.
 
     Both run with packed experts: few rows an expert need them most, and full steps gain too.
     """
-    torch._dynamo.reset()
-    cached = moeca.compile(network, schedule=schedule, pack_experts=True)
-    uncached = moeca.compile(network, schedule="full", pack_experts=True)
-    inputs = (torch.zeros(2 * DIGITS, 1, 16, 16), torch.full((2 * DIGITS,), 1000.0), torch.zeros(2 * DIGITS).long())
-    with torch.no_grad():
-        for model in (cached, uncached):
-            moeca.warmup(model, *inputs)
-            model(*inputs)
+    cached, uncached = compiled(network, schedule), everything(network)
     timed = Timed(cached, uncached)
     with moeca.trajectory(cached, steps=steps):
         digits.sample(timed, seed=SEED, n=DIGITS, steps=steps)

@@ -16,6 +16,7 @@ from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning
 from moeca_compile.fit import fit
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
 from moeca_compile.lower.over_steps import lower_over_steps
+from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.options import Options
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.packable import why_not_packed
@@ -152,7 +153,8 @@ class Program:
             run = lower_eager(variant)
         else:
             with autocast_is(()):
-                run = lower_inductor(variant, args, self.options.mode, self.options.inner_options)
+                repeat = repeat_blocks.__name__ not in self.options.disable
+                run = lower_inductor(variant, args, self.options.mode, self.options.inner_options, repeat)
         self._spent(variant.name, begin)
         return _without_autocast(run)
 

@@ -16,7 +16,7 @@ from moeca_compile.errors import CaptureError, InvariantError, OptionError
 from moeca_compile.fx import aten
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context, Roles
-from moeca_compile.pipeline import FIND, HOIST, NORMALISE, OPTIONAL, REWRITE
+from moeca_compile.pipeline import FIND, HOIST, LOWER, NORMALISE, OPTIONAL, REWRITE
 from moeca_compile.runner import PassRecord, Runner
 from tests.tools import analyse_module, build, capture_module, ops, row, schedule_of
 
@@ -163,13 +163,13 @@ def test_the_pipeline_leaves_out_what_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("name", [one.__name__ for one in (*FIND, *REWRITE) if one not in HOIST] + ["drop_nops", ""])
 def test_a_pass_that_cannot_be_left_out_is_refused_by_name(name: str) -> None:
-    known = r"\['drop_noops', 'hoist_invariant', 'hoist_step_only'\]"
+    known = r"\['drop_noops', 'hoist_invariant', 'hoist_step_only', 'repeat_blocks'\]"
     with pytest.raises(OptionError, match=rf"disable=\['{name}'\]: only {known} can be left out"):
         analyse_module(model, torch.randn(2, 4), options=Options(inner="eager", disable=(name, "drop_noops")))
 
 
-def test_only_normalising_and_hoisting_passes_are_optional() -> None:
-    assert {one.__name__ for one in (*NORMALISE, *HOIST)} == OPTIONAL
+def test_what_normalises_hoists_and_lowers_is_optional() -> None:
+    assert {one.__name__ for one in (*NORMALISE, *HOIST, *LOWER)} == OPTIONAL
 
 
 # -- dumps ------------------------------------------------------------------------------------------------------------

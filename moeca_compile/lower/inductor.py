@@ -9,6 +9,7 @@ import torch
 
 from moeca_compile import fx
 from moeca_compile.errors import LoweringError
+from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.variant import Variant
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -20,10 +21,14 @@ def lower_eager(variant: Variant) -> Executable:
 
 
 def lower_inductor(
-    variant: Variant, args: Sequence[Any], mode: str | None = None, inner_options: Mapping[str, Any] | None = None
+    variant: Variant,
+    args: Sequence[Any],
+    mode: str | None = None,
+    inner_options: Mapping[str, Any] | None = None,
+    repeat: bool = True,
 ) -> Executable:
-    """Compile for tensors like `args`. Weights stay inputs, so all variants share one copy; Inductor's on-disk cache
-    serves a second process.
+    """Compile for tensors like `args`; with `repeat` equal blocks share one body. Weights stay inputs, so all variants
+    share one copy; Inductor's on-disk cache serves a second process.
 
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
@@ -38,6 +43,8 @@ def lower_inductor(
                 f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
             )
         gm, regions = _split_table(variant)
+        if repeat:
+            gm = repeat_blocks(gm)
 
         def split(given: Sequence[Any]) -> Sequence[Any]:
             if not regions:
