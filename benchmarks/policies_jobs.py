@@ -24,7 +24,7 @@ C, F = Action.COMPUTE, Action.FORECAST
 KEYS = tuple(f"blocks.{i}.{part}" for i in range(BLOCKS) for part in ("attn", "moe"))
 TAU = 0.04
 CALIBRATED = f"calibrated with tau {TAU} in every cheap row"
-TIMED = (WHOLE, "branches forecast, none computed", "transitions: tau 0.04", CALIBRATED)  # whose time is measured
+TIMED = (WHOLE, "transitions: tau 0.04", CALIBRATED)  # whose time is measured
 MANY = "uniform:4"  # the schedule on which all policies and ideas are tried
 
 # What a step between full ones does with attention and experts.

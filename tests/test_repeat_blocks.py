@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 
 import moeca_compile as moeca
 from moeca_compile import fx
-from moeca_compile.lower.inductor import _split_table
+from moeca_compile.errors import MoecaWarning
+from moeca_compile.lower.inductor import _split_table, lower_inductor
 from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.options import Options
 from moeca_compile.pipeline import Analysis, build_variant
@@ -143,3 +144,20 @@ def test_compiled_bodies_are_right() -> None:
     model = compiled(module, inner="inductor")
     for one, other in zip(run(plain(model), 4), run(plain(compiled(module)), 4), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_body_that_inductor_refuses_is_told_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch._inductor.standalone_compile
+
+    def picky(gm: GraphModule, *args: Any, **keywords: Any) -> Any:
+        if calls(gm):
+            raise RuntimeError("no bodies here")
+        return whole(gm, *args, **keywords)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", picky)
+    variant = variant_of(plain_analysis(), "C" * 2 * DEPTH)
+    with pytest.warns(MoecaWarning, match=r"with one body for equal blocks \(no bodies here\)"):
+        run_compiled = lower_inductor(variant, arguments(variant.gm))
+    with torch.no_grad():
+        result = run_compiled(arguments(variant.gm))
+    assert len(result) == variant.outputs + len(variant.writes)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from moeca_compile import fx
-from moeca_compile.errors import LoweringError
-from moeca_compile.lower.repeat_blocks import repeat_blocks
+from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.lower.repeat_blocks import has_bodies, repeat_blocks
 from moeca_compile.variant import Variant
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -35,6 +36,9 @@ def lower_inductor(
     """
     from torch._inductor import config, list_mode_options, standalone_compile
 
+    gm, regions = _split_table(variant)
+    if repeat:
+        gm = repeat_blocks(gm)
     try:
         options = {**(list_mode_options(mode) if mode else {}), **(inner_options or {})}
         unknown = [name for name in options if name not in config.get_config_copy()]
@@ -42,9 +46,6 @@ def lower_inductor(
             raise LoweringError(
                 f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
             )
-        gm, regions = _split_table(variant)
-        if repeat:
-            gm = repeat_blocks(gm)
 
         def split(given: Sequence[Any]) -> Sequence[Any]:
             if not regions:
@@ -61,6 +62,14 @@ def lower_inductor(
     except LoweringError:
         raise
     except Exception as error:
+        if has_bodies(gm):
+            warnings.warn(
+                f"Inductor refused variant {variant.name} with one body for equal blocks ({error}): each block is "
+                "compiled for itself. options={'disable': ('repeat_blocks',)} does so from the start",
+                MoecaWarning,
+                stacklevel=2,
+            )
+            return lower_inductor(variant, args, mode, inner_options, repeat=False)
         raise LoweringError(
             f"Inductor refused variant {variant.name} ({variant.node_count} nodes): {error}. "
             "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"

@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 
 from moeca_compile import fx
 
+_BODY = "body_"
 FEWEST = 4  # equal blocks that are worth a body: the first one is often compiled by itself all the same
 
 
@@ -65,7 +66,7 @@ def repeat_blocks(gm: GraphModule) -> GraphModule:
     for number, runs in enumerate(repeated):
         gives = sorted(set.union(*(run.gives for run in runs)))
         if _may_leave(runs[0], gives):
-            name = f"body_{number}"
+            name = f"{_BODY}{number}"
             gm.add_module(name, _body(runs[0], gives))
             for run in runs:
                 _call(gm, run, gives, name, moved)
@@ -73,6 +74,10 @@ def repeat_blocks(gm: GraphModule) -> GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def has_bodies(gm: GraphModule) -> bool:
+    return any(name.startswith(_BODY) for name, _ in gm.named_children())
 
 
 def _runs(gm: GraphModule) -> list[Run]:
@@ -108,7 +113,8 @@ def _kind(node: Node) -> Hashable:
 
 
 def _is_worth_it(run: Run) -> bool:
-    return any(node.target in fx.MATMULS or fx.is_experts(node) for node in run.nodes)
+    heavy = any(node.target in fx.MATMULS or fx.is_experts(node) for node in run.nodes)
+    return heavy and not any(fx.has_unknown_size(node) for node in run.nodes)
 
 
 def _may_leave(run: Run, gives: Sequence[int]) -> bool:
