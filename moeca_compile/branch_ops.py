@@ -5,7 +5,8 @@ expert that a slot holds is a hit, another one a transition; ids that a router g
 number. All shapes are static, and nothing couples the samples of a batch.
 
 They are operators of their own so that a compiler doesn't repeat this work for each of the D numbers of a branch: their
-tensors are [B, N, K, K] at most, for B samples of N tokens.
+tensors are [K, K, B N] at most, for B samples of N tokens. The many tokens lie in the last axis and the few slots
+before it, so that every comparison runs along memory.
 """
 
 from __future__ import annotations
@@ -38,16 +39,18 @@ def align(ids: Tensor, held: Tensor, gates: Tensor, chosen: Tensor) -> tuple[Ten
     Returns:
         source int64 [B, N, K], a permutation of each token's slots; hit bool [B, N, K].
     """
-    match = _matches(ids, held)
-    hit, free = match.any(-1), ~match.any(-2)
-    mine, other = gates[..., :, None], gates[..., None, :]
-    slots = torch.arange(ids.shape[-1], device=ids.device)
-    lower = (other < mine) | ((other == mine) & (slots[None, :] < slots[:, None]))
-    turn = (lower & free[..., None, :]).sum(-1)
-    first, then = ~hit & chosen, ~hit & ~chosen
-    claim = torch.where(first, first.cumsum(-1), first.sum(-1, keepdim=True) + then.cumsum(-1)) - 1
-    takes = (~hit)[..., :, None] & free[..., None, :] & (claim[..., :, None] == turn[..., None, :])
-    return (match | takes).int().argmax(-1), hit
+    routed, slot, gate, computed = (_slots_first(one) for one in (ids, held, gates, chosen))
+    match = _matches(routed, slot)
+    hit, free = match.any(1), ~match.any(0)
+    mine, other = gate[:, None], gate[None, :]
+    lower = (other < mine) | ((other == mine) & _earlier(match))
+    turn = (lower & free[None, :]).sum(1)
+    first, then = ~hit & computed, ~hit & ~computed
+    claim = torch.where(first, first.cumsum(0), first.sum(0) + then.cumsum(0)) - 1
+    takes = (~hit)[:, None] & free[None, :] & (claim[:, None] == turn[None, :])
+    numbers = torch.arange(len(slot), device=ids.device)[:, None]
+    source = torch.where(match | takes, numbers, 0).sum(1)  # one slot a branch
+    return _slots_last(source, ids), _slots_last(hit, ids)
 
 
 def pick(
@@ -68,10 +71,11 @@ def pick(
     Returns:
         int64 [B, count], positions in the flat [N * K].
     """
-    match = _matches(ids, held)
-    hit = match.any(-1)
+    match = _matches(_slots_first(ids), _slots_first(held))
+    hit = _slots_last(match.any(1), ids)
+    wanted = _slots_last(torch.where(match, _slots_first(due)[None, :], 0.0).sum(1), ids)
     weight = gates.float().abs() if sensitivity is None else gates.float().abs() * sensitivity[ids]
-    weight = torch.where(hit, weight * torch.where(match, due[..., None, :], 0.0).sum(-1), weight)
+    weight = torch.where(hit, weight * wanted, weight)
     rank = torch.where(hit, 0.0, 2.0) + weight / (1 + weight)
     if quota is not None:
         rank = rank - 4.0 * ~_within(rank, ids, quota)
@@ -80,16 +84,32 @@ def pick(
     return rank.flatten(1).topk(count, dim=1).indices
 
 
-def _matches(ids: Tensor, held: Tensor) -> Tensor:
-    """Whether routed branch k is the one in slot j, [B, N, K, K]; each pairs at most once."""
-    same = (ids + 1)[..., :, None] == held[..., None, :]
-    return same & (_number(ids)[..., :, None] == _number(held)[..., None, :])
+def _slots_first(values: Tensor) -> Tensor:
+    """[B, N, K] as [K, B N]."""
+    return values.flatten(0, 1).t().contiguous()
+
+
+def _slots_last(values: Tensor, like: Tensor) -> Tensor:
+    """[K, B N] as [B, N, K] again."""
+    return values.t().reshape(like.shape)
+
+
+def _matches(routed: Tensor, slot: Tensor) -> Tensor:
+    """Whether routed branch k is the one in slot j, [K, K, B N]; each pairs at most once."""
+    same = (routed + 1)[:, None] == slot[None, :]
+    return same & (_number(routed)[:, None] == _number(slot)[None, :])
 
 
 def _number(ids: Tensor) -> Tensor:
-    """How many equal ids stand before each, along the last axis."""
-    slots = torch.arange(ids.shape[-1], device=ids.device)
-    return ((ids[..., :, None] == ids[..., None, :]) & (slots[None, :] < slots[:, None])).sum(-1)
+    """How many equal ids of a token stand before each, [K, B N]."""
+    same = ids[:, None] == ids[None, :]
+    return (same & _earlier(same)).sum(1)
+
+
+def _earlier(pairs: Tensor) -> Tensor:
+    """[K, K, 1]: whether the second slot comes before the first."""
+    slots = torch.arange(pairs.shape[1], device=pairs.device)
+    return (slots[None, :] < slots[:, None])[..., None]
 
 
 def _within(rank: Tensor, ids: Tensor, quota: Tensor) -> Tensor:
