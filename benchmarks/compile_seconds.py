@@ -3,7 +3,8 @@
     python -m benchmarks.compile_seconds plain --depth 12
     python -m benchmarks.compile_seconds moeca --depth 12
 
-`plain` compiles the prepared model with torch.compile; `moeca` compiles every variant of uniform:3. Prints JSON.
+`plain` compiles the prepared model with torch.compile; `moeca` compiles every variant of uniform:3, equal blocks once;
+`each` compiles each block for itself. Prints JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import moeca_compile as moeca
 from benchmarks.models import example_inputs, network
 from benchmarks.protocol import pin_threads
 
-CONTENDERS = ("plain", "moeca")
+CONTENDERS = ("plain", "moeca", "each")
 
 
 def fresh(contender: str, depth: int) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def measure(contender: str, depth: int) -> dict[str, Any]:
     if contender == "plain":
         torch.compile(model)(*inputs)
     else:
-        moeca.warmup(moeca.compile(model, schedule="uniform:3", order=1), *inputs)
+        disable = ("repeat_blocks",) if contender == "each" else ()
+        moeca.warmup(moeca.compile(model, schedule="uniform:3", order=1, disable=disable), *inputs)
     return {"contender": contender, "seconds": time.perf_counter() - started}
 
 

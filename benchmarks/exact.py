@@ -1,6 +1,7 @@
 """The exact optimisations, each by itself, on DiT-MoE-S/2-8E2A; and what a cache gives end to end at intervals 2 to 6.
 
-    python -m benchmarks.exact            # about 15 minutes on one core; writes results/exact.json
+    python -m benchmarks.exact            # about 25 minutes on one core; writes results/exact.json
+    python -m benchmarks.exact --report   # docs/exact.md from it
     python -m benchmarks.exact --quick    # two blocks, few rounds: does it run?
 
 A step is a single call; `hoisted` steps are those of a trajectory whose timesteps are known (from the one before), so
@@ -10,6 +11,7 @@ that their step-only values come out of a table; the table's own cost is in the 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 
 import moeca_compile as moeca
-from benchmarks import models
+from benchmarks import compile_seconds, models
+from benchmarks.exact_report import page
 from benchmarks.protocol import RESULTS, Timing, as_json, interleave, pin_threads, print_table, save
 from benchmarks.steps import Target, print_targets
 from moeca_compile.schedule import Schedule
@@ -29,6 +32,7 @@ FULL, LEAN, PACKED = "moeca, nothing hoisted", "moeca", "moeca, packed experts"
 WHOLE = {"disable": ("hoist_step_only", "hoist_invariant")}
 FORMS: dict[str, dict[str, Any]] = {FULL: WHOLE, LEAN: {}, PACKED: {"pack_experts": True}}
 INTERVALS = (2, 3, 4, 5, 6)
+PAGE = Path("docs/exact.md")
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ class Size:
     rounds: int
     runs: int
     steps: int
+    compiled: tuple[int, ...]  # depths
 
 
-ALL = Size(depth=models.DEPTH, rounds=10, runs=3, steps=models.STEPS)
-QUICK = Size(depth=2, rounds=2, runs=1, steps=8)
+ALL = Size(depth=models.DEPTH, rounds=10, runs=3, steps=models.STEPS, compiled=(12, 28))
+QUICK = Size(depth=2, rounds=2, runs=1, steps=8, compiled=(1,))
 
 
 class Bench:
@@ -69,7 +74,11 @@ class Bench:
 
     def reused(self) -> dict[str, Timing]:
         """One step of a long stretch that forecasts every region."""
-        forms = {FULL: WHOLE, "moeca, invariants hoisted": {"disable": ("hoist_step_only",)}, LEAN: {}}
+        forms: dict[str, dict[str, Any]] = {
+            FULL: WHOLE,
+            "moeca, invariants hoisted": {"disable": ("hoist_step_only",)},
+            LEAN: {},
+        }
         rounds = 5 * self.size.rounds
         walkers = {name: self._walker("uniform:1000:warmup=2", rounds, options) for name, options in forms.items()}
         return interleave({name: one.step for name, one in walkers.items()}, rounds=rounds)
@@ -95,8 +104,20 @@ class Bench:
         return walker
 
 
+def compile_costs(depths: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Seconds by contender and depth, Inductor's caches cold."""
+    return {
+        name: {str(depth): compile_seconds.fresh(name, depth)["seconds"] for depth in depths}
+        for name in compile_seconds.CONTENDERS
+    }
+
+
 def judge(
-    computed: dict[str, Timing], reused: dict[str, Timing], runs: dict[str, Timing], macs: dict[str, float]
+    computed: dict[str, Timing],
+    reused: dict[str, Timing],
+    runs: dict[str, Timing],
+    macs: dict[str, float],
+    seconds: dict[str, dict[str, float]],
 ) -> list[Target]:
     best = min((LEAN, PACKED), key=lambda name: computed[name].median)
     over = computed[best].speedup(computed[SHIPPED])
@@ -111,6 +132,11 @@ def judge(
         name, bound = f"interval {k}", 0.95 if k <= 3 else 0.9
         reached = runs[name].speedup(runs["full"]) * macs[name]
         found.append(Target(f"{name}: speedup x MAC fraction", f">= {bound:.2f}", reached, reached >= bound))
+    for depth, plain in seconds["plain"].items():
+        for name, says, bound in (("each", "each block for itself", 1.3), ("moeca", "equal blocks once", 0.6)):
+            ratio = seconds[name][depth] / plain
+            what = f"compile seconds, {depth} blocks, {says} / torch.compile"
+            found.append(Target(what, f"<= {bound:.1f}", ratio, ratio <= bound))
     return found
 
 
@@ -118,8 +144,12 @@ def judge(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the exact optimisations and whole cached runs.")
     parser.add_argument("--quick", action="store_true", help="two blocks, few rounds; the figures mean nothing")
+    parser.add_argument("--report", action="store_true", help="write docs/exact.md from the results")
     parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
     args = parser.parse_args(argv)
+    if args.report:
+        PAGE.write_text(page(json.loads((RESULTS / "exact.json").read_text())))
+        return
     size = QUICK if args.quick else ALL
     pin_threads()
     bench = Bench(size)
@@ -129,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table("a forecast step", reused, baseline=FULL)
     runs, macs = bench.runs()
     print_table(f"{size.steps} steps", runs, baseline="full")
-    targets = judge(computed, reused, runs, macs)
+    seconds = compile_costs(size.compiled)
+    targets = judge(computed, reused, runs, macs, seconds)
     print_targets(targets)
     out = args.out or (None if args.quick else RESULTS)
     if out:
@@ -139,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "reused": as_json(reused, baseline=FULL),
             "runs": as_json(runs, baseline="full"),
             "mac_fraction": macs,
+            "compile_seconds": seconds,
             "targets": {one.name: {"bound": one.bound, "measured": one.value, "met": one.met} for one in targets},
         }
         print(f"written: {save('exact', payload, out).name}")

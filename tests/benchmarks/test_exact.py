@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import exact
+from benchmarks.exact_report import page
 
 
 @pytest.mark.slow
@@ -18,4 +19,11 @@ def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     assert len(written["reused"]) == 3
     assert written["mac_fraction"]["full"] == 1.0
     assert 0.2 < written["mac_fraction"]["interval 6"] < written["mac_fraction"]["interval 2"] < 0.7
-    assert len(written["targets"]) == 3 + len(exact.INTERVALS)
+    assert len(written["targets"]) == 3 + len(exact.INTERVALS) + 2
+    assert all(set(seconds) == {"1"} for seconds in written["compile_seconds"].values())
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "results" / "exact.json").read_text())
+    assert (root / "docs" / "exact.md").read_text() == page(found)

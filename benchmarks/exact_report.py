@@ -1,0 +1,80 @@
+"""docs/exact.md from what `benchmarks.exact` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Rows = Iterable[tuple[object, ...]]
+
+
+def page(data: Mapping[str, Any]) -> str:
+    machine = data["machine"]
+    where = (
+        f"{data['model']}, random weights; one thread of {machine['cores']} cores of {machine['processor']}, load "
+        f"{machine['load_1min']} at the end; torch {machine['packages']['torch']}, {machine['date']}"
+    )
+    return f"""# The exact optimisations
+
+What moeca does that changes no result, each by itself, and what a cache then gives end to end. Written by
+`python -m benchmarks.exact --report` from [these figures](../benchmarks/results/exact.json): {where}. What
+the passes do: [running](running.md).
+
+## Everything computed, one step
+
+{_timings(data["computed"], "torch.compile, as shipped")}
+
+## One step that forecasts every region
+
+{_timings(data["reused"], "nothing hoisted")}
+
+## Whole runs
+
+50 steps, order 1; MACs are those of the programs that ran.
+
+{_table(("", "seconds", "speedup", "share of the MACs", "speedup x share"), _runs(data))}
+
+## Compiling
+
+Seconds from the prepared model to its first result, all variants of `uniform:3`, each in a new process with Inductor's
+caches empty; one measurement each.
+
+{_table(("blocks", "torch.compile", "each block for itself", "equal blocks once"), _compiling(data["compile_seconds"]))}
+
+## What was asked
+
+{_table(("", "bound", "measured", ""), _targets(data["targets"]))}
+"""
+
+
+def _timings(timings: Mapping[str, Any], baseline: str) -> str:
+    head = ("", "median ms", "least", "most", f"times {baseline}")
+    return _table(
+        head,
+        (
+            (name, f"{one['median_ms']:.1f}", f"{one['min_ms']:.1f}", f"{one['max_ms']:.1f}", f"{one['speedup']:.2f}")
+            for name, one in timings.items()
+        ),
+    )
+
+
+def _runs(data: Mapping[str, Any]) -> Rows:
+    for name, one in data["runs"].items():
+        share = data["mac_fraction"][name]
+        seconds, speedup = one["median_ms"] / 1e3, one["speedup"]
+        yield name, f"{seconds:.1f}", f"{speedup:.2f}", f"{share:.1%}", f"{speedup * share:.2f}"
+
+
+def _compiling(seconds: Mapping[str, Mapping[str, float]]) -> Rows:
+    for depth in seconds["plain"]:
+        yield depth, *(f"{seconds[name][depth]:.0f}" for name in ("plain", "each", "moeca"))
+
+
+def _targets(targets: Mapping[str, Any]) -> Rows:
+    for name, one in targets.items():
+        yield name, one["bound"], f"{one['measured']:.3f}", "met" if one["met"] else "missed"
+
+
+def _table(head: tuple[str, ...], rows: Rows) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
