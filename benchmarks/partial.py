@@ -3,9 +3,9 @@
     python -m benchmarks.partial            # four blocks, about 6 minutes on one core; writes results/partial.json
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
-The bound for a row is (rho + tau) x full + 10 % of full. The experts' weights are packed: that is what few rows an expert
-need most, and full steps gain too. A full step here also writes what the partial ones read; what
-that costs is shown against a model compiled without a cache.
+The bound for a row is (rho + tau) x full + 10 % of full. The experts' weights are packed, which few rows an expert need
+most. A full step here also writes what the partial ones read; what that costs is shown against a model compiled without a
+cache.
 """
 
 from __future__ import annotations
