@@ -147,12 +147,10 @@ def test_compiled_bodies_are_right() -> None:
 
 
 def test_a_body_that_inductor_refuses_is_told_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = torch._inductor.standalone_compile
-
     def picky(gm: GraphModule, *args: Any, **keywords: Any) -> Any:
         if calls(gm):
             raise RuntimeError("no bodies here")
-        return whole(gm, *args, **keywords)
+        return gm
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", picky)
     variant = variant_of(plain_analysis(), "C" * 2 * DEPTH)
