@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "moeca-compile")
+PACKAGES = ("torch", "numpy", "moeca-compile", "diffusers", "cache-dit", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "command": " ".join(["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks." + _program(Path(sys.argv[0])), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -139,6 +139,11 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
+
+
+def _program(file: Path) -> str:
+    """peers for benchmarks/peers/__main__.py, steps for benchmarks/steps.py."""
+    return file.parent.name if file.stem == "__main__" else file.stem
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,123 @@
+"""cache-dit: DBCache with a threshold, with its Taylor calibrator, and its static step masks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import macs
+from benchmarks.peers.solvers import euler
+from benchmarks.peers.way import Family, bytes_in
+from benchmarks.peers.workload import Batch, Size, guided, prepared
+
+THRESHOLDS = (0.04, 0.06, 0.08, 0.12, 0.2, 0.3, 0.5)
+POLICIES = ("slow", "medium", "fast", "ultra")
+
+Compiled = Literal["no", "blocks", "whole"]
+
+
+class DBCache:
+    """The model under cache-dit. Under "blocks" each block is compiled and cache-dit's own code stays outside.
+
+    taylor: the order of its calibrator; 0 is none.
+    config: fields of its `DBCacheConfig`.
+    """
+
+    def __init__(self, size: Size, taylor: int, compiled: Compiled, **config: Any) -> None:
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # read when it is imported
+        import cache_dit
+        from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
+
+        self.library, self.config_of = cache_dit, DBCacheConfig
+        self.module = prepared()
+        if compiled == "blocks":
+            for block in self.module.blocks:
+                block.compile()
+        adapter = BlockAdapter(
+            transformer=self.module,
+            blocks=self.module.blocks,
+            forward_pattern=ForwardPattern.Pattern_3,
+            check_forward_pattern=False,  # it goes by the arguments' names
+            has_separate_cfg=False,
+        )
+        given = {"num_inference_steps": size.steps, "enable_separate_cfg": False, **config}
+        calibrator = {"calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=taylor)} if taylor else {}
+        cache_dit.enable_cache(adapter, cache_config=DBCacheConfig(**given), **calibrator)
+        self.model = torch.compile(self.module) if compiled == "whole" else self.module
+
+    def restart(self, **config: Any) -> None:
+        """Its documented call between requests; only the fields given change."""
+        self.library.refresh_context(self.module, cache_config=self.config_of().reset(**config))
+
+    @property
+    def context(self) -> Any:
+        (name,) = self.module._context_names
+        return self.module._context_manager.get_context(name)
+
+
+class Setting:
+    """`DBCache` at one setting of its knobs."""
+
+    def __init__(self, cache: DBCache, size: Size, **config: Any) -> None:
+        self.cache, self.size, self.config = cache, size, config
+
+    def sample(self, batch: Batch) -> Tensor:
+        self.cache.restart(**self.config)
+        return euler(guided(self.cache.model, batch), batch.noise, self.size.steps)
+
+    def macs(self) -> float:
+        """Cached steps as cache-dit counts them; these run the first and the last few blocks."""
+        context = self.cache.context
+        cached = len(context.get_cached_steps()) / self.size.steps
+        ran = context.cache_config.Fn_compute_blocks + context.cache_config.Bn_compute_blocks
+        return 1 - cached + cached * macs.with_blocks(ran)
+
+    def state_bytes(self) -> int:
+        return bytes_in(self.cache.context)
+
+    def forget(self) -> None:
+        self.cache.restart(**self.config)
+
+
+def dynamic(
+    first: int,
+    last: int = 0,
+    warmup: int = 8,
+    taylor: int = 0,
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    compiled: Compiled = "blocks",
+    cold: bool = False,
+) -> Family:
+    def opened(size: Size) -> Mapping[str, Setting]:
+        cache = DBCache(
+            size, taylor, compiled, Fn_compute_blocks=first, Bn_compute_blocks=last,
+            max_warmup_steps=min(warmup, size.steps // 4),
+        )  # fmt: skip
+        return {f"{one:g}": Setting(cache, size, residual_diff_threshold=one) for one in thresholds}
+
+    note = (
+        "threshold 0.08, warm-up 8, F8B0 by default for models of many blocks, F1B0 where speed counts; six blocks "
+        "here. Its checks can't be traced: each block is compiled by itself, under the recompile limits it recommends"
+    )
+    how = {"no": ", eager", "blocks": "", "whole": ", compiled as a whole"}[compiled]
+    forecast = f" + Taylor {taylor}" if taylor else ""
+    return Family(f"DBCache F{first}B{last} W{warmup}{forecast}{how}", "peer", note, opened, cold)
+
+
+def masks(taylor: int = 0) -> Family:
+    def opened(size: Size) -> Mapping[str, Setting]:
+        from cache_dit import steps_mask
+
+        by_policy = {policy: steps_mask(total_steps=size.steps, mask_policy=policy) for policy in POLICIES}
+        cache = DBCache(
+            size, taylor, "blocks", Fn_compute_blocks=1, Bn_compute_blocks=0, steps_computation_policy="static",
+            steps_computation_mask=by_policy["slow"],
+        )  # fmt: skip
+        return {policy: Setting(cache, size, steps_computation_mask=mask) for policy, mask in by_policy.items()}
+
+    note = "its four presets, static; it says that dynamic ones look sharper at equal cost, and that Taylor helps"
+    return Family(f"DBCache static mask{f' + Taylor {taylor}' if taylor else ''}", "peer", note, opened)

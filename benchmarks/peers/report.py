@@ -1,0 +1,150 @@
+"""The pages that the results give: docs/benchmarks.md, docs/peers.svg and a table in the README."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import tables
+from benchmarks.peers.picture import draw
+from benchmarks.peers.verdict import judge, points_of
+
+PAGE, PICTURE, README = Path("docs/benchmarks.md"), Path("docs/peers.svg"), Path("README.md")
+BEGIN, END = "<!-- peers: written by python -m benchmarks.peers --report -->", "<!-- peers: end -->"
+MODEL = "digits DiT-MoE: 6 blocks, width 96, 2 of 8 experts and a shared one, 64 tokens; float32, guidance 2"
+
+
+def write(payload: Mapping[str, Any], root: Path = Path()) -> list[Path]:
+    """All three, below `root`."""
+    (root / PAGE).write_text(page(payload))
+    draw(points_of(payload), root / PICTURE)
+    readme = (root / README).read_text()
+    (root / README).write_text(with_block(readme, block(payload)))
+    return [root / PAGE, root / PICTURE, root / README]
+
+
+def with_block(text: str, new: str) -> str:
+    """The text with what lies between the markers replaced.
+
+    Raises:
+        ValueError: the text has no markers.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{README} needs the lines {BEGIN!r} and {END!r}, between which the table goes")
+    return pattern.sub(lambda _: f"{BEGIN}\n{new}\n{END}", text)
+
+
+def block(payload: Mapping[str, Any]) -> str:
+    """The README's part: contenders at equal latency, and the verdict."""
+    return f"{tables.equal_latency(points_of(payload))}\n\n{verdict(payload)}"
+
+
+def verdict(payload: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"- {target.name}: **{'met' if target.met else 'missed'}** ({target.measured})"
+        for target in judge(points_of(payload))
+    )
+
+
+def summary(payload: Mapping[str, Any]) -> str:
+    """What a run prints: as the README has it where all was measured, else each setting."""
+    try:
+        return block(payload)
+    except (KeyError, StopIteration, ValueError):
+        return tables.settings(points_of(payload), None)
+
+
+def page(payload: Mapping[str, Any]) -> str:
+    """docs/benchmarks.md."""
+    points, heats = points_of(payload), payload["heats"]
+    return f"""{_intro(payload)}
+## At equal measured latency
+
+PSNR in dB to the uncached digits at a speedup. A contender's level there is that of its upper hull: its settings, and
+mixtures of two neighbours in time. A dash: no setting is as fast.
+
+{tables.equal_latency(points)}
+
+{verdict(payload)}
+
+The same against the converged solution, from which the uncached digits themselves are
+{tables.uncached_from_converged(points)} dB:
+
+{tables.equal_latency(points, "converged")}
+
+![PSNR against speedup, each contender](peers.svg)
+
+## Where the margins come from
+
+{_listed(tables.causes(points))}
+
+## Compile and cache apart
+
+Speedups over `torch.compile` of the prepared model, each measured beside it. "Prepared, nothing cached, compiled" is a
+second instance of the baseline itself: what it differs from 1 is what a speedup here can be off. Hooks and checks of
+diffusers and cache-dit can't be traced; what is compiled is each hooked module (diffusers), each block (cache-dit), or
+the model as a whole with graph breaks. FORA's and TeaCache's rules, which are written anew here, are whole graphs.
+
+{tables.compile_and_cache(points)}
+
+## Compiling, and memory
+
+Graphs and graph breaks are Dynamo's, in the first trajectories of a contender's settings. Seconds are those of the
+first setting, with Inductor's caches on disk empty; a dash where they weren't. The state is what a contender keeps
+between steps, at its first setting; the peak is how far the process's resident memory rose in one trajectory that
+began without state (onnxruntime keeps its arena from run to run, so that its peak isn't seen).
+
+{tables.families(heats)}
+
+## Never a hit
+
+Each cache switched on at a setting that never hits: what its machinery costs where it can't help.
+
+{tables.never_a_hit(points)}
+
+## Every setting
+
+{tables.settings(points, tables.shipped_of(points))}
+
+## How each contender is set
+
+{_listed(tables.notes(heats))}
+
+Long skips: Skip-Cache needs a model trained with them. `python -m benchmarks.skip` holds it against the same span
+cached by moeca on such a model ([figures](../benchmarks/results/skip.json)).
+"""
+
+
+def _intro(payload: Mapping[str, Any]) -> str:
+    size, machine = payload["size"], payload["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    loads = [load for heat in payload["heats"].values() for load in heat["load_1min"]]
+    count = size["rounds"] * size["digits"]
+    return f"""<!-- Written by `python -m benchmarks.peers --report` from benchmarks/results/peers.json. -->
+# moeca beside its peers
+
+`python -m benchmarks.peers` ([every figure](../benchmarks/results/peers.json)): {payload["model"]};
+{size["steps"]} Euler steps, {size["rounds"]} batches of {size["digits"]} digits, none of them used to calibrate or fit.
+
+- {machine["torch_threads"]} thread. Contenders run in heats ({len(payload["heats"])} here), each in one process.
+  Its settings take turns, a batch a round, with the baseline, `torch.compile` of the prepared model, before, after and
+  between them. A speedup is the median over the
+  rounds of the baseline's mean time on both sides of a run over that run's time, decisions and solver included.
+- The digits whose drawing is timed are those whose quality is told: {count}, which is few for class accuracy (one
+  digit is {100 / count:.1f} points) and for the Fréchet distance (to the uncached digits, in our classifier's
+  features).
+- The converged solution has {size["converged"]} second-order steps.
+- MACs are counted: calls of each module times what torch's counter gives for it on the model as shipped; for moeca
+  node by node. The two counts agree.
+- Without the family "one span" the lead at 4x is {tables.lead_without_span(points_of(payload), 4.0)} dB.
+{_listed(payload.get("remarks", ()))}
+- {machine["processor"]}, {machine["cores"]} cores that others used too (load {min(loads):.1f} to {max(loads):.1f}),
+  Python {machine["python"]}, {packages}; {machine["date"]}.
+"""
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

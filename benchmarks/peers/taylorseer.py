@@ -1,0 +1,98 @@
+"""TaylorSeer by the hooks of diffusers: each attention and MoE module's output is extrapolated between full steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import macs
+from benchmarks.peers.solvers import euler
+from benchmarks.peers.way import Family, bytes_in
+from benchmarks.peers.workload import Batch, Size, guided, prepared
+
+MODULES = [r"blocks\.\d+\.attn", r"blocks\.\d+\.moe"]
+WARMUP = 3  # the default, disable_cache_before_step
+HOOK = "taylorseer_cache"
+
+Compiled = Literal["no", "modules", "whole"]
+
+
+class TaylorSeer:
+    """The hooked model. Under "modules" each hooked module's own forward is compiled and the hooks stay outside."""
+
+    def __init__(self, order: int, compiled: Compiled) -> None:
+        from diffusers import TaylorSeerCacheConfig
+        from diffusers.hooks import HookRegistry, apply_taylorseer_cache
+
+        self.module = prepared()
+        if compiled == "modules":
+            for block in self.module.blocks:
+                block.attn.forward = torch.compile(block.attn.forward)
+                block.moe.forward = torch.compile(block.moe.forward)
+        config = TaylorSeerCacheConfig(
+            disable_cache_before_step=WARMUP,
+            max_order=order,
+            taylor_factors_dtype=torch.float32,
+            cache_identifiers=MODULES,
+        )
+        apply_taylorseer_cache(self.module, config)
+        self.registry = HookRegistry.check_if_exists_or_initialize(self.module)
+        owners = [part for block in self.module.blocks for part in (block.attn, block.moe)]
+        self.hooks = [owner._diffusers_hook.get_hook(HOOK) for owner in owners]
+        self.model = torch.compile(self.module) if compiled == "whole" else self.module
+
+    def restart(self, interval: int, warmup: int) -> None:
+        """What a pipeline of diffusers does before each image; 0.42 has no public call for it."""
+        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+        self.registry.reset_stateful_hooks(recurse=True)
+        _set_cache_context(self.module, CacheContext("digits"))
+        for hook in self.hooks:
+            hook.cache_interval, hook.disable_cache_before_step = interval, warmup
+
+
+class Interval:
+    """`TaylorSeer` at one interval."""
+
+    def __init__(self, seer: TaylorSeer, size: Size, interval: int, warmup: int = WARMUP) -> None:
+        self.seer, self.size, self.interval, self.warmup = seer, size, interval, warmup
+
+    def sample(self, batch: Batch) -> Tensor:
+        self.seer.restart(self.interval, self.warmup)
+        return euler(guided(self.seer.model, batch), batch.noise, self.size.steps)
+
+    def computes(self, step: int) -> bool:
+        """diffusers counts the interval from the step after the warm-up."""
+        return step < self.warmup or (step - self.warmup - 1) % self.interval == 0
+
+    def macs(self) -> float:
+        computed = sum(map(self.computes, range(self.size.steps))) / self.size.steps
+        return computed + (1 - computed) * macs.without_modules()
+
+    def state_bytes(self) -> int:
+        return bytes_in([hook.state_manager._state_cache for hook in self.seer.hooks])
+
+    def forget(self) -> None:
+        self.seer.registry.reset_stateful_hooks(recurse=True)
+
+
+def family(
+    order: int, intervals: tuple[int, ...] = (2, 3, 4, 5, 6, 8), compiled: Compiled = "modules", cold: bool = False
+) -> Family:
+    def opened(size: Size) -> Mapping[str, Interval]:
+        seer = TaylorSeer(order, compiled)
+        return {f"N={interval}": Interval(seer, size, interval) for interval in intervals}
+
+    how: dict[Compiled, str] = {
+        "no": ", eager",
+        "modules": "",
+        "whole": ", compiled as a whole",
+    }
+    note = (
+        "interval 5, warm-up 3, order 1 by default; factors in float32 as its example has them. Attention and MoE are "
+        "named by hand; its hooks can't be traced, so each module is compiled by itself"
+    )
+    return Family(f"TaylorSeer (diffusers), order {order}{how[compiled]}", "peer", note, opened, cold)

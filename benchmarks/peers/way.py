@@ -1,0 +1,90 @@
+"""What is measured: a way draws a batch of digits; a family is one contender with its knob swept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.solvers import euler
+from benchmarks.peers.workload import Batch, Size, guided
+
+Side = Literal["plain", "fewer steps", "peer", "moeca", "control"]
+
+
+class Way(Protocol):
+    """One setting of one contender."""
+
+    def sample(self, batch: Batch) -> Tensor:
+        """A whole trajectory, nothing left of the one before: (n,1,16,16)."""
+        ...
+
+    def macs(self) -> float:
+        """What the last trajectory computed, as a share of the uncached one's multiply-accumulates."""
+        ...
+
+    def state_bytes(self) -> int:
+        """What the contender keeps between steps."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is kept, so that the next trajectory allocates it anew."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A contender.
+
+    note: what its documentation recommends, in our words, and how it is run here.
+    open: builds the models and gives each setting of the knob; nothing is compiled before the first trajectory.
+    cold: compiled with Inductor's caches on disk empty, so that its compile seconds say something.
+    """
+
+    name: str
+    side: Side
+    note: str
+    open: Callable[[Size], Mapping[str, Way]]
+    cold: bool = False
+
+
+class Plain:
+    """A model that keeps nothing, eager or compiled, and a solver."""
+
+    def __init__(self, model: Any, size: Size, steps: int | None = None, solver: Any = euler) -> None:
+        self.model, self.size, self.steps, self.solver = model, size, steps or size.steps, solver
+
+    def sample(self, batch: Batch) -> Tensor:
+        images: Tensor = self.solver(guided(self.model, batch), batch.noise, self.steps)
+        return images
+
+    def macs(self) -> float:
+        return self.steps / self.size.steps
+
+    def state_bytes(self) -> int:
+        return 0
+
+    def forget(self) -> None:
+        pass
+
+
+def bytes_in(value: Any, seen: set[int] | None = None) -> int:
+    """The storage of all tensors that can be reached from an object, each once; modules are not entered."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, torch.nn.Module):
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()
+    if isinstance(value, Mapping):
+        return sum(bytes_in(one, seen) for one in value.values())
+    if isinstance(value, list | tuple | set):
+        return sum(bytes_in(one, seen) for one in value)
+    return sum(bytes_in(one, seen) for one in getattr(value, "__dict__", {}).values())
