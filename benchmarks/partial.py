@@ -4,8 +4,8 @@
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
 The bound for a row is (rho + tau) x full + 10 % of full. The experts' weights are packed, which few rows an expert need
-most. A full step here also writes what the partial ones read; what that costs is shown against a model compiled without a
-cache.
+most. A full step here also writes what the partial ones read; what that costs is shown against a model compiled without
+a cache.
 """
 
 from __future__ import annotations
