@@ -90,8 +90,8 @@ def _slots_first(values: Tensor) -> Tensor:
 
 
 def _slots_last(values: Tensor, like: Tensor) -> Tensor:
-    """[K, B N] as [B, N, K] again."""
-    return values.t().reshape(like.shape)
+    """[K, B N] as [B, N, K] again, contiguous: compiled callers count on it."""
+    return values.t().contiguous().view(like.shape)
 
 
 def _matches(routed: Tensor, slot: Tensor) -> Tensor:
