@@ -44,7 +44,7 @@ class Size:
     compiled: tuple[int, ...]  # depths
 
 
-ALL = Size(depth=models.DEPTH, rounds=10, runs=3, steps=models.STEPS, compiled=(12, 28))
+ALL = Size(depth=models.DEPTH, rounds=8, runs=2, steps=models.STEPS, compiled=(12, 28))
 QUICK = Size(depth=2, rounds=2, runs=1, steps=8, compiled=(1,))
 
 

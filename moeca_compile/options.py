@@ -37,8 +37,9 @@ class Options:
             batch's samples, above which a call is taken for another trajectory and starts cold. Neighbouring steps of
             one trajectory stay well below.
         pack_experts: on CPUs, keep a second copy of the routed experts' weights in the layout that oneDNN multiplies
-            fastest; made at the first call, and again where a weight changed. What few rows an expert gets costs a
-            quarter less, a full step a few per cent. Equal to the plain form to float tolerance.
+            fastest; made at the first call, and again where a weight changed. It is for PARTIAL rows, where an expert
+            gets few rows: they cost a quarter less. A full step gains nothing. Equal to the plain form to float
+            tolerance.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
     """
