@@ -20,7 +20,7 @@ from moeca_compile.runtime.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Schedule
 from tests.models import DiT
-from tests.tools import row
+from tests.tools import UNHOISTED, row
 
 PROVIDERS = ("CPUExecutionProvider", "openvino")
 Edit = Callable[[dict[str, Any]], None]
@@ -83,7 +83,7 @@ def session(exported: Bundle, request: pytest.FixtureRequest) -> Session:
 @pytest.fixture(scope="session")
 def torch_side(model: DiT, schedule: Schedule, exported: Bundle) -> Captured:
     """The same graph in torch, at a batch that the export never saw."""
-    return capture(model, call_of(4), Options(schedule=schedule, inner="eager"))
+    return capture(model, call_of(4), Options(schedule=schedule, inner="eager", disable=UNHOISTED))
 
 
 @pytest.fixture
