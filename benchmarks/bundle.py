@@ -9,7 +9,6 @@ medians in one process; runtimes are measured one after the other, so their mill
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import RESULTS, pin_threads, save
+from benchmarks.protocol import arguments, folder_of, pin_threads, save
 
 TIMED = "uniform:3"
 PROVIDERS = ("CPUExecutionProvider", "openvino")
@@ -145,9 +144,7 @@ def part(what: str, path: Path, *rest: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure a bundle on onnxruntime.")
-    parser.add_argument("--quick", action="store_true", help="two blocks, few steps; the figures mean nothing")
-    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    parser = arguments("Measure a bundle on onnxruntime.", "two blocks, few steps")
     parser.add_argument("--part", nargs="+", metavar="WHAT", help="one measurement, as JSON: WHAT BUNDLE HOW ...")
     args = parser.parse_args(argv)
     if args.part:
@@ -164,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for one in payload["memory"].values():
         one["weights_take_over_weights"] = one["weights_take"] / weights
     print(json.dumps(payload, indent=1))
-    out = args.out or (None if args.quick else RESULTS)
+    out = folder_of(args)
     if out:
         model = f"DiT-MoE-S/2-8E2A, {size.depth} blocks, 256 tokens, batch 2, float32, {TIMED} order 1"
         print(f"written: {save('bundle', {'model': model, **payload}, out).name}")

@@ -10,7 +10,6 @@ that their step-only values come out of a table; the table's own cost is in the 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,17 @@ import torch
 import moeca_compile as moeca
 from benchmarks import compile_seconds, models
 from benchmarks.exact_report import page
-from benchmarks.protocol import RESULTS, Timing, as_json, interleave, pin_threads, print_table, save
+from benchmarks.protocol import (
+    RESULTS,
+    Timing,
+    arguments,
+    as_json,
+    folder_of,
+    interleave,
+    pin_threads,
+    print_table,
+    save,
+)
 from benchmarks.steps import Target, print_targets
 from moeca_compile.schedule import Schedule
 
@@ -142,10 +151,8 @@ def judge(
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure the exact optimisations and whole cached runs.")
-    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds; the figures mean nothing")
+    parser = arguments("Measure the exact optimisations and whole cached runs.", "two blocks, few rounds")
     parser.add_argument("--report", action="store_true", help="write docs/exact.md from the results")
-    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
     args = parser.parse_args(argv)
     if args.report:
         PAGE.write_text(page(json.loads((RESULTS / "exact.json").read_text())))
@@ -162,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = compile_costs(size.compiled)
     targets = judge(computed, reused, runs, macs, seconds)
     print_targets(targets)
-    out = args.out or (None if args.quick else RESULTS)
+    out = folder_of(args)
     if out:
         payload = {
             "model": f"DiT-MoE-{models.CONFIG}, {size.depth} blocks, 256 tokens, batch {models.BATCH}, float32",

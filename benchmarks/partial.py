@@ -10,16 +10,14 @@ a cache.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 import moeca_compile as moeca
 from benchmarks import models
-from benchmarks.protocol import RESULTS, Timing, as_json, pin_threads, print_table, save
+from benchmarks.protocol import Timing, arguments, as_json, folder_of, pin_threads, print_table, save
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 
 FULL, UNCACHED = "full", "moeca, full, no state"
@@ -48,9 +46,7 @@ def schedule(depth: int) -> Schedule:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure what PARTIAL rows cost.")
-    parser.add_argument("--quick", action="store_true", help="one block, few rounds; the figures mean nothing")
-    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    parser = arguments("Measure what PARTIAL rows cost.", "one block, few rounds")
     args = parser.parse_args(argv)
     depth, rounds = (1, 2) if args.quick else (4, 10)
     pin_threads()
@@ -70,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{kind}: {verdict[kind]['share']:.3f} of full, bound {bound(kind):.2f}, MACs {shares[kind]:.3f}")
     state = moeca.stats(cached).state_bytes
     print(f"state {state / 1e6:.1f} MB; compiling {len(KINDS)} variants took {seconds:.0f} s")
-    out = args.out or (None if args.quick else RESULTS)
+    out = folder_of(args)
     if out:
         payload = {
             "model": f"DiT-MoE-{models.CONFIG}, {depth} blocks, 256 tokens, batch {models.BATCH}, float32",

@@ -9,6 +9,7 @@ The protocol in words: benchmarks/README.md.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -122,6 +123,20 @@ def print_table(title: str, timings: Mapping[str, Timing], baseline: str) -> Non
         cells = (f"{timing.median:.1f}", f"{min(timing.ms):.1f}", f"{max(timing.ms):.1f}")
         table.add_row(name, *cells, f"{timing.speedup(timings[baseline]):.3f}")
     Console().print(table)
+
+
+def arguments(description: str, quick: str) -> argparse.ArgumentParser:
+    """A benchmark's options; `quick`: what it makes small under `--quick`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=f"{quick}; the figures mean nothing")
+    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    return parser
+
+
+def folder_of(args: argparse.Namespace) -> Path | None:
+    """Where the result goes; None: nowhere."""
+    out: Path | None = args.out
+    return out or (None if args.quick else RESULTS)
 
 
 def save(name: str, payload: Mapping[str, Any], directory: Path = RESULTS) -> Path:

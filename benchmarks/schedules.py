@@ -12,7 +12,6 @@ is as many whole steps as fit. Finished work is kept in `--work`, so that a stop
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import moeca_compile as moeca
-from benchmarks.protocol import RESULTS, pin_threads, save
+from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from examples import digits
 from moeca_compile.inspect import plots
 from moeca_compile.plan.drift import Drift
@@ -289,15 +288,13 @@ def show(title: str, lines: Sequence[Line], console: Console) -> None:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Calibrated schedules against uniform ones and fewer steps.")
-    parser.add_argument("--quick", action="store_true", help="10 steps, few seeds; the figures mean nothing")
+    parser = arguments("Calibrated schedules against uniform ones and fewer steps.", "10 steps, few seeds")
     parser.add_argument("--steps", type=int, nargs="*", help="only these numbers of steps")
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder of what is done (default {WORK})")
-    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
     parser.add_argument("--again", nargs="*", choices=PARTS, help="only these parts, the others as the result has them")
     parser.add_argument("--picture", type=Path, help="draw the result into this .svg or .png, and measure nothing")
     args = parser.parse_args(argv)
-    out = args.out or (None if args.quick else RESULTS)
+    out = folder_of(args)
     written = (out or RESULTS) / "schedules.json"
     if args.picture is not None:
         draw(written, args.picture)

@@ -8,11 +8,9 @@ Every contender gets the same weights, inputs and thread; see benchmarks/README.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,16 @@ from torch._dynamo.utils import counters
 
 import moeca_compile as moeca
 from benchmarks import compile_seconds, models
-from benchmarks.protocol import RESULTS, Timing, as_json, interleave, pin_threads, print_table, save
+from benchmarks.protocol import (
+    Timing,
+    arguments,
+    as_json,
+    folder_of,
+    interleave,
+    pin_threads,
+    print_table,
+    save,
+)
 from moeca_compile.schedule import Action, Schedule
 
 SHIPPED = "torch.compile, as shipped"
@@ -167,9 +174,7 @@ def print_targets(targets: Sequence[Target]) -> None:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure steps, runs and compile times.")
-    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds; the figures mean nothing")
-    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
+    parser = arguments("Measure steps, runs and compile times.", "two blocks, few rounds")
     args = parser.parse_args(argv)
     size = QUICK if args.quick else WHOLE
     pin_threads()
@@ -185,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, counted in bench.graphs.items():
         print(f"{name}: {counted['graphs']} graphs, {counted['graph_breaks']} kinds of graph break")
 
-    out = args.out or (None if args.quick else RESULTS)
+    out = folder_of(args)
     if out:
         payload = {
             "model": f"DiT-MoE-{models.CONFIG}, {size.depth} blocks, 256 tokens, batch {models.BATCH}, float32",

@@ -10,7 +10,6 @@ Needs cache-dit, diffusers and scikit-image: pip install -e '.[bench]'.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from benchmarks.peers import report, roster, solvers
 from benchmarks.peers.measure import Truth, heat
 from benchmarks.peers.way import Family
 from benchmarks.peers.workload import QUICK, WHOLE, Size, batches, guided, prepared, shipped
-from benchmarks.protocol import RESULTS, machine, pin_threads, save
+from benchmarks.protocol import RESULTS, arguments, folder_of, machine, pin_threads, save
 from examples import digits
 
 WORK = Path("build/peers")
@@ -73,17 +72,15 @@ def measure(
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure moeca beside its peers.")
-    parser.add_argument("--quick", action="store_true", help="few digits and steps; the figures mean nothing")
+    parser = arguments("Measure moeca beside its peers.", "few digits and steps")
     parser.add_argument("--report", action="store_true", help="write the pages from the results, measure nothing")
     parser.add_argument("--again", nargs="*", default=[], metavar="HEAT", help="measure these heats anew")
-    parser.add_argument("--out", type=Path, help="folder of the result; default benchmarks/results, none with --quick")
     args = parser.parse_args(argv)
     heats = roster.quick() if args.quick else roster.heats()
     if unknown := set(args.again) - set(heats):
         parser.error(f"no heat is named {', '.join(sorted(unknown))}; there are: {', '.join(heats)}")
     console = Console(width=140)
-    out = args.out or (None if args.quick else RESULTS)
+    out = folder_of(args)
     if args.report:
         for page in report.write(json.loads(((out or RESULTS) / "peers.json").read_text())):
             console.print(f"written: {page}")
