@@ -8,7 +8,7 @@ call whose result has a static shape. Each target lowers it its own way; the ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -101,30 +101,34 @@ def _run(
     # One pair of buffers for all experts: it stays in the cache.
     hidden = rows.new_empty(max(counts), up[0].shape[0])
     gates = torch.empty_like(hidden) if gate else hidden
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            part, h = rows[start : start + count], hidden[:count]
-            _linear(part, up[e], up_bias[e] if up_bias else None, out=h)
-            if gate:
-                g = gates[:count]
-                _linear(part, gate[e], gate_bias[e] if gate_bias else None, out=g)
-                h.mul_(activate_(g, activation))
-            else:
-                h = activate_(h, activation)
-            _linear(h, down[e], down_bias[e] if down_bias else None, out=out[start : start + count])
-            start += count
+    for e, own in _slices(counts):
+        part = rows[own]
+        h = hidden[: len(part)]
+        _linear(part, up[e], up_bias[e] if up_bias else None, out=h)
+        if gate:
+            g = gates[: len(part)]
+            _linear(part, gate[e], gate_bias[e] if gate_bias else None, out=g)
+            h.mul_(activate_(g, activation))
+        else:
+            h = activate_(h, activation)
+        _linear(h, down[e], down_bias[e] if down_bias else None, out=out[own])
 
 
 def _run_packed(experts: PackedExperts, rows: Tensor, counts: Sequence[int], activation: str, out: Tensor) -> None:
+    for e, own in _slices(counts):
+        part = rows[own]
+        h = experts.up[e](part)
+        h = h.mul_(activate_(experts.gate[e](part), activation)) if experts.gate else activate_(h, activation)
+        out[own] = experts.down[e](h)
+
+
+def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and which ones."""
     start = 0
     for e, count in enumerate(counts):
         if count:
-            part = rows[start : start + count]
-            h = experts.up[e](part)
-            h = h.mul_(activate_(experts.gate[e](part), activation)) if experts.gate else activate_(h, activation)
-            out[start : start + count] = experts.down[e](h)
-            start += count
+            yield e, slice(start, start + count)
+        start += count
 
 
 def grouped(

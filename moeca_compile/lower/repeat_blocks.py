@@ -1,4 +1,4 @@
-"""Equal blocks -> one body and a call for each: what Inductor compiles no longer grows with the model's depth.
+"""Equal blocks -> one body and a call for each: Inductor compiles one block, however many there are.
 
 Before: a variant's graph.  After: runs of nodes that differ only in what they read are calls of one subgraph
 (`invoke_subgraph`, which Inductor compiles once). A run is what one entry of a module list made (`blocks.3`), by the
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,32 +25,27 @@ _BODY = "body_"
 FEWEST = 4  # equal blocks that are worth a body: the first one is often compiled by itself all the same
 
 
-@dataclass
 class Run:
-    """Neighbouring nodes of one block. `reads`: what comes from outside, in order of use."""
+    """Neighbouring nodes of one block. `reads`: what comes from outside, in order of use; `form`: equal for runs that
+    differ in nothing else."""
 
-    nodes: list[Node]
-    reads: list[Node] = field(default_factory=list)
-    form: Hashable = None
-
-    def __post_init__(self) -> None:
-        self.place = {node: i for i, node in enumerate(self.nodes)}
-        for node in self.nodes:
-            for source in node.all_input_nodes:
-                if source not in self.place and source not in self.reads:
-                    self.reads.append(source)
-        self.form = (tuple(map(self._node, self.nodes)), tuple(map(_kind, self.reads)))
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+        self.place = {node: i for i, node in enumerate(nodes)}
+        sources = (source for node in nodes for source in node.all_input_nodes)
+        self.reads = list(dict.fromkeys(source for source in sources if source not in self.place))
+        label = {node: f"%{i}" for node, i in self.place.items()} | {
+            node: f"in{i}" for i, node in enumerate(self.reads)
+        }
+        self.form: Hashable = (
+            tuple(_call_of(node, label) for node in nodes),
+            tuple(map(_kind, self.reads)),
+        )
 
     @property
     def gives(self) -> set[int]:
         """Places of the nodes that are read outside."""
         return {i for i, node in enumerate(self.nodes) if any(user not in self.place for user in node.users)}
-
-    def _node(self, node: Node) -> Hashable:
-        at = {source: f"%{self.place[source]}" for source in self.place}
-        at |= {source: f"in{i}" for i, source in enumerate(self.reads)}
-        arguments = map_arg((node.args, tuple(sorted(node.kwargs.items()))), lambda source: at[source])
-        return str(node.target), repr(arguments), _kind(node)
 
 
 def repeat_blocks(gm: GraphModule) -> GraphModule:
@@ -77,6 +71,7 @@ def repeat_blocks(gm: GraphModule) -> GraphModule:
 
 
 def has_bodies(gm: GraphModule) -> bool:
+    """Whether `repeat_blocks` made one in it."""
     return any(name.startswith(_BODY) for name, _ in gm.named_children())
 
 
@@ -101,6 +96,11 @@ def _block(node: Node) -> str | None:
         return None
     found = re.match(r".*?\.\d+(?=\.|$)", path)
     return found[0] if found else ""
+
+
+def _call_of(node: Node, label: Mapping[Node, str]) -> Hashable:
+    arguments = map_arg((node.args, tuple(sorted(node.kwargs.items()))), label.__getitem__)
+    return str(node.target), repr(arguments), _kind(node)
 
 
 def _kind(node: Node) -> Hashable:

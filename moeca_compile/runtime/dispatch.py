@@ -257,7 +257,9 @@ def _hoisted(
         ahead.walk(timestep)
         if len(ahead.walked) >= len(program.walked) or (ahead.known and timestep not in ahead.known):
             program.walked = ahead.walked
-    return track.hoisted.setdefault(stream, Hoisted(ahead)).of(program, variant.hoists, args, timestep)
+    if stream not in track.hoisted:
+        track.hoisted[stream] = Hoisted(ahead)
+    return track.hoisted[stream].of(program, variant.hoists, args, timestep)
 
 
 def arguments_for(
