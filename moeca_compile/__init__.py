@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moeca_compile.face import compile, explain, reset, stats, trajectory, warmup
     from moeca_compile.options import Options
     from moeca_compile.schedule import Schedule
-    from moeca_compile.study import calibrate
+    from moeca_compile.study import calibrate, expert_thresholds
 
 _HOMES = {
     "MoecaError": "errors",
@@ -23,6 +23,7 @@ _HOMES = {
     "Schedule": "schedule",
     "calibrate": "study",
     "compile": "face",
+    "expert_thresholds": "study",
     "explain": "face",
     "export": "exporting",
     "prepare": "face",
@@ -34,8 +35,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "MoecaError", "Options", "Schedule", "calibrate", "compile", "explain", "export", "prepare", "reset", "stats",
-    "trajectory", "unprepare", "warmup",
+    "MoecaError", "Options", "Schedule", "calibrate", "compile", "expert_thresholds", "explain", "export", "prepare",
+    "reset", "stats", "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

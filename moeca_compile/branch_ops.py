@@ -20,8 +20,8 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "pick(Tensor ids, Tensor gates, Tensor held, Tensor due, Tensor? taken, Tensor? sensitivity, Tensor? quota, "
-    "SymInt count) -> Tensor",
+    "pick(Tensor ids, Tensor gates, Tensor held, Tensor due, Tensor? taken, Tensor? sensitivity, "
+    "Tensor? threshold, Tensor? quota, SymInt count) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -55,9 +55,10 @@ def align(ids: Tensor, held: Tensor, gates: Tensor, chosen: Tensor) -> tuple[Ten
 
 def pick(
     ids: Tensor, gates: Tensor, held: Tensor, due: Tensor, taken: Tensor | None, sensitivity: Tensor | None,
-    quota: Tensor | None, count: int,
+    threshold: Tensor | None, quota: Tensor | None, count: int,
 ) -> Tensor:  # fmt: skip
-    """The `count` branches of each sample that most want to be computed: transitions first, then by what each weighs.
+    """The `count` branches of each sample that most want to be computed: transitions first, then those of experts whose
+    drift passed its threshold, then the others; among their like by what each weighs.
 
     A transition weighs its gate, another branch its gate times what is due in its slot; both times the sensitivity of
     their expert.
@@ -66,22 +67,48 @@ def pick(
         ids, gates: [B, N, K], routed now; held: as in `align`.
         due: [B, N, K] float32 by slot: drift, or the error that a forecast must have by now.
         taken: bool [B, N], tokens whose branches are computed anyway; or None.
-        sensitivity: [E]; quota: int64 [E], how many branches of an expert may come before all others; or None.
+        sensitivity, threshold: [E]; quota: int64 [E], how many branches of an expert may come before all others; or
+            None. An expert's drift is the mean of what is due over the sample's branches that are routed to it and held.
 
     Returns:
         int64 [B, count], positions in the flat [N * K].
     """
-    match = _matches(_slots_first(ids), _slots_first(held))
-    hit = _slots_last(match.any(1), ids)
-    wanted = _slots_last(torch.where(match, _slots_first(due)[None, :], 0.0).sum(1), ids)
+    hit, wanted = _held(ids, held, due)
     weight = gates.float().abs() if sensitivity is None else gates.float().abs() * sensitivity[ids]
     weight = torch.where(hit, weight * wanted, weight)
-    rank = torch.where(hit, 0.0, 2.0) + weight / (1 + weight)
+    rank = torch.where(hit, 0.0, 4.0) + weight / (1 + weight)  # a tier each, 2 apart
+    if threshold is not None:
+        past = drift_of(ids, held, due, len(threshold)) >= threshold
+        rank = rank + 2.0 * (hit & past.gather(1, ids.flatten(1)).view_as(ids))
     if quota is not None:
-        rank = rank - 4.0 * ~_within(rank, ids, quota)
+        rank = rank - 6.0 * ~_within(rank, ids, quota)
     if taken is not None:
         rank = torch.where(taken[..., None], -9.0, rank)
     return rank.flatten(1).topk(count, dim=1).indices
+
+
+def drift_of(ids: Tensor, held: Tensor, due: Tensor, experts: int) -> Tensor:
+    """Of each expert the mean of what is due over the sample's branches that are routed to it and held; NaN: none.
+
+    Args:
+        ids, held, due: as in `pick`.
+
+    Returns:
+        float32 [B, experts].
+    """
+    hit, wanted = _held(ids, held, due)
+    total, count = (
+        torch.zeros(len(ids), experts, device=ids.device).scatter_add(1, ids.flatten(1), one.float().flatten(1))
+        for one in (wanted, hit)
+    )
+    return total / count
+
+
+def _held(ids: Tensor, held: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each routed branch whether a slot holds it, and what is due there; both [B, N, K]."""
+    match = _matches(_slots_first(ids), _slots_first(held))
+    wanted = torch.where(match, _slots_first(due)[None, :], 0.0).sum(1)
+    return _slots_last(match.any(1), ids), _slots_last(wanted, ids)
 
 
 def _slots_first(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from moeca_compile.errors import ScheduleError
 
 SCORES = ("drift", "error")
+TABLES = ("sensitivity", "threshold", "quota")
 Weights = Mapping[str, tuple[float, ...]]
 
 
@@ -21,21 +22,25 @@ class Control:
             the value was last computed, growing with its age.
         sensitivity: by region key, for each expert how much the sample suffers when it is stale; any scale, >= 0.
             A region that isn't named weighs all its experts alike.
+        threshold: by region key, for each expert the drift from which on its branches come before those of other
+            experts, after transitions: the mean of what `score` says over the branches of a sample that are routed to
+            it and cached. As many branches are computed as without. `moeca_compile.expert_thresholds` measures them.
         quota: by region key, for each expert its share of the branches that a PARTIAL row may compute; they sum to at
             most 1. An expert's branches beyond its quota come after all others. Not named: no quotas.
 
     Raises:
-        ScheduleError: a negative weight, or quotas that sum to more than 1.
+        ScheduleError: a negative number, or quotas that sum to more than 1.
     """
 
     score: str = "error"
     sensitivity: Weights = field(default_factory=dict)
+    threshold: Weights = field(default_factory=dict)
     quota: Weights = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ScheduleError(f"control: score is {self.score!r}, expected one of {', '.join(SCORES)}")
-        for name in ("sensitivity", "quota"):
+        for name in TABLES:
             tables = {key: tuple(float(w) for w in weights) for key, weights in getattr(self, name).items()}
             object.__setattr__(self, name, tables)
             for key, weights in tables.items():
@@ -45,12 +50,16 @@ class Control:
                     raise ScheduleError(f"control: the quotas of {key} sum to {sum(weights):g}, at most 1 is there")
 
     def __hash__(self) -> int:
-        return hash((self.score, tuple(self.sensitivity.items()), tuple(self.quota.items())))
+        return hash((self.score, *(tuple(table.items()) for table in self.tables.values())))
+
+    @property
+    def tables(self) -> dict[str, Weights]:
+        """Each kind of table by its name."""
+        return {name: getattr(self, name) for name in TABLES}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON; tables only where they are set."""
-        tables = {"sensitivity": self.sensitivity, "quota": self.quota}
-        plain = {name: {key: list(w) for key, w in table.items()} for name, table in tables.items() if table}
+        plain = {name: {key: list(w) for key, w in table.items()} for name, table in self.tables.items() if table}
         return {"score": self.score, **plain}
 
     @classmethod
@@ -60,8 +69,8 @@ class Control:
         Raises:
             ScheduleError: an entry that isn't known.
         """
-        unknown = sorted(set(data) - {"score", "sensitivity", "quota"})
+        unknown = sorted(set(data) - {"score", *TABLES})
         if unknown:
-            raise ScheduleError(f"control has unknown entries {unknown}; known: score, sensitivity, quota")
-        tables = {name: {str(k): tuple(v) for k, v in data.get(name, {}).items()} for name in ("sensitivity", "quota")}
+            raise ScheduleError(f"control has unknown entries {unknown}; known: {', '.join(('score', *TABLES))}")
+        tables = {name: {str(k): tuple(v) for k, v in data.get(name, {}).items()} for name in TABLES}
         return cls(str(data.get("score", "error")), **tables)

@@ -42,7 +42,7 @@ def _column(schedule: Schedule, column: int, region: Region) -> list[Act]:
 
 def _check_control(schedule: Schedule, regions: RegionMap) -> None:
     experts = {r.key: r.routers[0].num_experts for r in regions if r.tokens is not None and r.routers}
-    for name, table in (("sensitivity", schedule.control.sensitivity), ("quota", schedule.control.quota)):
+    for name, table in schedule.control.tables.items():
         for key, weights in table.items():
             if key not in experts:
                 raise ScheduleError(

@@ -86,8 +86,8 @@ class Reference(Interpreter):
         self.branches_at: dict[str, int] = {}  # the node that weights the branches
         for column, region in self.aging.items():
             if region.tokens is not None and region.tokens.branches is not None:
-                tables = (self.control.sensitivity.get(region.key), self.control.quota.get(region.key))
-                self.branches[column] = Branches(self.order, forecast, self.control, *tables)
+                tables = {name: table.get(region.key) for name, table in self.control.tables.items()}
+                self.branches[column] = Branches(self.order, forecast, self.control, **tables)
                 experts = self.node_of[region.tokens.branches.node]
                 self.branches_at[next(iter(experts.users)).name] = column
         self.chosen: dict[tuple[str, int], set[tuple[int, int]]] = {}

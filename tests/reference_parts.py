@@ -84,6 +84,7 @@ class Branches:
     forecast: Forecast
     control: Control
     sensitivity: Sequence[float] | None
+    threshold: Sequence[float] | None
     quota: Sequence[float] | None
     slots: dict[tuple[int, int], dict[Key, Item]] = field(default_factory=dict)
     scores: Tensor | None = None
@@ -144,24 +145,38 @@ class Branches:
             return set(every)
         chosen = {(n, k) for n, k in every if (b, n) in tokens}
         rank: dict[tuple[int, int], float] = {}
+        wanted: dict[int, list[float]] = {}  # of each expert, its held branches'
         for n, k in every:
             key, weight = keys_of(ids[n])[k], self.weigh(int(ids[n, k]), gates[n, k])
             item = self.slots[b, n].get(key)
-            if item is not None and self.control.score == "drift":
-                assert moved is not None
-                weight = weight * (item.drift + moved[b, n])
-            elif item is not None:
-                weight = weight * item.overdue(step, self.order)
-            rank[n, k] = float((0.0 if item is not None else 2.0) + weight / (1 + weight))
+            if item is not None:
+                if self.control.score == "drift":
+                    assert moved is not None
+                    due = item.drift + moved[b, n]
+                else:
+                    due = item.overdue(step, self.order)
+                weight = weight * due
+                wanted.setdefault(int(ids[n, k]), []).append(float(due))
+            rank[n, k] = float((0.0 if item is not None else 4.0) + weight / (1 + weight))
+        past = self._past(wanted)
+        for n, k in every:
+            if rank[n, k] < 2 and int(ids[n, k]) in past:
+                rank[n, k] += 2.0
         if self.quota is not None:
             used: Counter[int] = Counter()
             for n, k in sorted(every, key=lambda at: -rank[at]):
                 expert = int(ids[n, k])
                 used[expert] += 1
                 if used[expert] > round(self.quota[expert] * extra):
-                    rank[n, k] -= 4.0
+                    rank[n, k] -= 6.0
         left = sorted((at for at in every if at not in chosen), key=lambda at: -rank[at])
         return chosen | set(left[:extra])
+
+    def _past(self, wanted: dict[int, list[float]]) -> set[int]:
+        """The experts whose mean drift reached its threshold."""
+        if self.threshold is None:
+            return set()
+        return {expert for expert, due in wanted.items() if sum(due) / len(due) >= self.threshold[expert]}
 
     def _remember(
         self, step: int, slots: dict[Key, Item], keys: list[Key], chosen: set[tuple[int, int]], n: int, full: Tensor,

@@ -66,6 +66,7 @@ def test_a_region_that_has_no_parts(acts: Row, reason: str) -> None:
     ("control", "reason"),
     [
         (Control(sensitivity={"moe": (1.0, 2.0)}), "sensitivity of moe has 2 numbers for 4 experts"),
+        (Control(threshold={"moe": (1.0,) * 5}), "threshold of moe has 5 numbers for 4 experts"),
         (Control(quota={"attn": (0.1,) * 4}), r"quota of 'attn', which is no region with branches; those: \['moe'\]"),
     ],
 )

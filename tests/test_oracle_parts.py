@@ -93,10 +93,10 @@ def schedules(draw: st.DrawFn, one: Subject) -> Schedule:
     moe = ["blocks.0.moe"]
     weights = st.lists(st.floats(0.1, 4), min_size=5, max_size=5).map(tuple)
     sensitivity = draw(st.dictionaries(st.sampled_from(moe), weights))
+    threshold = draw(st.dictionaries(st.sampled_from(moe), st.lists(st.floats(0, 2), min_size=5, max_size=5)))
     quota = draw(st.dictionaries(st.sampled_from(moe), st.sampled_from([(0.2,) * 5, (0.6, 0.4, 0.0, 0.0, 0.0)])))
-    return schedule_of(
-        one.analysis, "CC", *rows, order=order, legend=LEGEND, control=Control(score, sensitivity, quota)
-    )
+    control = Control(score, sensitivity, threshold, quota)
+    return schedule_of(one.analysis, "CC", *rows, order=order, legend=LEGEND, control=control)
 
 
 @pytest.mark.parametrize("speed", [WILD, TAME])
@@ -109,14 +109,15 @@ def test_any_partial_schedule_is_run_as_the_oracle_says(style: str, speed: float
 
 
 @pytest.mark.parametrize("score", ["drift", "error"])
-def test_sensitivity_and_quotas_are_real_tables_of_the_program(score: str) -> None:
+def test_the_control_s_numbers_are_real_tables_of_the_program(score: str) -> None:
     one = subject(depth=1)
-    weights, shares = {"blocks.0.moe": (1.0, 2.0, 0.5, 4.0, 1.0)}, {"blocks.0.moe": (0.2,) * 5}
-    schedule = schedule_of(one.analysis, "CC", "Fa", "aF", "bb", legend=LEGEND, control=Control(score, weights, shares))
+    weights, limits, shares = (1.0, 2.0, 0.5, 4.0, 1.0), (0.1, 0.5, 0.0, 9.0, 0.3), (0.2,) * 5
+    control = Control(score, *({"blocks.0.moe": table} for table in (weights, limits, shares)))
+    schedule = schedule_of(one.analysis, "CC", "Fa", "aF", "bb", legend=LEGEND, control=control)
     follow(one, schedule)
     variant = Runner(one, schedule).variant(schedule.rows[1])[0]
     tables = list(variant.gm.buffers())
-    assert [tuple(table.shape) for table in tables] == [(5,)] * 3, "two of weights, one of quotas"
+    assert [tuple(table.shape) for table in tables] == [(5,)] * 4, "two of weights, one of thresholds, one of quotas"
     assert all(type(table) is Tensor for table in tables), "not fake ones"
 
 

@@ -81,6 +81,10 @@ def _some(
     count = act.branches(info.tokens * info.branches.shape[2])
     control, key = parts.ctx.control, region.key
     quota = control.quota.get(key)
+
+    def table(values: tuple[float, ...] | None, dtype: torch.dtype = torch.float32) -> Node | None:
+        return parts.constant(values, dtype, experts) if count else None
+
     picked = parts.inline(
         _pick,
         **routing,
@@ -90,10 +94,9 @@ def _some(
         count=count,
         tokens=chosen,
         state=state,
-        sensitivity=parts.constant(control.sensitivity.get(key), torch.float32, experts) if count else None,
-        quota=parts.constant(quota and tuple(round(share * count) for share in quota), torch.int64, experts)
-        if count
-        else None,
+        sensitivity=table(control.sensitivity.get(key)),
+        threshold=table(control.threshold.get(key)),
+        quota=table(quota and tuple(round(share * count) for share in quota), torch.int64),
     )
     made = parts.call(experts.target, picked["rows"], picked["experts"], *weights)
     return parts.inline(_spread, made=made, positions=picked["positions"], shape=info.branches.shape)
@@ -101,7 +104,7 @@ def _some(
 
 def _pick(
     ids: Tensor, gates: Tensor, scores: Tensor, x: Tensor, now: Tensor, order: int, count: int, tokens: Tensor | None,
-    state: State, sensitivity: Tensor | None, quota: Tensor | None,
+    state: State, sensitivity: Tensor | None, threshold: Tensor | None, quota: Tensor | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Which branches to compute, and what the experts operator takes for them.
 
@@ -117,14 +120,14 @@ def _pick(
         if tokens is not None:
             taken = torch.zeros(batch, length, dtype=torch.bool, device=ids.device).scatter(1, tokens, True)
         wanted = due(scores, now, order, state)
-        positions.append(torch.ops.moeca.pick(ids, gates, state["held"], wanted, taken, sensitivity, quota, count))
+        picked = torch.ops.moeca.pick(ids, gates, state["held"], wanted, taken, sensitivity, threshold, quota, count)
+        positions.append(picked)
     where = torch.cat(positions, dim=1)
     rows = x.reshape(batch, length, -1)
     width = rows.shape[-1]
-    picked = rows.gather(1, (where // top_k)[..., None].expand(-1, -1, width))
     return {
         "positions": where,
-        "rows": picked.reshape(-1, width),
+        "rows": rows.gather(1, (where // top_k)[..., None].expand(-1, -1, width)).reshape(-1, width),
         "experts": ids.flatten(1).gather(1, where).reshape(-1, 1),
     }
 

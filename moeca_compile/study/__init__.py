@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from moeca_compile.study.calibration import calibrate
+from moeca_compile.study.thresholds import expert_thresholds
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "expert_thresholds"]
