@@ -2,7 +2,7 @@
 
     python -m benchmarks.policies --calibrate   # the schedules in examples/schedules, about 5 minutes each
     python -m benchmarks.policies               # about 30 minutes on one core; goes on from results/policies.json
-    python -m benchmarks.policies --latency     # then what each schedule costs in time, about 20 minutes
+    python -m benchmarks.policies --latency     # then what each schedule costs in time, about 30 minutes
     python -m benchmarks.policies --report      # docs/branch-caching.md's tables and picture from the results
 
 A schedule of whole regions says which steps are full, and a policy what happens at the others. MACs are counted on the
@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 import moeca_compile as moeca
-from benchmarks.policies_jobs import BUDGETS, KEYS, MODELS, SCHEDULES, STEPS, TAU, TIMED, file_of, jobs
+from benchmarks.policies_jobs import BUDGETS, KEYS, MODELS, SCHEDULES, STEPS, TAU, file_of, jobs
 from benchmarks.policies_latency import time_share
 from benchmarks.policies_report import Point, picture, table, with_gains
 from benchmarks.protocol import RESULTS, pin_threads, save
@@ -120,7 +120,7 @@ def timed(points: list[Point], keeps: bool) -> list[Point]:
     """The points with their share of the time, where they have none yet."""
     schedules = {(model, name, policy): schedule for model in MODELS for name, policy, schedule in jobs(model)}
     for number, one in enumerate(track(points, description="latency")):
-        if one.time_share is None and one.policy in TIMED:
+        if one.time_share is None:
             schedule = schedules[one.model, one.schedule, one.policy]
             points[number] = replace(one, time_share=time_share(prepared(one.model), schedule, STEPS))
             if keeps:

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import moeca_compile as moeca
 from benchmarks.policies_report import WHOLE
 from examples import digits, dsmoe
 from moeca_compile.adaptive import Adaptive
@@ -24,7 +25,6 @@ C, F = Action.COMPUTE, Action.FORECAST
 KEYS = tuple(f"blocks.{i}.{part}" for i in range(BLOCKS) for part in ("attn", "moe"))
 TAU = 0.04
 CALIBRATED = f"calibrated with tau {TAU} in every cheap row"
-TIMED = (WHOLE, "transitions: tau 0.04", CALIBRATED)  # whose time is measured
 MANY = "uniform:4"  # the schedule on which all policies and ideas are tried
 
 # What a step between full ones does with attention and experts.
@@ -84,6 +84,15 @@ def quotas(model: str) -> Idea:
     return Idea((TRANSITIONS,), Control(quota={key: [p / sum(line) for p in line] for key, line in parts.items()}))
 
 
+@cache
+def thresholds(model: str, score: str, share: float) -> Idea:
+    """Experts whose drift passed what it reaches in `share` of the cases come after the transitions."""
+    plain = with_idea(bases(model)[MANY], Idea((TRANSITIONS,), Control(score)))
+    sampler = import_module("examples.03_calibrate").sampler()
+    found = moeca.expert_thresholds(MODELS[model](), sampler, plain, share=share, seeds=range(2))
+    return Idea((TRANSITIONS,), found.control)
+
+
 IDEAS: dict[str, Callable[[str], Idea]] = {
     "tau 0.04, scored by drift of the router": lambda model: Idea((TRANSITIONS,), Control("drift")),
     "tau 0.1, scored by drift of the router": lambda model: Idea(((F, Partial(0, 0.1)) * BLOCKS,), Control("drift")),
@@ -91,6 +100,9 @@ IDEAS: dict[str, Callable[[str], Idea]] = {
     "tau 0.04 on average, by each layer's transitions": tau_by_layer,
     "tau 0.04, experts that change more first": sensitive,
     "tau 0.04, quotas by each expert's transitions": quotas,
+    "tau 0.04, experts past their threshold": lambda model: thresholds(model, "error", 0.25),
+    "tau 0.04, experts past a high threshold": lambda model: thresholds(model, "error", 0.05),
+    "tau 0.04, experts past their threshold, by drift": lambda model: thresholds(model, "drift", 0.25),
     "attention rows between, experts whole": lambda model: Idea(((F,) * len(KEYS), (C, F) * BLOCKS)),
     "attention rows between, tau 0.04": lambda model: Idea((TRANSITIONS, (C, Partial(0, 0.04)) * BLOCKS)),
 }
@@ -127,11 +139,15 @@ def with_idea(schedule: Schedule, idea: Idea) -> Schedule:
     return replace(schedule, rows=tuple(rows), order=schedule.order or 1, control=idea.control)
 
 
-def adaptive(threshold: float, cheap: tuple[Act, Act]) -> Schedule:
-    rows = (tuple([C] * len(KEYS)), cheap * BLOCKS)
-    return Schedule(rows, KEYS, order=1, adaptive=Adaptive((threshold,)))
+def adaptive(
+    threshold: float, *cheap: tuple[Act, Act], lower: tuple[float, ...] = (), control: Control | None = None
+) -> Schedule:
+    """Full steps from `threshold` on, then the cheap rows, each from its threshold in `lower` on but the last."""
+    rows = (tuple([C] * len(KEYS)), *(one * BLOCKS for one in cheap))
+    return Schedule(rows, KEYS, order=1, adaptive=Adaptive((threshold, *lower)), control=control or Control())
 
 
+@cache
 def jobs(model: str) -> list[tuple[str, str, Schedule]]:
     found = [(name, WHOLE, schedule) for name, schedule in bases(model).items()]
     for budget in BUDGETS:
@@ -146,7 +162,14 @@ def jobs(model: str) -> list[tuple[str, str, Schedule]]:
             (name, policy, with_idea(bases(model)[name], Idea((POLICIES[policy] * BLOCKS,)))) for policy in policies
         ]
     found += [(MANY, idea, with_idea(bases(model)[MANY], idea_of(model))) for idea, idea_of in IDEAS.items()]
+    past = thresholds(model, "error", 0.25).control
     for threshold in (0.02, 0.05):
+        name, transitions = f"adaptive:{threshold}", (F, Partial(0, TAU))
+        found += [
+            (name, "adaptive, tau 0.04, experts past their threshold", adaptive(threshold, transitions, control=past)),
+            (name, "adaptive, attention and tau 0.04 from half of it on",
+             adaptive(threshold, (C, transitions[1]), transitions, lower=(threshold / 2,))),
+        ]  # fmt: skip
         found.append((f"adaptive:{threshold}", "adaptive, whole regions", adaptive(threshold, (F, F))))
         found.append((f"adaptive:{threshold}", "adaptive, tau 0.04", adaptive(threshold, (F, Partial(0, 0.04)))))
     return found

@@ -67,8 +67,8 @@ def pick(
         ids, gates: [B, N, K], routed now; held: as in `align`.
         due: [B, N, K] float32 by slot: drift, or the error that a forecast must have by now.
         taken: bool [B, N], tokens whose branches are computed anyway; or None.
-        sensitivity, threshold: [E]; quota: int64 [E], how many branches of an expert may come before all others; or
-            None. An expert's drift is the mean of what is due over the sample's branches that are routed to it and held.
+        sensitivity, threshold: [E], or None; for an expert's drift see `drift_of`.
+        quota: int64 [E], how many branches of an expert may come before all others; or None.
 
     Returns:
         int64 [B, count], positions in the flat [N * K].

@@ -332,7 +332,7 @@ def test_a_missing_entry_is_refused_by_name(name: str) -> None:
         (changed(control={"weights": {}}), r"control has unknown entries \['weights'\]"),
         (changed(control={"score": "guess"}), "control: score is 'guess', expected one of drift, error"),
         (changed(control={"sensitivity": {"m": [-1.0, 1.0]}}), "control: sensitivity of m"),
-        (changed(control={"threshold": {"m": [0.5, float("nan")]}}), "control: threshold of m: .*expected one number >= 0"),
+        (changed(control={"threshold": {"m": [0.5, float("nan")]}}), "threshold of m: .*expected one number >= 0"),
         (changed(control={"quota": {"m": [0.9, 0.3]}}), "the quotas of m sum to 1.2, at most 1 is there"),
         (changed(order="two"), "not a readable schedule"),
         (changed(timesteps=["noon"]), "not a readable schedule"),
