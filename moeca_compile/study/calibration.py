@@ -20,6 +20,7 @@ from moeca_compile.schedule import Schedule
 from moeca_compile.study.handle import Sampler
 from moeca_compile.study.request import Request
 from moeca_compile.study.study import Study
+from moeca_compile.study.thin import Thinned, thinned
 
 
 def calibrate(
@@ -66,7 +67,9 @@ def calibrate(
             that drift most first. Each costs about two uncached trajectories. Kept in `resume`; `moeca drift` shows it.
         branches: 0, or which share of the branches (token, expert) a row computes that doesn't compute the experts, as
             `Partial(0, branches)`; 0.02 to 0.05 holds the transitions. Schedules of such rows are searched beside those
-            of whole regions, for about as much again, and returned if they are better. Bundles can't hold them yet.
+            of whole regions, for about as much again, and returned if they are better. With a budget of MACs the best
+            of them is then thinned where that makes it better: some layers cached as whole regions, some cheap steps
+            without branches computed. Bundles can't hold them yet.
         progress: show a progress bar where `rich` is installed.
 
     Returns:
@@ -102,9 +105,12 @@ class _Found:
     study: Study
     plan: Plan
     search: Search
+    thinned: Thinned | None = None  # of the plan
 
     @property
     def quality(self) -> float:
+        if self.thinned is not None:
+            return self.thinned.quality
         return self.search.race.quality(self.plan, len(self.study.request.seeds))
 
 
@@ -120,6 +126,12 @@ def _by_branches(found: _Found) -> _Found:
     """What was found, or a schedule that computes some branches in its cheap rows, if that is better."""
     study = found.study.by_branches()
     other = _Found(study, *study.search())
+    limits = study.request.budget
+    if limits.psnr_db is None and limits.latency is None and other.plan.caches:
+        thin = thinned(study, other.plan)
+        other.search.found |= {f"{other.plan.predictor}, {way}": quality for way, quality in thin.tried.items()}
+        if thin.ways:
+            other = replace(other, thinned=thin)
     found.search.found |= {f"branches, {name}": quality for name, quality in other.search.found.items()}
     other.search.found = found.search.found
     found.study.count("branches", study)
@@ -171,9 +183,11 @@ def _schedule(found: _Found) -> Schedule:
         "state_bytes": float(study.costs.state_of(plan)),
         "psnr_db": found.quality,
     }
+    if found.thinned is not None:
+        predicted |= {"mac_fraction": found.thinned.mac_fraction, "state_bytes": float(found.thinned.state_bytes)}
     if study.costs.ms:
         predicted["latency_fraction"] = study.costs.fraction(plan, "ms")
-    held_out = study.held_out(plan)
+    held_out = study.held_out(plan if found.thinned is None else found.thinned.schedule)
     if held_out is not None:
         predicted["psnr_db_holdout"] = held_out
     predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
@@ -182,11 +196,14 @@ def _schedule(found: _Found) -> Schedule:
     order = f"{plan.predictor}, granularity {study.granularity}{rows}"
     if study.handle.by_branches:
         order += f", {request.branches:g} of the branches in every cheap row"
+    if found.thinned is not None:
+        order += "".join(f", {way}" for way in found.thinned.ways)
     made_by = f"calibrated for {request.text} on {len(request.seeds)} seeds: {order}"
     program = study.handle.program
-    schedule = schedule_of(plan, program.regions.keys, study.handle.kinds, made_by)
+    schedule = schedule_of(plan, program.regions.keys, study.handle.kinds)
     return replace(
-        schedule,
+        schedule if found.thinned is None else found.thinned.schedule,
+        made_by=made_by,
         fingerprint=program.regions.fingerprint,
         granularity=study.granularity,
         timesteps=study.timesteps,

@@ -130,8 +130,9 @@ class Handle:
         plain = kinds_of(program)
         return filled(plain, self.caching.rows[-1]) if self.by_branches else plain
 
-    def run(self, seed: int, plan: Plan | None = None, watch: Watch | None = None) -> torch.Tensor:
-        """The samples of one seed with a plan; None computes everything, and counts the steps.
+    def run(self, seed: int, plan: Plan | Schedule | None = None, watch: Watch | None = None) -> torch.Tensor:
+        """The samples of one seed with a plan; None computes everything, and counts the steps. A schedule, of the
+        regions of `program`, keeps its own state.
 
         watch: sees every call; what it returns, if anything, is handed to the sampler in place of the call's results.
 
@@ -151,7 +152,7 @@ class Handle:
             tracks = open_.setdefault(trajectory, Tracks(trajectory or Trajectory(())))
             results = run_step(program, tracks, args, trajectory)
             track = tracks.of(program)
-            if plan is not None and not self.by_branches:
+            if isinstance(plan, Plan) and not self.by_branches:
                 for name, state in track.states.items():
                     if not isinstance(state, _Predicting):  # the first step, which forecasts nothing
                         track.states[name] = _Predicting.of(state, PREDICTORS[plan.predictor])
@@ -219,10 +220,13 @@ class Handle:
             )
         return samples.detach().float().cpu()
 
-    def _bind(self, program: Program, plan: Plan | None) -> None:
+    def _bind(self, program: Program, plan: Plan | Schedule | None) -> None:
         if program not in self._programs:
             self._programs.append(program)
-        if plan is None:
+        if isinstance(plan, Schedule) and program is self.program:
+            program.use(plan)
+            return
+        if not isinstance(plan, Plan):
             schedule = Schedule.full()
         else:
             kinds = self._kinds(program)

@@ -250,12 +250,16 @@ class Study:
             return (0.0,) * len(_rows(self.truth[seed]))
         if (plan, seed) not in self.store.rollouts:
             before = self.handle.seconds
-            error = _rows(self.handle.run(seed, plan) - self.truth[seed]).square().mean(dim=1)
-            found = [value if value == value else float("inf") for value in error.tolist()]
+            found = self.errors(seed, self.handle.run(seed, plan))
             self.store.keep_rollout(plan, seed, found, self.handle.seconds - before)
         errors, seconds = self.store.rollouts[plan, seed]
         self.seconds["search"] += seconds
         return errors
+
+    def errors(self, seed: int, samples: torch.Tensor) -> list[float]:
+        """Of each of `seed`'s samples its mean squared error; NaN is infinitely wrong."""
+        error = _rows(samples - self.truth[seed]).square().mean(dim=1)
+        return [value if value == value else math.inf for value in error.tolist()]
 
     def make_stale(self) -> None:
         """Perturb so many experts as were asked for, those that drift most first; kept in the store."""
@@ -309,11 +313,15 @@ class Study:
         self.seconds["plan"] = self.handle.clock() - begin - (self.handle.seconds - sampled)
         return plan, search
 
-    def held_out(self, plan: Plan) -> float | None:
+    def held_out(self, plan: Plan | Schedule) -> float | None:
         """Quality on the seeds that the search didn't see."""
         if not self.request.holdout:
             return None
-        return mean_psnr([self.rollout(plan, seed) for seed in self.request.holdout], self.data_range)
+        if isinstance(plan, Plan):
+            errors = [self.rollout(plan, seed) for seed in self.request.holdout]
+        else:
+            errors = [tuple(self.errors(seed, self.handle.run(seed, plan))) for seed in self.request.holdout]
+        return mean_psnr(errors, self.data_range)
 
 
 def _rows(samples: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class _Choices(TorchDispatchMode):
     """Notes what `moeca::pick` is asked, in the order of the graph."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.asked: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(

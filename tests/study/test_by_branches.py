@@ -11,6 +11,7 @@ from torch import nn
 import moeca_compile as moeca
 from moeca_compile.errors import ScheduleError
 from moeca_compile.schedule import Action, Partial, Schedule
+from moeca_compile.study import thin
 from tests.models import DiT
 from tests.test_calibrate import STEPS, mean_psnr, sample
 
@@ -50,6 +51,7 @@ def test_the_better_of_both_is_returned(found: Schedule) -> None:
     acts = {act for row in found.rows for act in row}
     assert acts == {Action.COMPUTE, Action.FORECAST, Partial(0, 0.1)}, "branches win on this model"
     assert "0.1 of the branches in every cheap row" in found.made_by
+    assert any("third of the layers as whole regions" in name for name in names), "tried, and told of"
     assert tried["mac_fraction"] <= 0.65
 
 
@@ -70,6 +72,19 @@ def test_a_run_with_it_has_the_predicted_error_cost_and_state(model: nn.Module, 
     assert stats.mac_fraction == pytest.approx(found.predicted["mac_fraction"], abs=1e-6)
     assert stats.state_bytes == 2 * found.predicted["state_bytes"], "two streams"
     assert len(found.rows) == STEPS
+
+
+def test_a_thinned_schedule_is_as_it_was_predicted(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One way is forced upon it: on this model none is better."""
+    way = "first third of the layers as whole regions"
+    monkeypatch.setattr(thin, "BETTER_DB", -99.0)
+    monkeypatch.setattr(thin, "ways_of", lambda regions, all_ways=thin.ways_of: {way: all_ways(regions)[way]})
+    found = moeca.calibrate(model, sample, budget="macs:0.65", branches=0.1, **QUICK)
+    assert found.made_by.endswith(way)
+    kept = dict(zip(found.regions or (), zip(*found.rows, strict=True), strict=True))
+    assert Partial(0, 0.1) not in kept["blocks.0.moe"]
+    assert Partial(0, 0.1) in kept["blocks.1.moe"]
+    test_a_run_with_it_has_the_predicted_error_cost_and_state(model, found)
 
 
 def test_the_cheaper_one_is_returned_for_a_quality(model: nn.Module) -> None:
