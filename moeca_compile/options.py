@@ -40,6 +40,9 @@ class Options:
             fastest; made at the first call, and again where a weight changed. It is for PARTIAL rows, where an expert
             gets few rows: they cost a quarter less. A full step gains nothing. Equal to the plain form to float
             tolerance.
+        cuda_graphs: on GPUs, record each variant once as a CUDA graph and replay it, with state at fixed addresses: for
+            small batches, whose kernels are shorter than their launches. Costs a copy of the state in full steps and,
+            for each variant and stream, the memory of its intermediate values.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
     """
@@ -53,6 +56,7 @@ class Options:
     max_signatures: int = 8
     latent_jump: float = 0.7
     pack_experts: bool = False
+    cuda_graphs: bool = False
     disable: tuple[str, ...] = ()
     dump: str | Path | None = None
 
@@ -64,8 +68,9 @@ class Options:
         _expect("inner_options", self.inner_options, Mapping, _any, "a dict of the inner compiler's options")
         _expect("max_signatures", self.max_signatures, int, lambda v: v >= 1, "a whole number >= 1")
         _expect("latent_jump", self.latent_jump, (int, float), lambda v: v > 0, "a number > 0")
-        if not isinstance(self.pack_experts, bool):
-            raise OptionError(f"option pack_experts={self.pack_experts!r}: expected True or False")
+        for name in ("pack_experts", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"option {name}={getattr(self, name)!r}: expected True or False")
         _expect("disable", self.disable, (tuple, list), _any, "a tuple of pass names")
         _expect("mode", self.mode, (str, type(None)), _any, "torch.compile's mode or None")
         _expect("dump", self.dump, (str, Path, type(None)), _any, "a folder or None")

@@ -12,17 +12,20 @@ import torch
 from moeca_compile import fx
 from moeca_compile.autocast import autocast_is
 from moeca_compile.capture import Input, alone
-from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning
+from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning, OptionError
 from moeca_compile.fit import fit
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
 from moeca_compile.lower.over_steps import lower_over_steps
 from moeca_compile.lower.repeat_blocks import repeat_blocks
+from moeca_compile.lower.replay import RECORDERS, Record, Replayed
 from moeca_compile.options import Options
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.packable import why_not_packed
 from moeca_compile.pipeline import Analysis, analyse, build_prelude, build_variant
 from moeca_compile.runner import PassRecord
+from moeca_compile.runtime.buffers import Buffers
 from moeca_compile.runtime.hoisted import Hoisted
+from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.variant import SLOTS, Variant
 
@@ -65,6 +68,8 @@ class Program:
         self.records: list[PassRecord] = list(self.analysis.records)
         self.compile_seconds = {"capture": time.perf_counter() - begin}
         self._zeros: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._buffers = Buffers()
+        self._record = self._recorder(args) if options.cuda_graphs else None
 
     def use(self, schedule: Schedule, keep: Schedule | None = None) -> None:
         """Run another schedule from now on, with the state of `keep` (default: its own). Variants are kept by layout.
@@ -156,7 +161,31 @@ class Program:
                 repeat = repeat_blocks.__name__ not in self.options.disable
                 run = lower_inductor(variant, args, self.options.mode, self.options.inner_options, repeat)
         self._spent(variant.name, begin)
-        return _without_autocast(run)
+        run = _without_autocast(run)
+        if self._record is None or not variant.row:  # a prelude runs once a trajectory
+            return run
+        return Replayed(run, variant.name, self._moving(variant, len(args)), self._record)
+
+    def _moving(self, variant: Variant, count: int) -> set[int]:
+        """Which of a variant's `count` arguments are other tensors at each call: all but weights and state."""
+        inputs = [position for position, i in enumerate(variant.takes) if not self.analysis.context.inputs[i].is_weight]
+        first = len(variant.takes) + len(variant.hoists)
+        return {*inputs, *range(len(variant.takes), first), *range(first + len(variant.reads), count)}
+
+    def _recorder(self, args: Sequence[Any]) -> Record:
+        devices = {one.device.type for one in args if isinstance(one, torch.Tensor)}
+        found = RECORDERS.get(next(iter(devices))) if len(devices) == 1 else None
+        if found is None:
+            raise OptionError(
+                f"cuda_graphs=True, but this call's tensors are on {', '.join(sorted(devices)) or 'no device'}: leave "
+                "it out, or move the model and all its inputs to a GPU"
+            )
+        return found
+
+    def state(self) -> StreamState:
+        """A new stream's, empty."""
+        regions = len(self.schedule.rows[0])
+        return StreamState(self.layout, regions) if self._record is None else self._buffers.state(self.layout, regions)
 
     def zeros(self, slot: int) -> torch.Tensor:
         """What an unwritten slot reads as; one tensor serves all slots of a kind, for variants never write in place."""

@@ -44,6 +44,7 @@ class Runnable(Preluded, Protocol):
     def executable(self, row: Row) -> tuple[Variant, Callable[[Sequence[Any]], Sequence[Any]] | None]: ...
     def compile(self, variant: Variant, args: Sequence[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]: ...
     def zeros(self, slot: int) -> torch.Tensor: ...
+    def state(self) -> StreamState: ...
 
 
 @dataclass
@@ -177,7 +178,7 @@ def _run(
     state = None
     if tick.stream is not None:
         if tick.stream not in track.states:
-            track.states[tick.stream] = StreamState(program.layout, len(program.schedule.rows[0]))
+            track.states[tick.stream] = program.state()
         state = track.states[tick.stream]
         _drop_if_not_finite(program, track, tick, state)
     row, cold = _row(program, tick, sighting, state)

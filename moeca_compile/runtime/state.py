@@ -75,7 +75,12 @@ class StreamState:
         return None if kept is None else float(kept.max())
 
     def _push(self, slot: int, value: Any) -> None:
+        moved = self._run_of(slot)
+        self.tensors[slot : moved.stop] = [value, *self.tensors[slot : moved.stop - 1]]
+
+    def _run_of(self, slot: int) -> range:
+        """The slots that a new value of `slot` moves on: its own and those of its older values."""
         last = slot
         while last + 1 < len(self.layout) and self.layout[last + 1].slot in SLOTS[1:]:
             last += 1
-        self.tensors[slot : last + 1] = [value, *self.tensors[slot:last]]
+        return range(slot, last + 1)

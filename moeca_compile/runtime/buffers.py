@@ -1,0 +1,56 @@
+"""State that stays where it is: one set of tensors for each stream, used again by the next trajectory.
+
+What is recorded with addresses (a CUDA graph) reads the state where it lay when it was recorded. So a new value is
+copied into its slot here, where `StreamState` keeps the tensor itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moeca_compile.runtime.state import StreamState
+from moeca_compile.variant import StateSlot
+
+Set = list[torch.Tensor]
+
+
+class Buffers:
+    """The sets of one program, by layout; those of streams that are gone are handed out again."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[StateSlot, ...], list[Set]] = {}
+
+    def state(self, layout: tuple[StateSlot, ...], regions: int) -> StreamState:
+        """A stream's state in a set of its own, all zeros; the set comes back when the state is gone."""
+        free = self._free.setdefault(layout, [])
+        tensors = free.pop() if free else _allocated(layout)
+        state = _Fixed(layout, regions, tensors)
+        weakref.finalize(state, free.append, tensors)
+        return state
+
+
+class _Fixed(StreamState):  # no __slots__: it can be referred to weakly
+    def __init__(self, layout: tuple[StateSlot, ...], regions: int, tensors: Set) -> None:
+        self.fixed = tensors
+        super().__init__(layout, regions)
+
+    def clear(self) -> None:
+        super().clear()
+        self.tensors = self.fixed
+        for one in self.fixed:  # never read before it is written, but 0 times NaN is NaN
+            one.zero_()
+
+    def _push(self, slot: int, value: Any) -> None:
+        moved = self._run_of(slot)
+        for to in reversed(moved[1:]):
+            self.fixed[to].copy_(self.fixed[to - 1])
+        self.fixed[slot].copy_(value)
+
+
+def _allocated(layout: Sequence[StateSlot]) -> Set:
+    with torch.inference_mode(False):
+        return [torch.zeros(one.shape, dtype=getattr(torch, one.dtype), device=one.device) for one in layout]
