@@ -30,6 +30,7 @@ import moeca_compile as moeca
 
 SCHEDULE, ORDER = "uniform:3", 1
 T5, LLAMA, POOLED, TOKENS = 32, 24, 16, 8  # widths of the text features, and how many tokens
+LLAMA_LAYERS = 4  # whose features are given
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,25 @@ def random_weights(module: nn.Module, seed: int) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def tiny_transformer(size: int = 16, layers: int = 2, heads: int = 4, head: int = 16) -> nn.Module:
+    """HiDream's transformer with random weights: `layers` double and as many single blocks, `heads` heads of `head`."""
+    import diffusers
+
+    return random_weights(
+        diffusers.HiDreamImageTransformer2DModel(
+            patch_size=2, in_channels=4, num_layers=layers, num_single_layers=layers, attention_head_dim=head,
+            num_attention_heads=heads, caption_channels=[T5, LLAMA], text_emb_dim=POOLED, num_routed_experts=4,
+            num_activated_experts=2, axes_dims_rope=(head // 2, head // 4, head // 4), max_resolution=(size, size),
+            llama_layers=[layer % LLAMA_LAYERS for layer in range(2 * layers)],
+        ),
+        seed=2,
+    )  # fmt: skip
+
+
 def tiny_pipeline(size: int = 16) -> Any:
     """diffusers' pipeline around tiny components; images of `2 * size` pixels, `size**2 / 4` image tokens."""
     import diffusers
 
-    transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
-        caption_channels=[T5, LLAMA], text_emb_dim=POOLED, num_routed_experts=4, num_activated_experts=2,
-        axes_dims_rope=(8, 4, 4), max_resolution=(size, size), llama_layers=[0, 1, 2, 3],
-    )  # fmt: skip
     vae = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=2 * size,
@@ -79,7 +90,7 @@ def tiny_pipeline(size: int = 16) -> Any:
     pipeline = diffusers.HiDreamImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=random_weights(vae, 1),
-        transformer=random_weights(transformer, 2),
+        transformer=tiny_transformer(size),
         **text,
     )
     pipeline.default_sample_size = size
@@ -99,7 +110,7 @@ def prompt(seed: int) -> dict[str, Tensor]:
         for sign in ("", "negative_")
         for name, shape in (
             ("prompt_embeds_t5", (1, TOKENS, T5)),
-            ("prompt_embeds_llama3", (4, 1, TOKENS, LLAMA)),
+            ("prompt_embeds_llama3", (LLAMA_LAYERS, 1, TOKENS, LLAMA)),
             ("pooled_prompt_embeds", (1, POOLED)),
         )
     }

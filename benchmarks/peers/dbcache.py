@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import macs
-from benchmarks.peers.solvers import euler
 from benchmarks.peers.way import Family, bytes_in
-from benchmarks.peers.workload import Batch, Size, guided, prepared
+from benchmarks.peers.workload import Batch, Workload
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.12, 0.2, 0.3, 0.5)
 POLICIES = ("slow", "medium", "fast", "ultra")
@@ -27,24 +27,27 @@ class DBCache:
     config: fields of its `DBCacheConfig`.
     """
 
-    def __init__(self, size: Size, taylor: int, compiled: Compiled, **config: Any) -> None:
+    def __init__(self, work: Workload, taylor: int, compiled: Compiled, **config: Any) -> None:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # read when it is imported
         import cache_dit
         from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
+        from cache_dit.caching import patch_functors
 
         self.library, self.config_of = cache_dit, DBCacheConfig
-        self.module = prepared()
+        self.module = work.prepared()
+        stacks = [self.module.get_submodule(name) for name in work.stacks]
         if compiled == "blocks":
-            for block in self.module.blocks:
+            for block in itertools.chain(*stacks):
                 block.compile()
         adapter = BlockAdapter(
             transformer=self.module,
-            blocks=self.module.blocks,
-            forward_pattern=ForwardPattern.Pattern_3,
+            blocks=stacks,
+            forward_pattern=[ForwardPattern[name] for name in work.stacks.values()],
+            patch_functor=getattr(patch_functors, work.functor)() if work.functor else None,
             check_forward_pattern=False,  # it goes by the arguments' names
             has_separate_cfg=False,
         )
-        given = {"num_inference_steps": size.steps, "enable_separate_cfg": False, **config}
+        given = {"num_inference_steps": work.size.steps, "enable_separate_cfg": False, **config}
         calibrator = {"calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=taylor)} if taylor else {}
         cache_dit.enable_cache(adapter, cache_config=DBCacheConfig(**given), **calibrator)
         self.model = torch.compile(self.module) if compiled == "whole" else self.module
@@ -54,30 +57,32 @@ class DBCache:
         self.library.refresh_context(self.module, cache_config=self.config_of().reset(**config))
 
     @property
-    def context(self) -> Any:
-        (name,) = self.module._context_names
-        return self.module._context_manager.get_context(name)
+    def contexts(self) -> list[Any]:
+        """One a stack, in the order of `Workload.stacks`."""
+        return [self.module._context_manager.get_context(name) for name in self.module._context_names]
 
 
 class Setting:
     """`DBCache` at one setting of its knobs."""
 
-    def __init__(self, cache: DBCache, size: Size, **config: Any) -> None:
-        self.cache, self.size, self.config = cache, size, config
+    def __init__(self, cache: DBCache, work: Workload, **config: Any) -> None:
+        self.cache, self.work, self.config = cache, work, config
 
     def sample(self, batch: Batch) -> Tensor:
         self.cache.restart(**self.config)
-        return euler(guided(self.cache.model, batch), batch.noise, self.size.steps)
+        return self.work.draw(self.cache.model, batch)
 
     def macs(self) -> float:
         """Cached steps as cache-dit counts them; these run the first and the last few blocks."""
-        context = self.cache.context
-        cached = len(context.get_cached_steps()) / self.size.steps
-        ran = context.cache_config.Fn_compute_blocks + context.cache_config.Bn_compute_blocks
-        return 1 - cached + cached * macs.with_blocks(ran)
+        spared = 0.0
+        for stack, context in zip(self.work.stacks, self.cache.contexts, strict=True):
+            cached = len(context.get_cached_steps()) / self.work.size.steps
+            ran = context.cache_config.Fn_compute_blocks + context.cache_config.Bn_compute_blocks
+            spared += cached * macs.of_blocks(self.work, stack, but=ran)
+        return 1 - spared
 
     def state_bytes(self) -> int:
-        return bytes_in(self.cache.context)
+        return bytes_in(self.cache.contexts)
 
     def forget(self) -> None:
         self.cache.restart(**self.config)
@@ -92,12 +97,12 @@ def dynamic(
     compiled: Compiled = "blocks",
     cold: bool = False,
 ) -> Family:
-    def opened(size: Size) -> Mapping[str, Setting]:
+    def opened(work: Workload) -> Mapping[str, Setting]:
         cache = DBCache(
-            size, taylor, compiled, Fn_compute_blocks=first, Bn_compute_blocks=last,
-            max_warmup_steps=min(warmup, size.steps // 4),
+            work, taylor, compiled, Fn_compute_blocks=first, Bn_compute_blocks=last,
+            max_warmup_steps=min(warmup, work.size.steps // 4),
         )  # fmt: skip
-        return {f"{one:g}": Setting(cache, size, residual_diff_threshold=one) for one in thresholds}
+        return {f"{one:g}": Setting(cache, work, residual_diff_threshold=one) for one in thresholds}
 
     note = (
         "threshold 0.08, warm-up 8, F8B0 by default for models of many blocks, F1B0 where speed counts; six blocks "
@@ -109,15 +114,15 @@ def dynamic(
 
 
 def masks(taylor: int = 0) -> Family:
-    def opened(size: Size) -> Mapping[str, Setting]:
+    def opened(work: Workload) -> Mapping[str, Setting]:
         from cache_dit import steps_mask
 
-        by_policy = {policy: steps_mask(total_steps=size.steps, mask_policy=policy) for policy in POLICIES}
+        by_policy = {policy: steps_mask(total_steps=work.size.steps, mask_policy=policy) for policy in POLICIES}
         cache = DBCache(
-            size, taylor, "blocks", Fn_compute_blocks=1, Bn_compute_blocks=0, steps_computation_policy="static",
+            work, taylor, "blocks", Fn_compute_blocks=1, Bn_compute_blocks=0, steps_computation_policy="static",
             steps_computation_mask=by_policy["slow"],
         )  # fmt: skip
-        return {policy: Setting(cache, size, steps_computation_mask=mask) for policy, mask in by_policy.items()}
+        return {policy: Setting(cache, work, steps_computation_mask=mask) for policy, mask in by_policy.items()}
 
     note = "its four presets, static; it says that dynamic ones look sharper at equal cost, and that Taylor helps"
     return Family(f"DBCache static mask{f' + Taylor {taylor}' if taylor else ''}", "peer", note, opened)

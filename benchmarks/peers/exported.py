@@ -13,7 +13,8 @@ from torch import Tensor
 import moeca_compile as moeca
 from benchmarks.peers import ours
 from benchmarks.peers.way import Family
-from benchmarks.peers.workload import GUIDANCE, QUICK, Batch, Size, batches, inputs_of, shipped
+from benchmarks.peers.workload import Batch, Workload
+from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
 from examples import digits
 from moeca_compile.runtime import Session
 from moeca_compile.runtime.samplers import euler, guided, model_of
@@ -22,17 +23,18 @@ from moeca_compile.runtime.samplers import euler, guided, model_of
 class Exported:
     """A bundle, exported now, in a folder that goes when this does."""
 
-    def __init__(self, schedule: object, size: Size) -> None:
-        self.size, self.folder = size, tempfile.TemporaryDirectory()
+    def __init__(self, schedule: object, work: Workload) -> None:
+        self.work, self.folder = work, tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "digits.moeca"
-        moeca.export(shipped(), inputs_of(batches(QUICK)[0]), schedule, path, progress=False)
+        small = TrainedDigits(QUICK)
+        moeca.export(small.shipped(), small.inputs_of(small.batches()[0]), schedule, path, progress=False)
         self.session = Session.open(path, threads=torch.get_num_threads())
         self.spent, self.state = 1.0, 0
 
     def sample(self, batch: Batch) -> Tensor:
-        labels, times = batch.labels.numpy(), np.linspace(1, 0, self.size.steps + 1)
-        with self.session.trajectory(steps=self.size.steps) as trajectory:
-            model = guided(model_of(trajectory), np.full_like(labels, digits.CLASSES), GUIDANCE)
+        labels, times = batch.labels.numpy(), np.linspace(1, 0, self.work.size.steps + 1)
+        with self.session.trajectory(steps=self.work.size.steps) as trajectory:
+            model = guided(model_of(trajectory), np.full_like(labels, digits.CLASSES), self.work.guidance)
             images = euler(model, batch.noise.numpy(), labels, times, time_scale=1000.0)
             stats = trajectory.stats()
         self.spent, self.state = stats.mac_fraction, stats.state_bytes
@@ -49,8 +51,8 @@ class Exported:
 
 
 def family(budgets: tuple[str, ...] = ("34", "20")) -> Family:
-    def opened(size: Size) -> Mapping[str, Exported]:
+    def opened(work: Workload) -> Mapping[str, Exported]:
         schedules = {"everything computed": "full", **{f"{one} %": ours.load(one) for one in budgets}}
-        return {name: Exported(schedule, size) for name, schedule in schedules.items()}
+        return {name: Exported(schedule, work) for name, schedule in schedules.items()}
 
     return Family("moeca calibrated, on onnxruntime", "moeca", "moeca.export and a Session; docs/deploy.md", opened)

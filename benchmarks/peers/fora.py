@@ -7,14 +7,14 @@ Dynamo guards, so both kinds of step are whole graphs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import macs
-from benchmarks.peers.solvers import euler
 from benchmarks.peers.way import Family, bytes_in
-from benchmarks.peers.workload import Batch, Size, guided, prepared
+from benchmarks.peers.workload import Batch, Workload
 
 
 class Kept(nn.Module):
@@ -23,23 +23,22 @@ class Kept(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner, self.fresh = inner, True
-        self.value: Tensor | None = None
+        self.value: Any = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **keywords: Any) -> Any:
         if self.fresh or self.value is None:
-            self.value = self.inner(x)
+            self.value = self.inner(*args, **keywords)
         return self.value
 
 
 class Fora:
     """The model with its modules kept. Steps 0, N, 2N, ... are computed."""
 
-    def __init__(self, compiled: bool = True) -> None:
-        model = prepared()
-        self.kept: list[Kept] = []
-        for block in model.blocks:
-            block.attn, block.moe = Kept(block.attn), Kept(block.moe)
-            self.kept += [block.attn, block.moe]
+    def __init__(self, work: Workload, compiled: bool = True) -> None:
+        model = work.prepared()
+        self.kept = [Kept(model.get_submodule(name)) for name in work.names(model)]
+        for name, kept in zip(work.names(model), self.kept, strict=True):
+            model.set_submodule(name, kept)
         self.model = torch.compile(model, fullgraph=True) if compiled else model
 
     def set_fresh(self, fresh: bool) -> None:
@@ -50,24 +49,24 @@ class Fora:
 class Interval:
     """`Fora` at one interval."""
 
-    def __init__(self, fora: Fora, size: Size, interval: int) -> None:
-        self.fora, self.size, self.interval = fora, size, interval
+    def __init__(self, fora: Fora, work: Workload, interval: int) -> None:
+        self.fora, self.work, self.interval = fora, work, interval
 
     def sample(self, batch: Batch) -> Tensor:
-        velocity = guided(self.fora.model, batch)
         taken = 0
 
-        def step(x: Tensor, t: float) -> Tensor:
+        def model(*inputs: Tensor) -> Any:
             nonlocal taken
             self.fora.set_fresh(taken % self.interval == 0)
             taken += 1
-            return velocity(x, t)
+            return self.fora.model(*inputs)
 
-        return euler(step, batch.noise, self.size.steps)
+        return self.work.draw(model, batch)
 
     def macs(self) -> float:
-        computed = -(-self.size.steps // self.interval) / self.size.steps
-        return computed + (1 - computed) * macs.without_modules()
+        steps = self.work.size.steps
+        computed = -(-steps // self.interval) / steps
+        return computed + (1 - computed) * macs.without_modules(self.work)
 
     def state_bytes(self) -> int:
         return bytes_in([one.value for one in self.fora.kept])
@@ -78,9 +77,9 @@ class Interval:
 
 
 def family(intervals: tuple[int, ...] = (2, 3, 4, 5, 6, 8)) -> Family:
-    def opened(size: Size) -> Mapping[str, Interval]:
-        fora = Fora()
-        return {f"N={interval}": Interval(fora, size, interval) for interval in intervals}
+    def opened(work: Workload) -> Mapping[str, Interval]:
+        fora = Fora(work)
+        return {f"N={interval}": Interval(fora, work, interval) for interval in intervals}
 
     note = "one fixed interval; written anew here, each kind of step one graph"
     return Family("FORA-like copy", "peer", note, opened, cold=True)

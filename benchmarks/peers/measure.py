@@ -1,6 +1,6 @@
 """Measure one heat: a few families and the baseline, compiled one after the other, then timed in turns.
 
-The trajectories that are timed are those whose digits tell quality. Compile seconds are what the first trajectory took
+The trajectories that are timed are those whose images tell quality. Compile seconds are what the first trajectory took
 longer than the later ones; they are kept where the family started with Inductor's caches on disk empty.
 """
 
@@ -22,9 +22,8 @@ from torch._inductor.utils import fresh_cache
 
 from benchmarks.peers import plain
 from benchmarks.peers.memory import peak_bytes
-from benchmarks.peers.quality import quality
-from benchmarks.peers.way import Family, Way
-from benchmarks.peers.workload import Batch, Size
+from benchmarks.peers.way import Family, Foretold, Way
+from benchmarks.peers.workload import Batch, Truth, Workload
 
 # As cache-dit's documentation recommends; at 8 the contenders that recompile would fall back to eager.
 RECOMPILES, ALL_RECOMPILES = 1024, 8192
@@ -32,19 +31,6 @@ RECOMPILES, ALL_RECOMPILES = 1024, 8192
 SPACING = 6  # settings between two runs of the baseline
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Truth:
-    """What all are compared with: the uncached digits of each batch, and the exact solution's."""
-
-    batches: Sequence[Batch]
-    uncached: Tensor
-    converged: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.cat([batch.labels for batch in self.batches])
 
 
 class Clock(NamedTuple):
@@ -85,25 +71,27 @@ class Lane:
         return took
 
 
-def heat(families: Sequence[Family], size: Size, truth: Truth, say: Say) -> dict[str, Any]:
+def heat(families: Sequence[Family], work: Workload, truth: Truth, say: Say) -> dict[str, Any]:
     """The points of the families' settings, and what compiling each family showed."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = RECOMPILES
     torch._dynamo.config.accumulated_recompile_limit = ALL_RECOMPILES
     load = os.getloadavg()[0]
-    base = Lane(Family(plain.BASELINE, "plain", "one graph", lambda size: {}), "", plain.baseline(size))
+    # where there is one heat, no later one finds the baseline's code on disk
+    first = Family(plain.BASELINE, "plain", "one graph", lambda work: {}, cold=work.speed_only)
+    base = Lane(first, "", plain.baseline(work))
     compiling = {plain.BASELINE: first_runs([base], truth.batches[0])}
     lanes: list[Lane] = []
     for family in families:
         say(f"{family.name}: compiling")
-        opened = [Lane(family, name, way) for name, way in family.open(size).items()]
+        opened = [Lane(family, name, way) for name, way in family.open(work).items()]
         compiling[family.name] = first_runs(opened, truth.batches[0])
         lanes += opened
-    say(f"timing {len(lanes)} settings, {size.rounds} rounds")
+    say(f"timing {len(lanes)} settings, {work.size.rounds} rounds")
     timed(base, lanes, truth.batches)
     lanes.insert(0, base)
     peaks = {lane.family.name: peak_of(lane.way, truth.batches[0]) for lane in reversed(lanes)}  # of the first setting
-    points = [point(lane, truth) for lane in lanes]
+    points = [point(lane, work, truth) for lane in lanes]
     found = {
         name: {**facts, "peak_bytes": peaks[name], "note": note_of(lanes, name)} for name, facts in compiling.items()
     }
@@ -153,7 +141,7 @@ def peak_of(way: Way, batch: Batch) -> int | None:
     return peak_bytes(lambda: way.sample(batch))
 
 
-def point(lane: Lane, truth: Truth) -> dict[str, Any]:
+def point(lane: Lane, work: Workload, truth: Truth) -> dict[str, Any]:
     """All figures of one setting."""
     seconds = [clock.wall for clock in lane.clocks]
     typical = statistics.median(seconds)
@@ -170,7 +158,8 @@ def point(lane: Lane, truth: Truth) -> dict[str, Any]:
         "macs": round(statistics.mean(lane.macs), 5),
         "state_bytes": lane.way.state_bytes(),
         "compile_seconds": round(max(0.0, lane.first_seconds - typical), 2) if lane.family.cold else None,
-        **quality(torch.cat(lane.images), truth.labels, truth.uncached, truth.converged),
+        **({"told_bytes": lane.way.told_bytes()} if isinstance(lane.way, Foretold) else {}),
+        **work.figures(torch.cat(lane.images), truth),
     }
 
 

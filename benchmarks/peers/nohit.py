@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from benchmarks.peers import dbcache, fora, ours, taylorseer, teacache
 from benchmarks.peers.way import Family, Way
-from benchmarks.peers.workload import Size
+from benchmarks.peers.workload import Workload
 
 
 def families() -> list[Family]:
@@ -25,9 +25,9 @@ def _named(family: Family) -> Family:
     return replace(family, name=f"{family.name}, never a hit")
 
 
-def _taylorseer(size: Size) -> Mapping[str, Way]:
-    seer = taylorseer.TaylorSeer(order=1, compiled="modules")
-    return {"": taylorseer.Interval(seer, size, interval=1, warmup=size.steps)}
+def _taylorseer(work: Workload) -> Mapping[str, Way]:
+    seer = taylorseer.TaylorSeer(work, order=1, compiled="modules")
+    return {"": taylorseer.Interval(seer, work, interval=1, warmup=work.size.steps)}
 
 
-_all_computed: Callable[[Size], Mapping[str, Way]] = ours.compiled(lambda size: {"": "uniform:1"}, order=1)
+_all_computed: Callable[[Workload], Mapping[str, Way]] = ours.compiled(lambda size: {"": "uniform:1"}, order=1)

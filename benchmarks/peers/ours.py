@@ -10,9 +10,8 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from benchmarks import policies_jobs as jobs
-from benchmarks.peers.solvers import euler
 from benchmarks.peers.way import Family
-from benchmarks.peers.workload import Batch, Size, guided, prepared
+from benchmarks.peers.workload import Batch, Size, Workload
 from moeca_compile.schedule import Schedule
 
 BUDGETS = ("70", "50", "34", "26", "20", "16", "13")
@@ -25,14 +24,15 @@ SPAN = f"blocks.0..blocks.{jobs.BLOCKS - 1}"  # the key of the whole stack
 class Moeca:
     """A compiled schedule."""
 
-    def __init__(self, model: Any, size: Size, schedule: Any, **options: Any) -> None:
-        self.model, self.size = moeca.compile(model, schedule=schedule, **options), size
+    def __init__(self, model: Any, work: Workload, schedule: Any, **options: Any) -> None:
+        self.model, self.work = moeca.compile(model, schedule=schedule, **options), work
+        self.options = {"schedule": schedule, **options}
 
     def sample(self, batch: Batch) -> Tensor:
-        steps = self.size.steps
+        steps = self.work.size.steps
         times = [1000.0 * (1 - step / steps) for step in range(steps)]
         with moeca.trajectory(self.model, steps=steps, timesteps=times):
-            return euler(guided(self.model, batch), batch.noise, steps)
+            return self.work.draw(self.model, batch)
 
     def macs(self) -> float:
         return moeca.stats(self.model).mac_fraction
@@ -41,16 +41,31 @@ class Moeca:
         stats = moeca.stats(self.model)
         return stats.state_bytes + stats.hoisted_bytes
 
+    def told_bytes(self) -> int:
+        """By `moeca.explain` of another instance, which runs no step; without what is hoisted.
+
+        Raises:
+            RuntimeError: the last trajectory kept another number of bytes.
+        """
+        inputs = self.work.inputs_of(self.work.batches()[0])
+        told = moeca.explain(self.work.prepared(), *inputs, **self.options).state_bytes
+        held = moeca.stats(self.model).state_bytes
+        if told != held:
+            raise RuntimeError(f"{self.options}: explain told {told} bytes of state, the trajectory kept {held}")
+        return told
+
     def forget(self) -> None:
         moeca.reset(self.model)
 
 
-def compiled(schedules: Callable[[Size], Mapping[str, Any]], **options: Any) -> Callable[[Size], Mapping[str, Moeca]]:
+def compiled(
+    schedules: Callable[[Size], Mapping[str, Any]], **options: Any
+) -> Callable[[Workload], Mapping[str, Moeca]]:
     """All of them on one prepared model, each a compile of its own."""
 
-    def opened(size: Size) -> Mapping[str, Moeca]:
-        model = prepared()
-        return {name: Moeca(model, size, one, **options) for name, one in schedules(size).items()}
+    def opened(work: Workload) -> Mapping[str, Moeca]:
+        model = work.prepared()
+        return {name: Moeca(model, work, one, **options) for name, one in schedules(work.size).items()}
 
     return opened
 
@@ -65,13 +80,12 @@ def _told(options: Mapping[str, Any]) -> str:
     return (", eager" if options.get("inner") == "eager" else "") + (", packed" if options.get("pack_experts") else "")
 
 
-def uniform(order: int, intervals: tuple[int, ...] = (2, 3, 4, 5, 6, 8)) -> Family:
+def uniform(order: int, intervals: tuple[int, ...] = (2, 3, 4, 5, 6, 8), **options: Any) -> Family:
     """Two full steps, then every N-th."""
     names = {f"N={interval}": f"uniform:{interval}:warmup=2" for interval in intervals}
     note = f"two full steps, then every N-th; order {order} between them"
-    return Family(
-        f"moeca uniform, order {order}", "moeca", note, compiled(lambda size: names, order=order), cold=order == 1
-    )
+    name = f"moeca uniform, order {order}" + _told(options)
+    return Family(name, "moeca", note, compiled(lambda size: names, order=order, **options), cold=order == 1)
 
 
 def calibrated(budgets: tuple[str, ...] = BUDGETS, **options: Any) -> Family:

@@ -10,34 +10,47 @@ import torch
 
 from benchmarks.peers.solvers import Solver, adams_bashforth, dpm_solver, euler
 from benchmarks.peers.way import Family, Plain
-from benchmarks.peers.workload import Size, prepared, shipped
+from benchmarks.peers.workload import Workload
 
 BASELINE = "torch.compile, prepared"
 SHIPPED = "torch.compile, as shipped"
 FEWER = (38, 25, 20, 17, 13, 10, 8)
 
 
-def baseline(size: Size) -> Plain:
+def baseline(work: Workload) -> Plain:
     """What every other contender is timed against."""
-    return Plain(torch.compile(prepared()), size)
+    return Plain(torch.compile(work.prepared()), work)
 
 
 def uncached() -> list[Family]:
     """Without a cache; the baseline itself is timed beside them."""
     return [
-        Family("eager, as shipped", "plain", "a host-side loop over the experts", _one(shipped)),
-        Family(SHIPPED, "plain", "Dynamo breaks at every expert loop", _one(lambda: torch.compile(shipped())), True),
-        Family("eager, prepared", "plain", "moeca_compile.prepare made the dispatch one operator", _one(prepared)),
-        Family("the baseline, compiled anew", "plain", "one graph", _one(lambda: torch.compile(prepared())), True),
+        Family("eager, as shipped", "plain", "a host-side loop over the experts", _one(lambda work: work.shipped())),
+        Family(
+            SHIPPED,
+            "plain",
+            "Dynamo breaks at every expert loop",
+            _one(lambda work: torch.compile(work.shipped())),
+            True,
+        ),
+        Family(
+            "eager, prepared",
+            "plain",
+            "moeca_compile.prepare made the dispatch one operator",
+            _one(lambda work: work.prepared()),
+        ),
+        Family(
+            "the baseline, compiled anew", "plain", "one graph", _one(lambda work: torch.compile(work.prepared())), True
+        ),
     ]
 
 
-def _one(model: Callable[[], Any]) -> Callable[[Size], Mapping[str, Plain]]:
-    return lambda size: {"": Plain(model(), size)}
+def _one(model: Callable[[Workload], Any]) -> Callable[[Workload], Mapping[str, Plain]]:
+    return lambda work: {"": Plain(model(work), work)}
 
 
-def fewer_steps() -> list[Family]:
-    """The baseline's program, called less often; a schedule of `size.steps` is cut by the same factor."""
+def fewer_steps(counts: tuple[int, ...] = FEWER) -> list[Family]:
+    """The baseline's program, called less often; counts are of 50 steps, others are cut by the same factor."""
     solvers: dict[str, tuple[Solver, str]] = {
         "fewer steps, Euler": (euler, "the same solver"),
         "fewer steps, Adams-Bashforth 2": (adams_bashforth, "second-order multistep in the time of the flow"),
@@ -48,13 +61,13 @@ def fewer_steps() -> list[Family]:
     }
 
     @cache
-    def model() -> Any:
-        return torch.compile(prepared())
+    def model(work: Workload) -> Any:
+        return torch.compile(work.prepared())
 
-    def open_with(solver: Solver) -> Callable[[Size], Mapping[str, Plain]]:
-        def opened(size: Size) -> Mapping[str, Plain]:
-            counts = [max(2, round(count * size.steps / 50)) for count in FEWER]
-            return {f"{steps} steps": Plain(model(), size, steps, solver) for steps in counts}
+    def open_with(solver: Solver) -> Callable[[Workload], Mapping[str, Plain]]:
+        def opened(work: Workload) -> Mapping[str, Plain]:
+            fewer = [max(2, round(count * work.size.steps / 50)) for count in counts]
+            return {f"{steps} steps": Plain(model(work), work, steps, solver) for steps in fewer}
 
         return opened
 

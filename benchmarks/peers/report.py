@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import tables
+from benchmarks.peers import speed, tables
 from benchmarks.peers.picture import draw
 from benchmarks.peers.verdict import judge, points_of
+from benchmarks.peers.workloads import WORKLOADS
 
 PAGE, PICTURE, README = Path("docs/benchmarks.md"), Path("docs/peers.svg"), Path("README.md")
 BEGIN, END = "<!-- peers: written by python -m benchmarks.peers --report -->", "<!-- peers: end -->"
-MODEL = "digits DiT-MoE: 6 blocks, width 96, 2 of 8 experts and a shared one, 64 tokens; float32, guidance 2"
+
+Payload = Mapping[str, Any]
 
 
-def write(payload: Mapping[str, Any], root: Path = Path()) -> list[Path]:
-    """All three, below `root`."""
-    (root / PAGE).write_text(page(payload))
+def load(folder: Path) -> dict[str, Payload]:
+    """What was measured, by workload; the digits are, whatever else is."""
+    files = {name: folder / f"{work.result}.json" for name, work in WORKLOADS.items()}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if name == "digits" or file.exists()}
+
+
+def write(payloads: Mapping[str, Payload], root: Path = Path()) -> list[Path]:
+    """All three, below `root`; what `load` gives."""
+    payload = payloads["digits"]
+    (root / PAGE).write_text(pages(payloads))
     draw(points_of(payload), root / PICTURE)
     readme = (root / README).read_text()
     (root / README).write_text(with_block(readme, block(payload)))
@@ -37,19 +47,19 @@ def with_block(text: str, new: str) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n{new}\n{END}", text)
 
 
-def block(payload: Mapping[str, Any]) -> str:
+def block(payload: Payload) -> str:
     """The README's part: contenders at equal latency, and the verdict."""
     return f"{tables.equal_latency(points_of(payload))}\n\n{verdict(payload)}"
 
 
-def verdict(payload: Mapping[str, Any]) -> str:
+def verdict(payload: Payload) -> str:
     return "\n".join(
         f"- {target.name}: **{'met' if target.met else 'missed'}** ({target.measured})"
         for target in judge(points_of(payload))
     )
 
 
-def summary(payload: Mapping[str, Any]) -> str:
+def summary(payload: Payload) -> str:
     """What a run prints: as the README has it where all was measured, else each setting."""
     try:
         return block(payload)
@@ -57,8 +67,13 @@ def summary(payload: Mapping[str, Any]) -> str:
         return tables.settings(points_of(payload), None)
 
 
-def page(payload: Mapping[str, Any]) -> str:
+def pages(payloads: Mapping[str, Payload]) -> str:
     """docs/benchmarks.md."""
+    return page(payloads["digits"]) + speed.sections(payloads)
+
+
+def page(payload: Payload) -> str:
+    """What docs/benchmarks.md says of the digits."""
     points, heats = points_of(payload), payload["heats"]
     return f"""{_intro(payload)}
 ## At equal measured latency
@@ -118,7 +133,7 @@ cached by moeca on such a model ([figures](../benchmarks/results/skip.json)).
 """
 
 
-def _intro(payload: Mapping[str, Any]) -> str:
+def _intro(payload: Payload) -> str:
     size, machine = payload["size"], payload["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     loads = [load for heat in payload["heats"].values() for load in heat["load_1min"]]

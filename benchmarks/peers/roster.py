@@ -6,13 +6,50 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.peers import dbcache, exported, fora, nohit, ours, plain, taylorseer, teacache
 from benchmarks.peers.way import Family
+from benchmarks.peers.workload import Workload
 
 PAIR = 4  # the interval of TaylorSeer in the table of compile and cache
 PAIR_THRESHOLD = 0.12  # of DBCache there
 PAIR_BUDGET = "34"  # of moeca there
 
 
-def heats() -> Mapping[str, Sequence[Family]]:
+# of DBCache with random weights: where it hits at times, and often
+SPEED_THRESHOLDS = {"peers_s2": (0.8, 1.0), "peers_hidream": (0.6, 0.8)}
+
+
+def heats(work: Workload, quick: bool = False) -> Mapping[str, Sequence[Family]]:
+    if work.speed_only:
+        return {"speed": _quick_speed() if quick else _speed(SPEED_THRESHOLDS[work.result])}
+    return _quick_digits() if quick else _digits()
+
+
+def _speed(thresholds: tuple[float, ...]) -> list[Family]:
+    """All in one heat: where quality can't be told, what counts is how they compare in time."""
+    return [
+        *plain.uncached()[:2],
+        plain.fewer_steps((25, 17))[0],
+        fora.family((2, 3)),
+        taylorseer.family(1, (2, 3), cold=True),
+        dbcache.dynamic(1, thresholds=thresholds, cold=True),
+        dbcache.dynamic(1, taylor=1, thresholds=thresholds[:1]),
+        dbcache.dynamic(2, thresholds=thresholds[:1]),
+        dbcache.dynamic(1, last=1, thresholds=thresholds[:1]),
+        ours.full(),
+        ours.uniform(1, (2, 3, 4, 6)),
+    ]
+
+
+def _quick_speed() -> list[Family]:
+    """Few, and little to compile."""
+    return [
+        plain.uncached()[0],
+        taylorseer.family(1, (3,), compiled="no"),
+        dbcache.dynamic(1, warmup=2, thresholds=(1.0,), compiled="no"),
+        ours.uniform(1, (3,), inner="eager"),
+    ]
+
+
+def _digits() -> Mapping[str, Sequence[Family]]:
     return {
         "fewer steps": plain.fewer_steps(),
         "moeca calibrated": [ours.calibrated()],
@@ -48,7 +85,7 @@ def compile_and_cache() -> list[Family]:
     ]
 
 
-def quick() -> Mapping[str, Sequence[Family]]:
+def _quick_digits() -> Mapping[str, Sequence[Family]]:
     """One setting of each kind of contender."""
     return {
         "peers": [

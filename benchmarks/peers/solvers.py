@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from benchmarks.peers.workload import Velocity
-
+Velocity = Callable[[Tensor, float], Tensor]
 Solver = Callable[[Velocity, Tensor, int], Tensor]
 
 

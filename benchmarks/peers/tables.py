@@ -123,7 +123,7 @@ def never_a_hit(points: Sequence[Point]) -> str:
             point["family"].removesuffix(NEVER),
             f"{point['macs']:.1%}",
             f"{1 / point['speedup'] - 1:+.1%}",
-            _spread(point),
+            spread(point),
             _db(point["uncached"]["psnr_db"]),
         ]
         for point in points
@@ -145,7 +145,7 @@ def settings(points: Sequence[Point], shipped: float | None) -> str:
             [
                 f"{point['family']}{', ' if point['setting'] else ''}{point['setting']}",
                 f"{point['seconds']:.2f}",
-                f"{point['speedup']:.2f} ({_spread(point)})",
+                f"{point['speedup']:.2f} ({spread(point)})",
                 "-" if shipped is None else f"{point['speedup'] / shipped:.2f}",
                 f"{point['macs']:.1%}",
                 _db(near["psnr_db"]),
@@ -182,7 +182,7 @@ def _times(speedup: float | None) -> str:
     return "-" if speedup is None else f"{speedup:.2f}"
 
 
-def _spread(point: Point) -> str:
+def spread(point: Point) -> str:
     return f"{min(point['speedup_by_round']):.2f} to {max(point['speedup_by_round']):.2f}"
 
 

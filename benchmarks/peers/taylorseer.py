@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import macs
-from benchmarks.peers.solvers import euler
 from benchmarks.peers.way import Family, bytes_in
-from benchmarks.peers.workload import Batch, Size, guided, prepared
+from benchmarks.peers.workload import Batch, Workload
 
-MODULES = [r"blocks\.\d+\.attn", r"blocks\.\d+\.moe"]
 WARMUP = 3  # the default, disable_cache_before_step
 HOOK = "taylorseer_cache"
 
@@ -23,24 +21,23 @@ Compiled = Literal["no", "modules", "whole"]
 class TaylorSeer:
     """The hooked model. Under "modules" each hooked module's own forward is compiled and the hooks stay outside."""
 
-    def __init__(self, order: int, compiled: Compiled) -> None:
+    def __init__(self, work: Workload, order: int, compiled: Compiled) -> None:
         from diffusers import TaylorSeerCacheConfig
         from diffusers.hooks import HookRegistry, apply_taylorseer_cache
 
-        self.module = prepared()
+        self.module = work.prepared()
+        owners = [self.module.get_submodule(name) for name in work.names(self.module)]
         if compiled == "modules":
-            for block in self.module.blocks:
-                block.attn.forward = torch.compile(block.attn.forward)
-                block.moe.forward = torch.compile(block.moe.forward)
+            for owner in owners:
+                owner.forward = torch.compile(owner.forward)
         config = TaylorSeerCacheConfig(
             disable_cache_before_step=WARMUP,
             max_order=order,
             taylor_factors_dtype=torch.float32,
-            cache_identifiers=MODULES,
+            cache_identifiers=list(work.modules),
         )
         apply_taylorseer_cache(self.module, config)
         self.registry = HookRegistry.check_if_exists_or_initialize(self.module)
-        owners = [part for block in self.module.blocks for part in (block.attn, block.moe)]
         self.hooks = [owner._diffusers_hook.get_hook(HOOK) for owner in owners]
         self.model = torch.compile(self.module) if compiled == "whole" else self.module
 
@@ -49,7 +46,7 @@ class TaylorSeer:
         from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
         self.registry.reset_stateful_hooks(recurse=True)
-        _set_cache_context(self.module, CacheContext("digits"))
+        _set_cache_context(self.module, CacheContext("peers"))
         for hook in self.hooks:
             hook.cache_interval, hook.disable_cache_before_step = interval, warmup
 
@@ -57,20 +54,21 @@ class TaylorSeer:
 class Interval:
     """`TaylorSeer` at one interval."""
 
-    def __init__(self, seer: TaylorSeer, size: Size, interval: int, warmup: int = WARMUP) -> None:
-        self.seer, self.size, self.interval, self.warmup = seer, size, interval, warmup
+    def __init__(self, seer: TaylorSeer, work: Workload, interval: int, warmup: int = WARMUP) -> None:
+        self.seer, self.work, self.interval, self.warmup = seer, work, interval, warmup
 
     def sample(self, batch: Batch) -> Tensor:
         self.seer.restart(self.interval, self.warmup)
-        return euler(guided(self.seer.model, batch), batch.noise, self.size.steps)
+        return self.work.draw(self.seer.model, batch)
 
     def computes(self, step: int) -> bool:
         """diffusers counts the interval from the step after the warm-up."""
         return step < self.warmup or (step - self.warmup - 1) % self.interval == 0
 
     def macs(self) -> float:
-        computed = sum(map(self.computes, range(self.size.steps))) / self.size.steps
-        return computed + (1 - computed) * macs.without_modules()
+        steps = self.work.size.steps
+        computed = sum(map(self.computes, range(steps))) / steps
+        return computed + (1 - computed) * macs.without_modules(self.work)
 
     def state_bytes(self) -> int:
         return bytes_in([hook.state_manager._state_cache for hook in self.seer.hooks])
@@ -82,9 +80,9 @@ class Interval:
 def family(
     order: int, intervals: tuple[int, ...] = (2, 3, 4, 5, 6, 8), compiled: Compiled = "modules", cold: bool = False
 ) -> Family:
-    def opened(size: Size) -> Mapping[str, Interval]:
-        seer = TaylorSeer(order, compiled)
-        return {f"N={interval}": Interval(seer, size, interval) for interval in intervals}
+    def opened(work: Workload) -> Mapping[str, Interval]:
+        seer = TaylorSeer(work, order, compiled)
+        return {f"N={interval}": Interval(seer, work, interval) for interval in intervals}
 
     how: dict[Compiled, str] = {
         "no": ", eager",

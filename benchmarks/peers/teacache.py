@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import macs
-from benchmarks.peers.solvers import euler
 from benchmarks.peers.way import Family, bytes_in
-from benchmarks.peers.workload import CALIBRATION_SEED, Batch, Size, batches, guided, prepared
+from benchmarks.peers.workload import CALIBRATION_SEED, Batch, Workload
 from examples.dit_moe import DiTMoE, modulate
 
 THRESHOLDS = (0.03, 0.05, 0.08, 0.1, 0.15, 0.25)
@@ -81,11 +80,11 @@ class TeaCache:
 
 
 @cache
-def fitted(size: Size) -> np.poly1d:
+def fitted(work: Workload) -> np.poly1d:
     """The polynomial from the input's change to the output's, fitted on uncached trajectories of other seeds."""
-    parts = Parts(prepared(), compiled=False)
+    parts = Parts(work.prepared(), compiled=False)
     pairs: list[tuple[float, float]] = []
-    for batch in batches(size, CALIBRATION_SEED)[:2]:
+    for batch in work.batches(CALIBRATION_SEED)[:2]:
         before: list[Tensor] = []
 
         def model(x: Tensor, t: Tensor, y: Tensor, before: list[Tensor] = before) -> Tensor:
@@ -96,7 +95,7 @@ def fitted(size: Size) -> np.poly1d:
             before[:] = [signal, tokens + residual]
             return parts.leave(tokens, residual, c)
 
-        euler(guided(model, batch), batch.noise, size.steps)
+        work.draw(model, batch)
     seen, wanted = np.array(pairs).T
     return np.poly1d(np.polyfit(seen, wanted, min(DEGREE, len(pairs) - 1)))
 
@@ -104,19 +103,19 @@ def fitted(size: Size) -> np.poly1d:
 class Setting:
     """`TeaCache` at one threshold."""
 
-    def __init__(self, parts: Parts, size: Size, threshold: float) -> None:
-        self.parts, self.size, self.threshold = parts, size, threshold
+    def __init__(self, parts: Parts, work: Workload, threshold: float) -> None:
+        self.parts, self.work, self.threshold = parts, work, threshold
         self.last: TeaCache | None = None
 
     def sample(self, batch: Batch) -> Tensor:
-        self.last = TeaCache(self.parts, self.size.steps, self.threshold, fitted(self.size))
-        return euler(guided(self.last, batch), batch.noise, self.size.steps)
+        self.last = TeaCache(self.parts, self.work.size.steps, self.threshold, fitted(self.work))
+        return self.work.draw(self.last, batch)
 
     def macs(self) -> float:
         assert self.last is not None, "nothing was sampled"
-        computed = self.last.computed / self.size.steps
-        entering = macs.shares()["blocks.0.adaLN_modulation"]  # once more than the model itself
-        return computed + (1 - computed) * macs.with_blocks(0) + entering
+        computed = self.last.computed / self.work.size.steps
+        entering = macs.shares(self.work)["blocks.0.adaLN_modulation"]  # once more than the model itself
+        return computed + (1 - computed) * (1 - macs.of_blocks(self.work, "blocks")) + entering
 
     def state_bytes(self) -> int:
         assert self.last is not None, "nothing was sampled"
@@ -127,10 +126,10 @@ class Setting:
 
 
 def family(thresholds: tuple[float, ...] = THRESHOLDS) -> Family:
-    def opened(size: Size) -> Mapping[str, Setting]:
-        fitted(size)
-        parts = Parts(prepared())
-        return {f"{one:g}": Setting(parts, size, one) for one in thresholds}
+    def opened(work: Workload) -> Mapping[str, Setting]:
+        fitted(work)
+        parts = Parts(work.prepared())
+        return {f"{one:g}": Setting(parts, work, one) for one in thresholds}
 
     note = (
         "thresholds by model, 0.17 to 0.45 for HiDream-I1, and a polynomial of degree 4 fitted for each model, here "

@@ -1,16 +1,16 @@
-"""What is measured: a way draws a batch of digits; a family is one contender with its knob swept."""
+"""What is measured: a way draws a batch of images; a family is one contender with its knob swept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.solvers import euler
-from benchmarks.peers.workload import Batch, Size, guided
+from benchmarks.peers.solvers import Solver, euler
+from benchmarks.peers.workload import Batch, Workload
 
 Side = Literal["plain", "fewer steps", "peer", "moeca", "control"]
 
@@ -19,7 +19,7 @@ class Way(Protocol):
     """One setting of one contender."""
 
     def sample(self, batch: Batch) -> Tensor:
-        """A whole trajectory, nothing left of the one before: (n,1,16,16)."""
+        """A whole trajectory, nothing left of the one before: (n,C,H,W)."""
         ...
 
     def macs(self) -> float:
@@ -35,6 +35,19 @@ class Way(Protocol):
         ...
 
 
+@runtime_checkable
+class Foretold(Way, Protocol):
+    """A contender that tells its state before it runs."""
+
+    def told_bytes(self) -> int:
+        """The state that was told without a run.
+
+        Raises:
+            RuntimeError: the last trajectory kept another number of bytes.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Family:
     """A contender.
@@ -47,22 +60,21 @@ class Family:
     name: str
     side: Side
     note: str
-    open: Callable[[Size], Mapping[str, Way]]
+    open: Callable[[Workload], Mapping[str, Way]]
     cold: bool = False
 
 
 class Plain:
     """A model that keeps nothing, eager or compiled, and a solver."""
 
-    def __init__(self, model: Any, size: Size, steps: int | None = None, solver: Any = euler) -> None:
-        self.model, self.size, self.steps, self.solver = model, size, steps or size.steps, solver
+    def __init__(self, model: Any, work: Workload, steps: int | None = None, solver: Solver = euler) -> None:
+        self.model, self.work, self.steps, self.solver = model, work, steps or work.size.steps, solver
 
     def sample(self, batch: Batch) -> Tensor:
-        images: Tensor = self.solver(guided(self.model, batch), batch.noise, self.steps)
-        return images
+        return self.work.draw(self.model, batch, self.steps, self.solver)
 
     def macs(self) -> float:
-        return self.steps / self.size.steps
+        return self.steps / self.work.size.steps
 
     def state_bytes(self) -> int:
         return 0

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 import moeca_compile as moeca
-from benchmarks.peers import dbcache, fora, macs, ours, taylorseer, teacache, workload
+from benchmarks.peers import dbcache, fora, macs, ours, taylorseer, teacache
 from benchmarks.peers.way import Plain, Way, bytes_in
-from benchmarks.peers.workload import QUICK, Batch
+from benchmarks.peers.workload import Batch, Size
+from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
 from examples import digits
 
 NEEDS_DIFFUSERS = "diffusers isn't installed: pip install -e '.[bench]'"
 NEEDS_CACHE_DIT = "cache-dit isn't installed: pip install -e '.[bench]'"
-BATCH = workload.batches(QUICK)[0]
+WORK = TrainedDigits(QUICK)
+BATCH = WORK.batches()[0]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ def _no_grad() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def uncached() -> Tensor:
     with torch.no_grad():
-        return Plain(workload.prepared(), QUICK).sample(BATCH)
+        return Plain(WORK.prepared(), WORK).sample(BATCH)
 
 
 def psnr(way: Way, uncached: Tensor) -> float:
@@ -59,30 +61,30 @@ def calls_of(model: Any, way: Way) -> Counter[str]:
 def counted(calls: Counter[str]) -> float:
     """The share of the MACs that these calls and everything outside attention and MoE make."""
     parts = {name.replace(".inner", ""): number for name, number in calls.items()}
-    ran = sum(number * macs.shares()[name] for name, number in parts.items())
-    return ran / QUICK.steps + macs.without_modules()
+    ran = sum(number * macs.shares(WORK)[name] for name, number in parts.items())
+    return ran / QUICK.steps + macs.without_modules(WORK)
 
 
 def test_shares_of_the_parts_are_those_that_moeca_counts() -> None:
     """By two counters: torch's on the model as shipped, moeca's on its graph."""
-    found = moeca.explain(workload.shipped(), *workload.inputs_of(BATCH))
+    found = moeca.explain(WORK.shipped(), *WORK.inputs_of(BATCH))
     assert {region.key: region.macs / found.total_macs for region in found.regions} == pytest.approx(
-        {key: share for key, share in macs.shares().items() if key.endswith((".attn", ".moe"))}, rel=1e-6
+        {key: share for key, share in macs.shares(WORK).items() if key.endswith((".attn", ".moe"))}, rel=1e-6
     )
 
 
 @pytest.mark.slow
 def test_moecas_own_ways_say_what_they_spend(uncached: Tensor) -> None:
-    uniform = ours.Moeca(workload.prepared(), QUICK, "uniform:2", inner="eager", order=1)
+    uniform = ours.Moeca(WORK.prepared(), WORK, "uniform:2", inner="eager", order=1)
     assert 15 < psnr(uniform, uncached) < 80
-    assert uniform.macs() == pytest.approx(0.5 + 0.5 * macs.without_modules(), rel=1e-6)
+    assert uniform.macs() == pytest.approx(0.5 + 0.5 * macs.without_modules(WORK), rel=1e-6)
     assert uniform.state_bytes() > 2 * 12 * 4 * 64 * 96 * 4  # every region's value and difference, both halves
 
 
 def test_fora_copies_between_its_steps(uncached: Tensor) -> None:
-    cache = fora.Fora(compiled=False)
-    assert psnr(fora.Interval(cache, QUICK, 1), uncached) > 120
-    way = fora.Interval(cache, QUICK, 3)
+    cache = fora.Fora(WORK, compiled=False)
+    assert psnr(fora.Interval(cache, WORK, 1), uncached) > 120
+    way = fora.Interval(cache, WORK, 3)
     assert counted(calls_of(cache.model, way)) == pytest.approx(way.macs(), rel=1e-6)
     assert 15 < psnr(way, uncached) < 60
     assert way.state_bytes() == 12 * 4 * 64 * 96 * 4
@@ -92,9 +94,9 @@ def test_fora_copies_between_its_steps(uncached: Tensor) -> None:
 
 def test_taylorseer_runs_the_steps_that_are_counted(uncached: Tensor) -> None:
     pytest.importorskip("diffusers", reason=NEEDS_DIFFUSERS)
-    seer = taylorseer.TaylorSeer(order=1, compiled="no")
-    assert psnr(taylorseer.Interval(seer, QUICK, 1, warmup=QUICK.steps), uncached) > 120
-    way = taylorseer.Interval(seer, QUICK, 3)
+    seer = taylorseer.TaylorSeer(WORK, order=1, compiled="no")
+    assert psnr(taylorseer.Interval(seer, WORK, 1, warmup=QUICK.steps), uncached) > 120
+    way = taylorseer.Interval(seer, WORK, 3)
     assert counted(calls_of(seer.module, way)) == pytest.approx(way.macs(), rel=1e-6)
     assert 15 < psnr(way, uncached) < 60
     assert way.state_bytes() == 2 * 12 * 4 * 64 * 96 * 4
@@ -103,15 +105,15 @@ def test_taylorseer_runs_the_steps_that_are_counted(uncached: Tensor) -> None:
 
 def test_dbcache_hits_where_its_threshold_says(uncached: Tensor) -> None:
     pytest.importorskip("cache_dit", reason=NEEDS_CACHE_DIT)
-    cache = dbcache.DBCache(QUICK, 0, "no", Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
-    never = dbcache.Setting(cache, QUICK, residual_diff_threshold=0.0)
+    cache = dbcache.DBCache(WORK, 0, "no", Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
+    never = dbcache.Setting(cache, WORK, residual_diff_threshold=0.0)
     assert psnr(never, uncached) > 120
     assert never.macs() == 1
-    way = dbcache.Setting(cache, QUICK, residual_diff_threshold=0.6)
+    way = dbcache.Setting(cache, WORK, residual_diff_threshold=0.6)
     calls = calls_of(cache.module, way)
     assert calls["blocks.0.attn"] == QUICK.steps
     # adaLN's projections of the blocks that didn't run are what the two counts differ by
-    assert counted(calls) == pytest.approx(way.macs(), abs=6 * macs.shares()["blocks.0.adaLN_modulation"])
+    assert counted(calls) == pytest.approx(way.macs(), abs=6 * macs.shares(WORK)["blocks.0.adaLN_modulation"])
     assert way.macs() < 0.9
     torch.testing.assert_close(way.sample(BATCH), way.sample(BATCH), rtol=0, atol=0)
     assert way.state_bytes() > 4 * 64 * 96 * 4
@@ -120,19 +122,21 @@ def test_dbcache_hits_where_its_threshold_says(uncached: Tensor) -> None:
 @pytest.mark.slow
 def test_masks_compute_the_steps_that_are_set() -> None:
     pytest.importorskip("cache_dit", reason=NEEDS_CACHE_DIT)
-    ways = dbcache.masks().open(workload.Size(2, 1, 28, 1))
+    ways = dbcache.masks().open(TrainedDigits(Size(2, 1, 28)))
     assert list(ways) == list(dbcache.POLICIES)
     fast = ways["fast"]
     fast.sample(BATCH)
-    assert fast.macs() == pytest.approx((11 + 17 * macs.with_blocks(1)) / 28)  # its table says 11 of 28
+    assert fast.macs() == pytest.approx(
+        (11 + 17 * (1 - macs.of_blocks(WORK, "blocks", but=1))) / 28
+    )  # its table says 11 of 28
 
 
 def test_teacache_is_exact_at_threshold_zero(uncached: Tensor) -> None:
-    parts = teacache.Parts(workload.prepared(), compiled=False)
-    always = teacache.Setting(parts, QUICK, -1.0)
+    parts = teacache.Parts(WORK.prepared(), compiled=False)
+    always = teacache.Setting(parts, WORK, -1.0)
     assert psnr(always, uncached) > 100
     assert always.macs() == pytest.approx(1, abs=1e-3)
-    way = teacache.Setting(parts, QUICK, 0.3)
+    way = teacache.Setting(parts, WORK, 0.3)
     calls = calls_of(parts.model, way)
     assert way.last is not None
     assert set(calls.values()) == {way.last.computed}

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import measure, memory, quality, workload
+from benchmarks.peers import measure, memory, quality
 from benchmarks.peers.way import Family
-from benchmarks.peers.workload import Batch, Size
+from benchmarks.peers.workload import Batch, Size, Truth, Workload
+from benchmarks.peers.workloads.trained_digits import TrainedDigits
 
 SIZE = Size(digits=2, rounds=3, steps=4, converged=4)
+WORK = TrainedDigits(SIZE)
 
 
 class Stub:
@@ -39,14 +41,14 @@ class Stub:
         self.spent = 0.0
 
 
-def opened(size: Size) -> Mapping[str, Stub]:
+def opened(work: Workload) -> Mapping[str, Stub]:
     return {"": Stub()}
 
 
-def truth() -> measure.Truth:
-    batches = workload.batches(SIZE)
+def truth() -> Truth:
+    batches = WORK.batches()
     noise = torch.cat([batch.noise for batch in batches])
-    return measure.Truth(batches, noise, noise)
+    return Truth(batches, noise, noise)
 
 
 def test_each_round_draws_its_own_digits_and_notes_what_they_cost() -> None:
@@ -60,7 +62,7 @@ def test_each_round_draws_its_own_digits_and_notes_what_they_cost() -> None:
     torch.testing.assert_close(torch.cat(base.images), known.uncached)
     torch.testing.assert_close(torch.cat(lane.images), known.uncached + 0.1)
     assert lane.macs == pytest.approx([batch.noise.abs().mean().item() for batch in known.batches])
-    found = measure.point(lane, known)
+    found = measure.point(lane, WORK, known)
     assert found["speedup"] > 0
     assert found["uncached"]["psnr_db"] == pytest.approx(10 * math.log10(4 / 0.01), abs=0.01)
     assert found["compile_seconds"] is None, "not compiled with empty caches"
