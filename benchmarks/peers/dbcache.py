@@ -105,8 +105,8 @@ def dynamic(
         return {f"{one:g}": Setting(cache, work, residual_diff_threshold=one) for one in thresholds}
 
     note = (
-        "threshold 0.08, warm-up 8, F8B0 by default for models of many blocks, F1B0 where speed counts; six blocks "
-        "here. Its checks can't be traced: each block is compiled by itself, under the recompile limits it recommends"
+        "threshold 0.08, warm-up 8, F8B0 by default for models of many blocks, F1B0 where speed counts. "
+        "Its checks can't be traced: each block is compiled by itself, under the recompile limits it recommends"
     )
     how = {"no": ", eager", "blocks": "", "whole": ", compiled as a whole"}[compiled]
     forecast = f" + Taylor {taylor}" if taylor else ""

@@ -19,21 +19,22 @@ SPEED_THRESHOLDS = {"peers_s2": (0.8, 1.0), "peers_hidream": (0.6, 0.8)}
 
 def heats(work: Workload, quick: bool = False) -> Mapping[str, Sequence[Family]]:
     if work.speed_only:
-        return {"speed": _quick_speed() if quick else _speed(SPEED_THRESHOLDS[work.result])}
+        return {"speed": _quick_speed() if quick else _speed(work)}
     return _quick_digits() if quick else _digits()
 
 
-def _speed(thresholds: tuple[float, ...]) -> list[Family]:
+def _speed(work: Workload) -> list[Family]:
     """All in one heat: where quality can't be told, what counts is how they compare in time."""
+    thresholds, warmup = SPEED_THRESHOLDS[work.result], min(8, work.size.steps // 4)
     return [
         *plain.uncached()[:2],
         plain.fewer_steps((25, 17))[0],
         fora.family((2, 3)),
         taylorseer.family(1, (2, 3), cold=True),
-        dbcache.dynamic(1, thresholds=thresholds, cold=True),
-        dbcache.dynamic(1, taylor=1, thresholds=thresholds[:1]),
-        dbcache.dynamic(2, thresholds=thresholds[:1]),
-        dbcache.dynamic(1, last=1, thresholds=thresholds[:1]),
+        dbcache.dynamic(1, 0, warmup, thresholds=thresholds, cold=True),
+        dbcache.dynamic(1, 0, warmup, taylor=1, thresholds=thresholds[:1]),
+        dbcache.dynamic(2, 0, warmup, thresholds=thresholds[:1]),
+        dbcache.dynamic(1, 1, warmup, thresholds=thresholds[:1]),
         ours.full(),
         ours.uniform(1, (2, 3, 4, 6)),
     ]

@@ -16,6 +16,6 @@ def workload(name: str, quick: bool) -> Workload:
     """The workload in its whole size, or one that only shows that everything runs."""
     if name == "digits":
         return TrainedDigits(QUICK if quick else WHOLE)
-    if name == "s2":  # a step takes over a second
-        return S2(_FEW, depth=2) if quick else S2(Size(digits=1, rounds=2, steps=20))
-    return HiDream(_FEW, layers=2) if quick else HiDream(Size(digits=1, rounds=3, steps=50))
+    if name == "s2":  # a step takes a second
+        return S2(_FEW, depth=2) if quick else S2(Size(digits=1, rounds=2, steps=16))
+    return HiDream(_FEW, layers=2) if quick else HiDream(Size(digits=1, rounds=2, steps=50))
