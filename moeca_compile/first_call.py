@@ -26,7 +26,7 @@ from moeca_compile.owner import Owner
 
 _broken: list[FrameType] = []  # the call during which a model was prepared
 _trials: dict[int, bool] = {}  # by id of a model that is being called once more: whether its graph was whole
-_renewed: weakref.WeakSet[Module] = weakref.WeakSet()  # models that were called once more; if they break, so be it
+_renewed: weakref.WeakSet[Module] = weakref.WeakSet()  # handles that were called once more; if they break, so be it
 
 
 def out_of_date(owner: Owner | None, whole: bool) -> bool:
@@ -44,9 +44,9 @@ def out_of_date(owner: Owner | None, whole: bool) -> bool:
         some = "; ".join(str(miss) for miss in report.misses[:3])
         text = f"{len(report.misses)} expert dispatches are left as they are: {some}"
         warnings.warn(text, MoecaWarning, stacklevel=4)
-    if not report.changed and (whole or owner.module in _renewed):
+    if not report.changed and (whole or owner.handle in _renewed):
         return False
-    _renewed.add(owner.module)
+    _renewed.add(owner.handle)
     _renew(owner, scalars=True)
     if not _has_hooks(owner) and not _comes_whole(owner):  # hooks may not bear being run twice: next time, then
         _renew(owner, scalars=False)

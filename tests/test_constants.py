@@ -139,6 +139,16 @@ def test_a_model_that_broke_in_its_first_call_is_one_graph(
     assert (stats.graphs, [record.step for record in stats.steps]) == (1, list(range(3 - begins)))
 
 
+def test_a_model_that_is_compiled_twice_is_one_graph_under_both() -> None:
+    torch.manual_seed(0)
+    module = Reads(by_list).eval().requires_grad_(False)
+    both = [compiled(module, by_hand=True), moeca.compile(module, schedule="uniform:3", order=0, inner="eager")]
+    for model in both * 2:  # the second was traced anew, and with it the first
+        steps(model)
+    assert [moeca.stats(model).graphs for model in both] == [1, 1]
+    assert [len({record.variant for record in moeca.stats(model).steps}) for model in both] == [2, 2]
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_model_whose_numbers_depend_on_data_is_one_graph_too(by_hand: bool) -> None:
     torch.manual_seed(0)
