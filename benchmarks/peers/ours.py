@@ -61,11 +61,10 @@ class Moeca:
 def compiled(
     schedules: Callable[[Size], Mapping[str, Any]], **options: Any
 ) -> Callable[[Workload], Mapping[str, Moeca]]:
-    """All of them on one prepared model, each a compile of its own."""
+    """Each a compile of its own, of an instance of its own: two compiles of one instance may trace each other anew."""
 
     def opened(work: Workload) -> Mapping[str, Moeca]:
-        model = work.prepared()
-        return {name: Moeca(model, work, one, **options) for name, one in schedules(work.size).items()}
+        return {name: Moeca(work.prepared(), work, one, **options) for name, one in schedules(work.size).items()}
 
     return opened
 
