@@ -55,6 +55,7 @@ class Lane:
     setting: str
     way: Way
     first_seconds: float = 0.0
+    told: int | None = None  # bytes of state, before the first trajectory
     images: list[Tensor] = field(default_factory=list)
     macs: list[float] = field(default_factory=list)
     clocks: list[Clock] = field(default_factory=list)
@@ -100,6 +101,9 @@ def heat(families: Sequence[Family], work: Workload, truth: Truth, say: Say) -> 
 
 def first_runs(lanes: Sequence[Lane], batch: Batch) -> dict[str, int]:
     """The first trajectory of each setting, which compiles; Dynamo's graphs and graph breaks in it."""
+    for lane in lanes:
+        if isinstance(lane.way, Foretold):
+            lane.told = lane.way.told_bytes()
     counters.clear()
     with fresh_cache() if lanes[0].family.cold else nullcontext():
         for lane in lanes:
@@ -158,9 +162,23 @@ def point(lane: Lane, work: Workload, truth: Truth) -> dict[str, Any]:
         "macs": round(statistics.mean(lane.macs), 5),
         "state_bytes": lane.way.state_bytes(),
         "compile_seconds": round(max(0.0, lane.first_seconds - typical), 2) if lane.family.cold else None,
-        **({"told_bytes": lane.way.told_bytes()} if isinstance(lane.way, Foretold) else {}),
+        **told(lane),
         **work.figures(torch.cat(lane.images), truth),
     }
+
+
+def told(lane: Lane) -> dict[str, int]:
+    """The state that was told before the first trajectory, where it was.
+
+    Raises:
+        RuntimeError: the last trajectory kept another number of bytes.
+    """
+    if lane.told is None or not isinstance(lane.way, Foretold):
+        return {}
+    if lane.told != (held := lane.way.held_bytes()):
+        name = f"{lane.family.name}, {lane.setting}"
+        raise RuntimeError(f"{name}: {lane.told} bytes of state were told, the trajectory kept {held}")
+    return {"told_bytes": lane.told}
 
 
 def note_of(lanes: Sequence[Lane], name: str) -> str:

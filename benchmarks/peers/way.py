@@ -40,11 +40,11 @@ class Foretold(Way, Protocol):
     """A contender that tells its state before it runs."""
 
     def told_bytes(self) -> int:
-        """The state that was told without a run.
+        """What a trajectory will keep, without what is hoisted; asked before the first one."""
+        ...
 
-        Raises:
-            RuntimeError: the last trajectory kept another number of bytes.
-        """
+    def held_bytes(self) -> int:
+        """The same of the last trajectory, as it was kept."""
         ...
 
 

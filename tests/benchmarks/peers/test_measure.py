@@ -68,6 +68,26 @@ def test_each_round_draws_its_own_digits_and_notes_what_they_cost() -> None:
     assert found["compile_seconds"] is None, "not compiled with empty caches"
 
 
+class Telling(Stub):
+    """Says before what it will keep."""
+
+    def told_bytes(self) -> int:
+        assert self.spent == 0, "asked after the first trajectory"
+        return 7
+
+    def held_bytes(self) -> int:
+        return 7 if self.error else 8
+
+
+def test_state_is_told_before_the_first_trajectory_and_must_be_kept() -> None:
+    lanes = [measure.Lane(Family("stub", "moeca", "", opened), "N=2", one) for one in (Telling(), Telling(0.0), Stub())]
+    measure.first_runs(lanes, truth().batches[0])
+    assert measure.told(lanes[0]) == {"told_bytes": 7}
+    assert measure.told(lanes[2]) == {}
+    with pytest.raises(RuntimeError, match="stub, N=2: 7 bytes of state were told, the trajectory kept 8"):
+        measure.told(lanes[1])
+
+
 def test_worst_is_of_the_worst_digits_alone() -> None:
     images = torch.zeros(40, 1, 16, 16)
     off = images + 0.1
