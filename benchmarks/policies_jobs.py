@@ -24,7 +24,7 @@ BUDGETS = {"52": 0.5178, "50": 0.5033, "34": 0.3443}
 C, F = Action.COMPUTE, Action.FORECAST
 KEYS = tuple(f"blocks.{i}.{part}" for i in range(BLOCKS) for part in ("attn", "moe"))
 TAU = 0.04
-CALIBRATED = f"calibrated with tau {TAU} in every cheap row"
+CALIBRATED = f"calibrated with tau {TAU}, thinned"
 MANY = "uniform:4"  # the schedule on which all policies and ideas are tried
 
 # What a step between full ones does with attention and experts.
