@@ -19,6 +19,7 @@ from moeca_compile.regions import RegionMap
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.study.study import Study
 
+UNTOUCHED = "branches in every cheap step"
 BETTER_DB = 0.02  # less is not worth another kind of row
 
 Way = Callable[[Schedule], Schedule]
@@ -71,8 +72,8 @@ def thin(
         return mean_psnr((rollout(one, seed) for seed in seeds[:count]), data_range)
 
     taken: list[str] = []
-    tried: dict[str, float] = {}
     before, best = schedule, quality(schedule, raced)
+    tried = {UNTOUCHED: best}
     for name, way in ways.items():
         other = way(schedule)
         if other.rows == schedule.rows:

@@ -7,7 +7,7 @@ import pytest
 from moeca_compile.action import legend_of, written
 from moeca_compile.regions import Region, RegionMap
 from moeca_compile.schedule import Action, Partial, Schedule
-from moeca_compile.study.thin import thin, ways_of
+from moeca_compile.study.thin import UNTOUCHED, thin, ways_of
 
 C, F, P = Action.COMPUTE, Action.FORECAST, Partial(0, 0.1)
 
@@ -63,7 +63,7 @@ def test_ways_are_taken_one_on_top_of_the_other_where_they_are_better() -> None:
     first, middle, *steps = ways_of(regions(3))
     assert found.ways == (first, middle)
     assert texts(found.schedule)[2:5] == ["FFFFFa"] * 3
-    assert list(found.tried) == [*(first, middle), *steps]
+    assert list(found.tried) == [UNTOUCHED, first, middle, *steps]
     assert {3, 4, 5} <= set(rolled), "the last word is said on all seeds"
     assert rolled.count(5) == 2, "with it and without"
 
@@ -85,4 +85,4 @@ def test_where_branches_are_worth_it_nothing_is_left_out() -> None:
     found = thin(schedule(3), ways_of(regions(3)), rollout, range(2), raced=2, data_range=2.0)
     assert found.ways == ()
     assert found.schedule == schedule(3)
-    assert len(found.tried) == 6
+    assert len(found.tried) == 7
