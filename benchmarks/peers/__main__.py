@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers                    # about 40 minutes on one core; goes on from results/peers.json
     python -m benchmarks.peers --again "moeca calibrated"    # one heat anew
-    python -m benchmarks.peers --model hidream    # HiDream's structure, random: speed only, about 15 minutes
+    python -m benchmarks.peers --model hidream    # HiDream's structure, random: speed only, about 20 minutes
     python -m benchmarks.peers --model s2         # DiT-MoE-S/2, random: speed only, about 22 minutes
     python -m benchmarks.peers --report   # docs/benchmarks.md, docs/peers.svg and the README's table from the results
     python -m benchmarks.peers --quick    # few images and steps: does it run?
