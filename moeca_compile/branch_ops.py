@@ -78,7 +78,7 @@ def pick(
     weight = torch.where(hit, weight * wanted, weight)
     rank = torch.where(hit, 0.0, 4.0) + weight / (1 + weight)  # a tier each, 2 apart
     if threshold is not None:
-        past = drift_of(ids, held, due, len(threshold)) >= threshold
+        past = _mean_by_expert(wanted, hit, ids, len(threshold)) >= threshold
         rank = rank + 2.0 * (hit & past.gather(1, ids.flatten(1)).view_as(ids))
     if quota is not None:
         rank = rank - 6.0 * ~_within(rank, ids, quota)
@@ -97,9 +97,14 @@ def drift_of(ids: Tensor, held: Tensor, due: Tensor, experts: int) -> Tensor:
         float32 [B, experts].
     """
     hit, wanted = _held(ids, held, due)
+    return _mean_by_expert(wanted, hit, ids, experts)
+
+
+def _mean_by_expert(values: Tensor, among: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """[B, E] of values [B, N, K], which are 0 where they aren't `among` those that count."""
     total, count = (
         torch.zeros(len(ids), experts, device=ids.device).scatter_add(1, ids.flatten(1), one.float().flatten(1))
-        for one in (wanted, hit)
+        for one in (values, among)
     )
     return total / count
 
