@@ -7,7 +7,7 @@ that does to the samples, so each way is sampled, and kept where the samples are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from moeca_compile.plan.quality import mean_psnr
 from moeca_compile.plan.rows import Plan, schedule_of
 from moeca_compile.plan.search import RACED
 from moeca_compile.regions import RegionMap
-from moeca_compile.schedule import Action, Partial, Schedule
+from moeca_compile.schedule import Action, Partial, Row, Schedule
 from moeca_compile.study.study import Study
 
 UNTOUCHED = "branches in every cheap step"
@@ -114,13 +114,7 @@ def thinned(study: Study, plan: Plan) -> Thinned:
 
 def _without(columns: frozenset[int], schedule: Schedule) -> Schedule:
     """These columns forecast as a whole where a part of them was computed."""
-    rows = tuple(
-        tuple(
-            Action.FORECAST if column in columns and isinstance(act, Partial) else act for column, act in enumerate(row)
-        )
-        for row in schedule.rows
-    )
-    return replace(schedule, rows=rows)
+    return replace(schedule, rows=tuple(_forecast(row, columns) for row in schedule.rows))
 
 
 def _only(keeps: Callable[[int, int], bool], schedule: Schedule) -> Schedule:
@@ -130,5 +124,12 @@ def _only(keeps: Callable[[int, int], bool], schedule: Schedule) -> Schedule:
     for start, end in zip(full, [*full[1:], len(rows)], strict=True):
         for step in range(start + 1, end):
             if not keeps(step - start - 1, end - start - 1):
-                rows[step] = tuple(Action.FORECAST if isinstance(act, Partial) else act for act in rows[step])
+                rows[step] = _forecast(rows[step], range(len(rows[step])))
     return replace(schedule, rows=tuple(rows))
+
+
+def _forecast(row: Row, columns: Container[int]) -> Row:
+    """The row with a forecast in these columns where a part was computed."""
+    return tuple(
+        Action.FORECAST if column in columns and isinstance(act, Partial) else act for column, act in enumerate(row)
+    )
