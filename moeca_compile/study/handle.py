@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +130,15 @@ class Handle:
         plain = kinds_of(program)
         return filled(plain, self.caching.rows[-1]) if self.by_branches else plain
 
-    def run(self, seed: int, plan: Plan | Schedule | None = None, watch: Watch | None = None) -> torch.Tensor:
+    def run(
+        self, seed: int, plan: Plan | Schedule | None = None, watch: Watch | None = None,
+        within: AbstractContextManager[object] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """The samples of one seed with a plan; None computes everything, and counts the steps. A schedule, of the
         regions of `program`, keeps its own state.
 
         watch: sees every call; what it returns, if anything, is handed to the sampler in place of the call's results.
+        within: entered around each call of the program.
 
         Raises:
             ScheduleError: the sampler never called the model, or gave no tensor.
@@ -150,7 +154,8 @@ class Handle:
                 self._bind(program, plan)
             trajectory = current(bank.ids)
             tracks = open_.setdefault(trajectory, Tracks(trajectory or Trajectory(())))
-            results = run_step(program, tracks, args, trajectory)
+            with within or nullcontext():
+                results = run_step(program, tracks, args, trajectory)
             track = tracks.of(program)
             if isinstance(plan, Plan) and not self.by_branches:
                 for name, state in track.states.items():

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeca_compile.backend import Bank, Entry, visiting
 from moeca_compile.branch_ops import drift_of
 from moeca_compile.errors import ScheduleError
-from moeca_compile.face import compile as moeca_compile_model
-from moeca_compile.face import inner_module
-from moeca_compile.runtime.dispatch import Tracks, run_step
-from moeca_compile.runtime.trajectory import Trajectory, current
 from moeca_compile.schedule import Partial, Schedule
-from moeca_compile.study.handle import Sampler
+from moeca_compile.study.handle import Call, Handle, Sampler
 
 Drifts = dict[str, list[Tensor]]  # by region key, of each step [B, E]; NaN where an expert holds nothing
 
@@ -42,6 +37,11 @@ class _Choices(TorchDispatchMode):
             self.asked.append(args)
         return func(*args, **(kwargs or {}))
 
+    def taken(self) -> list[tuple[Any, ...]]:
+        """What was asked since the last time."""
+        asked, self.asked = self.asked, []
+        return asked
+
 
 def expert_thresholds(
     model: torch.nn.Module, sample: Sampler, schedule: Schedule, *, share: float = 0.25, seeds: Sequence[int] = (0,)
@@ -56,7 +56,8 @@ def expert_thresholds(
         seeds: of the trajectories.
 
     Raises:
-        ScheduleError: a share outside (0, 1), no seed, or no choice of branches to be measured.
+        ScheduleError: a share outside (0, 1), no seed, no choice of branches to be measured, or a sampler that never
+            calls the model.
         CaptureError: as for `calibrate`.
     """
     if not 0 < share < 1 or not seeds:
@@ -73,28 +74,21 @@ def expert_thresholds(
 
 
 def _drifts(model: torch.nn.Module, sample: Sampler, schedule: Schedule, seeds: Sequence[int]) -> Drifts:
-    compiled = moeca_compile_model(
-        inner_module(model), schedule=schedule, inner="eager", granularity=schedule.granularity or "region"
-    )
+    handle = Handle(model, sample, schedule.granularity or "region", "eager", schedule)
     drifts: Drifts = defaultdict(list)
-    open_: dict[Any, Tracks] = {}
+    choices = _Choices()
 
-    def visit(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
-        program, trajectory = entry.program(args, bank), current(bank.ids)
-        tracks = open_.setdefault(trajectory, Tracks(trajectory or Trajectory(())))
-        rows = {program.variant(row).name: row for row in program.schedule.distinct_rows()}  # traced here, not below
-        with _Choices() as choices:
-            results = run_step(program, tracks, args, trajectory)
-        row = rows[tracks.of(program).records[-1].variant]
-        keys = [key for key, act in zip(program.regions.keys, row, strict=True) if isinstance(act, Partial) and act.tau]
-        last = choices.asked[len(choices.asked) - len(keys) :]  # a variant's first call runs it twice
-        for key, (ids, _, held, due, *_) in zip(keys, last, strict=True):
-            experts = next(region for region in program.regions if region.key == key).routers[0].num_experts
-            drifts[key].append(drift_of(ids, held, due, experts))
-        return results
+    def see(call: Call) -> None:
+        program, asked = call.program, choices.taken()
+        if program is not handle.program:
+            return
+        rows = {program.variant(row).name: row for row in program.schedule.distinct_rows()}
+        acts = zip(program.regions, rows[call.record.variant], strict=True)
+        chose = [region for region, act in acts if isinstance(act, Partial) and act.tau]
+        last = asked[len(asked) - len(chose) :]  # tracing a variant asks too, and its first call runs it twice
+        for region, (ids, _, held, due, *_) in zip(chose, last, strict=True):
+            drifts[region.key].append(drift_of(ids, held, due, region.routers[0].num_experts))
 
     for seed in seeds:
-        open_.clear()
-        with visiting(visit), torch.no_grad():
-            sample(compiled, seed)
+        handle.run(seed, schedule, see, choices)
     return drifts
