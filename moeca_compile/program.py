@@ -23,7 +23,7 @@ from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.packable import why_not_packed
 from moeca_compile.pipeline import Analysis, analyse, build_prelude, build_variant
 from moeca_compile.runner import PassRecord
-from moeca_compile.runtime.buffers import Buffers
+from moeca_compile.runtime.buffers import Buffers, zeros_of
 from moeca_compile.runtime.hoisted import Hoisted
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
@@ -192,8 +192,7 @@ class Program:
         one = self.layout[slot]
         kind = (one.shape, one.dtype, one.device)
         if kind not in self._zeros:
-            with torch.inference_mode(False):
-                self._zeros[kind] = torch.zeros(one.shape, dtype=getattr(torch, one.dtype), device=one.device)
+            self._zeros[kind] = zeros_of(one)
         return self._zeros[kind]
 
     def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:

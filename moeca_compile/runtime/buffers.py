@@ -7,7 +7,6 @@ copied into its slot here, where `StreamState` keeps the tensor itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ class Buffers:
     def state(self, layout: tuple[StateSlot, ...], regions: int) -> StreamState:
         """A stream's state in a set of its own, all zeros; the set comes back when the state is gone."""
         free = self._free.setdefault(layout, [])
-        tensors = free.pop() if free else _allocated(layout)
+        tensors = free.pop() if free else [zeros_of(slot) for slot in layout]
         state = _Fixed(layout, regions, tensors)
         weakref.finalize(state, free.append, tensors)
         return state
@@ -51,6 +50,7 @@ class _Fixed(StreamState):  # no __slots__: it can be referred to weakly
         self.fixed[slot].copy_(value)
 
 
-def _allocated(layout: Sequence[StateSlot]) -> Set:
+def zeros_of(slot: StateSlot) -> torch.Tensor:
+    """A tensor for a slot, of a kind that may be written inside and outside inference mode."""
     with torch.inference_mode(False):
-        return [torch.zeros(one.shape, dtype=getattr(torch, one.dtype), device=one.device) for one in layout]
+        return torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype), device=slot.device)
