@@ -79,6 +79,9 @@ def calibrate(models: Sequence[str]) -> None:
         if not branches or any(found.partials(column) for column in range(len(KEYS))):
             found.save(SCHEDULES / file_of(model, name, branches))
         print(f"{model} {name} %: {found.made_by}: {found.predicted['psnr_db']:.2f} dB")
+        for what, quality in found.predicted.items():
+            if what.startswith("tried branches, "):
+                print(f"    {what}: {quality:.2f} dB")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
