@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py
 _BANKS: weakref.WeakValueDictionary[Hashable, Bank] = weakref.WeakValueDictionary()
 _visiting = threading.local()
 _books = threading.Lock()  # around banks and the order of programs; short
+_version = attrgetter("_version")
 
 
 def moeca(
@@ -62,7 +64,8 @@ class Bank:
 
     def __init__(self, owner: Owner | None, weights: Sequence[torch.Tensor]) -> None:
         self.handle = weakref.ref(owner.handle) if owner else None
-        self.weights = [weakref.ref(weight) for weight in weights]
+        self._gone: list[object] = []
+        self._weights = [weakref.ref(weight, self._gone.append) for weight in weights]
         self.ids = frozenset(map(id, weights))
         self.stamp: tuple[list[int], list[int]] | None = None
         self.plain = Tracks()  # of calls outside any trajectory
@@ -72,15 +75,15 @@ class Bank:
 
     def lives(self) -> bool:
         """Whether handle and weights still exist (their ids may have been used again)."""
-        return (self.handle is None or self.handle() is not None) and all(ref() is not None for ref in self.weights)
+        return not self._gone and (self.handle is None or self.handle() is not None)
 
     def follow(self, weights: Sequence[torch.Tensor]) -> None:
         """Start cold if a weight was changed in place or its storage swapped."""
-        try:
-            versions = [weight._version for weight in weights]  # hundreds, at every step: nothing slower will do
+        try:  # hundreds, at every step: nothing slower will do
+            versions = list(map(_version, weights))
         except RuntimeError:  # inference tensors have none
             versions = [-1 if weight.is_inference() else weight._version for weight in weights]
-        stamp = [weight.data_ptr() for weight in weights], versions
+        stamp = list(map(torch.Tensor.data_ptr, weights)), versions
         if stamp != self.stamp:
             self.stamp = stamp
             self.packs = Packs()
@@ -114,7 +117,8 @@ class Entry:
         self._weights = [i for i, one in enumerate(inputs) if one.is_weight]
         self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
         self._floats = _floats_of(gm)
-        self._kinds: weakref.WeakKeyDictionary[Bank, tuple[Hashable, Hashable]] = weakref.WeakKeyDictionary()
+        self._kinds: weakref.WeakKeyDictionary[Bank, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
+        self._numbers: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
         self._whole: bool | None = None
         ENTRIES.add(self)
 
@@ -173,8 +177,8 @@ class Entry:
             (tuple(a.shape), a.stride(), a.dtype, a.device) for a in (args[i] for i in self._others if i not in numbers)
         )
         if bank not in self._kinds or self._kinds[bank][0] is not bank.stamp:
-            weights = (args[i] for i in self._weights)
-            self._kinds[bank] = bank.stamp, tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
+            kinds = tuple((tuple(w.shape), w.dtype, w.device) for w in (args[i] for i in self._weights))
+            self._kinds[bank] = bank.stamp, self._numbers.setdefault(kinds, len(self._numbers))
         key = (tuple(numbers.values()), tensors, self._kinds[bank][1], ambient_autocast())
         with _books:
             program = self.programs.get(key)
@@ -187,6 +191,7 @@ class Entry:
                 self._warn_of_numbers(key, numbers)
                 gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
                 program = Program(gm, args, self.inputs, self.options, self.whole)
+                bank.follow([args[i] for i in self._weights])  # packing may have moved them
                 if not self.whole:
                     _warn_broken(program)
         with _books:

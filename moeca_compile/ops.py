@@ -160,18 +160,18 @@ def grouped(
 
 def stacked(tensors: Weights) -> Tensor:
     """E tensors of one shape as one [E, ...]: a view where they lie evenly spaced in one storage, else a copy."""
-    first = tensors[0]
-    base = first.storage_offset()
-    step = tensors[-1].storage_offset() - base
-    step = step // (len(tensors) - 1) if len(tensors) > 1 else first.numel()
-    in_place = step > 0 and all(
-        t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and t.storage_offset() == base + e * step
-        and t.stride() == first.stride()
-        for e, t in enumerate(tensors)
+    first, last = tensors[0], tensors[-1]
+    places = list(map(Tensor.data_ptr, tensors))  # at every call, for every layer: what costs least
+    step = places[1] - places[0] if len(places) > 1 else first.numel() * first.element_size()
+    in_place = (
+        step > 0
+        and step % first.element_size() == 0
+        and all(place == places[0] + e * step for e, place in enumerate(places))
+        and all(one.stride() == first.stride() for one in tensors)
+        and last.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()  # then all between them do
     )
     if in_place:
-        return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
+        return first.as_strided((len(tensors), *first.shape), (step // first.element_size(), *first.stride()))
     return torch.stack(list(tensors))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moeca_compile import fx
+from moeca_compile.adjacent import expert_weights, put_side_by_side
 from moeca_compile.autocast import autocast_is
 from moeca_compile.capture import Input, alone
 from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning, OptionError
@@ -47,6 +48,8 @@ class Program:
         context = self.analysis.context
         self.regions = context.regions
         self.packs_experts = options.pack_experts and self._can_pack()
+        if self.packs_experts:
+            put_side_by_side(expert_weights(self.analysis.gm, context.inputs, args))
         self.hoisted = context.hoisted
         self._preludes: dict[tuple[int, ...], tuple[Variant, Executable | None]] = {}
         self._mapped: dict[tuple[int, ...], Executable] = {}
@@ -121,7 +124,8 @@ class Program:
                 variant, run = self._prelude(gives)
                 if run is None:
                     given = [*(args[i] for i in variant.takes), *self._examples(variant.hoists)]
-                    run = self._lower(variant, given)
+                    often = any(self.hoisted[position].level == "step" for position in gives)
+                    run = self._lower(variant, given, often)
                     self._preludes[gives] = variant, run
         return variant, run
 
@@ -152,7 +156,8 @@ class Program:
         nodes = fx.resolve(self.analysis.gm, (self.hoisted[position].value for position in hoists))
         return [torch.empty(fx.shape(node), dtype=fx.need(node).dtype, device=fx.need(node).device) for node in nodes]
 
-    def _lower(self, variant: Variant, args: Sequence[Any]) -> Executable:
+    def _lower(self, variant: Variant, args: Sequence[Any], often: bool = True) -> Executable:
+        """`often`: it runs at many steps of a trajectory, so that recording it pays."""
         begin = time.perf_counter()
         if self.options.inner == "eager":
             run = lower_eager(variant)
@@ -162,7 +167,7 @@ class Program:
                 run = lower_inductor(variant, args, self.options.mode, self.options.inner_options, repeat)
         self._spent(variant.name, begin)
         run = _without_autocast(run)
-        if self._record is None or not variant.row:  # a prelude runs once a trajectory
+        if self._record is None or not often:
             return run
         return Replayed(run, variant.name, self._moving(variant, len(args)), self._record)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile import packed
+from moeca_compile import adjacent, packed
 from moeca_compile.errors import MoecaWarning, OptionError
 from moeca_compile.ops import segments
 from moeca_compile.packed import Packs
@@ -120,6 +120,68 @@ def test_weights_that_are_made_anew_are_not_packed() -> None:
         torch.autocast("cpu", dtype=torch.bfloat16),
     ):
         run(plain(model), 1)
+
+
+# -- on a GPU: side by side, tried here on the CPU ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adjacent, "DEVICES", {"cpu"})
+
+
+class InBfloat16(nn.Module):
+    """The model in bfloat16, between a latent and a prediction in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = dit().bfloat16()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.model(x.bfloat16(), t, y)
+        return result.float()
+
+
+def storages(module: nn.Module) -> int:
+    """Of all routed experts' weights."""
+    weights = [one for name, one in module.named_parameters() if ".experts." in name]
+    assert weights
+    return len({one.untyped_storage().data_ptr() for one in weights})
+
+
+@pytest.mark.usefixtures("grouping")
+def test_weights_move_into_one_storage_a_list_and_nothing_else_changes() -> None:
+    module = InBfloat16()
+    truth, before = copy.deepcopy(module), {name: id(one) for name, one in module.named_parameters()}
+    model = compiled(module, schedule="uniform:2", pack_experts=True)
+    found = run(plain(model))
+    assert storages(truth) > storages(module) == 3  # gates, ups and downs of one layer
+    assert {name: id(one) for name, one in module.named_parameters()} == before
+    assert all(torch.equal(one, truth.state_dict()[name]) for name, one in module.state_dict().items())
+    for one, other in zip(found, run(plain(compiled(truth, schedule="uniform:2"))), strict=True):
+        assert torch.equal(one, other)
+    assert not any(step.cold for step in moeca.stats(model).steps)  # moving them dropped no state
+
+
+@pytest.mark.usefixtures("grouping")
+def test_weights_that_lie_side_by_side_stay_there() -> None:
+    module = InBfloat16()
+    run(plain(compiled(module, pack_experts=True)))
+    before = [one.data_ptr() for one in module.parameters()]
+    run(plain(compiled(module, pack_experts=True)))
+    assert [one.data_ptr() for one in module.parameters()] == before
+
+
+@pytest.mark.usefixtures("grouping")
+@pytest.mark.parametrize("kept", ["float32", "a shared storage"])
+def test_weights_that_no_grouped_multiply_takes_or_others_share_stay_where_they_are(kept: str) -> None:
+    module: nn.Module = dit() if kept == "float32" else InBfloat16()
+    if kept != "float32":
+        flat = torch.nn.utils.parameters_to_vector(module.parameters())
+        torch.nn.utils.vector_to_parameters(flat, module.parameters())
+    before = [one.data_ptr() for one in module.parameters()]
+    run(plain(compiled(module, pack_experts=True)), 1)
+    assert [one.data_ptr() for one in module.parameters()] == before
 
 
 def test_the_option_is_yes_or_no() -> None:

@@ -71,11 +71,12 @@ class Replayed:
             recording = None if self.gave_up else self._recording(args)
             if recording is None:
                 return self.run(args)
-            for position in self.moving:
-                if isinstance(args[position], torch.Tensor):
-                    recording.args[position].copy_(args[position])
+            moving = [position for position in self.moving if isinstance(args[position], torch.Tensor)]
+            _copy([recording.args[position] for position in moving], [args[position] for position in moving])
             recording.replay()
-            return [one.clone() if isinstance(one, torch.Tensor) else one for one in recording.results]
+            results = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in recording.results]
+            _copy(*([one for one in some if isinstance(one, torch.Tensor)] for some in (results, recording.results)))
+            return results
 
     def _recording(self, args: Sequence[Any]) -> _Recording | None:
         key = tuple(self._key(position, one) for position, one in enumerate(args))
@@ -110,3 +111,9 @@ class Replayed:
             ]
             replay, results = self.record(self.run, own)
         return _Recording(replay, own, results)
+
+
+def _copy(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
+    """All in as few launches as there are kinds of them."""
+    if to:
+        torch._foreach_copy_(to, of)

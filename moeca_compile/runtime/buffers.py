@@ -7,6 +7,7 @@ copied into its slot here, where `StreamState` keeps the tensor itself.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,11 +44,13 @@ class _Fixed(StreamState):  # no __slots__: it can be referred to weakly
         for one in self.fixed:  # never read before it is written, but 0 times NaN is NaN
             one.zero_()
 
-    def _push(self, slot: int, value: Any) -> None:
-        moved = self._run_of(slot)
-        for to in reversed(moved[1:]):
-            self.fixed[to].copy_(self.fixed[to - 1])
-        self.fixed[slot].copy_(value)
+    def _push(self, slots: Sequence[int], values: Sequence[Any]) -> None:
+        moved = [self._run_of(slot) for slot in slots]
+        for back in range(max(map(len, moved), default=0) - 1, 0, -1):  # the oldest first: it is written over
+            to = [run[back] for run in moved if len(run) > back]
+            torch._foreach_copy_([self.fixed[slot] for slot in to], [self.fixed[slot - 1] for slot in to])
+        if slots:
+            torch._foreach_copy_([self.fixed[slot] for slot in slots], list(values))
 
 
 def zeros_of(slot: StateSlot) -> torch.Tensor:

@@ -56,13 +56,15 @@ class Ahead:
 
 
 class _Kept:
-    """An input as it was. A large one is taken to be the same while it is the same object in the same version."""
+    """An input as it was. One that is large, or on an accelerator that would have to be waited for, is taken to be the
+    same while it is the same object in the same version."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self.ref, self.version, self.copy = weakref.ref(value), _version(value), value.detach().clone()
 
     def matches(self, value: torch.Tensor) -> bool:
-        if value.numel() > SMALL and self.ref() is value and _version(value) == self.version >= 0:
+        dear = value.numel() > SMALL or value.device.type != "cpu"
+        if dear and self.ref() is value and _version(value) == self.version >= 0:
             return True
         return torch.equal(self.copy, value)
 

@@ -60,8 +60,7 @@ class StreamState:
     def commit(self, step: int, row: Row, writes: Sequence[int], values: Sequence[Any]) -> None:
         """Take what a variant wrote at `step`: a new y0 pushes its region's older outputs one slot on, any other value
         takes the place of the one before."""
-        for slot, value in zip(writes, values, strict=True):
-            self._push(slot, value)
+        self._push(writes, values)
         for region, action in enumerate(row):
             if action is Action.COMPUTE:
                 self.history[region] = (step, *self.history[region][: len(SLOTS) - 1])
@@ -74,9 +73,10 @@ class StreamState:
         kept = None if found is None else self.tensors[found]
         return None if kept is None else float(kept.max())
 
-    def _push(self, slot: int, value: Any) -> None:
-        moved = self._run_of(slot)
-        self.tensors[slot : moved.stop] = [value, *self.tensors[slot : moved.stop - 1]]
+    def _push(self, slots: Sequence[int], values: Sequence[Any]) -> None:
+        for slot, value in zip(slots, values, strict=True):
+            moved = self._run_of(slot)
+            self.tensors[slot : moved.stop] = [value, *self.tensors[slot : moved.stop - 1]]
 
     def _run_of(self, slot: int) -> range:
         """The slots that a new value of `slot` moves on: its own and those of its older values."""
