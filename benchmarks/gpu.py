@@ -4,16 +4,21 @@
     python -m benchmarks.gpu --model XL/2-8E2A --pixels 256 --images 1     # some of it
     python -m benchmarks.gpu --quick              # a small model, few steps, also without a GPU: does it run?
 
-Weights are random: speed only. Guidance is one call of two samples an image. Trajectories take turns, one a contender
-and round, each timed as a whole with the GPU idle before and after; medians and ratios as `benchmarks.protocol` has
-them. Results: results/gpu.json, a run at a time, so that an interrupted benchmark keeps what it has.
+Weights are random: speed only. Guidance is one call of two samples an image. Experts' weights lie side by side
+(`pack_experts`) and guards are left out once everything is compiled (`skip_guard_eval_unsafe`), for torch.compile as for
+moeca; its steps are told by `moeca.trajectory`, so that nobody waits for the GPU before a trajectory ends.
+Trajectories take turns, one a contender and round, each timed as a whole with the GPU idle before and after; medians
+and ratios as `benchmarks.protocol` has them. Results: results/gpu.json, a run at a time, so that an interrupted
+benchmark keeps what it has.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -23,12 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from benchmarks.protocol import Timing, arguments, as_json, folder_of, interleave, print_table, save
-from examples.dit_moe import dit_moe, randomize_
+from benchmarks.protocol import Timing, arguments, as_json, folder_of, interleave, machine, print_table, save
+from examples.dit_moe import CONFIGS, dit_moe, randomize_
+from moeca_compile.face import _banks
+from moeca_compile.schedule import Schedule
 
 MODELS, PIXELS, IMAGES = ("XL/2-8E2A", "G/2-16E2A"), (256, 512), (1, 8)
 INTERVALS = (2, 3, 4, 5)
-BASELINE = "torch.compile, prepared"
+BASELINE = "torch.compile"
 GRAPHS = ", CUDA graphs"
 
 
@@ -48,11 +55,11 @@ class Work:
         return f"{self.model}, {self.pixels} px, batch {self.images} with guidance"
 
     def network(self) -> nn.Module:
-        """Prepared, bfloat16, in place on the device."""
-        torch.manual_seed(0)
+        """Prepared, bfloat16, made on the device."""
         changed = {} if self.depth is None else {"depth": self.depth}
-        network = randomize_(dit_moe(self.model, input_size=self.pixels // 8, **changed))
-        network = network.to(self.device, torch.bfloat16).eval().requires_grad_(False)
+        with torch.device(self.device):
+            network = randomize_(dit_moe(self.model, input_size=self.pixels // 8, **changed))
+        network = network.bfloat16().eval().requires_grad_(False)
         moeca.prepare(network)
         return network
 
@@ -61,59 +68,128 @@ class Work:
         side, generator = self.pixels // 8, torch.Generator().manual_seed(0)
         x = torch.randn(self.images, 4, side, side, generator=generator).repeat(2, 1, 1, 1)
         labels = torch.tensor([207, 1000]).repeat_interleave(self.images)
-        return (
-            x.to(self.device, torch.bfloat16),
-            torch.full((len(x),), 1000.0, device=self.device),
-            labels.to(self.device),
-        )
+        return x.to(self.device), torch.full((len(x),), 1000.0, device=self.device), labels.to(self.device)
 
 
-@torch.no_grad()
-def sample(model: Any, work: Work) -> Tensor:
-    """Euler's method along the guided velocity."""
-    x, first, labels = work.inputs()
-    for step in range(work.steps):
-        cond, uncond = model(x, first * (1 - step / work.steps), labels)[:, :4].chunk(2)
-        velocity = uncond + 1.5 * (cond - uncond)
-        x = x - torch.cat([velocity, velocity]) / work.steps
-    if work.device == "cuda":
-        torch.cuda.synchronize()
-    return x
+@dataclass(frozen=True)
+class Contender:
+    """A compiled model and, if it is moeca's, the schedule it runs: one model serves all of them."""
+
+    model: Any
+    schedule: str | None = None
+
+    def begin(self) -> None:
+        """Bind the schedule. Variants stay compiled; a layout of the state has its own."""
+        for entry, _ in _banks(self.model) if self.schedule else ():
+            for program in entry.programs.values():
+                program.use(Schedule.parse(self.schedule or ""))
+
+    @torch.no_grad()
+    def sample(self, work: Work) -> Tensor:
+        """Euler's method along the guided velocity."""
+        x, first, labels = work.inputs()
+        moved = moeca.trajectory(self.model, work.steps, "guided") if self.schedule else nullcontext()
+        with moved:
+            for step in range(work.steps):
+                output = self.model(x.bfloat16(), first * (1 - step / work.steps), labels)
+                cond, uncond = output[:, :4].float().chunk(2)
+                velocity = uncond + 1.5 * (cond - uncond)
+                x = x - torch.cat([velocity, velocity]) / work.steps
+        if work.device == "cuda":
+            torch.cuda.synchronize()
+        return x
 
 
-def contenders(network: nn.Module, intervals: Sequence[int], graphs: bool) -> Mapping[str, Any]:
-    """The baseline, moeca with nothing reused, and each interval; as they are and, with `graphs`, as CUDA graphs."""
+def contenders(network: nn.Module, intervals: Sequence[int], plain: bool, graphs: bool) -> Mapping[str, Contender]:
+    """The baseline, moeca with nothing reused, and each interval; as they are with `plain`, as CUDA graphs with
+    `graphs`."""
     schedules = {"everything computed": "full", **{f"interval {k}": f"uniform:{k}" for k in intervals}}
-    found: dict[str, Any] = {BASELINE: torch.compile(network, dynamic=False)}
+    found: dict[str, Contender] = {}
+    for ending, wanted in (("", plain), (GRAPHS, graphs)):
+        if wanted:
+            cached = moeca.compile(network, schedule="full", pack_experts=True, cuda_graphs=bool(ending))
+            found |= {name + ending: Contender(cached, schedule) for name, schedule in schedules.items()}
+    if plain:
+        found[BASELINE] = Contender(torch.compile(network, dynamic=False))
     if graphs:
-        found[BASELINE + GRAPHS] = torch.compile(network, dynamic=False, mode="reduce-overhead")
-    for name, schedule in schedules.items():
-        found[name] = moeca.compile(network, schedule=schedule)
-        if graphs:
-            found[name + GRAPHS] = moeca.compile(network, schedule=schedule, cuda_graphs=True)
+        found[BASELINE + GRAPHS] = Contender(torch.compile(network, dynamic=False, mode="reduce-overhead"))
     return found
 
 
-def measure(work: Work, intervals: Sequence[int], rounds: int) -> dict[str, Any]:
+def measure(work: Work, models: Mapping[str, Contender], rounds: int) -> dict[str, Any]:
     """Times of whole trajectories, share of the MACs, bytes of state and peak memory of each contender."""
-    torch._dynamo.reset()
-    graphs = work.device == "cuda"
-    models = contenders(work.network(), intervals, graphs)
-    runs: dict[str, Callable[[], object]] = {name: partial(sample, model, work) for name, model in models.items()}
     figures: dict[str, dict[str, Any]] = {}
-    for name, run in runs.items():  # compiles; then what one trajectory needs
-        run()
-        if graphs:
+    truth: Tensor | None = None
+    for name, one in models.items():  # compiles; then what one trajectory needs
+        started = time.perf_counter()
+        result = _run(one, work)
+        figures[name] = {"first_seconds": round(time.perf_counter() - started, 1)}
+        if work.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            run()
-        figures[name] = {"peak_bytes": torch.cuda.max_memory_allocated() if graphs else None}
-        if not name.startswith(BASELINE):
-            stats = moeca.stats(models[name])
+        again = _run(one, work)
+        if work.device == "cuda":
+            figures[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        truth = result if truth is None else truth
+        figures[name]["error_of_way"] = round(float((again - truth).norm() / (truth - work.inputs()[0]).norm()), 4)
+        if one.schedule:
+            stats = moeca.stats(one.model)
+            variants = {step.variant for step in stats.steps}
             figures[name] |= {"mac_fraction": round(stats.mac_fraction, 5), "state_bytes": stats.state_bytes}
-    timings: dict[str, Timing] = interleave(runs, rounds=rounds, warmup=1)
-    print_table(work.name, timings, BASELINE)
-    times = as_json(timings, BASELINE)
+            figures[name] |= {
+                f"{variant}_host_ms": round(
+                    _median(s.ms + s.overhead_ms for s in stats.steps if s.variant == variant), 3
+                )
+                for variant in sorted(variants)
+            }
+        print(f"{name}: {figures[name]}", flush=True)
+    runs: dict[str, Callable[[], object]] = {name: partial(one.sample, work) for name, one in models.items()}
+    before: dict[str, Callable[[], object]] = {name: one.begin for name, one in models.items()}
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+        timings: dict[str, Timing] = interleave(runs, rounds=rounds, warmup=1, before=before)
+    baseline = BASELINE if BASELINE in models else BASELINE + GRAPHS
+    print_table(work.name, timings, baseline)
+    times = as_json(timings, baseline)
     return {name: times[name] | figures[name] for name in times}
+
+
+def experts_alone(model: str, tokens: Sequence[int], repeats: int = 20) -> dict[str, float]:
+    """Milliseconds of one layer's `moeca::experts`, its weights stacked at each call and lying side by side."""
+    config, found = CONFIGS[model], dict[str, float]()
+    width, hidden = config.hidden_size, 4 * config.hidden_size
+    together = [
+        torch.randn(config.num_experts, *shape, device="cuda", dtype=torch.bfloat16) / shape[1] ** 0.5
+        for shape in ((hidden, width), (width, hidden), (hidden, width))
+    ]
+    weights = {
+        "side by side": [list(one) for one in together],
+        "stacked": [[w.clone() for w in one] for one in together],
+    }
+    for count in tokens:
+        x = torch.randn(count, width, device="cuda", dtype=torch.bfloat16)
+        ids = torch.rand(count, config.num_experts, device="cuda").topk(config.experts_per_token).indices
+        for name, (up, down, gate) in weights.items():
+            spent = []
+            for _ in range(repeats):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(2_000_000)  # so that launching isn't what is timed
+                begin.record()
+                torch.ops.moeca.experts(x, ids, up, down, gate, [], [], [], "silu")
+                end.record()
+                torch.cuda.synchronize()
+                spent.append(begin.elapsed_time(end))
+            found[f"{count} tokens, {name}"] = round(_median(spent), 4)
+    print(f"experts of {model} alone, ms: {found}", flush=True)
+    return found
+
+
+def _run(one: Contender, work: Work) -> Tensor:
+    one.begin()
+    return one.sample(work)
+
+
+def _median(values: Iterable[float]) -> float:
+    found = sorted(values)
+    return found[len(found) // 2]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", nargs="*", default=MODELS, help="published configurations")
     parser.add_argument("--pixels", nargs="*", type=int, default=PIXELS)
     parser.add_argument("--images", nargs="*", type=int, default=IMAGES)
+    parser.add_argument("--graphs-only", action="store_true", help="leave out what runs without CUDA graphs")
     args = parser.parse_args(argv)
     out = folder_of(args)
     if args.quick:
@@ -133,12 +210,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         intervals, rounds = INTERVALS, 5
     file = None if out is None else out / "gpu.json"
     found = json.loads(file.read_text())["runs"] if file is not None and file.exists() else {}
+    if not args.quick:
+        for model in args.model:
+            found[f"{model}, experts alone, ms"] = experts_alone(model, (512, 4096, 16384))
     for work in works:
-        found[work.name] = measure(work, intervals, rounds)
+        torch._dynamo.reset()
+        models = contenders(work.network(), intervals, not args.graphs_only, work.device == "cuda")
+        found[work.name] = {"machine": machine(), "contenders": measure(work, models, rounds)}
         if out is not None:
             save("gpu", {"runs": found}, out)
+        del models
         gc.collect()
-        torch.cuda.empty_cache()
+        if work.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from tests.sampling import (
 )  # fmt: skip
 
 C, F = Action.COMPUTE, Action.FORECAST
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LOOPS: dict[str, Callable[[Any], Loop]] = {
     "plain": plain, "in place": in_place, "cfg": cfg_batched, "cfg in two calls": cfg_calls,
 }  # fmt: skip
@@ -182,13 +181,3 @@ def test_without_a_gpu_it_is_refused() -> None:
         alone(replayed, plain)
     with pytest.raises(OptionError, match="cuda_graphs='yes': expected True or False"):
         moeca.compile(dit(), cuda_graphs="yes")
-
-
-@CUDA
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_cuda_graphs_give_what_calls_give(inner: str) -> None:
-    replayed, called = (model.cuda() for model in both(inner=inner))
-    with torch.no_grad(), torch.device("cuda"):
-        for step in range(7):
-            given = torch.randn(2, 4, 8, 8), torch.full((2,), 900.0 - 50 * step), torch.tensor([1, 2])
-            torch.testing.assert_close(replayed(*given), called(*given))

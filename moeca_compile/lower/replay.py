@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.errors import MoecaWarning
+from moeca_compile.errors import MoecaWarning, UserError
 
 MOST = 8  # recordings of a variant: as many streams and sets of weights
 
@@ -29,7 +29,7 @@ def record_cuda_graph(run: Run, args: Sequence[Any]) -> tuple[Callable[[], None]
     """Record `run(args)`; what replays it, and the results that each replay writes anew.
 
     Raises:
-        RuntimeError: it can't be recorded, for it waits for the GPU on its way (an expert loop on the host does).
+        RuntimeError, UserError: it can't be recorded, for it waits for the GPU on its way (experts in float32 do).
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -83,7 +83,7 @@ class Replayed:
         if key not in self.recordings:
             try:
                 self.recordings[key] = self._recorded(args)
-            except RuntimeError as error:
+            except (RuntimeError, UserError) as error:
                 self.gave_up = True
                 warnings.warn(
                     f"variant {self.name} can't be recorded as a CUDA graph ({str(error).splitlines()[0]}): it runs "

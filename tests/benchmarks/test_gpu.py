@@ -16,6 +16,7 @@ def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     gpu.main(["--quick", "--out", str(tmp_path)])
     ((name, run),) = json.loads((tmp_path / "gpu.json").read_text())["runs"].items()
     assert name == "S/2-8E2A, 64 px, batch 1 with guidance"
+    run = run["contenders"]
     assert {gpu.BASELINE, "everything computed", "interval 3"} <= set(run)
     assert run["everything computed"]["mac_fraction"] == 1.0
     assert run["interval 3"]["mac_fraction"] < 0.7

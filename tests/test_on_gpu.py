@@ -1,0 +1,116 @@
+"""What only a GPU can show: grouped experts in bfloat16, recordings, and steps that nobody waits for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeca_compile as moeca
+from moeca_compile.errors import MoecaWarning
+from tests.models import DiT
+from tests.sampling import compiled
+
+pytestmark = pytest.mark.gpu
+STEPS = 9
+
+
+def model(dtype: torch.dtype = torch.bfloat16) -> DiT:
+    torch.manual_seed(0)
+    return DiT(depth=5).cuda().to(dtype).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def walk(called: Any, named: bool = False, dtype: torch.dtype = torch.bfloat16, strict: bool = False) -> list[Tensor]:
+    """What each call gave. `named`: in a trajectory with a stream; `strict`: waiting for the GPU is an error."""
+    torch.manual_seed(1)
+    x, times, labels = (
+        torch.randn(2, 4, 8, 8, device="cuda"),
+        torch.full((2,), 900.0, device="cuda"),
+        torch.tensor([1, 2]),
+    )
+    labels, found = labels.cuda(), []
+    with moeca.trajectory(called, STEPS, "only") if named else nullcontext():
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            for step in range(STEPS):
+                found.append(called(x.to(dtype), times * (1 - step / STEPS), labels))
+                x = x - found[-1].float() / STEPS
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def same(some: list[Tensor], others: list[Tensor], **how: Any) -> None:
+    for one, other in zip(some, others, strict=True):
+        torch.testing.assert_close(one, other, **how)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_computed_is_the_prepared_model(dtype: torch.dtype) -> None:
+    network = model(dtype)
+    moeca.prepare(network)
+    same(walk(compiled(network, schedule="full"), dtype=dtype), walk(network, dtype=dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["uniform:3", "adaptive:0.05"])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_cuda_graphs_give_what_calls_give(inner: str, schedule: str) -> None:
+    called = compiled(model(), inner=inner, schedule=schedule)
+    replayed = compiled(model(), inner=inner, schedule=schedule, cuda_graphs=True)
+    for _ in range(3):
+        same(walk(replayed), walk(called), rtol=0, atol=0)
+        same(walk(replayed, named=True), walk(called, named=True), rtol=0, atol=0)
+
+
+def test_experts_that_wait_for_the_gpu_run_without_a_recording() -> None:
+    replayed, called = compiled(model(torch.float32), cuda_graphs=True), compiled(model(torch.float32))
+    with pytest.warns(MoecaWarning, match="can't be recorded as a CUDA graph .moeca::experts reads token counts back"):
+        found = walk(replayed, dtype=torch.float32)
+    same(found, walk(called, dtype=torch.float32), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"inner": "eager"}])
+def test_nobody_waits_for_the_gpu_in_a_named_stream(options: dict[str, Any]) -> None:
+    called = compiled(model(), **{"inner": "inductor", "pack_experts": True} | options)
+    for _ in range(2):
+        walk(called, named=True)
+    walk(called, named=True, strict=True)
+
+
+def test_experts_lie_side_by_side_after_packing() -> None:
+    network = model()
+    truth = walk(compiled(copy.deepcopy(network)))
+    found = walk(compiled(network, pack_experts=True))
+    same(found, truth, rtol=0, atol=0)
+    weights = [one for name, one in network.named_parameters() if ".experts." in name]
+    assert len({one.untyped_storage().data_ptr() for one in weights}) * 4 == len(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_gives_what_the_cpu_gives(dtype: torch.dtype) -> None:
+    network: nn.Module = model(dtype)
+    on_gpu = walk(compiled(network, inner="inductor"), dtype=dtype)
+    with torch.no_grad():
+        reference = network.cpu().float()
+        x = torch.randn(2, 4, 8, 8)
+        expected = reference(x, torch.full((2,), 500.0), torch.tensor([1, 2]))
+        network.cuda().to(dtype)
+        first = compiled(network, inner="inductor")(
+            x.cuda().to(dtype), torch.full((2,), 500.0).cuda(), torch.tensor([1, 2]).cuda()
+        )
+    close = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(first.cpu().float(), expected, rtol=close, atol=close)
+    assert all(one.isfinite().all() for one in on_gpu)
