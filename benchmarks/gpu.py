@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --quick              # a small model, few steps, also without a GPU: does it run?
 
 Weights are random: speed only. Guidance is one call of two samples an image. Experts' weights lie side by side
-(`pack_experts`) and guards are left out once everything is compiled (`skip_guard_eval_unsafe`), for torch.compile as for
+(`pack_experts`) and guards are left out once all is compiled (`skip_guard_eval_unsafe`), for torch.compile as for
 moeca; its steps are told by `moeca.trajectory`, so that nobody waits for the GPU before a trajectory ends.
 Trajectories take turns, one a contender and round, each timed as a whole with the GPU idle before and after; medians
 and ratios as `benchmarks.protocol` has them. Results: results/gpu.json, a run at a time, so that an interrupted

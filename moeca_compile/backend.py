@@ -10,8 +10,8 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -22,16 +22,17 @@ from moeca_compile.autocast import ambient_autocast
 from moeca_compile.capture import Input, alone, inputs_of
 from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateError
 from moeca_compile.first_call import out_of_date
+from moeca_compile.frozen import Seen, note, noting
 from moeca_compile.options import Options
 from moeca_compile.owner import Owner, find_owner, runs_whole
 from moeca_compile.packed import Packs
 from moeca_compile.program import Program
 from moeca_compile.runtime.dispatch import Tracks, run_step
 from moeca_compile.runtime.trajectory import Trajectory, current
+from moeca_compile.visit import visitor
 
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py` finds a model's among them
 _BANKS: weakref.WeakValueDictionary[Hashable, Bank] = weakref.WeakValueDictionary()
-_visiting = threading.local()
 _books = threading.Lock()  # around banks and the order of programs; short
 _version = attrgetter("_version")
 
@@ -137,11 +138,18 @@ class Entry:
                 self._whole = whole
         with _books:
             bank = self._bank(owner, [args[i] for i in self._weights])
-        visitor: Visitor | None = getattr(_visiting, "visitor", None)
-        if visitor is not None:
-            return visitor(self, args, bank)
+        visit = visitor()
+        if visit is not None:
+            return visit(self, args, bank)
         program = self.program(args, bank)
         trajectory = current(bank.ids)
+        results = self.step(program, bank, args, trajectory)
+        if noting() and self.whole:
+            note(Seen(partial(self.step, program, bank), args, self._others, results))
+        return results
+
+    def step(self, program: Program, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
+        """Run a call of `program` for the weights of `bank`."""
         with _books:
             tracks = bank.tracks(trajectory)
         if not program.packs_experts:
@@ -237,19 +245,6 @@ def _with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch
         else:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
     return torch.fx.GraphModule(gm, graph)
-
-
-Visitor = Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]
-
-
-@contextmanager
-def visiting(visitor: Visitor) -> Iterator[None]:
-    """In this thread, hand every call of a graph to `visitor` in place of running it."""
-    _visiting.visitor = visitor
-    try:
-        yield
-    finally:
-        _visiting.visitor = None
 
 
 def _warn_broken(program: Program) -> None:

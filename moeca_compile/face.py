@@ -12,11 +12,12 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import backend, canonical
-from moeca_compile.backend import ENTRIES, Bank, Entry, Visitor, visiting
+from moeca_compile.backend import ENTRIES, Bank, Entry
 from moeca_compile.canonical import PrepareReport
 from moeca_compile.canonical.isolate import isolate, share_again
 from moeca_compile.capture import counted_apart
 from moeca_compile.errors import CaptureError, StateError
+from moeca_compile.frozen import let_through
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.options import Options
 from moeca_compile.owner import parameters_of
@@ -24,6 +25,7 @@ from moeca_compile.program import Program
 from moeca_compile.runtime.stats import Stats
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
+from moeca_compile.visit import Visitor, visiting
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -93,7 +95,12 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
 
 
 def trajectory(
-    model: Any, steps: int | None = None, stream: str | None = None, *, timesteps: Sequence[float] = ()
+    model: Any,
+    steps: int | None = None,
+    stream: str | None = None,
+    *,
+    timesteps: Sequence[float] = (),
+    frozen: bool = False,
 ) -> Trajectory:
     """Say where a trajectory begins and ends: `with moeca_compile.trajectory(model, steps=50): ...`
 
@@ -108,8 +115,17 @@ def trajectory(
         timesteps: those that the model will be called with, as it receives them: what depends on them alone is then
             computed for all steps at once. Without them that is so from the second trajectory on, where its timesteps
             are those of the first. A call with another timestep computes its own.
+        frozen: a promise that nothing touches the model until the trajectory is left for the last time: no weight,
+            attribute, hook or submodule of it changes, not by itself either. From the second call of a kind (shapes,
+            dtypes, other arguments) on nobody looks, which for a model of many weights takes longer than a reused step.
+
+    Raises:
+        StateError: fewer than one step; or frozen, and the model is no compiled module.
     """
-    return Trajectory([id(weight) for weight in parameters_of(model)], steps, stream, timesteps)
+    if frozen:
+        let_through(model)
+    weights = [id(weight) for weight in parameters_of(model)]
+    return Trajectory(weights, steps, stream, timesteps, model if frozen else None)
 
 
 def reset(model: Any) -> None:

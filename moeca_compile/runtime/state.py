@@ -23,6 +23,7 @@ class StreamState:
         regions: how many columns the schedule has.
         tensors: by slot; None: never written.
         history: by region, the steps whose outputs are kept, latest first.
+        depths: by region, how many of its outputs the layout keeps.
         pace: what an adaptive schedule knows of the stream.
     """
 
@@ -31,9 +32,14 @@ class StreamState:
     tensors: list[Any] = field(init=False)
     history: list[tuple[int, ...]] = field(init=False)
     last_step: int = -1
+    depths: list[int] = field(init=False)
     pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
+        self.depths = [0] * self.regions
+        for one in self.layout:
+            if one.slot in SLOTS:
+                self.depths[one.region] = max(self.depths[one.region], SLOTS.index(one.slot) + 1)
         self.clear()
 
     def clear(self) -> None:
@@ -52,10 +58,9 @@ class StreamState:
     def coefficients(self, step: int) -> Coefficients:
         """Per region c0 and c1 of the forecast y0 + c0 (y0 - y1) + c1 (y1 - y2) for `step`: Newton's polynomial through
         the outputs that are kept, gathered by differences; 0 where history is missing, so a lower order then."""
-        kept = [0] * self.regions
-        for slot in (one for one in self.layout if one.slot in SLOTS):
-            kept[slot.region] = max(kept[slot.region], SLOTS.index(slot.slot) + 1)
-        return tuple(newton(step, seen[:depth]) for seen, depth in zip(self.history, kept, strict=True))
+        kept = [seen[:depth] for seen, depth in zip(self.history, self.depths, strict=True)]
+        found = {seen: newton(step, seen) for seen in set(kept)}  # most regions were computed at the same steps
+        return tuple(found[seen] for seen in kept)
 
     def commit(self, step: int, row: Row, writes: Sequence[int], values: Sequence[Any]) -> None:
         """Take what a variant wrote at `step`: a new y0 pushes its region's older outputs one slot on, any other value

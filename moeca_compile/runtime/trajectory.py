@@ -24,7 +24,9 @@ class Trajectory:
         weights: ids of the model's parameters and buffers; empty: any model.
         steps: calls that are expected (per stream); one more is refused.
         timesteps: those of the calls, where they are known.
+        frozen: the model's handle, if it isn't touched while the trajectory lasts.
         tracks: runtime state by set of weights, filled by the dispatcher.
+        ways: where it is frozen, what is known of each kind of call.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Trajectory:
         steps: int | None = None,
         stream: str | None = None,
         timesteps: Collection[float] = (),
+        frozen: object = None,
     ) -> None:
         if steps is not None and steps < 1:
             raise StateError(f"trajectory: steps={steps}, expected at least 1")
@@ -40,6 +43,8 @@ class Trajectory:
         self.steps = steps
         self.stream = stream
         self.timesteps = tuple(float(one) for one in timesteps)
+        self.frozen = frozen
+        self.ways: dict[Any, Any] = {}
         self.tracks: dict[Any, Any] = {}
         self._thread: int | None = None
 
@@ -71,3 +76,8 @@ class Trajectory:
 def current(weights: Collection[int]) -> Trajectory | None:
     """The innermost trajectory entered in this thread (or task) for a model with one of these weights."""
     return next((one for one in reversed(_active.get()) if one.serves(weights)), None)
+
+
+def innermost() -> Trajectory | None:
+    """The last that was entered in this thread (or task), whatever its model."""
+    return _active.get()[-1] if _active.get() else None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.backend import Bank, Entry, visiting
+from moeca_compile.backend import Bank, Entry
 from moeca_compile.errors import ScheduleError
 from moeca_compile.face import compile as moeca_compile_model
 from moeca_compile.face import inner_module
@@ -26,6 +26,7 @@ from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.runtime.trajectory import Trajectory, current
 from moeca_compile.schedule import Schedule
+from moeca_compile.visit import visiting
 
 Sampler = Callable[[Any, int], torch.Tensor]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.backend import visiting
 from moeca_compile.errors import MoecaWarning
 from moeca_compile.program import Program
+from moeca_compile.visit import visiting
 from tests.facts import Recorder
 from tests.following import gathered
 from tests.real.zoo import ZOO, Model, nucleus, nucleus_inputs

@@ -1,0 +1,31 @@
+"""Looking at what a call would run, in place of running it: for `warmup`, `explain` and the planner's own runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeca_compile.backend import Bank, Entry
+
+Visitor = Callable[["Entry", Sequence[Any], "Bank"], tuple[Any, ...]]
+
+_local = threading.local()
+
+
+@contextmanager
+def visiting(visitor: Visitor) -> Iterator[None]:
+    """In this thread, hand every call of a graph to `visitor`."""
+    _local.visitor = visitor
+    try:
+        yield
+    finally:
+        _local.visitor = None
+
+
+def visitor() -> Visitor | None:
+    """Who visits in this thread."""
+    found: Visitor | None = getattr(_local, "visitor", None)
+    return found
