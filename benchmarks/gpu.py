@@ -88,7 +88,7 @@ class Contender:
     def sample(self, work: Work) -> Tensor:
         """Euler's method along the guided velocity."""
         x, first, labels = work.inputs()
-        moved = moeca.trajectory(self.model, work.steps, "guided") if self.schedule else nullcontext()
+        moved = moeca.trajectory(self.model, work.steps, "guided", frozen=True) if self.schedule else nullcontext()
         with moved:
             for step in range(work.steps):
                 output = self.model(x.bfloat16(), first * (1 - step / work.steps), labels)
