@@ -57,8 +57,12 @@ class Work:
     def network(self) -> nn.Module:
         """Prepared, bfloat16, made on the device."""
         changed = {} if self.depth is None else {"depth": self.depth}
-        with torch.device(self.device):
-            network = randomize_(dit_moe(self.model, input_size=self.pixels // 8, **changed))
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device(self.device):
+                network = randomize_(dit_moe(self.model, input_size=self.pixels // 8, **changed))
+        finally:
+            torch.set_default_dtype(torch.float32)
         network = network.bfloat16().eval().requires_grad_(False)
         moeca.prepare(network)
         return network

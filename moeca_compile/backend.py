@@ -22,7 +22,7 @@ from moeca_compile.autocast import ambient_autocast
 from moeca_compile.capture import Input, alone, inputs_of
 from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateError
 from moeca_compile.first_call import out_of_date
-from moeca_compile.frozen import Seen, note, noting
+from moeca_compile.frozen import Seen, follows_from_call, note, noting
 from moeca_compile.options import Options
 from moeca_compile.owner import Owner, find_owner, runs_whole
 from moeca_compile.packed import Packs
@@ -118,6 +118,7 @@ class Entry:
         self._weights = [i for i, one in enumerate(inputs) if one.is_weight]
         self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
         self._floats = _floats_of(gm)
+        self._known = {i for i, one in enumerate(fx.placeholders(gm)) if follows_from_call(one)}
         self._kinds: weakref.WeakKeyDictionary[Bank, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
         self._numbers: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
         self._whole: bool | None = None
@@ -145,7 +146,8 @@ class Entry:
         trajectory = current(bank.ids)
         results = self.step(program, bank, args, trajectory)
         if noting() and self.whole:
-            note(Seen(partial(self.step, program, bank), args, self._others, results))
+            others = [i for i in self._others if i not in self._known or self._number(i, args) is None]
+            note(Seen(partial(self.step, program, bank), args, others, results))
         return results
 
     def step(self, program: Program, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:

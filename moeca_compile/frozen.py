@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.source import LocalSource
+from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from moeca_compile.autocast import ambient_autocast
@@ -32,7 +34,8 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class Seen:
-    """One run of a whole model's graph. `others`: positions of the arguments that aren't weights."""
+    """One run of a whole model's graph. `others`: positions of the arguments that neither are weights nor follow from
+    the kind of call."""
 
     step: Step
     args: Sequence[Any]
@@ -47,6 +50,15 @@ def noting() -> bool:
 
 def note(seen: Seen) -> None:
     _local.seen.append(seen)
+
+
+def follows_from_call(placeholder: Node) -> bool:
+    """Of a number that Dynamo hands over: whether it is one of the call's, or of the model's, or the size of a tensor
+    of theirs. Calls of one kind have the same."""
+    source: Any = getattr(placeholder, "_dynamo_source", None)
+    while getattr(source, "base", None) is not None:
+        source = source.base
+    return isinstance(source, LocalSource)
 
 
 class Shortcut:

@@ -87,7 +87,7 @@ def test_rows_that_compute_a_part(recorder: Recorder) -> None:
     rows = ((C, C), (F, Partial(0, 0.2)), (Partial(0.25), Partial(0.25)))
     replayed, called = both(schedule=Schedule(rows, keys, period=3))
     assert same(alone(replayed, plain), alone(called, plain))
-    assert recorder.count == 3
+    assert recorder.count == 4
 
 
 def test_nothing_is_recorded_twice(recorder: Recorder) -> None:
@@ -95,11 +95,11 @@ def test_nothing_is_recorded_twice(recorder: Recorder) -> None:
     replayed, _ = both()
     for _ in range(3):
         alone(replayed, plain)
-    assert recorder.count == 2, "a full row and a forecast"
+    assert recorder.count == 3, "a full row, a forecast, and what depends on their timestep"
     alone(replayed, cfg_calls)
-    assert recorder.count == 3, "the second stream's forecast; the full row reads no state"
+    assert recorder.count == 4, "the second stream's forecast; the full row reads no state"
     alone(replayed, cfg_calls)
-    assert recorder.count == 3
+    assert recorder.count == 4
 
 
 def test_trajectories_side_by_side_keep_their_states_apart(recorder: Recorder) -> None:
@@ -142,9 +142,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
         warnings.simplefilter("always")
         found = alone(replayed, plain)
     texts = [str(one.message) for one in caught if issubclass(one.category, MoecaWarning)]
-    assert len(texts) == 2, "once for each variant"
+    assert len(texts) == 3, "once for each variant, and for what depends on the timestep"
     assert (
-        "v0 can't be recorded as a CUDA graph (operation not permitted when stream is capturing): it runs" in texts[0]
+        "v0 can't be recorded as a CUDA graph (operation not permitted when stream is capturing): it runs" in texts[1]
     )
     assert same(found, alone(called, plain))
 

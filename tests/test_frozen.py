@@ -6,6 +6,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -69,6 +70,18 @@ def test_a_frozen_trajectory_gives_the_same_bits_past_dynamo(loop: Callable[[Any
     assert not any(one.cold for one in records(model))
 
 
+def test_graphs_for_many_sizes_are_given_the_sizes() -> None:
+    module = dit()
+    moeca.prepare(module)
+    options = {"schedule": "uniform:3", "inner": "eager"}
+    model = torch.compile(module, backend="moeca", options=options, dynamic=True)
+    sizes = [partial(plain, batch=batch) for batch in (2, 3)]
+    truth = [alone(model, loop) for loop in sizes]
+    ways = Ways(model)
+    assert all(same(frozen(model, loop), one) for loop, one in zip(sizes, truth, strict=True))
+    assert ways.count == 2
+
+
 def test_a_named_stream_is_frozen_with_its_own_count() -> None:
     model = compiled(dit())
     truth = alone(model, plain)
@@ -113,8 +126,10 @@ class Giving(nn.Module):
         super().__init__()
         self.model, self.wrap = dit(), wrap
 
-    def forward(self, x: Tensor, t: Tensor, conditions: dict[str, Tensor], sign: str = "+", **unused: Any) -> Any:
-        v = self.model(x, t, conditions["labels"])
+    def forward(
+        self, x: Tensor, t: Tensor, conditions: dict[str, Tensor], scale: float = 1.0, sign: str = "+", **unused: Any
+    ) -> Any:
+        v = self.model(x, t, conditions["labels"]) * scale
         return self.wrap(v if sign == "+" else -v)
 
 
@@ -147,8 +162,8 @@ def test_whatever_holds_the_outputs_comes_back(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "ways"),
-    [({"sign": "-"}, 2), ({"unused": object()}, 7), ({"unused": [torch.ones(())]}, 2)],
-    ids=["another text", "an object of unknown kind", "one more tensor"],
+    [({"sign": "-"}, 2), ({"scale": 2.5}, 2), ({"unused": object()}, 7), ({"unused": [torch.ones(())]}, 2)],
+    ids=["another text", "another number", "an object of unknown kind", "one more tensor"],
 )
 def test_other_arguments_are_another_kind_of_call(change: dict[str, Any], ways: int) -> None:
     model = compiled(Giving(OUTPUTS["tuple"]))

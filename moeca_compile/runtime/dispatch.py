@@ -15,6 +15,7 @@ import torch
 
 from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.runtime.clock import Clock, Counter, Sighting, Tick
+from moeca_compile.runtime.finite import Finite
 from moeca_compile.runtime.hoisted import Ahead, Hoisted, Preluded, uniform_timestep
 from moeca_compile.runtime.probe import Probe
 from moeca_compile.runtime.rows import choose_row
@@ -56,7 +57,7 @@ class Track:
     ahead: Ahead = field(default_factory=Ahead)
     hoisted: dict[Hashable, Hoisted] = field(default_factory=dict)
     probe: Probe = field(default_factory=Probe)
-    finite: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    finite: dict[Hashable, Finite] = field(default_factory=dict)
     records: list[StepRecord] = field(default_factory=list)
     tables: dict[Coefficients | float, torch.Tensor] = field(default_factory=dict)
     elsewhere: set[float] = field(default_factory=set)  # timesteps that other programs saw since the last call here
@@ -180,7 +181,7 @@ def _run(
         if tick.stream not in track.states:
             track.states[tick.stream] = program.state()
         state = track.states[tick.stream]
-        _drop_if_not_finite(program, track, tick, state)
+        _drop_if_not_finite(program, track, tick.stream, state)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
     start, compiled = time.perf_counter(), sum(program.compile_seconds.values())
@@ -197,10 +198,12 @@ def _run(
     results = run(arguments)
     end = time.perf_counter()
     outputs = tuple(results[: variant.outputs])
-    if state is not None:
+    if state is not None and not (
+        variant.writes and _drop_if_not_finite(program, track, tick.stream, state, wait=True)
+    ):
         state.commit(tick.step, row, variant.writes, results[variant.outputs :])
         if variant.writes and isinstance(outputs[0], torch.Tensor) and outputs[0].is_floating_point():
-            track.finite[tick.stream] = torch.isfinite(outputs[0]).all()
+            track.finite[tick.stream] = Finite(outputs[0], tick.step)
     if len(track.records) == MAX_RECORDS:
         del track.records[: MAX_RECORDS // 2]
     ms = (end - start + sharing) * 1e3
@@ -289,16 +292,24 @@ def arguments_for(
     return arguments
 
 
-def _drop_if_not_finite(program: Runnable, track: Track, tick: Tick, state: StreamState) -> None:
-    """NaN must not live on in a cache: it is checked on the last computed step's output, read one call later."""
-    flag = track.finite.pop(tick.stream, None)
-    if flag is not None and not bool(flag):
-        state.clear()
-        warn_once(
-            program,
-            f"step {tick.step - 1} gave values that aren't finite: its state is dropped and this step computed in "
-            "full. If the model overflows, run it in bfloat16 or float32",
-        )
+def _drop_if_not_finite(
+    program: Runnable, track: Track, stream: Hashable, state: StreamState, wait: bool = False
+) -> bool:
+    """NaN must not live on in a cache: the last computed step's output is looked at as soon as it is there, and waited
+    for (`wait`) before another step is kept. True: its state was dropped."""
+    finite = track.finite.get(stream)
+    if finite is None or not (wait or finite.ready()):
+        return False
+    del track.finite[stream]
+    if finite.holds():
+        return False
+    state.clear()
+    warn_once(
+        program,
+        f"step {finite.step} gave values that aren't finite: its state is dropped and the next step computed in full. "
+        "If the model overflows, run it in bfloat16 or float32",
+    )
+    return True
 
 
 def warn_once(program: Runnable, text: str) -> None:
