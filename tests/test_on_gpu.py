@@ -16,7 +16,12 @@ from moeca_compile.errors import MoecaWarning
 from tests.models import DiT
 from tests.sampling import compiled
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # torch's words on its own ways
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
 STEPS = 9
 
 

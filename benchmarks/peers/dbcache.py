@@ -110,7 +110,9 @@ def dynamic(
     )
     how = {"no": ", eager", "blocks": "", "whole": ", compiled as a whole"}[compiled]
     forecast = f" + Taylor {taylor}" if taylor else ""
-    return Family(f"DBCache F{first}B{last} W{warmup}{forecast}{how}", "peer", note, opened, cold)
+    return Family(
+        f"DBCache F{first}B{last} W{warmup}{forecast}{how}", "peer", note, opened, cold, guarded=compiled == "whole"
+    )
 
 
 def masks(taylor: int = 0) -> Family:

@@ -1,7 +1,9 @@
 """Measure one heat: a few families and the baseline, compiled one after the other, then timed in turns.
 
 The trajectories that are timed are those whose images tell quality. Compile seconds are what the first trajectory took
-longer than the later ones; they are kept where the family started with Inductor's caches on disk empty.
+longer than the later ones; they are kept where the family started with Inductor's caches on disk empty. Once compiled,
+contenders are timed without Dynamo's guards wherever that can't change what they do; their first images say that it
+didn't.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from torch._inductor.utils import fresh_cache
 from benchmarks.peers import plain
 from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.way import Family, Foretold, Way
-from benchmarks.peers.workload import Batch, Truth, Workload
+from benchmarks.peers.workload import Batch, Truth, Workload, relative_l2
 
 # As cache-dit's documentation recommends; at 8 the contenders that recompile would fall back to eager.
 RECOMPILES, ALL_RECOMPILES = 1024, 8192
 
+SAME = 1e-3  # relative L2: hoisted values are rounded otherwise once the timesteps are known
 SPACING = 6  # settings between two runs of the baseline
 
 Say = Callable[[str], None]
@@ -55,6 +58,7 @@ class Lane:
     setting: str
     way: Way
     first_seconds: float = 0.0
+    first: Tensor | None = None  # images of the first trajectory
     told: int | None = None  # bytes of state, before the first trajectory
     images: list[Tensor] = field(default_factory=list)
     macs: list[float] = field(default_factory=list)
@@ -62,9 +66,10 @@ class Lane:
     speedups: list[Clock] = field(default_factory=list)  # over the baseline around it, by round
 
     def run(self, batch: Batch, keep: bool = True) -> Clock:
-        started = Clock.now()
-        images = self.way.sample(batch)
-        took = Clock.now() - started
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=not self.family.guarded):
+            started = Clock.now()
+            images = self.way.sample(batch)
+            took = Clock.now() - started
         self.clocks.append(took)
         if keep:
             self.images.append(images)
@@ -108,7 +113,7 @@ def first_runs(lanes: Sequence[Lane], batch: Batch) -> dict[str, int]:
     with fresh_cache() if lanes[0].family.cold else nullcontext():
         for lane in lanes:
             started = time.perf_counter()
-            lane.way.sample(batch)
+            lane.first = lane.way.sample(batch)
             lane.first_seconds = time.perf_counter() - started
     return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
 
@@ -128,6 +133,7 @@ def timed(base: Lane, lanes: Sequence[Lane], batches: Sequence[Batch]) -> None:
             for group in groups:
                 for lane in group:
                     lane.run(batch)
+                    check(lane)
                 after = base.run(batch, keep=False)
                 for lane in group:
                     own = lane.clocks[-1]
@@ -138,6 +144,18 @@ def timed(base: Lane, lanes: Sequence[Lane], batches: Sequence[Batch]) -> None:
             gc.collect()
     finally:
         gc.enable()
+
+
+def check(lane: Lane) -> None:
+    """Of its first timed trajectory.
+
+    Raises:
+        RuntimeError: it gave other images than the first of all, which ran under guards.
+    """
+    if lane.first is None or len(lane.images) != 1:
+        return
+    if (off := relative_l2(lane.images[0], lane.first)) > SAME:
+        raise RuntimeError(f"{lane.family.name}, {lane.setting}: other images without guards, relative L2 {off:.2g}")
 
 
 def peak_of(way: Way, batch: Batch) -> int | None:

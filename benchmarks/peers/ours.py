@@ -31,7 +31,7 @@ class Moeca:
     def sample(self, batch: Batch) -> Tensor:
         steps = self.work.size.steps
         times = [1000.0 * (1 - step / steps) for step in range(steps)]
-        with moeca.trajectory(self.model, steps=steps, timesteps=times):
+        with moeca.trajectory(self.model, steps=steps, timesteps=times, frozen=True):
             return self.work.draw(self.model, batch)
 
     def macs(self) -> float:

@@ -31,7 +31,8 @@ def uncached() -> list[Family]:
             "plain",
             "Dynamo breaks at every expert loop",
             _one(lambda work: torch.compile(work.shipped())),
-            True,
+            cold=True,
+            guarded=True,
         ),
         Family(
             "eager, prepared",
@@ -40,7 +41,11 @@ def uncached() -> list[Family]:
             _one(lambda work: work.prepared()),
         ),
         Family(
-            "the baseline, compiled anew", "plain", "one graph", _one(lambda work: torch.compile(work.prepared())), True
+            "the baseline, compiled anew",
+            "plain",
+            "one graph",
+            _one(lambda work: torch.compile(work.prepared())),
+            cold=True,
         ),
     ]
 

@@ -93,4 +93,6 @@ def family(
         "interval 5, warm-up 3, order 1 by default; factors in float32 as its example has them. Attention and MoE are "
         "named by hand; its hooks can't be traced, so each module is compiled by itself"
     )
-    return Family(f"TaylorSeer (diffusers), order {order}{how[compiled]}", "peer", note, opened, cold)
+    return Family(
+        f"TaylorSeer (diffusers), order {order}{how[compiled]}", "peer", note, opened, cold, guarded=compiled == "whole"
+    )

@@ -55,6 +55,8 @@ class Family:
     note: what its documentation recommends, in our words, and how it is run here.
     open: builds the models and gives each setting of the knob; nothing is compiled before the first trajectory.
     cold: compiled with Inductor's caches on disk empty, so that its compile seconds say something.
+    guarded: what its graphs do depends on values that only Dynamo's guards look at, so that it has to be timed with
+        them; all others are timed without.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Family:
     note: str
     open: Callable[[Workload], Mapping[str, Way]]
     cold: bool = False
+    guarded: bool = False
 
 
 class Plain:

@@ -63,11 +63,13 @@ class Track:
     elsewhere: set[float] = field(default_factory=set)  # timesteps that other programs saw since the last call here
 
     def table(self, values: Coefficients | float, device: str) -> torch.Tensor:
-        """What depends on the step alone, as float32 on the device: uploaded once."""
+        """What depends on the step alone, as float32 on the device: uploaded once, without waiting for a GPU."""
         if values not in self.tables:
             if len(self.tables) == MAX_TABLES:
                 self.tables.clear()
-            self.tables[values] = torch.tensor(values, dtype=torch.float32, device=device)
+            table = torch.tensor(values, dtype=torch.float32)
+            table = table.pin_memory() if device.startswith("cuda") else table
+            self.tables[values] = table.to(device, non_blocking=True)
         return self.tables[values]
 
     def forget(self) -> None:
