@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                      # both models, 256 and 512 px, batch 1 and 8, each with guidance
     python -m benchmarks.gpu --model XL/2-8E2A --pixels 256 --images 1     # some of it
+    python -m benchmarks.gpu --report             # docs/gpu.md from the results
     python -m benchmarks.gpu --quick              # a small model, few steps, also without a GPU: does it run?
 
 Weights are random: speed only. Guidance is one call of two samples an image. Experts' weights lie side by side
@@ -22,21 +23,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from benchmarks.protocol import Timing, arguments, as_json, folder_of, interleave, machine, print_table, save
+from benchmarks.gpu_report import BASELINE, GRAPHS, STEPS, page
+from benchmarks.protocol import RESULTS, Timing, arguments, as_json, folder_of, interleave, machine, print_table, save
 from examples.dit_moe import CONFIGS, dit_moe, randomize_
 from moeca_compile.face import _banks
 from moeca_compile.schedule import Schedule
 
 MODELS, PIXELS, IMAGES = ("XL/2-8E2A", "G/2-16E2A"), (256, 512), (1, 8)
 INTERVALS = (2, 3, 4, 5)
-BASELINE = "torch.compile"
-GRAPHS = ", CUDA graphs"
+PAGE = Path("docs/gpu.md")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Work:
     pixels: int
     images: int
     device: str
-    steps: int = 50
+    steps: int = STEPS
     depth: int | None = None  # of the published model
 
     @property
@@ -202,8 +204,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pixels", nargs="*", type=int, default=PIXELS)
     parser.add_argument("--images", nargs="*", type=int, default=IMAGES)
     parser.add_argument("--graphs-only", action="store_true", help="leave out what runs without CUDA graphs")
+    parser.add_argument("--report", action="store_true", help="write the page from the results, measure nothing")
     args = parser.parse_args(argv)
     out = folder_of(args)
+    if args.report:
+        PAGE.write_text(page(json.loads(((out or RESULTS) / "gpu.json").read_text())))
+        return
     if args.quick:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         works, intervals, rounds = [Work("S/2-8E2A", 64, 1, device, steps=4, depth=2)], (3,), 1
@@ -213,16 +219,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         works = [Work(*one, "cuda") for one in product(args.model, args.pixels, args.images)]
         intervals, rounds = INTERVALS, 5
     file = None if out is None else out / "gpu.json"
-    found = json.loads(file.read_text())["runs"] if file is not None and file.exists() else {}
-    if not args.quick:
-        for model in args.model:
-            found[f"{model}, experts alone, ms"] = experts_alone(model, (512, 4096, 16384))
+    found: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    payload = {
+        "remarks": found.get("remarks", []),
+        "experts_ms": found.get("experts_ms", {}),
+        "runs": found.get("runs", {}),
+    }
+    for model in () if args.quick else args.model:
+        payload["experts_ms"][model] = experts_alone(model, (512, 4096, 16384))
     for work in works:
         torch._dynamo.reset()
         models = contenders(work.network(), intervals, not args.graphs_only, work.device == "cuda")
-        found[work.name] = {"machine": machine(), "contenders": measure(work, models, rounds)}
+        payload["runs"][work.name] = {"machine": machine(), "contenders": measure(work, models, rounds)}
         if out is not None:
-            save("gpu", {"runs": found}, out)
+            save("gpu", payload, out)
         del models
         gc.collect()
         if work.device == "cuda":

@@ -39,7 +39,10 @@ class Options:
         pack_experts: on CPUs, keep a second copy of the routed experts' weights in the layout that oneDNN multiplies
             fastest; made at the first call, and again where a weight changed. It is for PARTIAL rows, where an expert
             gets few rows: they cost a quarter less. A full step gains nothing. Equal to the plain form to float
-            tolerance.
+            tolerance. On GPUs, in bfloat16, move the weights of a layer's experts side by side into one storage, at the
+            first call and in place, so that they aren't gathered at every one: bit for bit the same, and no copy is
+            kept. Other tensors that shared a weight's memory no longer do; weights that share a storage with others
+            (FSDP's flat parameters) stay where they are.
         cuda_graphs: on GPUs, record each variant once as a CUDA graph and replay it, with state at fixed addresses: for
             small batches, whose kernels are shorter than their launches. Costs a copy of the state in full steps and,
             for each variant and stream, the memory of its intermediate values.

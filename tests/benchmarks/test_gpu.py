@@ -25,6 +25,13 @@ def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "gpu.json").read_text())["runs"]) == 1, "the same run anew"
 
 
+def test_the_page_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = gpu.PAGE.read_text()
+    monkeypatch.setattr(gpu, "PAGE", tmp_path / "gpu.md")
+    gpu.main(["--report"])
+    assert gpu.PAGE.read_text() == committed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
