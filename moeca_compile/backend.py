@@ -118,7 +118,7 @@ class Entry:
         self._weights = [i for i, one in enumerate(inputs) if one.is_weight]
         self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
         self._floats = _floats_of(gm)
-        self._known = {i for i, one in enumerate(fx.placeholders(gm)) if follows_from_call(one)}
+        self._follows = {i for i, one in enumerate(fx.placeholders(gm)) if follows_from_call(one)}
         self._kinds: weakref.WeakKeyDictionary[Bank, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
         self._numbers: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
         self._whole: bool | None = None
@@ -146,7 +146,7 @@ class Entry:
         trajectory = current(bank.ids)
         results = self.step(program, bank, args, trajectory)
         if noting() and self.whole:
-            others = [i for i in self._others if i not in self._known or self._number(i, args) is None]
+            others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]
             note(Seen(partial(self.step, program, bank), args, others, results))
         return results
 
@@ -201,7 +201,8 @@ class Entry:
                 self._warn_of_numbers(key, numbers)
                 gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
                 program = Program(gm, args, self.inputs, self.options, self.whole)
-                bank.follow([args[i] for i in self._weights])  # packing may have moved them
+                program.settle(args)
+                bank.follow([args[i] for i in self._weights])  # some may have been moved
                 if not self.whole:
                     _warn_broken(program)
         with _books:

@@ -48,8 +48,6 @@ class Program:
         context = self.analysis.context
         self.regions = context.regions
         self.packs_experts = options.pack_experts and self._can_pack()
-        if self.packs_experts:
-            put_side_by_side(expert_weights(self.analysis.gm, context.inputs, args))
         self.hoisted = context.hoisted
         self._preludes: dict[tuple[int, ...], tuple[Variant, Executable | None]] = {}
         self._mapped: dict[tuple[int, ...], Executable] = {}
@@ -86,6 +84,11 @@ class Program:
         self.layout = state_layout(self.regions, self._kept)
         book = (self.layout, self._kept.order, self._kept.control)
         self._variants, self._executables = self._books.setdefault(book, ({}, {}))
+
+    def settle(self, args: Sequence[Any]) -> None:
+        """Before the first call: move the weights among `args` to where `pack_experts` wants them."""
+        if self.packs_experts:
+            put_side_by_side(expert_weights(self.analysis.gm, self.analysis.context.inputs, args))
 
     def variant(self, row: Row) -> Variant:
         """The graph of `row`, built on first use; nothing is compiled yet."""

@@ -164,6 +164,14 @@ def test_weights_move_into_one_storage_a_list_and_nothing_else_changes() -> None
 
 
 @pytest.mark.usefixtures("grouping")
+def test_explaining_moves_nothing() -> None:
+    module = InBfloat16()
+    before = [one.data_ptr() for one in module.parameters()]
+    moeca.explain(module, torch.zeros(2, 4, 8, 8), torch.ones(2), torch.tensor([1, 2]), pack_experts=True)
+    assert [one.data_ptr() for one in module.parameters()] == before
+
+
+@pytest.mark.usefixtures("grouping")
 def test_weights_that_lie_side_by_side_stay_there() -> None:
     module = InBfloat16()
     run(plain(compiled(module, pack_experts=True)))
