@@ -48,7 +48,7 @@ def section(payload: Payload) -> str:
 {table(payload)}
 
 {verdict(points_of(payload))}
-
+{_remarks(payload)}
 Not here, and why:
 
 {_left_out(payload)}"""
@@ -92,6 +92,10 @@ def verdict(points: list[Point]) -> str:
 def _products(points: list[Point], family: str) -> str:
     own = [point for point in points if point["family"].startswith(family)]
     return ", ".join(f"{point['setting']} {point['speedup'] * point['macs']:.2f}" for point in own)
+
+
+def _remarks(payload: Payload) -> str:
+    return "".join(f"\n{one}\n" for one in payload.get("remarks", ()))
 
 
 def _left_out(payload: Payload) -> str:
