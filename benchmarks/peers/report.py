@@ -148,8 +148,8 @@ def _intro(payload: Payload) -> str:
   Its settings take turns, a batch a round, with the baseline, `torch.compile` of the prepared model, before, after and
   between them. A speedup is the median over the
   rounds of the baseline's mean time on both sides of a run over that run's time, decisions and solver included.
-- Once compiled, all are timed without Dynamo's guards (`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`; moeca's
-  own calls in frozen trajectories) but those whose graphs nothing else tells apart: models compiled as a whole, with
+- Once compiled, all are timed without Dynamo's guards (`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`;
+  moeca in frozen trajectories) but those whose graphs nothing else tells apart: models compiled as a whole, with
   breaks. Their first images, made with guards, have to be the same.
 - The digits whose drawing is timed are those whose quality is told: {count}, which is few for class accuracy (one
   digit is {100 / count:.1f} points) and for the Fréchet distance (to the uncached digits, in our classifier's
