@@ -5,7 +5,7 @@ Which op casts which argument is asked of the dispatcher itself, op by op, on fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,6 +40,16 @@ def autocast_is(casts: Casts) -> Iterator[None]:
                 context = torch.autocast(device, dtype=wanted.get(device), enabled=on, cache_enabled=False)
                 stack.enter_context(context)
         yield
+
+
+def without_autocast(run: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """The ambient casts are in the graph: applied again while it runs, they would change what must not be cast."""
+
+    def runs(args: Sequence[Any]) -> Sequence[Any]:
+        with autocast_is(()):
+            return run(args)
+
+    return runs
 
 
 def materialise_casts(gm: GraphModule, ambient: Casts) -> None:

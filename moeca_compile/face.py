@@ -247,5 +247,5 @@ def _report(programs: Sequence[Program]) -> Report:
         variants=tuple(
             VariantReport(v.name, serves[v.row], v.node_count, v.macs, len(v.reads), len(v.writes)) for v in variants
         ),
-        hoisted=tuple(main.hoisted[i] for i in sorted({i for v in variants for i in v.hoists})),
+        hoisted=tuple(main.preludes.hoisted[i] for i in sorted({i for v in variants for i in v.hoists})),
     )

@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 
-from moeca_compile import fx
 from moeca_compile.adjacent import expert_weights, put_side_by_side
-from moeca_compile.autocast import autocast_is
+from moeca_compile.autocast import autocast_is, without_autocast
 from moeca_compile.capture import Input, alone
-from moeca_compile.errors import CaptureError, LoweringError, MoecaWarning, OptionError
+from moeca_compile.errors import CaptureError, MoecaWarning, OptionError
 from moeca_compile.fit import fit
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
-from moeca_compile.lower.over_steps import lower_over_steps
 from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.lower.replay import RECORDERS, Record, Replayed
 from moeca_compile.options import Options
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.packable import why_not_packed
-from moeca_compile.pipeline import Analysis, analyse, build_prelude, build_variant
+from moeca_compile.pipeline import Analysis, analyse, build_variant
+from moeca_compile.preludes import Preludes
 from moeca_compile.runner import PassRecord
 from moeca_compile.runtime.buffers import Buffers, zeros_of
 from moeca_compile.runtime.hoisted import Hoisted
@@ -48,10 +47,7 @@ class Program:
         context = self.analysis.context
         self.regions = context.regions
         self.packs_experts = options.pack_experts and self._can_pack()
-        self.hoisted = context.hoisted
-        self._preludes: dict[tuple[int, ...], tuple[Variant, Executable | None]] = {}
-        self._mapped: dict[tuple[int, ...], Executable] = {}
-        self._by_step = options.inner == "eager"  # there every value is bitwise that of a call by itself
+        self.preludes = Preludes(self.analysis, options, self._lower, self._built)
         self.walked: list[float] = []  # the timesteps of the last trajectory
         wanted = options.resolved_schedule()
         if not len(self.regions):
@@ -61,9 +57,8 @@ class Program:
         self._books: dict[Any, tuple[dict[Row, Variant], dict[Row, Executable]]] = {}
         self.use(wanted)
         positions = {one.name: i for i, one in enumerate(context.inputs)}
-        self.timestep = positions.get(context.roles.timestep)
         self.latent = positions.get(context.roles.latent)
-        self.condition = tuple(positions[name] for name in context.roles.condition)
+        self.timestep, self.condition = self.preludes.timestep, self.preludes.condition
         self.latent_jump = options.latent_jump
         self.warned: set[str] = set()
         self.records: list[PassRecord] = list(self.analysis.records)
@@ -96,9 +91,8 @@ class Program:
             with alone():
                 begin, name = time.perf_counter(), f"v{len(self._variants)}"
                 variant, records = build_variant(self.analysis, self._kept, row, self.options, name)
-                self.records += records
                 self._variants[row] = variant
-                self._spent(variant.name, begin)
+                self._built(name, begin, records)
         return self._variants[row]
 
     def executable(self, row: Row) -> tuple[Variant, Executable | None]:
@@ -115,50 +109,6 @@ class Program:
                 self._executables[variant.row] = self._lower(variant, args)
         return self._executables[variant.row]
 
-    def prelude(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Executable]:
-        """The program of these hoisted values (positions in `hoisted`, all of one level), compiled for such calls.
-
-        Raises:
-            LoweringError: the inner compiler refused it.
-        """
-        variant, run = self._prelude(gives)
-        if run is None:
-            with alone():
-                variant, run = self._prelude(gives)
-                if run is None:
-                    given = [*(args[i] for i in variant.takes), *self._examples(variant.hoists)]
-                    often = any(self.hoisted[position].level == "step" for position in gives)
-                    run = self._lower(variant, given, often)
-                    self._preludes[gives] = variant, run
-        return variant, run
-
-    def over_steps(self, gives: tuple[int, ...]) -> tuple[Variant, Executable] | None:
-        """The same for many timesteps at once, the timestep and the results with a leading axis; None: not possible."""
-        if self._by_step or self.timestep is None:
-            return None
-        variant, _ = self._prelude(gives)
-        if gives not in self._mapped:
-            self._mapped[gives] = _without_autocast(lower_over_steps(variant, variant.takes.index(self.timestep)))
-        return variant, self._mapped[gives]
-
-    def give_up_steps(self, error: LoweringError) -> None:
-        self._by_step = True
-        warnings.warn(f"{error}. They are computed at each step, which is slower", MoecaWarning, stacklevel=2)
-
-    def _prelude(self, gives: tuple[int, ...]) -> tuple[Variant, Executable | None]:
-        if gives not in self._preludes:
-            with alone():
-                begin, name = time.perf_counter(), f"prelude{len(self._preludes)}"
-                variant, records = build_prelude(self.analysis, gives, self.options, name)
-                self.records += records
-                self._preludes[gives] = variant, None
-                self._spent(name, begin)
-        return self._preludes[gives]
-
-    def _examples(self, hoists: tuple[int, ...]) -> list[torch.Tensor]:
-        nodes = fx.resolve(self.analysis.gm, (self.hoisted[position].value for position in hoists))
-        return [torch.empty(fx.shape(node), dtype=fx.need(node).dtype, device=fx.need(node).device) for node in nodes]
-
     def _lower(self, variant: Variant, args: Sequence[Any], often: bool = True) -> Executable:
         """`often`: it runs at many steps of a trajectory, so that recording it pays."""
         begin = time.perf_counter()
@@ -169,7 +119,7 @@ class Program:
                 repeat = repeat_blocks.__name__ not in self.options.disable
                 run = lower_inductor(variant, args, self.options.mode, self.options.inner_options, repeat)
         self._spent(variant.name, begin)
-        run = _without_autocast(run)
+        run = without_autocast(run)
         if self._record is None or not often:
             return run
         return Replayed(run, variant.name, self._moving(variant, len(args)), self._record)
@@ -210,7 +160,11 @@ class Program:
         for row in self.schedule.distinct_rows():
             variant = self.variant(row)
             state = [self.zeros(slot) for slot in variant.reads]
-            arguments = [*(args[i] for i in variant.takes), *hoisted.of(self, variant.hoists, args, None), *state]
+            arguments = [
+                *(args[i] for i in variant.takes),
+                *hoisted.of(self.preludes, variant.hoists, args, None),
+                *state,
+            ]
             if variant.wants_now:
                 arguments.append(torch.ones((), device=self.layout[0].device))
             if variant.wants_coefficients:
@@ -225,18 +179,12 @@ class Program:
             warnings.warn(f"pack_experts is left out: {reason}", MoecaWarning, stacklevel=2)
         return not reason
 
+    def _built(self, name: str, begin: float, records: Sequence[PassRecord]) -> None:
+        self.records += records
+        self._spent(name, begin)
+
     def _spent(self, name: str, begin: float) -> None:
         self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + time.perf_counter() - begin
-
-
-def _without_autocast(run: Executable) -> Executable:
-    """The ambient casts are in the graph: applied again while it runs, they would change what must not be cast."""
-
-    def runs(args: Sequence[Any]) -> Sequence[Any]:
-        with autocast_is(()):
-            return run(args)
-
-    return runs
 
 
 def _nothing_found(analysis: Analysis) -> str:

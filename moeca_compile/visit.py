@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from moeca_compile.backend import Bank, Entry
-
-Visitor = Callable[["Entry", Sequence[Any], "Bank"], tuple[Any, ...]]
+Visitor = Callable[[Any, Sequence[Any], Any], tuple[Any, ...]]  # the entry, the call's arguments, their bank
 
 _local = threading.local()
 

@@ -12,6 +12,7 @@ from torch import nn
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning
 from moeca_compile.face import _banks
+from moeca_compile.preludes import Preludes
 from moeca_compile.program import Program
 from tests.sampling import (
     TIMES,
@@ -60,15 +61,15 @@ def mapped(model: nn.Module) -> list[int]:
     run(plain(model), 1)
     moeca.reset(model)
     program, counts = program_of(model), list[int]()
-    program._by_step, program.walked = False, []
-    over_steps = program.over_steps
+    program.preludes.by_step, program.walked = False, []
+    over_steps = program.preludes.over_steps
 
     def watched(gives: tuple[int, ...]) -> Any:
         variant, at_once = over_steps(gives)
         at = variant.takes.index(program.timestep)
         return variant, lambda given: (counts.append(given[at].shape[0]), at_once(given))[1]
 
-    program.over_steps = watched
+    program.preludes.over_steps = watched
     return counts
 
 
@@ -135,14 +136,14 @@ def test_an_operator_that_can_not_be_mapped_is_told_once_and_computed_by_itself(
         raise RuntimeError("vmap: no batching rule for it")
 
     monkeypatch.setattr(torch.fx.Interpreter, "run", refuse)
-    variant, at_once = program_of(model).over_steps((0,))
+    variant, at_once = program_of(model).preludes.over_steps((0,))
     with pytest.raises(moeca.MoecaError, match="can't be computed for many timesteps at once: vmap: no batching rule"):
         at_once([torch.ones(2, *one.shape) if i == 0 else one for i, one in enumerate(_inputs(model, variant))])
     monkeypatch.undo()
     with pytest.warns(MoecaWarning, match="computed at each step, which is slower"):
-        program_of(model).give_up_steps(moeca.MoecaError("x"))
+        program_of(model).preludes.give_up_steps(moeca.MoecaError("x"))
     assert len(counts) == 1
-    assert Program.over_steps(program_of(model), (0,)) is None
+    assert Preludes.over_steps(program_of(model).preludes, (0,)) is None
 
 
 def _inputs(model: nn.Module, variant: Any) -> list[torch.Tensor]:
@@ -160,4 +161,4 @@ def test_compiled_programs_share_their_values_too() -> None:
         for one, other in zip(run(plain(model)), truth, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert "prelude0" in moeca.stats(model).compile_seconds
-    assert set(program_of(model)._mapped) == {(0,)}
+    assert set(program_of(model).preludes._mapped) == {(0,)}

@@ -34,7 +34,9 @@ DATA = {
 GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "autocast", "constants", "capture"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
-ALL = STAGES | {"plan", "inspect", "program", "owner", "first_call", "backend", "face", "study"}
+PROGRAM = {"program", "preludes", "adjacent"}
+CALLS = {"owner", "first_call", "visit", "frozen", "backend"}  # from torch.compile's callable to a program's step
+ALL = STAGES | PROGRAM | CALLS | {"plan", "inspect", "face", "study"}
 
 # room -> the rooms it may import besides itself (DESIGN section 3)
 MAY_IMPORT = {
@@ -44,10 +46,14 @@ MAY_IMPORT = {
     | {"runtime.bundle", "runtime.manifest", "runtime.graphs", "runtime.signature", "runtime.trt", "runtime.writing"},
     "runner": REWRITE,
     "pipeline": STAGES,
-    "program": STAGES | {"pipeline"},  # a captured graph, its schedule and its variants
+    "adjacent": GRAPH,  # weights moved to where a GPU wants them
+    "preludes": STAGES,  # the programs of hoisted values
+    "program": STAGES | PROGRAM,  # a captured graph, its schedule and its variants
+    "visit": set(),
     "owner": {"errors"},
     "first_call": REWRITE | {"owner"},
-    "backend": STAGES | {"program", "owner", "first_call"},
+    "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo
+    "backend": STAGES | PROGRAM | CALLS,
     "face": ALL - {"plan", "study"},  # what people call
     "study": ALL,  # calibrate: the planner on a real model
     "exporting": ALL,  # a bundle: the same stages, written down instead of run

@@ -29,7 +29,7 @@ MAX_RECORDS = 4096
 MAX_TABLES = 512
 
 
-class Runnable(Preluded, Protocol):
+class Runnable(Protocol):
     """What the dispatcher needs of a program (one graph, one input signature)."""
 
     schedule: Schedule  # bound to the graph's regions
@@ -42,6 +42,8 @@ class Runnable(Preluded, Protocol):
     walked: list[float]  # the timesteps of the last trajectory
     compile_seconds: dict[str, float]
 
+    @property
+    def preludes(self) -> Preluded: ...
     def executable(self, row: Row) -> tuple[Variant, Callable[[Sequence[Any]], Sequence[Any]] | None]: ...
     def compile(self, variant: Variant, args: Sequence[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]: ...
     def zeros(self, slot: int) -> torch.Tensor: ...
@@ -257,7 +259,7 @@ def _hoisted(
     if isinstance(track.clock, Counter) and not program.schedule.timesteps:  # there the sighting saw nothing
         timestep = None if program.timestep is None else uniform_timestep(args[program.timestep])
     if stream is None:
-        return Hoisted().of(program, variant.hoists, args, None)
+        return Hoisted().of(program.preludes, variant.hoists, args, None)
     ahead = track.ahead
     if timestep is not None:
         ahead.walk(timestep)
@@ -265,7 +267,7 @@ def _hoisted(
             program.walked = ahead.walked
     if stream not in track.hoisted:
         track.hoisted[stream] = Hoisted(ahead)
-    return track.hoisted[stream].of(program, variant.hoists, args, timestep)
+    return track.hoisted[stream].of(program.preludes, variant.hoists, args, timestep)
 
 
 def arguments_for(
@@ -280,7 +282,7 @@ def arguments_for(
     """What `variant` takes for a call with `args` at `step`: inputs, hoisted values (None: computed for it), state
     (zeros where unwritten), coefficients."""
     if hoisted is None:
-        hoisted = Hoisted().of(program, variant.hoists, args, None)
+        hoisted = Hoisted().of(program.preludes, variant.hoists, args, None)
     arguments = [*(args[i] for i in variant.takes), *hoisted]
     for slot in variant.reads:
         kept = state.tensors[slot] if state is not None else None

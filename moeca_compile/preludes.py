@@ -1,0 +1,90 @@
+"""The programs of a graph's hoisted values: built and compiled when they are first needed, for one step or for many."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from moeca_compile import fx
+from moeca_compile.autocast import without_autocast
+from moeca_compile.capture import alone
+from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.lower.inductor import Executable
+from moeca_compile.lower.over_steps import lower_over_steps
+from moeca_compile.options import Options
+from moeca_compile.pipeline import Analysis, build_prelude
+from moeca_compile.runner import PassRecord
+from moeca_compile.variant import Variant
+
+
+class Preludes:
+    """Implements `runtime.hoisted.Preluded`.
+
+    Args:
+        lower: compiles a variant for such arguments; and whether it will run at many steps of a trajectory.
+        built: is told of each prelude: its name, when building it began, what the passes did.
+
+    Attributes:
+        timestep, condition: positions of the inputs among a call's arguments.
+    """
+
+    def __init__(
+        self, analysis: Analysis, options: Options, lower: Callable[[Variant, Sequence[Any], bool], Executable],
+        built: Callable[[str, float, Sequence[PassRecord]], None],
+    ) -> None:  # fmt: skip
+        context = analysis.context
+        positions = {one.name: i for i, one in enumerate(context.inputs)}
+        self.hoisted = context.hoisted
+        self.timestep = positions.get(context.roles.timestep)
+        self.condition = tuple(positions[name] for name in context.roles.condition)
+        self._analysis, self._options, self._lower, self._built = analysis, options, lower, built
+        self._found: dict[tuple[int, ...], tuple[Variant, Executable | None]] = {}
+        self._mapped: dict[tuple[int, ...], Executable] = {}
+        self.by_step = options.inner == "eager"  # there every value is bitwise that of a call by itself
+
+    def prelude(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Executable]:
+        """The program of these hoisted values (positions in `hoisted`, all of one level), compiled for such calls.
+
+        Raises:
+            LoweringError: the inner compiler refused it.
+        """
+        variant, run = self._variant(gives)
+        if run is None:
+            with alone():
+                variant, run = self._variant(gives)
+                if run is None:
+                    given = [*(args[i] for i in variant.takes), *self._examples(variant.hoists)]
+                    often = any(self.hoisted[position].level == "step" for position in gives)
+                    run = self._lower(variant, given, often)
+                    self._found[gives] = variant, run
+        return variant, run
+
+    def over_steps(self, gives: tuple[int, ...]) -> tuple[Variant, Executable] | None:
+        """The same for many timesteps at once, the timestep and the results with a leading axis; None: not possible."""
+        if self.by_step or self.timestep is None:
+            return None
+        variant, _ = self._variant(gives)
+        if gives not in self._mapped:
+            self._mapped[gives] = without_autocast(lower_over_steps(variant, variant.takes.index(self.timestep)))
+        return variant, self._mapped[gives]
+
+    def give_up_steps(self, error: LoweringError) -> None:
+        self.by_step = True
+        warnings.warn(f"{error}. They are computed at each step, which is slower", MoecaWarning, stacklevel=2)
+
+    def _variant(self, gives: tuple[int, ...]) -> tuple[Variant, Executable | None]:
+        if gives not in self._found:
+            with alone():
+                begin, name = time.perf_counter(), f"prelude{len(self._found)}"
+                variant, records = build_prelude(self._analysis, gives, self._options, name)
+                self._found[gives] = variant, None
+                self._built(name, begin, records)
+        return self._found[gives]
+
+    def _examples(self, hoists: tuple[int, ...]) -> list[torch.Tensor]:
+        nodes = fx.resolve(self._analysis.gm, (self.hoisted[position].value for position in hoists))
+        return [torch.empty(fx.shape(node), dtype=fx.need(node).dtype, device=fx.need(node).device) for node in nodes]
