@@ -134,11 +134,13 @@ def _way(seen: Seen, leaves: Sequence[Any], result: Any) -> _Way | None:
 def _kind(leaves: Sequence[Any]) -> Hashable | None:
     """What Dynamo may have built a graph for, and the modes that it runs in; None: something that can't be told."""
     found: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), ambient_autocast()]
-    for one in leaves:
+    first: dict[int, int] = {}  # where a tensor comes first: one given twice has a graph of its own
+    for i, one in enumerate(leaves):
         if isinstance(one, Tensor):
             found.append(
-                (type(one), one.shape, one.stride(), one.dtype, one.device, one.requires_grad, one.is_inference())
-            )
+                (first.setdefault(id(one), i), type(one), one.shape, one.stride(), one.dtype, one.device,
+                 one.requires_grad, one.is_inference())
+            )  # fmt: skip
         elif isinstance(one, _PLAIN):
             found.append((type(one), one))
         else:

@@ -175,6 +175,33 @@ def test_other_arguments_are_another_kind_of_call(change: dict[str, Any], ways: 
     assert seen.count == ways
 
 
+class Twice(nn.Module):
+    """One that takes two latents, which may be the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = dit()
+
+    def forward(self, x: Tensor, other: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.model(x, t, y) - other
+        return result
+
+
+def test_a_tensor_that_is_given_twice_is_another_kind_of_call() -> None:
+    model = compiled(Twice())
+    x, y = noise(0, 2), torch.tensor([1, 2])
+
+    def steps(frozen: bool) -> list[Tensor]:
+        with torch.no_grad(), moeca.trajectory(model, stream="only", frozen=frozen):
+            given = [(x, x if i < 3 else x.clone() + i) for i in range(6)]
+            return [model(*two, torch.full((2,), 900.0 - 9 * i), y) for i, two in enumerate(given)]
+
+    truth = steps(False)
+    ways = Ways(model)
+    assert same(steps(True), truth)
+    assert ways.count == 2
+
+
 TABLE = torch.ones(())
 
 
