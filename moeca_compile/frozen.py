@@ -154,14 +154,12 @@ def let_through(model: object) -> None:
     Raises:
         StateError: it is no compiled module.
     """
-    if isinstance(model, OptimizedModule):
-        if not isinstance(model.forward, Shortcut):
-            model.forward = Shortcut(model, model.forward)
-    elif isinstance(model, torch.nn.Module) and model._compiled_call_impl is not None:
-        if not isinstance(model._compiled_call_impl, Shortcut):
-            model._compiled_call_impl = Shortcut(model, model._compiled_call_impl)
-    else:
+    name = "forward" if isinstance(model, OptimizedModule) else "_compiled_call_impl"
+    call = getattr(model, name, None)
+    if call is None or not isinstance(model, torch.nn.Module):
         raise StateError(
             f"trajectory(frozen=True) wants the compiled module itself, and got {type(model).__name__}: pass what "
             "torch.compile gave for a module, or leave frozen out"
         )
+    if not isinstance(call, Shortcut):
+        setattr(model, name, Shortcut(model, call))

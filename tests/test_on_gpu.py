@@ -34,12 +34,8 @@ def model(dtype: torch.dtype = torch.bfloat16) -> DiT:
 def walk(called: Any, named: bool = False, dtype: torch.dtype = torch.bfloat16, strict: bool = False) -> list[Tensor]:
     """What each call gave. `named`: in a trajectory with a stream; `strict`: waiting for the GPU is an error."""
     torch.manual_seed(1)
-    x, times, labels = (
-        torch.randn(2, 4, 8, 8, device="cuda"),
-        torch.full((2,), 900.0, device="cuda"),
-        torch.tensor([1, 2]),
-    )
-    labels, found = labels.cuda(), []
+    x, times = torch.randn(2, 4, 8, 8, device="cuda"), torch.full((2,), 900.0, device="cuda")
+    labels, found = torch.tensor([1, 2], device="cuda"), list[Tensor]()
     with moeca.trajectory(called, STEPS, "only") if named else nullcontext():
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
         try:

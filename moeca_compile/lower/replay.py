@@ -75,7 +75,7 @@ class Replayed:
             _copy([recording.args[position] for position in moving], [args[position] for position in moving])
             recording.replay()
             results = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in recording.results]
-            _copy(*([one for one in some if isinstance(one, torch.Tensor)] for some in (results, recording.results)))
+            _copy(_tensors(results), _tensors(recording.results))
             return results
 
     def _recording(self, args: Sequence[Any]) -> _Recording | None:
@@ -117,3 +117,7 @@ def _copy(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
     """All in as few launches as there are kinds of them."""
     if to:
         torch._foreach_copy_(to, of)
+
+
+def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    return [one for one in values if isinstance(one, torch.Tensor)]
