@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import gc
 import json
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -143,7 +144,7 @@ def measure(work: Work, models: Mapping[str, Contender], rounds: int) -> dict[st
             figures[name] |= {"mac_fraction": round(stats.mac_fraction, 5), "state_bytes": stats.state_bytes}
             figures[name] |= {
                 f"{variant}_host_ms": round(
-                    _median(s.ms + s.overhead_ms for s in stats.steps if s.variant == variant), 3
+                    statistics.median(s.ms + s.overhead_ms for s in stats.steps if s.variant == variant), 3
                 )
                 for variant in sorted(variants)
             }
@@ -183,7 +184,7 @@ def experts_alone(model: str, tokens: Sequence[int], repeats: int = 20) -> dict[
                 end.record()
                 torch.cuda.synchronize()
                 spent.append(begin.elapsed_time(end))
-            found[f"{count} tokens, {name}"] = round(_median(spent), 4)
+            found[f"{count} tokens, {name}"] = round(statistics.median(spent), 4)
     print(f"experts of {model} alone, ms: {found}", flush=True)
     return found
 
@@ -191,11 +192,6 @@ def experts_alone(model: str, tokens: Sequence[int], repeats: int = 20) -> dict[
 def _run(one: Contender, work: Work) -> Tensor:
     one.begin()
     return one.sample(work)
-
-
-def _median(values: Iterable[float]) -> float:
-    found = sorted(values)
-    return found[len(found) // 2]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
