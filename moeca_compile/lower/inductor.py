@@ -60,7 +60,7 @@ def lower_inductor(
             node.meta.pop("unbacked_bindings", None)
         with torch.inference_mode(False), torch.no_grad():
             compiled = standalone_compile(
-                gm, list(split(args)), dynamic_shapes="from_example_inputs", options=dict(options)
+                gm, list(split(args)), dynamic_shapes="from_example_inputs", options={"config_patches": options}
             )
     except LoweringError:
         raise
