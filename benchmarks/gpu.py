@@ -7,7 +7,7 @@
 
 Weights are random: speed only. Guidance is one call of two samples an image. Experts' weights lie side by side
 (`pack_experts`) and guards are left out once all is compiled (`skip_guard_eval_unsafe`), for torch.compile as for
-moeca; its steps are told by `moeca.trajectory`, so that nobody waits for the GPU before a trajectory ends.
+moeca; its steps and timesteps are told by `moeca.trajectory`: nobody waits for the GPU before a trajectory ends.
 Trajectories take turns, one a contender and round, each timed as a whole with the GPU idle before and after; medians
 and ratios as `benchmarks.protocol` has them. Results: results/gpu.json, a run at a time, so that an interrupted
 benchmark keeps what it has.
@@ -70,12 +70,16 @@ class Work:
         moeca.prepare(network)
         return network
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (2n,4,s,s), timesteps (2n,), labels (2n,)."""
+    @property
+    def timesteps(self) -> list[float]:
+        return [1000 * (1 - step / self.steps) for step in range(self.steps)]
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Latents (2n,4,s,s), labels (2n,)."""
         side, generator = self.pixels // 8, torch.Generator().manual_seed(0)
         x = torch.randn(self.images, 4, side, side, generator=generator).repeat(2, 1, 1, 1)
         labels = torch.tensor([207, 1000]).repeat_interleave(self.images)
-        return x.to(self.device), torch.full((len(x),), 1000.0, device=self.device), labels.to(self.device)
+        return x.to(self.device), labels.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,13 @@ class Contender:
     @torch.no_grad()
     def sample(self, work: Work) -> Tensor:
         """Euler's method along the guided velocity."""
-        x, first, labels = work.inputs()
-        moved = moeca.trajectory(self.model, work.steps, "guided", frozen=True) if self.schedule else nullcontext()
+        (x, labels), times = work.inputs(), work.timesteps
+        moved = nullcontext()
+        if self.schedule:
+            moved = moeca.trajectory(self.model, work.steps, "guided", timesteps=times, frozen=True)
         with moved:
-            for step in range(work.steps):
-                output = self.model(x.bfloat16(), first * (1 - step / work.steps), labels)
+            for timestep in times:
+                output = self.model(x.bfloat16(), torch.full((len(x),), timestep, device=work.device), labels)
                 cond, uncond = output[:, :4].float().chunk(2)
                 velocity = uncond + 1.5 * (cond - uncond)
                 x = x - torch.cat([velocity, velocity]) / work.steps

@@ -18,9 +18,9 @@ INTRO = """<!-- Written by `python -m benchmarks.gpu --report` from benchmarks/r
 weights, so speed only; bfloat16, 50 Euler steps, guidance in one call (two samples an image). The baseline is
 `torch.compile` of the prepared model, as CUDA graphs `mode="reduce-overhead"`. Experts' weights lie side by side for
 all contenders (`pack_experts`), and all run without Dynamo's guards once they are compiled. moeca's trajectories are
-named and frozen; state at fixed addresses is copied into its slots, which is in the times. *Interval N* is `uniform:N`,
-order 1. *x MACs* is the speedup over the baseline times the share of the multiply-accumulates: what is short of 1 goes
-into reused steps, state and launches.
+named, told their timesteps, and frozen; state at fixed addresses is copied into its slots, which is in the times.
+*Interval N* is `uniform:N`, order 1. *x MACs* is the speedup over the baseline times the share of the
+multiply-accumulates: what is short of 1 goes into reused steps, state and launches.
 """
 
 

@@ -54,6 +54,8 @@ def without_autocast(run: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[
 
 def materialise_casts(gm: GraphModule, ambient: Casts) -> None:
     """Write the conversions of the ambient autocast, and of autocast regions inside the model, into the graph."""
+    if not ambient and not any(node.target is _enter_autocast for node in gm.graph.nodes):
+        return
     current = dict(ambient)
     outer: dict[Node, dict[str, torch.dtype]] = {}
     for node in list(gm.graph.nodes):

@@ -6,6 +6,7 @@ source lines are kept. One capture is for one concrete input signature: sizes ar
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,9 +46,23 @@ def counted_apart() -> dict[str, Any]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """For tracing and compiling, which use globals of torch: Dynamo's own lock keeps them apart from other threads'."""
-    with compile_lock, _session():
+    """For tracing and compiling, which use globals of torch: Dynamo's own lock keeps them apart from other threads'.
+
+    Python's collector pauses: it would go through all that was built so far again and again, and find nothing."""
+    with compile_lock, _session(), _no_collector():
         yield
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The programs of a graph's hoisted values: built and compiled when they are first needed, for one step or for many."""
+"""The programs of a graph's hoisted values: built when they are first needed, for one step or for many."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moeca_compile.lower.over_steps import lower_over_steps
 from moeca_compile.options import Options
 from moeca_compile.pipeline import Analysis, build_prelude
 from moeca_compile.runner import PassRecord
+from moeca_compile.runtime.nowait import must_be_waited_for
 from moeca_compile.variant import Variant
 
 
@@ -25,7 +26,7 @@ class Preludes:
     """Implements `runtime.hoisted.Preluded`.
 
     Args:
-        lower: compiles a variant for such arguments; and whether it will run at many steps of a trajectory.
+        lower: makes a variant run for such arguments; and whether it will at many steps, so that compiling pays.
         built: is told of each prelude: its name, when building it began, what the passes did.
 
     Attributes:
@@ -47,7 +48,7 @@ class Preludes:
         self.by_step = options.inner == "eager"  # there every value is bitwise that of a call by itself
 
     def prelude(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Executable]:
-        """The program of these hoisted values (positions in `hoisted`, all of one level), compiled for such calls.
+        """The program of these hoisted values (positions in `hoisted`, all of one level), made to run for such calls.
 
         Raises:
             LoweringError: the inner compiler refused it.
@@ -58,8 +59,7 @@ class Preludes:
                 variant, run = self._variant(gives)
                 if run is None:
                     given = [*(args[i] for i in variant.takes), *self._examples(variant.hoists)]
-                    often = any(self.hoisted[position].level == "step" for position in gives)
-                    run = self._lower(variant, given, often)
+                    run = self._lower(variant, given, self._often(gives, given))
                     self._found[gives] = variant, run
         return variant, run
 
@@ -84,6 +84,12 @@ class Preludes:
                 self._found[gives] = variant, None
                 self._built(name, begin, records)
         return self._found[gives]
+
+    def _often(self, gives: tuple[int, ...], args: Sequence[Any]) -> bool:
+        """Whether they are computed at every step: those of a timestep, where nobody waits to read it. Elsewhere they
+        are computed once a trajectory, for all steps together once the timesteps are known."""
+        unread = self._options.cuda_graphs or any(map(must_be_waited_for, args))
+        return unread and any(self.hoisted[position].level == "step" for position in gives)
 
     def _examples(self, hoists: tuple[int, ...]) -> list[torch.Tensor]:
         nodes = fx.resolve(self._analysis.gm, (self.hoisted[position].value for position in hoists))

@@ -110,9 +110,9 @@ class Program:
         return self._executables[variant.row]
 
     def _lower(self, variant: Variant, args: Sequence[Any], often: bool = True) -> Executable:
-        """`often`: it runs at many steps of a trajectory, so that recording it pays."""
+        """`often`: it runs at many steps of a trajectory, so that compiling and recording it pays."""
         begin = time.perf_counter()
-        if self.options.inner == "eager":
+        if self.options.inner == "eager" or not often:
             run = lower_eager(variant)
         else:
             with autocast_is(()):

@@ -1,4 +1,4 @@
-"""Runs a pass list: hands each pass a copy, times it, checks it, dumps before and after, names what failed.
+"""Runs a pass list on a copy: times each pass, checks it, dumps before and after, names what failed.
 
 Passes know nothing of this; so a pass is a plain function, and timing or dumping is written once.
 """
@@ -53,16 +53,18 @@ class Runner:
         return ctx
 
     def rewrite(self, rewriters: Sequence[Rewriter], gm: GraphModule, ctx: Context, label: str = "") -> GraphModule:
-        """Run graph passes in order, each on a copy of its own: the given graph stays as it is."""
+        """Run graph passes in order, on a copy: the given graph stays as it is."""
+        gm = fx.copied(gm)
         for rewriter in rewriters:
+            name = label + rewriter.__name__
             if rewriter.__name__ in self.disable:
                 log.info("pass %s is disabled", rewriter.__name__)
                 continue
-            before, start = gm, time.perf_counter()
-            after = self._guard(_checked(rewriter), fx.copied(gm), ctx)
-            self._record(label + rewriter.__name__, start, len(before.graph.nodes), len(after.graph.nodes))
-            self._dump(label + rewriter.__name__, before, after)
-            gm = after
+            size, before, start = len(gm.graph.nodes), self._text(gm), time.perf_counter()
+            gm = self._guard(_checked(rewriter), gm, ctx)
+            self._record(name, start, size, len(gm.graph.nodes))
+            self._dump(name, before, self._text(gm))
+        gm.recompile()
         return gm
 
     def _guard(self, step: Callable[[GraphModule, Context], T], gm: GraphModule, ctx: Context) -> T:
@@ -78,13 +80,19 @@ class Runner:
         self.records.append(PassRecord(name, (time.perf_counter() - start) * 1e3, before, after))
         log.debug("%s: %d -> %d nodes, %.1f ms", name, before, after, self.records[-1].ms)
 
-    def _dump(self, name: str, before: GraphModule, after: GraphModule) -> None:
+    def _text(self, gm: GraphModule) -> str:
+        """The graph to read, where it is wanted."""
+        if self.dump is None:
+            return ""
+        gm.recompile()
+        return str(gm.print_readable(print_output=False))
+
+    def _dump(self, name: str, before: str, after: str) -> None:
         if self.dump is None:
             return
         self.dump.mkdir(parents=True, exist_ok=True)
         number = len(list(self.dump.glob("*.before.txt")))
-        for when, gm in (("before", before), ("after", after)):
-            text = gm.print_readable(print_output=False)
+        for when, text in (("before", before), ("after", after)):
             (self.dump / f"{number:03d}_{name.replace(' ', '_')}.{when}.txt").write_text(text)
 
 
@@ -95,7 +103,6 @@ def _checked(rewriter: Rewriter) -> Rewriter:
     def run(gm: GraphModule, ctx: Context) -> GraphModule:
         after = rewriter(gm, ctx)
         after.graph.lint()
-        after.recompile()
         return after
 
     return run

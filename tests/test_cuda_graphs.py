@@ -17,7 +17,7 @@ from torch import nn
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, OptionError
 from moeca_compile.lower import replay
-from moeca_compile.runtime.buffers import Buffers
+from moeca_compile.runtime.buffers import Buffers, copy_all
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.variant import StateSlot
 from tests.sampling import (
@@ -181,3 +181,16 @@ def test_without_a_gpu_it_is_refused() -> None:
         alone(replayed, plain)
     with pytest.raises(OptionError, match="cuda_graphs='yes': expected True or False"):
         moeca.compile(dit(), cuda_graphs="yes")
+
+
+def test_tensors_of_several_dtypes_are_copied_a_launch_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[int] = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: lists.append(len(to)) or copy(to, of))
+    of = [torch.arange(3.0), torch.arange(2), torch.ones(2), torch.ones(1, dtype=torch.bfloat16), torch.arange(4)]
+    to = [torch.zeros_like(one) for one in of]
+    to[2] = to[2].double()
+    copy_all(to, of)
+    assert all(torch.equal(one.to(other.dtype), other) for one, other in zip(to, of, strict=True))
+    assert lists == [1, 2, 1, 1]
+    copy_all([], [])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
-from moeca_compile.errors import MoecaWarning
+from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.face import _banks
 from moeca_compile.preludes import Preludes
 from moeca_compile.program import Program
@@ -123,6 +123,36 @@ def test_declared_timesteps_are_computed_together_in_the_first_trajectory() -> N
         with moeca.trajectory(model, stream=stream, timesteps=TIMES):
             run(plain(model))
     assert counts == [len(TIMES)] * 2
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the tensors were on an accelerator, which nobody waits for."""
+    for name in ("dispatch", "hoisted"):
+        monkeypatch.setattr(f"moeca_compile.runtime.{name}.must_be_waited_for", lambda value: True)
+
+
+@pytest.mark.usefixtures("far")
+def test_timesteps_on_an_accelerator_are_taken_at_their_word() -> None:
+    model, by_step = compiled(dit()), compiled(dit())
+    counts = mapped(model)
+    for times, stream, steps in ((TIMES, None, None), ((), "a", None), (TIMES, "a", 2 * len(TIMES))):
+        with moeca.trajectory(by_step, steps, stream, timesteps=times):
+            truth = run(plain(by_step))
+    with moeca.trajectory(model, len(TIMES), "a", timesteps=TIMES):
+        found = run(plain(model))
+    assert counts == [len(TIMES)]
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("far")
+def test_a_wrong_word_is_an_error() -> None:
+    model = compiled(dit())
+    wrong = [*TIMES[:3], TIMES[3] - 1, *TIMES[4:]]
+    told = moeca.trajectory(model, stream="a", timesteps=wrong)
+    with pytest.raises(StateError, match=f"call 4 came with timestep {TIMES[3]:g}, but the trajectory was told"), told:
+        run(plain(model))
 
 
 def test_an_operator_that_can_not_be_mapped_is_told_once_and_computed_by_itself(

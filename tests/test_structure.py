@@ -43,7 +43,8 @@ MAY_IMPORT = {
     **dict.fromkeys((*DATA, "plan", "runtime", "inspect"), DATA),
     **dict.fromkeys(GRAPH - DATA | {"passes", "canonical"}, GRAPH),
     "lower": GRAPH
-    | {"runtime.bundle", "runtime.manifest", "runtime.graphs", "runtime.signature", "runtime.trt", "runtime.writing"},
+    | {"runtime.buffers", "runtime.bundle", "runtime.manifest", "runtime.graphs", "runtime.signature", "runtime.trt"}
+    | {"runtime.writing"},
     "runner": REWRITE,
     "pipeline": STAGES,
     "adjacent": GRAPH,  # weights moved to where a GPU wants them

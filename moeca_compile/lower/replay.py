@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import MoecaWarning, UserError
+from moeca_compile.runtime.buffers import copy_all
 
 MOST = 8  # recordings of a variant: as many streams and sets of weights
 
@@ -72,10 +73,10 @@ class Replayed:
             if recording is None:
                 return self.run(args)
             moving = [position for position in self.moving if isinstance(args[position], torch.Tensor)]
-            _copy([recording.args[position] for position in moving], [args[position] for position in moving])
+            copy_all([recording.args[position] for position in moving], [args[position] for position in moving])
             recording.replay()
             results = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in recording.results]
-            _copy(_tensors(results), _tensors(recording.results))
+            copy_all(_tensors(results), _tensors(recording.results))
             return results
 
     def _recording(self, args: Sequence[Any]) -> _Recording | None:
@@ -111,12 +112,6 @@ class Replayed:
             ]
             replay, results = self.record(self.run, own)
         return _Recording(replay, own, results)
-
-
-def _copy(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
-    """All in as few launches as there are kinds of them."""
-    if to:
-        torch._foreach_copy_(to, of)
 
 
 def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:

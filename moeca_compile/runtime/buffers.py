@@ -48,12 +48,21 @@ class _Fixed(StreamState):  # no __slots__: it can be referred to weakly
         moved = [self._run_of(slot) for slot in slots]
         for back in range(max(map(len, moved), default=0) - 1, 0, -1):  # the oldest first: it is written over
             to = [run[back] for run in moved if len(run) > back]
-            torch._foreach_copy_([self.fixed[slot] for slot in to], [self.fixed[slot - 1] for slot in to])
-        if slots:
-            torch._foreach_copy_([self.fixed[slot] for slot in slots], list(values))
+            copy_all([self.fixed[slot] for slot in to], [self.fixed[slot - 1] for slot in to])
+        copy_all([self.fixed[slot] for slot in slots], values)
 
 
 def zeros_of(slot: StateSlot) -> torch.Tensor:
     """A tensor for a slot, of a kind that may be written inside and outside inference mode."""
     with torch.inference_mode(False):
         return torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype), device=slot.device)
+
+
+def copy_all(to: Sequence[torch.Tensor], of: Sequence[torch.Tensor]) -> None:
+    """Each into its own, a launch for each pair of dtypes: torch takes a list of several dtypes one by one."""
+    kinds: dict[Any, tuple[Set, Set]] = {}
+    for one, other in zip(to, of, strict=True):
+        for group, tensor in zip(kinds.setdefault((one.dtype, other.dtype), ([], [])), (one, other), strict=True):
+            group.append(tensor)
+    for targets, sources in kinds.values():
+        torch._foreach_copy_(targets, sources)

@@ -17,10 +17,12 @@ from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.runtime.clock import Clock, Counter, Sighting, Tick
 from moeca_compile.runtime.finite import Finite
 from moeca_compile.runtime.hoisted import Ahead, Hoisted, Preluded, uniform_timestep
+from moeca_compile.runtime.nowait import must_be_waited_for, upload
 from moeca_compile.runtime.probe import Probe
 from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.runtime.stats import StepRecord
+from moeca_compile.runtime.told import Told
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.variant import StateSlot, Variant
@@ -69,9 +71,7 @@ class Track:
         if values not in self.tables:
             if len(self.tables) == MAX_TABLES:
                 self.tables.clear()
-            table = torch.tensor(values, dtype=torch.float32)
-            table = table.pin_memory() if device.startswith("cuda") else table
-            self.tables[values] = table.to(device, non_blocking=True)
+            self.tables[values] = upload(torch.tensor(values, dtype=torch.float32), torch.device(device))
         return self.tables[values]
 
     def forget(self) -> None:
@@ -90,6 +90,7 @@ class Tracks:
 
     def __init__(self, trajectory: Trajectory | None = None) -> None:
         self.counter = Counter() if trajectory is not None and trajectory.stream is not None else None
+        self.told = None if trajectory is None else trajectory.told()
         self.exact = trajectory is not None
         self.by_program: weakref.WeakKeyDictionary[Runnable, Track] = weakref.WeakKeyDictionary()
         self.lock = threading.Lock()
@@ -189,7 +190,7 @@ def _run(
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
     start, compiled = time.perf_counter(), sum(program.compile_seconds.values())
-    hoisted = _hoisted(program, track, tick.stream, sighting, variant, args)
+    hoisted = _hoisted(program, tracks, tick, sighting, variant, args)
     compiling = sum(program.compile_seconds.values()) - compiled
     begin, sharing = begin + compiling, time.perf_counter() - start - compiling
     arguments = arguments_for(program, track, variant, args, state, tick.step, hoisted)
@@ -251,13 +252,13 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
 
 
 def _hoisted(
-    program: Runnable, track: Track, stream: Hashable, sighting: Sighting, variant: Variant, args: Sequence[Any]
+    program: Runnable, tracks: Tracks, tick: Tick, sighting: Sighting, variant: Variant, args: Sequence[Any]
 ) -> list[torch.Tensor]:
     if not variant.hoists:
         return []
-    timestep = sighting.timestep
+    track, stream, timestep = tracks.of(program), tick.stream, sighting.timestep
     if isinstance(track.clock, Counter) and not program.schedule.timesteps:  # there the sighting saw nothing
-        timestep = None if program.timestep is None else uniform_timestep(args[program.timestep])
+        timestep = _unseen(program, tracks.told, tick.step, args)
     if stream is None:
         return Hoisted().of(program.preludes, variant.hoists, args, None)
     ahead = track.ahead
@@ -268,6 +269,14 @@ def _hoisted(
     if stream not in track.hoisted:
         track.hoisted[stream] = Hoisted(ahead)
     return track.hoisted[stream].of(program.preludes, variant.hoists, args, timestep)
+
+
+def _unseen(program: Runnable, told: Told | None, step: int, args: Sequence[Any]) -> float | None:
+    """The timestep of a call whose inputs nobody waits for: read where that costs nothing, else as it was told."""
+    if program.timestep is None:
+        return None
+    value = args[program.timestep]
+    return told.at(step, value) if told is not None and must_be_waited_for(value) else uniform_timestep(value)
 
 
 def arguments_for(

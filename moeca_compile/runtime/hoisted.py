@@ -17,6 +17,7 @@ import torch
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.regions import HoistedValue
+from moeca_compile.runtime.nowait import must_be_waited_for, upload
 from moeca_compile.variant import Variant
 
 TABLE_BYTES = 256 * 2**20  # of values for steps to come
@@ -63,7 +64,7 @@ class _Kept:
         self.ref, self.version, self.copy = weakref.ref(value), _version(value), value.detach().clone()
 
     def matches(self, value: torch.Tensor) -> bool:
-        dear = value.numel() > SMALL or value.device.type != "cpu"
+        dear = value.numel() > SMALL or must_be_waited_for(value)
         if dear and self.ref() is value and _version(value) == self.version >= 0:
             return True
         return torch.equal(self.copy, value)
@@ -145,7 +146,7 @@ class Hoisted:
         variant, run = made
         given = self._inputs(program, variant, args)
         own = args[program.timestep]
-        times = torch.tensor(coming, dtype=torch.float64).to(own.device, own.dtype)
+        times = upload(torch.tensor(coming, dtype=torch.float64).to(own.dtype), own.device)
         given[variant.takes.index(program.timestep)] = times.reshape(-1, *[1] * own.dim()).expand(-1, *own.shape)
         try:
             values = run(given)
@@ -168,7 +169,7 @@ class Hoisted:
 
 def uniform_timestep(value: Any) -> float | None:
     """The one timestep of a call, where it can be read without waiting for an accelerator."""
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or not value.numel():
+    if not isinstance(value, torch.Tensor) or must_be_waited_for(value) or not value.numel():
         return None
     low, high = value.detach().double().aminmax()
     return float(low) if low == high else None

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from moeca_compile.errors import StateError
+from moeca_compile.runtime.told import Told
 
 # entered now, innermost last; a context variable, so that threads and asyncio tasks each see their own
 _active: ContextVar[tuple[Trajectory, ...]] = ContextVar("moeca_trajectories", default=())
@@ -46,7 +47,15 @@ class Trajectory:
         self.frozen = frozen
         self.ways: dict[Any, Any] = {}
         self.tracks: dict[Any, Any] = {}
+        self._told: list[Told] = []
         self._thread: int | None = None
+
+    def told(self) -> Told | None:
+        """For one set of weights: the timesteps of its calls, where a named stream was told one for each call."""
+        if not self.timesteps or self.stream is None or self.steps not in (None, len(self.timesteps)):
+            return None
+        self._told.append(Told(self.timesteps))
+        return self._told[-1]
 
     def __enter__(self) -> Trajectory:
         here = threading.get_ident()
@@ -67,6 +76,9 @@ class Trajectory:
                 "trajectories overlap: this one was left while one entered later is still open, so calls since then "
                 "went to that one. Enter a trajectory around each call of its loop, or around the whole loop"
             )
+        if kind is None:
+            for told in self._told:
+                told.settle()
 
     def serves(self, weights: Collection[int]) -> bool:
         """Whether a graph with these weights is the model's; a part of a broken graph may have none at all."""
