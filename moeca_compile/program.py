@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ class Program:
         self._zeros: dict[tuple[Any, ...], torch.Tensor] = {}
         self._buffers = Buffers()
         self._record = self._recorder(args) if options.cuda_graphs else None
+        self.replaying: AbstractContextManager[Any] = nullcontext() if self._record is None else threading.RLock()
 
     def use(self, schedule: Schedule, keep: Schedule | None = None) -> None:
         """Run another schedule from now on, with the state of `keep` (default: its own). Variants are kept by layout.
@@ -122,7 +125,7 @@ class Program:
         run = without_autocast(run)
         if self._record is None or not often:
             return run
-        return Replayed(run, variant.name, self._moving(variant, len(args)), self._record)
+        return Replayed(run, variant.name, self._moving(variant, len(args)), self._record, variant.outputs)
 
     def _moving(self, variant: Variant, count: int) -> set[int]:
         """Which of a variant's `count` arguments are other tensors at each call: all but weights and state."""

@@ -6,8 +6,10 @@ graph does: whoever hands over other tensors, or keeps what a replay gave, is fo
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, OptionError
 from moeca_compile.lower import replay
 from moeca_compile.runtime.buffers import Buffers, copy_all
+from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.variant import StateSlot
 from tests.sampling import (
@@ -29,6 +32,7 @@ from tests.sampling import (
     dit,
     in_place,
     plain,
+    run,
     same,
     streams,
     take_turns,
@@ -168,6 +172,36 @@ def test_results_are_the_caller_s() -> None:
     first, _ = run([torch.tensor(1.0)])
     second, nothing = run([torch.tensor(5.0)])
     assert (float(first), float(second), nothing) == (2.0, 6.0, None)
+
+
+def test_results_that_are_lent_are_where_the_recording_has_them() -> None:
+    run = replay.Replayed(lambda args: [args[0] + 1, 2 * args[0]], "v0", {0}, Recorder().record, own=1)
+    first, lent = run([torch.tensor(1.0)])
+    assert (float(first), float(lent)) == (2.0, 2.0)
+    second, again = run([torch.tensor(5.0)])
+    assert again is lent
+    assert (float(first), float(second), float(lent)) == (2.0, 6.0, 10.0)
+
+
+def test_threads_take_what_they_were_lent_before_another_replays(recorder: Recorder) -> None:
+    replayed, called = both()
+    wanted = [alone(called, lambda model, seed=seed: plain(model, seed)) for seed in (1, 2, 3)]
+    commit = StreamState.commit
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.002)  # long enough for the others to replay the same variant
+        commit(*args)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(StreamState, "commit", slow)
+        alone(replayed, plain)
+        found = list(pool.map(lambda seed: _in_a_stream(replayed, seed), (1, 2, 3)))
+    assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _in_a_stream(model: nn.Module, seed: int) -> list[torch.Tensor]:
+    with torch.no_grad(), moeca.trajectory(model, stream="mine"):
+        return run(plain(model, seed))
 
 
 def _with_none(run: replay.Run, args: Sequence[Any]) -> tuple[Callable[[], None], Sequence[Any]]:

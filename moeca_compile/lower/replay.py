@@ -3,7 +3,7 @@
 A recording reads and writes fixed addresses. Weights and state are read where they lie; a call whose weights or state
 lie elsewhere (another stream, a replaced weight) has a recording of its own. All other arguments are copied into
 buffers of the recording before it runs, and its results are copied out, so that nobody holds what the next run
-overwrites.
+overwrites; but for those that the caller copies away itself (`lent`).
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ class Replayed:
     Args:
         name: of the variant, for messages.
         moving: positions of the arguments that are copied in; all other tensors are read where they lie.
+        own: so many results are the caller's; those behind them are lent until the next call. None: all are.
     """
 
-    def __init__(self, run: Run, name: str, moving: Collection[int], record: Record) -> None:
-        self.run, self.name, self.moving, self.record = run, name, frozenset(moving), record
+    def __init__(self, run: Run, name: str, moving: Collection[int], record: Record, own: int | None = None) -> None:
+        self.run, self.name, self.moving, self.record, self.own = run, name, frozenset(moving), record, own
         self.recordings: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
         self.gave_up = False
         self._lock = threading.Lock()  # from copying in to copying out
@@ -75,9 +76,10 @@ class Replayed:
             moving = [position for position in self.moving if isinstance(args[position], torch.Tensor)]
             copy_all([recording.args[position] for position in moving], [args[position] for position in moving])
             recording.replay()
-            results = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in recording.results]
-            copy_all(_tensors(results), _tensors(recording.results))
-            return results
+            given = recording.results[: self.own]
+            results = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in given]
+            copy_all(_tensors(results), _tensors(given))
+            return [*results, *recording.results[len(given) :]]
 
     def _recording(self, args: Sequence[Any]) -> _Recording | None:
         key = tuple(self._key(position, one) for position, one in enumerate(args))

@@ -8,6 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -43,6 +44,7 @@ class Runnable(Protocol):
     warned: set[str]
     walked: list[float]  # the timesteps of the last trajectory
     compile_seconds: dict[str, float]
+    replaying: AbstractContextManager[Any]  # held from a run until what it gave is kept
 
     @property
     def preludes(self) -> Preluded: ...
@@ -199,22 +201,31 @@ def _run(
         run = program.compile(variant, arguments)
         run(arguments)  # the first run of a compiled program isn't typical: it isn't timed
         begin += time.perf_counter() - outside
-    start = time.perf_counter()
-    results = run(arguments)
-    end = time.perf_counter()
-    outputs = tuple(results[: variant.outputs])
-    if state is not None and not (
-        variant.writes and _drop_if_not_finite(program, track, tick.stream, state, wait=True)
-    ):
-        state.commit(tick.step, row, variant.writes, results[variant.outputs :])
-        if variant.writes and isinstance(outputs[0], torch.Tensor) and outputs[0].is_floating_point():
-            track.finite[tick.stream] = Finite(outputs[0], tick.step)
+    with program.replaying:  # what a recording gave is kept before another replay writes over it
+        start = time.perf_counter()
+        results = run(arguments)
+        end = time.perf_counter()
+        outputs = tuple(results[: variant.outputs])
+        if state is not None:
+            _keep(program, track, tick, state, row, variant, results)
     if len(track.records) == MAX_RECORDS:
         del track.records[: MAX_RECORDS // 2]
     ms = (end - start + sharing) * 1e3
     overhead = (time.perf_counter() - begin) * 1e3 - ms
     track.records.append(StepRecord(tick.step, str(tick.stream), variant.name, ms, overhead, variant.macs, cold))
     return outputs
+
+
+def _keep(
+    program: Runnable, track: Track, tick: Tick, state: StreamState, row: Row, variant: Variant, results: Sequence[Any]
+) -> None:
+    """Take what a step wrote, unless the state that it came from turns out not to have been finite."""
+    if variant.writes and _drop_if_not_finite(program, track, tick.stream, state, wait=True):
+        return
+    state.commit(tick.step, row, variant.writes, results[variant.outputs :])
+    output = results[0]
+    if variant.writes and isinstance(output, torch.Tensor) and output.is_floating_point():
+        track.finite[tick.stream] = Finite(output, tick.step)
 
 
 def _look(program: Runnable, tracks: Tracks, track: Track, args: Sequence[Any]) -> Sighting:
