@@ -6,10 +6,11 @@ graph does: whoever hands over other tensors, or keeps what a replay gave, is fo
 
 from __future__ import annotations
 
-import time
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -186,15 +187,16 @@ def test_results_that_are_lent_are_where_the_recording_has_them() -> None:
 def test_threads_take_what_they_were_lent_before_another_replays(recorder: Recorder) -> None:
     replayed, called = both()
     wanted = [alone(called, lambda model, seed=seed: plain(model, seed)) for seed in (1, 2, 3)]
-    commit = StreamState.commit
+    commit, met = StreamState.commit, threading.Barrier(3)
 
     def slow(*args: Any) -> None:
-        time.sleep(0.002)  # long enough for the others to replay the same variant
+        with suppress(threading.BrokenBarrierError):
+            met.wait(0.3)  # until the others have replayed the same variant too, if they may
         commit(*args)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
-        patch.setattr(StreamState, "commit", slow)
         alone(replayed, plain)
+        patch.setattr(StreamState, "commit", slow)
         found = list(pool.map(lambda seed: _in_a_stream(replayed, seed), (1, 2, 3)))
     assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.errors import MoecaWarning
+from moeca_compile.errors import MoecaWarning, StateError
 from tests.models import DiT
 from tests.sampling import compiled
 
@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 STEPS = 9
+TIMES = [900.0 * (1 - step / STEPS) for step in range(STEPS)]
 
 
 def model(dtype: torch.dtype = torch.bfloat16) -> DiT:
@@ -31,16 +32,19 @@ def model(dtype: torch.dtype = torch.bfloat16) -> DiT:
 
 
 @torch.no_grad()
-def walk(called: Any, named: bool = False, dtype: torch.dtype = torch.bfloat16, strict: bool = False) -> list[Tensor]:
-    """What each call gave. `named`: in a trajectory with a stream; `strict`: waiting for the GPU is an error."""
+def walk(
+    called: Any, named: bool = False, dtype: torch.dtype = torch.bfloat16, strict: bool = False,
+    told: Sequence[float] = (),
+) -> list[Tensor]:  # fmt: skip
+    """What each call gave. `named`: in a trajectory with a stream, which is `told` these timesteps; `strict`: waiting
+    for the GPU is an error."""
     torch.manual_seed(1)
-    x, times = torch.randn(2, 4, 8, 8, device="cuda"), torch.full((2,), 900.0, device="cuda")
-    labels, found = torch.tensor([1, 2], device="cuda"), list[Tensor]()
-    with moeca.trajectory(called, STEPS, "only") if named else nullcontext():
+    x, labels, found = torch.randn(2, 4, 8, 8, device="cuda"), torch.tensor([1, 2], device="cuda"), list[Tensor]()
+    with moeca.trajectory(called, STEPS, "only", timesteps=told) if named else nullcontext():
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
         try:
-            for step in range(STEPS):
-                found.append(called(x.to(dtype), times * (1 - step / STEPS), labels))
+            for timestep in TIMES:
+                found.append(called(x.to(dtype), torch.full((2,), timestep, device="cuda"), labels))
                 x = x - found[-1].float() / STEPS
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -89,6 +93,23 @@ def test_nobody_waits_for_the_gpu_in_a_named_stream(options: dict[str, Any]) -> 
     for _ in range(2):
         walk(called, named=True)
     walk(called, named=True, strict=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}])
+def test_timesteps_that_were_told_are_computed_together_and_nobody_waits(options: dict[str, Any]) -> None:
+    called = compiled(model(), **{"inner": "inductor", "pack_experts": True} | options)
+    by_step = walk(called, named=True)
+    kept = moeca.stats(called).hoisted_bytes
+    for strict in (False, True):
+        together = walk(called, named=True, told=TIMES, strict=strict)
+        same(together, by_step, rtol=5e-2, atol=5e-2)
+    assert moeca.stats(called).hoisted_bytes > kept
+
+
+def test_other_timesteps_than_those_that_were_told_are_an_error() -> None:
+    called = compiled(model(), inner="inductor")
+    with pytest.raises(StateError, match=f"call 3 came with timestep {TIMES[2]:g}, but the trajectory was told 1 "):
+        walk(called, named=True, told=[*TIMES[:2], 1.0, *TIMES[3:]])
 
 
 def test_experts_lie_side_by_side_after_packing() -> None:
