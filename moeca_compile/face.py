@@ -114,13 +114,15 @@ def trajectory(
         stream: a name, for samplers that call the model several times a step (CFG in two calls, Heun).
         timesteps: those that the model will be called with, as it receives them: what depends on them alone is then
             computed for all steps at once. Without them that is so from the second trajectory on, where its timesteps
-            are those of the first. A call with another timestep computes its own.
+            are those of the first. A call with another timestep computes its own; but in a stream on an accelerator,
+            where nobody waits to look, they are those of its calls, one by one, and others are an error afterwards.
         frozen: a promise that nothing touches the model until the trajectory is left for the last time: no weight,
             attribute, hook or submodule of it changes, not by itself either. From the second call of a kind (shapes,
             dtypes, other arguments) on nobody looks, which for a model of many weights takes longer than a reused step.
 
     Raises:
-        StateError: fewer than one step; or frozen, and the model is no compiled module.
+        StateError: fewer than one step; or frozen, and the model is no compiled module. When it is left: other
+            timesteps came than were told.
     """
     if frozen:
         let_through(model)

@@ -102,7 +102,8 @@ def test_timesteps_that_were_told_are_computed_together_and_nobody_waits(options
     kept = moeca.stats(called).hoisted_bytes
     for strict in (False, True):
         together = walk(called, named=True, told=TIMES, strict=strict)
-        same(together, by_step, rtol=5e-2, atol=5e-2)
+        for one, other in zip(together, by_step, strict=True):  # rounded elsewhere, which may turn a token's choice
+            assert (one - other).float().norm() < 0.02 * other.float().norm()
     assert moeca.stats(called).hoisted_bytes > kept
 
 

