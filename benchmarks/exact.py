@@ -5,19 +5,21 @@
     python -m benchmarks.exact --quick    # two blocks, few rounds: does it run?
 
 A step is a single call; `hoisted` steps are those of a trajectory whose timesteps are known (from the one before), so
-that their step-only values come out of a table; the table's own cost is in the whole runs.
+that their step-only values come out of a table; the table's own cost is in the whole runs, which are told their
+timesteps and walk side by side, a step of each in turn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import moeca_compile as moeca
 from benchmarks import compile_seconds, models
@@ -28,6 +30,7 @@ from benchmarks.protocol import (
     arguments,
     as_json,
     folder_of,
+    in_step,
     interleave,
     pin_threads,
     print_table,
@@ -93,14 +96,19 @@ class Bench:
         return interleave({name: one.step for name, one in walkers.items()}, rounds=rounds)
 
     def runs(self) -> tuple[dict[str, Timing], dict[str, float]]:
-        """Whole trajectories, and the share of the MACs that each one executed."""
+        """Whole trajectories, and the share of the MACs that each one of moeca's executed."""
         schedules = {"full": "full"} | {f"interval {k}": f"uniform:{k}" for k in INTERVALS}
         made = {name: self.compiled(schedule) for name, schedule in schedules.items()}
-        timings = interleave(
-            {name: partial(models.euler, model, self.size.steps) for name, model in made.items()},
-            rounds=self.size.runs,
-            warmup=0,
-        )
+        steps = self.size.steps
+
+        def told(model: Any) -> Iterator[Tensor]:
+            return models.walk(model, steps, moeca.trajectory(model, steps, timesteps=models.timesteps(steps)))
+
+        walks: dict[str, Callable[[], Iterator[Tensor]]] = {name: partial(told, model) for name, model in made.items()}
+        walks[PREPARED] = partial(models.walk, torch.compile(self.prepared), steps)
+        for begin in walks.values():  # compiles
+            next(begin())
+        timings = in_step(walks, rounds=self.size.runs)
         return timings, {name: moeca.stats(model).mac_fraction for name, model in made.items()}
 
     def _walker(self, schedule: str, rounds: int, options: dict[str, Any]) -> models.Walker:

@@ -30,7 +30,8 @@ the passes do: [running](running.md).
 
 ## Whole runs
 
-50 steps, order 1; MACs are those of the programs that ran.
+50 steps, order 1, told their timesteps (`moeca.trajectory(model, timesteps=...)`). The trajectories walk side by side,
+a step of each in turn; seconds are the sums of their steps. MACs are those of the programs that ran.
 
 {_table(("", "seconds", "speedup", "share of the MACs", "speedup x share"), _runs(data))}
 
@@ -60,9 +61,9 @@ def _timings(timings: Mapping[str, Any], baseline: str) -> str:
 
 def _runs(data: Mapping[str, Any]) -> Rows:
     for name, one in data["runs"].items():
-        share = data["mac_fraction"][name]
-        seconds, speedup = one["median_ms"] / 1e3, one["speedup"]
-        yield name, f"{seconds:.1f}", f"{speedup:.2f}", f"{share:.1%}", f"{speedup * share:.2f}"
+        seconds, speedup, share = one["median_ms"] / 1e3, one["speedup"], data["mac_fraction"].get(name)
+        shares = ("-", "-") if share is None else (f"{share:.1%}", f"{speedup * share:.2f}")
+        yield name, f"{seconds:.1f}", f"{speedup:.2f}", *shares
 
 
 def _compiling(seconds: Mapping[str, Mapping[str, float]]) -> Rows:

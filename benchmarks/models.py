@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,13 +34,25 @@ def example_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.full((BATCH,), FIRST_TIMESTEP), torch.tensor([207, 1000])
 
 
-def euler(model: Model, steps: int = STEPS) -> Tensor:
-    """A whole trajectory: `steps` calls, x moved along the predicted velocity."""
-    x, first, labels = example_inputs()
-    for step in range(steps):
-        velocity = model(x, first * (1 - step / steps), labels)[:, : x.shape[1]]
+def timesteps(steps: int = STEPS) -> list[float]:
+    """Those of a trajectory, as float32 has them."""
+    return [float(torch.tensor(FIRST_TIMESTEP * (1 - step / steps))) for step in range(steps)]
+
+
+def walk(model: Model, steps: int = STEPS, moved: AbstractContextManager[Any] | None = None) -> Iterator[Tensor]:
+    """A trajectory step by step, x moved along the predicted velocity; `moved` is entered around each call."""
+    x, _, labels = example_inputs()
+    for timestep in timesteps(steps):
+        with moved or nullcontext():
+            velocity = model(x, torch.full((BATCH,), timestep), labels)[:, : x.shape[1]]
         x = x - velocity / steps
-    return x
+        yield x
+
+
+def euler(model: Model, steps: int = STEPS) -> Tensor:
+    """A whole trajectory."""
+    (last,) = deque(walk(model, steps), maxlen=1)
+    return last
 
 
 class Walker:

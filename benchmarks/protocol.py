@@ -17,7 +17,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,9 +59,7 @@ def interleave(
     """
     before = before or {}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with _collecting_between():
         for round_index in range(-warmup, rounds):
             for name, run in contenders.items():
                 if name in before:
@@ -71,10 +70,39 @@ def interleave(
                 if round_index >= 0:
                     samples[name].append(elapsed)
             gc.collect()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def in_step(walks: Mapping[str, Callable[[], Iterator[object]]], *, rounds: int) -> dict[str, Timing]:
+    """Time trajectories that walk side by side, a step of each in turn: what is long is compared within the same
+    moments too. A value is the sum over all steps of one trajectory."""
+    samples: dict[str, list[float]] = {name: [] for name in walks}
+    with _collecting_between():
+        for _ in range(rounds):
+            walking = {name: begin() for name, begin in walks.items()}
+            spent = dict.fromkeys(walks, 0.0)
+            while walking:
+                for name, walk in list(walking.items()):
+                    started = time.perf_counter()
+                    if next(walk, None) is None:
+                        del walking[name]
+                    spent[name] += 1000 * (time.perf_counter() - started)
+            for name, value in spent.items():
+                samples[name].append(value)
+            gc.collect()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+@contextmanager
+def _collecting_between() -> Iterator[None]:
+    """Python's collector runs between rounds and not within."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
 def pin_threads(threads: int = 1) -> None:

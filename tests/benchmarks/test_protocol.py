@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.protocol import Timing, as_json, interleave, print_table, save
+from benchmarks.protocol import Timing, as_json, in_step, interleave, print_table, save
 
 
 def test_contenders_take_turns() -> None:
@@ -33,3 +35,20 @@ def test_table_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert written["timings"]["fast"] == {"median_ms": 2.5, "min_ms": 2.0, "max_ms": 3.0, "rounds": 3, "speedup": 2.0}
     assert written["machine"]["packages"]["torch"]
     assert written["machine"]["torch_threads"] == 1
+
+
+def test_walks_take_turns_step_by_step_and_a_time_is_the_sum_of_its_steps() -> None:
+    order: list[str] = []
+
+    def walk(name: str, steps: int, seconds: float) -> Iterator[int]:
+        for step in range(steps):
+            time.sleep(seconds)
+            order.append(name)
+            yield step
+
+    walks = {"a": lambda: walk("a", 3, 0.002), "b": lambda: walk("b", 5, 0.004)}
+    timings = in_step(walks, rounds=2)
+    assert "".join(order) == "ababab" + "bb" + "ababab" + "bb"
+    assert all(len(one.ms) == 2 for one in timings.values())
+    assert min(timings["a"].ms) >= 6
+    assert min(timings["b"].ms) >= 20
