@@ -16,6 +16,7 @@ from moeca_compile.autocast import autocast_is, without_autocast
 from moeca_compile.capture import Input, alone
 from moeca_compile.errors import CaptureError, MoecaWarning, OptionError
 from moeca_compile.fit import fit
+from moeca_compile.lower.ahead import ask_compiler
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
 from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.lower.replay import RECORDERS, Record, Replayed
@@ -44,6 +45,8 @@ class Program:
         self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, whole: bool
     ) -> None:
         begin = time.perf_counter()
+        if options.inner == "inductor" and any(isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args):
+            ask_compiler()
         self.options = options
         self.analysis: Analysis = analyse(gm, args, inputs, options)
         context = self.analysis.context
