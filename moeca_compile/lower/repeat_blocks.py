@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from moeca_compile import fx
+from moeca_compile.lower.straight_stream import straighten
 
 _BODY = "body_"
 FEWEST = 4  # equal blocks that are worth a body: the first one is often compiled by itself all the same
@@ -50,12 +51,10 @@ class Run:
 
 def repeat_blocks(gm: GraphModule) -> GraphModule:
     """A graph that computes the same; the given one itself where no two blocks are equal."""
-    groups: dict[Hashable, list[Run]] = {}
-    for run in _runs(gm):
-        groups.setdefault(run.form, []).append(run)
-    repeated = [runs for runs in groups.values() if len(runs) >= FEWEST and _is_worth_it(runs[0])]
-    if not repeated:
+    if not _repeated(gm):
         return gm
+    straighten(gm, _borders)
+    repeated = _repeated(gm)
     moved: dict[Node, Node] = {}  # what blocks gave, to what their calls give
     for number, runs in enumerate(repeated):
         gives = sorted(set.union(*(run.gives for run in runs)))
@@ -68,6 +67,18 @@ def repeat_blocks(gm: GraphModule) -> GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _repeated(gm: GraphModule) -> list[list[Run]]:
+    """The runs of equal blocks that get a body, by body."""
+    groups: dict[Hashable, list[Run]] = {}
+    for run in _runs(gm):
+        groups.setdefault(run.form, []).append(run)
+    return [runs for runs in groups.values() if len(runs) >= FEWEST and _is_worth_it(runs[0])]
+
+
+def _borders(gm: GraphModule) -> set[Node]:
+    return {source for run in _runs(gm) for source in run.reads}
 
 
 def has_bodies(gm: GraphModule) -> bool:

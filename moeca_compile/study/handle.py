@@ -154,7 +154,9 @@ class Handle:
                 bound.add(program)
                 self._bind(program, plan)
             trajectory = current(bank.ids)
-            tracks = open_.setdefault(trajectory, Tracks(trajectory or Trajectory(())))
+            if trajectory not in open_:
+                open_[trajectory] = Tracks(trajectory or Trajectory(()))
+            tracks = open_[trajectory]
             with within or nullcontext():
                 results = run_step(program, tracks, args, trajectory)
             track = tracks.of(program)
