@@ -19,7 +19,7 @@ import moeca_compile as moeca
 from tests.sampling import Taped, alone, compiled, dit, noise, plain, records, run
 
 ROOT = Path(__file__).parents[1]
-GRAPHS = 3  # a full variant, a forecasting one, and the prelude that computes what only the step decides
+GRAPHS = 2  # a full variant and a forecasting one
 
 pytestmark = pytest.mark.slow  # two processes that compile
 
