@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from benchmarks.gpu_report import BASELINE, GRAPHS, STEPS, page
+from benchmarks.models import timesteps
 from benchmarks.protocol import RESULTS, Timing, arguments, as_json, folder_of, interleave, machine, print_table, save
 from examples.dit_moe import CONFIGS, dit_moe, randomize_
 from moeca_compile.face import _banks
@@ -70,10 +71,6 @@ class Work:
         moeca.prepare(network)
         return network
 
-    @property
-    def timesteps(self) -> list[float]:
-        return [1000 * (1 - step / self.steps) for step in range(self.steps)]
-
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Latents (2n,4,s,s), labels (2n,)."""
         side, generator = self.pixels // 8, torch.Generator().manual_seed(0)
@@ -98,7 +95,7 @@ class Contender:
     @torch.no_grad()
     def sample(self, work: Work) -> Tensor:
         """Euler's method along the guided velocity."""
-        (x, labels), times = work.inputs(), work.timesteps
+        (x, labels), times = work.inputs(), timesteps(work.steps)
         moved = nullcontext()
         if self.schedule:
             moved = moeca.trajectory(self.model, work.steps, "guided", timesteps=times, frozen=True)

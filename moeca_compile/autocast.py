@@ -71,7 +71,7 @@ def materialise_casts(gm: GraphModule, ambient: Casts) -> None:
         elif node.op == "call_function":
             if current and isinstance(node.target, OpOverload):
                 _cast_inputs(gm, node, tuple(current.items()))
-            _refresh(node)
+            fx.refresh(node)
     for node in reversed(gm.graph.nodes):
         if node.target in (_enter_autocast, _exit_autocast):
             gm.graph.erase_node(node)
@@ -163,13 +163,6 @@ def _result_dtypes(node: Node, found: Conversions) -> list[torch.dtype] | None:
 
 def _dtypes(value: Any) -> list[torch.dtype]:
     return [leaf.dtype for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _refresh(node: Node) -> None:
-    """Recompute a node's fake value: the dtypes of its inputs may have changed."""
-    args, kwargs = _arguments(node)
-    with fx.fake_mode_of((args, kwargs)):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _arguments(node: Node) -> Any:

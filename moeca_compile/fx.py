@@ -262,6 +262,13 @@ def call(
     return node
 
 
+def refresh(node: Node) -> None:
+    """Recompute the fake value of a call: those of its inputs may have changed."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+    with fake_mode_of((args, kwargs)):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def fake_mode_of(tree: object) -> AbstractContextManager[Any]:
     """The mode of the fake tensors in `tree`; nothing at all where there are none."""
     return fake_mode(tree) or nullcontext()

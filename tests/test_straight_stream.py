@@ -14,6 +14,7 @@ from moeca_compile import fx
 from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.lower.straight_stream import straighten
 from tests.test_repeat_blocks import arguments, calls, lowered, plain_analysis, variant_of
+from tests.tools import ops
 
 X, WEIGHT = torch.arange(24.0).reshape(2, 3, 4), torch.arange(12.0).reshape(4, 3)
 
@@ -26,10 +27,10 @@ def traced(call: object, *args: Tensor) -> GraphModule:
 
 def straight(gm: GraphModule, *names: str) -> Counter[str]:
     """The operators after straightening, `names` being what crosses a border."""
-    straighten(gm, lambda graph: fx.resolve(graph, names))
+    straighten(gm, fx.resolve(gm, names))
     gm.graph.lint()
     gm.recompile()
-    return Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+    return ops(gm)
 
 
 def strides(gm: GraphModule) -> dict[str, tuple[int, ...]]:

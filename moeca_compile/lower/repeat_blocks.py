@@ -51,12 +51,13 @@ class Run:
 
 def repeat_blocks(gm: GraphModule) -> GraphModule:
     """A graph that computes the same; the given one itself where no two blocks are equal."""
-    if not _repeated(gm):
+    found = _runs(gm)
+    if not _repeated(found):
         return gm
-    straighten(gm, _borders)
-    repeated = _repeated(gm)
+    if straighten(gm, {source for run in found for source in run.reads}):
+        found = _runs(gm)
     moved: dict[Node, Node] = {}  # what blocks gave, to what their calls give
-    for number, runs in enumerate(repeated):
+    for number, runs in enumerate(_repeated(found)):
         gives = sorted(set.union(*(run.gives for run in runs)))
         if _may_leave(runs[0], gives):
             name = f"{_BODY}{number}"
@@ -69,16 +70,12 @@ def repeat_blocks(gm: GraphModule) -> GraphModule:
     return gm
 
 
-def _repeated(gm: GraphModule) -> list[list[Run]]:
+def _repeated(found: Sequence[Run]) -> list[list[Run]]:
     """The runs of equal blocks that get a body, by body."""
     groups: dict[Hashable, list[Run]] = {}
-    for run in _runs(gm):
+    for run in found:
         groups.setdefault(run.form, []).append(run)
     return [runs for runs in groups.values() if len(runs) >= FEWEST and _is_worth_it(runs[0])]
-
-
-def _borders(gm: GraphModule) -> set[Node]:
-    return {source for run in _runs(gm) for source in run.reads}
 
 
 def has_bodies(gm: GraphModule) -> bool:

@@ -3,7 +3,7 @@
 A recording reads and writes fixed addresses. Weights and state are read where they lie; a call whose weights or state
 lie elsewhere (another stream, a replaced weight) has a recording of its own. All other arguments are copied into
 buffers of the recording before it runs, and its results are copied out, so that nobody holds what the next run
-overwrites; but for those that the caller copies away itself (`lent`).
+overwrites; but for those that are lent, which the caller copies away itself.
 """
 
 from __future__ import annotations

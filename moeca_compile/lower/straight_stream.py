@@ -8,28 +8,28 @@ borders it keeps the order that was traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from moeca_compile import fx
 
 
-def straighten(gm: GraphModule, borders: Callable[[GraphModule], Iterable[Node]]) -> None:
-    """Copy what crosses a border of blocks into order, in place in the graph; nothing where all of it is.
+def straighten(gm: GraphModule, borders: Iterable[Node]) -> bool:
+    """Copy what crosses a border of blocks into order, in place in the graph; False where all of it is.
 
     Args:
         borders: nodes that one block gives and another reads.
     """
     if any(fx.has_unknown_size(node) for node in gm.graph.nodes):
-        return
-    wanted = {node for node in borders(gm) if node.op == "call_function" and not _is_an_inputs(node)}
+        return False
+    wanted = {node for node in borders if node.op == "call_function" and not _is_an_inputs(node)}
     moved: set[Node] = set()
     for node in list(gm.graph.nodes):
         if not moved.isdisjoint(node.all_input_nodes):
-            _refresh(node)
+            if node.op == "call_function":
+                fx.refresh(node)
             moved.add(node)
         if node in wanted and _is_out_of_order(node):
             with gm.graph.inserting_after(node):
@@ -38,6 +38,7 @@ def straighten(gm: GraphModule, borders: Callable[[GraphModule], Iterable[Node]]
                 )
             node.replace_all_uses_with(straight, delete_user_cb=lambda user, own=straight: user is not own)
             moved.add(straight)
+    return bool(moved)
 
 
 def _is_an_inputs(node: Node) -> bool:
@@ -53,12 +54,3 @@ def _is_out_of_order(node: Node) -> bool:
     in_memory = sorted(range(value.dim()), key=value.stride().__getitem__, reverse=True)
     with fx.fake_mode_of(value):
         return value.permute(in_memory).is_contiguous()
-
-
-def _refresh(node: Node) -> None:
-    """The value that a node has now."""
-    if node.op != "call_function" or "val" not in node.meta:
-        return
-    args, kwargs = map_arg((node.args, node.kwargs), fx.value)
-    with fx.fake_mode_of((args, kwargs)):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
