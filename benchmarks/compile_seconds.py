@@ -1,10 +1,13 @@
-"""Seconds from the model to its first result, compilers' caches empty: one measurement, so one process.
+"""Seconds from the model to its first result, compilers' caches empty: each measurement in a process of its own.
 
     python -m benchmarks.compile_seconds plain --depth 12
     python -m benchmarks.compile_seconds moeca --depth 12
 
 `plain` compiles the prepared model with torch.compile; `moeca` compiles every variant of uniform:3, equal blocks once;
 `each` compiles each block for itself. Prints JSON.
+
+All of Inductor's caches are empty, or all but one: the header that every C++ kernel includes is compiled once for a
+machine's torch, into a folder of its own under the temporary one, and takes 7 to 9 seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,15 +32,27 @@ from benchmarks.protocol import pin_threads
 CONTENDERS = ("plain", "moeca", "each")
 
 
-def fresh(contender: str, depth: int) -> dict[str, Any]:
-    """Measure in a new process with an empty Inductor cache."""
+def fresh(contender: str, depth: int, header: bool) -> float:
+    """Seconds in a new process with Inductor's caches empty; `header`: but for the compiled header."""
     command = [sys.executable, "-m", "benchmarks.compile_seconds", contender, "--depth", str(depth)]
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True, check=True
-        )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    with tempfile.TemporaryDirectory() as folder:
+        empty = {"TORCHINDUCTOR_CACHE_DIR": folder} | ({} if header else {"TMPDIR": folder})
+        done = subprocess.run(command, env={**os.environ, **empty}, stdout=subprocess.PIPE, text=True, check=True)
+    seconds: float = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    return seconds
+
+
+def medians(contenders: Sequence[str], depths: Sequence[int], rounds: int, header: bool) -> dict[str, dict[str, float]]:
+    """Median seconds by contender and depth, the contenders in turn."""
+    found: dict[str, dict[str, float]] = {name: {} for name in contenders}
+    for depth in depths:
+        taken: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(rounds):
+            for name, seconds in taken.items():
+                seconds.append(fresh(name, depth, header))
+        for name, seconds in taken.items():
+            found[name][str(depth)] = statistics.median(seconds)
+    return found
 
 
 @torch.no_grad()

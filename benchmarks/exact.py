@@ -39,6 +39,8 @@ from benchmarks.protocol import (
 from benchmarks.steps import Target, print_targets
 from moeca_compile.schedule import Schedule
 
+NEW, SECOND = "new machine", "header there"
+COMPILED = {"each": ("each block for itself", 1.3), "moeca": ("equal blocks once", 0.6)}
 SHIPPED, PREPARED = "torch.compile, as shipped", "torch.compile, prepared"
 FULL, LEAN, PACKED = "moeca, nothing hoisted", "moeca", "moeca, packed experts"
 WHOLE = {"disable": ("hoist_step_only", "hoist_invariant")}
@@ -54,10 +56,11 @@ class Size:
     runs: int
     steps: int
     compiled: tuple[int, ...]  # depths
+    compiles: int  # of each
 
 
-ALL = Size(depth=models.DEPTH, rounds=8, runs=2, steps=models.STEPS, compiled=(12, 28))
-QUICK = Size(depth=2, rounds=2, runs=1, steps=8, compiled=(1,))
+ALL = Size(depth=models.DEPTH, rounds=8, runs=2, steps=models.STEPS, compiled=(12, 28), compiles=2)
+QUICK = Size(depth=2, rounds=2, runs=1, steps=8, compiled=(1,), compiles=1)
 
 
 class Bench:
@@ -121,11 +124,15 @@ class Bench:
         return walker
 
 
-def compile_costs(depths: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Seconds by contender and depth, Inductor's caches cold."""
+Seconds = dict[str, dict[str, float]]  # by contender and depth
+
+
+def compile_costs(size: Size) -> dict[str, Seconds]:
+    """Of a machine whose torch never compiled anything, and of one that has the header that all kernels include."""
+    kinds = {NEW: (compile_seconds.CONTENDERS, False), SECOND: (("plain", "moeca"), True)}
     return {
-        name: {str(depth): compile_seconds.fresh(name, depth)["seconds"] for depth in depths}
-        for name in compile_seconds.CONTENDERS
+        kind: compile_seconds.medians(contenders, size.compiled, size.compiles, header)
+        for kind, (contenders, header) in kinds.items()
     }
 
 
@@ -134,7 +141,7 @@ def judge(
     reused: dict[str, Timing],
     runs: dict[str, Timing],
     macs: dict[str, float],
-    seconds: dict[str, dict[str, float]],
+    costs: dict[str, Seconds],
 ) -> list[Target]:
     best = min((LEAN, PACKED), key=lambda name: computed[name].median)
     over = computed[best].speedup(computed[SHIPPED])
@@ -149,11 +156,13 @@ def judge(
         name, bound = f"interval {k}", 0.95 if k <= 3 else 0.9
         reached = runs[name].speedup(runs["full"]) * macs[name]
         found.append(Target(f"{name}: speedup x MAC fraction", f">= {bound:.2f}", reached, reached >= bound))
-    for depth, plain in seconds["plain"].items():
-        for name, says, bound in (("each", "each block for itself", 1.3), ("moeca", "equal blocks once", 0.6)):
-            ratio = seconds[name][depth] / plain
-            what = f"compile seconds, {depth} blocks, {says} / torch.compile"
-            found.append(Target(what, f"<= {bound:.1f}", ratio, ratio <= bound))
+    for kind, seconds in costs.items():
+        for depth, plain in seconds["plain"].items():
+            for name, (says, bound) in COMPILED.items():
+                if name in seconds:
+                    ratio = seconds[name][depth] / plain
+                    what = f"compile seconds, {depth} blocks, {kind}, {says} / torch.compile"
+                    found.append(Target(what, f"<= {bound:.1f}", ratio, ratio <= bound))
     return found
 
 
@@ -174,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table("a forecast step", reused, baseline=FULL)
     runs, macs = bench.runs()
     print_table(f"{size.steps} steps", runs, baseline="full")
-    seconds = compile_costs(size.compiled)
-    targets = judge(computed, reused, runs, macs, seconds)
+    costs = compile_costs(size)
+    targets = judge(computed, reused, runs, macs, costs)
     print_targets(targets)
     out = folder_of(args)
     if out:
@@ -185,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "reused": as_json(reused, baseline=FULL),
             "runs": as_json(runs, baseline="full"),
             "mac_fraction": macs,
-            "compile_seconds": seconds,
+            "compile_seconds": costs,
             "targets": {one.name: {"bound": one.bound, "measured": one.value, "met": one.met} for one in targets},
         }
         print(f"written: {save('exact', payload, out).name}")

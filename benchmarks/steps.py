@@ -8,7 +8,6 @@ Every contender gets the same weights, inputs and thread; see benchmarks/README.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,15 +137,6 @@ class Bench:
         return model
 
 
-def compile_costs(size: Size) -> dict[str, float]:
-    """Median seconds to compile, the contenders in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in compile_seconds.CONTENDERS}
-    for _ in range(size.compiles):
-        for name, values in seconds.items():
-            values.append(compile_seconds.fresh(name, size.depth)["seconds"])
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def judge(
     step: dict[str, Timing], run: dict[str, Timing], facts: dict[str, float], compiled: dict[str, float]
 ) -> list[Target]:
@@ -179,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = QUICK if args.quick else WHOLE
     pin_threads()
 
-    compiled = compile_costs(size)
+    costs = compile_seconds.medians(compile_seconds.CONTENDERS, (size.depth,), size.compiles, header=True)
+    compiled = {name: seconds[str(size.depth)] for name, seconds in costs.items()}
     bench = Bench(size)
     step = bench.one_step()
     print_table(f"one step, {models.CONFIG}, {size.depth} blocks, batch {models.BATCH}", step, baseline=SHIPPED)

@@ -19,6 +19,7 @@ from moeca_compile.capture import counted_apart
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.frozen import let_through
 from moeca_compile.inspect.report import Report, VariantReport
+from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.options import Options
 from moeca_compile.owner import parameters_of
 from moeca_compile.program import Program
@@ -60,7 +61,10 @@ def compile(
         OptionError: an unknown option or a value it doesn't take, at once and not at the first call.
         ScheduleError: a schedule that can't be read.
     """
-    Options.from_backend_options(options, mode).resolved_schedule()
+    parsed = Options.from_backend_options(options, mode)
+    parsed.resolved_schedule()
+    if parsed.inner == "inductor" and compiles_on_cpu(model.parameters()):
+        ask_compiler()
     prepare(model)
     compiled = torch.compile(
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,8 +16,9 @@ from moeca_compile.autocast import autocast_is, without_autocast
 from moeca_compile.capture import Input, alone
 from moeca_compile.errors import CaptureError, MoecaWarning, OptionError
 from moeca_compile.fit import fit
-from moeca_compile.lower.ahead import ask_compiler
+from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
+from moeca_compile.lower.kernels import kernels_later
 from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.lower.replay import RECORDERS, Record, Replayed
 from moeca_compile.options import Options
@@ -45,7 +46,8 @@ class Program:
         self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, whole: bool
     ) -> None:
         begin = time.perf_counter()
-        if options.inner == "inductor" and any(isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args):
+        self._writes_kernels = options.inner == "inductor" and compiles_on_cpu(args)
+        if self._writes_kernels:
             ask_compiler()
         self.options = options
         self.analysis: Analysis = analyse(gm, args, inputs, options)
@@ -161,23 +163,50 @@ class Program:
 
     def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Compile every distinct row for inputs like `args`; returns the all-COMPUTE outputs. No state is kept."""
-        outputs: tuple[Any, ...] = ()
         hoisted = Hoisted()
-        for row in self.schedule.distinct_rows():
-            variant = self.variant(row)
-            state = [self.zeros(slot) for slot in variant.reads]
-            arguments = [
-                *(args[i] for i in variant.takes),
-                *hoisted.of(self.preludes, variant.hoists, args, None),
-                *state,
-            ]
-            if variant.wants_now:
-                arguments.append(torch.ones((), device=self.layout[0].device))
-            if variant.wants_coefficients:
-                arguments.append(torch.zeros(len(self.regions), len(SLOTS) - 1, device=self.layout[0].device))
-            results = self.compile(variant, arguments)(arguments)
+
+        def examples() -> Iterator[tuple[Variant, list[Any]]]:
+            for row in self.schedule.distinct_rows():
+                variant = self.variant(row)
+                yield variant, self._examples(variant, args, hoisted)
+
+        self.compile_together(examples())
+        outputs: tuple[Any, ...] = ()
+        for variant, given in examples():
+            results = self.compile(variant, given)(given)
             outputs = outputs or tuple(results[: variant.outputs])
         return outputs
+
+    def compile_together(self, wanted: Iterable[tuple[Variant, Sequence[Any]]]) -> None:
+        """Compile variants, each for tensors like those beside it, so that the C++ compiler works on the kernels of one
+        while the next is lowered. If anything is refused none is kept: compiled by itself, each says what is wrong."""
+        if not self._writes_kernels:
+            return
+        with alone():
+            known = dict(self._executables)
+            try:
+                with kernels_later() as wait:
+                    for variant, args in wanted:
+                        self.compile(variant, args)
+                    begin = time.perf_counter()
+                    wait()
+                    self._spent("kernels", begin)
+            except Exception:
+                self._executables.clear()
+                self._executables.update(known)
+
+    def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Hoisted) -> list[Any]:
+        """Arguments for `variant` as a step has them, for inputs like `args`."""
+        examples = [
+            *(args[i] for i in variant.takes),
+            *hoisted.of(self.preludes, variant.hoists, args, None),
+            *(self.zeros(slot) for slot in variant.reads),
+        ]
+        if variant.wants_now:
+            examples.append(torch.ones((), device=self.layout[0].device))
+        if variant.wants_coefficients:
+            examples.append(torch.zeros(len(self.regions), len(SLOTS) - 1, device=self.layout[0].device))
+        return examples
 
     def _can_pack(self) -> bool:
         reason = why_not_packed(self.analysis.gm, self.analysis.context.inputs)

@@ -30,7 +30,8 @@ class Stats:
         state_bytes: of all cache tensors held for this model.
         mac_fraction: MACs executed / MACs of the same calls all computed (1.0 before the first call).
         graphs: how many captured graphs serve this model (1: no graph break).
-        compile_seconds: spent in capturing, rewriting and compiling, by variant name.
+        compile_seconds: spent in capturing, rewriting and compiling, by variant name; `kernels`: in waiting for the
+            C++ compiler, for all variants of a `warmup` together.
         hoisted_bytes: of values that are kept because they don't depend on the latent.
     """
 
