@@ -19,6 +19,7 @@ from moeca_compile import fx
 from moeca_compile.capture import Capture, Input, capture
 from moeca_compile.errors import OptionError
 from moeca_compile.granularity import Granularity
+from moeca_compile.lower.fold_linear import fold_linear
 from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context
@@ -78,7 +79,10 @@ PRELUDE: dict[str, tuple[Rewriter, ...]] = {  # how the hoisted values are compu
 }
 
 HOIST: tuple[Rewriter, ...] = (hoist_step_only, hoist_invariant)
-LOWER = (repeat_blocks,)  # on the way to Inductor: equal blocks are compiled once
+LOWER = (  # on the way to Inductor
+    fold_linear,  # a linear over a slice of the channels is one product
+    repeat_blocks,  # NOTE: last; equal blocks are compiled once
+)
 
 # may be disabled: results stay right without them
 OPTIONAL = frozenset(one.__name__ for one in (*NORMALISE, *HOIST, *LOWER))

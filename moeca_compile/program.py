@@ -19,12 +19,11 @@ from moeca_compile.fit import fit
 from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
 from moeca_compile.lower.kernels import kernels_later
-from moeca_compile.lower.repeat_blocks import repeat_blocks
 from moeca_compile.lower.replay import RECORDERS, Record, Replayed
 from moeca_compile.options import Options
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.packable import why_not_packed
-from moeca_compile.pipeline import Analysis, analyse, build_variant
+from moeca_compile.pipeline import LOWER, Analysis, analyse, build_variant
 from moeca_compile.preludes import Preludes
 from moeca_compile.runner import PassRecord
 from moeca_compile.runtime.buffers import Buffers, zeros_of
@@ -124,8 +123,8 @@ class Program:
             run = lower_eager(variant)
         else:
             with autocast_is(()):
-                repeat = repeat_blocks.__name__ not in self.options.disable
-                run = lower_inductor(variant, args, self.options.mode, self.options.inner_options, repeat)
+                passes = [one for one in LOWER if one.__name__ not in self.options.disable]
+                run = lower_inductor(variant, args, self.options.mode, self.options.inner_options, passes)
         self._spent(variant.name, begin)
         run = without_autocast(run)
         if self._record is None or not often:

@@ -1,4 +1,4 @@
-"""moeca's schedules as bundles on onnxruntime: the loop is numpy's, the process needs no torch."""
+"""moeca's schedules as bundles on onnxruntime."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,31 +13,35 @@ import moeca_compile as moeca
 from benchmarks.peers import ours
 from benchmarks.peers.way import Family
 from benchmarks.peers.workload import Batch, Workload
-from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
-from examples import digits
 from moeca_compile.runtime import Session
-from moeca_compile.runtime.samplers import euler, guided, model_of
+from moeca_compile.runtime.session import Trajectory
 
 
 class Exported:
     """A bundle, exported now, in a folder that goes when this does."""
 
-    def __init__(self, schedule: object, work: Workload) -> None:
+    def __init__(self, schedule: object, work: Workload, order: int) -> None:
         self.work, self.folder = work, tempfile.TemporaryDirectory()
-        path = Path(self.folder.name) / "digits.moeca"
-        small = TrainedDigits(QUICK)
-        moeca.export(small.shipped(), small.inputs_of(small.batches()[0]), schedule, path, progress=False)
+        path = Path(self.folder.name) / "model.moeca"
+        inputs = work.inputs_of(work.batches()[0])
+        moeca.export(
+            work.shipped(), inputs, schedule, path, order=order, dynamic_batch=not work.fixed_batch, progress=False
+        )
         self.session = Session.open(path, threads=torch.get_num_threads())
         self.spent, self.state = 1.0, 0
 
     def sample(self, batch: Batch) -> Tensor:
-        labels, times = batch.labels.numpy(), np.linspace(1, 0, self.work.size.steps + 1)
         with self.session.trajectory(steps=self.work.size.steps) as trajectory:
-            model = guided(model_of(trajectory), np.full_like(labels, digits.CLASSES), self.work.guidance)
-            images = euler(model, batch.noise.numpy(), labels, times, time_scale=1000.0)
+            images = self.work.draw(lambda *inputs: self._call(trajectory, inputs), batch)
             stats = trajectory.stats()
         self.spent, self.state = stats.mac_fraction, stats.state_bytes
-        return torch.from_numpy(images)
+        return images
+
+    def _call(self, trajectory: Trajectory, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The solver's tensors are the session's arrays: nothing is copied."""
+        names = (one.name for one in self.session.inputs)
+        given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+        return torch.from_numpy(trajectory.run(given)[self.session.outputs[0].name])
 
     def macs(self) -> float:
         return self.spent
@@ -50,9 +53,19 @@ class Exported:
         """A trajectory's state goes with it."""
 
 
-def family(budgets: tuple[str, ...] = ("34", "20")) -> Family:
-    def opened(work: Workload) -> Mapping[str, Exported]:
-        schedules = {"everything computed": "full", **{f"{one} %": ours.load(one) for one in budgets}}
-        return {name: Exported(schedule, work) for name, schedule in schedules.items()}
+def calibrated(budgets: tuple[str, ...] = ("34", "20")) -> Family:
+    return _family("calibrated", {f"{one} %": ours.load(one) for one in budgets})
 
-    return Family("moeca calibrated, on onnxruntime", "moeca", "moeca.export and a Session; docs/deploy.md", opened)
+
+def uniform(intervals: tuple[int, ...]) -> Family:
+    return _family("uniform, order 1", {f"N={one}": f"uniform:{one}:warmup=2" for one in intervals})
+
+
+def _family(name: str, schedules: Mapping[str, object]) -> Family:
+    def opened(work: Workload) -> Mapping[str, Exported]:
+        return {
+            name: Exported(one, work, order=1) for name, one in {"everything computed": "full", **schedules}.items()
+        }
+
+    note = "moeca.export and a Session; docs/deploy.md"
+    return Family(f"moeca {name}, on onnxruntime", "moeca", note, opened)

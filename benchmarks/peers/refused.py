@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from benchmarks.peers.workload import Workload
 
-UNTRIED = {
-    "TeaCache-like": (
-        "its polynomial is fitted to how a trained model's blocks follow their input; with random weights polynomial "
-        "and threshold only choose how many steps are computed, and what k computed steps take is in the lines of "
-        "fewer steps"
-    ),
-    "moeca calibrated": "there is no quality to calibrate for",
-}
+UNTRIED = {"moeca calibrated": "there is no quality to calibrate for"}
 
 
 def left_out(work: Workload) -> dict[str, str]:

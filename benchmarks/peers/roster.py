@@ -38,6 +38,8 @@ def _speed(work: Workload) -> list[Family]:
         dbcache.dynamic(1, 1, warmup, thresholds=thresholds[:1]),
         ours.full(),
         ours.uniform(1, (2, 3, 4, 6)),
+        teacache.family((), (2, 3)),
+        exported.uniform((2, 3, 6)),
         shipped,  # last: where Dynamo breaks in a loop it never traces that code again, prepared or not
     ]
 
@@ -71,7 +73,7 @@ def _digits() -> Mapping[str, Sequence[Family]]:
         "packed experts, onnxruntime": [
             ours.full(pack_experts=True),
             ours.calibrated(("50", "20"), pack_experts=True),
-            exported.family(),
+            exported.calibrated(),
         ],
     }
 

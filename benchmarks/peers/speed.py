@@ -90,7 +90,7 @@ def verdict(points: list[Point]) -> str:
 
 
 def _products(points: list[Point], family: str) -> str:
-    own = [point for point in points if point["family"].startswith(family)]
+    own = [point for point in points if point["family"].startswith(family) and "onnxruntime" not in point["family"]]
     return ", ".join(f"{point['setting']} {point['speedup'] * point['macs']:.2f}" for point in own)
 
 

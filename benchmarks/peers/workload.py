@@ -60,6 +60,7 @@ class Workload(ABC):
         modules: patterns of the names of its attention and MoE modules: what FORA and TaylorSeer cache.
         stacks: its lists of blocks, and which of cache-dit's forward patterns the blocks of each have.
         functor: of cache-dit, what rewrites the model's forward so that the blocks fit a pattern.
+        fixed_batch: its graph is for one number of samples.
         speed_only: its weights are random, so that no figure of quality means anything.
     """
 
@@ -70,6 +71,7 @@ class Workload(ABC):
     stacks: ClassVar[dict[str, str]]
     functor: ClassVar[str | None] = None
     guidance: ClassVar[float] = 2.0
+    fixed_batch: ClassVar[bool] = False
     speed_only: ClassVar[bool] = True
 
     @property

@@ -10,10 +10,12 @@ import torch
 
 from moeca_compile import fx
 from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.lower.fold_linear import fold_linear
 from moeca_compile.lower.repeat_blocks import has_bodies, repeat_blocks
 from moeca_compile.variant import Variant
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+Rewrite = Callable[[torch.fx.GraphModule], torch.fx.GraphModule]
 
 MANY_STATES = 16  # that a variant reads
 IN_ONE_KERNEL = 8  # of Inductor's nodes on a GPU, each of about as many states
@@ -29,10 +31,10 @@ def lower_inductor(
     args: Sequence[Any],
     mode: str | None = None,
     inner_options: Mapping[str, Any] | None = None,
-    repeat: bool = True,
+    passes: Sequence[Rewrite] = (fold_linear, repeat_blocks),
 ) -> Executable:
-    """Compile for tensors like `args`; with `repeat` equal blocks share one body. Weights stay inputs, so all variants
-    share one copy; Inductor's on-disk cache serves a second process.
+    """Compile for tensors like `args`, after these passes. Weights stay inputs, so all variants share one copy;
+    Inductor's on-disk cache serves a second process.
 
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
@@ -40,8 +42,8 @@ def lower_inductor(
     from torch._inductor import config, list_mode_options, standalone_compile
 
     gm, regions = _split_table(variant)
-    if repeat:
-        gm = repeat_blocks(gm)
+    for one in passes:
+        gm = one(gm)
     try:
         options = {**_for_device(variant, args), **(list_mode_options(mode) if mode else {}), **(inner_options or {})}
         unknown = [name for name in options if name not in config.get_config_copy()]
@@ -72,7 +74,8 @@ def lower_inductor(
                 MoecaWarning,
                 stacklevel=2,
             )
-            return lower_inductor(variant, args, mode, inner_options, repeat=False)
+            others = [one for one in passes if one is not repeat_blocks]
+            return lower_inductor(variant, args, mode, inner_options, others)
         raise LoweringError(
             f"Inductor refused variant {variant.name} ({variant.node_count} nodes): {error}. "
             "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"

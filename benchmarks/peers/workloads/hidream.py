@@ -29,6 +29,7 @@ class HiDream(Workload):
     stacks = {"double_stream_blocks": "Pattern_0", "single_stream_blocks": "Pattern_3"}  # noqa: RUF012 - one for the class
     functor = "HiDreamPatchFunctor"
     guidance = 5.0
+    fixed_batch = True  # its forward loops over the samples
 
     @property
     def model(self) -> str:
@@ -55,8 +56,9 @@ class HiDream(Workload):
         return both("prompt_embeds_t5", 0), both("prompt_embeds_llama3", 1), both("pooled_prompt_embeds", 0)
 
     def read(self, output: Any) -> Tensor:
-        """HiDream's pipeline takes the negative of what its transformer gives."""
-        return -output[0]
+        """HiDream's pipeline takes the negative of what its transformer gives; a bundle gives the tensor itself."""
+        velocity: Tensor = output if isinstance(output, Tensor) else output[0]
+        return -velocity
 
 
 def _example() -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from benchmarks.peers import dbcache, fora, macs, ours, taylorseer, teacache
+from benchmarks.peers.thirds import Thirds
 from benchmarks.peers.way import Plain, Way, bytes_in
 from benchmarks.peers.workload import Batch, Size
 from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
@@ -132,12 +133,12 @@ def test_masks_compute_the_steps_that_are_set() -> None:
 
 
 def test_teacache_is_exact_at_threshold_zero(uncached: Tensor) -> None:
-    parts = teacache.Parts(WORK.prepared(), compiled=False)
-    always = teacache.Setting(parts, WORK, -1.0)
+    thirds = Thirds(WORK, compiled=False)
+    always = teacache.Setting(thirds, WORK, -1.0)
     assert psnr(always, uncached) > 100
     assert always.macs() == pytest.approx(1, abs=1e-3)
-    way = teacache.Setting(parts, WORK, 0.3)
-    calls = calls_of(parts.model, way)
+    way = teacache.Setting(thirds, WORK, 0.3)
+    calls = calls_of(thirds.model, way)
     assert way.last is not None
     assert set(calls.values()) == {way.last.computed}
     assert 2 <= way.last.computed < QUICK.steps

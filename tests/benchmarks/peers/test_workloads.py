@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import dbcache, fora, macs, ours, refused, taylorseer
+from benchmarks.peers import dbcache, exported, fora, macs, ours, refused, taylorseer, teacache
+from benchmarks.peers.thirds import Thirds
 from benchmarks.peers.way import Plain, Way
 from benchmarks.peers.workload import Workload, relative_l2
 from benchmarks.peers.workloads import WORKLOADS, workload
@@ -105,6 +106,29 @@ def test_every_contender_is_exact_where_it_never_hits_and_caches_elsewhere(name:
         assert way.state_bytes() > 0
 
 
+@pytest.mark.parametrize("name", RANDOM)
+def test_teacache_is_the_model_where_it_always_computes_and_else_computes_about_every_second_step(name: str) -> None:
+    work, thirds = small(name), Thirds(small(name), compiled=False)
+    always = teacache.Setting(thirds, work, -1.0)
+    assert error(name, always) < 1e-4
+    assert 1 < always.macs() < 1.01
+    half = teacache.Setting(thirds, work, teacache.threshold_for(work, 2))
+    assert error(name, half) > 1e-3
+    assert half.last is not None
+    assert 3 <= half.last.computed <= 6 < work.size.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANDOM)
+def test_bundles_draw_what_torch_draws(name: str) -> None:
+    full, cached = exported.uniform((3,)).open(small(name)).values()
+    assert error(name, full) < 1e-4
+    assert full.macs() == 1
+    assert error(name, cached) > 1e-3
+    assert 0.3 < cached.macs() < 0.8
+    assert cached.state_bytes() > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM)
 def test_moeca_keeps_what_it_tells(name: str) -> None:
@@ -121,7 +145,6 @@ def test_what_diffusers_refuses_is_told_in_its_words() -> None:
     assert "IndexError" in left["hidream"]["FirstBlockCache (diffusers)"]
     assert "hooks 0 blocks" in left["hidream"]["MagCache (diffusers)"]
     assert "not registered" in left["s2"]["FirstBlockCache (diffusers)"]
-    assert all("TeaCache-like" in one for one in left.values())
 
 
 @pytest.mark.slow
