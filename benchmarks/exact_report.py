@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Rows = Iterable[tuple[object, ...]]
+OURS = ("each", "moeca")  # contenders of compile_seconds.py
 COMPILING = ("blocks", "", "torch.compile", "each block for itself", "equal blocks once")
 
 
@@ -38,9 +39,10 @@ a step of each in turn; seconds are the sums of their steps. MACs are those of t
 
 ## Compiling
 
-Seconds from the prepared model to its first result, all variants of `uniform:3`, each in a new process with Inductor's
-caches empty; means of two, the contenders in turn. On a *new machine* the header that all C++ kernels include is
-compiled too, once for this torch; moeca has it and the question for vector instructions done while it captures.
+Seconds from the prepared model to its first result, all variants of `uniform:3`, each in a new process; means of two,
+the contenders in turn; in brackets the share of torch.compile's. On a *new machine* all of Inductor's caches are empty,
+the header that every C++ kernel includes among them: it is compiled once for a machine's torch. moeca has it compiled,
+and asks for vector instructions, while it captures.
 
 {_table(COMPILING, _compiling(data["compile_seconds"]))}
 
@@ -69,10 +71,15 @@ def _runs(data: Mapping[str, Any]) -> Rows:
 
 
 def _compiling(costs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Rows:
+    """With what they are of torch.compile's, in brackets."""
     for kind, seconds in costs.items():
-        for depth in seconds["plain"]:
-            found = (seconds.get(name, {}).get(depth) for name in ("plain", "each", "moeca"))
-            yield depth, kind, *("-" if one is None else f"{one:.0f}" for one in found)
+        for depth, plain in seconds["plain"].items():
+            ours = [f"{one:.0f} ({one / plain:.2f})" if (one := _of(seconds, name, depth)) else "-" for name in OURS]
+            yield depth, kind, f"{plain:.0f}", *ours
+
+
+def _of(seconds: Mapping[str, Mapping[str, float]], name: str, depth: str) -> float | None:
+    return seconds.get(name, {}).get(depth)
 
 
 def _targets(targets: Mapping[str, Any]) -> Rows:

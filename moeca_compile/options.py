@@ -29,7 +29,7 @@ class Options:
             of blocks: `stack` (what leaves all of them), `blocks:2:-2` (the change that a slice of them makes),
             `skip:1` (what lies between the ends of the long skip that keeps one outer block on each side). What is
             outside the span is always computed.
-        inner: what runs a variant: `inductor`, or `eager` (the FX interpreter: slow, bitwise equal to the graph).
+        inner: what runs a variant: `inductor`, or `eager` (operator by operator: slow, bitwise equal to the graph).
         inner_options: handed to the inner compiler as they are (Inductor's config keys).
         mode: torch.compile's `mode`, handed to Inductor.
         max_signatures: how many input signatures (shapes, dtypes, autocast) keep their programs; the oldest go first.

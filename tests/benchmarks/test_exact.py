@@ -19,7 +19,11 @@ def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     assert len(written["reused"]) == 3
     assert written["mac_fraction"]["full"] == 1.0
     assert 0.2 < written["mac_fraction"]["interval 6"] < written["mac_fraction"]["interval 2"] < 0.7
-    assert len(written["targets"]) == 3 + len(exact.INTERVALS) + 2 + 1
+    assert len(written["targets"]) == 3 + len(exact.INTERVALS) + 2
+    exact.main(["--quick", "--again", "reused", "--out", str(tmp_path)])
+    anew = json.loads((tmp_path / "exact.json").read_text())
+    assert anew["reused"] != written["reused"]
+    assert anew["runs"] == written["runs"]
     assert set(written["compile_seconds"]) == {exact.NEW, exact.SECOND}
     assert all(set(one) == {"1"} for kind in written["compile_seconds"].values() for one in kind.values())
 
