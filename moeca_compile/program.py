@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -181,18 +181,15 @@ class Program:
         while the next is lowered. If anything is refused none is kept: compiled by itself, each says what is wrong."""
         if not self._writes_kernels:
             return
-        with alone():
-            known = dict(self._executables)
-            try:
-                with kernels_later() as wait:
-                    for variant, args in wanted:
-                        self.compile(variant, args)
-                    begin = time.perf_counter()
-                    wait()
-                    self._spent("kernels", begin)
-            except Exception:
-                self._executables.clear()
-                self._executables.update(known)
+        made: dict[Row, Executable] = {}
+        with alone(), suppress(Exception), kernels_later() as wait:
+            for variant, args in wanted:
+                if variant.row not in self._executables:
+                    made[variant.row] = self._lower(variant, args)
+            begin = time.perf_counter()
+            wait()
+            self._spent("kernels", begin)
+            self._executables.update(made)  # not before: other threads run what they find there
 
     def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Hoisted) -> list[Any]:
         """Arguments for `variant` as a step has them, for inputs like `args`."""

@@ -13,6 +13,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 import moeca_compile as moeca
+from moeca_compile.backend import ENTRIES
 from moeca_compile.errors import LoweringError
 from moeca_compile.lower.kernels import kernels_later
 from tests.sampling import compiled, dit, noise, uncached
@@ -50,6 +51,24 @@ def test_all_variants_are_lowered_before_any_kernel_is_waited_for(events: list[s
     assert set(events[2:]) == {"waited"}
     assert torch.allclose(result, uncached(dit())(*INPUTS), atol=1e-5)
     assert moeca.stats(model).compile_seconds["kernels"] > 0
+
+
+@torch.no_grad()
+def test_other_threads_find_no_variant_whose_kernels_are_missing(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, found, others = AsyncCompile.wait, list[object](), set(ENTRIES)
+
+    def looks(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        programs = [program for entry in set(ENTRIES) - others for program in entry.programs.values()]
+        found.extend(program.executable(row)[1] for program in programs for row in program.schedule.distinct_rows())
+        wait(self, scope)
+
+    monkeypatch.setattr(AsyncCompile, "wait", looks)
+    model = compiled(dit(), inner="inductor", schedule=SCHEDULE)
+    moeca.warmup(model, *INPUTS)
+    assert found
+    assert set(found) == {None}
 
 
 @torch.no_grad()

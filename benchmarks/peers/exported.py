@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,12 +24,12 @@ class Exported:
     """A bundle, exported now, in a folder that goes when this does."""
 
     def __init__(self, schedule: object, work: Workload, order: int) -> None:
-        self.work, self.folder = work, tempfile.TemporaryDirectory()
-        path = Path(self.folder.name) / "model.moeca"
-        inputs = work.inputs_of(work.batches()[0])
-        moeca.export(
-            work.shipped(), inputs, schedule, path, order=order, dynamic_batch=not work.fixed_batch, progress=False
-        )
+        self.work, folder = work, tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        path = Path(folder) / "model.moeca"
+        model, inputs = work.shipped(), work.inputs_of(work.batches()[0])
+        self.names = list(inspect.signature(model.forward).parameters)[: len(inputs)]
+        moeca.export(model, inputs, schedule, path, order=order, dynamic_batch=not work.fixed_batch, progress=False)
         self.session = Session.open(path, threads=torch.get_num_threads())
         self.spent, self.state = 1.0, 0
 
@@ -39,8 +42,7 @@ class Exported:
 
     def _call(self, trajectory: Trajectory, inputs: tuple[Tensor, ...]) -> Tensor:
         """The solver's tensors are the session's arrays: nothing is copied."""
-        names = (one.name for one in self.session.inputs)
-        given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+        given = {name: one.numpy() for name, one in zip(self.names, inputs, strict=True)}
         return torch.from_numpy(trajectory.run(given)[self.session.outputs[0].name])
 
     def macs(self) -> float:
