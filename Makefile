@@ -33,8 +33,9 @@ install: $(INSTALLED) ## make .venv with the package and all tools
 demo: $(INSTALLED) ## sample digits plain and cached, print the table, write demo.png
 	$(BIN)/python -m examples.01_generate
 
+# loadfile: what a file's tests share is made once, by the process that runs them all
 test: $(INSTALLED) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 engines: $(INSTALLED) ## TensorRT-RTX parses and builds every variant of the digits and S/2 bundles; no GPU is needed
 	$(BIN)/python -m pytest -m slow tests/bundle/tensorrt/test_models.py $(PYTEST_ARGS)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
-from torch._inductor.utils import fresh_cache
 
 import moeca_compile as moeca
 from moeca_compile.backend import ENTRIES
@@ -20,6 +20,8 @@ from tests.sampling import compiled, dit, noise, uncached
 
 INPUTS = noise(99, 2), torch.full((2,), 500.0), torch.tensor([1, 2])
 SCHEDULE = "uniform:2"
+
+pytestmark = pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(GraphLowering, "codegen", lowers)
     monkeypatch.setattr(AsyncCompile, "wait", waits)
     torch._dynamo.reset()
-    with fresh_cache():
+    with config.patch(force_disable_caches=True):  # of graphs; that of kernels stays
         yield found
 
 
