@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
+from moeca_compile import ops
 from moeca_compile.errors import StateError
 from tests.sampling import TIMES, Loop, Model, Taped, alone, cfg_calls, dit, plain, run, same, streams
 
@@ -25,20 +26,21 @@ def threads(count: int, name: str = "") -> ThreadPoolExecutor:
 
 @contextmanager
 def paused_in_the_middle(thread_body: Callable[[], object]) -> Iterator[ThreadPoolExecutor]:
-    """A thread runs `thread_body` and stands still inside its first variant while the `with` block runs."""
+    """A thread runs `thread_body` and stands still inside its first variant, at its experts, while the `with` block
+    runs."""
     inside, go_on = threading.Event(), threading.Event()
-    whole = torch.fx.Interpreter.run_node
+    sort = ops._sort
     stopped: list[int] = []
 
-    def run_node(self: torch.fx.Interpreter, node: torch.fx.Node) -> object:
-        if node.op == "call_function" and not stopped and threading.current_thread().name.startswith("slow"):
+    def sorts(idx: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+        if not stopped and threading.current_thread().name.startswith("slow"):
             stopped.append(1)
             inside.set()
             assert go_on.wait(PATIENCE)
-        return whole(self, node)
+        return sort(idx, num_experts)
 
     with pytest.MonkeyPatch.context() as patch, threads(1, "slow") as pool:
-        patch.setattr(torch.fx.Interpreter, "run_node", run_node)
+        patch.setattr(ops, "_sort", sorts)
         future = pool.submit(thread_body)
         try:
             assert inside.wait(PATIENCE)
