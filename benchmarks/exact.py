@@ -1,6 +1,7 @@
 """The exact optimisations, each by itself, on DiT-MoE-S/2-8E2A; and what a cache gives end to end at intervals 2 to 6.
 
-    python -m benchmarks.exact            # about 25 minutes on one core; writes results/exact.json
+    python -m benchmarks.exact            # about 30 minutes on one core; writes results/exact.json
+    python -m benchmarks.exact --again computed    # one section anew
     python -m benchmarks.exact --report   # docs/exact.md from it
     python -m benchmarks.exact --quick    # two blocks, few rounds: does it run?
 
