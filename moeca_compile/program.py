@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -162,16 +163,16 @@ class Program:
 
     def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Compile every distinct row for inputs like `args`; returns the all-COMPUTE outputs. No state is kept."""
-        hoisted = Hoisted()
+        rows, hoisted = self.schedule.distinct_rows(), Hoisted()
 
-        def examples() -> Iterator[tuple[Variant, list[Any]]]:
-            for row in self.schedule.distinct_rows():
-                variant = self.variant(row)
-                yield variant, self._examples(variant, args, hoisted)
+        @cache  # asked for twice, and what is hoisted would be computed twice
+        def example(row: Row) -> tuple[Variant, list[Any]]:
+            variant = self.variant(row)
+            return variant, self._examples(variant, args, hoisted)
 
-        self.compile_together(examples())
+        self.compile_together(map(example, rows))
         outputs: tuple[Any, ...] = ()
-        for variant, given in examples():
+        for variant, given in map(example, rows):
             results = self.compile(variant, given)(given)
             outputs = outputs or tuple(results[: variant.outputs])
         return outputs

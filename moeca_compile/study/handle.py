@@ -199,10 +199,9 @@ class Handle:
         def watch(call: Call) -> None:
             if call.program is not self.program or call.state is None:
                 return
-            wanted = []
+            wanted, step = [], call.state.last_step + 1
             for letter in letters:
                 variant = self.program.variant(row_of(self.kinds[letter], order=1))
-                step = call.state.last_step + 1
                 wanted.append((variant, arguments_for(self.program, call.track, variant, call.args, call.state, step)))
             self.program.compile_together(wanted)
             for variant, arguments in wanted:
