@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                      # both models, 256 and 512 px, batch 1 and 8, each with guidance
     python -m benchmarks.gpu --model XL/2-8E2A --pixels 256 --images 1     # some of it
+    python -m benchmarks.gpu --model G/2-16E2A --side-by-side     # compile all at once, then time each by itself
     python -m benchmarks.gpu --report             # docs/gpu.md from the results
     python -m benchmarks.gpu --quick              # a small model, few steps, also without a GPU: does it run?
 
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +36,7 @@ import moeca_compile as moeca
 from benchmarks.gpu_report import BASELINE, GRAPHS, STEPS, page
 from benchmarks.models import timesteps
 from benchmarks.protocol import RESULTS, Timing, arguments, as_json, folder_of, interleave, machine, print_table, save
+from benchmarks.turns import Job, in_turns
 from examples.dit_moe import CONFIGS, dit_moe, randomize_
 from moeca_compile.face import _banks
 from moeca_compile.schedule import Schedule
@@ -57,6 +60,11 @@ class Work:
     @property
     def name(self) -> str:
         return f"{self.model}, {self.pixels} px, batch {self.images} with guidance"
+
+    @property
+    def rounds(self) -> int:
+        """Fewer of what takes long."""
+        return 5 if self.images == 1 else 3
 
     def network(self) -> nn.Module:
         """Prepared, bfloat16, made on the device."""
@@ -126,11 +134,21 @@ def contenders(network: nn.Module, intervals: Sequence[int], plain: bool, graphs
     return found
 
 
-def measure(work: Work, models: Mapping[str, Contender], rounds: int) -> dict[str, Any]:
-    """Times of whole trajectories, share of the MACs, bytes of state and peak memory of each contender."""
+def job(work: Work, intervals: Sequence[int], rounds: int, plain: bool) -> Iterator[Any]:
+    """Compile all contenders; then time them: the run as results/gpu.json keeps it. Yields after each."""
+    torch._dynamo.reset()
+    models = contenders(work.network(), intervals, plain, work.device == "cuda")
+    figures = compiled(work, models)
+    yield None
+    times = timed(work, models, rounds)
+    yield {"machine": machine(), "contenders": {name: times[name] | figures[name] for name in times}}
+
+
+def compiled(work: Work, models: Mapping[str, Contender]) -> dict[str, dict[str, Any]]:
+    """Seconds of the first trajectory, peak memory of the second, share of the MACs and bytes of state of each."""
     figures: dict[str, dict[str, Any]] = {}
     truth: Tensor | None = None
-    for name, one in models.items():  # compiles; then what one trajectory needs
+    for name, one in models.items():
         started = time.perf_counter()
         result = _run(one, work)
         figures[name] = {"first_seconds": round(time.perf_counter() - started, 1)}
@@ -143,23 +161,20 @@ def measure(work: Work, models: Mapping[str, Contender], rounds: int) -> dict[st
         figures[name]["error_of_way"] = round(float((again - truth).norm() / (truth - work.inputs()[0]).norm()), 4)
         if one.schedule:
             stats = moeca.stats(one.model)
-            variants = {step.variant for step in stats.steps}
             figures[name] |= {"mac_fraction": round(stats.mac_fraction, 5), "state_bytes": stats.state_bytes}
-            figures[name] |= {
-                f"{variant}_host_ms": round(
-                    statistics.median(s.ms + s.overhead_ms for s in stats.steps if s.variant == variant), 3
-                )
-                for variant in sorted(variants)
-            }
-        print(f"{name}: {figures[name]}", flush=True)
+        print(f"{work.name}: {name}: {figures[name]}", flush=True)
+    return figures
+
+
+def timed(work: Work, models: Mapping[str, Contender], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of whole trajectories."""
     runs: dict[str, Callable[[], object]] = {name: partial(one.sample, work) for name, one in models.items()}
     before: dict[str, Callable[[], object]] = {name: one.begin for name, one in models.items()}
     with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
         timings: dict[str, Timing] = interleave(runs, rounds=rounds, warmup=1, before=before)
     baseline = BASELINE if BASELINE in models else BASELINE + GRAPHS
     print_table(work.name, timings, baseline)
-    times = as_json(timings, baseline)
-    return {name: times[name] | figures[name] for name in times}
+    return as_json(timings, baseline)
 
 
 def experts_alone(model: str, tokens: Sequence[int], repeats: int = 20) -> dict[str, float]:
@@ -203,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pixels", nargs="*", type=int, default=PIXELS)
     parser.add_argument("--images", nargs="*", type=int, default=IMAGES)
     parser.add_argument("--graphs-only", action="store_true", help="leave out what runs without CUDA graphs")
+    parser.add_argument("--side-by-side", action="store_true", help="compile all sizes at once, each in a process")
     parser.add_argument("--report", action="store_true", help="write the page from the results, measure nothing")
     args = parser.parse_args(argv)
     out = folder_of(args)
@@ -211,12 +227,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.quick:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        works, intervals, rounds = [Work("S/2-8E2A", 64, 1, device, steps=4, depth=2)], (3,), 1
+        works, intervals = [Work("S/2-8E2A", 64, 1, device, steps=4, depth=2)], (3,)
     else:
         if not torch.cuda.is_available():
             parser.error("no GPU is here: torch.cuda.is_available() is False; --quick runs without one")
-        works = [Work(*one, "cuda") for one in product(args.model, args.pixels, args.images)]
-        intervals, rounds = INTERVALS, 5
+        works, intervals = [Work(*one, "cuda") for one in product(args.model, args.pixels, args.images)], INTERVALS
     file = None if out is None else out / "gpu.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.exists() else {}
     payload = {
@@ -226,16 +241,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for model in () if args.quick else args.model:
         payload["experts_ms"][model] = experts_alone(model, (512, 4096, 16384))
-    for work in works:
-        torch._dynamo.reset()
-        models = contenders(work.network(), intervals, not args.graphs_only, work.device == "cuda")
-        payload["runs"][work.name] = {"machine": machine(), "contenders": measure(work, models, rounds)}
+    torch.cuda.empty_cache()
+    jobs = {
+        work.name: partial(job, work, intervals, 1 if args.quick else work.rounds, not args.graphs_only)
+        for work in works
+    }
+    if args.side_by_side:
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(jobs)))
+    for name, run in in_turns(jobs) if args.side_by_side else _one_by_one(jobs):
+        payload["runs"][name] = run
         if out is not None:
             save("gpu", payload, out)
-        del models
+
+
+def _one_by_one(jobs: Mapping[str, Job]) -> Iterator[tuple[str, Any]]:
+    """As `in_turns`, in this process."""
+    for name, one in jobs.items():
+        *_, run = one()
+        yield name, run
         gc.collect()
-        if work.device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
