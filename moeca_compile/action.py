@@ -17,6 +17,8 @@ class Action(enum.Enum):
     REUSE = "R"  # the output of the last step that computed it
     FORECAST = "F"  # that output, extrapolated by the schedule's order
 
+    __hash__ = object.__hash__  # members are their own only equals; Enum's, in Python, is slow for rows of many regions
+
 
 @dataclass(frozen=True, slots=True)
 class Partial:

@@ -71,8 +71,12 @@ class Shortcut:
         trajectory = innermost()
         if trajectory is None or trajectory.frozen is None or trajectory.frozen is not self.handle():
             return self.call(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
-        kind = _kind(leaves)
+        leaves: Sequence[Any] = args
+        spec: Hashable = len(args)
+        kind = None if kwargs else _kind(args)
+        if kind is None:  # something among them has leaves of its own
+            leaves, spec = tree_flatten((args, kwargs))
+            kind = _kind(leaves)
         if kind is None or noting() or visitor() is not None:
             return self.call(*args, **kwargs)
         way: _Way | None = trajectory.ways.get((spec, kind))

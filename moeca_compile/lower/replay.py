@@ -66,6 +66,9 @@ class Replayed:
         self.run, self.name, self.moving, self.record, self.own = run, name, frozenset(moving), record, own
         self.recordings: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
         self.gave_up = False
+        self._copied: list[int] = []  # positions of tensors that are copied in
+        self._still: list[int] = []  # of those that are read where they lie
+        self._values: list[int] = []  # of what isn't a tensor
         self._lock = threading.Lock()  # from copying in to copying out
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -73,16 +76,15 @@ class Replayed:
             recording = None if self.gave_up else self._recording(args)
             if recording is None:
                 return self.run(args)
-            moving = [position for position in self.moving if isinstance(args[position], torch.Tensor)]
-            copy_all([recording.args[position] for position in moving], [args[position] for position in moving])
+            copy_all([recording.args[position] for position in self._copied], [args[i] for i in self._copied])
             recording.replay()
             given = recording.results[: self.own]
-            results = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in given]
-            copy_all(_tensors(results), _tensors(given))
-            return [*results, *recording.results[len(given) :]]
+            return [*_copies(given), *recording.results[len(given) :]]
 
     def _recording(self, args: Sequence[Any]) -> _Recording | None:
-        key = tuple(self._key(position, one) for position, one in enumerate(args))
+        if not self.recordings:
+            self._sort(args)
+        key = (*map(torch.Tensor.data_ptr, map(args.__getitem__, self._still)), *map(args.__getitem__, self._values))
         if key not in self.recordings:
             try:
                 self.recordings[key] = self._recorded(args)
@@ -100,11 +102,12 @@ class Replayed:
         self.recordings.move_to_end(key)
         return self.recordings[key]
 
-    def _key(self, position: int, value: Any) -> Any:
-        """What a recording has in it of an argument: its address, or its value where it isn't a tensor."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        return None if position in self.moving else value.data_ptr()
+    def _sort(self, args: Sequence[Any]) -> None:
+        """Positions by what a recording has in it of an argument, which all calls have in common."""
+        tensors = [position for position, one in enumerate(args) if isinstance(one, torch.Tensor)]
+        self._copied = [position for position in tensors if position in self.moving]
+        self._still = [position for position in tensors if position not in self.moving]
+        self._values = [position for position, one in enumerate(args) if not isinstance(one, torch.Tensor)]
 
     def _recorded(self, args: Sequence[Any]) -> _Recording:
         with torch.inference_mode(False), torch.no_grad():
@@ -116,5 +119,10 @@ class Replayed:
         return _Recording(replay, own, results)
 
 
-def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
-    return [one for one in values if isinstance(one, torch.Tensor)]
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """One launch for them all."""
+    if len(values) == 1 and isinstance(values[0], torch.Tensor):
+        return [values[0].clone()]
+    copies = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in values]
+    copy_all(*([one for one in some if isinstance(one, torch.Tensor)] for some in (copies, values)))
+    return copies

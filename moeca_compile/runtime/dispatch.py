@@ -303,10 +303,9 @@ def arguments_for(
     (zeros where unwritten), coefficients."""
     if hoisted is None:
         hoisted = Hoisted().of(program.preludes, variant.hoists, args, None)
-    arguments = [*(args[i] for i in variant.takes), *hoisted]
-    for slot in variant.reads:
-        kept = state.tensors[slot] if state is not None else None
-        arguments.append(program.zeros(slot) if kept is None else kept)
+    kept = [None if state is None else state.tensors[slot] for slot in variant.reads]
+    read = [program.zeros(slot) if one is None else one for slot, one in zip(variant.reads, kept, strict=True)]
+    arguments = [*[args[i] for i in variant.takes], *hoisted, *read]
     device = program.layout[0].device if program.layout else ""
     if variant.wants_now:
         arguments.append(track.table(float(step + 1), device))

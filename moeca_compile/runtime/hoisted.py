@@ -77,23 +77,24 @@ class Hoisted:
         self.ahead = ahead or Ahead()
         self.inputs: dict[int, _Kept] = {}  # by position among the call's arguments
         self.changes = 0
+        self._levels: dict[tuple[int, ...], tuple[tuple[int, ...], list[int]]] = {}  # those of a step, and the others
         self._forget()
 
     def _forget(self) -> None:
         self.inputs.clear()
         self.fixed: Values = {}
         self.last: tuple[float, Values] = (0.0, {})
-        self.table: Values = {}  # [steps, ...]
+        self.table: dict[int, Sequence[torch.Tensor]] = {}  # by position: each row's, views of one tensor
         self.rows: dict[float, int] = {}  # by timestep
 
     @property
     def bytes(self) -> int:
         """Of all values that are kept."""
-        kept = [*self.fixed.values(), *self.last[1].values(), *self.table.values()]
+        kept = [*self.fixed.values(), *self.last[1].values(), *(row for rows in self.table.values() for row in rows)]
         return sum(one.numel() * one.element_size() for one in kept)
 
     def of(
-        self, program: Preluded, wanted: Sequence[int], args: Sequence[Any], timestep: float | None
+        self, program: Preluded, wanted: tuple[int, ...], args: Sequence[Any], timestep: float | None
     ) -> list[torch.Tensor]:
         """The values at positions `wanted` for a call with `args`; `timestep` None: not known on the host."""
         if not wanted:
@@ -103,8 +104,11 @@ class Hoisted:
             self._forget()
         elif self._restless:
             self._forget()
-        steps = tuple(p for p in wanted if program.hoisted[p].level == "step")
-        found = self._invariant(program, [p for p in wanted if p not in steps], args)
+        if wanted not in self._levels:
+            steps = tuple(p for p in wanted if program.hoisted[p].level == "step")
+            self._levels[wanted] = steps, [p for p in wanted if p not in steps]
+        steps, lasting = self._levels[wanted]
+        found = self._invariant(program, lasting, args)
         if steps:
             found = found | self._at(program, steps, args, timestep)
         return [found[position] for position in wanted]
@@ -153,7 +157,7 @@ class Hoisted:
         except LoweringError as error:
             program.give_up_steps(error)
             return False
-        self.table = dict(zip((p for p, _ in every), values, strict=True))
+        self.table = {position: value.unbind() for (position, _), value in zip(every, values, strict=True)}
         self.rows = {time: row for row, time in enumerate(coming)}
         return True
 

@@ -34,6 +34,7 @@ class StreamState:
     last_step: int = -1
     depths: list[int] = field(init=False)
     pace: Pace = field(default_factory=Pace)
+    _kept: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])  # a history; of it what a forecast takes
 
     def __post_init__(self) -> None:
         self.depths = [0] * self.regions
@@ -53,24 +54,28 @@ class StreamState:
         """Whether every region that `row` doesn't compute has a value, written without a gap in this stream."""
         if self.last_step != step - 1:
             return False
-        return all(action is Action.COMPUTE or seen for action, seen in zip(row, self.history, strict=True))
+        missing = [action for action, seen in zip(row, self.history, strict=True) if not seen]
+        return all(action is Action.COMPUTE for action in missing)
 
     def coefficients(self, step: int) -> Coefficients:
         """Per region c0 and c1 of the forecast y0 + c0 (y0 - y1) + c1 (y1 - y2) for `step`: Newton's polynomial through
         the outputs that are kept, gathered by differences; 0 where history is missing, so a lower order then."""
-        kept = [seen[:depth] for seen, depth in zip(self.history, self.depths, strict=True)]
-        found = {seen: newton(step, seen) for seen in set(kept)}  # most regions were computed at the same steps
-        return tuple(found[seen] for seen in kept)
+        if self._kept[0] != self.history:  # most steps compute nothing
+            kept = [seen[:depth] for seen, depth in zip(self.history, self.depths, strict=True)]
+            self._kept = list(self.history), kept
+        found = {seen: newton(step, seen) for seen in set(self._kept[1])}  # and most regions the same steps
+        return tuple([found[seen] for seen in self._kept[1]])
 
     def commit(self, step: int, row: Row, writes: Sequence[int], values: Sequence[Any]) -> None:
         """Take what a variant wrote at `step`: a new y0 pushes its region's older outputs one slot on, any other value
         takes the place of the one before."""
-        self._push(writes, values)
-        for region, action in enumerate(row):
-            if action is Action.COMPUTE:
-                self.history[region] = (step, *self.history[region][: len(SLOTS) - 1])
+        if writes:
+            self._push(writes, values)
+        computed = [region for region, action in enumerate(row) if action is Action.COMPUTE]
+        for region in computed:
+            self.history[region] = (step, *self.history[region][: len(SLOTS) - 1])
         self.last_step = step
-        self.pace.ran(all(act is Action.COMPUTE for act in row))
+        self.pace.ran(len(computed) == len(row))
 
     def figure(self) -> float | None:
         """How far the last step's signal was from its forecast, for the worst sample; None: not known. One read."""
