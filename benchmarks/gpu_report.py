@@ -37,11 +37,15 @@ def _runs(runs: Mapping[str, Any]) -> Iterator[str]:
         yield f"\n## {name}\n"
         yield (
             f"{machine['cuda']}, {machine['processor']}, Python {machine['python']}, torch {packages['torch']}, "
-            f"{machine['date']}; medians of {contenders[baseline]['rounds']} trajectories, taken in turns.\n"
+            f"{machine['date']}; {_rounds(contenders[baseline]['rounds'])}.\n"
         )
         head = ("", "ms a trajectory", f"over {baseline}", "MACs", "x MACs", "state MB", "peak GB")
         yield from _table(head, rows)
         yield from _steps(contenders)
+
+
+def _rounds(rounds: int) -> str:
+    return "one trajectory each" if rounds == 1 else f"medians of {rounds} trajectories, taken in turns"
 
 
 def _steps(contenders: Mapping[str, Any]) -> Iterator[str]:

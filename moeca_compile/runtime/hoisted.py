@@ -84,13 +84,13 @@ class Hoisted:
         self.inputs.clear()
         self.fixed: Values = {}
         self.last: tuple[float, Values] = (0.0, {})
-        self.table: dict[int, Sequence[torch.Tensor]] = {}  # by position: each row's, views of one tensor
+        self.table: Values = {}  # [steps, ...]
         self.rows: dict[float, int] = {}  # by timestep
 
     @property
     def bytes(self) -> int:
         """Of all values that are kept."""
-        kept = [*self.fixed.values(), *self.last[1].values(), *(row for rows in self.table.values() for row in rows)]
+        kept = [*self.fixed.values(), *self.last[1].values(), *self.table.values()]
         return sum(one.numel() * one.element_size() for one in kept)
 
     def of(
@@ -157,7 +157,7 @@ class Hoisted:
         except LoweringError as error:
             program.give_up_steps(error)
             return False
-        self.table = {position: value.unbind() for (position, _), value in zip(every, values, strict=True)}
+        self.table = dict(zip((p for p, _ in every), values, strict=True))
         self.rows = {time: row for row, time in enumerate(coming)}
         return True
 

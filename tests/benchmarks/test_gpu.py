@@ -32,6 +32,16 @@ def test_the_page_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     assert gpu.PAGE.read_text() == committed
 
 
+def test_readme_has_the_speedups_of_the_results() -> None:
+    rows = [line for line in Path("README.md").read_text().splitlines() if line.endswith(" |")]
+    for run in list(json.loads((gpu.RESULTS / "gpu.json").read_text())["runs"].values())[
+        :-1
+    ]:  # the last is an older one
+        found = [run["contenders"][f"interval {k}{gpu.GRAPHS}"]["speedup"] for k in gpu.INTERVALS]
+        cells = " | ".join(f"{one:.2f}" for one in found)
+        assert any(row.endswith(f") | {cells} |") for row in rows), cells
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
