@@ -13,7 +13,8 @@ COMPILING = ("blocks", "", "torch.compile", "each block for itself", "equal bloc
 def page(data: Mapping[str, Any]) -> str:
     machine = data["machine"]
     where = (
-        f"{data['model']}, random weights; one thread of {machine['cores']} cores of {machine['processor']}, load "
+        f"{data['model']}, random weights; one thread of {machine['cores']} cores of {machine['processor']} "
+        f"({machine['vectors']}), load "
         f"{machine['load_1min']} at the end; torch {machine['packages']['torch']}, {machine['date']}"
     )
     return f"""# The exact optimisations

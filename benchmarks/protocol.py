@@ -113,11 +113,12 @@ def pin_threads(threads: int = 1) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores, load, versions."""
+    """What the figures depend on: processor, its vector instructions, cores, load, versions."""
     import torch
 
     return {
         "processor": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
