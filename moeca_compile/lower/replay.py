@@ -124,5 +124,9 @@ def _copies(values: Sequence[Any]) -> list[Any]:
     if len(values) == 1 and isinstance(values[0], torch.Tensor):
         return [values[0].clone()]
     copies = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in values]
-    copy_all(*([one for one in some if isinstance(one, torch.Tensor)] for some in (copies, values)))
+    copy_all(_tensors(copies), _tensors(values))
     return copies
+
+
+def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    return [one for one in values if isinstance(one, torch.Tensor)]
