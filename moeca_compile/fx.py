@@ -110,6 +110,12 @@ def shape(node: Node) -> tuple[int, ...]:
     return noted or (tuple(int(size) for size in val.shape) if val is not None else ())
 
 
+def fills(part: Node, whole: Node) -> bool:
+    """Whether `part` has the shape of `whole`, or holds one sample for its whole batch, broadcast."""
+    have, want = shape(part), shape(whole)
+    return have == want or (len(have) == len(want) > 1 and have[0] == 1 and have[1:] == want[1:])
+
+
 def has_unknown_size(node: Node) -> bool:
     """Whether a size of the tensor at `node` depends on data."""
     val = tensor(node)

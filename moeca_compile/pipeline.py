@@ -26,6 +26,7 @@ from moeca_compile.passes.context import Context
 from moeca_compile.passes.count_macs import count_macs, node_macs
 from moeca_compile.passes.drop_dead import drop_dead
 from moeca_compile.passes.drop_noops import drop_noops
+from moeca_compile.passes.einsum_to_permute import einsum_to_permute
 from moeca_compile.passes.find_attention import find_attention
 from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.passes.find_hoisted import find_hoisted
@@ -48,6 +49,7 @@ from moeca_compile.variant import Variant
 
 NORMALISE: tuple[Rewriter, ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
+    einsum_to_permute,  # an einsum that only reorders axes is no product
 )
 
 FIND: tuple[Finder, ...] = (

@@ -163,7 +163,9 @@ def test_the_pipeline_leaves_out_what_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("name", [one.__name__ for one in (*FIND, *REWRITE) if one not in HOIST] + ["drop_nops", ""])
 def test_a_pass_that_cannot_be_left_out_is_refused_by_name(name: str) -> None:
-    known = r"\['drop_noops', 'fold_linear', 'hoist_invariant', 'hoist_step_only', 'repeat_blocks'\]"
+    known = (
+        r"\['drop_noops', 'einsum_to_permute', 'fold_linear', 'hoist_invariant', 'hoist_step_only', 'repeat_blocks'\]"
+    )
     with pytest.raises(OptionError, match=rf"disable=\['{name}'\]: only {known} can be left out"):
         analyse_module(model, torch.randn(2, 4), options=Options(inner="eager", disable=(name, "drop_noops")))
 
@@ -209,8 +211,7 @@ def test_the_folder_comes_from_the_option_or_the_environment(
     monkeypatch.setenv("MOECA_DUMP", str(tmp_path) if way == "environment" else str(tmp_path / "unused"))
     analyse_module(model, torch.randn(2, 4), options=Options(inner="eager", dump=given))
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "000_drop_noops.after.txt",
-        "000_drop_noops.before.txt",
+        f"{i:03d}_{one.__name__}.{when}.txt" for i, one in enumerate(NORMALISE) for when in ("after", "before")
     ]
 
 

@@ -2,9 +2,12 @@
 
 Before: any functional graph.  After: one `Branch` per such add, with the cut moved up before the gate multiply, so
 that the current step's gate is applied to a cached value. In `(x + a(x)) + b(x)` and `x + (g a(x) + h b(x))` both
-branches have the trunk x; a cast or a view of x is x. Does nothing to adds of unrelated values (biases, position
-tables, routed + shared). A residual that is written with another op (a difference, `lerp`, `addcmul`, a product that
-adds, an add with `alpha`) around a matmul is a branch with the reason why it can't be taken.
+branches have the trunk x; a cast or a view of x is x; a trunk may hold one sample for the whole batch (a text beside
+the latents of several images). Does nothing to adds of unrelated values (biases, position tables, routed + shared), nor
+to a value that doesn't depend on the latent and is added to the stream in every layer (a position table, the shift of
+one adaLN for all layers): the stream comes to such an add past other residuals. A residual that is written with another
+op (a difference, `lerp`, `addcmul`, a product that adds, an add with `alpha`) around a matmul is a branch with the
+reason why it can't be taken.
 """
 
 from __future__ import annotations
@@ -42,9 +45,9 @@ class _Finder:
             return
         operands = [one for one in node.args if isinstance(one, Node)]
         for trunk, branch in (operands, operands[::-1]) if len(operands) == 2 else ():
-            root = self._root(trunk, branch) if fx.shape(trunk) == fx.shape(node) else None
+            root = self._root(trunk, branch) if fx.fills(trunk, node) else None
             cuts = [cut for cut in self._cuts(root, branch) if cut is not root] if root is not None else []
-            if root is not None and cuts:
+            if root is not None and cuts and not self._meets_the_stream(root, branch):
                 self.trunk_of[node] = root
                 for cut in cuts:
                     yield self._branch(node, root, cut)
@@ -87,6 +90,16 @@ class _Finder:
                 return None
         return trunk if math.prod(fx.shape(trunk)) == size else None
 
+    def _meets_the_stream(self, root: Node, branch: Node) -> bool:
+        """Whether `root` doesn't depend on the latent and `branch` comes to it past the sums of another trunk."""
+        if self._level(root) == "latent" or self._level(branch) != "latent":
+            return False
+        body = self.cone.between(root, branch)
+        return any(self.trunk_of.get(inner, root) is not root for inner in body)
+
+    def _level(self, node: Node) -> str:
+        return self.depends.get(node.name, "const")
+
     def _cuts(self, root: Node, branch: Node) -> Iterator[Node]:
         """Before the gate; of a sum of two gated values, before each one's gate."""
         cut, _ = self._before_gates(root, branch)
@@ -98,7 +111,7 @@ class _Finder:
             yield self._as_it_was(cut)
 
     def _steers(self, gates: list[Node]) -> bool:
-        return any(self.depends.get(gate.name, "const") != "const" for gate in gates)
+        return any(self._level(gate) != "const" for gate in gates)
 
     def _before_gates(self, root: Node, branch: Node) -> tuple[Node, list[Node]]:
         """Up through multiplications by values that don't come from the trunk; and these gates and layer scales."""

@@ -125,7 +125,7 @@ class _Blocks:
         """The entry that `cut`'s stream began at: the nearest of its shape, for residual adds are the shortest way."""
         front, seen = [cut], {cut}
         for node in front:  # grows: breadth first
-            if node in entries and fx.shape(node) == fx.shape(cut):
+            if node in entries and fx.fills(node, cut):
                 return node
             new = [source for source in node.all_input_nodes if source not in seen]
             seen.update(new)

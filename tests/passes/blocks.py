@@ -187,6 +187,22 @@ class TwoStreams(nn.Module):
         return torch.cat([x, text], dim=1)
 
 
+class TextOfItsOwn(nn.Module):
+    """Two streams, the text an input: its modulation, not the text, has the batch of the latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TwoStreams()
+
+    def forward(self, x: Tensor, text: Tensor, c: Tensor) -> Tensor:
+        gates = self.block.ada(c).unsqueeze(1).tanh().chunk(4, dim=-1)
+        pairs = zip(self.block.image.heads(x), self.block.text.heads(text * (1 + gates[0])), strict=True)
+        both = F.scaled_dot_product_attention(*(torch.cat(pair, dim=2) for pair in pairs)).transpose(1, 2).flatten(2)
+        x = x + gates[1] * self.block.image.proj(both[:, : x.shape[1]])
+        text = text + gates[2] * self.block.text.proj(both[:, x.shape[1] :])
+        return torch.cat([x, text + gates[3] * self.block.text_mlp(text)], dim=1)
+
+
 class OneStream(nn.Module):
     """Flux's single block: attention and feed-forward share the linear in and the linear out."""
 

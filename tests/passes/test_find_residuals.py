@@ -14,7 +14,20 @@ from torch.fx import Node
 from moeca_compile import fx
 from moeca_compile.passes.context import Branch
 from moeca_compile.pipeline import Analysis
-from tests.passes.blocks import DIM, WAYS, Block, OneStream, Stack, Timed, TwoStreams, analysed, latent, routed, times
+from tests.passes.blocks import (
+    DIM,
+    WAYS,
+    Block,
+    OneStream,
+    Stack,
+    TextOfItsOwn,
+    Timed,
+    TwoStreams,
+    analysed,
+    latent,
+    routed,
+    times,
+)
 from tests.tools import analyse_module, node, ops
 
 W, V = torch.randn(DIM, DIM), torch.randn(DIM, DIM)
@@ -131,6 +144,46 @@ def test_a_broadcast_operand_is_no_trunk() -> None:
         return mean + (mean * x) @ W
 
     assert heavy(analyse_module(model, latent())) == []
+
+
+class Layers(nn.Module):
+    """Three layers that share a value, added to the stream in each: a shift of one adaLN, or a position table."""
+
+    def __init__(self, position: bool = False) -> None:
+        super().__init__()
+        self.blocks, self.ada = nn.ModuleList(Block() for _ in range(3)), nn.Linear(DIM, 2 * DIM)
+        self.table = nn.Parameter(torch.randn(2, 4, DIM)) if position else None
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = (one.expand_as(x).contiguous() for one in self.ada(c).unsqueeze(1).chunk(2, dim=-1))
+        for block in self.blocks:
+            if self.table is not None:
+                x = x + self.table
+            x = x + block.attn(block.norm1(x) * (1 + scale) + shift)
+            x = x + block.mlp(block.norm2(x) * (1 + scale) + shift)
+        return x
+
+
+@pytest.mark.parametrize("position", [False, True])
+def test_what_is_added_to_the_stream_in_every_layer_is_no_trunk(position: bool) -> None:
+    """From the second layer on it is an ancestor of the stream, with the stream's shape."""
+    analysis = analyse_module(Timed(Layers(position)), latent(), times())
+    assert [region.kind for region in analysis.context.regions] == ["attention", "mlp"] * 3
+    assert analysis.context.misses == ()
+    depends = dict(analysis.context.dependence)
+    assert {depends[branch.trunk] for branch in heavy(analysis)} == {"latent"}
+
+
+def test_a_text_of_one_sample_is_the_trunk_of_a_whole_batch() -> None:
+    one, two = (
+        analyse_module(TextOfItsOwn(), latent(), torch.randn(batch, 3, DIM), torch.randn(2, DIM)) for batch in (1, 2)
+    )
+    assert [branch.trunk for branch in heavy(one)][:2] == ["x", "text"]
+    joint, mlp = one.context.regions
+    assert (joint.kind, joint.shapes) == ("attention", ((2, 4, DIM), (2, 3, DIM)))
+    assert (mlp.kind, mlp.shapes) == ("mlp", ((2, 3, DIM),))
+    assert one.context.misses == ()
+    assert one.context.regions.fingerprint == two.context.regions.fingerprint
 
 
 def test_a_sum_that_is_read_elsewhere_too_is_a_trunk_of_its_own() -> None:

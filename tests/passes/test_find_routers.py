@@ -84,6 +84,13 @@ class ExpertChoiceTransposed(ExpertChoice):
         return self.router(x).transpose(1, 2).softmax(1)
 
 
+class ExpertChoiceByEinsum(ExpertChoice):
+    """Expert choice, the scores transposed by an einsum (Kwai's EC-DiT)."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        return torch.einsum("b s e -> b e s", self.router(x).softmax(-1))
+
+
 class ExpertChoiceAlong(ExpertChoice):
     """Expert choice, a top-k along the tokens where they lie."""
 
@@ -157,6 +164,7 @@ def analyse(mlp: nn.Module) -> Analysis:
         (Prototypes, "token", K),
         (ExpertChoice, "expert", 2),
         (ExpertChoiceTransposed, "expert", 2),
+        (ExpertChoiceByEinsum, "expert", 2),
         (ExpertChoiceAlong, "expert", 2),
         (ExpertChoiceIndexed, "expert", 2),
         (OverTheBatch, "batch", 3),

@@ -16,7 +16,7 @@ from moeca_compile.options import Options
 from moeca_compile.pipeline import Analysis
 from moeca_compile.regions import Region
 from tests.following import Runner, Subject, assert_follows_the_oracle
-from tests.passes.blocks import DIM, Block, Mlp, Stack, Timed, TwoStreams, latent, times
+from tests.passes.blocks import DIM, Block, Mlp, Stack, TextOfItsOwn, Timed, TwoStreams, latent, times
 from tests.tools import analyse_module, capture_module, node, ops, row, schedule_of, trace_module, variant_of
 
 
@@ -57,12 +57,28 @@ class TwoTowers(nn.Module):
         return x
 
 
+class OneText(nn.Module):
+    """Joint blocks over two images and one text, which is broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.text = nn.ModuleList([TextOfItsOwn(), TextOfItsOwn()]), nn.Parameter(torch.randn(1, 3, DIM))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        text: Tensor = self.text
+        for block in self.blocks:
+            out = block(x, text, c)
+            x, text = out[:, :4], out[:, 4:]
+        return x + text.mean(1, keepdim=True)
+
+
 BODIES = {
     "plain": lambda: Stack(*(Block("gate left") for _ in range(4))),
     "post norm": lambda: Stack(*(Block("post norm") for _ in range(4))),
     "concat": lambda: LongSkips("concat"),
     "add": lambda: LongSkips("add"),
     "two streams": TwoTowers,
+    "one text": OneText,
 }
 
 
@@ -165,7 +181,8 @@ def test_the_fingerprint_tells_granularities_apart() -> None:
 
 
 SPANS = [
-    ("plain", "stack"), ("plain", "blocks:1:-1"), ("concat", "skip:2"), ("add", "skip:1"), ("two streams", "blocks:0:2")
+    ("plain", "stack"), ("plain", "blocks:1:-1"), ("concat", "skip:2"), ("add", "skip:1"),
+    ("two streams", "blocks:0:2"), ("one text", "blocks:0:1"),
 ]  # fmt: skip
 
 

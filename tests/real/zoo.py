@@ -305,6 +305,20 @@ def sana_inputs(step: int) -> Arguments:
     }  # fmt: skip
 
 
+def ernie() -> nn.Module:
+    return tiny(
+        diffusers.ErnieImageTransformer2DModel, hidden_size=32, num_attention_heads=2, num_layers=3,
+        ffn_hidden_size=48, in_channels=4, out_channels=4, text_in_dim=12, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+
+
+def ernie_inputs(step: int) -> Arguments:
+    return {
+        "hidden_states": moving(step, 2, 4, 4, 4), "timestep": time(step), "text_bth": normal(2, 6, 12),
+        "text_lens": torch.tensor([6, 4]),
+    }  # fmt: skip
+
+
 CROSS = ("attention", "attention", "mlp")  # to itself, to the prompt
 NOT_LATENT = "doesn't depend on the latent"
 PARTS = "Lumina2 counts the prompt's tokens on the host, and compares the counts: one graph would fit one prompt only"
@@ -352,6 +366,9 @@ ZOO: dict[str, Model] = {
     ),
     "Lumina2": Model(lumina2, lumina2_inputs, "timestep", "hidden_states", in_parts=PARTS),
     "LTXVideo": Model(ltx, ltx_inputs, "timestep", "hidden_states", CROSS * 2, ("self", "cross, fixed") * 2),
+    "ErnieImage": Model(  # one adaLN for all layers, expanded to the tokens
+        ernie, ernie_inputs, "timestep", "hidden_states", ("attention", "mlp") * 3, ("self",) * 3,
+    ),
     "Sana": Model(  # linear attention is no softmax: found as what lies along a residual
         sana, sana_inputs, "timestep", "hidden_states", ("mlp", "attention", "mlp") * 2, ("cross, fixed",) * 2,
     ),
