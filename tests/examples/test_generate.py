@@ -11,6 +11,7 @@ import pytest
 generate = importlib.import_module("examples.01_generate")
 
 
+@pytest.mark.slow  # it compiles the digits model twice; .ci/run has it
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "demo.png"
     generate.main(["--json", "--runs", "1", "--steps", "25", "--picture", str(picture)])

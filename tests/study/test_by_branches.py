@@ -74,6 +74,7 @@ def test_a_run_with_it_has_the_predicted_error_cost_and_state(model: nn.Module, 
     assert len(found.rows) == STEPS
 
 
+@pytest.mark.slow
 def test_a_thinned_schedule_is_as_it_was_predicted(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """One way is forced upon it: on this model none is better."""
     way = "first third of the layers as whole regions"
@@ -87,6 +88,7 @@ def test_a_thinned_schedule_is_as_it_was_predicted(model: nn.Module, monkeypatch
     test_a_run_with_it_has_the_predicted_error_cost_and_state(model, found)
 
 
+@pytest.mark.slow
 def test_the_cheaper_one_is_returned_for_a_quality(model: nn.Module) -> None:
     without = moeca.calibrate(model, sample, budget="psnr:40", **QUICK)
     given = moeca.calibrate(model, sample, budget="psnr:40", branches=0.2, **QUICK)

@@ -66,6 +66,7 @@ def test_it_is_what_the_models_own_code_gives(model: nn.Module, layer: int, expe
     assert (expected - uncached).norm() > 100 * (made - expected).norm(), "what it changes is far more than rounding"
 
 
+@pytest.mark.slow
 def test_those_that_drift_most_are_tried_within_the_price_and_kept(model: nn.Module, tmp_path: Path) -> None:
     told: list[int] = []
 
