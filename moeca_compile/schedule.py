@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,7 @@ from moeca_compile.adaptive import Adaptive
 from moeca_compile.control import Control
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.granularity import Granularity
+from moeca_compile.timeline import Timeline, one_way
 
 FORMAT, VERSION = "moeca-schedule", 2
 MAX_ORDER = 2
@@ -35,7 +36,8 @@ class Schedule:
         period: the last `period` rows repeat for ever; 0: the schedule ends with its last row.
         fingerprint: of the graph that the columns belong to ("" = any graph with these keys).
         granularity: what the columns are, as in `Options` ("" = not said: older files, and schedules for any graph).
-        timesteps: the timestep of each row, as the model receives it; then a call takes the row nearest to its own.
+        timesteps: the timestep of each row, as the model receives it, falling or rising; then a call takes the row
+            nearest to its own, and makes up what the rows computed that were passed (`moeca_compile.timeline`).
         control: how PARTIAL rows choose what they recompute.
         adaptive: then the rows, from dear to cheap, are what each step chooses from while it runs.
         made_by: how the schedule was made, for people.
@@ -76,6 +78,11 @@ class Schedule:
             raise ScheduleError(f"period is {self.period}, but there are {len(self.rows)} rows")
         if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
             raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
+        if not all(map(math.isfinite, self.timesteps)) or not one_way(self.timesteps):
+            raise ScheduleError(
+                "timesteps must be finite, and only fall or only rise from row to row. Leave them out where a solver "
+                "visits one twice: rows then go by the number of the call"
+            )
         if self.adaptive is not None:
             self._check_adaptive(self.adaptive)
         if self.granularity:
@@ -144,20 +151,17 @@ class Schedule:
     def row_index(self, step: int, timestep: float | None = None) -> int | None:
         """The row for `step` (from 0): by the nearest recorded timestep, else by counting. None past the end."""
         if self.timesteps and timestep is not None:
-            return min(range(len(self.rows)), key=lambda row: abs(self.timesteps[row] - timestep))
+            return self.timeline.nearest(timestep)
         if step < len(self.rows):
             return step
         if not self.period:
             return None
         return len(self.rows) - self.period + (step - len(self.rows)) % self.period
 
-    def is_far(self, row: int, timestep: float) -> bool:
-        """Whether `timestep` is farther from `row`'s recorded one than the widest gap between recorded neighbours."""
-        return bool(self.timesteps) and abs(self.timesteps[row] - timestep) > self._widest_gap
-
     @functools.cached_property
-    def _widest_gap(self) -> float:
-        return max((b - a for a, b in itertools.pairwise(sorted(self.timesteps))), default=0.0)
+    def timeline(self) -> Timeline:
+        """The rows by their recorded timesteps, for calls that come at others."""
+        return Timeline(self.rows, self.timesteps)
 
     def depth(self, column: int) -> int:
         """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the ones computed before."""

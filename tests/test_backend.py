@@ -62,13 +62,14 @@ def test_a_model_with_hooks_is_not_called_twice_for_its_first_call() -> None:
     assert len(calls) == 2
 
 
-def test_a_schedule_made_for_other_timesteps_maps_by_the_nearest_and_says_when_that_is_far() -> None:
+def test_a_schedule_made_for_other_timesteps_makes_up_what_is_passed_and_says_so() -> None:
     rows = ((Action.COMPUTE,), (Action.FORECAST,), (Action.COMPUTE,))
     made_for = Schedule(rows, order=1, timesteps=(1000.0, 960.0, 920.0))
     model = moeca.compile(dit(), schedule=made_for, inner="eager")
-    with pytest.warns(MoecaWarning, match="far from the schedule's nearest, 920"):
+    with pytest.warns(MoecaWarning, match="step 1 is at timestep 990, but the schedule has 960") as warned:
         run(plain(model, times=(1000.0, 990.0, 970.0, 500.0)))
-    assert [record.variant for record in moeca.stats(model).steps] == ["v0", "v0", "v1", "v0"]
+    assert [record.variant for record in moeca.stats(model).steps] == ["v0", "v1", "v1", "v0"]
+    assert len(warned) == 1
 
 
 def test_three_instances_that_prepare_on_their_first_run_in_turns_are_all_right() -> None:

@@ -36,7 +36,9 @@ def schedules(draw: st.DrawFn) -> Schedule:
     later = draw(st.lists(st.tuples(*[action] * width), min_size=steps - 1, max_size=steps - 1))
     period = draw(st.integers(0, steps))
     number = st.floats(allow_nan=False)
-    timesteps = () if period else draw(st.just([]) | st.lists(number, min_size=steps, max_size=steps))
+    finite = st.floats(allow_nan=False, allow_infinity=False)
+    times = sorted(draw(st.sets(finite, min_size=steps, max_size=steps)), reverse=draw(st.booleans()))
+    timesteps = draw(st.sampled_from([[], times])) if not period else []
     return Schedule(
         rows=((C,) * width, *later),
         regions=None if keys is None else tuple(keys),

@@ -29,6 +29,7 @@ DATA = {
     "options",
     "regions",
     "schedule",
+    "timeline",
     "variant",
 }
 GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "autocast", "constants", "capture"}

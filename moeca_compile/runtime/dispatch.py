@@ -245,18 +245,8 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
     if state is None:
         return schedule.rows[0], True
     choice = choose_row(schedule, tick.step, sighting.timestep, state)
-    if choice.past_end:
-        warn_once(
-            program,
-            f"step {tick.step} is past the schedule's last row ({len(schedule.rows)} rows): computed in full. Make the "
-            "schedule for this number of steps, or use an open-ended one (uniform)",
-        )
-    if choice.far is not None:
-        warn_once(
-            program,
-            f"timestep {sighting.timestep:g} is far from the schedule's nearest, {choice.far:g}: it was "
-            "made for other timesteps. Make one for this sampler, or use a uniform schedule",
-        )
+    if choice.warning:
+        warn_once(program, choice.warning)
     if choice.cold:
         state.clear()
     return choice.row, choice.cold

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from moeca_compile.errors import BundleError, StateError
+from moeca_compile.errors import BundleError
 from moeca_compile.runtime import bfloat16, openvino, ort
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.manifest import DROPPED, FUSED, FUSED_ROW, STEP, Manifest, TensorSpec, VariantSpec
 from moeca_compile.runtime.provider import runtime_of
-from moeca_compile.runtime.session import Arrays, admit
+from moeca_compile.runtime.rows import warning_of_counted
+from moeca_compile.runtime.session import Arrays, admit, timestep_of, warn_once
 from moeca_compile.runtime.signature import check_identity, check_side
 from moeca_compile.runtime.stats import StepRecord
 
@@ -41,6 +42,7 @@ class FusedSession:
     def __init__(self, bundle: Bundle, provider: str, loaded: _OnOrt | _OnOpenvino) -> None:
         self.bundle, self.provider, self._loaded = bundle, provider, loaded
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
+        self.warned: set[str] = set()
 
     @classmethod
     def open(
@@ -62,15 +64,14 @@ class FusedSession:
 
     def trajectory(self) -> FusedTrajectory:
         """A denoising loop from step 0."""
-        steps = self.manifest.data["fused"]["steps"]
-        return FusedTrajectory(self, self._loaded.start(), steps)
+        return FusedTrajectory(self, self._loaded.start())
 
 
 class FusedTrajectory:
     """One stream of one denoising loop. A context manager; for one thread."""
 
-    def __init__(self, session: FusedSession, run: Any, steps: int | None) -> None:
-        self.session, self.steps, self._run = session, steps, run
+    def __init__(self, session: FusedSession, run: Any) -> None:
+        self.session, self._run = session, run
         self.records: list[StepRecord] = []
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
@@ -78,18 +79,17 @@ class FusedTrajectory:
 
         Raises:
             BundleError: inputs that the model doesn't take.
-            StateError: one step too many.
         """
-        step = len(self.records)
-        if self.steps is not None and step >= self.steps:
-            raise StateError(f"the schedule has {self.steps} steps, and this is call {step + 1}: open another one")
-        feeds, batch = admit(self.session.manifest, inputs)
+        step, session = len(self.records), self.session
+        feeds, batch = admit(session.manifest, inputs)
+        if warning := warning_of_counted(session.schedule, step, timestep_of(session.manifest, feeds)):
+            warn_once(session.warned, warning, stacklevel=3)
         begin = time.perf_counter()
         found = self._run(feeds, batch)
         ms = (time.perf_counter() - begin) * 1e3
         dropped = int(found.pop(DROPPED, 0))
         self.records.append(StepRecord(step, "", "fused", ms, 0.0, 0, False, dropped))
-        outputs = self.session.manifest.outputs
+        outputs = session.manifest.outputs
         return {one.name: bfloat16.from_stored(found[one.name], one.dtype) for one in outputs}
 
     def __enter__(self) -> FusedTrajectory:

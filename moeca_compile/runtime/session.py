@@ -54,6 +54,7 @@ class Session:
         self.provider = runtime.provider
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
+        self.warned: set[str] = set()
 
     @classmethod
     def open(
@@ -115,7 +116,7 @@ class Session:
         variant = self.variant_of(self.schedule.rows[0])
         values = variant.run(feeds)
         if dropped := self.dropped(variant, values):
-            warnings.warn(_left_out("this call", dropped), MoecaWarning, stacklevel=2)
+            warn_once(self.warned, _left_out("this call", dropped), stacklevel=3)
         return self.named(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
@@ -123,7 +124,7 @@ class Session:
         in two calls one each for the conditional and the unconditional stream.
 
         Raises:
-            StateError: `steps` doesn't fit the schedule.
+            StateError: `steps` isn't a positive number.
         """
         return Trajectory(self, steps, stream)
 
@@ -144,11 +145,10 @@ class Trajectory:
     """One stream of one denoising loop: it owns its cached state. A context manager; leaving it drops the state."""
 
     def __init__(self, session: Session, steps: int | None, stream: str) -> None:
-        rows, ends = len(session.schedule.rows), not (session.schedule.period or session.schedule.timesteps)
-        if steps is not None and (steps < 1 or (ends and steps > rows)):
-            raise StateError(f"trajectory: steps={steps}, expected 1 to {rows if ends else 'any number'}")
+        if steps is not None and steps < 1:
+            raise StateError(f"trajectory: steps={steps}, expected a whole number from 1 on")
         self.session, self.stream, self._whole = session, stream, session
-        self.steps = rows if ends and steps is None else steps
+        self.steps = steps
         self.records: list[StepRecord] = []
         self._lock = threading.Lock()
         self._step, self._batch = -1, 0
@@ -244,13 +244,8 @@ class Trajectory:
 
     def _choose(self, step: int, timestep: float | None, state: StreamState) -> tuple[Row, bool]:
         choice = choose_row(self.session.schedule, step, timestep, state)
-        if choice.past_end:
-            raise StateError(f"step {step} is past the schedule's last row ({len(self.session.schedule.rows)} rows)")
-        if choice.far is not None:
-            self._warn(
-                f"timestep {timestep:g} is far from the schedule's nearest, {choice.far:g}: it was made for other "
-                "timesteps. Export one for this sampler, or a uniform schedule"
-            )
+        if choice.warning:
+            self._warn(choice.warning)
         if choice.cold:
             state.clear()
         return choice.row, choice.cold
@@ -260,13 +255,29 @@ class Trajectory:
         name = self.session.manifest.timestep
         if not self.session.schedule.timesteps or name is None:
             return None
-        times = np.asarray(feeds[name], np.float64).reshape(-1)
-        if not times.size or not math.isfinite(times[0]) or (times != times[0]).any():
+        found = timestep_of(self.session.manifest, feeds)
+        if found is None:
             raise StateError(f"{name}: the schedule chooses by timestep, and needs one finite timestep for the batch")
-        return float(times[0])
+        return found
 
     def _warn(self, text: str) -> None:
-        warnings.warn(text, MoecaWarning, stacklevel=5)
+        warn_once(self._whole.warned, text, stacklevel=6)
+
+
+def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:
+    """The call's timestep; None: it has none, or not one for the whole batch."""
+    times = np.asarray(feeds.get(manifest.timestep or "", ()), np.float64).reshape(-1)
+    if not times.size or not math.isfinite(times[0]) or (times != times[0]).any():
+        return None
+    return float(times[0])
+
+
+def warn_once(warned: set[str], text: str, stacklevel: int) -> None:
+    """Each warning once a session; numbers in it don't make it another."""
+    kind = "".join(letter for letter in text if not letter.isdigit())
+    if kind not in warned:
+        warned.add(kind)
+        warnings.warn(text, MoecaWarning, stacklevel=stacklevel)
 
 
 def admit(manifest: Manifest, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from moeca_compile.forecast import newton
 from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Action, Row
+from moeca_compile.timeline import Place
 from moeca_compile.variant import SLOTS, StateSlot
 
 Coefficients = tuple[tuple[float, float], ...]
@@ -25,6 +26,8 @@ class StreamState:
         history: by region, the steps whose outputs are kept, latest first.
         depths: by region, how many of its outputs the layout keeps.
         pace: what an adaptive schedule knows of the stream.
+        place: where the stream is in a schedule with timesteps; None: nowhere yet.
+        coming: `place` once the step that runs now is kept.
     """
 
     layout: tuple[StateSlot, ...]
@@ -34,6 +37,8 @@ class StreamState:
     last_step: int = -1
     depths: list[int] = field(init=False)
     pace: Pace = field(default_factory=Pace)
+    place: Place | None = None
+    coming: Place | None = None
     _kept: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])  # a history; of it what a forecast takes
 
     def __post_init__(self) -> None:
@@ -49,6 +54,7 @@ class StreamState:
         self.history = [()] * self.regions
         self.last_step = -1
         self.pace = Pace()
+        self.place = None
 
     def can_run(self, row: Row, step: int) -> bool:
         """Whether every region that `row` doesn't compute has a value, written without a gap in this stream."""
@@ -74,7 +80,7 @@ class StreamState:
         computed = [region for region, action in enumerate(row) if action is Action.COMPUTE]
         for region in computed:
             self.history[region] = (step, *self.history[region][: len(SLOTS) - 1])
-        self.last_step = step
+        self.last_step, self.place = step, self.coming
         self.pace.ran(len(computed) == len(row))
 
     def figure(self) -> float | None:

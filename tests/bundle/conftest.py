@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import moeca_compile as moeca
+from moeca_compile.errors import MoecaWarning
 from moeca_compile.exporting.request import Captured, capture
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle import Bundle
@@ -40,6 +42,14 @@ def call_of(batch: int, seed: int = 0, size: int = 8, dtype: torch.dtype = torch
 
 def named(call: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     return {name: one.numpy() for name, one in zip("xty", call, strict=True)}
+
+
+def warnings_of(run: Callable[[], object]) -> list[str]:
+    """The warnings of ours that a run gives, each as often as it is given."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MoecaWarning)
+        run()
+    return [str(one.message) for one in caught]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from moeca_compile.errors import BundleError, LoweringError, StateError
+from moeca_compile.errors import BundleError, LoweringError
 from moeca_compile.exporting.request import Captured
 from moeca_compile.exporting.steps import step_table
 from moeca_compile.runtime.bundle import Bundle
@@ -22,7 +22,7 @@ from moeca_compile.runtime.manifest import FUSED, STEP
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
-from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named
+from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, warnings_of
 from tests.bundle.test_bad_bundles import seal
 from tests.models import DiT
 from tests.tools import row
@@ -117,10 +117,17 @@ def test_a_schedule_that_ends(model: DiT, closed: Bundle) -> None:
     assert bundle.manifest.data["fused"]["steps"] == 3
     fused = FusedSession.open(bundle.path, threads=1)
     with fused.trajectory() as trajectory:
-        for _ in range(3):
-            trajectory.run(named(call_of(2)))
-        with pytest.raises(StateError, match="3 steps, and this is call 4"):
-            trajectory.run(named(call_of(2)))
+        for time in (900.0, 600.0, 300.0):
+            trajectory.run({**named(call_of(2)), "t": np.full(2, time, np.float32)})
+        found: list[Any] = []
+        call = named(call_of(2, seed=9))
+        said = warnings_of(lambda: found.extend(trajectory.run(call)["output"] for _ in range(2)))
+    assert ["step 3 is past the schedule's last row" in one for one in said] == [True]
+    assert all(relative_error(one, model(*call_of(2, seed=9))) < 1e-4 for one in found)
+    with fused.trajectory() as trajectory:
+        calls = [{**call, "t": np.full(2, time, np.float32)} for time in (900.0, 500.0, 100.0)]
+        said = warnings_of(lambda: [trajectory.run(one) for one in calls])
+    assert ["row 1 of the schedule was made for 600" in one for one in said] == [True]
     # who runs the graph without us gets a step that computes everything
     loaded = ort.InferenceSession(bundle.path / FUSED, providers=["CPUExecutionProvider"])
     feeds: dict[str, Any] = {f"{STEP}_in": np.array([7])}

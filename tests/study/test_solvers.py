@@ -97,14 +97,15 @@ def test_each_solver_is_calibrated_and_runs_as_predicted(model: nn.Module, name:
 def test_rows_go_by_timestep_under_another_solver_or_number_of_steps(model: nn.Module) -> None:
     schedule = found_under(model, "DDIMScheduler")
     for name, steps in (("DPMSolverMultistepScheduler", STEPS), ("DDIMScheduler", 7), ("DDIMScheduler", 20)):
-        error, stats = run(model, schedule, sampler(name, steps))
+        with pytest.warns(MoecaWarning, match="made for another sampler"):
+            error, stats = run(model, schedule, sampler(name, steps))
         assert len(stats.steps) == steps
-        assert stats.mac_fraction == pytest.approx(0.6, abs=0.15), "about the share it was made for"
+        assert stats.mac_fraction <= 0.61 if steps >= STEPS else 0.6 < stats.mac_fraction < 1
         assert not any(step.cold for step in stats.steps[1:])
         assert error < run(model, Schedule.uniform(99, order=0), sampler(name, steps))[0]
 
 
-def test_timesteps_far_from_the_schedules_are_warned_of(model: nn.Module) -> None:
+def test_timesteps_that_are_not_the_schedules_are_warned_of(model: nn.Module) -> None:
     schedule = found_under(model, "FlowMatchEulerDiscreteScheduler")
     shifted = [1900.0 - 100 * step for step in range(STEPS)]
 
@@ -117,4 +118,8 @@ def test_timesteps_far_from_the_schedules_are_warned_of(model: nn.Module) -> Non
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(model, schedule, sample)
-    assert [str(one.message) for one in caught if one.category is MoecaWarning and "is far from" in str(one.message)]
+    assert [
+        str(one.message)
+        for one in caught
+        if one.category is MoecaWarning and "made for another sampler" in str(one.message)
+    ]
