@@ -27,8 +27,9 @@ from moeca_compile.options import Options
 from moeca_compile.owner import Owner, find_owner, runs_whole
 from moeca_compile.packed import Packs
 from moeca_compile.program import Program
+from moeca_compile.runtime.blocks import current
 from moeca_compile.runtime.dispatch import Tracks, run_step
-from moeca_compile.runtime.trajectory import Trajectory, current
+from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.visit import visitor
 
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py` finds a model's among them
@@ -143,7 +144,7 @@ class Entry:
         if visit is not None:
             return visit(self, args, bank)
         program = self.program(args, bank)
-        trajectory = current(bank.ids)
+        trajectory = current(bank.ids, owner.frame if owner is not None else None)
         results = self.step(program, bank, args, trajectory)
         if noting() and self.whole:
             others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]

@@ -23,7 +23,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from moeca_compile.autocast import ambient_autocast
 from moeca_compile.errors import StateError
-from moeca_compile.runtime.trajectory import Trajectory, innermost
+from moeca_compile.runtime.blocks import innermost
+from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.visit import visitor
 
 Step = Callable[[Sequence[Any], Trajectory | None], tuple[Any, ...]]

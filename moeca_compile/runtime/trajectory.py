@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import sys
+import warnings
 from collections.abc import Collection
-from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-from moeca_compile.errors import StateError
+from moeca_compile.errors import MoecaWarning, StateError
+from moeca_compile.runtime.blocks import Block, acting, close_block, open_block
 from moeca_compile.runtime.told import Told
-
-# entered now, innermost last; a context variable, so that threads and asyncio tasks each see their own
-_active: ContextVar[tuple[Trajectory, ...]] = ContextVar("moeca_trajectories", default=())
 
 
 class Trajectory:
@@ -48,7 +46,7 @@ class Trajectory:
         self.ways: dict[Any, Any] = {}
         self.tracks: dict[Any, Any] = {}
         self._told: list[Told] = []
-        self._thread: int | None = None
+        self._open: list[Block] = []
 
     def told(self) -> Told | None:
         """For one set of weights: the timesteps of its calls, where a named stream was told one for each call."""
@@ -58,38 +56,42 @@ class Trajectory:
         return self._told[-1]
 
     def __enter__(self) -> Trajectory:
-        here = threading.get_ident()
-        if self._thread not in (None, here):
-            raise StateError("this trajectory is in use in another thread: make one trajectory a thread and stream")
-        self._thread = here
-        _active.set((*_active.get(), self))
+        frame = acting(sys._getframe(1))
+        if self._open and not any(block.holds(frame) for block in self._open):
+            raise StateError(
+                "this trajectory is in use in another thread, task or generator: make one trajectory a thread and "
+                "stream"
+            )
+        self._open.append(open_block(self, frame))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        stack = _active.get()
-        last = len(stack) - 1 - stack[::-1].index(self)
-        _active.set(stack[:last] + stack[last + 1 :])
-        if self not in _active.get():
-            self._thread = None
-        if last != len(stack) - 1 and kind is None:
+        if not self._open:
+            raise StateError("this trajectory was left more often than entered")
+        frame = acting(sys._getframe(1))
+        block = self._open[-1]
+        if block.key != id(frame):
+            block = next((one for one in reversed(self._open) if one.key == id(frame)), block)
+        self._open.remove(block)
+        is_here = block.is_in_context()
+        later = close_block(block)
+        if kind is not None:
+            return
+        if any(one.trajectory is not self and one.trajectory.serves(self.weights) for one in later):
             raise StateError(
                 "trajectories overlap: this one was left while one entered later is still open, so calls since then "
                 "went to that one. Enter a trajectory around each call of its loop, or around the whole loop"
             )
-        if kind is None:
-            for told in self._told:
-                told.settle()
+        if not (is_here or block.inside or block.outside):
+            warnings.warn(
+                "no call of the model was counted to a trajectory that was entered in one thread or task and left in "
+                "another: a call counts where the trajectory was entered. Enter it around each call",
+                MoecaWarning,
+                stacklevel=2,
+            )
+        for told in self._told:
+            told.settle()
 
     def serves(self, weights: Collection[int]) -> bool:
         """Whether a graph with these weights is the model's; a part of a broken graph may have none at all."""
         return not self.weights or not weights or not self.weights.isdisjoint(weights)
-
-
-def current(weights: Collection[int]) -> Trajectory | None:
-    """The innermost trajectory entered in this thread (or task) for a model with one of these weights."""
-    return next((one for one in reversed(_active.get()) if one.serves(weights)), None)
-
-
-def innermost() -> Trajectory | None:
-    """The last that was entered in this thread (or task), whatever its model."""
-    return _active.get()[-1] if _active.get() else None

@@ -21,10 +21,11 @@ from moeca_compile.face import inner_module
 from moeca_compile.plan.predict import PREDICTORS, Predictor
 from moeca_compile.plan.rows import FULL, Kinds, Plan, filled, row_kinds, row_of
 from moeca_compile.program import Program
+from moeca_compile.runtime.blocks import current
 from moeca_compile.runtime.dispatch import Track, Tracks, arguments_for, run_step
 from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.runtime.stats import StepRecord
-from moeca_compile.runtime.trajectory import Trajectory, current
+from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
 from moeca_compile.visit import visiting
 
