@@ -26,7 +26,6 @@ from moeca_compile.passes.context import Context
 from moeca_compile.passes.count_macs import count_macs, node_macs
 from moeca_compile.passes.drop_dead import drop_dead
 from moeca_compile.passes.drop_noops import drop_noops
-from moeca_compile.passes.einsum_to_permute import einsum_to_permute
 from moeca_compile.passes.find_attention import find_attention
 from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.passes.find_hoisted import find_hoisted
@@ -40,6 +39,7 @@ from moeca_compile.passes.find_tokens import find_tokens
 from moeca_compile.passes.hoist import hand_out, hoist_invariant, hoist_step_only, name_of
 from moeca_compile.passes.insert_state import insert_state
 from moeca_compile.passes.layout import state_layout
+from moeca_compile.passes.plain_einsum import plain_einsum
 from moeca_compile.passes.ports import COEFFICIENTS, NOW
 from moeca_compile.passes.tag_row import tag_row
 from moeca_compile.passes.verify_variant import verify_variant
@@ -49,7 +49,7 @@ from moeca_compile.variant import Variant
 
 NORMALISE: tuple[Rewriter, ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
-    einsum_to_permute,  # an einsum that only reorders axes is no product
+    plain_einsum,  # an einsum that sums nothing is no matmul
 )
 
 FIND: tuple[Finder, ...] = (

@@ -71,6 +71,30 @@ def test_its_cost_is_that_of_the_call_that_was_captured(subject: Subject) -> Non
     assert fixed < layer.macs <= fixed + 4 * tokens * expert
 
 
+class Segments(MoE):
+    """Tokens sorted by expert and split where a tensor says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, ids = self.router(tokens).softmax(-1).topk(self.top_k)
+        found, order = ids.flatten().sort()
+        ends = torch.searchsorted(found, torch.arange(1, len(self.experts)))
+        parts = torch.tensor_split(tokens[order // self.top_k], ends)
+        y = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        y = y * weights.flatten()[order, None]
+        return torch.zeros_like(tokens).index_add(0, order // self.top_k, y).view_as(x)
+
+
+def test_every_token_of_a_split_by_data_is_counted() -> None:
+    """However the tokens are spread: top-k of them go to some expert."""
+    built = model()
+    for block in built.blocks:
+        block.moe = Segments(16, 12, 4, 2, shared=False).double()
+    one = subject_of(built.eval().requires_grad_(False), inputs)
+    layers = [region for region in one.context.regions if region.kind == "experts"]
+    assert [layer.macs for layer in layers] == [2 * 4 * (4 * 16 + 2 * 3 * 16 * 12)] * 2
+
+
 def test_it_follows_the_oracle(subject: Subject) -> None:
     rows = ["CCCC", "CFCC", "FFFF", "CCCC", "RRRR"]
     schedule = schedule_of(subject.analysis, *rows)

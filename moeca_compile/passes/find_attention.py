@@ -19,10 +19,12 @@ from moeca_compile.regions import AttentionInfo
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-# what may stand between QK^T and its softmax, and between the softmax and V: scale, mask, bias, casts
+# what may stand between QK^T and its softmax, and between the softmax and V: scale, mask, bias, casts, a sink (a column
+# of scores beside the keys', dropped behind the softmax)
 _BETWEEN = fx.VIEWS | {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.masked_fill.Scalar,
     aten.masked_fill.Tensor, aten.where.self, aten.dropout.default, aten.tanh.default, aten.clamp.default,
+    aten.cat.default, aten.constant_pad_nd.default, aten.pad.default, aten.slice.Tensor, aten.narrow.default,
 }  # fmt: skip
 
 

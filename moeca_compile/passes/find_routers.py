@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,7 @@ def find_routers(gm: GraphModule, ctx: Context) -> Context:
         if node.target not in _CHOICES or (node.target is aten.max.dim and not _reads_index(node)):
             continue
         path = _to_projection(node, depends)
-        steers = None if path is None else _steered(node)
+        steers = None if path is None else _steered(node, path[0])
         if path is None or not steers:
             continue
         info = _info(node, path, depends, steers, {one.node for one in ctx.attention})
@@ -74,7 +75,7 @@ def _to_projection(choice: Node, depends: dict[str, str]) -> list[Node] | None:
     return path[::-1]
 
 
-def _steered(choice: Node) -> list[Node]:
+def _steered(choice: Node, projection: Node) -> list[Node]:
     """The matmuls that act on the choice and what combines their results by it; none where another choice follows."""
     light, front, steered = {choice}, [choice], dict[Node, None]()
     while front:
@@ -84,12 +85,20 @@ def _steered(choice: Node) -> list[Node]:
             if user.target is aten.topk.default:
                 return []
             heavy = user.target in fx.MATMULS or fx.is_experts(user)
-            if heavy or any(other not in light and _heavy(other) for other in user.all_input_nodes):
+            beside = [other for other in user.all_input_nodes if other not in light]
+            if heavy or (not _of_gates(user, beside) and any(_heavy(one) not in (None, projection) for one in beside)):
                 steered[user] = None
             else:
                 light.add(user)
                 front.append(user)
     return list(steered)
+
+
+def _of_gates(node: Node, beside: Sequence[Node]) -> bool:
+    """Whether gates only meet other gates here: they are concatenated, or scaled by what holds fewer values."""
+    few = all(math.prod(fx.shape(one)) < math.prod(fx.shape(node)) for one in beside)
+    scaled = any(fx.shape(one) == fx.shape(node) for one in node.all_input_nodes if one not in beside)
+    return node.target is aten.cat.default or (node.target is aten.mul.Tensor and few and scaled)
 
 
 def _heavy(node: Node) -> Node | None:

@@ -35,6 +35,17 @@ def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("nhqk,nhkd->nhqd", weights, v)
 
 
+def with_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A learned score that no key has: gpt-oss."""
+    scores = torch.cat([q @ k.mT, torch.full((*q.shape[:3], 1), 0.3)], dim=-1)
+    return (scores - scores.max(dim=-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
+
+
+def with_a_sink_of_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax1: one more in the denominator."""
+    return F.pad(q @ k.mT, (1, 0)).softmax(-1).narrow(-1, 1, k.shape[2]) @ v
+
+
 WRITINGS: dict[str, Core] = {
     "sdpa": F.scaled_dot_product_attention,
     "sdpa, masked": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK),
@@ -52,6 +63,8 @@ WRITINGS: dict[str, Core] = {
     "bmm": by_bmm,
     "baddbmm": by_baddbmm,
     "einsum": by_einsum,
+    "a sink": with_a_sink,
+    "a sink of zero": with_a_sink_of_zero,
 }
 
 

@@ -136,6 +136,30 @@ class Heads(Attention):
         return self.proj(out.reshape(x.shape))
 
 
+class SharedHeads(Heads):
+    """Mixture of heads, one of them always on, the gates scaled by others (MoH-DiT)"""
+
+    def __init__(self, core: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention) -> None:
+        super().__init__()
+        self.core = core
+        self.router, self.shared, self.both = nn.Linear(DIM, 3), nn.Linear(DIM, 1), nn.Linear(DIM, 2)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).view(*x.shape[:2], 3, 4, DIM // 4).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        gates = self.router(tokens).softmax(-1)
+        chosen = gates * F.one_hot(gates.topk(2).indices, 3).sum(1)
+        chosen /= chosen.sum(-1, keepdim=True).clamp(min=1e-6)
+        both = self.both(tokens).softmax(-1).view(*x.shape[:2], 2)
+        shared = torch.einsum("bn,bne->bne", both[..., 0], self.shared(tokens).softmax(-1).view(*x.shape[:2], 1))
+        routed = torch.einsum("bn,bne->bne", both[..., 1], chosen.view(*x.shape[:2], 3) * 2)
+        out = self.core(*self.heads(x)).transpose(1, 2)
+        out = torch.einsum("bne,bned->bned", torch.cat([shared, routed], dim=2), out)
+        return self.proj(out.reshape(x.shape))
+
+
 class ByTimestep(nn.Module):
     """Switch-DiT: the timestep's embedding chooses the experts of a whole sample."""
 
@@ -195,6 +219,17 @@ def test_heads_that_are_mixed_make_no_experts_region(fact: Recorder) -> None:
     analysis = analyse_module(Timed(Block("gate left", mixer=Heads())), latent(), times())
     (router,) = analysis.context.routers
     assert (router.choice, router.num_experts, router.top_k) == ("head", 2, 1)
+    assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
+
+
+@pytest.mark.parametrize("core", [F.scaled_dot_product_attention, lambda q, k, v: (q @ k.mT).softmax(-1) @ v])
+def test_heads_whose_gates_are_scaled_by_other_gates_are_heads(
+    core: Callable[[Tensor, Tensor, Tensor], Tensor], fact: Recorder
+) -> None:
+    fact("routing", named_by_docstring(SharedHeads), choice="head", cached="whole, as attention")
+    analysis = analyse_module(Timed(Block("gate left", mixer=SharedHeads(core))), latent(), times())
+    (router,) = analysis.context.routers
+    assert (router.choice, router.num_experts, router.top_k) == ("head", 3, 2)
     assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
 
 
