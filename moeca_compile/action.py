@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from moeca_compile.decode import short
 from moeca_compile.errors import ScheduleError
 
 
@@ -42,10 +43,10 @@ class Partial:
         for name in ("rho", "tau"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ScheduleError(f"PARTIAL: {name} is {value!r}, expected a fraction from 0 to 1")
+                raise ScheduleError(f"PARTIAL: {name} is {short(value)}, expected a fraction from 0 to 1")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.shared, bool):
-            raise ScheduleError(f"PARTIAL: shared is {self.shared!r}, expected true or false")
+            raise ScheduleError(f"PARTIAL: shared is {short(self.shared)}, expected true or false")
 
     def to_list(self) -> list[float | bool]:
         """rho, tau and, if set, shared: for JSON; `Partial(*list)` is the same."""
@@ -86,6 +87,20 @@ def legend_of(rows: Iterable[Row]) -> dict[str, Partial]:
     return dict(zip(_NAMES, kinds, strict=False))
 
 
+def legend_from(data: Mapping[str, object]) -> dict[str, Partial]:
+    """The legend of a schedule's JSON: by small letter, what `Partial.to_list` gave.
+
+    Raises:
+        ScheduleError: another kind of name, or no list of two or three entries.
+    """
+    for letter, pair in data.items():
+        if len(letter) != 1 or letter not in _NAMES:
+            raise ScheduleError(f"partials: {short(letter)} is no small letter")
+        if not isinstance(pair, list) or not 2 <= len(pair) <= 3:
+            raise ScheduleError(f"partials: {letter} is {short(pair)}, expected [rho, tau] or [rho, tau, shared]")
+    return {letter: Partial(*pair) for letter, pair in data.items() if isinstance(pair, list)}
+
+
 def written(row: Row, legend: Mapping[str, Partial]) -> str:
     """A row as text, one letter a region."""
     letters = {act: letter for letter, act in legend.items()}
@@ -101,7 +116,7 @@ def read(text: str, legend: Mapping[str, Partial]) -> Row:
     known: dict[str, Act] = {**_LETTERS, **legend}
     unknown = [letter for letter in text if letter not in known]
     if unknown:
-        raise ScheduleError(f"row {text!r}: {unknown[0]!r} is no action; known here: {', '.join(known)}")
+        raise ScheduleError(f"row {short(text)}: {unknown[0]!r} is no action; known here: {', '.join(known)}")
     return tuple(known[letter] for letter in text)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moeca_compile.decode import Entries, numbers
 from moeca_compile.errors import ScheduleError
 
 
@@ -36,7 +36,7 @@ class Adaptive:
     ceiling: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "thresholds", tuple(float(one) for one in self.thresholds))
+        object.__setattr__(self, "thresholds", numbers("adaptive: thresholds", self.thresholds))
         falling = sorted(set(self.thresholds), reverse=True)
         if not self.thresholds or list(self.thresholds) != falling or not self.thresholds[-1] > 0:
             raise ScheduleError(f"adaptive: thresholds are {self.thresholds}, expected positive ones that fall")
@@ -49,13 +49,17 @@ class Adaptive:
         return asdict(self) | {"thresholds": list(self.thresholds)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Adaptive:
+    def from_entries(cls, data: Entries) -> Adaptive:
         """What `to_dict` gave.
 
         Raises:
-            ScheduleError: an entry that isn't known or isn't there.
+            DecodeError, ScheduleError: an entry that isn't known, isn't there or is of another type.
         """
-        try:
-            return cls(**{**data, "thresholds": tuple(data["thresholds"])})
-        except (KeyError, TypeError) as error:
-            raise ScheduleError(f"adaptive: {error}") from None
+        data.only(("thresholds", "warmup", "most", "floor", "ceiling"))
+        return cls(
+            thresholds=data.numbers("thresholds"),
+            warmup=data.whole("warmup", cls.warmup),
+            most=data.whole("most", cls.most),
+            floor=data.number("floor", cls.floor),
+            ceiling=data.number("ceiling", cls.ceiling),
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeca_compile.decode import Entries
 from moeca_compile.errors import ScheduleError
 
 SCORES = ("drift", "error")
@@ -63,14 +64,13 @@ class Control:
         return {"score": self.score, **plain}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Control:
+    def from_entries(cls, data: Entries) -> Control:
         """What `to_dict` gave.
 
         Raises:
-            ScheduleError: an entry that isn't known.
+            DecodeError, ScheduleError: an entry that isn't known or is of another type.
         """
-        unknown = sorted(set(data) - {"score", *TABLES})
-        if unknown:
-            raise ScheduleError(f"control has unknown entries {unknown}; known: {', '.join(('score', *TABLES))}")
-        tables = {name: {str(k): tuple(v) for k, v in data.get(name, {}).items()} for name in TABLES}
-        return cls(str(data.get("score", "error")), **tables)
+        data.only(("score", *TABLES))
+        tables = {name: data.entries(name, {}) for name in TABLES}
+        lists = {name: {key: table.numbers(key) for key in table.data} for name, table in tables.items()}
+        return cls(data.text("score", "error"), **lists)

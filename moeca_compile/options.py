@@ -24,7 +24,8 @@ class Options:
         schedule: a `Schedule`, the path of one, or a short form (`full`, `uniform:3`, `uniform:3:warmup=2`,
             `adaptive:0.05`). The default is careful: four full steps, then every second step computed, the others
             forecast.
-        order: of the forecast, for short forms: 0 copies, 1 extrapolates linearly, 2 quadratically.
+        order: of the forecast, for short forms: 0 copies, 1 (None) extrapolates linearly, 2 quadratically. A `Schedule`
+            and a file have their own; another one beside them is refused.
         granularity: what the schedule's columns are: `region` (each attention, experts and mlp by itself), or one span
             of blocks: `stack` (what leaves all of them), `blocks:2:-2` (the change that a slice of them makes),
             `skip:1` (what lies between the ends of the long skip that keeps one outer block on each side). What is
@@ -51,7 +52,7 @@ class Options:
     """
 
     schedule: Schedule | str | Path = DEFAULT_SCHEDULE
-    order: int = 1
+    order: int | None = None
     granularity: str = "region"
     inner: str = "inductor"
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Options:
     dump: str | Path | None = None
 
     def __post_init__(self) -> None:
-        _expect("order", self.order, int, lambda v: 0 <= v <= MAX_ORDER, "0, 1 or 2")
+        _expect("order", self.order, (int, type(None)), lambda v: v is None or 0 <= v <= MAX_ORDER, "0, 1 or 2")
         _expect("schedule", self.schedule, (Schedule, str, Path), _any, "a Schedule, a path or a short form")
         _expect("granularity", self.granularity, str, _any, "a text")
         Granularity.parse(self.granularity)
@@ -82,6 +83,8 @@ class Options:
         if self.inner == "eager" and (self.inner_options or self.mode):
             raise OptionError("inner='eager' takes no mode and no inner_options: nothing compiles there")
         object.__setattr__(self, "disable", tuple(self.disable))
+        if isinstance(self.schedule, Schedule):
+            self.resolved_schedule()
 
     @classmethod
     def from_backend_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -96,14 +99,30 @@ class Options:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
         if mode not in (None, "default"):
-            given.setdefault("mode", mode)
+            if given.get("mode") not in (None, mode):
+                raise OptionError(f"mode={mode!r} and the option mode={given['mode']!r} differ: give one of them")
+            given["mode"] = mode
         return cls(**given)
 
     def resolved_schedule(self) -> Schedule:
-        """The schedule itself: short forms parsed with `order`, paths read."""
+        """The schedule itself: short forms parsed with `order`, paths read.
+
+        Raises:
+            ScheduleError: it can't be read.
+            OptionError: `order` isn't the one of a `Schedule` or a file.
+        """
         if isinstance(self.schedule, Schedule):
-            return self.schedule
-        return Schedule.parse(str(self.schedule), order=self.order)
+            found, where = self.schedule, "the schedule"
+        elif (text := str(self.schedule)).endswith(".json"):
+            found, where = Schedule.load(text), f"the schedule {text!r}"
+        else:
+            return Schedule.parse(text, order=1 if self.order is None else self.order)
+        if self.order not in (None, found.order):
+            raise OptionError(
+                f"option order={self.order}: {where} has order {found.order} of its own. Leave order out; it is for "
+                "short forms such as 'uniform:3'"
+            )
+        return found
 
 
 def _any(value: Any) -> bool:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moeca_compile.action import Act, Action, Partial, Row, legend_of, read, written
+from moeca_compile.action import Act, Action, Partial, Row, legend_from, legend_of, read, written
 from moeca_compile.adaptive import Adaptive
 from moeca_compile.control import Control
+from moeca_compile.decode import DecodeError, Entries, numbers, parse, read_text, short
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.granularity import Granularity
 from moeca_compile.timeline import Timeline, one_way
 
 FORMAT, VERSION = "moeca-schedule", 2
 MAX_ORDER = 2
+MAX_ROWS = 10_000  # far beyond any sampler's steps; what makes or reads a schedule stays quick and small
+_ENTRIES = (
+    "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
+    "predicted", "control", "adaptive", "partials", "rows",
+)  # fmt: skip
 _GLYPH: dict[Act, str] = {Action.COMPUTE: "#", Action.REUSE: "=", Action.FORECAST: "/"}
 
 __all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"]
@@ -63,6 +68,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.rows:
             raise ScheduleError("a schedule needs at least one row")
+        if len(self.rows) > MAX_ROWS:
+            raise ScheduleError(f"a schedule has at most {MAX_ROWS} rows, this one has {len(self.rows)}")
         width = 1 if self.regions is None else len(self.regions)
         for step, row in enumerate(self.rows):
             if len(row) != width:
@@ -76,11 +83,14 @@ class Schedule:
             raise ScheduleError("FORECAST needs order 1 or 2; with order 0 the action is REUSE")
         if not 0 <= self.period <= len(self.rows):
             raise ScheduleError(f"period is {self.period}, but there are {len(self.rows)} rows")
+        object.__setattr__(self, "timesteps", numbers("timesteps", self.timesteps))
+        for name, value in self.predicted.items():
+            numbers(f"predicted {name}", (value,))
         if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
             raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
-        if not all(map(math.isfinite, self.timesteps)) or not one_way(self.timesteps):
+        if not one_way(self.timesteps):
             raise ScheduleError(
-                "timesteps must be finite, and only fall or only rise from row to row. Leave them out where a solver "
+                "timesteps must only fall or only rise from row to row. Leave them out where a solver "
                 "visits one twice: rows then go by the number of the call"
             )
         if self.adaptive is not None:
@@ -107,8 +117,12 @@ class Schedule:
 
         Open-ended: it fits any graph and any number of steps. `uniform(3)` computes steps 0, 3, 6, ...
         """
-        if interval < 1 or warmup < 1:
-            raise ScheduleError(f"uniform needs interval >= 1 and warmup >= 1, got {interval} and {warmup}")
+        if not all(map(_is_positive, (interval, warmup))):
+            raise ScheduleError(
+                f"uniform needs whole numbers interval >= 1 and warmup >= 1, got {short(interval)} and {short(warmup)}"
+            )
+        if interval + warmup > MAX_ROWS:
+            raise ScheduleError(f"uniform: interval + warmup is more than the {MAX_ROWS} rows of a schedule")
         between = (Action.FORECAST if order else Action.REUSE,)
         rows = ((Action.COMPUTE,),) * warmup + (between,) * (interval - 1) + ((Action.COMPUTE,),)
         name = f"uniform:{interval}" + (f":warmup={warmup}" if warmup != 1 else "")
@@ -134,10 +148,10 @@ class Schedule:
         if head == "full" and not rest:
             return cls.full()
         if head == "uniform" and rest:
-            named = dict(part.partition("=")[::2] for part in rest[1:])
-            if rest[0].isdecimal() and set(named) <= {"warmup"} and all(value.isdecimal() for value in named.values()):
-                return cls.uniform(int(rest[0]), warmup=int(named.get("warmup", 1)), order=order)
-        elif head == "adaptive" and len(rest) == 1 and re.fullmatch(r"\d*\.?\d+", rest[0]):
+            found = re.fullmatch(r"uniform:(\d{1,9})(?::warmup=(\d{1,9}))?", text)
+            if found:
+                return cls.uniform(int(found[1]), warmup=int(found[2] or 1), order=order)
+        elif head == "adaptive" and len(rest) == 1 and re.fullmatch(r"\d{0,9}\.?\d{1,20}", rest[0]):
             return cls.watching(float(rest[0]), order)
         elif text.endswith(".json"):
             return cls.load(text)
@@ -244,41 +258,56 @@ class Schedule:
             ScheduleError: not a schedule, a newer version, a missing or malformed entry.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            if data["format"] != FORMAT:
-                raise ScheduleError(f"not a schedule: format is {data['format']!r}, expected {FORMAT!r}")
-            if data["version"] > VERSION:
-                raise ScheduleError(f"schedule version {data['version']} is newer than this package reads ({VERSION})")
-            legend = {letter: Partial(*pair) for letter, pair in data.get("partials", {}).items()}
-            return cls(
-                rows=tuple(read(row, legend) for row in data["rows"]),
-                regions=_keys(data["regions"]),
-                order=int(data["order"]),
-                period=int(data["period"]),
-                fingerprint=str(data["fingerprint"]),
-                granularity=str(data.get("granularity", "")),
-                timesteps=tuple(float(t) for t in data["timesteps"]),
-                control=Control.from_dict(data.get("control", {})),
-                adaptive=None if data.get("adaptive") is None else Adaptive.from_dict(data["adaptive"]),
-                made_by=str(data["made_by"]),
-                predicted={str(k): float(v) for k, v in data["predicted"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ScheduleError(f"not a readable schedule: {type(error).__name__}: {error}") from error
+            return cls._of(parse(text))
+        except (ScheduleError, DecodeError) as error:
+            raise ScheduleError(f"not a readable schedule: {error}") from error
+
+    @classmethod
+    def _of(cls, data: Entries) -> Schedule:
+        if data.text("format") != FORMAT:
+            raise ScheduleError(f"format is {short(data.text('format'))}, expected {FORMAT!r}")
+        version = data.whole("version")
+        if not 1 <= version <= VERSION:
+            newer = f"newer than this package reads ({VERSION})" if version > VERSION else "no version there was"
+            raise ScheduleError(f"version {short(version)} is {newer}")
+        data.only(_ENTRIES)
+        partials = data.entries("partials", {})
+        legend = legend_from({letter: partials.get(letter) for letter in partials.data})
+        adaptive = None if data.get("adaptive", None) is None else Adaptive.from_entries(data.entries("adaptive"))
+        predicted = data.entries("predicted")
+        return cls(
+            rows=tuple(read(row, legend) for row in data.texts("rows")),
+            regions=None if data.get("regions") is None else data.texts("regions"),
+            order=data.whole("order"),
+            period=data.whole("period"),
+            fingerprint=data.text("fingerprint"),
+            granularity=data.text("granularity", ""),
+            timesteps=data.numbers("timesteps"),
+            control=Control.from_entries(data.entries("control", {})),
+            adaptive=adaptive,
+            made_by=data.text("made_by"),
+            predicted={name: predicted.number(name) for name in predicted.data},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to `path`."""
-        Path(path).write_text(self.to_json() + "\n")
+        try:
+            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ScheduleError(f"schedule file {str(path)!r} can't be written: {reason}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
-        """Read the JSON at `path`."""
+        """Read the JSON at `path`.
+
+        Raises:
+            ScheduleError: the file can't be read, or is no schedule; names the file.
+        """
         try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it isn't text"
-            raise ScheduleError(f"schedule file {str(path)!r} can't be read: {reason}") from error
-        return cls.from_json(text)
+            return cls.from_json(read_text(Path(path)))
+        except (ScheduleError, DecodeError) as error:
+            raise ScheduleError(f"schedule file {str(path)!r}: {error}") from error
 
     def __str__(self) -> str:
         """A grid: one line a region, one mark a step."""
@@ -294,10 +323,5 @@ class Schedule:
         return "\n".join([*lines, f"# compute   = reuse   / forecast{kinds}"])
 
 
-def _keys(regions: object) -> tuple[str, ...] | None:
-    """The region keys of a schedule's JSON: null, or a list of texts."""
-    if regions is None:
-        return None
-    if not isinstance(regions, list) or not all(isinstance(key, str) for key in regions):
-        raise ValueError(f"regions is {regions!r}, expected a list of keys or null")
-    return tuple(regions)
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -70,7 +70,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from moeca_compile.cli import main; main()", "show", str(tmp_path / "no.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("moeca: not a readable schedule")
+    assert done.stderr == f"moeca: schedule file '{tmp_path / 'no.json'}': not a readable schedule: format is missing\n"
     assert done.stderr.count("\n") == 1
 
 

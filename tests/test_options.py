@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.nn import Linear
 
+import moeca_compile as moeca
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.options import INNERS, Options
 from moeca_compile.schedule import Schedule
@@ -126,9 +128,32 @@ def test_a_short_form_takes_the_order_option() -> None:
     assert Options(schedule="uniform:3", order=0).resolved_schedule() == Schedule.uniform(3, order=0)
 
 
-def test_a_schedule_keeps_its_own_order() -> None:
+@pytest.mark.parametrize("order", [None, 2])
+def test_a_schedule_keeps_its_own_order(tmp_path: Path, order: int | None) -> None:
     schedule = Schedule.uniform(3, order=2)
-    assert Options(schedule=schedule, order=0).resolved_schedule() is schedule
+    schedule.save(tmp_path / "s.json")
+    assert Options(schedule=schedule, order=order).resolved_schedule() is schedule
+    assert Options(schedule=tmp_path / "s.json", order=order).resolved_schedule() == schedule
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_another_order_than_the_schedules_is_refused(tmp_path: Path, order: int) -> None:
+    schedule = Schedule.uniform(3, order=2)
+    schedule.save(tmp_path / "s.json")
+    with pytest.raises(OptionError, match=f"order={order}: the schedule has order 2 of its own. Leave order out"):
+        Options(schedule=schedule, order=order)
+    for refused in (
+        lambda given: Options(**given).resolved_schedule(),
+        lambda given: moeca.compile(Linear(1, 1), **given),
+    ):
+        with pytest.raises(OptionError, match=f"order={order}: the schedule '.*s.json' has order 2 of its own"):
+            refused({"schedule": str(tmp_path / "s.json"), "order": order})
+
+
+def test_two_modes_that_differ_are_refused() -> None:
+    with pytest.raises(OptionError, match="mode='reduce-overhead' and the option mode='max-autotune' differ"):
+        Options.from_backend_options({"mode": "max-autotune"}, mode="reduce-overhead")
+    assert Options.from_backend_options({"mode": "max-autotune"}, mode="max-autotune").mode == "max-autotune"
 
 
 @pytest.mark.parametrize("kind", [str, Path])

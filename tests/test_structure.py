@@ -22,6 +22,7 @@ DATA = {
     "action",
     "adaptive",
     "control",
+    "decode",
     "errors",
     "fit",
     "forecast",

@@ -178,7 +178,7 @@ def test_timesteps_a_tenth_of_a_step_away_are_the_schedules_own() -> None:
     assert play(schedule, [time - 10 for time in falling(10)]) == (list(schedule.rows), [])
 
 
-@pytest.mark.parametrize("times", [(1.0, 1.0), (1.0, 2.0, 1.5), (2.0, float("nan")), (float("inf"), 1.0)])
+@pytest.mark.parametrize("times", [(1.0, 1.0), (1.0, 2.0, 1.5)])
 def test_timesteps_that_do_not_go_one_way_are_refused(times: tuple[float, ...]) -> None:
     with pytest.raises(ScheduleError, match="only fall or only rise"):
         schedule_of("CFF"[: len(times)], list(times))

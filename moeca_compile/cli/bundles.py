@@ -43,7 +43,7 @@ def export(
     ],
     path: Annotated[Path, typer.Argument(help="The directory to make.")],
     schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
-    order: Annotated[int, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = 1,
+    order: Annotated[int | None, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = None,
     granularity: Annotated[str, typer.Option(help="What the schedule's columns are.")] = "region",
     targets: Annotated[
         str, typer.Option(help="What is to run it, by commas: onnx, openvino, cuda, tensorrt.")

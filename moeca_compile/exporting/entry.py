@@ -50,7 +50,7 @@ def export(
     dynamic_batch: bool = True,
     other_sizes: Sequence[Arguments] = (),
     fused: bool = False,
-    order: int = 1,
+    order: int | None = None,
     granularity: str = "region",
     engines: EngineRequest | None = None,
     progress: bool = False,
@@ -75,7 +75,7 @@ def export(
         other_sizes: more example inputs, one for each further resolution (or length of the prompt; or batch, without
             `dynamic_batch`). Each gets graphs of its own over the same weights; a call finds its own by its shapes.
         fused: also write `fused.onnx`, all variants in one graph that counts its steps.
-        order: of the forecast, for short forms.
+        order: of the forecast, for short forms (None: 1). A `Schedule` and a file have their own.
         granularity: as in `Options`.
         engines: which to build for the target "tensorrt". By default those that can be built here: without TensorRT, or
             without the GPU that it needs, there are none, with a warning.
