@@ -117,11 +117,16 @@ def analyse(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], optio
 def build_variant(
     analysis: Analysis, schedule: Schedule, row: Row, options: Options, name: str
 ) -> tuple[Variant, tuple[PassRecord, ...]]:
-    """rewrite: the program of one row, among others that keep the state of `schedule`, fitted to these regions."""
+    """rewrite: the program of one row, among others that keep the state of `schedule`, fitted to these regions.
+
+    A schedule that keeps nothing hoists nothing either: each call's results are those of its own inputs and weights,
+    whatever was written to between calls, and nobody has to look.
+    """
     layout = state_layout(analysis.context.regions, schedule)
     context = replace(analysis.context, row=row, layout=layout, order=schedule.order, control=schedule.control)
     runner = _runner(options)
-    gm = runner.rewrite(REWRITE, analysis.gm, context, label=f"{name} ")
+    passes = REWRITE if layout else [one for one in REWRITE if one not in HOIST]
+    gm = runner.rewrite(passes, analysis.gm, context, label=f"{name} ")
     return _variant(name, gm, context), tuple(runner.records)
 
 

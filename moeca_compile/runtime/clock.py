@@ -20,12 +20,12 @@ _NAME_IT = "tell the calls apart with moeca_compile.trajectory(model, steps, str
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """What one call shows: its timestep (None: unreadable, and `trouble` says why), a fingerprint of its
-    conditioning inputs, the latent's relative change since the last call (0 where there was none), and whether calls
+    """What one call shows: its timestep (None: unreadable, and `trouble` says why), what its conditioning inputs
+    hold, the latent's relative change since the last call (0 where there was none), and whether calls
     of other shapes took steps in between (`gap`)."""
 
     timestep: float | None
-    condition: Hashable = ()
+    condition: tuple[Hashable, ...] = ()
     jump: float = 0.0
     trouble: str = ""
     gap: bool = False

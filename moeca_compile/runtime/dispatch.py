@@ -172,6 +172,7 @@ def _run(
     if tick.restart:
         tracks.begin(track)
         track.hoisted.clear()
+        track.probe.contents.keep(sighting.condition)
         declared = trajectory.timesteps if trajectory is not None else ()
         track.ahead = Ahead(declared or tuple(program.schedule.timesteps or program.walked))
     if tick.warning and program.layout:  # without state nothing is lost
@@ -189,10 +190,13 @@ def _run(
             track.states[tick.stream] = program.state()
         state = track.states[tick.stream]
         _drop_if_not_finite(program, track, tick.stream, state)
+    contents = _contents(program, track, tick, sighting, args)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
     start, compiled = time.perf_counter(), sum(program.compile_seconds.values())
-    hoisted = _hoisted(program, tracks, tick, sighting, variant, args)
+    if row == program.schedule.rows[0] and (trajectory is None or trajectory.frozen is None):
+        _start_cold_if_weights_changed(track, tick, args)
+    hoisted = _hoisted(program, tracks, tick, sighting, variant, args, contents)
     compiling = sum(program.compile_seconds.values()) - compiled
     begin, sharing = begin + compiling, time.perf_counter() - start - compiling
     arguments = arguments_for(program, track, variant, args, state, tick.step, hoisted)
@@ -252,9 +256,41 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
     return choice.row, choice.cold
 
 
+def _contents(
+    program: Runnable, track: Track, tick: Tick, sighting: Sighting, args: Sequence[Any]
+) -> dict[int, Hashable]:
+    """What tells the contents of inputs, by position: of those that the clock has seen, or that hoisted values came
+    from. In a named stream nobody waits for an accelerator: what was written to there past its version counter is
+    noticed late, and the state that came from it dropped then."""
+    if sighting.condition:
+        return dict(zip(program.condition, sighting.condition, strict=True))
+    found = dict[int, Hashable]()
+    for i in track.hoisted[tick.stream].inputs if tick.stream in track.hoisted else ():
+        found[i], was_wrong = track.probe.contents.likely_number(args[i])
+        if was_wrong:
+            track.states[tick.stream].clear()
+            warn_once(
+                program,
+                "an input was written to past its version counter (.data, DLPack, a kernel of its own). A named stream "
+                "doesn't wait for the device to tell, so at least one call used the old values; this one starts cold. "
+                "Write with copy_, or pass another tensor",
+            )
+    return found
+
+
+def _start_cold_if_weights_changed(track: Track, tick: Tick, args: Sequence[Any]) -> None:
+    """Weights that were written to past their version counters, among those that hoisted values came from."""
+    kept = track.hoisted.get(tick.stream)
+    if kept is not None and kept.weights_changed(args):
+        track.hoisted = {tick.stream: kept}
+        for state in track.states.values():
+            state.clear()
+
+
 def _hoisted(
-    program: Runnable, tracks: Tracks, tick: Tick, sighting: Sighting, variant: Variant, args: Sequence[Any]
-) -> list[torch.Tensor]:
+    program: Runnable, tracks: Tracks, tick: Tick, sighting: Sighting, variant: Variant, args: Sequence[Any],
+    contents: dict[int, Hashable],
+) -> list[torch.Tensor]:  # fmt: skip
     if not variant.hoists:
         return []
     track, stream, timestep = tracks.of(program), tick.stream, sighting.timestep
@@ -269,7 +305,11 @@ def _hoisted(
             program.walked = ahead.walked
     if stream not in track.hoisted:
         track.hoisted[stream] = Hoisted(ahead)
-    return track.hoisted[stream].of(program.preludes, variant.hoists, args, timestep)
+
+    def content(i: int) -> Hashable:
+        return contents[i] if i in contents else track.probe.contents.number(args[i])
+
+    return track.hoisted[stream].of(program.preludes, variant.hoists, args, timestep, content)
 
 
 def _unseen(program: Runnable, told: Told | None, step: int, args: Sequence[Any]) -> float | None:

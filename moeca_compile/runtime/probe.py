@@ -1,14 +1,15 @@
-"""Reads from a call's inputs what the clock needs: timestep, latent change, a fingerprint of the conditioning."""
+"""Reads from a call's inputs what the clock needs: timestep, latent change, and which conditioning it is."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
 from moeca_compile.runtime.clock import Sighting
+from moeca_compile.runtime.content import Contents
+from moeca_compile.runtime.nowait import must_be_waited_for
 
 _NO_TIMESTEP = (
     "no timestep input was found in the graph, so steps can't be told apart: every call is computed in full. "
@@ -18,11 +19,11 @@ _PER_ROW = "the timesteps differ within the batch: computed in full, nothing kep
 
 
 class Probe:
-    """One for each track: it remembers the last latent (a copy) and the fingerprints of tensors it has seen."""
+    """One for each track: it remembers the last latent and the conditioning that it has seen, as copies."""
 
     def __init__(self) -> None:
         self.last: torch.Tensor | None = None
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, Hashable]] = {}
+        self.contents = Contents()
 
     def look(self, timestep: Any, latent: Any, condition: Sequence[Any]) -> Sighting:
         """One host read for all numbers. `timestep`, `latent`: tensors or None; `condition`: tensors or numbers."""
@@ -32,26 +33,24 @@ class Probe:
         numbers = [times.amin(), times.amax()]
         if self.last is not None and latent is not None:
             numbers.append(_change(latent.detach().float(), self.last.float()))
-        low, high, *jump = torch.stack([n.to(times.device, torch.float64) for n in numbers]).tolist()
+        asked = {i: self.contents.ask(one) for i, one in enumerate(condition) if must_be_waited_for(one)}
+        flags = [flag for _, same in asked.values() for flag in same]
+        read = iter(torch.stack([n.to(times.device, torch.float64) for n in (*numbers, *flags)]).tolist())
+        low, high, *jump = [next(read) for _ in numbers]
         if latent is not None:
             self.last = latent.detach().clone()
         if low != high:  # NaN too
             return Sighting(None, trouble=_PER_ROW)
-        return Sighting(low, tuple(self._fingerprint(one) for one in condition), jump[0] if jump else 0.0)
+        answers = {i: (kept, [next(read) for _ in same]) for i, (kept, same) in asked.items()}
+        seen = tuple(self._content(one, answers.get(i)) for i, one in enumerate(condition))
+        return Sighting(low, seen, jump[0] if jump else 0.0)
 
-    def _fingerprint(self, value: Hashable) -> Hashable:
-        if not isinstance(value, torch.Tensor):
-            return value
-        version = -1 if value.is_inference() else value._version
-        known = self._known.get(id(value))
-        if known is not None and known[0]() is value and known[1] == version >= 0:
-            earlier: Hashable = known[2]
-            return earlier
-        found: Hashable = fingerprint(value)
-        if len(self._known) > 64:
-            self._known.clear()
-        self._known[id(value)] = (weakref.ref(value), version, found)
-        return found
+    def _content(self, value: Any, answer: tuple[Any, Sequence[float]] | None) -> Hashable:
+        """Equal for equal contents; a number by itself."""
+        if isinstance(value, torch.Tensor):
+            return self.contents.number(value) if answer is None else self.contents.answer(value, *answer)
+        given: Hashable = value
+        return given
 
 
 def _change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -61,12 +60,3 @@ def _change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     now, before = now.reshape(samples), before.reshape(samples)
     change: torch.Tensor = (now - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
     return change.amax()
-
-
-def fingerprint(tensor: torch.Tensor) -> Hashable:
-    """A hash of a tensor's bytes; on an accelerator a position-weighted sum there, so that only 8 bytes travel."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if raw.device.type == "cpu":
-        return tuple(tensor.shape), hash(raw.numpy().tobytes())
-    weights = torch.arange(1, raw.numel() + 1, device=raw.device) * 0x9E3779B97F4A7C1 + 1
-    return tuple(tensor.shape), int((raw.long() * weights).sum())

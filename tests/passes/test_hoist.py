@@ -110,13 +110,18 @@ def test_a_block_over_the_prompt_alone_is_computed_once_a_trajectory() -> None:
         return x + c[:, None] * F.scaled_dot_product_attention(x, key(p), key(p))
 
     analysis = analyse_module(forward, latent(), times(), torch.randn(2, 3, DIM))
-    variant = build_variant(analysis, schedule_of(analysis, "C"), row("C"), Options(inner="eager"), "v")[0]
+    variant = build_variant(analysis, schedule_of(analysis, "C", "R"), row("C"), Options(inner="eager"), "v")[0]
     assert {one.level for one in analysis.context.hoisted} == {"step", "invariant"}
     assert ops(variant.gm)["aten.scaled_dot_product_attention.default"] == 1
     assert not ops(variant.gm)["aten.linear.default"]
 
 
 # -- rewriting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_that_keeps_nothing_hoists_nothing() -> None:
+    variant = build_variant(analysis(), schedule_of(analysis(), "CCC"), row("CCC"), Options(inner="eager"), "v")[0]
+    assert variant.hoists == ()
 
 
 def test_a_variant_takes_what_it_needs_from_outside_and_keeps_its_macs() -> None:
