@@ -38,7 +38,7 @@ from benchmarks.models import timesteps
 from benchmarks.protocol import RESULTS, Timing, arguments, as_json, folder_of, interleave, machine, print_table, save
 from benchmarks.turns import Job, in_turns
 from examples.dit_moe import CONFIGS, dit_moe, randomize_
-from moeca_compile.face import _banks
+from moeca_compile.handles import states_of
 from moeca_compile.schedule import Schedule
 
 MODELS, PIXELS, IMAGES = ("XL/2-8E2A", "G/2-16E2A"), (256, 512), (1, 8)
@@ -96,8 +96,8 @@ class Contender:
 
     def begin(self) -> None:
         """Bind the schedule. Variants stay compiled; a layout of the state has its own."""
-        for entry, _ in _banks(self.model) if self.schedule else ():
-            for program in entry.programs.values():
+        for state in states_of(self.model) if self.schedule else ():
+            for program in [program for bank in state.banks() for program in bank.programs.values()]:
                 program.use(Schedule.parse(self.schedule or ""))
 
     @torch.no_grad()

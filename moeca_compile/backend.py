@@ -6,36 +6,34 @@ shapes. Errors are raised there too: raised inside a backend they would arrive a
 
 from __future__ import annotations
 
-import threading
-import warnings
+import itertools
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
-from operator import attrgetter
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from moeca_compile import fx
 from moeca_compile.autocast import ambient_autocast
-from moeca_compile.capture import Input, alone, inputs_of
-from moeca_compile.errors import MoecaError, MoecaWarning, OptionError, StateError
+from moeca_compile.bank import Bank, Order, Weights, in_order, order_of
+from moeca_compile.capture import Input, alone, capture, inputs_of
+from moeca_compile.errors import MoecaError, OptionError, StateError
 from moeca_compile.first_call import out_of_date
 from moeca_compile.frozen import Seen, follows_from_call, note, noting
+from moeca_compile.handles import HandleState, Read, all_states, backend_of, calling, state_of
 from moeca_compile.options import Options
-from moeca_compile.owner import Owner, find_owner, runs_whole
-from moeca_compile.packed import Packs
+from moeca_compile.owner import find_owner, runs_whole
 from moeca_compile.program import Program
 from moeca_compile.runtime.blocks import current
-from moeca_compile.runtime.dispatch import Tracks, run_step
+from moeca_compile.runtime.dispatch import run_step
 from moeca_compile.runtime.trajectory import Trajectory
+from moeca_compile.runtime.warned import Warned
+from moeca_compile.same_graph import identity
 from moeca_compile.visit import visitor
 
-ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all live graphs; `face.py` finds a model's among them
-_BANKS: weakref.WeakValueDictionary[Hashable, Bank] = weakref.WeakValueDictionary()
-_books = threading.Lock()  # around banks and the order of programs; short
-_version = attrgetter("_version")
+ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all of Dynamo's graphs that live
+_numbers = itertools.count()
 
 
 def moeca(
@@ -61,68 +59,35 @@ def moeca(
     return Entry(gm, inputs_of(gm, example_inputs), parsed)
 
 
-class Bank:
-    """What belongs to one set of weights called through one handle, whichever of Dynamo's graphs runs: the tracks."""
+class Backend:
+    """The backend of one `moeca_compile.compile`: its options, and the schedule as it was then."""
 
-    def __init__(self, owner: Owner | None, weights: Sequence[torch.Tensor]) -> None:
-        self.handle = weakref.ref(owner.handle) if owner else None
-        self._gone: list[object] = []
-        self._weights = [weakref.ref(weight, self._gone.append) for weight in weights]
-        self.ids = frozenset(map(id, weights))
-        self.stamp: tuple[list[int], list[int]] | None = None
-        self.plain = Tracks()  # of calls outside any trajectory
-        self.latest = self.plain  # what `stats` shows
-        self.all: weakref.WeakSet[Tracks] = weakref.WeakSet((self.plain,))
-        self.packs = Packs()
+    def __init__(self, options: Options) -> None:
+        self.options, self.schedule = options, options.resolved_schedule()
 
-    def lives(self) -> bool:
-        """Whether handle and weights still exist (their ids may have been used again)."""
-        return not self._gone and (self.handle is None or self.handle() is not None)
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Entry:
+        return Entry(gm, inputs_of(gm, example_inputs), self.options)
 
-    def follow(self, weights: Sequence[torch.Tensor]) -> None:
-        """Start cold if a weight was changed in place or its storage swapped."""
-        try:  # hundreds, at every step: nothing slower will do
-            versions = list(map(_version, weights))
-        except RuntimeError:  # inference tensors have none
-            versions = [-1 if weight.is_inference() else weight._version for weight in weights]
-        stamp = list(map(torch.Tensor.data_ptr, weights)), versions
-        if stamp != self.stamp:
-            self.stamp = stamp
-            self.packs = Packs()
-            for tracks in self.all:
-                tracks.forget()
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and (self.options, self.schedule) == (other.options, other.schedule)
 
-    def tracks(self, trajectory: Trajectory | None) -> Tracks:
-        """What runs for these weights in `trajectory`."""
-        if trajectory is None:
-            self.latest = self.plain
-        else:
-            if self not in trajectory.tracks:
-                trajectory.tracks[self] = Tracks(trajectory)
-            self.latest = trajectory.tracks[self]
-            self.all.add(self.latest)
-        return self.latest
-
-    def reset(self) -> None:
-        """Forget all state, in every trajectory."""
-        for tracks in self.all:
-            tracks.reset()
+    __hash__ = object.__hash__
 
 
 class Entry:
-    """The callable for one Dynamo graph: programs by signature, banks by weights."""
+    """The callable for one Dynamo graph, whichever handles run it. What belongs to a handle isn't kept here."""
 
     def __init__(self, gm: torch.fx.GraphModule, inputs: tuple[Input, ...], options: Options) -> None:
         self.gm, self.inputs, self.options = gm, inputs, options
-        self.programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
-        self.banks: dict[Hashable, Bank] = {}
+        self.number = next(_numbers)
         self._weights = [i for i, one in enumerate(inputs) if one.is_weight]
+        self._labels = [inputs[i].label for i in self._weights]
         self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
         self._floats = _floats_of(gm)
         self._follows = {i for i, one in enumerate(fx.placeholders(gm)) if follows_from_call(one)}
-        self._kinds: weakref.WeakKeyDictionary[Bank, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
-        self._numbers: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
+        self._kinds: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
         self._whole: bool | None = None
+        self._own: HandleState | None = None  # of callers that came without torch.compile
         ENTRIES.add(self)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
@@ -138,79 +103,123 @@ class Entry:
                 if out_of_date(owner, whole):
                     return tuple(self.gm(*args))
                 self._whole = whole
-        with _books:
-            bank = self._bank(owner, [args[i] for i in self._weights])
-        visit = visitor()
+        context = calling(owner)
+        state = self._state(context)
+        bank = state.bank(owner, None if self.whole else self.number)
+        weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
+        visit = visitor(context)
         if visit is not None:
             return visit(self, args, bank)
-        program = self.program(args, bank)
-        trajectory = current(bank.ids, owner.frame if owner is not None else None)
-        results = self.step(program, bank, args, trajectory)
+        program, order = self._find(args, bank, weights)
+        trajectory = current(weights.ids, owner.frame if owner is not None else None)
+        results = self.step(program, order, bank, args, trajectory)
         if noting() and self.whole:
             others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]
-            note(Seen(partial(self.step, program, bank), args, others, results))
+            note(Seen(partial(self.step, program, order, bank), args, others, results))
         return results
 
-    def step(self, program: Program, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None) -> tuple[Any, ...]:
-        """Run a call of `program` for the weights of `bank`."""
-        with _books:
-            tracks = bank.tracks(trajectory)
+    def step(
+        self, program: Program, order: Order | None, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None
+    ) -> tuple[Any, ...]:
+        """Run a call of `program`, whose arguments are in `order` among `args`."""
+        if order is not None:
+            args = in_order(args, order)
+        tracks = bank.tracks(trajectory)
         if not program.packs_experts:
             return run_step(program, tracks, args, trajectory)
         packs = bank.packs
         with packs.active():
             return run_step(program, tracks, args, trajectory, packs.doubt)
 
-    def _bank(self, owner: Owner | None, weights: list[torch.Tensor]) -> Bank:
-        ids = (id(owner.handle) if owner else None, *map(id, weights))
-        bank = self.banks.get(ids)
-        if bank is None or not bank.lives():
-            for old in [key for key, one in self.banks.items() if not one.lives()]:
-                del self.banks[old]
-            # graphs of the whole model for other shapes serve the same trajectories; parts of a broken one do not
-            key = (ids[0], frozenset(ids[1:]), None if self.whole and weights else id(self))
-            bank = _BANKS.get(key)
-            if bank is None or not bank.lives():
-                bank = _BANKS[key] = Bank(owner, weights)
-            self.banks[ids] = bank
-        bank.follow(weights)
-        return bank
+    def place(self, args: Sequence[Any], bank: Bank) -> tuple[Program, Sequence[Any]]:
+        """The program for arguments like these, and they in its order."""
+        weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
+        program, order = self._find(args, bank, weights)
+        return program, args if order is None else in_order(args, order)
 
     @property
     def whole(self) -> bool:
         """Whether this graph is the whole model, not a part between two graph breaks."""
         return self._whole is not False
 
-    def program(self, args: Sequence[Any], bank: Bank) -> Program:
-        """The program for arguments like these: captured on first use, the least recently used one dropped."""
+    @property
+    def banks(self) -> dict[int, Bank]:
+        """Of all handles that this graph has run for."""
+        return {id(bank): bank for state in all_states() for bank in state.banks() if bank.knows(self.number)}
+
+    @property
+    def programs(self) -> dict[Hashable, Program]:
+        """Those that it runs now, for whichever handle."""
+        return {(id(bank), key): one for bank in self.banks.values() for key, one in bank.serving(self.number).items()}
+
+    def _state(self, context: Any) -> HandleState:
+        if context is not None:
+            return state_of(context, self._read)
+        if self._own is None:
+            self._own = HandleState(None, *self._read(None))
+        return self._own
+
+    def _read(self, context: Any) -> Read:
+        """The options of a handle, and its schedule as it is now."""
+        compiled = None if context is None else backend_of(context)
+        function = getattr(compiled, "compiler_fn", compiled)
+        if isinstance(function, Backend):
+            return function.options, function.schedule
+        options = self.options
+        if function is moeca:
+            given: Mapping[str, Any] = getattr(compiled, "kwargs", {})
+            options = Options.from_backend_options(given.get("options"), given.get("mode"))
+        return options, options.resolved_schedule()
+
+    def _find(self, args: Sequence[Any], bank: Bank, weights: Weights) -> tuple[Program, Order | None]:
+        """The program for arguments like these, captured if none of this handle's computes the same."""
         numbers = {i: n for i in self._others if (n := self._number(i, args)) is not None}
         tensors = tuple(
             (tuple(a.shape), a.stride(), a.dtype, a.device) for a in (args[i] for i in self._others if i not in numbers)
         )
-        if bank not in self._kinds or self._kinds[bank][0] is not bank.stamp:
-            kinds = tuple((tuple(w.shape), w.dtype, w.device) for w in (args[i] for i in self._weights))
-            self._kinds[bank] = bank.stamp, self._numbers.setdefault(kinds, len(self._numbers))
-        key = (tuple(numbers.values()), tensors, self._kinds[bank][1], ambient_autocast())
-        with _books:
-            program = self.programs.get(key)
-            if program is not None:
-                self.programs.move_to_end(key)
-                return program
+        if weights.kind is None:
+            weights.kind = self._kinds.setdefault(weights.kinds, len(self._kinds))
+        key = (self.number, tuple(numbers.values()), tensors, weights.kind, ambient_autocast())
+        found = bank.find(key)
+        if found is not None:
+            return found
         with alone():
-            program = self.programs.get(key)
-            if program is None:
-                self._warn_of_numbers(key, numbers)
-                gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
-                program = Program(gm, args, self.inputs, self.options, self.whole)
+            return bank.find(key) or self._make(key, args, numbers, bank)
+
+    def _make(
+        self, key: tuple[Any, ...], args: Sequence[Any], numbers: Mapping[int, Any], bank: Bank
+    ) -> tuple[Program, Order | None]:
+        """A new program, or one that was made for another of Dynamo's graphs: of the same text, or of the same captured
+        text, in which sizes are numbers."""
+        by_label = sorted((one.label, repr(numbers.get(i)), _kind(args[i])) for i, one in enumerate(self.inputs))
+        as_given = self._identity, tuple(by_label), key[-1]
+        known: Hashable = as_given
+        shared = bank.find(known)
+        if shared is None:
+            self._warn_of_numbers(key, numbers, bank)
+            gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
+            captured = capture(gm, args, self.inputs)
+            known = as_given if self._identity is self else identity(captured.gm, captured.inputs)
+            shared = bank.find(known)
+            if shared is None:
+                read = bank.options, self.whole, bank.schedule, bank.warned
+                program = Program(gm, args, self.inputs, *read, captured)
+                bank.place((key, as_given, known), program)
                 program.settle(args)
-                bank.follow([args[i] for i in self._weights])  # some may have been moved
+                bank.follow(self.number, self._labels, [args[i] for i in self._weights])  # some may have been moved
                 if not self.whole:
-                    _warn_broken(program)
-        with _books:
-            self.programs[key] = program
-            while len(self.programs) > self.options.max_signatures:
-                self.programs.popitem(last=False)  # and with it all its tracks: they are held by the program
-        return program
+                    _warn_broken(program, bank.warned)
+                return program, None
+        program, _ = shared
+        order = order_of(program.analysis.context.inputs, self.inputs)
+        bank.place_beside(key, known, order)
+        return program, order
+
+    @cached_property
+    def _identity(self) -> Hashable:
+        """Equal for graphs that are the same; a graph whose inputs can't be told apart by name is like no other."""
+        labels = {one.label for one in self.inputs}
+        return identity(self.gm, self.inputs) if len(labels) == len(self.inputs) else self
 
     def _number(self, i: int, args: Sequence[Any]) -> Any:
         """Argument `i`, if it is a Python number: programs are made for its value. None: it is a tensor."""
@@ -218,16 +227,21 @@ class Entry:
             return args[i].item()
         return None if isinstance(args[i], torch.Tensor) else args[i]
 
-    def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any]) -> None:
-        known = [other[0] for other in self.programs if other[1:] == key[1:]]
+    def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any], bank: Bank) -> None:
+        known = [other[1] for other in bank.keys_of(self.number) if other[2:] == key[2:]]
         if len(known) == 2:  # two may be a setting that was changed; a third is a habit
-            moving = [self.inputs[i].label for n, i in enumerate(numbers) if len({v[n] for v in (*known, key[0])}) == 3]
-            warnings.warn(
+            moving = [self.inputs[i].label for n, i in enumerate(numbers) if len({v[n] for v in (*known, key[1])}) == 3]
+            bank.warned.once(
                 f"{', '.join(moving) or 'an input'} comes as a Python number that changes from call to call, and a "
                 "graph is captured and compiled for each value. Pass it as a tensor",
-                MoecaWarning,
-                stacklevel=3,
+                "numbers",
             )
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(value.shape), value.stride(), str(value.dtype), str(value.device)
 
 
 def _floats_of(gm: torch.fx.GraphModule) -> frozenset[int]:
@@ -251,11 +265,10 @@ def _with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch
     return torch.fx.GraphModule(gm, graph)
 
 
-def _warn_broken(program: Program) -> None:
+def _warn_broken(program: Program, warned: Warned) -> None:
     what = f"{len(program.regions)} regions" if len(program.regions) else "no region"
-    warnings.warn(
+    warned.once(
         f"the model's graph is broken: this part has {what}, and only regions in one graph with the timestep are "
         "cached. TORCH_LOGS=graph_breaks shows where; an expert dispatch is mended by moeca_compile.prepare(model)",
-        MoecaWarning,
-        stacklevel=2,
+        "graph break",
     )

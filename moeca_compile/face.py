@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,14 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import backend, canonical
-from moeca_compile.backend import ENTRIES, Bank, Entry
+from moeca_compile.backend import Backend, Entry
+from moeca_compile.bank import Bank
 from moeca_compile.canonical import PrepareReport
 from moeca_compile.canonical.isolate import isolate, share_again
 from moeca_compile.capture import counted_apart
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.frozen import let_through
+from moeca_compile.handles import context_of, states_of
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.options import Options
@@ -26,6 +28,7 @@ from moeca_compile.program import Program
 from moeca_compile.runtime.stats import Stats
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
+from moeca_compile.totals import stats_of
 from moeca_compile.visit import Visitor, visiting
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -62,16 +65,14 @@ def compile(
         ScheduleError: a schedule that can't be read.
     """
     parsed = Options.from_backend_options(options, mode)
-    parsed.resolved_schedule()
     if parsed.inner == "inductor" and compiles_on_cpu(model.parameters()):
         ask_compiler()
     prepare(model)
     compiled = torch.compile(
         model,
-        backend=backend.moeca,
+        backend=Backend(parsed),
         fullgraph=fullgraph,
         dynamic=dynamic,
-        options={**options, "mode": mode},
         **counted_apart(),
     )
     return compiled  # type: ignore[return-value]
@@ -87,7 +88,7 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     """
 
     def warm(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
-        program = entry.program(args, bank)
+        program, args = entry.place(args, bank)
         with bank.packs.active() if program.packs_experts else nullcontext():
             return program.warm(args)
 
@@ -136,33 +137,14 @@ def trajectory(
 
 def reset(model: Any) -> None:
     """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
-    for _, bank in _banks(model):
-        bank.reset()
+    for state in states_of(model):
+        for bank in state.banks():
+            bank.reset()
 
 
 def stats(model: Any) -> Stats:
     """What the last trajectory did, and what is held now."""
-    steps, held, shared, executed, full = [], 0, 0, 0, 0
-    seconds: dict[str, float] = {}
-    graphs = set()
-    for entry, bank in _banks(model):
-        graphs.add(id(entry))
-        for program in entry.programs.values():
-            for name, spent in program.compile_seconds.items():
-                seconds[name] = seconds.get(name, 0.0) + spent
-            for tracks in bank.all:
-                track = tracks.by_program.get(program)
-                shared += sum(one.bytes for one in track.hoisted.values()) if track else 0
-                for state in track.states.values() if track else ():
-                    pairs = zip(state.tensors, program.layout, strict=True)
-                    held += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
-            shown = bank.latest.by_program.get(program)
-            if shown is not None:
-                steps += shown.records
-                executed += sum(record.macs for record in shown.records)
-                full += program.variant(program.schedule.rows[0]).macs * len(shown.records)
-    steps.sort(key=lambda record: record.step)  # stable: calls of one program stay in their order
-    return Stats(tuple(steps), held, executed / full if full else 1.0, len(graphs), seconds, shared)
+    return stats_of([bank for state in states_of(model) for bank in state.banks()])
 
 
 def explain(
@@ -189,7 +171,8 @@ def explain(
     programs: list[Program] = []
 
     def look(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
-        programs.append(Program(entry.gm, args, entry.inputs, replace(entry.options, **given), entry.whole))
+        read = None if given.keys() & {"schedule", "order"} else bank.schedule
+        programs.append(Program(entry.gm, args, entry.inputs, replace(bank.options, **given), entry.whole, read))
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
@@ -208,22 +191,11 @@ def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor:
         seen = True
         return visitor(entry, args, bank)
 
-    with visiting(note):
+    with visiting(note, context_of(model)):
         result = model(*inputs, **keywords)
         if not seen:
             result = model(*inputs, **keywords)
     return result, seen
-
-
-def _banks(model: Any) -> Iterator[tuple[Entry, Bank]]:
-    """What runs for this model: by the handle called, else by its weights; for a function, whatever has no handle."""
-    weights = {id(weight) for weight in parameters_of(model)}
-    for entry in list(ENTRIES):
-        for bank in list(entry.banks.values()):
-            handle = bank.handle() if bank.handle is not None else None
-            mine = handle is model if isinstance(model, OptimizedModule) else not weights.isdisjoint(bank.ids)
-            if mine or (not weights and bank.handle is None):
-                yield entry, bank
 
 
 def _is_compiled(model: torch.nn.Module) -> bool:

@@ -99,15 +99,17 @@ class Analysis:
     records: tuple[PassRecord, ...]
 
 
-def analyse(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options) -> Analysis:
-    """capture -> find, for the shapes and dtypes of `args`.
+def analyse(
+    gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, captured: Capture | None = None
+) -> Analysis:
+    """capture (unless `captured`) -> find, for the shapes and dtypes of `args`.
 
     Raises:
         CaptureError: the graph can't be made functional.
         OptionError: `disable` names a pass that doesn't exist or can't be left out.
     """
     runner = _runner(options)
-    captured: Capture = capture(gm, args, inputs)
+    captured = captured or capture(gm, args, inputs)
     context = Context(captured.inputs, Granularity.parse(options.granularity))
     normal = runner.rewrite(NORMALISE, captured.gm, context)
     context = runner.find(FIND, normal, context)

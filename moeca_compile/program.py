@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
@@ -14,8 +13,8 @@ import torch
 
 from moeca_compile.adjacent import expert_weights, put_side_by_side
 from moeca_compile.autocast import autocast_is, without_autocast
-from moeca_compile.capture import Input, alone
-from moeca_compile.errors import CaptureError, MoecaWarning, OptionError
+from moeca_compile.capture import Capture, Input, alone
+from moeca_compile.errors import CaptureError, OptionError
 from moeca_compile.fit import fit
 from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.lower.inductor import Executable, lower_eager, lower_inductor
@@ -30,6 +29,7 @@ from moeca_compile.runner import PassRecord
 from moeca_compile.runtime.buffers import Buffers, zeros_of
 from moeca_compile.runtime.hoisted import Hoisted
 from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.variant import SLOTS, Variant
 
@@ -37,26 +37,32 @@ from moeca_compile.variant import SLOTS, Variant
 class Program:
     """Implements `runtime.dispatch.Runnable`.
 
+    Args:
+        schedule: what the options' schedule said when it was read; default: it is read now.
+        warned: where its warnings are counted; default: its own.
+        captured: of `gm`, for such arguments; default: it is captured now.
+
     Raises:
         CaptureError: the graph can't be captured, or (for a whole model) has no region to cache.
         ScheduleError: the schedule is for another graph or granularity.
     """
 
     def __init__(
-        self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, whole: bool
-    ) -> None:
+        self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, whole: bool,
+        schedule: Schedule | None = None, warned: Warned | None = None, captured: Capture | None = None,
+    ) -> None:  # fmt: skip
         begin = time.perf_counter()
         self._writes_kernels = options.inner == "inductor" and compiles_on_cpu(args)
         if self._writes_kernels:
             ask_compiler()
         self.options = options
-        self.analysis: Analysis = analyse(gm, args, inputs, options)
+        self.analysis: Analysis = analyse(gm, args, inputs, options, captured)
         context = self.analysis.context
         self.regions = context.regions
+        self.warned = warned or Warned()
         self.packs_experts = options.pack_experts and self._can_pack()
         self.preludes = Preludes(self.analysis, options, self._lower, self._built)
-        self.walked: list[float] = []  # the timesteps of the last trajectory
-        wanted = options.resolved_schedule()
+        wanted = schedule or options.resolved_schedule()
         if not len(self.regions):
             if whole and any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
                 raise CaptureError(_nothing_found(self.analysis))
@@ -66,8 +72,6 @@ class Program:
         positions = {one.name: i for i, one in enumerate(context.inputs)}
         self.latent = positions.get(context.roles.latent)
         self.timestep, self.condition = self.preludes.timestep, self.preludes.condition
-        self.latent_jump = options.latent_jump
-        self.warned: set[str] = set()
         self.records: list[PassRecord] = list(self.analysis.records)
         self.compile_seconds = {"capture": time.perf_counter() - begin}
         self._zeros: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -85,8 +89,15 @@ class Program:
             fit(one, self.regions, self.options.granularity) for one in (schedule, keep or schedule)
         )
         self.layout = state_layout(self.regions, self._kept)
+        self._full_macs = 0
         book = (self.layout, self._kept.order, self._kept.control)
         self._variants, self._executables = self._books.setdefault(book, ({}, {}))
+
+    @property
+    def full_macs(self) -> int:
+        """Of a call that computes everything."""
+        self._full_macs = self._full_macs or self.variant(self.schedule.rows[0]).macs
+        return self._full_macs
 
     def settle(self, args: Sequence[Any]) -> None:
         """Before the first call: move the weights among `args` to where `pack_experts` wants them."""
@@ -208,7 +219,7 @@ class Program:
     def _can_pack(self) -> bool:
         reason = why_not_packed(self.analysis.gm, self.analysis.context.inputs)
         if reason:
-            warnings.warn(f"pack_experts is left out: {reason}", MoecaWarning, stacklevel=2)
+            self.warned.once(f"pack_experts is left out: {reason}", "pack_experts")
         return not reason
 
     def _built(self, name: str, begin: float, records: Sequence[PassRecord]) -> None:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 Visitor = Callable[[Any, Sequence[Any], Any], tuple[Any, ...]]  # the entry, the call's arguments, their bank
 
-_local = threading.local()
+# innermost last, each with the compile context of the handle that it visits (None: any)
+_visits: ContextVar[tuple[tuple[object, Visitor], ...]] = ContextVar("moeca_visits", default=())
 
 
 @contextmanager
-def visiting(visitor: Visitor) -> Iterator[None]:
-    """In this thread, hand every call of a graph to `visitor`."""
-    _local.visitor = visitor
+def visiting(visitor: Visitor, context: object = None) -> Iterator[None]:
+    """In this thread (or task), hand every call of this handle's graphs to `visitor`, but for what another one visits
+    inside."""
+    before = _visits.get()
+    _visits.set((*before, (context, visitor)))
     try:
         yield
     finally:
-        _local.visitor = None
+        _visits.set(before)
 
 
-def visitor() -> Visitor | None:
-    """Who visits in this thread."""
-    found: Visitor | None = getattr(_local, "visitor", None)
-    return found
+def visitor(context: object = None) -> Visitor | None:
+    """Who visits this handle (None: any) in this thread or task."""
+    visits = reversed(_visits.get())
+    return next((one for whose, one in visits if context is None or whose is None or whose is context), None)

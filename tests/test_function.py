@@ -20,8 +20,9 @@ def test_a_function_over_a_model_has_the_model_s_regions() -> None:
 
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 900.0]), torch.tensor([1, 2])
     known = set(ENTRIES)
+    compiled = torch.compile(guided, backend="moeca", options={"inner": "eager"})
     with torch.no_grad():
-        torch.compile(guided, backend="moeca", options={"inner": "eager"})(*inputs)
+        compiled(*inputs)
     (entry,) = set(ENTRIES) - known
     (program,) = entry.programs.values()
     whole = moeca.explain(model, *inputs, inner="eager")

@@ -11,9 +11,10 @@ from torch import nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, StateError
-from moeca_compile.face import _banks
+from moeca_compile.handles import states_of
 from moeca_compile.preludes import Preludes
 from moeca_compile.program import Program
+from moeca_compile.runtime.dispatch import Past
 from tests.sampling import (
     TIMES,
     Loop,
@@ -51,9 +52,16 @@ def mixed_timesteps(model: Model) -> Loop:
 
 
 def program_of(model: nn.Module) -> Program:
-    ((entry, _),) = _banks(model)
-    (program,) = entry.programs.values()
+    (state,) = states_of(model)
+    (bank,) = state.banks()
+    (program,) = bank.programs.values()
     return program
+
+
+def past_of(model: nn.Module) -> Past:
+    (state,) = states_of(model)
+    (bank,) = state.banks()
+    return bank.past
 
 
 def mapped(model: nn.Module) -> list[int]:
@@ -61,7 +69,8 @@ def mapped(model: nn.Module) -> list[int]:
     run(plain(model), 1)
     moeca.reset(model)
     program, counts = program_of(model), list[int]()
-    program.preludes.by_step, program.walked = False, []
+    program.preludes.by_step = False
+    past_of(model).walked = ()
     over_steps = program.preludes.over_steps
 
     def watched(gives: tuple[int, ...]) -> Any:
@@ -73,7 +82,7 @@ def mapped(model: nn.Module) -> list[int]:
     return counts
 
 
-@pytest.mark.filterwarnings("ignore:the timesteps differ", "ignore:steps of other input shapes")
+@pytest.mark.filterwarnings("ignore:the timesteps differ", "ignore:the latent changed")
 @pytest.mark.parametrize("case", BITWISE)
 def test_the_results_are_bitwise_those_of_whole_programs(case: str) -> None:
     lean, whole = compiled(dit()), compiled(dit(), disable=UNHOISTED)

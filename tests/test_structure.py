@@ -37,7 +37,17 @@ GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "autocast", "constants", "c
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
 PROGRAM = {"program", "preludes", "adjacent"}
-CALLS = {"owner", "first_call", "visit", "frozen", "backend"}  # from torch.compile's callable to a program's step
+CALLS = {
+    "owner",
+    "first_call",
+    "visit",
+    "frozen",
+    "same_graph",
+    "bank",
+    "handles",
+    "totals",
+    "backend",
+}  # from torch.compile's callable to a program's step
 ALL = STAGES | PROGRAM | CALLS | {"plan", "inspect", "face", "study"}
 
 # room -> the rooms it may import besides itself (DESIGN section 3)
@@ -56,6 +66,10 @@ MAY_IMPORT = {
     "owner": {"errors"},
     "first_call": REWRITE | {"owner"},
     "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo
+    "same_graph": GRAPH,
+    "bank": STAGES | PROGRAM,  # what one handle runs
+    "handles": STAGES | PROGRAM | {"bank", "owner"},  # whose is a call, and what belongs to it
+    "totals": STAGES | PROGRAM | {"bank"},
     "backend": STAGES | PROGRAM | CALLS,
     "face": ALL - {"plan", "study"},  # what people call
     "study": ALL,  # calibrate: the planner on a real model

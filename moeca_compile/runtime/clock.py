@@ -21,35 +21,41 @@ _NAME_IT = "tell the calls apart with moeca_compile.trajectory(model, steps, str
 @dataclass(frozen=True, slots=True)
 class Sighting:
     """What one call shows: its timestep (None: unreadable, and `trouble` says why), what its conditioning inputs
-    hold, the latent's relative change since the last call (0 where there was none), and whether calls
-    of other shapes took steps in between (`gap`)."""
+    hold, the latent's relative change since the last call of its kind in this trajectory, else since any call (0 where
+    there was none, negative where they can't be compared), and its `kind`: calls of one signature are of one."""
 
     timestep: float | None
     condition: tuple[Hashable, ...] = ()
     jump: float = 0.0
     trouble: str = ""
-    gap: bool = False
+    kind: Hashable = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Where a call belongs. `stream` None: nowhere, compute in full and keep nothing. `restart`: forget all streams."""
+    """Where a call belongs. `stream` None: nowhere, compute in full and keep nothing. `restart`: forget all streams.
+    `broken_off`: it restarts because the call doesn't look like the next one; the sampling loop may be the same."""
 
     step: int
     stream: Hashable | None
     restart: bool = False
     warning: str = ""
+    broken_off: bool = False
 
 
 @dataclass(slots=True)
 class Clock:
-    """One trajectory at a time. `latent_jump` is the largest change between calls of one trajectory; inf: any."""
+    """One trajectory at a time. `latent_jump` is the largest change between calls of one trajectory; inf: any.
+
+    Calls of another kind (another batch, a keyword more) may come at any step: the streams of a kind are fixed in the
+    step in which its first call comes."""
 
     latent_jump: float = 0.7
     step: int = -1
     timestep: float = 0.0
     direction: int = 0
-    streams: list[Hashable] = field(default_factory=list)
+    streams: list[tuple[Hashable, Hashable]] = field(default_factory=list)  # kind and condition
+    since: dict[Hashable, int] = field(default_factory=dict)  # the step of a kind's first call
     seen: set[int] = field(default_factory=set)
     broken_off: int = 0  # starts in a row that were cut short after one step
 
@@ -63,7 +69,7 @@ class Clock:
         if forward and self.direction and forward != self.direction:
             return self._start(call)
         if self._is_elsewhere(call):
-            return self._start(call, self._interrupted(call))
+            return self._start(call, self._interrupted(call), broken_off=bool(forward))
         if not forward:
             return self._same_timestep(call)
         self.direction, self.timestep = forward, call.timestep
@@ -73,46 +79,45 @@ class Clock:
         return self._place(call)
 
     def _is_elsewhere(self, call: Sighting) -> bool:
-        # NOTE: `not <=` and not `>`: a latent that isn't finite is near nothing
-        return call.gap or (math.isfinite(self.latent_jump) and not call.jump <= self.latent_jump)
+        if math.isinf(self.latent_jump) or (call.kind not in self.since and call.timestep == self.timestep):
+            return False  # streams may have latents of their own
+        return not 0 <= call.jump <= self.latent_jump  # NOTE: not `>`: a latent that isn't finite is near nothing
 
     def _interrupted(self, call: Sighting) -> str:
         """The warning for a start that breaks a trajectory off. A lone call may have been anything, a warm-up for
         instance; but one after the other are trajectories that take turns, or steps that are too far apart."""
         self.broken_off += call.timestep != self.timestep and self.step == 0
-        if self.step == 0 and self.broken_off < 2:
+        resized = call.jump < 0
+        if self.broken_off < 2 and (self.step == 0 or resized):
             return ""
-        what = (
-            "steps of other input shapes were run" if call.gap else f"the latent changed by {call.jump:.2f} of its norm"
-        )
+        what = "the latent's shape changed" if resized else f"the latent changed by {call.jump:.2f} of its norm"
         return (
             f"{what} between two calls: taken for another trajectory, so this step is computed in full; with "
             f"interleaved trajectories {_NAME_IT}"
         )
 
-    def _start(self, call: Sighting, warning: str = "") -> Tick:
+    def _start(self, call: Sighting, warning: str = "", broken_off: bool = False) -> Tick:
         assert call.timestep is not None
         self.step, self.timestep, self.direction = 0, call.timestep, 0
-        self.streams, self.seen = [call.condition], {0}
-        return Tick(0, 0, restart=True, warning=warning)
+        self.streams, self.since, self.seen = [(call.kind, call.condition)], {call.kind: 0}, {0}
+        return Tick(0, 0, True, warning, broken_off)
 
     def _same_timestep(self, call: Sighting) -> Tick:
-        if self.step > 0:
-            return self._place(call)
-        if call.condition in self.streams:
+        if self.step == 0 and (call.kind, call.condition) in self.streams:
             return self._start(call)  # the first step again: another image, or a repeated first call
-        if len(self.streams) == MAX_STREAMS:
-            return Tick(0, None, warning=f"more than {MAX_STREAMS} calls share a timestep; {_NAME_IT}")
-        self.streams.append(call.condition)
-        self.seen.add(len(self.streams) - 1)
-        return Tick(0, len(self.streams) - 1)
+        return self._place(call)
 
     def _place(self, call: Sighting) -> Tick:
-        for number, condition in enumerate(self.streams):
-            if number not in self.seen and condition == call.condition:
+        one = call.kind, call.condition
+        if one not in self.streams and self.since.setdefault(call.kind, self.step) == self.step:
+            if sum(kind == call.kind for kind, _ in self.streams) == MAX_STREAMS:
+                return Tick(self.step, None, warning=f"more than {MAX_STREAMS} calls share a timestep; {_NAME_IT}")
+            self.streams.append(one)
+        for number, stream in enumerate(self.streams):
+            if number not in self.seen and stream == one:
                 self.seen.add(number)
                 return Tick(self.step, number)
-        again = call.condition in self.streams
+        again = one in self.streams
         what = "a timestep was visited again" if again else "the conditioning isn't that of the first step"
         return Tick(self.step, None, warning=f"{what}: computed in full, nothing kept; {_NAME_IT}")
 

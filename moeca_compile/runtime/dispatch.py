@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from moeca_compile.errors import MoecaWarning, StateError
+from moeca_compile.errors import StateError
 from moeca_compile.runtime.clock import Clock, Counter, Sighting, Tick
 from moeca_compile.runtime.finite import Finite
 from moeca_compile.runtime.hoisted import Ahead, Hoisted, Preluded, uniform_timestep
@@ -25,6 +26,7 @@ from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.runtime.told import Told
 from moeca_compile.runtime.trajectory import Trajectory
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.variant import StateSlot, Variant
 
@@ -40,14 +42,14 @@ class Runnable(Protocol):
     timestep: int | None  # positions among the call's arguments
     latent: int | None
     condition: tuple[int, ...]
-    latent_jump: float
-    warned: set[str]
-    walked: list[float]  # the timesteps of the last trajectory
+    warned: Warned
     compile_seconds: dict[str, float]
     replaying: AbstractContextManager[Any]  # held from a run until what it gave is kept
 
     @property
     def preludes(self) -> Preluded: ...
+    @property
+    def full_macs(self) -> int: ...  # of the row that computes everything
     def executable(self, row: Row) -> tuple[Variant, Callable[[Sequence[Any]], Sequence[Any]] | None]: ...
     def compile(self, variant: Variant, args: Sequence[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]: ...
     def zeros(self, slot: int) -> torch.Tensor: ...
@@ -56,17 +58,14 @@ class Runnable(Protocol):
 
 @dataclass
 class Track:
-    """The running state of one program for one set of weights, in one trajectory."""
+    """The running state of one program in one trajectory, by stream. `kind`: which of the trajectory's programs it is,
+    by the order in which they came."""
 
-    clock: Clock | Counter
+    kind: int
     states: dict[Hashable, StreamState] = field(default_factory=dict)
-    ahead: Ahead = field(default_factory=Ahead)
     hoisted: dict[Hashable, Hoisted] = field(default_factory=dict)
-    probe: Probe = field(default_factory=Probe)
     finite: dict[Hashable, Finite] = field(default_factory=dict)
-    records: list[StepRecord] = field(default_factory=list)
     tables: dict[Coefficients | float, torch.Tensor] = field(default_factory=dict)
-    elsewhere: set[float] = field(default_factory=set)  # timesteps that other programs saw since the last call here
 
     def table(self, values: Coefficients | float, device: str) -> torch.Tensor:
         """What depends on the step alone, as float32 on the device: uploaded once, without waiting for a GPU."""
@@ -83,54 +82,87 @@ class Track:
         self.finite.clear()
 
 
-class Tracks:
-    """One set of weights in one trajectory (None: all calls outside any): a track for each program that it runs.
+@dataclass
+class Past:
+    """What is known of earlier trajectories of a handle: `walked` are the timesteps of the last whole one."""
 
-    Programs differ in their input signature. A trajectory may change it on its way, and where it does so the clocks of
-    its programs have to agree: a named stream has one counter for all, and a clock is told of the others' steps.
+    walked: Sequence[float] = ()
+
+
+class Tracks:
+    """One trajectory of a handle (None: all its calls outside any): the clock, and a track for each program that runs.
+
+    Programs differ in their input signature. A trajectory may change it on its way: its clock goes on, and what another
+    program kept serves that one alone, and only at the step after.
     """
 
-    def __init__(self, trajectory: Trajectory | None = None) -> None:
-        self.counter = Counter() if trajectory is not None and trajectory.stream is not None else None
-        self.told = None if trajectory is None else trajectory.told()
+    def __init__(
+        self, trajectory: Trajectory | None = None, latent_jump: float = math.inf, past: Past | None = None
+    ) -> None:
         self.exact = trajectory is not None
+        named = trajectory is not None and trajectory.stream is not None
+        self._clock = Counter if named else partial(Clock, math.inf if self.exact else latent_jump)
+        self.told = None if trajectory is None else trajectory.told()
+        self.past = past or Past()
         self.by_program: weakref.WeakKeyDictionary[Runnable, Track] = weakref.WeakKeyDictionary()
         self.lock = threading.Lock()
+        self._kinds = itertools.count()
+        self.reset()
 
     def of(self, program: Runnable) -> Track:
-        if program not in self.by_program:
-            clock = self.counter or Clock(math.inf if self.exact else program.latent_jump)
-            self.by_program[program] = Track(clock)
-        return self.by_program[program]
+        track = self.by_program.get(program)
+        if track is None:
+            track = self.by_program[program] = Track(next(self._kinds))
+        return track
+
+    def programs(self) -> list[tuple[Runnable, Track]]:
+        """Those that have run, each with its state."""
+        return list(self.by_program.items())
 
     def forget(self) -> None:
-        """Drop all state. A named stream goes on counting."""
-        self.by_program.clear()
+        """Drop all state: the next call of each stream is cold. The clock goes on."""
+        for _, track in self.programs():
+            track.forget()
 
     def reset(self) -> None:
         """Forget everything: the next call is the first."""
         self.forget()
-        if self.counter is not None:
-            self.counter = Counter()
+        self.clock: Clock | Counter = self._clock()
+        self.probe = Probe()
+        self.ahead = Ahead()
+        self.records: list[StepRecord] = []
 
-    def saw(self, track: Track, timestep: float | None) -> bool:
-        """Note a call of `track`'s program; whether others took steps since its last one, which it then missed."""
-        now = math.nan if timestep is None else timestep
-        for other in self.by_program.values():
-            if other is not track and len(other.elsewhere) < 3:  # two of them may be this step and the next
-                other.elsewhere.add(now)
-        known = {track.clock.timestep, now} if isinstance(track.clock, Clock) else set()
-        missed = bool(track.elsewhere - known)
-        track.elsewhere.clear()
-        return missed
+    def begin(self, tick: Tick, sighting: Sighting, timesteps: Sequence[float]) -> None:
+        """A trajectory starts; `timesteps`: those that it will have, if they are known."""
+        self.forget()
+        self.probe.start(sighting.kind, sighting.condition)
+        self.ahead = Ahead(tuple(timesteps or self.past.walked))
+        if not (self.exact or tick.broken_off):
+            self.records.clear()
 
-    def begin(self, track: Track) -> None:
-        """A trajectory starts in `track`: what others keep of earlier ones is of no use any more."""
-        now = getattr(track.clock, "timestep", None)
-        for one in self.by_program.values():
-            if one is track or getattr(one.clock, "timestep", None) != now:
-                one.forget()
-                one.records.clear()
+    def shown(self) -> list[StepRecord]:
+        """The calls of the last trajectory. Where nobody says when one begins, calls whose timesteps move in one
+        direction are of one, even if the clock lost it on the way."""
+        records = list(self.records)
+        if self.exact:
+            return records
+        first, direction, later = len(records), 0, None
+        for i, now in reversed([(i, one.timestep) for i, one in enumerate(records)]):
+            if now is not None and later is not None and now != later:
+                moved = 1 if later > now else -1
+                if moved == -direction:
+                    break
+                direction = moved
+            first, later = i, later if now is None else now
+        return records[first:]
+
+    def walk(self, timestep: float) -> None:
+        """Note where the trajectory is; a longer one than the last, or one that goes elsewhere, is what the next one
+        will be."""
+        self.ahead.walk(timestep)
+        new = self.ahead.known and timestep not in self.ahead.known
+        if new or len(self.ahead.walked) >= len(self.past.walked):
+            self.past.walked = self.ahead.walked
 
 
 def run_step(
@@ -166,31 +198,28 @@ def _run(
     begin = time.perf_counter()
     track = tracks.of(program)
     sighting = _look(program, tracks, track, args)
-    tick = track.clock.observe(sighting)
+    tick = tracks.clock.observe(sighting)
     if tick.restart or tick.stream is None:
         at_start()
     if tick.restart:
-        tracks.begin(track)
-        track.hoisted.clear()
-        track.probe.contents.keep(sighting.condition)
         declared = trajectory.timesteps if trajectory is not None else ()
-        track.ahead = Ahead(declared or tuple(program.schedule.timesteps or program.walked))
+        tracks.begin(tick, sighting, declared or program.schedule.timesteps)
     if tick.warning and program.layout:  # without state nothing is lost
-        warn_once(program, tick.warning)
+        program.warned.once(tick.warning)
     if trajectory is not None and trajectory.steps is not None and tick.step >= trajectory.steps:
         raise StateError(
             f"the trajectory was declared with steps={trajectory.steps}, and this is call {tick.step + 1}"
             f"{' of stream ' + repr(trajectory.stream) if trajectory.stream else ''}: start a new trajectory"
         )
     if tick.stream is None and sighting.timestep is None:
-        track.forget()  # nobody knows how far the trajectory went with this call
+        tracks.forget()  # nobody knows how far the trajectory went with this call
     state = None
     if tick.stream is not None:
         if tick.stream not in track.states:
             track.states[tick.stream] = program.state()
         state = track.states[tick.stream]
         _drop_if_not_finite(program, track, tick.stream, state)
-    contents = _contents(program, track, tick, sighting, args)
+    contents = _contents(program, tracks, track, tick, sighting, args)
     row, cold = _row(program, tick, sighting, state)
     variant, run = program.executable(row)
     start, compiled = time.perf_counter(), sum(program.compile_seconds.values())
@@ -212,11 +241,14 @@ def _run(
         outputs = tuple(results[: variant.outputs])
         if state is not None:
             _keep(program, track, tick, state, row, variant, results)
-    if len(track.records) == MAX_RECORDS:
-        del track.records[: MAX_RECORDS // 2]
+    if len(tracks.records) == MAX_RECORDS:
+        del tracks.records[: MAX_RECORDS // 2]
     ms = (end - start + sharing) * 1e3
     overhead = (time.perf_counter() - begin) * 1e3 - ms
-    track.records.append(StepRecord(tick.step, str(tick.stream), variant.name, ms, overhead, variant.macs, cold))
+    stream, macs = str(tick.stream), program.full_macs
+    tracks.records.append(
+        StepRecord(tick.step, stream, variant.name, ms, overhead, variant.macs, cold, 0, macs, sighting.timestep)
+    )
     return outputs
 
 
@@ -234,13 +266,12 @@ def _keep(
 
 def _look(program: Runnable, tracks: Tracks, track: Track, args: Sequence[Any]) -> Sighting:
     timestep = None if program.timestep is None else args[program.timestep]
-    if isinstance(track.clock, Counter):
+    if isinstance(tracks.clock, Counter):
         if not program.schedule.timesteps:
-            return Sighting(0.0)  # nothing needs to be read
-        return track.probe.look(timestep, None, ())
+            return Sighting(None, kind=track.kind)  # nothing needs to be read
+        return tracks.probe.look(timestep, None, (), track.kind)
     latent = None if program.latent is None else args[program.latent]
-    sighting = track.probe.look(timestep, latent, [args[i] for i in program.condition])
-    return replace(sighting, gap=True) if tracks.saw(track, sighting.timestep) else sighting
+    return tracks.probe.look(timestep, latent, [args[i] for i in program.condition], track.kind)
 
 
 def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState | None) -> tuple[Row, bool]:
@@ -250,14 +281,14 @@ def _row(program: Runnable, tick: Tick, sighting: Sighting, state: StreamState |
         return schedule.rows[0], True
     choice = choose_row(schedule, tick.step, sighting.timestep, state)
     if choice.warning:
-        warn_once(program, choice.warning)
+        program.warned.once(choice.warning)
     if choice.cold:
         state.clear()
     return choice.row, choice.cold
 
 
 def _contents(
-    program: Runnable, track: Track, tick: Tick, sighting: Sighting, args: Sequence[Any]
+    program: Runnable, tracks: Tracks, track: Track, tick: Tick, sighting: Sighting, args: Sequence[Any]
 ) -> dict[int, Hashable]:
     """What tells the contents of inputs, by position: of those that the clock has seen, or that hoisted values came
     from. In a named stream nobody waits for an accelerator: what was written to there past its version counter is
@@ -266,14 +297,13 @@ def _contents(
         return dict(zip(program.condition, sighting.condition, strict=True))
     found = dict[int, Hashable]()
     for i in track.hoisted[tick.stream].inputs if tick.stream in track.hoisted else ():
-        found[i], was_wrong = track.probe.contents.likely_number(args[i])
+        found[i], was_wrong = tracks.probe.contents.likely_number(args[i])
         if was_wrong:
             track.states[tick.stream].clear()
-            warn_once(
-                program,
+            program.warned.once(
                 "an input was written to past its version counter (.data, DLPack, a kernel of its own). A named stream "
                 "doesn't wait for the device to tell, so at least one call used the old values; this one starts cold. "
-                "Write with copy_, or pass another tensor",
+                "Write with copy_, or pass another tensor"
             )
     return found
 
@@ -294,20 +324,17 @@ def _hoisted(
     if not variant.hoists:
         return []
     track, stream, timestep = tracks.of(program), tick.stream, sighting.timestep
-    if isinstance(track.clock, Counter) and not program.schedule.timesteps:  # there the sighting saw nothing
+    if isinstance(tracks.clock, Counter) and not program.schedule.timesteps:  # there the sighting saw nothing
         timestep = _unseen(program, tracks.told, tick.step, args)
     if stream is None:
         return Hoisted().of(program.preludes, variant.hoists, args, None)
-    ahead = track.ahead
     if timestep is not None:
-        ahead.walk(timestep)
-        if len(ahead.walked) >= len(program.walked) or (ahead.known and timestep not in ahead.known):
-            program.walked = ahead.walked
+        tracks.walk(timestep)
     if stream not in track.hoisted:
-        track.hoisted[stream] = Hoisted(ahead)
+        track.hoisted[stream] = Hoisted(tracks.ahead)
 
     def content(i: int) -> Hashable:
-        return contents[i] if i in contents else track.probe.contents.number(args[i])
+        return contents[i] if i in contents else tracks.probe.contents.number(args[i])
 
     return track.hoisted[stream].of(program.preludes, variant.hoists, args, timestep, content)
 
@@ -357,17 +384,8 @@ def _drop_if_not_finite(
     if finite.holds():
         return False
     state.clear()
-    warn_once(
-        program,
+    program.warned.once(
         f"step {finite.step} gave values that aren't finite: its state is dropped and the next step computed in full. "
-        "If the model overflows, run it in bfloat16 or float32",
+        "If the model overflows, run it in bfloat16 or float32"
     )
     return True
-
-
-def warn_once(program: Runnable, text: str) -> None:
-    """Each warning once a program; numbers in it don't make it another."""
-    kind = "".join(letter for letter in text if not letter.isdigit())
-    if kind not in program.warned:
-        program.warned.add(kind)
-        warnings.warn(text, MoecaWarning, stacklevel=2)

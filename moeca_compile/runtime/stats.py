@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One model call: milliseconds are the variant's own on the host, without compiling; `cold`: state was missing;
-    `dropped`: branches without a row, where experts have a capacity."""
+    `dropped`: branches without a row, where experts have a capacity; `full_macs`: those of the same call all computed
+    (0: not known). `timestep`: None where nobody read it."""
 
     step: int
     stream: str
@@ -19,6 +21,8 @@ class StepRecord:
     macs: int
     cold: bool
     dropped: int = 0
+    full_macs: int = 0
+    timestep: float | None = None
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,11 @@ class Stats:
         steps: one record a call, in order.
         state_bytes: of all cache tensors held for this model.
         mac_fraction: MACs executed / MACs of the same calls all computed (1.0 before the first call).
-        graphs: how many captured graphs serve this model (1: no graph break).
+        graphs: how many graphs make up a call of this model (1: no graph break).
         compile_seconds: spent in capturing, rewriting and compiling, by variant name; `kernels`: in waiting for the
             C++ compiler, for all variants of a `warmup` together.
         hoisted_bytes: of values that are kept because they don't depend on the latent.
+        warnings: what this handle warned of, each text shown once, and how often it came up.
     """
 
     steps: tuple[StepRecord, ...]
@@ -41,6 +46,7 @@ class Stats:
     graphs: int
     compile_seconds: dict[str, float]
     hoisted_bytes: int = 0
+    warnings: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         ran = Counter(record.variant for record in self.steps)

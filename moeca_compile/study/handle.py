@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from moeca_compile.backend import Bank, Entry
+from moeca_compile.backend import Entry
+from moeca_compile.bank import Bank
 from moeca_compile.errors import ScheduleError
 from moeca_compile.face import compile as moeca_compile_model
 from moeca_compile.face import inner_module
+from moeca_compile.handles import context_of
 from moeca_compile.plan.predict import PREDICTORS, Predictor
 from moeca_compile.plan.rows import FULL, Kinds, Plan, filled, row_kinds, row_of
 from moeca_compile.program import Program
@@ -150,7 +152,7 @@ class Handle:
         spent = self._compiling
 
         def visit(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
-            program = entry.program(args, bank)
+            program, args = entry.place(args, bank)
             if program not in bound:
                 bound.add(program)
                 self._bind(program, plan)
@@ -166,7 +168,7 @@ class Handle:
                     if not isinstance(state, _Predicting):  # the first step, which forecasts nothing
                         track.states[name] = _Predicting.of(state, PREDICTORS[plan.predictor])
             if watch is not None:
-                record = track.records[-1]
+                record = tracks.records[-1]
                 stream = f"{trajectory.stream if trajectory is not None else None}/{record.stream}"
                 altered = watch(Call(program, track, stream, record, args, results))
                 return results if altered is None else altered
@@ -176,7 +178,7 @@ class Handle:
         try:
             samples = self._call(seed, visit)
         finally:
-            for program in bound:  # whoever compiles the model with equal options shares them
+            for program in bound:  # the sampler may be called by others who hold the model
                 program.use(self.caching)
         if not bound:
             raise ScheduleError(
@@ -190,8 +192,7 @@ class Handle:
         if plan is None:
             if seconds:
                 self.uncached.append(seconds)
-            tracks = [one.of(self.program) for one in open_.values()]
-            self.steps = max((1 + record.step for track in tracks for record in track.records), default=0)
+            self.steps = max((1 + record.step for tracks in open_.values() for record in tracks.records), default=0)
         return samples
 
     def warm(self, seed: int, letters: str) -> None:
@@ -223,7 +224,7 @@ class Handle:
             self.seconds += self.clock() - begin
 
     def _call(self, seed: int, visit: Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]) -> torch.Tensor:
-        with visiting(visit), torch.no_grad():
+        with visiting(visit, context_of(self.model)), torch.no_grad():
             samples = self.sample(self.model, seed)
         if not isinstance(samples, torch.Tensor):
             raise ScheduleError(

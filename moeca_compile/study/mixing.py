@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from moeca_compile.backend import Bank, Entry
+from moeca_compile.backend import Entry
+from moeca_compile.bank import Bank
 from moeca_compile.study.handle import Call, Enough, Handle
 
 TOLERANCE = 0.05  # of the latent's change that the weights may leave unexplained
@@ -115,9 +116,9 @@ def _next_latent(
         if number >= len(tape.steps):
             raise Enough
         if tape.steps[number] == step + 1:
-            latent = entry.program(args, bank).latent
-            if latent is not None:
-                seen.append(args[latent].clone())
+            program, args = entry.place(args, bank)
+            if program.latent is not None:
+                seen.append(args[program.latent].clone())
             raise Enough
         first, *others = tape.outputs[number]
         first = first + changes[number] if number in changes else first.clone()

@@ -72,7 +72,7 @@ def test_a_trajectory_at_each_size_equals_torch(session: Session, model: DiT, si
             (wanted,) = run_step(side.program, tracks, args, torch_trajectory)
             assert relative_error(trajectory.run(named(call))["output"], wanted) < 1e-4
         stats = trajectory.stats()
-    records = tracks.of(side.program).records
+    records = tracks.records
     assert [one.variant for one in stats.steps] == [one.variant for one in records]
     assert stats.mac_fraction == pytest.approx(sum(one.macs for one in records) / (6 * records[0].macs))
     assert stats.state_bytes == sum(slot.bytes for slot in side.program.layout)

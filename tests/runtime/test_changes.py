@@ -118,14 +118,29 @@ def test_a_model_that_is_gone_takes_its_state_along() -> None:
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [{"batch": 3}, {"size": (4, 16)}, {"batch": 1}], ids=["batch", "shape", "batch of 1"])
-def test_another_shape_starts_cold_and_is_exact(model: nn.Module, full: nn.Module, other: dict[str, object]) -> None:
-    """Stopped, and gone on with in another shape from a later timestep."""
+def test_another_size_is_another_image(model: nn.Module, full: nn.Module) -> None:
+    """Stopped, and gone on with in another size from a later timestep."""
     run(plain(model), COLD)
     tape = Taped(model)
-    later = run(plain(tape, times=TIMES[COLD:], **other))
+    later = run(plain(tape, times=TIMES[COLD:], size=(4, 16)))
     assert tape.equals(full, calls=[0, 3])
-    assert same(alone(model, lambda m: plain(m, times=TIMES[COLD:], **other)), later)
+    assert same(alone(model, lambda m: plain(m, times=TIMES[COLD:], size=(4, 16))), later)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_another_batch_goes_on_with_the_trajectory(
+    model: nn.Module, full: nn.Module, enter: Callable[[nn.Module], Enter], batch: int
+) -> None:
+    """The step and its row go on; the new batch has no state, so its first call is computed in full."""
+    opened = enter(model)
+    run(plain(model, enter=opened), COLD)
+    tape = Taped(model)
+    run(plain(tape, times=TIMES[COLD:], batch=batch, enter=opened))
+    assert tape.equals(full, calls=[0, 2, 5])
+    assert [record.step for record in records(model)] == list(range(len(TIMES)))
+    assert [record.cold for record in records(model)] == [step == COLD for step in range(len(TIMES))]
+    by_hand = sum(record.macs for record in records(model)) / sum(record.full_macs for record in records(model))
+    assert moeca.stats(model).mac_fraction == pytest.approx(by_hand)
 
 
 def test_trajectories_of_two_shapes_that_take_turns_are_both_exact_or_cold(model: nn.Module, full: nn.Module) -> None:
@@ -133,7 +148,7 @@ def test_trajectories_of_two_shapes_that_take_turns_are_both_exact_or_cold(model
     tapes = [Taped(model), Taped(model)]
     loops = [plain(tapes[0]), plain(tapes[1], seed=1, batch=3)]
     run(loops[0], COLD)
-    with pytest.warns(MoecaWarning, match=r"other input shapes.*moeca_compile\.trajectory"):
+    with pytest.warns(MoecaWarning, match=r"the latent changed.*moeca_compile\.trajectory"):
         take_turns(loops)
     assert tapes[0].equals(full, calls=range(COLD + 1, 10))
     assert tapes[1].equals(full, calls=range(COLD + 1))
@@ -154,7 +169,7 @@ def test_another_dtype_of_the_whole_model_starts_cold(model: nn.Module, full: nn
     try:
         outputs = run(plain(tape, times=TIMES[COLD:], dtype=torch.bfloat16))
         assert {out.dtype for out in outputs} == {torch.bfloat16}
-        assert tape.equals(full, calls=[0, 3])
+        assert tape.equals(full, calls=[0, 2])
     finally:
         model._orig_mod.to(torch.float32)
 
@@ -206,18 +221,17 @@ def test_a_part_without_autocast_stays_without() -> None:
 # -- modes ------------------------------------------------------------------------------------------------------------
 
 
-def test_inference_mode_may_follow_no_grad(model: nn.Module, full: nn.Module) -> None:
-    """Between trajectories nothing differs; within one it is another graph of Dynamo's, and the next step is cold."""
+def test_inference_mode_changes_nothing(model: nn.Module, enter: Callable[[nn.Module], Enter]) -> None:
+    """Dynamo has a graph of its own for tensors that were made in it; it computes the same."""
     truth = alone(model, plain)
     with torch.inference_mode():
         assert same(run(plain(model)), truth)
-    tape = Taped(model)
-    loop = plain(tape)
-    run(loop, COLD)
+    loop = plain(model, enter=enter(model))
+    outputs = run(loop, COLD)
     with torch.inference_mode():
-        run(loop, 1)
-    assert tape.equals(full, calls=[COLD])
-    assert same(run(plain(model)), truth)
+        outputs += run(loop, 2)
+    assert same(outputs + run(loop), truth)
+    assert not any(record.cold for record in records(model))
 
 
 def test_grad_mode_is_refused_where_weights_or_inputs_want_gradients() -> None:

@@ -168,7 +168,7 @@ def test_steps_of_a_warm_up_call_are_forgotten_without_a_warning() -> None:
     clock = Clock()
     clock.observe(Sighting(1.0))
     ticks = [clock.observe(Sighting(t, jump=jump)) for t, jump in ((1000.0, FAR), (950.0, NEAR), (900.0, NEAR))]
-    assert ticks == [Tick(0, 0, restart=True), Tick(1, 0), Tick(2, 0)]
+    assert ticks == [Tick(0, 0, restart=True, broken_off=True), Tick(1, 0), Tick(2, 0)]
 
 
 def test_a_trajectory_that_starts_where_the_last_one_stopped_is_cold() -> None:
@@ -240,12 +240,46 @@ def test_a_latent_that_is_not_finite_starts_cold() -> None:
     assert clock.observe(Sighting(1.0, jump=math.nan)).restart
 
 
-def test_steps_of_other_shapes_in_between_start_cold() -> None:
-    """A guidance interval: batch 1, then batch 2 for a while, then batch 1 again. The old state is steps too old."""
+def test_calls_of_another_kind_go_on_with_the_trajectory() -> None:
+    """A guidance interval: batch 1, then batch 2 for a while, then batch 1 again; each kind has streams of its own."""
+    clock = Clock()
+    calls = [(9.0, 1, "cat"), (8.0, 1, "cat"), (7.0, 2, "both"), (6.0, 2, "both"), (5.0, 1, "cat")]
+    ticks = [clock.observe(Sighting(t, condition, NEAR, kind=kind)) for t, kind, condition in calls]
+    assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 0)]
+    assert not any(tick.warning for tick in ticks)
+
+
+def test_the_streams_of_a_kind_are_fixed_in_the_step_of_its_first_call() -> None:
+    clock = Clock()
+    clock.observe(Sighting(9.0, "cat"))
+    ticks = [clock.observe(Sighting(8.0, stream, NEAR, kind=2)) for stream in ("cat", "null")]
+    assert [(tick.step, tick.stream) for tick in ticks] == [(1, 1), (1, 2)]
+    assert clock.observe(Sighting(7.0, "dog", NEAR, kind=2)).stream is None
+
+
+@pytest.mark.parametrize("jump", [FAR, -1.0])
+def test_a_call_of_another_kind_far_from_the_last_is_another_trajectory(jump: float) -> None:
     clock = Clock()
     for t in (9.0, 8.0):
         clock.observe(Sighting(t, jump=NEAR))
-    assert clock.observe(Sighting(4.0, jump=NEAR, gap=True)).restart
+    tick = clock.observe(Sighting(7.0, jump=jump, kind=2))
+    assert tick.restart
+    assert bool(tick.warning) == (jump == FAR)  # another size isn't the next step of anything
+
+
+def test_streams_of_two_kinds_may_have_latents_of_their_own() -> None:
+    clock = Clock()
+    calls = [(9.0, 1, 0.0), (9.0, 2, FAR), (8.0, 1, NEAR), (8.0, 2, NEAR)]
+    ticks = [clock.observe(Sighting(t, jump=jump, kind=kind)) for t, kind, jump in calls]
+    assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_trajectories_of_two_sizes_that_take_turns_are_told_to_say_so() -> None:
+    clock = Clock()
+    calls = [(9.0, 1, 0.0), (6.0, 2, -1.0), (8.0, 1, -1.0), (5.0, 2, -1.0)]
+    ticks = [clock.observe(Sighting(t, jump=jump, kind=kind)) for t, kind, jump in calls]
+    assert all(tick.restart for tick in ticks)
+    assert any("stream=" in tick.warning for tick in ticks)
 
 
 def test_an_exact_trajectory_looks_at_no_latent() -> None:
