@@ -1,19 +1,21 @@
 """Expert weights in oneDNN's blocked layout, which `moeca::experts` multiplies fastest on CPUs: few rows above all.
 
 Packed weights are copies, so they are used only inside `Packs.active`, by the thread and for the weights that they were
-made of: the caller drops them when a weight changes. Writes that no version counter shows (`.data`) are found by a
-checksum of all weights, taken again after each `doubt`.
+made of: the caller drops them when a weight changes. Writes that no version counter shows (`.data`) are found by their
+bits: of all weights after each `doubt`, and of a part of each, another one in turn, at every use.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moeca_compile.runtime.content import Stamp
 
 Weights = Sequence[Tensor]
 Linear = Callable[[Tensor], Tensor]
@@ -28,8 +30,16 @@ class PackedExperts:
     up: list[Linear]
     down: list[Linear]
     gate: list[Linear]
-    checksum: Tensor
+    stamps: list[Stamp]
     proven: bool = True
+    uses: int = 0
+
+    def are_of(self, weights: Iterable[Tensor]) -> bool:
+        """Whether the weights are those that were packed, as far as this use looks."""
+        self.uses += 1
+        if not self.proven:
+            return all(stamp.matches(one) for stamp, one in zip(self.stamps, weights, strict=True))
+        return all(stamp.sample_matches(one, self.uses) for stamp, one in zip(self.stamps, weights, strict=True))
 
 
 class Packs:
@@ -62,13 +72,12 @@ class Packs:
             return None
         key = (up[0].stride(), *(one.data_ptr() for group in groups for one in group))
         layer = self.layers.get(key)
-        if layer is None or not layer.proven:
-            checksum = torch.stack([_checksum(one) for group in groups for one in group])
-            if layer is None or not torch.equal(layer.checksum, checksum):
-                layer = self.layers[key] = PackedExperts(
-                    _linears(up, up_bias), _linears(down, down_bias), _linears(gate, gate_bias), checksum
-                )
-            layer.proven = True
+        weights = [one for group in groups for one in group]
+        if layer is None or not layer.are_of(weights):
+            layer = self.layers[key] = PackedExperts(
+                _linears(up, up_bias), _linears(down, down_bias), _linears(gate, gate_bias), list(map(Stamp, weights))
+            )
+        layer.proven = True
         return layer
 
 
@@ -102,10 +111,3 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
         return result
 
     return linear
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """The sum of its bits, taken as whole numbers, which wrap."""
-    flat = tensor.detach().contiguous().view(-1)
-    wide = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    return flat.view(torch.int64 if wide else torch.uint8).sum()

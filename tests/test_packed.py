@@ -14,7 +14,8 @@ from moeca_compile import adjacent, packed
 from moeca_compile.errors import MoecaWarning, OptionError
 from moeca_compile.ops import segments
 from moeca_compile.packed import Packs
-from tests.sampling import compiled, dit, plain, run
+from moeca_compile.runtime.content import SHARES
+from tests.sampling import Taped, compiled, dit, plain, run
 
 D, HIDDEN, EXPERTS = 16, 24, 3
 
@@ -72,6 +73,28 @@ def test_a_write_past_the_version_counter_is_found_when_it_is_doubted() -> None:
     assert packs.of(*weights) is not first
 
 
+def test_a_write_past_the_version_counter_to_whole_weights_is_found_at_the_next_use() -> None:
+    torch.manual_seed(0)
+    up, down = ([torch.randn(256, 256) for _ in range(EXPERTS)] for _ in range(2))
+    weights: list[list[Tensor]] = [up, down, [], [], [], []]
+    packs = Packs()
+    first = packs.of(*weights)
+    assert packs.of(*weights) is first
+    up[1].data.mul_(2)
+    second = packs.of(*weights)
+    assert second is not first
+    down[2].numpy()[17, 3] += 1
+    assert any(packs.of(*weights) is not second for _ in range(SHARES))
+
+
+def test_rows_that_change_places_are_found_when_they_are_doubted() -> None:
+    weights, packs = layer(True, False), Packs()
+    first = packs.of(*weights)
+    weights[0][0].data.copy_(weights[0][0].flip(0))
+    packs.doubt()
+    assert packs.of(*weights) is not first
+
+
 # -- compiled models --------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +122,16 @@ def test_changed_weights_are_packed_again(change: Callable[[nn.Module], None]) -
         for one, truth in zip(run(plain(model)), run(plain(compiled(copy.deepcopy(module)))), strict=True):
             torch.testing.assert_close(one, truth, rtol=1e-4, atol=1e-5)
         change(module)
+
+
+def test_full_with_packed_experts_follows_weights_that_change_in_the_middle() -> None:
+    module = dit()
+    model = compiled(module, pack_experts=True, schedule="full")
+    taped = Taped(model)
+    for _ in plain(taped):
+        with torch.no_grad():
+            torch.testing.assert_close(taped.outputs[-1], module(*taped.inputs[-1]), rtol=1e-4, atol=1e-5)
+        scaled_past_its_counter(module)
 
 
 def test_two_models_have_their_own() -> None:

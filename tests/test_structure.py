@@ -54,6 +54,7 @@ ALL = STAGES | PROGRAM | CALLS | {"plan", "inspect", "face", "study"}
 MAY_IMPORT = {
     **dict.fromkeys((*DATA, "plan", "runtime", "inspect"), DATA),
     **dict.fromkeys(GRAPH - DATA | {"passes", "canonical"}, GRAPH),
+    "packed": GRAPH | {"runtime.content"},
     "lower": GRAPH
     | {"runtime.buffers", "runtime.bundle", "runtime.manifest", "runtime.graphs", "runtime.signature", "runtime.trt"}
     | {"runtime.writing"},
