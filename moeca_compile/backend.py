@@ -84,8 +84,10 @@ class Entry:
         self._labels = [inputs[i].label for i in self._weights]
         self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
         self._floats = _floats_of(gm)
+        self._unread = {i for i, one in enumerate(fx.placeholders(gm)) if not one.users}  # strides and sizes, mostly
         self._follows = {i for i, one in enumerate(fx.placeholders(gm)) if follows_from_call(one)}
         self._kinds: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
+        self._none: dict[Hashable, bool] = {}  # by the shapes of empty inputs, whether the results are empty too
         self._whole: bool | None = None
         self._own: HandleState | None = None  # of callers that came without torch.compile
         ENTRIES.add(self)
@@ -96,6 +98,12 @@ class Entry:
                 "moeca is for inference: grad mode is on and some tensors require grad. Call the model under "
                 "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
             )
+        empty = tuple([a.shape for i in self._others if isinstance(a := args[i], torch.Tensor) and not a.numel()])
+        if empty and self._none.get(empty, True):
+            results = tuple(self.gm(*args))
+            self._none[empty] = not any(isinstance(one, torch.Tensor) and one.numel() for one in results)
+            if self._none[empty]:  # no samples: there is nothing to capture or to cache
+                return results
         owner = find_owner()
         if self._whole is None:
             with alone():
@@ -174,12 +182,14 @@ class Entry:
     def _find(self, args: Sequence[Any], bank: Bank, weights: Weights) -> tuple[Program, Order | None]:
         """The program for arguments like these, captured if none of this handle's computes the same."""
         numbers = {i: n for i in self._others if (n := self._number(i, args)) is not None}
+        read = [n for i, n in numbers.items() if i not in self._unread]
         tensors = tuple(
-            (tuple(a.shape), a.stride(), a.dtype, a.device) for a in (args[i] for i in self._others if i not in numbers)
+            (tuple(a.shape), _strides(a), a.dtype, a.device)
+            for a in (args[i] for i in self._others if i not in numbers)
         )
         if weights.kind is None:
             weights.kind = self._kinds.setdefault(weights.kinds, len(self._kinds))
-        key = (self.number, tuple(numbers.values()), tensors, weights.kind, ambient_autocast())
+        key = (self.number, tuple(read), tensors, weights.kind, ambient_autocast())
         found = bank.find(key)
         if found is not None:
             return found
@@ -230,7 +240,8 @@ class Entry:
     def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any], bank: Bank) -> None:
         known = [other[1] for other in bank.keys_of(self.number) if other[2:] == key[2:]]
         if len(known) == 2:  # two may be a setting that was changed; a third is a habit
-            moving = [self.inputs[i].label for n, i in enumerate(numbers) if len({v[n] for v in (*known, key[1])}) == 3]
+            labels = [self.inputs[i].label for i in numbers if i not in self._unread]
+            moving = [label for n, label in enumerate(labels) if len({v[n] for v in (*known, key[1])}) == 3]
             bank.warned.once(
                 f"{', '.join(moving) or 'an input'} comes as a Python number that changes from call to call, and a "
                 "graph is captured and compiled for each value. Pass it as a tensor",
@@ -241,7 +252,15 @@ class Entry:
 def _kind(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
-    return tuple(value.shape), value.stride(), str(value.dtype), str(value.device)
+    return tuple(value.shape), _strides(value), str(value.dtype), str(value.device)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Those that matter: where there is one element or none, any is as good."""
+    strides = tensor.stride()
+    if 1 not in tensor.shape:
+        return strides
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def _floats_of(gm: torch.fx.GraphModule) -> frozenset[int]:

@@ -76,9 +76,9 @@ class Routed:
         if self.per_sample:
             idx, w = (_repeated(part, x.shape[0], tokens.shape[0]) for part in (idx, w))
         count = tokens.shape[0]
-        ids = idx if idx.dim() == 2 and idx.shape[0] == count else idx.reshape(count, idx.numel() // count)
+        ids = idx if idx.dim() == 2 and idx.shape[0] == count else idx.reshape(count, idx.numel() // max(count, 1))
         ids = ids if ids.dtype == torch.int64 else ids.long()
-        weights = w if w.dim() == 2 and w.shape[0] == count else w.reshape(count, w.numel() // count)
+        weights = w if w.dim() == 2 and w.shape[0] == count else w.reshape(count, w.numel() // max(count, 1))
         if self.dense:
             weights = weights.gather(1, ids)
         y = self.branches(owner, tokens, ids)
@@ -98,8 +98,8 @@ class Routed:
 
 def _repeated(part: Tensor, samples: int, tokens: int) -> Tensor:
     """[N, ...] -> [N*T, ...]: what holds for a sample holds for its tokens."""
-    part = part.reshape(samples, 1, part.numel() // samples)
-    return part.expand(samples, tokens // samples, part.shape[-1]).reshape(tokens, part.shape[-1])
+    part = part.reshape(samples, 1, part.numel() // max(samples, 1))
+    return part.expand(samples, tokens // max(samples, 1), part.shape[-1]).reshape(tokens, part.shape[-1])
 
 
 def operator(tokens: Tensor, ids: Tensor, weights: WeightLists, activation: str) -> Tensor:
