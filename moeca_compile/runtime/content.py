@@ -17,7 +17,7 @@ from moeca_compile.runtime.nowait import Flag, must_be_waited_for
 
 MOST = 12  # contents of one shape, dtype and device that are kept
 CHUNK = 4096  # words of eight bytes that one sum is over
-SHARES = 16  # a sample is one of so many parts of a weight
+SHARES = 32  # a sample is one of so many parts of a weight
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,8 +50,10 @@ class Contents:
 
     def number(self, value: torch.Tensor) -> int:
         """The number of what `value` holds; waits for an accelerator."""
-        now = bits(value)
-        found = next((one for one in self._like(value) if torch.equal(one.copy, now)), None)
+        now, kept = bits(value), self._like(value)
+        if kept and torch.equal(kept[0].copy, now) and not must_be_waited_for(value):
+            return kept[0].number  # nearly always
+        found = next((one for one in kept if torch.equal(one.copy, now)), None)
         if found is None:
             self._count += 1
             found = _Kept(self._count, value)
@@ -87,7 +89,11 @@ class Contents:
         self._kept = {kind: [one for one in kept if one.number in numbers] for kind, kept in self._kept.items()}
 
     def _like(self, value: torch.Tensor) -> list[_Kept]:
-        return self._kept.setdefault((value.shape, value.dtype, value.device), [])
+        kind = value.shape, value.dtype, value.device
+        kept = self._kept.get(kind)
+        if kept is None:
+            kept = self._kept[kind] = []
+        return kept
 
     def _latest(self, found: _Kept, value: torch.Tensor) -> int:
         kept = self._like(value)
@@ -134,7 +140,8 @@ class Stamp:
 
 def bits(value: torch.Tensor) -> torch.Tensor:
     """The tensor as whole numbers, where it lies: NaN equals itself there, and 0 isn't -0."""
-    value = value.detach()
+    if value.requires_grad:
+        value = value.detach()
     if value.is_complex():
         value = torch.view_as_real(value.resolve_conj())
     word = _WORDS[value.element_size()]

@@ -117,7 +117,7 @@ def test_on_an_accelerator_order_and_value_count_too() -> None:
 
 def by_address(tensor: Tensor) -> None:
     """As code does that torch knows nothing of."""
-    ctypes.memset(tensor.data_ptr(), 1, tensor.element_size())
+    ctypes.memset(tensor.data_ptr(), 0x77, tensor.element_size())
 
 
 @given(
