@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from moeca_compile.capture import Input, alone, capture, inputs_of
 from moeca_compile.errors import MoecaError, OptionError, StateError
 from moeca_compile.first_call import out_of_date
 from moeca_compile.frozen import Seen, follows_from_call, note, noting
+from moeca_compile.gate import gate_of, passed
 from moeca_compile.handles import HandleState, Read, all_states, backend_of, calling, state_of
 from moeca_compile.options import Options
 from moeca_compile.owner import find_owner, runs_whole
@@ -56,6 +58,9 @@ def moeca(
             raise refusal
 
         return refuse
+    context = calling(find_owner())
+    if context is not None:
+        gate_of(context).count()
     return Entry(gm, inputs_of(gm, example_inputs), parsed)
 
 
@@ -105,13 +110,15 @@ class Entry:
             if self._none[empty]:  # no samples: there is nothing to capture or to cache
                 return results
         owner = find_owner()
-        if self._whole is None:
-            with alone():
-                whole = runs_whole(owner, self.gm)
-                if out_of_date(owner, whole):
-                    return tuple(self.gm(*args))
-                self._whole = whole
         context = calling(owner)
+        if self._whole is None:
+            with gate_of(context).lock if context is not None else nullcontext(), alone():
+                whole = runs_whole(owner, self.gm)
+                if not out_of_date(owner, whole):
+                    self._whole = whole
+        passed()
+        if self._whole is None:
+            return tuple(self.gm(*args))
         state = self._state(context)
         bank = state.bank(owner, None if self.whole else self.number)
         weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
@@ -133,6 +140,8 @@ class Entry:
         if order is not None:
             args = in_order(args, order)
         tracks = bank.tracks(trajectory)
+        if trajectory is not None:
+            trajectory.seen += 1
         if not program.packs_experts:
             return run_step(program, tracks, args, trajectory)
         packs = bank.packs

@@ -19,6 +19,7 @@ from moeca_compile.canonical.isolate import isolate, share_again
 from moeca_compile.capture import counted_apart
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.frozen import let_through
+from moeca_compile.gate import gate_of
 from moeca_compile.handles import context_of, states_of
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
@@ -68,14 +69,15 @@ def compile(
     if parsed.inner == "inductor" and compiles_on_cpu(model.parameters()):
         ask_compiler()
     prepare(model)
-    compiled = torch.compile(
+    compiled: Any = torch.compile(
         model,
         backend=Backend(parsed),
         fullgraph=fullgraph,
         dynamic=dynamic,
         **counted_apart(),
     )
-    return compiled  # type: ignore[return-value]
+    gate_of(compiled.dynamo_ctx)
+    return compiled  # type: ignore[no-any-return]
 
 
 def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:

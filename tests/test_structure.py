@@ -40,6 +40,7 @@ PROGRAM = {"program", "preludes", "adjacent"}
 CALLS = {
     "owner",
     "first_call",
+    "gate",
     "visit",
     "frozen",
     "same_graph",
@@ -66,6 +67,7 @@ MAY_IMPORT = {
     "visit": set(),
     "owner": {"errors"},
     "first_call": REWRITE | {"owner"},
+    "gate": {"errors", "owner", "runtime"},  # one call at a time in Dynamo
     "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo
     "same_graph": GRAPH,
     "bank": STAGES | PROGRAM,  # what one handle runs

@@ -78,6 +78,10 @@ class Clock:
         self.broken_off = 0
         return self._place(call)
 
+    def miss(self) -> None:
+        """A call wasn't seen: with one stream it was a step; with several, the next timestep will tell."""
+        self.step += self.step >= 0 and len(self.streams) == 1
+
     def _is_elsewhere(self, call: Sighting) -> bool:
         if math.isinf(self.latent_jump) or (call.kind not in self.since and call.timestep == self.timestep):
             return False  # streams may have latents of their own
@@ -131,3 +135,7 @@ class Counter:
     def observe(self, call: Sighting) -> Tick:
         self.step += 1
         return Tick(self.step, "named", restart=self.step == 0)
+
+    def miss(self) -> None:
+        """A call wasn't seen."""
+        self.step += 1

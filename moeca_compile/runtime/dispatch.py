@@ -124,6 +124,11 @@ class Tracks:
         for _, track in self.programs():
             track.forget()
 
+    def miss(self) -> None:
+        """A call came that ran no program: the stream missed a step, so its next one is cold."""
+        self.forget()
+        self.clock.miss()
+
     def reset(self) -> None:
         """Forget everything: the next call is the first."""
         self.forget()

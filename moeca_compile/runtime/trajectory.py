@@ -12,6 +12,12 @@ from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.runtime.blocks import Block, acting, close_block, open_block
 from moeca_compile.runtime.told import Told
 
+RAN_EAGERLY = (
+    "ran uncached, as if the model weren't compiled: torch made no graph for that kind of call (shapes, dtypes, modes, "
+    "values of arguments), because it had reached its limit of graphs or compiling is turned off. "
+    'TORCH_LOGS="recompiles" shows what it made so many graphs for'
+)
+
 
 class Trajectory:
     """A context manager that owns its cached state; enter it again to go on with it.
@@ -26,6 +32,8 @@ class Trajectory:
         frozen: the model's handle, if it isn't touched while the trajectory lasts.
         tracks: runtime state by set of weights, filled by the dispatcher.
         ways: where it is frozen, what is known of each kind of call.
+        seen: calls of the model's graphs in it.
+        unseen: calls of the model that ran none.
     """
 
     def __init__(
@@ -45,6 +53,8 @@ class Trajectory:
         self.frozen = frozen
         self.ways: dict[Any, Any] = {}
         self.tracks: dict[Any, Any] = {}
+        self.seen = self.unseen = 0
+        self._says_so = False
         self._told: list[Told] = []
         self._open: list[Block] = []
 
@@ -54,6 +64,13 @@ class Trajectory:
             return None
         self._told.append(Told(self.timesteps))
         return self._told[-1]
+
+    def miss(self, says_so: bool) -> None:
+        """A call of the model ran no graph: it was a step that the cache didn't see. `says_so`: when it is left."""
+        self.unseen += 1
+        self._says_so |= says_so
+        for tracks in list(self.tracks.values()):
+            tracks.miss()
 
     def __enter__(self) -> Trajectory:
         frame = acting(sys._getframe(1))
@@ -89,6 +106,10 @@ class Trajectory:
                 MoecaWarning,
                 stacklevel=2,
             )
+        if self._says_so and not self._open:
+            self._says_so = False
+            calls = f"{self.unseen} of {self.seen + self.unseen} calls of the model in this trajectory"
+            warnings.warn(f"{calls} {RAN_EAGERLY}", MoecaWarning, stacklevel=2)
         for told in self._told:
             told.settle()
 
