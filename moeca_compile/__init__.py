@@ -9,10 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeca_compile.canonical import prepare, unprepare
     from moeca_compile.errors import MoecaError
     from moeca_compile.exporting import export
-    from moeca_compile.face import compile, explain, reset, stats, trajectory, warmup
+    from moeca_compile.face import (
+        compile,
+        explain,
+        prepare,
+        reset,
+        stats,
+        trajectory,
+        unprepare,
+        warmup,
+    )
     from moeca_compile.options import Options
     from moeca_compile.schedule import Schedule
     from moeca_compile.study import calibrate, expert_thresholds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -232,3 +233,19 @@ def test_commands_in_the_pages_are_make_targets(page: str) -> None:
     named = set(re.findall(r"\bmake ([a-z][\w-]*)", code))
     assert named
     assert named <= targets
+
+
+@pytest.mark.parametrize("name", ["moeca_compile", "moeca_compile.runtime"])
+def test_a_type_checker_sees_what_runs(name: str) -> None:
+    """What is imported when it is first used is imported under TYPE_CHECKING too: each name from the same place."""
+    package = importlib.import_module(name)
+    tree = ast.parse(Path(str(package.__file__)).read_text())
+    told = {
+        alias.name: getattr(importlib.import_module(str(node.module)), alias.name)
+        for branch in tree.body
+        if isinstance(branch, ast.If)
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert told == {one: getattr(package, one) for one in package.__all__}

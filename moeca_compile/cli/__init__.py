@@ -2,55 +2,85 @@
 
 from __future__ import annotations
 
-import json as json_text
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
+from moeca_compile import __version__
 from moeca_compile.errors import MoecaError
 from moeca_compile.inspect import plots, schedules
+from moeca_compile.runtime.manifest import MANIFEST, SCHEDULE
+from moeca_compile.runtime.summary import visible
 from moeca_compile.schedule import Schedule
 
 try:
     import typer
-    from rich.console import Console, RenderableType
 
     from moeca_compile.cli import bundles, deploy, drift, plans
+    from moeca_compile.cli.say import print_json, say
+    from moeca_compile.cli.say import show as show_parts
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise
     raise SystemExit("the command line needs typer and rich: pip install 'moeca-compile[cli]'") from None
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-ScheduleFile = Annotated[Path, typer.Argument(help="A schedule's JSON file.")]
+ScheduleFile = Annotated[Path, typer.Argument(help="A schedule's JSON file, or a bundle's directory.")]
 Picture = Annotated[Path | None, typer.Option(help="Draw into this .png or .svg.")]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+TRACEBACK = "MOECA_TRACEBACK"
+MISTAKE, UNEXPECTED = 2, 70
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"moeca-compile {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def commands() -> None:
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Schedules and bundles for diffusion transformers with mixture of experts."""
 
 
 @app.command()
 def show(schedule: ScheduleFile, json: AsJson = False, picture: Picture = None) -> None:
-    """What a schedule says, and its grid of steps and regions."""
-    one = Schedule.load(schedule)
-    _print(schedules.facts(one) if json else (schedules.table_of_facts(one), "", schedules.grid(one)))
+    """Print what a schedule says, and its grid of steps and regions."""
+    one = _schedule(schedule)
+    if json:
+        print_json(schedules.facts(one))
+    else:
+        show_parts(schedules.table_of_facts(one), "", schedules.grid(one))
     if picture is not None:
         plots.save(plots.schedule_grid(one), picture)
 
 
 @app.command()
 def diff(left: ScheduleFile, right: ScheduleFile, json: AsJson = False) -> None:
-    """What differs between two schedules; exit status 1 if anything does."""
-    found = schedules.difference(Schedule.load(left), Schedule.load(right))
+    """Print what differs between two schedules; exit status 1 if anything does."""
+    found = schedules.difference(_schedule(left), _schedule(right))
     if json:
-        _print(found.to_json())
+        print_json(found.to_json())
     else:
-        _print((schedules.table_of_differences(found, left.name, right.name) if found else "the same",))
+        show_parts(schedules.table_of_differences(found, left.name, right.name) if found else "the same")
     raise typer.Exit(1 if found else 0)
+
+
+def _schedule(path: Path) -> Schedule:
+    return Schedule.load(path / SCHEDULE if (path / MANIFEST).exists() else path)
 
 
 plans.mount(app)
@@ -59,19 +89,23 @@ bundles.mount(app)
 deploy.mount(app)
 
 
-def _print(what: dict[str, Any] | tuple[RenderableType, ...]) -> None:
-    if isinstance(what, dict):
-        print(json_text.dumps(what, indent=1))
-        return
-    console = Console(highlight=False)
-    for one in what:
-        console.print(one)
-
-
 def main() -> None:
-    """Run `moeca`: exit status 2 and one line for a mistake that the caller can mend."""
+    """Run `moeca`. Exit status 2 and one line for a mistake that the caller can mend; 70 and one line for whatever else
+    is raised, a model's own errors too. With MOECA_TRACEBACK set, the whole traceback."""
     try:
-        app()
-    except MoecaError as error:
-        print(f"moeca: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        app(prog_name="moeca")
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            raise
+        if isinstance(error, MoecaError):
+            _end(MISTAKE, str(error))
+        if isinstance(error, OSError) and error.filename is not None:
+            _end(MISTAKE, f"{error.filename}: {error.strerror}")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        _end(UNEXPECTED, f"{text} ({Path(frame.filename).name}, line {frame.lineno}; {TRACEBACK}=1 shows more)")
+
+
+def _end(status: int, text: str) -> NoReturn:
+    print(f"moeca: {visible(text)}", file=sys.stderr)
+    raise SystemExit(status) from None

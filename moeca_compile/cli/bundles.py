@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json as json_text
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from moeca_compile.cli import deploy
-from moeca_compile.cli.load import load
+from moeca_compile.cli.load import call
+from moeca_compile.cli.say import print_json, say, show
 from moeca_compile.errors import BundleError, OptionError
+from moeca_compile.lower.experts.choose import FORMS
+from moeca_compile.options import Options
 from moeca_compile.runtime.bench import bench_bundle
 from moeca_compile.runtime.bundle import Bundle, engine_file
 from moeca_compile.runtime.fused import FusedSession
-from moeca_compile.runtime.manifest import FUSED
 from moeca_compile.runtime.ort import CPU
 from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.summary import VARIANT_COLUMNS, facts, variants
 from moeca_compile.runtime.verify import verify as verify_session
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]
 Provider = deploy.Provider
 Memory = Annotated[str, typer.Option(help="speed, or shared: one copy of the weights for all variants.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of one operator.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of an operator; by default the runtime chooses.")]
 
 
 def mount(app: typer.Typer) -> None:
@@ -43,30 +43,33 @@ def export(
     ],
     path: Annotated[Path, typer.Argument(help="The directory to make.")],
     schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
-    order: Annotated[int | None, typer.Option(help="Of the forecast, for short forms: 0, 1 or 2.")] = None,
+    order: Annotated[
+        int | None, typer.Option(help="The forecast's order, for a short form: 0, 1 or 2; by default 1.")
+    ] = None,
     granularity: Annotated[str, typer.Option(help="What the schedule's columns are.")] = "region",
     targets: Annotated[
         str, typer.Option(help="What is to run it, by commas: onnx, openvino, cuda, tensorrt.")
     ] = "onnx",
     experts: Annotated[str, typer.Option(help="auto, segments, dense, moe, capacity or capacity:1.25.")] = "auto",
-    opset: Annotated[int, typer.Option(help="Of the graphs.")] = 20,
-    fused: Annotated[bool, typer.Option("--fused", help="Also fused.onnx: all variants in one graph.")] = False,
-    fixed_batch: Annotated[bool, typer.Option(help="For the example's batch only.")] = False,
+    opset: Annotated[int, typer.Option(help="The ONNX opset of the graphs, 18 to 22.")] = 20,
+    fused: Annotated[bool, typer.Option("--fused", help="Also write fused.onnx, all variants in one graph.")] = False,
+    fixed_batch: Annotated[bool, typer.Option(help="Only for the example's batch; by default for any.")] = False,
     arch: deploy.Arch = "",
     batches: deploy.Batches = deploy.BATCHES,
     triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository of it there too.")] = None,
 ) -> None:
     """Write a model and a schedule as a bundle; for tensorrt with its engines, and the trtexec lines that make them."""
+    asked = deploy.request_of(arch=arch, batches=batches)
+    _refuse_early(path, schedule, order, targets.split(","))
+    model, inputs, *other_sizes = _load(source)
     from moeca_compile.exporting import export as export_model
 
-    asked = deploy.request_of(arch=arch, batches=batches)
-    model, inputs, *other_sizes = _load(source)
     bundle = export_model(
         model, inputs, schedule, path, other_sizes=other_sizes, targets=targets.split(","), opset=opset,
         experts=experts, order=order, granularity=granularity, fused=fused, dynamic_batch=not fixed_batch,
         progress=True, engines=asked if arch or batches != deploy.BATCHES else None,
     )  # fmt: skip
-    print(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
+    say(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
     if "tensorrt" in bundle.manifest.data["targets"]:
         deploy.show_engines(bundle)
         deploy.show_commands(bundle, asked)
@@ -79,7 +82,7 @@ def verify(
     provider: Provider = CPU,
     memory: Memory = "speed",
     threads: Threads = None,
-    fused: Annotated[bool, typer.Option("--fused", help="The fused graph in place of the variants.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Run the fused graph in place of the variants.")] = False,
     json: AsJson = False,
 ) -> None:
     """Checksums, then the golden steps on this machine; exit status 1 if they differ from what was recorded."""
@@ -89,9 +92,9 @@ def verify(
         engine_file(path, one, session.manifest)
     verdict = verify_session(session)
     if json:
-        print(json_text.dumps({**asdict(verdict), "error": verdict.error, "passed": verdict.passed}, indent=1))
+        print_json({**asdict(verdict), "error": verdict.error, "passed": verdict.passed})
     else:
-        print(verdict)
+        say(verdict)
     raise typer.Exit(0 if verdict.passed else 1)
 
 
@@ -99,35 +102,15 @@ def info(path: BundlePath, json: AsJson = False) -> None:
     """What is in a bundle; its checksums are verified."""
     bundle = Bundle.open(path)
     if json:
-        print(json_text.dumps(dict(bundle.manifest.data), indent=1))
+        print_json(bundle.manifest.data)
         return
-    manifest, data = bundle.manifest, bundle.manifest.data
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in {
-        "model": f"{data['model']['name']}, {len(data['model']['regions'])} regions, {data['dtype']}",
-        "inputs": "\n".join(map(str, manifest.inputs)),
-        "outputs": "\n".join(map(str, manifest.outputs)),
-        "other sizes": "\n".join(", ".join(map(str, one.inputs)) for one in manifest.sizes),
-        "baked in": ", ".join(f"{k}={v}" for k, v in data["model"]["baked"].items()),
-        "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows",
-        "state": f"{len(manifest.state)} tensors",
-        "experts": data["expert_lowering"],
-        "for": ", ".join(data["targets"]),
-        "engines": "\n".join(sorted({one.folder for one in manifest.engines})),
-        "graphs": f"ONNX opset {data['opset']}" + (f", also {FUSED}" if data["fused"] else ""),
-        "made with": ", ".join(f"{k} {v}" for k, v in data["made_with"].items()),
-        "size": f"{bundle.bytes / 2**20:.1f} MiB",
-    }.items():
-        if value:
-            table.add_row(name, Text(value))  # not markup: shapes stand in brackets
-    variants = Table("variant", "computes", "reads", "writes", "MACs", "of the full one")
-    full = max(one.macs for one in manifest.variants) or 1
-    for one in manifest.variants:
-        cells = (f"{one.row.count('C')} of {len(one.row)}", len(one.reads), len(one.writes), f"{one.macs / 1e6:.1f} M")
-        variants.add_row(one.name, *map(str, cells), f"{one.macs / full:.1%}")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(variants)
+    for name, value in facts(bundle).items():
+        table.add_row(name, value)
+    every = Table(*VARIANT_COLUMNS)
+    for line in variants(bundle):
+        every.add_row(*line)
+    show(table, every)
 
 
 def run(
@@ -146,24 +129,24 @@ def run(
     except (OSError, ValueError) as error:
         raise BundleError(f"{inputs} can't be read: {error}") from error
     lengths = {len(one) if one.ndim else 0 for one in arrays.values()}
-    if len(lengths) != 1:
+    if len(lengths) != 1 or 0 in lengths:
         raise BundleError(f"{inputs}: every input needs the same number of steps, not {sorted(lengths)}")
     results: list[dict[str, Any]] = []
     with session.trajectory() as trajectory:
         for step in range(lengths.pop()):
             results.append(trajectory.run({name: one[step] for name, one in arrays.items()}))  # noqa: PERF401
         stats = trajectory.stats()
-    stacked: dict[str, Any] = {name: np.stack([one[name] for one in results]) for name in results[0]} if results else {}
-    np.savez(out, **stacked)
-    print(stats)
+    with out.open("wb") as file:  # as it is called: numpy would add .npz
+        np.savez(file, **{name: np.stack([one[name] for one in results]) for name in results[0]})
+    say(stats)
 
 
 def bench(
     path: BundlePath,
     providers: Annotated[str, typer.Option(help="Execution providers of onnxruntime, or openvino; by commas.")] = CPU,
-    steps: Annotated[int, typer.Option(help="Of a trajectory.")] = 50,
-    rounds: Annotated[int, typer.Option(help="Whole trajectories, cached and full in turn.")] = 3,
-    batch: Annotated[int, typer.Option(help="Samples in a call.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps a trajectory has.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="Whole trajectories, cached and full in turn.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 2,
     memory: Memory = "speed",
     threads: Threads = 1,
     json: AsJson = False,
@@ -174,23 +157,31 @@ def bench(
         for provider in providers.split(",")
     ]
     if json:
-        print(json_text.dumps([asdict(one) for one in found], indent=1))
+        print_json([asdict(one) for one in found])
         return
     for one in found:
         table = Table("variant", "ms a step", title=one.provider, title_justify="left")
         for name, ms in one.variant_ms.items():
             table.add_row(name, f"{ms:.2f}")
-        Console().print(table)
-        print(
+        show(table)
+        say(
             f"{steps} steps: {one.full_ms:.0f} ms full, {one.cached_ms:.0f} ms cached, {one.speedup:.2f} times faster "
             f"at {one.mac_fraction:.1%} of the MACs ({one.speedup * one.mac_fraction:.0%} of what that allows)"
         )
 
 
+def _refuse_early(path: Path, schedule: str, order: int | None, targets: list[str]) -> None:
+    """What is wrong whatever the model is, before torch is imported, which takes seconds."""
+    if path.exists():
+        raise BundleError(f"{str(path)!r} exists already; remove it, or export to another name")
+    if unknown := [name for name in targets if name not in FORMS]:
+        raise OptionError(f"--targets {','.join(unknown)}: expected one or several of {', '.join(FORMS)}")
+    Options(schedule=schedule, order=order).resolved_schedule()
+
+
 def _load(source: str) -> tuple[Any, ...]:
     """The model and its example inputs, of one size or several, from `package.module:function`."""
-    function = load(source)
-    found = function() if callable(function) else None
+    found = call(source)
     if not isinstance(found, tuple) or len(found) < 2:
         raise OptionError(f"{source}: expected a function that returns (model, example_inputs)")
     return found

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moeca_compile.cli.say import say
 from moeca_compile.errors import OptionError
 from moeca_compile.inspect.progress import bar
 from moeca_compile.lower.tensorrt import EngineRequest, build_engines
@@ -46,12 +47,12 @@ def engines(
 def triton(
     path: BundlePath,
     directory: Annotated[Path, typer.Argument(help="The model repository; made if it isn't there.")],
-    name: Annotated[str, typer.Option(help="Of the model; else the bundle's.")] = "",
-    batch: Annotated[int, typer.Option(help="Of a request to the fused model, if the bundle has one.")] = 1,
-    sequences: Annotated[int, typer.Option(help="Trajectories at a time, at most.")] = 64,
-    idle_seconds: Annotated[int, typer.Option(help="After which a sequence without requests is dropped.")] = 60,
+    name: Annotated[str, typer.Option(help="The model's name; by default the bundle's.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="The batch of all requests to the fused model.")] = 1,
+    sequences: Annotated[int, typer.Option(min=1, help="How many trajectories run at a time, at most.")] = 64,
+    idle_seconds: Annotated[int, typer.Option(min=1, help="A sequence without requests for so long is dropped.")] = 60,
     provider: Provider = "CPUExecutionProvider",
-    threads: Annotated[int, typer.Option(help="Of one operator; 0: the runtime's choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="How many threads an operator uses; 0: the runtime chooses.")] = 0,
 ) -> None:
     """Write a bundle as models of a Triton server; each config is held against the ONNX files."""
     made = write_repository(
@@ -59,7 +60,8 @@ def triton(
         provider=provider, threads=threads,
     )  # fmt: skip
     for folder in made:
-        print(folder)
+        say(folder)
+    say(f"serve with: tritonserver --model-repository={directory}")
 
 
 def request_of(library: str = "", arch: str = "", batches: str = BATCHES, cache: Path | None = None) -> EngineRequest:
@@ -77,10 +79,10 @@ def request_of(library: str = "", arch: str = "", batches: str = BATCHES, cache:
 
 def show_engines(bundle: Bundle) -> None:
     for one in bundle.manifest.engines:
-        print(f"{one.file}: {bundle.manifest.files[one.file][1] / 2**20:.1f} MiB, {one.range}")
+        say(f"{one.file}: {bundle.manifest.files[one.file][1] / 2**20:.1f} MiB, {one.range}")
 
 
 def show_commands(bundle: Bundle, request: EngineRequest) -> None:
     """The same with TensorRT's own tool."""
     for line in trtexec_lines(bundle, request.batch):
-        print(line)
+        say(line)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json as json_text
 import statistics
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from moeca_compile.cli.load import load, weighted
+from moeca_compile.cli.load import load, model_of
+from moeca_compile.cli.say import print_json as _print_json
+from moeca_compile.cli.say import show
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.inspect import branch_plots, branches, plots
 from moeca_compile.inspect import drift as lines
@@ -24,8 +23,8 @@ Sample = Annotated[
     str | None, typer.Option(help="package.module:function; it takes (model, seed); runs the model now.")
 ]
 Weights = Annotated[Path | None, typer.Option(help="A .safetensors file to load into the model.")]
-Seeds = Annotated[int, typer.Option(help="How many seeds are sampled: 0, 1, ...")]
-Gap = Annotated[int, typer.Option(help="How many steps back values are compared with.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds are sampled: 0, 1, ...")]
+Gap = Annotated[int, typer.Option(min=1, help="How many steps back values are compared with.")]
 Inner = Annotated[str, typer.Option(help="inductor or eager.")]
 Picture = Annotated[Path | None, typer.Option(help="Draw drift by step into this .png or .svg.")]
 Experts = Annotated[Path | None, typer.Option(help="Draw drift by expert into this .png or .svg.")]
@@ -66,9 +65,9 @@ def _sampled(
 ) -> None:  # fmt: skip
     from moeca_compile.study.branches import branch_drift
 
-    model = weighted(load(source)(), weights)
+    model, sampler = model_of(source, weights), load(sample)
     with bar(not json) as tick:
-        found = branch_drift(model, load(sample), range(seeds), gap, inner, tick)
+        found = branch_drift(model, sampler, range(seeds), gap, inner, tick)
     title = f"{source}, {found['steps']} steps, gap {gap}"
     if picture is not None:
         plots.save(branch_plots.by_layer(found, title), picture)
@@ -77,12 +76,11 @@ def _sampled(
     if json:
         _print_json(found)
         return
-    console = Console(highlight=False)
     for table in branches.tables(found["regions"]):
-        console.print(table, "")
+        show(table, "")
     apart = branches.not_told_apart(found["regions"])
     if apart:
-        console.print(f"as a whole only, for their branches can't be told apart: {', '.join(apart)}")
+        show(f"as a whole only, for their branches can't be told apart: {', '.join(apart)}")
 
 
 def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
@@ -108,7 +106,6 @@ def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) ->
     if json:
         _print_json({"steps": steps, "experts": layers, "stale": stale})
         return
-    console = Console(highlight=False)
     for title, axis, found_lines in (
         ("drift by step", "step", steps),
         ("drift by expert", "expert", layers),
@@ -121,9 +118,4 @@ def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) ->
             most = max(known, key=known.__getitem__)
             table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{axis} {most}")
         if found_lines:
-            console.print(table)
-
-
-def _print_json(found: Mapping[str, Any]) -> None:
-    """Numbers that aren't known are null."""
-    print(json_text.dumps(found, indent=1).replace("NaN", "null"))
+            show(table)

@@ -28,8 +28,29 @@ def load(source: str) -> Any:
         raise OptionError(f"{source!r} can't be loaded: {error}") from error
 
 
-def weighted(model: Any, weights: Path | None) -> Any:
-    """The model in eval mode, with the weights of a file in the dtype that it has."""
+def call(source: str) -> Any:
+    """What the function that `package.module:function` names returns.
+
+    Raises:
+        OptionError: it names no function.
+    """
+    function = load(source)
+    if not callable(function):
+        raise OptionError(f"{source!r} is no function but {type(function).__name__}")
+    return function()
+
+
+def model_of(source: str, weights: Path | None) -> Any:
+    """The model that the function returns, in eval mode, with the weights of a file in the dtype that it has. Example
+    inputs after the model, as `moeca export` wants them, are left aside.
+
+    Raises:
+        OptionError: it returns no model, or the weights don't fit.
+    """
+    found = call(source)
+    model = found[0] if isinstance(found, tuple) and found else found
+    if not hasattr(model, "load_state_dict"):
+        raise OptionError(f"{source!r} returned {type(model).__name__}; expected a model, or (model, example_inputs)")
     if weights is not None:
         from safetensors.torch import load_file
 

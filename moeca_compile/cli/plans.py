@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json as json_text
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from moeca_compile.cli.load import load, weighted
-from moeca_compile.errors import ScheduleError
+from moeca_compile.cli.load import load, model_of
+from moeca_compile.cli.say import print_json, show
+from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.inspect import schedules
 
 Source = Annotated[str, typer.Argument(help="package.module:function; it returns the model.")]
@@ -53,31 +53,37 @@ def calibrate(
     json: AsJson = False,
 ) -> None:
     """Find the best schedule that a budget allows, by sampling the model."""
+    if not out.resolve().parent.is_dir():
+        raise OptionError(f"--out {out}: there is no folder {out.parent}")
+    model, sampler = model_of(source, weights), load(sample)
     from moeca_compile.study import calibrate as find
 
     if perturb and not json:
         print(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
-    found = find(
-        weighted(load(source)(), weights),
-        load(sample),
-        budget=budget,
-        order=int(order) if order.isdecimal() else order,
-        granularity=granularity,
-        seeds=range(seeds),
-        holdout=range(1000, 1000 + holdout),
-        inner=inner,
-        resume=resume,
-        perturb=perturb,
-        branches=branches,
-        progress=not json,
-    )
+    try:
+        found = find(
+            model,
+            sampler,
+            budget=budget,
+            order=int(order) if order.isdecimal() else order,
+            granularity=granularity,
+            seeds=range(seeds),
+            holdout=range(1000, 1000 + holdout),
+            inner=inner,
+            resume=resume,
+            perturb=perturb,
+            branches=branches,
+            progress=not json,
+        )
+    except KeyboardInterrupt as stop:
+        for note in getattr(stop, "__notes__", ()):  # what is kept, and how to go on from there
+            print(note, file=sys.stderr)
+        raise
     found.save(out)
     if json:
-        print(json_text.dumps(schedules.facts(found), indent=1))
-        return
-    console = Console(highlight=False)
-    for part in (schedules.table_of_facts(found), "", schedules.grid(found)):
-        console.print(part)
+        print_json(schedules.facts(found))
+    else:
+        show(schedules.table_of_facts(found), "", schedules.grid(found))
 
 
 def plan(

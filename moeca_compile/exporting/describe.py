@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from moeca_compile import fx
+from moeca_compile.exporting.ranges import index_range
 from moeca_compile.exporting.request import Captured
 from moeca_compile.lower.experts.choose import Lowering
 from moeca_compile.lower.experts.rewrite import calls
-from moeca_compile.lower.onnx_batch import Pair, dims
+from moeca_compile.lower.onnx_batch import Batches, dims
 from moeca_compile.runtime.manifest import FORMAT, VERSION, Dim, letters_of
 from moeca_compile.variant import Variant
 
@@ -22,7 +23,7 @@ PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "nump
 
 
 def describe(
-    captured: Sequence[Captured], size: int, shapes: Mapping[str, tuple[Dim, ...]], batches: Pair, experts: Lowering
+    captured: Sequence[Captured], size: int, shapes: Mapping[str, tuple[Dim, ...]], batches: Batches, experts: Lowering
 ) -> dict[str, Any]:
     """`captured`: at each of `batches`, or at one fixed batch; `size`: which of the bundle's sizes this is, from 0;
     `shapes`: of inputs and outputs by their ONNX names."""
@@ -32,6 +33,7 @@ def describe(
     variants = [program.variant(row) for row in rows]
     results = [fx.need(node) for node in fx.nodes_of(fx.output_node(variants[0].gm).args[0])]
     inputs = {one.name: arg for one, arg in zip(main.inputs, main.args, strict=True) if one.name in names}
+    ranges = _ranges(captured)
     timestep = None if program.timestep is None else names[main.inputs[program.timestep].name]
     return {
         "format": FORMAT,
@@ -40,7 +42,11 @@ def describe(
         "model": {"fingerprint": program.regions.fingerprint, "regions": list(program.regions.keys)},
         "dtype": _dtype(main),
         "expert_lowering": str(experts) if calls(variants[0].gm) else "none",
-        "inputs": [_tensor(names[name], arg.dtype, shapes) for name, arg in inputs.items() if names[name] in shapes],
+        "inputs": [
+            _tensor(names[name], arg.dtype, shapes) | ranges.get(name, {})
+            for name, arg in inputs.items()
+            if names[name] in shapes
+        ],
         "outputs": [_tensor(name, val.dtype, shapes) for (name, _), val in zip(main.results, results, strict=False)],
         "state": _state(captured, batches),
         "timestep": timestep if timestep in shapes else None,
@@ -68,15 +74,25 @@ def _variant(variant: Variant, size: int, main: Captured, experts: Lowering) -> 
     }
 
 
-def _state(captured: Sequence[Captured], batches: Pair) -> list[dict[str, Any]]:
-    main, other = captured[0].program.layout, captured[-1].program.layout
+def _state(captured: Sequence[Captured], batches: Batches) -> list[dict[str, Any]]:
     return [
         {
-            "name": one.name, "region": one.region, "output": one.output, "slot": one.slot, "dtype": one.dtype,
-            "shape": list(dims(one.shape, twin.shape, batches)),
+            "name": slots[0].name, "region": slots[0].region, "output": slots[0].output, "slot": slots[0].slot,
+            "dtype": slots[0].dtype, "shape": list(dims([one.shape for one in slots], batches)),
         }
-        for one, twin in zip(main, other, strict=True)
+        for slots in zip(*(one.program.layout for one in captured), strict=True)
     ]  # fmt: skip
+
+
+def _ranges(captured: Sequence[Captured]) -> dict[str, dict[str, list[int]]]:
+    """Of inputs that index a table of the same size at every batch."""
+    found = []
+    for one in captured:
+        full = one.program.variant(one.program.schedule.rows[0])
+        found.append([(node.name, index_range(node)) for node in fx.placeholders(full.gm) if node.name in one.names])
+    return {
+        name: {"range": list(one)} for name, one in found[0] if one and all((name, one) in other for other in found)
+    }
 
 
 def _tensor(name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[Dim, ...]]) -> dict[str, Any]:

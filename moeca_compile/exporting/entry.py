@@ -35,7 +35,7 @@ from moeca_compile.runtime.trt.library import find
 from moeca_compile.runtime.writing import building, write_manifest
 from moeca_compile.schedule import Schedule
 
-BATCHES = (2, 3)  # what a graph for any batch is captured at
+BATCHES = (2, 3, 7)  # what a graph for any batch is captured at: not 1, which torch takes for a size of its own
 
 
 def export(
@@ -44,7 +44,7 @@ def export(
     schedule: Schedule | str | Path,
     path: str | Path,
     *,
-    targets: Sequence[str] = ("onnx",),
+    targets: str | Sequence[str] = ("onnx",),
     opset: int = 20,
     experts: str = "auto",
     dynamic_batch: bool = True,
@@ -67,7 +67,7 @@ def export(
         schedule: a `Schedule`, the path of one, or a short form such as "uniform:3".
         path: the directory to make; it must not exist.
         targets: what is to run the graphs: "onnx" (onnxruntime on CPUs), "openvino", "cuda" (onnxruntime on CUDA),
-            "tensorrt". They decide the form of the experts.
+            "tensorrt"; one, or several. They decide the form of the experts.
         opset: of the graphs, 18 to 22; for "tensorrt" to 20.
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
@@ -91,6 +91,7 @@ def export(
         BundleError: the path is taken, what was written can't be run, or the schedule is adaptive or has PARTIAL rows.
         ScheduleError, OptionError: as for `compile`.
     """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     refuse_request(model, targets, opset)
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
     whole = tuple(one.__name__ for one in HOIST)  # a graph of a bundle stands by itself
@@ -101,6 +102,8 @@ def export(
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)
         prepare(model)
+        for example in examples:
+            request.try_call(model, example)
         captured = _capture_all(model, examples, options, dynamic_batch)
         main = captured[0][0]
         lowering = _expert_lowering(main, experts, targets)
@@ -198,8 +201,8 @@ def _lower(
             *(name for name, _ in main.results),
             *(f"{main.program.layout[slot].name}_out" for slot in variant.writes),
         ]
-        twin = twins[0].program.variant(row) if twins else None
-        model, signature = lower_onnx(variant, main.weights, names, outputs, opset, twin, BATCHES, experts)
+        alike = [variant, *(one.program.variant(row) for one in twins)]
+        model, signature = lower_onnx(alike, BATCHES, main.weights, names, outputs, opset, experts)
         models[file_of(variant, size)] = letters_of(row), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
     return {"opset": opset, **describe(captured, size, shapes, BATCHES, experts)}, models

@@ -45,6 +45,11 @@ def refuse_sizes(
     """Raises:
     OptionError: no list of example inputs, one size twice, or something that has one size only.
     """
+    if not _is_call(example):
+        raise OptionError(
+            f"example_inputs: expected a tuple or a mapping of keywords, got {type(example).__name__}; for a single "
+            "positional argument write (x,)"
+        )
     if other_sizes and (isinstance(other_sizes, Mapping) or not all(map(_is_call, other_sizes))):
         raise OptionError("other_sizes: expected a list of example inputs, each a tuple or a mapping of keywords")
     if other_sizes and (fused or "tensorrt" in targets):

@@ -56,6 +56,21 @@ def call(model: Any, arguments: Arguments) -> Any:
         return model(**arguments) if isinstance(arguments, Mapping) else model(*arguments)
 
 
+def try_call(model: torch.nn.Module, arguments: Arguments) -> None:
+    """Call the model as it is: what its first call sets up for later ones (tables, flags) is there for every capture.
+
+    Raises:
+        CaptureError: it can't be called so.
+    """
+    try:
+        call(model, arguments)
+    except Exception as error:
+        given = ", ".join(map(str, arguments)) if isinstance(arguments, Mapping) else f"{len(arguments)} positional"
+        raise CaptureError(
+            f"{type(model).__name__} can't be called with the example inputs ({given}): {type(error).__name__}: {error}"
+        ) from error
+
+
 def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> Captured:
     """Run a prepared model once through Dynamo.
 

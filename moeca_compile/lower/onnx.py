@@ -18,7 +18,7 @@ from moeca_compile.fx import aten
 from moeca_compile.lower.experts.choose import Lowering
 from moeca_compile.lower.experts.rewrite import rewrite_experts
 from moeca_compile.lower.experts.segments import segments
-from moeca_compile.lower.onnx_batch import Pair, any_batch, dims
+from moeca_compile.lower.onnx_batch import Batches, any_batch, dims
 from moeca_compile.lower.onnx_complex import without_complex
 from moeca_compile.lower.onnx_constants import bind
 from moeca_compile.runtime.manifest import DROPPED, Dim, parts
@@ -39,18 +39,17 @@ class Signature:
 
 
 def lower_onnx(
-    variant: Variant, weights: Mapping[str, torch.Tensor], names: Mapping[str, str], outputs: Sequence[str], opset: int,
-    twin: Variant | None = None, batches: Pair = (0, 0), experts: Lowering = SEGMENTS,
+    variants: Sequence[Variant], batches: Batches, weights: Mapping[str, torch.Tensor], names: Mapping[str, str],
+    outputs: Sequence[str], opset: int, experts: Lowering = SEGMENTS,
 ) -> tuple[Any, Signature]:  # fmt: skip
     """Translate one variant.
 
     Args:
-        variant: captured at `batches[0]`.
+        variants: the same one, captured at each of `batches`; a single one gives a graph for its one batch only.
         weights: by placeholder name: these become constants.
         names: ONNX names of the other placeholders.
         outputs: ONNX names of all outputs.
         opset: of the standard ONNX domain.
-        twin: the same variant captured at `batches[1]`; None: the graph is for its one batch only.
         experts: the form of the routed experts. With a capacity, the graph has one more output, `DROPPED`.
 
     Returns:
@@ -59,13 +58,15 @@ def lower_onnx(
     Raises:
         LoweringError: an operator has no ONNX form, or the graph isn't linear in the batch.
     """
-    gm = fx.copied(variant.gm) if twin is None else any_batch(variant.gm, twin.gm, batches)
+    variant, *twins = variants
+    gm = any_batch([one.gm for one in variants], batches) if twins else fx.copied(variant.gm)
     _drop_squeezes(gm)
-    signature = _signature(variant, twin, weights, names, outputs, batches)
+    signature = _signature(variants, weights, names, outputs, batches)
     if rewrite_experts(gm, experts):
         signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))
     bind(gm, weights)
     without_complex(gm)
+    _loosen_views(gm)
     placeholders = fx.placeholders(gm)
     example = tuple(_example(node) for node in placeholders)
     batch = torch.export.Dim("batch", min=1)
@@ -74,7 +75,7 @@ def lower_onnx(
     )
     with _quiet():
         try:
-            exported = torch.export.export(gm, example, dynamic_shapes=dynamic if twin else None, strict=False)
+            exported = torch.export.export(gm, example, dynamic_shapes=dynamic if twins else None, strict=False)
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -98,24 +99,26 @@ def lower_onnx(
 
 
 def _signature(
-    variant: Variant, twin: Variant | None, weights: Mapping[str, Any], names: Mapping[str, str],
-    outputs: Sequence[str], batches: Pair,
+    variants: Sequence[Variant], weights: Mapping[str, Any], names: Mapping[str, str], outputs: Sequence[str],
+    batches: Batches,
 ) -> Signature:  # fmt: skip
-    def ends(one: Variant) -> tuple[list[Node], list[Node]]:
-        own = [node for node in fx.placeholders(one.gm) if node.name not in weights]
-        return own, list(fx.nodes_of(fx.output_node(one.gm).args[0]))
-
-    mine = ends(variant)
-    its = ends(twin) if twin is not None else mine
-    used = batches if twin is not None else (1, 2)
-    found = [
-        [dims(fx.shape(a), fx.shape(b), used) for a, b in zip(x, y, strict=True)]
-        for x, y in zip(mine, its, strict=True)
+    takes = [[node for node in fx.placeholders(one.gm) if node.name not in weights] for one in variants]
+    gives = [list(fx.nodes_of(fx.output_node(one.gm).args[0])) for one in variants]
+    said = [
+        [dims([fx.shape(one) for one in row], batches) for row in zip(*side, strict=True)] for side in (takes, gives)
     ]
     return Signature(
-        tuple((names[node.name], shape) for node, shape in zip(mine[0], found[0], strict=True)),
-        tuple(zip(outputs, found[1], strict=True)),
+        tuple((names[node.name], shape) for node, shape in zip(takes[0], said[0], strict=True)),
+        tuple(zip(outputs, said[1], strict=True)),
     )
+
+
+def _loosen_views(gm: GraphModule) -> None:
+    """A view was legal for the strides of the capture. What was rewritten since may give others; ONNX has none."""
+    for node in gm.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+    gm.recompile()
 
 
 def _drop_squeezes(gm: GraphModule) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from moeca_compile.runtime.manifest import TensorSpec, VariantSpec
 from moeca_compile.runtime.signature import signature_of
 from moeca_compile.runtime.trt.library import MODULES, Library, find
 from moeca_compile.runtime.trt.memory import Device
-from moeca_compile.runtime.writing import entry_of, seal
+from moeca_compile.runtime.writing import entry_of, seal, unfinished
 
 OPSETS = range(18, 21)  # in which attention is spelt out; as one operator it builds for some types and shapes only
 PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_120")  # TensorRT-RTX's own default: it compiles for the GPU at hand later
@@ -83,11 +82,7 @@ def build_engines(bundle: Bundle, request: EngineRequest | None = None, say: Say
     arch = targets(library, request.arch)
     name = f"{'-'.join(arch)}-{library.tag}"
     entries: list[dict[str, Any]] = []
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=".engines.", suffix=".unfinished", dir=bundle.path))
-    except OSError as error:
-        raise BundleError(f"can't write into {str(bundle.path)!r}: {error.strerror}") from error
-    try:
+    with unfinished(bundle.path, "engines") as scratch:
         for i, (spec, graph) in enumerate(zip(bundle.manifest.variants, bundle.graphs, strict=True)):
             say(f"{library}: engine {i + 1} of {len(bundle.graphs)}", i / len(bundle.graphs))
             plan = scratch / f"{spec.name}.plan"
@@ -100,8 +95,6 @@ def build_engines(bundle: Bundle, request: EngineRequest | None = None, say: Say
                 }
             )  # fmt: skip
         _keep(bundle, scratch, name, entries)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return Bundle.open(bundle.path)
 
 
@@ -160,9 +153,9 @@ def build(
         "shapes": shapes, "operators": sorted(operators_of(graph)),
         "timing_cache": str(timing_cache.resolve()) if timing_cache else "",
     }  # fmt: skip
-    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    places = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
-        [sys.executable, "-m", "moeca_compile.lower.tensorrt_worker"],
+        [sys.executable, "-P", "-m", "moeca_compile.lower.tensorrt_worker"],  # -P: no modules of the current folder
         input=json.dumps(request).encode() + b"\n" + graph,
         capture_output=True,
         check=False,

@@ -22,12 +22,13 @@ from moeca_compile.runtime.manifest import (
     Manifest,
     bundle_id,
 )  # fmt: skip
+from moeca_compile.runtime.summary import summary
 from moeca_compile.schedule import Schedule
 
 _LARGEST_TEXT = 1 << 26  # a manifest or a schedule beyond this is no such thing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An exported directory, verified.
 
@@ -63,7 +64,7 @@ class Bundle:
         text = _verified(folder, SCHEDULE, manifest)
         try:
             schedule = Schedule.from_json(text.decode())
-        except (ScheduleError, UnicodeDecodeError, RecursionError) as error:
+        except (ScheduleError, ValueError, OverflowError, RecursionError) as error:
             raise BundleError(f"{SCHEDULE}: {error}") from error
         manifest.fit(schedule)
         graphs, *others = (
@@ -103,6 +104,12 @@ class Bundle:
                 [{spec.name: from_stored(one[step], spec.dtype) for spec, one in pairs} for step in range(steps)]
             )
         return sides[0], sides[1]
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {len(self.graphs)} variants)"
+
+    def __str__(self) -> str:
+        return summary(self)
 
     @property
     def bytes(self) -> int:
@@ -153,8 +160,8 @@ def _inside(folder: Path, name: str) -> Path:
             raise BundleError(f"{parent} is a link; a bundle holds its own files")
     try:
         kind = os.lstat(file).st_mode
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{name} is missing from the bundle {str(folder)!r} ({error})") from None
+    except (OSError, ValueError):
+        raise BundleError(f"{name} is missing from the bundle {str(folder)!r}") from None
     if not stat.S_ISREG(kind):
         raise BundleError(f"{name} is a link or no plain file; a bundle holds its own files")
     return file

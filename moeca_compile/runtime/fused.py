@@ -16,11 +16,12 @@ import numpy as np
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime import bfloat16, openvino, ort
 from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.manifest import DROPPED, FUSED, FUSED_ROW, STEP, Manifest, TensorSpec, VariantSpec
 from moeca_compile.runtime.provider import runtime_of
 from moeca_compile.runtime.rows import warning_of_counted
-from moeca_compile.runtime.session import Arrays, admit, timestep_of, warn_once
-from moeca_compile.runtime.signature import check_identity, check_side
+from moeca_compile.runtime.session import timestep_of, warn_once
+from moeca_compile.runtime.signature import check_identity, check_shape, check_side
 from moeca_compile.runtime.stats import StepRecord
 
 Specs = dict[str, TensorSpec]
@@ -81,7 +82,7 @@ class FusedTrajectory:
             BundleError: inputs that the model doesn't take.
         """
         step, session = len(self.records), self.session
-        feeds, batch = admit(session.manifest, inputs)
+        feeds, batch = admit(session.manifest, arrays_of(session.manifest, inputs))
         if warning := warning_of_counted(session.schedule, step, timestep_of(session.manifest, feeds)):
             warn_once(session.warned, warning, stacklevel=3)
         begin = time.perf_counter()
@@ -155,6 +156,9 @@ class _OnOpenvino:
                 request.infer()
             except Exception as error:
                 raise BundleError(f"OpenVINO failed in {FUSED}: {openvino.last_lines(error)}") from error
-            return {name: request.get_tensor(name).data.copy().view(stored) for name, stored in given.items()}
+            found = {name: request.get_tensor(name) for name in given}
+            for name, tensor in found.items():
+                check_shape(FUSED, name, tensor.shape, self.gives[name].sizes(batch))
+            return {name: found[name].data.copy().view(stored) for name, stored in given.items()}
 
         return run

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -25,19 +26,30 @@ STEP = "moeca_step"  # a state of the fused graph, int64 [1]: how many steps wer
 DROPPED = "moeca_dropped"  # an output, int64 []: how many branches found their expert's rows taken
 
 Dim = int | str  # a size, or a multiple of the batch: "batch", "256*batch", "batch+1"
+_LARGEST = 1 << 40  # elements of a tensor
 _DIM = re.compile(r"(?:(\d+)\*)?batch([+-]\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A named input or output. A dimension is a size or an expression of the batch."""
+    """A named input or output. A dimension is a size or an expression of the batch.
+
+    `range`: of an input that indexes a table, its least value and the one after its largest; None: not known.
+    """
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
+    range: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def sizes(self, batch: int) -> tuple[int, ...]:
-        return tuple(evaluate(dim, batch) for dim in self.shape)
+        """Raises:
+        BundleError: there is no such tensor at this batch.
+        """
+        found = tuple(evaluate(dim, batch) for dim in self.shape)
+        if min(found, default=0) < 0 or math.prod(found) >= _LARGEST:
+            raise BundleError(f"{self} can't be at batch {batch}: its shape would be {list(found)}")
+        return found
 
     def batch_of(self, sizes: Sequence[int]) -> int | None:
         """The batch that a tensor of these sizes has; None if it fits none, or -1 if any batch fits."""
@@ -173,8 +185,8 @@ class Manifest:
         return cls(
             data=data,
             golden=golden,
-            inputs=tuple(TensorSpec(o["name"], o["dtype"], tuple(o["shape"])) for o in data["inputs"]),
-            outputs=tuple(TensorSpec(o["name"], o["dtype"], tuple(o["shape"])) for o in data["outputs"]),
+            inputs=tuple(TensorSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data["inputs"]),
+            outputs=tuple(TensorSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data["outputs"]),
             state=tuple(StateSpec(**{**one, "shape": tuple(one["shape"])}) for one in data["state"]),
             variants=tuple(VariantSpec(**{k: _frozen(v) for k, v in one.items()}) for one in data["variants"]),
             steps=tuple(data["steps"]),

@@ -11,7 +11,7 @@ import numpy as np
 
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bfloat16 import NAME, stored_dtype
-from moeca_compile.runtime.manifest import Manifest, VariantSpec
+from moeca_compile.runtime.manifest import WEIGHTS, Manifest, VariantSpec
 from moeca_compile.runtime.signature import Specs, batch_of, check_identity, check_side, signature_of
 
 MEMORY = ("speed", "shared")
@@ -28,6 +28,7 @@ _OF_SIZES = {
     "Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast", "Add", "Sub", "Mul", "Div", "Mod",
     "Range", "Reshape", "Constant", "ConstantOfShape", "Identity", "Less", "Equal", "Where", "And", "Neg", "Min", "Max",
 }  # fmt: skip
+_SWIGLU_SINCE = (1, 28)
 _BFLOAT16 = 16  # in ONNX's list of types
 _DTYPES = {"double": "float64", "float": "float32"}  # onnxruntime's names that aren't numpy's
 
@@ -37,8 +38,9 @@ class OrtRuntime:
 
     Args:
         provider: such as CPUExecutionProvider, CUDAExecutionProvider, TensorrtExecutionProvider.
-        memory: "speed" lets onnxruntime repack weights, a private copy for each variant; "shared" leaves them in the
-            mapped file, one copy for all variants and all processes.
+        memory: "speed" reads the weights and lets onnxruntime repack them, a private copy for each variant; "shared"
+            leaves them in the mapped file, one copy for all variants and all processes: a file that is changed while it
+            is mapped changes results, and one that shrinks kills the process.
         threads: of one operator; None: onnxruntime's choice.
         provider_options: the provider's own, such as {"device_id": 1} or {"trt_engine_cache_enable": True}.
 
@@ -75,6 +77,7 @@ class OrtRuntime:
     def session(self, graph: bytes, file: str, folder: Path, manifest: Manifest) -> Any:
         """An InferenceSession of `graph`, whose weights lie in `folder`, on this provider and no other."""
         ort = self.library
+        refuse_swiglu(graph, file, self.provider, ort.__version__)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what it would print it also raises
         options.intra_op_num_threads = self.threads or 0
@@ -85,6 +88,11 @@ class OrtRuntime:
         if self.memory == "shared":
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # it keeps the largest working memory that it ever had
+        elif hasattr(options, "add_external_initializers_from_files_in_memory"):  # else it maps the file
+            weights = (folder / WEIGHTS).read_bytes()
+            options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+            # what is repacked is freed then: not into an arena that keeps it
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         helpers = _HELPERS.get(self.provider, ())
         try:
             session = ort.InferenceSession(graph, options, providers=[(self.provider, self.options), *helpers])
@@ -179,6 +187,20 @@ def refuse_strays(file: str, provider: str, assigned: Iterable[Any]) -> None:
         raise BundleError(
             f"{file}: {provider} leaves {', '.join(strays)} to the CPU, and copies their tensors there and back at "
             f"each step. Export for it (targets=...), or open the bundle with {CPU}"
+        )
+
+
+def refuse_swiglu(graph: bytes, file: str, provider: str, version: str) -> None:
+    """On CUDA, onnxruntime's MoE operator took GPT-OSS's constants whatever its attributes said, until 1.28.
+
+    Raises:
+        BundleError: the graph has that operator with SwiGLU, and this onnxruntime would compute something else.
+    """
+    old = tuple(int(part) for part in version.split(".")[:2]) < _SWIGLU_SINCE
+    if old and provider in _DEVICES and b"swiglu_fusion" in graph:
+        raise BundleError(
+            f"{file} has com.microsoft.MoE with SwiGLU, whose attributes onnxruntime {version} ignores on CUDA: "
+            f"install {'.'.join(map(str, _SWIGLU_SINCE))} or newer, or export with experts='dense'"
         )
 
 

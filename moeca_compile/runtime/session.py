@@ -22,6 +22,7 @@ import numpy as np
 from moeca_compile.errors import BundleError, MoecaWarning, StateError
 from moeca_compile.runtime import bfloat16
 from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.manifest import COEFFICIENTS, Manifest
 from moeca_compile.runtime.ort import CPU
 from moeca_compile.runtime.provider import Loaded, Runtime, runtime_of
@@ -32,8 +33,6 @@ from moeca_compile.schedule import Row
 from moeca_compile.variant import StateSlot
 
 MAX_RECORDS = 4096
-
-Arrays = dict[str, Any]  # numpy arrays by the name of an input or output
 
 
 class Session:
@@ -109,15 +108,14 @@ class Session:
         Raises:
             BundleError: inputs that the model doesn't take.
         """
-        sized = self.sized(inputs)
-        if sized is not self:
-            return sized.run(inputs)
-        feeds, _ = admit(self.manifest, inputs)
-        variant = self.variant_of(self.schedule.rows[0])
+        arrays = arrays_of(self.manifest, inputs)
+        session = self.sized(arrays)
+        feeds, _ = admit(session.manifest, arrays)
+        variant = session.variant_of(session.schedule.rows[0])
         values = variant.run(feeds)
-        if dropped := self.dropped(variant, values):
-            warn_once(self.warned, _left_out("this call", dropped), stacklevel=3)
-        return self.named(values)
+        if dropped := session.dropped(variant, values):
+            warnings.warn(_left_out("this call", dropped), MoecaWarning, stacklevel=2)
+        return session.named(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
         """A denoising loop, or one stream of it: every call is exactly one step. Open one a request, and for guidance
@@ -203,9 +201,10 @@ class Trajectory:
             raise StateError("this trajectory was closed: open another one")
         if self.steps is not None and step >= self.steps:
             raise StateError(f"the trajectory has {self.steps} steps, and this is call {step + 1}: open another one")
+        arrays = arrays_of(session.manifest, inputs)
         if self._state is None:
-            session = self.session = self._whole.sized(inputs)
-        feeds, batch = admit(session.manifest, inputs)
+            session = self.session = self._whole.sized(arrays)
+        feeds, batch = admit(session.manifest, arrays)
         if self._state is None:
             self._batch = batch
             self._state = StreamState(_layout(session, batch), session.manifest.regions)
@@ -278,32 +277,6 @@ def warn_once(warned: set[str], text: str, stacklevel: int) -> None:
     if kind not in warned:
         warned.add(kind)
         warnings.warn(text, MoecaWarning, stacklevel=stacklevel)
-
-
-def admit(manifest: Manifest, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
-    """The inputs as contiguous arrays, and their batch (1 where nothing depends on it). bfloat16 is given as float32.
-
-    Raises:
-        BundleError: other names, shapes or dtypes than the model takes.
-    """
-    if set(inputs) != {one.name for one in manifest.inputs}:
-        raise BundleError(f"inputs {sorted(inputs)}: the model takes {', '.join(map(str, manifest.inputs))}")
-    feeds, batch = {}, -1
-    for spec in manifest.inputs:
-        array = np.asarray(inputs[spec.name])
-        if spec.dtype == bfloat16.NAME:
-            if array.dtype.name not in ("float32", bfloat16.NAME):
-                raise BundleError(f"input {spec.name} has dtype {array.dtype}, give float32 for {spec}")
-            array = bfloat16.rounded(array) if array.dtype == np.float32 else bfloat16.to_stored(array)
-        elif array.dtype.name != spec.dtype:
-            raise BundleError(f"input {spec.name} has dtype {array.dtype}, the model takes {spec}")
-        found = spec.batch_of(array.shape)
-        if found is None or (found != -1 and batch not in (-1, found)):
-            others = f" (the other inputs have batch {batch})" if found is not None else ""
-            raise BundleError(f"input {spec.name} has shape {list(array.shape)}, the model takes {spec}{others}")
-        batch = max(batch, found)
-        feeds[spec.name] = np.asarray(array, order="C")
-    return feeds, max(batch, 1)
 
 
 def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:

@@ -51,7 +51,8 @@ def check_side(
 
     Args:
         side: "inputs" or "outputs".
-        found: dtype and sizes by name; a size that the runtime doesn't know is no int.
+        found: dtype and sizes by name; a size that depends on the batch is its expression, or None where the runtime
+            doesn't say more.
 
     Raises:
         BundleError: they differ.
@@ -62,5 +63,15 @@ def check_side(
         dtype, sizes = found[name]
         fits = dtype == spec.dtype and len(sizes) == len(spec.shape)
         pairs = zip(sizes, spec.shape, strict=True) if fits else ()
-        if not fits or any(a != b for a, b in pairs if isinstance(a, int) or isinstance(b, int)):
+        if not fits or not all(isinstance(b, str) if a is None else a == b for a, b in pairs):
             raise BundleError(f"{file}: {name} is {dtype} {list(sizes)}, the manifest says {spec}")
+
+
+def check_shape(file: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Hold what a run gave against the manifest: not every runtime tells expressions of the batch before.
+
+    Raises:
+        BundleError: they differ.
+    """
+    if tuple(found) != tuple(wanted):
+        raise BundleError(f"{file} gives {name} with shape {list(found)}, the manifest says {list(wanted)}")

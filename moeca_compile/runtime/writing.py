@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -21,22 +24,75 @@ def building(path: Path) -> Iterator[Path]:
     """A directory beside `path` to write into: it becomes `path` at the end, or it is gone.
 
     Raises:
-        BundleError: `path` is taken, or the folder it is in can't be written.
+        BundleError: `path` is taken, now or at the end, or the folder it is in can't be written.
     """
     if path.exists() or path.is_symlink():
         raise BundleError(f"{str(path)!r} exists already; remove it, or export to another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
     except OSError as error:
         raise BundleError(f"can't write beside {str(path)!r}: {error.strerror}") from error
-    try:
+    with unfinished(path.parent, path.name) as folder:
         yield folder
         folder.chmod(0o755)
-        os.rename(folder, path)
-    except BaseException:
+        try:
+            os.rename(folder, path)
+        except OSError as error:
+            meanwhile = "; another process made it meanwhile" if path.exists() else ""
+            raise BundleError(f"{str(path)!r} can't be made: {error.strerror}{meanwhile}") from error
+
+
+@contextmanager
+def unfinished(parent: Path, name: str) -> Iterator[Path]:
+    """A new directory `.<name>.<random>.unfinished` in `parent`: whoever wants it moves it away, else it is removed.
+
+    Its lock is held until then. A process that is killed leaves a directory without a holder, and the next one that
+    writes under the same name removes it.
+
+    Raises:
+        BundleError: `parent` can't be written.
+    """
+    _sweep(parent, name)
+    folder, lock = _locked(parent, name)
+    try:
+        yield folder
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
+        os.close(lock)
+
+
+def _locked(parent: Path, name: str) -> tuple[Path, int]:
+    while True:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".unfinished", dir=parent))
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            if not parent.is_dir():
+                raise BundleError(f"can't write into {str(parent)!r}: it is no directory") from None
+            continue  # swept before it was locked
+        except OSError as error:
+            raise BundleError(f"can't write into {str(parent)!r}: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # a file system without locks: nothing there is swept either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Remove what killed processes left under this name."""
+    for folder in parent.glob(f".{glob.escape(name)}.*.unfinished"):
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # somebody is writing it
+            pass
+        finally:
+            os.close(lock)
 
 
 def write_manifest(folder: Path, data: dict[str, Any]) -> None:

@@ -218,7 +218,7 @@ def test_a_graph_that_reads_weights_from_outside(where: str, provider: str, copy
                     entry.value = where
 
     change_graph(copy, move)
-    with pytest.raises(BundleError, match=r"refuses v0\.onnx: .*(outside|escapes|validation)"):
+    with pytest.raises(BundleError, match=r"refuses v0\.onnx: .*(outside|escapes|validation|not found)"):
         open_it(copy, provider)
 
 
@@ -248,6 +248,17 @@ def change_graph(folder: Path, change: Callable[[Any], None]) -> None:
     change(model)
     (folder / "v0.onnx").write_bytes(model.SerializeToString())
     seal(folder)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("side", ["outputs", "state"])
+@pytest.mark.parametrize("dim", ["2*batch", "batch+1", "batch-1", "batch-5", "1000000*batch", "2000000000*batch"])
+def test_sizes_that_are_not_the_graph_s(dim: str, side: str, provider: str, copy: Path) -> None:
+    """onnxruntime says what a graph's sizes are made of; OpenVINO gives them when it runs."""
+    edit_manifest(copy, lambda data: data[side][0]["shape"].__setitem__(0, dim))
+    call = Bundle.open(copy).golden()[0][0]
+    with pytest.raises(BundleError, match=r"the manifest says|can't be at batch"):
+        open_it(copy, provider).run(call)
 
 
 def test_golden_steps_that_do_not_fit(copy: Path) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moeca_compile import ops
-from moeca_compile.errors import LoweringError, OptionError
+from moeca_compile.errors import BundleError, LoweringError, OptionError
 from moeca_compile.lower.experts.capacity import rows_of
 from moeca_compile.lower.experts.choose import choose
 from moeca_compile.lower.experts.moe import why_not
 from moeca_compile.lower.experts.segments import _activate
 from moeca_compile.lower.onnx import lower_onnx
+from moeca_compile.runtime.ort import CPU, refuse_swiglu
 from moeca_compile.schedule import Action
 from moeca_compile.variant import Variant
 
@@ -50,9 +51,9 @@ def all_forms(forms: list[tuple[str, bool, bool]], up_biases_only: bool = False)
 
 
 def exported(call: Call, weights: list[Tensor], lowering: str) -> Callable[[Tensor, Tensor], list[Any]]:
-    """Exported at two and three tokens that hit expert 0 alone."""
+    """Exported at two, three and seven tokens that hit expert 0 alone."""
     variants = []
-    for tokens in (2, 3):
+    for tokens in (2, 3, 7):
         example = torch.randn(tokens, DIM), torch.zeros(tokens, TOP_K, dtype=torch.int64)
         gm = make_fx(call, tracing_mode="fake", pre_dispatch=True)(*example, *weights)
         output = next(node for node in gm.graph.nodes if node.op == "output")
@@ -61,8 +62,8 @@ def exported(call: Call, weights: list[Tensor], lowering: str) -> Callable[[Tens
     names = [node.name for node in variants[0].gm.graph.nodes if node.op == "placeholder"]
     outputs = [f"y{i}" for i in range(variants[0].outputs)]
     model, _ = lower_onnx(
-        variants[0], dict(zip(names[2:], weights, strict=True)), dict(zip(names, ("x", "idx"), strict=False)), outputs,
-        20, variants[1], (2, 3), choose(lowering, ("onnx",))[0],
+        variants, (2, 3, 7), dict(zip(names[2:], weights, strict=True)), dict(zip(names, ("x", "idx"), strict=False)),
+        outputs, 20, choose(lowering, ("onnx",))[0],
     )  # fmt: skip
     session = ort.InferenceSession(
         ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
@@ -183,3 +184,13 @@ def test_it_is_the_only_operator_of_ours_that_a_bundle_meets() -> None:
     """Another one would need a translation too; those of PARTIAL rows are refused before (`exporting/refuse.py`)."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moeca::")}
     assert names - {"moeca::align", "moeca::pick"} == {"moeca::experts"}
+
+
+def test_swiglu_on_an_onnxruntime_that_ignores_its_constants() -> None:
+    graph, cuda = b"... swiglu_fusion ...", "CUDAExecutionProvider"
+    for provider in (cuda, "TensorrtExecutionProvider"):  # which leaves it to CUDA
+        with pytest.raises(BundleError, match=r"v0.onnx has .* onnxruntime 1\.27\.1 ignores on CUDA: install 1\.28"):
+            refuse_swiglu(graph, "v0.onnx", provider, "1.27.1")
+    refuse_swiglu(graph, "v0.onnx", cuda, "1.28.0")
+    refuse_swiglu(graph, "v0.onnx", CPU, "1.27.1")
+    refuse_swiglu(b"... MoE with relu ...", "v0.onnx", cuda, "1.9")

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moeca_compile import fx
-from moeca_compile.errors import LoweringError
+from moeca_compile.errors import InvariantError, LoweringError
 from moeca_compile.lower.onnx import _drop_squeezes
 from moeca_compile.lower.onnx_batch import any_batch, dims
 from moeca_compile.lower.onnx_complex import without_complex
@@ -24,9 +24,8 @@ def traced(function: Callable[..., Tensor], *args: Tensor) -> GraphModule:
     return make_fx(function, tracing_mode="fake", pre_dispatch=True)(*args)
 
 
-def at_two(function: Callable[[Tensor], Tensor]) -> GraphModule:
-    first, second = (traced(function, torch.zeros(batch, 4, 6)) for batch in (2, 3))
-    return any_batch(first, second, (2, 3))
+def at_three(function: Callable[[Tensor], Tensor]) -> GraphModule:
+    return any_batch([traced(function, torch.zeros(batch, 4, 6)) for batch in (2, 3, 7)], (2, 3, 7))
 
 
 @pytest.mark.parametrize(
@@ -38,33 +37,52 @@ def at_two(function: Callable[[Tensor], Tensor]) -> GraphModule:
         lambda x: x / x.shape[0],
     ],
 )
-@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("batch", [1, 2, 5])
 def test_sizes_follow_the_batch(function: Callable[[Tensor], Tensor], batch: int) -> None:
     x = torch.randn(batch, 4, 6)
-    assert torch.equal(at_two(function)(x), function(x))
+    assert torch.equal(at_three(function)(x), function(x))
 
 
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (lambda x: x.sum() * x.shape[0] ** 2, "4 at batch 2 is 9 at batch 3"),
-        (lambda x: x * (1 / x.shape[0]), "0.5 at batch 2 is 0.33"),
-        (lambda x: torch.cat(list(x.unbind(0))), "loops over it|at batch 2 is"),
+        (lambda x: x.sum() * x.shape[0] ** 2, "4 at batch 2, 9 at batch 3, 49 at batch 7"),
+        (lambda x: x * (1 / x.shape[0]), "0.5 at batch 2, 0.33"),
+        (lambda x: torch.cat(list(x.unbind(0))), "loops over it"),
         (lambda x: x.relu() if x.shape[0] == 2 else x.sigmoid(), "branches on its batch"),
     ],
 )
 def test_what_does_not_is_refused(function: Callable[[Tensor], Tensor], says: str) -> None:
     with pytest.raises(LoweringError, match=says) as caught:
-        at_two(function)
+        at_three(function)
     assert "dynamic_batch=False" in str(caught.value)
 
 
-def test_shapes_at_two_batches() -> None:
-    assert dims((2, 32, 7, 3), (3, 48, 7, 4), (2, 3)) == ("batch", "16*batch", 7, "batch+1")
-    with pytest.raises(LoweringError):
-        dims((4,), (9,), (2, 3))
-    with pytest.raises(LoweringError):
-        dims((3,), (2,), (2, 3))
+def test_shapes_at_several_batches() -> None:
+    assert dims([(2, 32, 7, 3), (3, 48, 7, 4), (7, 112, 7, 8)], (2, 3, 7)) == ("batch", "16*batch", 7, "batch+1")
+    assert dims([(2, 32)], (2, 3, 7)) == (2, 32)
+    with pytest.raises(LoweringError, match="the number of dimensions depends on the batch"):
+        dims([(2,), (3, 1), (7,)], (2, 3, 7))
+    with pytest.raises(InvariantError, match="2 captures don't show"):
+        dims([(2,), (3,)], (2, 3))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        lambda b: b * (b + 1) // 2,
+        lambda b: b * b,
+        lambda b: b * (b - 1),
+        lambda b: 2**b,
+        lambda b: max(b, 3),
+        lambda b: -(-b // 2),
+        lambda b: b + b // 3,
+        lambda b: 8 - b,
+    ],
+)
+def test_a_size_that_is_not_linear_in_the_batch_is_refused(size: Callable[[int], int]) -> None:
+    with pytest.raises(LoweringError, match=r"at batch 2, .* at batch 7, which is no a \* batch \+ b"):
+        dims([(size(batch),) for batch in (2, 3, 7)], (2, 3, 7))
 
 
 def test_weights_are_folded_and_transposed_once() -> None:

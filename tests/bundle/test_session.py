@@ -20,7 +20,7 @@ from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.ort import CPU, OrtRuntime, refuse_strays
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import verify
-from tests.bundle.conftest import PROVIDERS, call_of, named, warnings_of
+from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, warnings_of
 from tests.models import DiT
 
 
@@ -312,3 +312,12 @@ def test_no_gradients_no_torch_types(session: Session) -> None:
     found = session.run({name: one.numpy() for name, one in zip("xty", call_of(1), strict=True)})
     assert type(found["output"]) is np.ndarray
     assert not isinstance(found["output"], torch.Tensor)
+
+
+def test_a_bundle_prints_as_a_short_table(exported: Bundle, copy: Path) -> None:
+    said = str(exported)
+    assert repr(exported) == f"Bundle({str(exported.path)!r}, 4 variants)"
+    assert all(one in said for one in ("x: float32 [batch, 4, 8, 8]", "2 of 2", "segments", str(exported.path)))
+    assert len(said) < 2000
+    edit_manifest(copy, lambda data: data["model"].update(name="\x1b[2Jevil"))
+    assert r"\x1b[2Jevil" in str(Bundle.open(copy))

@@ -178,6 +178,22 @@ def test_builders_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doe
         assert (plan.read_bytes(), cache.read_bytes()) == (b"a plan", b"timingstimings")
 
 
+@pytest.mark.parametrize("path", ["{}", "{}:", ":{}"])
+def test_modules_of_the_current_folder_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Where the builder is started there may be anything; PYTHONPATH's empty places mean that folder too."""
+    (tmp_path / "fake").mkdir()
+    shutil.copy(Path(__file__).with_name("builder.py"), tmp_path / "fake" / "tensorrt.py")
+    for name in ("json", "numpy", "typing"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", path.format(tmp_path / "fake"))
+    monkeypatch.setenv("MOECA_FAKE", "build")
+    build(graph("Relu"), tmp_path / "x.onnx", tmp_path / "x.plan", Library("tensorrt", "11.4.0", None), (), {})
+    assert not (tmp_path / "imported").exists()
+
+
 @rtx
 def test_a_failed_build_leaves_the_bundle_as_it_was(lowered: Bundle, tmp_path: Path, monkeypatch: Any) -> None:
     shutil.copytree(lowered.path, tmp_path / "b")
