@@ -4,6 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := .venv-triton
+NEWEST := .venv-newest
+# a third of the tests: from Dynamo's graph to what Inductor compiles, which is where a new torch breaks things
+NEWEST_TESTS := tests/test_backend.py tests/test_capture.py tests/test_ops.py tests/test_packed.py tests/test_branch_ops.py \
+	tests/test_fx.py tests/test_constants.py tests/test_autocast.py tests/test_runner.py tests/test_oracle.py \
+	tests/test_oracle_parts.py tests/test_golden.py tests/test_hoisting.py tests/test_lower_inductor.py tests/test_frozen.py \
+	tests/passes tests/canonical tests/runtime
 SERVER := tests/bundle/triton/requirements.txt
 PYTEST_ARGS ?=
 
@@ -11,7 +17,7 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-slow lint format docs bench clean
+.PHONY: help install demo test engines test-slow test-newest lint format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,6 +34,13 @@ $(TRITON)/.installed: pyproject.toml $(SERVER)
 	$(TRITON)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
+# Linux wheels of torch on PyPI bring CUDA along: 3 GB to fetch, 6 GB on disk
+$(NEWEST)/.installed: pyproject.toml
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch numpy hypothesis pytest pytest-timeout pytest-xdist '.[models,cli]'
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 install: $(INSTALLED) ## make .venv with the package and all tools
 
 demo: $(INSTALLED) ## sample digits plain and cached, print the table, write demo.png
@@ -42,6 +55,10 @@ engines: $(INSTALLED) ## TensorRT-RTX parses and builds every variant of the dig
 
 test-slow: $(INSTALLED) $(TRITON)/.installed ## the slow tests, some against a Triton server
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-newest: $(NEWEST)/.installed ## a third of the tests with the newest torch, in a venv of its own (6 GB); not in CI
+	$(NEWEST)/bin/python -c "import torch; print('torch', torch.__version__)"
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -60,4 +77,4 @@ bench: $(INSTALLED) ## measure; writes benchmarks/results
 	$(BIN)/python -m benchmarks.steps
 
 clean: ## remove .venv and what the tools leave
-	rm -rf $(VENV) $(TRITON) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -136,8 +136,9 @@ def run(
         for step in range(lengths.pop()):
             results.append(trajectory.run({name: one[step] for name, one in arrays.items()}))  # noqa: PERF401
         stats = trajectory.stats()
+    stacked: dict[str, Any] = {name: np.stack([one[name] for one in results]) for name in results[0]}
     with out.open("wb") as file:  # as it is called: numpy would add .npz
-        np.savez(file, **{name: np.stack([one[name] for one in results]) for name in results[0]})
+        np.savez(file, **stacked)
     say(stats)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moeca_compile.runtime.session import Arrays, Session
+from moeca_compile.runtime.feeds import Arrays
+from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.stats import Stats
 
 WARM_UP = 4  # steps

@@ -114,7 +114,7 @@ class Session:
         variant = session.variant_of(session.schedule.rows[0])
         values = variant.run(feeds)
         if dropped := session.dropped(variant, values):
-            warnings.warn(_left_out("this call", dropped), MoecaWarning, stacklevel=2)
+            warn_once(session.warned, _left_out("this call", dropped), stacklevel=3)
         return session.named(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:

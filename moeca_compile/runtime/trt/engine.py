@@ -8,7 +8,7 @@ from typing import Any
 
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.manifest import EngineSpec, Manifest, VariantSpec
-from moeca_compile.runtime.signature import check_side, signature_of
+from moeca_compile.runtime.signature import batch_of, check_shape, check_side, signature_of
 from moeca_compile.runtime.trt.memory import DeviceTensor, Pool
 
 DTYPES = {
@@ -59,8 +59,11 @@ class EngineVariant:
                     )
                 self._bind(name, tensor)
             found = []
+            batch = batch_of(self._inputs, feeds)
             for name, spec in self._outputs.items():
-                found.append(self.pool.take(tuple(self._context.get_tensor_shape(name)), spec.dtype))
+                sizes = tuple(self._context.get_tensor_shape(name))
+                check_shape(self.engine.file, name, sizes, spec.sizes(batch))
+                found.append(self.pool.take(sizes, spec.dtype))
                 self._bind(name, found[-1])
             if not self._context.execute_async_v3(int(self.pool.device.stream)):
                 raise BundleError(f"TensorRT failed in {self.engine.file}")
