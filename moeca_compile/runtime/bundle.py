@@ -64,7 +64,7 @@ class Bundle:
         text = _verified(folder, SCHEDULE, manifest)
         try:
             schedule = Schedule.from_json(text.decode())
-        except (ScheduleError, ValueError, OverflowError, RecursionError) as error:
+        except (ScheduleError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"{SCHEDULE}: {error}") from error
         manifest.fit(schedule)
         graphs, *others = (
