@@ -74,7 +74,7 @@ def export(
         deploy.show_engines(bundle)
         deploy.show_commands(bundle, asked)
     if triton is not None:
-        deploy.triton(path, triton)
+        deploy.triton(bundle.path, triton)
 
 
 def verify(

@@ -53,7 +53,9 @@ def test_batches_that_are_none(exported: Bundle, batches: str) -> None:
 
 def test_triton(exported: Bundle, tmp_path: Path) -> None:
     said = run("triton", exported.path, tmp_path / "models", "--name", "m", "--sequences", 3)
-    assert said.split() == [str(tmp_path / "models" / name) for name in ("m", "m_fused")]
+    models = tmp_path / "models"
+    serve = f"serve with: tritonserver --model-repository={models}"
+    assert said.splitlines() == [str(models / "m"), str(models / "m_fused"), serve]
     assert "max_candidate_sequences: 3" in (tmp_path / "models" / "m" / "config.pbtxt").read_text()
 
 
@@ -72,7 +74,7 @@ def test_export(
 
     monkeypatch.setattr(exporting, "export", export)
     where = "--triton", tmp_path / "models"
-    said = run("export", f"{__name__}:nothing", lowered.path, "--targets", "tensorrt", *where, *words)
+    said = run("export", f"{__name__}:nothing", tmp_path / "b", "--targets", "tensorrt", *where, *words)
     assert (given["targets"], given["engines"]) == (["tensorrt"], asked)
     assert said.count("trtexec --onnx=") == len(lowered.manifest.variants)
     assert (tmp_path / "models" / "small" / "1" / "bundle" / "manifest.json").exists()
