@@ -78,6 +78,7 @@ class Stand(ABC):
         self.module, self.experts = module, experts
         self.device = compute_device(module)
         self.num_experts = experts.count(module)
+        self.extra = experts.extra if isinstance(experts, AnyExperts) else ()  # widths of what else experts take
         self.on_meta = any(p.is_meta for p in module.parameters())
         self._fresh: dict[int, Tensor] | None = None
 
@@ -165,21 +166,24 @@ class ModuleStand(Stand):
 
 @dataclass(frozen=True)
 class _StandInRouted(Routed):
-    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         assert isinstance(self.experts, (ModuleExperts, AnyExperts))
         y = tokens.new_empty(*ids.shape, self.experts.out_features)
         for e, expert in enumerate(members(owner, self.experts.stack)):
             mine = ids == e
-            y[mine] = expert(tokens.unsqueeze(1).expand(*ids.shape, -1)[mine])
+            y[mine] = expert(*(one.unsqueeze(1).expand(*ids.shape, -1)[mine] for one in (tokens, *extra)))
         return y
 
 
-def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """A row-wise function that is another one for every expert: bounded, not linear, not zero at zero."""
+def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    """A row-wise function that is another one for every expert: bounded, not linear, not zero at zero. Of each further
+    argument it depends in another way."""
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, *extra: Tensor) -> Tensor:
         columns = torch.arange(out_features, device=x.device)
         y = torch.sin(x[..., columns % x.shape[-1]] * (1.0 + 0.01 * e) + (e + columns))
+        for i, one in enumerate(extra):
+            y = y + torch.sin(one[..., columns % one.shape[-1]] * (0.7 + i) + (e - columns))
         return y.to(dtype or x.dtype)
 
     return forward

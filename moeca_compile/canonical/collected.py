@@ -58,7 +58,9 @@ def attempt(stand: Stand, loop: Loop, entries: Iterator[Entry]) -> Proposal | st
         for target, found in _matches(stand, module, before, after):
             for dtype in ("x", "", "y"):
                 routed = Routed(stand.experts, found.dense, found.per_sample, dtype=dtype)
-                changed = _with_call(loop, tree, target, (before[found.x], before[found.idx], before[found.w]))
+                changed = _with_call(
+                    loop, tree, target, [before[role] for role in (found.x, found.idx, found.w, *found.extra)]
+                )
                 proposal = Proposal(Rewrite.of(loop, changed, routed), entry)
                 problem = stand.disagreement(proposal) or stand.disagreement_on_own_weights(proposal, seeds=(1,))
                 left = "" if problem else blocker(stand, loop.source, entry, proposal.rewrite)
@@ -155,7 +157,8 @@ def _matches(
         routed = stand.routed(Routed(stand.experts, found.dense, found.per_sample, dtype=""))
         with isolated():
             try:
-                sums = routed(module, values[found.x], values[found.idx], values[found.w])
+                extra = (values[role] for role in found.extra)
+                sums = routed(module, values[found.x], values[found.idx], values[found.w], None, *extra)
             except (RuntimeError, ValueError, IndexError):
                 continue
         for target in after:
@@ -163,10 +166,10 @@ def _matches(
                 yield target, found
 
 
-def _with_call(loop: Loop, tree: ast.FunctionDef, target: _Value, parts: tuple[_Value, ...]) -> ast.FunctionDef:
+def _with_call(loop: Loop, tree: ast.FunctionDef, target: _Value, parts: list[_Value]) -> ast.FunctionDef:
     numbers = _noted(tree)
     statements = {i: s for s, i in numbers.items()}
-    kept = [f"_moeca_{role}" for role in ("x", "idx", "w")]
+    kept = ["_moeca_x", "_moeca_idx", "_moeca_w", *(f"_moeca_extra{i}" for i in range(len(parts) - 3))]
     snapshots: dict[ast.stmt, list[ast.stmt]] = {}
     first: list[ast.stmt] = []
     for local, part in zip(kept, parts, strict=True):
@@ -176,7 +179,8 @@ def _with_call(loop: Loop, tree: ast.FunctionDef, target: _Value, parts: tuple[_
         else:
             snapshots.setdefault(statements[part.index], []).extend(bound)
     result = statements[target.index]
-    call = ast.parse(f"{target.name} = {NAME}({loop.source.self_name}, {', '.join(kept)})").body
+    given = ", ".join([*kept[:3], "None", *kept[3:]] if kept[3:] else kept)
+    call = ast.parse(f"{target.name} = {NAME}({loop.source.self_name}, {given})").body
     tree = _edited(tree, snapshots, {result: call})
     tree.body[:0] = [ast.copy_location(s, tree.body[0]) for s in first]
     return prune(ast.fix_missing_locations(tree))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from moeca_compile.ops import ACTIVATIONS, WeightLists, segments
 
 Rows = tuple[int | None, int | None, int | None]  # start, stop, step of a slice of output features
 ALL_ROWS: Rows = (None, None, None)
+RANKS = (2, 3)  # of the tokens that an expert is tried with: [n, D], and [1, n, D] as a capacity's chunk has it
 _PROBE_TOKENS = 5
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TOLERANCE = 1e-4  # float32, relative; the nearest wrong candidate, tanh for erf GELU, is about there: so the best wins
@@ -55,6 +56,7 @@ class ExpertBody:
     activation: str
     in_features: int
     out_features: int
+    rank: int = 2  # of the tokens that its own forward takes
 
     def weights(self, experts: Sequence[nn.Module]) -> WeightLists:
         """The six weight lists that `moeca::experts` takes, from the expert modules as they are now."""
@@ -94,7 +96,7 @@ class ModuleExperts:
     def exhaustive(self) -> bool:
         return False
 
-    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         return operator(tokens, ids, self.body.weights(members(owner, self.stack)), self.activation)
 
     def dtype(self, owner: nn.Module) -> torch.dtype:
@@ -115,6 +117,12 @@ def walk(module: nn.Module, path: Sequence[str]) -> Any:
 def members(owner: nn.Module, stack: Sequence[str]) -> list[nn.Module]:
     """The experts in the container at `stack`, in order."""
     return list(walk(owner, stack)._modules.values())
+
+
+def run_expert(expert: nn.Module, rank: int, *rows: Tensor) -> Tensor:
+    """An expert's own forward on rows [n, D]: given to it as they are, or as one sample [1, n, D]."""
+    result: Tensor = expert(*rows) if rank == 2 else expert(*(one.unsqueeze(0) for one in rows))
+    return result if rank == 2 or not isinstance(result, Tensor) else result.squeeze(0)
 
 
 class Recogniser:
@@ -243,18 +251,19 @@ def _identify(expert: nn.Module) -> ExpertBody | str:
     device = compute_device(expert)
     problem = ""
     with isolated():
-        for width in dict.fromkeys(walk(expert, up.path).in_features for up, *_ in candidates):
+        widths = dict.fromkeys(walk(expert, up.path).in_features for up, *_ in candidates)
+        for rank, width in product(RANKS, widths):
             try:
                 twin = shadow(expert, random_parameters(expert, device))
                 # Large enough that the activations differ: near zero all are a straight line.
                 x = 3.0 * torch.randn(_PROBE_TOKENS, width, device=device, dtype=torch.float32)
-                wanted = twin(x.clone())
+                wanted = run_expert(twin, rank, x.clone())
             except Exception as error:
                 problem = problem or f"can't be run on tokens [n, D] ({type(error).__name__}: {error})"
                 continue
             if not isinstance(wanted, Tensor):
                 return f"returns a {type(wanted).__name__}, not one tensor"
-            bodies = list(_bodies(twin, candidates))
+            bodies = list(_bodies(twin, candidates, rank))
             errors = [_error(twin, x, wanted, body) for body in bodies]
             if min(errors) < _TOLERANCE:
                 return bodies[errors.index(min(errors))]
@@ -262,11 +271,11 @@ def _identify(expert: nn.Module) -> ExpertBody | str:
     return problem
 
 
-def _bodies(expert: nn.Module, roles: list[tuple[Part, Part, Part | None]]) -> Iterator[ExpertBody]:
+def _bodies(expert: nn.Module, roles: list[tuple[Part, Part, Part | None]], rank: int) -> Iterator[ExpertBody]:
     for up, down, gate in roles:
         d_in, d_out = walk(expert, up.path).weight.shape[1], walk(expert, down.path).weight.shape[0]
         for activation in ACTIVATIONS:
-            yield ExpertBody(up, down, gate, activation, d_in, d_out)
+            yield ExpertBody(up, down, gate, activation, d_in, d_out, rank)
 
 
 def _error(expert: nn.Module, x: Tensor, wanted: Tensor, body: ExpertBody) -> float:

@@ -124,16 +124,19 @@ def _rewrite(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry, seen: 
     for result in changed:  # several where one is a view of another
         for found in roles(stand, near, before):
             x, idx, w = found.x, found.idx, found.w
+            extra = [before[name] for name in found.extra]
             accumulating = Routed(stand.experts, found.dense, found.per_sample, accumulate=True)
             with isolated():
                 try:
-                    sums = stand.routed(accumulating)(seen.module, before[x], before[idx], before[w], before[result])
+                    sums = stand.routed(accumulating)(
+                        seen.module, before[x], before[idx], before[w], before[result], *extra
+                    )  # fmt: skip
                 except (RuntimeError, ValueError):
                     continue
             if close(after[result], sums):
                 fresh = _starts_at_zero(loop.source.tree, statement, result)
                 routed = Routed(stand.experts, found.dense, found.per_sample, accumulate=not fresh)
-                tree = _with_call(loop, statement, (x, idx, w, result))
+                tree = _with_call(loop, statement, (x, idx, w, result, *found.extra))
                 proposal = Proposal(Rewrite.of(loop, tree, routed), entry)
                 problem = stand.disagreement(proposal)
                 if not problem:
@@ -153,10 +156,10 @@ def _starts_at_zero(tree: ast.FunctionDef, loop: ast.stmt, name: str) -> bool:
     return False
 
 
-def _with_call(loop: Loop, statement: ast.stmt, names: tuple[str, str, str, str]) -> ast.FunctionDef:
+def _with_call(loop: Loop, statement: ast.stmt, names: tuple[str, ...]) -> ast.FunctionDef:
     """`result = _moeca_routed(self, x, idx, w, result)` in place of the loop, and nothing that only the loop used."""
-    x, idx, w, result = names
-    call = ast.parse(f"{result} = {NAME}({loop.source.self_name}, {x}, {idx}, {w}, {result})").body[0]
+    result = names[3]
+    call = ast.parse(f"{result} = {NAME}({loop.source.self_name}, {', '.join(names)})").body[0]
     replaced: dict[ast.stmt, ast.stmt] = {statement: call}
     replaced.update((dead, ast.Pass()) for dead in _only_for(loop.source.tree, statement, set(names)))
     return _replaced(loop.source.tree, replaced)

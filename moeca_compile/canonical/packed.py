@@ -75,7 +75,7 @@ class PackedExperts:
     def exhaustive(self) -> bool:
         return False
 
-    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         return operator(tokens, ids, self.weights(owner), self.activation)
 
     def dtype(self, owner: nn.Module) -> torch.dtype:

@@ -26,6 +26,8 @@ FAMILIES = (
     nonzero_loop.FAMILY,  # a mask per expert
 )
 
+_Dispatch = tuple[str, str, str]  # the path of a module, that of the experts, why it is left as it is
+
 _COMBINED = (masked_branches.FAMILY, gshard.FAMILY)  # those that take a `forward` with its helpers put into it
 
 _REMEDY = (
@@ -51,13 +53,17 @@ def prepare(model: nn.Module) -> PrepareReport:
     worker = _Worker()
     changed: list[PreparedModule] = []
     misses: list[Miss] = []
+    left: dict[_Dispatch, Miss] = {}
+    nearest: dict[str, str] = {}  # by path of the experts: the innermost module with a method that dispatches to them
     for path, module in model.named_modules():
         for loop, outcome in worker.outcomes(module):
+            experts = ".".join((path, *loop.stack)).strip(".")
+            nearest[experts] = path
             if isinstance(outcome, Installed):
                 changed.append(_describe(path, module, outcome))
             else:
                 reason = f"the expert dispatch in {type(module).__name__}.{loop.name}: {outcome}. {_REMEDY}"
-                misses.append(Miss(reason, path or "(root)", loop.where))
+                left.setdefault((path, experts, outcome), Miss(reason, path or "(root)", loop.where))
         for name, function, place in hidden(module):
             reason = (
                 f"{type(module).__name__}.{name} gives its experts' weights to {function}, an autograd function that "
@@ -68,7 +74,9 @@ def prepare(model: nn.Module) -> PrepareReport:
             if isinstance(worker.recogniser.body_of(members(module, stack)), ExpertBody):
                 reason = f"{type(module).__name__}.{name} uses experts but has no source that can be read. {_REMEDY}"
                 misses.append(Miss(reason, path or "(root)"))
-    return PrepareReport(tuple(changed), tuple(misses))
+    # A block around the layer holds the same dispatch with its helpers put in.
+    found = [miss for (path, experts, _), miss in left.items() if nearest[experts] == path]
+    return PrepareReport(tuple(changed), (*found, *misses))
 
 
 def unprepare(model: nn.Module) -> int:

@@ -17,13 +17,15 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Roles(Generic[Key]):
-    """`dense`: the weights cover all experts. `per_sample`: ids and weights are for samples, not for tokens."""
+    """`dense`: the weights cover all experts. `per_sample`: ids and weights are for samples, not for tokens. `extra`:
+    what else the experts take for each token."""
 
     x: Key
     idx: Key
     w: Key
     dense: bool
     per_sample: bool = False
+    extra: tuple[Key, ...] = ()
 
 
 def roles(stand: Stand, names: Sequence[Key], values: Mapping[Key, Tensor]) -> Iterator[Roles[Key]]:
@@ -32,17 +34,21 @@ def roles(stand: Stand, names: Sequence[Key], values: Mapping[Key, Tensor]) -> I
     tokens = [n for n in names if _floats(values[n]) and values[n].shape[-1:] == (width,) and values[n].numel()]
     ids = [n for n in names if _is_ids(values[n], num_experts)]
     weights = [n for n in names if _floats(values[n])]
-    for per_sample, (x, idx, w) in product((False, True), product(tokens, ids, weights)):
+    beside = [[n for n in names if _floats(values[n]) and values[n].shape[-1] == one] for one in stand.extra]
+    for per_sample, (x, idx, w, *extra) in product((False, True), product(tokens, ids, weights, *beside)):
         count = values[x].shape[0] if per_sample else values[x].numel() // width
         if per_sample and (values[x].dim() != 3 or values[idx].shape[0] != count or values[w].shape[:1] != (count,)):
+            continue
+        rows = values[x].numel() // width
+        if any(values[n].numel() // values[n].shape[-1] != rows for n in extra):
             continue
         chosen = values[idx].numel()
         if chosen % count or not count <= chosen <= count * num_experts:
             continue
         if values[w].numel() == chosen:
-            yield Roles(x, idx, w, dense=False, per_sample=per_sample)
+            yield Roles(x, idx, w, False, per_sample, tuple(extra))
         elif values[w].numel() == count * num_experts:
-            yield Roles(x, idx, w, dense=True, per_sample=per_sample)
+            yield Roles(x, idx, w, True, per_sample, tuple(extra))
 
 
 def _floats(value: Tensor) -> bool:

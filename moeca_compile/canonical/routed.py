@@ -36,8 +36,8 @@ class Experts(Protocol):
     def exhaustive(self) -> bool:
         """Whether every expert runs on every token, whatever the routing."""
 
-    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
-        """tokens [T, D], ids [T, K] -> y [T, K, D_out] before gate weighting."""
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
+        """tokens [T, D], ids [T, K], what else experts take for each token -> y [T, K, D_out] before gate weighting."""
 
     def dtype(self, owner: nn.Module) -> torch.dtype:
         """What the experts compute in."""
@@ -62,7 +62,9 @@ class Routed:
     accumulate: bool = False
     dtype: str = ""
 
-    def __call__(self, owner: nn.Module, x: Tensor, idx: Tensor, w: Tensor, like: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, owner: nn.Module, x: Tensor, idx: Tensor, w: Tensor, like: Tensor | None = None, *extra: Tensor
+    ) -> Tensor:
         """sum_k w[t,k] * expert_{idx[t,k]}(x[t]), in the shape of `like`, else of `x`.
 
         Args:
@@ -71,6 +73,7 @@ class Routed:
             idx: expert ids, integers, T*K of them in any shape; N*K where `per_sample`.
             w: gate weights, T*K of them in any shape; T*E where `dense`; N in place of T where `per_sample`.
             like: the tensor that the dispatch adds to; it gives shape and dtype.
+            extra: what else the experts take for each token, [T, D_i] or [..., D_i].
         """
         tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if self.per_sample:
@@ -81,7 +84,7 @@ class Routed:
         weights = w if w.dim() == 2 and w.shape[0] == count else w.reshape(count, w.numel() // max(count, 1))
         if self.dense:
             weights = weights.gather(1, ids)
-        y = self.branches(owner, tokens, ids)
+        y = self.branches(owner, tokens, ids, *(one.reshape(count, one.shape[-1]) for one in extra))
         out = (y * weights.unsqueeze(-1)).sum(1)
         if like is not None:
             out = out if out.shape == like.shape else out.reshape(like.shape)
@@ -91,9 +94,9 @@ class Routed:
         wanted = {"x": x.dtype, "y": y.dtype}.get(self.dtype, out.dtype)
         return out if out.dtype == wanted else out.to(wanted)
 
-    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor) -> Tensor:
-        """tokens [T, D], ids [T, K] -> y [T, K, D_out] before gate weighting."""
-        return self.experts.branches(owner, tokens, ids)
+    def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
+        """tokens [T, D], ids [T, K], extra [T, D_i] -> y [T, K, D_out] before gate weighting."""
+        return self.experts.branches(owner, tokens, ids, *extra)
 
 
 def _repeated(part: Tensor, samples: int, tokens: int) -> Tensor:

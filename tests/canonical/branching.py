@@ -5,6 +5,8 @@ Tokens (N,T,D) -> (N,T,D), sizes as in `layers`; labels (N,) int, where NULL is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -171,14 +173,37 @@ def one_hots(logits: Tensor, top_k: int, kind: str) -> tuple[Tensor, Tensor, Ten
     return gates.mean(), combine, dispatch, counts
 
 
+class Rank3(nn.Module):
+    """A gated MLP that splits dimension 2: it takes [1, C, D], not [C, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_and_up = nn.Linear(WIDTH, 2 * HIDDEN, bias=False)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.gate_and_up(x).chunk(2, dim=2)
+        return self.down(up * F.silu(gate))
+
+
+class Rank3Normed(Rank3):
+    """The same with a norm inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.gate_and_up(x).chunk(2, dim=2)
+        return self.down(F.layer_norm(up * F.silu(gate), (HIDDEN,)))
+
+
 class GShard(nn.Module):
     """HunyuanImage-3: one-hot dispatch and combine; `capacity` is "all" (nothing dropped), "mean" or "static"."""
 
-    def __init__(self, capacity: str = "all", comprehension: bool = False) -> None:
+    def __init__(
+        self, capacity: str = "all", comprehension: bool = False, expert: Callable[[], nn.Module] = Rank3
+    ) -> None:
         super().__init__()
         self.gate, self.comprehension = Gate(capacity), comprehension
-        self.experts = nn.ModuleList(SwiGLU(WIDTH, HIDDEN) for _ in range(EXPERTS))
-        self.shared = SwiGLU(WIDTH, HIDDEN)
+        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
+        self.shared = expert()
 
     def forward(self, x: Tensor) -> Tensor:
         shared, flat = self.shared(x), x.reshape(-1, x.shape[-1])

@@ -12,7 +12,7 @@ from moeca_compile.canonical import prepare
 from moeca_compile.canonical.flatten import flatten
 from moeca_compile.canonical.prune import prune
 from moeca_compile.canonical.source import read
-from tests.canonical.branching import Gate, GShard
+from tests.canonical.branching import Gate, GShard, Rank3, Rank3Normed
 from tests.canonical.layers import WIDTH
 from tests.canonical.test_dispatch import compiled
 from tests.facts import Recorder
@@ -40,6 +40,39 @@ def test_nothing_dropped(comprehension: bool, fact: Recorder) -> None:
         assert calls == ["moeca.experts"]
         torch.testing.assert_close(got, wanted)
         assert torch.equal(layer(tokens()), wanted)
+
+
+def test_experts_of_any_body_get_the_rank_that_they_take() -> None:
+    torch.manual_seed(0)
+    layer = GShard("all", expert=Rank3Normed).eval()
+    with torch.no_grad():
+        wanted = layer(tokens())
+        (one,) = prepare(layer).changed
+        assert (one.family, one.activation, one.dense, one.verified) == ("gshard", "any", True, True)
+        torch.testing.assert_close(compiled(layer, tokens())[0], wanted)
+
+
+def test_experts_of_a_rank_that_is_not_known_are_left_alone() -> None:
+    class Rank4(Rank3):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1, 2)) if x.dim() == 4 else x.new_zeros(3)[x.dim()]
+
+    (miss,) = prepare(GShard("all", expert=Rank4).eval()).misses
+    assert "can't be run on tokens [n, D]" in miss.reason
+
+
+def test_a_block_around_the_layer_is_not_counted_again() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = GShard("mean")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.moe(x)
+
+    report = prepare(nn.Sequential(Block(), Block()).eval())
+    assert not report.changed
+    assert [miss.node for miss in report.misses] == ["0.moe", "1.moe"]
 
 
 def test_the_graph_has_nothing_of_the_capacity_s_size() -> None:
