@@ -1,9 +1,9 @@
 """Residual branches -> regions: what each one is (by its anchor), which belong together, and what it is called.
 
 Before: branches, attention and expert anchors, MACs.  After: a `RegionMap`. Branches that share a matmul (the attention
-of two streams, a feed-forward on both) are one region with several outputs. A shortcut within a feed-forward is a part
-of it; a residual around several others, or one that doesn't depend on the latent, is a miss. One without a matmul isn't
-worth a word.
+of two streams, a feed-forward on both) are one region with several outputs. A shortcut within a feed-forward, or within
+experts side by side, is a part of it; a residual around several others, or one that doesn't depend on the latent, is a
+miss. One without a matmul isn't worth a word.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
     heavy = [b for b in ctx.branches if any(name in macs for name in b.body)]
     joined = {b.join: b for b in heavy}
     anchors = {a.node for a in ctx.attention} | {e.node for e in ctx.experts}
-    shortcuts = {short.join for b in heavy if (short := _shortcut(b, joined, anchors)) is not None}
+    shortcuts = {short.join for b in heavy for short in _shortcuts(b, joined, anchors)}
     for whole in heavy:
         if whole.join in shortcuts:
             continue
@@ -62,11 +62,13 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
     return replace(ctx, misses=tuple(misses), regions=RegionMap(_unique_keys(regions), tuple(misses), total))
 
 
-def _shortcut(branch: Branch, joined: Mapping[str, Branch], anchors: set[str]) -> Branch | None:
-    """The only residual inside a branch, with no attention or experts in it: an mlp's own shortcut, not a block."""
+def _shortcuts(branch: Branch, joined: Mapping[str, Branch], anchors: set[str]) -> list[Branch]:
+    """The residuals inside a branch that are no blocks: an mlp's own, or those of experts side by side. There are no
+    attention and no routed experts in them, they share a trunk of their own, and none is inside another."""
     inner = [joined[name] for name in branch.body if name in joined]
-    alone = len(inner) == 1 and inner[0].trunk != branch.trunk and not anchors.intersection(inner[0].body)
-    return inner[0] if alone else None
+    plain = all(one.trunk == inner[0].trunk != branch.trunk and anchors.isdisjoint(one.body) for one in inner)
+    joins = {one.join for one in inner}
+    return inner if plain and all(joins.isdisjoint(one.body) for one in inner) else []
 
 
 def _after_the_last(branch: Branch, inner: list[Branch], cone: fx.Cone, nodes: Mapping[str, Node]) -> Branch:

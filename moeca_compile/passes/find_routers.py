@@ -85,13 +85,20 @@ def _steered(choice: Node, projection: Node) -> list[Node]:
             if user.target is aten.topk.default:
                 return []
             heavy = user.target in fx.MATMULS or fx.is_experts(user)
-            beside = [other for other in user.all_input_nodes if other not in light]
+            beside = [part for other in user.all_input_nodes if other not in light for part in _parts(other, user)]
             if heavy or (not _of_gates(user, beside) and any(_heavy(one) not in (None, projection) for one in beside)):
                 steered[user] = None
             else:
                 light.add(user)
                 front.append(user)
     return list(steered)
+
+
+def _parts(value: Node, user: Node) -> list[Node]:
+    """`value`; where the choice selects between sums, what is summed: experts may add their input."""
+    total = fx.strip(value, fx.is_view)
+    summed = user.target is aten.where.self and total.target is aten.add.Tensor
+    return list(total.all_input_nodes) if summed else [value]
 
 
 def _of_gates(node: Node, beside: Sequence[Node]) -> bool:
