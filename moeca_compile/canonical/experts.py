@@ -119,9 +119,9 @@ def members(owner: nn.Module, stack: Sequence[str]) -> list[nn.Module]:
     return list(walk(owner, stack)._modules.values())
 
 
-def run_expert(expert: nn.Module, rank: int, *rows: Tensor) -> Tensor:
+def run_expert(expert: nn.Module, rank: int, *rows: Tensor) -> Any:
     """An expert's own forward on rows [n, D]: given to it as they are, or as one sample [1, n, D]."""
-    result: Tensor = expert(*rows) if rank == 2 else expert(*(one.unsqueeze(0) for one in rows))
+    result: Any = expert(*rows) if rank == 2 else expert(*(one.unsqueeze(0) for one in rows))
     return result if rank == 2 or not isinstance(result, Tensor) else result.squeeze(0)
 
 

@@ -59,7 +59,7 @@ class AnyExperts:
         """y[t,k] = expert_{ids[t,k]}(x_t), from E runs on all tokens; an expert's inf stays with those who chose it."""
         y: Tensor | None = None
         for e, expert in enumerate(members(owner, self.stack)):
-            out = run_expert(expert, self.rank, tokens, *extra).unsqueeze(1)
+            out: Tensor = run_expert(expert, self.rank, tokens, *extra).unsqueeze(1)
             y = out.expand(*ids.shape, -1) if y is None else torch.where((ids == e).unsqueeze(-1), out, y)
         assert y is not None
         return y
