@@ -19,8 +19,9 @@ from moeca_compile import fx
 from moeca_compile.autocast import ambient_autocast
 from moeca_compile.bank import Bank, Order, Weights, in_order, order_of
 from moeca_compile.capture import Input, alone, capture, inputs_of
+from moeca_compile.desugar import desugar
 from moeca_compile.errors import MoecaError, OptionError, StateError
-from moeca_compile.first_call import out_of_date
+from moeca_compile.first_call import out_of_date, renew_without_hooks
 from moeca_compile.frozen import Seen, follows_from_call, note, noting
 from moeca_compile.gate import gate_of, passed
 from moeca_compile.handles import HandleState, Read, all_states, backend_of, calling, state_of
@@ -61,7 +62,13 @@ def moeca(
     context = calling(find_owner())
     if context is not None:
         gate_of(context).count()
-    return Entry(gm, inputs_of(gm, example_inputs), parsed)
+    return _entry(gm, example_inputs, parsed)
+
+
+def _entry(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., tuple[Any, ...]]:
+    plain, flatten = desugar(gm, example_inputs)
+    entry = Entry(plain, inputs_of(plain, flatten(example_inputs)), options)
+    return entry if plain is gm else lambda *args: entry(*flatten(args))
 
 
 class Backend:
@@ -70,8 +77,8 @@ class Backend:
     def __init__(self, options: Options) -> None:
         self.options, self.schedule = options, options.resolved_schedule()
 
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Entry:
-        return Entry(gm, inputs_of(gm, example_inputs), self.options)
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+        return _entry(gm, example_inputs, self.options)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Backend) and (self.options, self.schedule) == (other.options, other.schedule)
@@ -116,6 +123,8 @@ class Entry:
                 whole = runs_whole(owner, self.gm)
                 if not out_of_date(owner, whole):
                     self._whole = whole
+        elif not self._whole:
+            renew_without_hooks(owner)
         passed()
         if self._whole is None:
             return tuple(self.gm(*args))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -20,12 +21,16 @@ from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
 from torch.nn import Module
 
 from moeca_compile.canonical import prepare
+from moeca_compile.canonical.anatomy import hooks
 from moeca_compile.canonical.isolate import isolate
 from moeca_compile.errors import CaptureError, MoecaWarning
 from moeca_compile.owner import Owner
+from moeca_compile.regions import Miss
 
 _broken: list[FrameType] = []  # the call during which a model was prepared
 _trials: dict[int, bool] = {}  # by id of a model that is being called once more: whether its graph was whole
+_told: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyDictionary()  # by handle: reasons it warned of
+_hooked: weakref.WeakKeyDictionary[Module, weakref.ref[Module]] = weakref.WeakKeyDictionary()  # one with a hook each
 _renewed: weakref.WeakSet[Module] = weakref.WeakSet()  # handles that were called once more; if they break, so be it
 
 
@@ -40,18 +45,45 @@ def out_of_date(owner: Owner | None, whole: bool) -> bool:
         return True
     _broken.clear()
     report = prepare(owner.module)
-    if report.misses:
-        some = "; ".join(str(miss) for miss in report.misses[:3])
-        text = f"{len(report.misses)} expert dispatches are left as they are: {some}"
-        warnings.warn(text, MoecaWarning, stacklevel=4)
+    told = _told.setdefault(owner.handle, set())
+    _warn_once(told, report.misses, "{} expert dispatches are left as they are: {}")
+    _warn_once(
+        told,
+        report.followed,
+        "in {} MoE modules every expert runs on every token, by its own forward: {}. To run only the chosen experts, "
+        "merge the adapter into the weights and unload it, or load the experts in a floating-point dtype",
+    )
+    hooked = next((owner.module.get_submodule(path) for path, _ in hooks(owner.module)), None)
+    if hooked is not None:
+        _hooked[owner.handle] = weakref.ref(hooked)
     if not report.changed and (whole or owner.handle in _renewed):
         return False
     _renewed.add(owner.handle)
     _renew(owner, scalars=True)
-    if not _has_hooks(owner) and not _comes_whole(owner):  # hooks may not bear being run twice: next time, then
+    if hooked is None and not _comes_whole(owner):  # hooks may not bear being run twice: next time, then
         _renew(owner, scalars=False)
     _broken[:] = [owner.frame]
     return True
+
+
+def renew_without_hooks(owner: Owner | None) -> None:
+    """When a part of a model runs: if the hooks that broke it are gone, let the next call be traced afresh. What Dynamo
+    made around them still fits, so it would go on running parts."""
+    known = _hooked.get(owner.handle) if owner is not None and _hooked else None
+    hooked = known() if known is not None else None
+    if owner is not None and known is not None and (hooked is None or not any(True for _ in hooks(hooked))):
+        del _hooked[owner.handle]
+        _renew(owner, scalars=True)
+
+
+def _warn_once(told: set[str], misses: Sequence[Miss], text: str) -> None:
+    """Warn of those whose reason is a new one; a part of a broken graph finds them all again."""
+    new = [miss for miss in misses if miss.reason not in told]
+    if new:
+        told.update(miss.reason for miss in new)
+        one_each = {miss.reason: str(miss) for miss in reversed(new)}
+        some = "; ".join(list(one_each.values())[:3])
+        warnings.warn(text.format(len(new), some), MoecaWarning, stacklevel=5)
 
 
 def _comes_whole(owner: Owner) -> bool:
@@ -91,7 +123,3 @@ def _scalars_too() -> Any:
     patched = config.patch(capture_scalar_outputs=True)
     patched.__enter__()
     return lambda: patched.__exit__(None, None, None)
-
-
-def _has_hooks(owner: Owner) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in owner.module.modules())

@@ -10,6 +10,8 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule
 
+from moeca_compile.desugar import plain_parts
+
 _OPTIMIZED = OptimizedModule.__call__.__code__
 _CALL = torch.nn.Module._call_impl.__code__
 _MODULE = torch.nn.Module._wrapped_call_impl.__code__  # the way in after `module.compile(backend=...)`
@@ -58,7 +60,7 @@ def runs_whole(owner: Owner | None, graph: GraphModule) -> bool:
 
 
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
-    """All parameters and buffers of a module, compiled or not; none for a function."""
+    """All parameters and buffers of a module, compiled or not, quantised ones in parts; none for a function."""
     if not isinstance(model, torch.nn.Module):
         return ()
-    return (*model.parameters(), *model.buffers())
+    return tuple(part for one in (*model.parameters(), *model.buffers()) for part in plain_parts(one))

@@ -34,7 +34,7 @@ DATA = {
     "timeline",
     "variant",
 }
-GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "autocast", "constants", "capture"}
+GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "autocast", "constants", "capture", "desugar"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
 PROGRAM = {"program", "preludes", "adjacent"}
@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "preludes": STAGES,  # the programs of hoisted values
     "program": STAGES | PROGRAM,  # a captured graph, its schedule and its variants
     "visit": set(),
-    "owner": {"errors"},
+    "owner": {"errors", "desugar"},
     "first_call": REWRITE | {"owner"},
     "gate": {"errors", "owner", "runtime"},  # one call at a time in Dynamo
     "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo

@@ -11,14 +11,15 @@ import ast
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from moeca_compile.canonical import probe
+from moeca_compile.canonical.anatomy import ADAPTED
 from moeca_compile.canonical.experts import ModuleExperts, members
-from moeca_compile.canonical.generic import AnyExperts
+from moeca_compile.canonical.generic import AnyExperts, following
 from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.probe import close, compute_device, differing_state, isolated, random_parameters, shadow
 from moeca_compile.canonical.routed import NAME, Experts, Routed
@@ -45,6 +46,17 @@ class Rewrite:
     @staticmethod
     def of(loop: Loop, tree: ast.FunctionDef, routed: Routed) -> Rewrite:
         return Rewrite(loop.name, loop.source, ast.unparse(tree), routed, routed.experts, tree)
+
+    def fitting(self, owner: nn.Module) -> Rewrite:
+        """The form for the experts as they are in `owner`."""
+        return self.following() if self.experts.condition(owner) == ADAPTED else self
+
+    def following(self) -> Rewrite:
+        """The same with experts that run by their own forward: adapters on them are followed."""
+        if self.routed is None or not isinstance(self.experts, ModuleExperts):
+            return self
+        experts = following(self.experts)
+        return replace(self, routed=replace(self.routed, experts=experts), experts=experts)
 
     def function(self, routed: Routed | None = None) -> types.FunctionType:
         return rebuild(self.source, self.tree, {NAME: routed or self.routed} if self.routed is not None else {})
@@ -110,7 +122,8 @@ class Stand(ABC):
         if self.on_meta:
             return ""
         dtype = self.experts.dtype(self.module)
-        return self._compare(proposal, proposal.rewrite.function(), lambda: shadow(self.module), dtype, seeds)
+        function = proposal.rewrite.fitting(self.module).function()
+        return self._compare(proposal, function, lambda: shadow(self.module), dtype, seeds)
 
     def _compare(
         self,

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from moeca_compile.canonical.anatomy import leaves
 from moeca_compile.canonical.flatten import READS, flatten
 from moeca_compile.canonical.loop import GUARDED, Loop
 from moeca_compile.canonical.reader import Path, Reader
@@ -44,7 +45,7 @@ def packed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 def _expert_sized(member: nn.Module | None) -> bool:
     if member is None:
         return False
-    return sum(not m._modules for m in member.modules()) <= _MAX_LEAVES
+    return leaves(member) <= _MAX_LEAVES
 
 
 def find_loops(module: nn.Module) -> list[Loop]:

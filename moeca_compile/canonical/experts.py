@@ -17,6 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_compile.canonical.anatomy import (
+    SAME,
+    Anatomy,
+    adapters,
+    anatomy_of,
+    beneath_adapters,
+    compare,
+    compute_dtype,
+    hooks,
+    is_adapter,
+    remedy,
+)
 from moeca_compile.canonical.probe import compute_device, isolated, random_parameters, relative_error, shadow
 from moeca_compile.canonical.routed import operator
 from moeca_compile.ops import ACTIVATIONS, WeightLists, segments
@@ -25,7 +37,6 @@ Rows = tuple[int | None, int | None, int | None]  # start, stop, step of a slice
 ALL_ROWS: Rows = (None, None, None)
 RANKS = (2, 3)  # of the tokens that an expert is tried with: [n, D], and [1, n, D] as a capacity's chunk has it
 _PROBE_TOKENS = 5
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TOLERANCE = 1e-4  # float32, relative; the nearest wrong candidate, tanh for erf GELU, is about there: so the best wins
 
 
@@ -56,6 +67,7 @@ class ExpertBody:
     activation: str
     in_features: int
     out_features: int
+    anatomy: Anatomy
     rank: int = 2  # of the tokens that its own forward takes
 
     def weights(self, experts: Sequence[nn.Module]) -> WeightLists:
@@ -96,21 +108,26 @@ class ModuleExperts:
     def exhaustive(self) -> bool:
         return False
 
+    def condition(self, owner: nn.Module) -> int:
+        worst = SAME
+        for expert in members(owner, self.stack):
+            worst = max(worst, compare(expert, self.body.anatomy))
+        return worst
+
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         return operator(tokens, ids, self.body.weights(members(owner, self.stack)), self.activation)
 
     def dtype(self, owner: nn.Module) -> torch.dtype:
-        weight: Tensor = walk(members(owner, self.stack)[0], self.body.up.path).weight
-        return weight.dtype
+        return compute_dtype(members(owner, self.stack)[0], owner)
 
     def count(self, owner: nn.Module) -> int:
         return len(walk(owner, self.stack)._modules)
 
 
 def walk(module: nn.Module, path: Sequence[str]) -> Any:
-    """The descendant at `path`; Dynamo follows this where it would not follow `get_submodule`."""
+    """The descendant at `path`; Dynamo follows this where it would not follow `get_submodule`, and guards no more."""
     for name in path:
-        module = getattr(module, name)
+        module = module._modules[name]  # type: ignore[assignment]
     return module
 
 
@@ -137,7 +154,7 @@ class Recogniser:
         problem = barred(experts)
         if problem:
             return problem
-        for e, expert in enumerate(experts):
+        for e, expert in enumerate(map(_stripped, experts)):
             problem = _unfit(expert)
             if problem:
                 return f"expert {e} {problem}"
@@ -162,16 +179,32 @@ class Recogniser:
 def barred(experts: Sequence[nn.Module]) -> str:
     """Why experts can't be taken in any form, or ''."""
     for e, expert in enumerate(experts):
-        for name, module in expert.named_modules():
-            if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-                where = name or "itself"
-                return f"expert {e} has a hook or a replaced forward on {where}: remove it (offloading, adapters) first"
-        for name, p in expert.named_parameters():
-            if not is_plain(p):
-                return f"expert {e} has quantised or sharded weights ({name} is a {type(p).__name__} of {p.dtype})"
-        if _shapes(expert) != _shapes(experts[0]):
+        for name, what in hooks(expert):
+            return f"expert {e} has {what} on {name or 'itself'}: {remedy(what)}"
+    first = _shapes(_stripped(experts[0]))
+    for e, expert in enumerate(experts):
+        if _shapes(_stripped(expert)) != first:
             return f"experts 0 and {e} have weights of different shapes or dtypes"
     return ""
+
+
+def change(experts: Sequence[nn.Module]) -> str:
+    """What stands before the experts' own weights, the first of it, or ''."""
+    for e, expert in enumerate(experts):
+        for name, what in adapters(expert):
+            return f"expert {e} has {what} on {name or 'itself'}"
+    return ""
+
+
+def _stripped(expert: nn.Module) -> nn.Module:
+    """The expert without its adapter layers: itself, or a copy that shares its parameters."""
+    if not any(map(is_adapter, expert.modules())):
+        return expert
+    twin = beneath_adapters(shadow(expert))
+    for module in list(twin.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = None if child is None else beneath_adapters(child)
+    return twin
 
 
 def _unfit(expert: nn.Module) -> str:
@@ -186,11 +219,6 @@ def _unfit(expert: nn.Module) -> str:
     if len(linears) not in (2, 3):
         return f"has {len(linears)} Linear layers, not the 2 or 3 of a (gated) MLP"
     return ""
-
-
-def is_plain(p: nn.Parameter) -> bool:
-    """Whether a parameter is an ordinary dense tensor: no tensor subclass, nothing quantised."""
-    return type(p) is nn.Parameter and p.dtype in _DTYPES
 
 
 def _linears(expert: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Linear]]:
@@ -272,10 +300,11 @@ def _identify(expert: nn.Module) -> ExpertBody | str:
 
 
 def _bodies(expert: nn.Module, roles: list[tuple[Part, Part, Part | None]], rank: int) -> Iterator[ExpertBody]:
+    anatomy = anatomy_of(expert)
     for up, down, gate in roles:
         d_in, d_out = walk(expert, up.path).weight.shape[1], walk(expert, down.path).weight.shape[0]
         for activation in ACTIVATIONS:
-            yield ExpertBody(up, down, gate, activation, d_in, d_out, rank)
+            yield ExpertBody(up, down, gate, activation, d_in, d_out, anatomy, rank)
 
 
 def _error(expert: nn.Module, x: Tensor, wanted: Tensor, body: ExpertBody) -> float:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.canonical.experts import RANKS, members, run_expert, walk
+from moeca_compile.canonical.anatomy import CHANGED, SAME, Anatomy, anatomy_of, compare, compute_dtype
+from moeca_compile.canonical.experts import RANKS, ModuleExperts, members, run_expert, walk
 from moeca_compile.canonical.probe import (
     compute_device,
     differing_state,
@@ -35,13 +36,15 @@ _TOLERANCE = 1e-4  # float32, relative
 class AnyExperts:
     """Experts of one input and one output width in the container at `stack`; what they compute isn't known.
 
-    `extra`: the widths of what else they take for each token. `rank`: of the tokens that their forward takes."""
+    `extra`: the widths of what else they take for each token. `rank`: of the tokens that their forward takes.
+    `anatomies` are those of the experts, or one that all have."""
 
     stack: tuple[str, ...]
     in_features: int
     out_features: int
     extra: tuple[int, ...] = ()
     rank: int = 2
+    anatomies: tuple[Anatomy, ...] = ()
 
     @property
     def activation(self) -> str:
@@ -55,6 +58,16 @@ class AnyExperts:
     def exhaustive(self) -> bool:
         return True
 
+    def condition(self, owner: nn.Module) -> int:
+        """Adapters need no other form: each expert's own forward runs already."""
+        experts, own = members(owner, self.stack), self.anatomies
+        if len(own) not in (1, len(experts)):
+            return CHANGED
+        for e, expert in enumerate(experts):
+            if compare(expert, own[e % len(own)]) == CHANGED:
+                return CHANGED
+        return SAME
+
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         """y[t,k] = expert_{ids[t,k]}(x_t), from E runs on all tokens; an expert's inf stays with those who chose it."""
         y: Tensor | None = None
@@ -65,8 +78,7 @@ class AnyExperts:
         return y
 
     def dtype(self, owner: nn.Module) -> torch.dtype:
-        expert = members(owner, self.stack)[0]
-        return next((p.dtype for p in expert.parameters() if p.is_floating_point()), torch.float32)
+        return compute_dtype(members(owner, self.stack)[0], owner)
 
     def count(self, owner: nn.Module) -> int:
         return len(walk(owner, self.stack)._modules)
@@ -84,7 +96,13 @@ def recognise(stack: tuple[str, ...], experts: Sequence[nn.Module]) -> AnyExpert
             one, other = ((x.in_features, *x.extra, x.out_features) for x in (first, found))
             return f"experts 0 and {e} map {one[:-1]} to {one[-1]} and {other[:-1]} to {other[-1]} features"
     assert first is not None
-    return first
+    return replace(first, anatomies=tuple(map(anatomy_of, experts)))
+
+
+def following(experts: ModuleExperts) -> AnyExperts:
+    """The form in which experts run by their own forward, adapters and quantised weights included."""
+    body = experts.body
+    return AnyExperts(experts.stack, body.in_features, body.out_features, rank=body.rank, anatomies=(body.anatomy,))
 
 
 def _form(stack: tuple[str, ...], expert: nn.Module) -> AnyExperts | str:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeca_compile.canonical import method
+from moeca_compile.canonical.anatomy import CHANGED, SAME, is_plain
 from moeca_compile.canonical.attempt import Proposal, Stand, run
 from moeca_compile.canonical.dispatch import methods, packed_weights
-from moeca_compile.canonical.experts import ALL_ROWS, Rows, halves, is_plain
+from moeca_compile.canonical.experts import ALL_ROWS, Rows, halves
 from moeca_compile.canonical.loop import Loop
 from moeca_compile.canonical.method import Layout, Trial
 from moeca_compile.canonical.probe import isolated, random_parameters, relative_error, shadow
@@ -32,11 +33,17 @@ _TOLERANCE = 1e-4  # float32, relative; the best reading wins
 
 @dataclass(frozen=True, slots=True)
 class PackedPart:
-    """Some output rows of a parameter [E, out, in], or [E, in, out] where `transposed`."""
+    """Some output rows of a parameter [E, out, in], or [E, in, out] where `transposed`; `shape` leaves E out."""
 
     name: str
+    shape: tuple[int, ...]
     transposed: bool = False
     rows: Rows = ALL_ROWS
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether the parameter is there, in the shape and of the kind that was proven."""
+        p = owner._parameters.get(self.name)
+        return p is not None and p.device.type != "meta" and is_plain(p) and p.shape[1:] == self.shape
 
     def tensors(self, owner: nn.Module) -> list[Tensor]:
         """E weights [out, in]: views."""
@@ -74,6 +81,13 @@ class PackedExperts:
     @property
     def exhaustive(self) -> bool:
         return False
+
+    def condition(self, owner: nn.Module) -> int:
+        """The parameters are read here, whatever the module's class or forward has become: so they have to be there."""
+        for part in (self.up, self.down, self.gate):
+            if part is not None and not part.holds(owner):
+                return CHANGED
+        return SAME
 
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         return operator(tokens, ids, self.weights(owner), self.activation)
@@ -186,8 +200,9 @@ def _readings(module: nn.Module) -> Iterator[PackedExperts]:
     names = list(packed_weights(module))
     if len(names) not in (2, 3):
         return
+    shapes = {name: tuple(p.shape[1:]) for name, p in packed_weights(module).items()}
     for order, turned in product(permutations(names), product((False, True), repeat=len(names))):
-        up, down, *gates = (PackedPart(name, t) for name, t in zip(order, turned, strict=True))
+        up, down, *gates = (PackedPart(name, shapes[name], t) for name, t in zip(order, turned, strict=True))
         (hidden, width), (out, inner) = up.sizes(module), down.sizes(module)
         for activation in ACTIVATIONS:
             if gates and gates[0].sizes(module) == (hidden, width) and inner == hidden:
@@ -196,7 +211,7 @@ def _readings(module: nn.Module) -> Iterator[PackedExperts]:
                 yield PackedExperts(up, down, None, activation, width, out)
             elif not gates and 2 * inner == hidden:
                 for up_rows, gate_rows in halves(inner):
-                    parts = (PackedPart(up.name, up.transposed, rows) for rows in (up_rows, gate_rows))
+                    parts = (PackedPart(up.name, up.shape, up.transposed, rows) for rows in (up_rows, gate_rows))
                     yield PackedExperts(next(parts), down, next(parts), activation, width, out)
 
 

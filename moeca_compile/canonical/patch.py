@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeca_compile.canonical.anatomy import ADAPTED, SAME
 from moeca_compile.canonical.attempt import Rewrite
+from moeca_compile.canonical.routed import Experts
 
 _numbers = itertools.count()
 
@@ -26,9 +28,16 @@ class Installed:
     family: str
     verified: bool
 
+    def condition(self, module: nn.Module) -> int:
+        """SAME, ADAPTED or CHANGED: what became of the experts since."""
+        return self.rewrite.experts.condition(module)
+
 
 def install(module: nn.Module, rewrite: Rewrite, family: str, verified: bool) -> None:
     """Let compilers trace `rewrite` for `module`; plain calls, and training, still run the original code.
+
+    While it is traced it asks whether the experts are still what was proven. With adapters or quantised weights they
+    run by their own forward; changed in another way, the original code is traced.
 
     A bound method in `__dict__` is what `copy.deepcopy` binds to the copy, so that the copy reads its own weights.
     """
@@ -63,19 +72,43 @@ def replaced(module: nn.Module, name: str) -> bool:
     return len({code and (code.co_filename, code.co_firstlineno, code.co_code) for code in codes}) > 1
 
 
+@dataclass(frozen=True)
+class _Forms:
+    """What a patched method chooses from, each time that it is traced."""
+
+    experts: Experts
+    canonical: Callable[..., Any]
+    following: Callable[..., Any]
+    original: Callable[..., Any]
+
+
+# By the mark that the patched method's code carries. Read from here, and not from the method's closure, all modules of
+# one class share the guards on it.
+_FORMS: dict[str, _Forms] = {}
+
+
+def _patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forms = _FORMS["mark"]
+    if not torch.compiler.is_compiling() or self.training:
+        return forms.original(self, *args, **kwargs)
+    condition = forms.experts.condition(self)
+    if condition == SAME:
+        return forms.canonical(self, *args, **kwargs)
+    if condition == ADAPTED:
+        return forms.following(self, *args, **kwargs)
+    return forms.original(self, *args, **kwargs)
+
+
 # Equal patches are one function: modules of one class then share one compiled graph.
 @functools.lru_cache(maxsize=512)
 def _method(original: Callable[..., Any], note: Installed) -> Callable[..., Any]:
-    canonical = note.rewrite.function()
-
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not self.training:
-            return canonical(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
-
+    rewrite = note.rewrite
     # Dynamo keeps graphs and recompile counts on code objects: each patch needs one of its own.
     mark = f"moeca patch {next(_numbers)}"
-    method.__code__ = method.__code__.replace(co_consts=(*method.__code__.co_consts, mark))
+    _FORMS[mark] = _Forms(rewrite.experts, rewrite.function(), rewrite.following().function(), original)
+    constants = tuple(mark if one == "mark" else one for one in _patched.__code__.co_consts)
+    code = _patched.__code__.replace(co_consts=constants)
+    method = types.FunctionType(code, _patched.__globals__, _patched.__name__)
     functools.update_wrapper(method, original)
     method.moeca = note  # type: ignore[attr-defined]
     return method

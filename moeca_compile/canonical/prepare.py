@@ -7,9 +7,10 @@ from collections.abc import Hashable, Iterator
 from torch import nn
 
 from moeca_compile.canonical import generic, gshard, masked_branches, nonzero_loop, numpy_loop, packed
+from moeca_compile.canonical.anatomy import CHANGED, hooks
 from moeca_compile.canonical.attempt import ModuleStand, Proposal, Stand
 from moeca_compile.canonical.dispatch import find_loops, find_whole, hidden, unreadable
-from moeca_compile.canonical.experts import ExpertBody, ModuleExperts, Recogniser, barred, members
+from moeca_compile.canonical.experts import ExpertBody, ModuleExperts, Recogniser, barred, change, members
 from moeca_compile.canonical.family import Family
 from moeca_compile.canonical.generic import AnyExperts
 from moeca_compile.canonical.inline import reaches
@@ -42,19 +43,23 @@ def prepare(model: nn.Module) -> PrepareReport:
     Recognised by structure and proven by running both forms on small random tensors; nothing is replaced on faith.
     Plain eager calls, and modules in training mode, run the original code bit for bit. Parameters, buffers and the
     state dict stay as they are, later changes of the weights are followed, and `copy.deepcopy` gives a prepared copy
-    with its own weights. Hooks put on expert modules afterwards are not seen by compiled graphs.
+    with its own weights. Adapters and quantised weights that are on the experts, or are put there later, are followed
+    too: every expert then runs on every token, by its own forward. Experts with hooks (offloading, casting layer by
+    layer), or replaced by other ones, run the original code until the model is prepared again.
 
     Args:
         model: any module; changed in place. Preparing it again changes nothing.
 
     Returns:
-        What was changed, and what looked like a dispatch and was left alone, with the reason.
+        What was changed, which experts run by their own forward, and what looked like a dispatch and was left alone,
+        each with the reason.
     """
     worker = _Worker()
     changed: list[PreparedModule] = []
     misses: list[Miss] = []
     left: dict[_Dispatch, Miss] = {}
     nearest: dict[str, str] = {}  # by path of the experts: the innermost module with a method that dispatches to them
+    followed: list[Miss] = []
     for path, module in model.named_modules():
         for loop, outcome in worker.outcomes(module):
             experts = ".".join((path, *loop.stack)).strip(".")
@@ -62,8 +67,10 @@ def prepare(model: nn.Module) -> PrepareReport:
             if isinstance(outcome, Installed):
                 changed.append(_describe(path, module, outcome))
             else:
-                reason = f"the expert dispatch in {type(module).__name__}.{loop.name}: {outcome}. {_REMEDY}"
+                remedy = "" if any(True for _ in hooks(module)) else f". {_REMEDY}"
+                reason = f"the expert dispatch in {type(module).__name__}.{loop.name}: {outcome}{remedy}"
                 left.setdefault((path, experts, outcome), Miss(reason, path or "(root)", loop.where))
+        followed += _followed(path, module)
         for name, function, place in hidden(module):
             reason = (
                 f"{type(module).__name__}.{name} gives its experts' weights to {function}, an autograd function that "
@@ -76,7 +83,16 @@ def prepare(model: nn.Module) -> PrepareReport:
                 misses.append(Miss(reason, path or "(root)"))
     # A block around the layer holds the same dispatch with its helpers put in.
     found = [miss for (path, experts, _), miss in left.items() if nearest[experts] == path]
-    return PrepareReport(tuple(changed), (*found, *misses))
+    return PrepareReport(tuple(changed), (*found, *misses), tuple(followed))
+
+
+def _followed(path: str, module: nn.Module) -> Iterator[Miss]:
+    for note in installed(module).values():
+        experts = note.rewrite.experts
+        if isinstance(experts, (ModuleExperts, AnyExperts)):
+            reason = change(members(module, experts.stack))
+            if reason:
+                yield Miss(reason, path or "(root)")
 
 
 def unprepare(model: nn.Module) -> int:
@@ -99,7 +115,17 @@ class _Worker:
         self.refused: dict[Hashable, str | None] = {}
 
     def outcomes(self, module: nn.Module) -> Iterator[tuple[Loop, Installed | str]]:
-        """What became of each dispatch in a module, those that inference doesn't reach left out."""
+        """What became of each dispatch in a module, those that inference doesn't reach left out. One whose experts have
+        changed since is proven anew; if that can't be, its patch stays, which leaves the original code to compilers."""
+        stale = {n: vars(module)[n] for n, note in installed(module).items() if note.condition(module) == CHANGED}
+        for name in stale:
+            del module.__dict__[name]
+        yield from self._outcomes(module)
+        for name, patch in stale.items():
+            if not installed(module):
+                module.__dict__[name] = patch
+
+    def _outcomes(self, module: nn.Module) -> Iterator[tuple[Loop, Installed | str]]:
         if any(note.rewrite.source.helpers for note in installed(module).values()):
             return  # one method holds them all
         whole, plain = find_whole(module), find_loops(module)

@@ -29,10 +29,13 @@ class PreparedModule:
 
 @dataclass(frozen=True, slots=True)
 class PrepareReport:
-    """`changed` holds the modules that this call changed, in module order; `misses` what looked like a dispatch."""
+    """`changed` holds the modules that this call changed, in module order; `misses` what looked like a dispatch;
+    `followed` the prepared ones whose experts have adapters or quantised weights (the first is named): these experts
+    run by their own forward, each on every token."""
 
     changed: tuple[PreparedModule, ...] = ()
     misses: tuple[Miss, ...] = ()
+    followed: tuple[Miss, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"prepared {len(self.changed)} MoE modules, left {len(self.misses)} alone"]
@@ -48,6 +51,7 @@ class PrepareReport:
             lines.append(
                 f"  {family:<13} {num_experts:>4} experts  {body:<16} {first or '(root)'}{others}{cost}{check}"
             )
+        lines += [f"  followed      {one}: every expert on every token" for one in self.followed]
         lines += [f"  left alone    {miss}" for miss in self.misses]
         return "\n".join(lines)
 

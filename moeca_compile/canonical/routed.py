@@ -36,6 +36,9 @@ class Experts(Protocol):
     def exhaustive(self) -> bool:
         """Whether every expert runs on every token, whatever the routing."""
 
+    def condition(self, owner: nn.Module) -> int:
+        """Whether the experts are still what was proven: SAME, ADAPTED or CHANGED, as `anatomy.compare` has it."""
+
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         """tokens [T, D], ids [T, K], what else experts take for each token -> y [T, K, D_out] before gate weighting."""
 

@@ -21,7 +21,7 @@ def blocker(stand: Stand, source: Source, entry: Entry, rewrite: Rewrite | None 
         try:
             module = shadow(stand.module)
             if rewrite is not None:
-                module.__dict__[rewrite.name] = types.MethodType(rewrite.function(), module)
+                module.__dict__[rewrite.name] = types.MethodType(rewrite.fitting(module).function(), module)
             arguments = entry.arguments(stand, 1, stand.experts.dtype(stand.module))
         except Exception:
             return None

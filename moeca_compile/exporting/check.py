@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from moeca_compile.errors import BundleError, LoweringError, MoecaWarning
 from moeca_compile.exporting import request
+from moeca_compile.exporting.golden import TOLERANCE, WRONG
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.write import to_numpy
 from moeca_compile.runtime import openvino
@@ -23,8 +24,6 @@ from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.verify import relative_error, verify
 
 OTHER_BATCHES = (1, 5)  # what it is tried at
-TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-WRONG = 100  # times the tolerance: no rounding, and no expert that flipped on a near-tie, gives that
 HALVES = ("bfloat16", "float16")  # not all of it runs on a CPU
 
 

@@ -11,9 +11,9 @@ import torch
 
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning
 from moeca_compile.exporting import request
-from moeca_compile.exporting.check import TOLERANCE, check_export
+from moeca_compile.exporting.check import check_export
 from moeca_compile.exporting.describe import describe, file_of
-from moeca_compile.exporting.golden import golden_steps
+from moeca_compile.exporting.golden import TOLERANCE, golden_steps
 from moeca_compile.exporting.refuse import refuse_request, refuse_schedule, refuse_sizes
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.steps import step_table
@@ -101,10 +101,18 @@ def export(
     model = inner_module(model)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)
-        prepare(model)
+        report = prepare(model)
         for example in examples:
             request.try_call(model, example)
-        captured = _capture_all(model, examples, options, dynamic_batch)
+        try:
+            captured = _capture_all(model, examples, options, dynamic_batch)
+        except CaptureError as error:
+            if not report.misses:
+                raise
+            left = "; ".join(str(miss) for miss in report.misses[:3])
+            raise CaptureError(
+                f"{error}. {len(report.misses)} expert dispatches are left as they are: {left}"
+            ) from error
         main = captured[0][0]
         lowering = _expert_lowering(main, experts, targets)
         data, models = _lower_all(captured, opset, lowering, tick)
@@ -117,10 +125,10 @@ def export(
         baked, *others = [request.numbers(model, one) for one in examples]
         data["model"] |= {"name": type(model).__name__, "baked": baked}
         tick("golden steps in torch", 0.75)
-        steps = golden_steps(main)
+        steps = golden_steps(main, model)
         write_golden(folder / GOLDEN, steps)
         for i, (size, (twin, *_), numbers) in enumerate(zip(data["sizes"], captured[1:], others, strict=True), 1):
-            further = golden_steps(twin)
+            further = golden_steps(twin, model)
             write_golden(folder / golden_file(i), further)
             size |= {"baked": numbers, "golden_steps": len(further)}
         dtype = data["dtype"]

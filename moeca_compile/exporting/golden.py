@@ -1,4 +1,8 @@
-"""Golden steps: what torch makes of a schedule's first steps, for every machine to compare with."""
+"""Golden steps: what torch makes of a schedule's first steps, for every machine to compare with.
+
+A step that computes everything gives what the user's own model gives, called as it is: neither the capture nor the
+rewritten expert dispatch vouches for itself. Cached steps run the variants, node by node.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from moeca_compile.action import Action
+from moeca_compile.errors import LoweringError
+from moeca_compile.exporting import request
 from moeca_compile.exporting.request import Captured
 from moeca_compile.runtime.dispatch import Tracks, run_step
 from moeca_compile.runtime.trajectory import Trajectory
+from moeca_compile.runtime.verify import relative_error
 from moeca_compile.variant import SLOTS
 
+TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+WRONG = 100  # times the tolerance: no rounding, and no expert that flipped on a near-tie, gives that
 Step = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
-def golden_steps(captured: Captured) -> list[Step]:
+def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
     """Inputs and outputs of the first steps of one trajectory: as many as it takes to run every variant once, and
     those that forecast with a history to forecast from.
 
-    The variants run node by node in torch. Latent and timestep move as a sampler would move them, by seeded noise.
+    `model` is the one captured. Latent and timestep move as a sampler would move them, by seeded noise.
+
+    Raises:
+        LoweringError: the captured graph computes something else than the model.
     """
     program = captured.program
     schedule = program.schedule
@@ -40,8 +54,31 @@ def golden_steps(captured: Captured) -> list[Step]:
             row = schedule.rows[at or 0]
             if known or not program.variant(row).wants_coefficients:
                 missing.discard(row)
-            steps.append(([args[i] for i in own], [one for one in outputs if isinstance(one, torch.Tensor)]))
+            found = [one for one in outputs if isinstance(one, torch.Tensor)]
+            if all(action is Action.COMPUTE for action in row):
+                found = _eager(captured, model, args, found)
+            steps.append(([args[i] for i in own], found))
     return steps
+
+
+def _eager(
+    captured: Captured, model: torch.nn.Module, args: Sequence[Any], found: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What the model gives for these arguments of its graph, which gave `found`."""
+    places = ((captured.places.get(one.name), i) for i, one in enumerate(captured.inputs))
+    given = {place: args[i] for place, i in places if place is not None}
+    leaves = tree_leaves(request.call(model, request.with_tensors(captured.example, given)))
+    wanted = [leaves[place] for _, place in captured.results]
+    for (name, _), mine, own in zip(captured.results, found, wanted, strict=True):
+        error = relative_error(mine.double().numpy(), own.double().numpy())
+        limit = WRONG * TOLERANCE.get(str(own.dtype).removeprefix("torch."), 1.0)
+        if not error <= limit:
+            raise LoweringError(
+                f"the captured graph gives another {name} than the model itself, by {error:.1e} of the largest value. "
+                "Take off hooks and adapters (merge them into the weights), prepare the model again, and if the figure "
+                "stays please report it"
+            )
+    return wanted
 
 
 def _arguments(captured: Captured, step: int, generator: torch.Generator) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moeca_compile.capture import Input, counted_apart, inputs_of
+from moeca_compile.desugar import desugar
 from moeca_compile.errors import CaptureError, LoweringError
 from moeca_compile.options import Options
 from moeca_compile.program import Program
@@ -25,6 +27,7 @@ class Captured:
     """One graph of the model and the arguments it was captured with, by position of its placeholders."""
 
     program: Program
+    example: Arguments  # the call
     args: tuple[Any, ...]
     places: dict[str, int]  # by placeholder, for what the caller gave: its place among the tensors of the call
     called: dict[str, str]  # by placeholder, what the model's signature calls it
@@ -81,11 +84,12 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
     seen: list[tuple[Any, tuple[Input, ...], tuple[Any, ...], tuple[Any, ...]]] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        inputs = inputs_of(gm, example_inputs)
+        plain, flatten = desugar(gm, example_inputs)
+        inputs = inputs_of(plain, flatten(example_inputs))
 
         def run(*args: Any) -> Any:
             outputs = tuple(gm(*args))
-            seen.append((gm, inputs, args, outputs))
+            seen.append((plain, inputs, tuple(flatten(args)), outputs))
             return outputs
 
         return run
@@ -112,7 +116,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
     places = {name: given[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in given}
     by_id = {id(value): name for name, value in bound_arguments(model, arguments).items() if torch.is_tensor(value)}
     called = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
-    return Captured(program, args, places, called, _results(result, outputs))
+    return Captured(program, arguments, args, places, called, _results(result, outputs))
 
 
 def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:
@@ -140,6 +144,12 @@ def _is_name(key: Any) -> bool:
 
 def tensors(arguments: Arguments) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+
+
+def with_tensors(arguments: Arguments, given: Mapping[int, torch.Tensor]) -> Any:
+    """The call with other tensors, by their place in `tensors`."""
+    places = itertools.count()
+    return tree_map_only(torch.Tensor, lambda one: given.get(next(places), one), arguments)
 
 
 def batch_of(arguments: Arguments) -> int:

@@ -260,9 +260,25 @@ def test_what_differs_from_the_model_at_another_batch_is_refused(
         def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return self.inner(x, t, y) * (3.0 if x.shape[0] == 1 else 1.0)
 
-    monkeypatch.setattr(entry, "golden_steps", lambda captured: _one_step(captured))
+    monkeypatch.setattr(entry, "golden_steps", lambda captured, _: _one_step(captured))
     with pytest.raises(LoweringError, match="a step at batch 1 in onnxruntime"):
         moeca.export(Lone().eval(), call_of(2), "full", tmp_path / "no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_is_not_what_the_model_computes_is_refused(tmp_path: Path) -> None:
+    class Traced(nn.Module):
+        """Computes something else while it is traced: a change that the capture lost."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_model()
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.inner(x, t, y) * (1.1 if torch.compiler.is_compiling() else 1.0)
+
+    with pytest.raises(LoweringError, match="the captured graph gives another output than the model itself"):
+        moeca.export(Traced().eval(), call_of(2), "full", tmp_path / "no", dynamic_batch=False)
     assert list(tmp_path.iterdir()) == []
 
 

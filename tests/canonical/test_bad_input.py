@@ -120,7 +120,8 @@ def test_hooks_on_experts_are_refused_loudly(kind: str, body: type[nn.Module]) -
         expert.register_forward_hook(lambda *_: None)
     report = prepare(layer)
     assert not report.changed
-    assert "expert 1 has a hook or a replaced forward" in report.misses[0].reason
+    assert "expert 1 has a forward hook (test_hooks_on_experts" in report.misses[0].reason
+    assert report.misses[0].reason.endswith("take it off first")
 
 
 def storages(model: nn.Module) -> dict[int, int]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeca_compile.canonical.experts import ExpertBody, Recogniser
+from moeca_compile.canonical.anatomy import ADAPTED
+from moeca_compile.canonical.experts import ExpertBody, ModuleExperts, Recogniser
 from moeca_compile.ops import segments
 
 WIDTH, HIDDEN = 12, 20
@@ -180,10 +181,6 @@ class Odd(nn.Module):
         (lambda: Odd("apart"), r"expert 0 has Linear layers \[\(12, 20\), \(19, 11\)\] that don't chain"),
         (lambda: Odd("tanh"), "expert 0 computes something other than a"),
         (lambda: Odd("pair"), "expert 0 returns a tuple, not one tensor"),
-        (
-            lambda: Gated().to(torch.float8_e4m3fn),
-            "quantised or sharded weights .w0.weight is a Parameter of torch.float8",
-        ),
     ],
 )
 def test_refused(make: Callable[[], nn.Module], reason: str) -> None:
@@ -195,16 +192,29 @@ def test_refused(make: Callable[[], nn.Module], reason: str) -> None:
 def test_hooks_are_refused() -> None:
     experts = [Gated(), Gated()]
     experts[1].w0.register_forward_hook(lambda *_: None)
-    assert "expert 1 has a hook or a replaced forward on w0" in str(Recogniser().body_of(experts))
+    assert "expert 1 has a forward hook (test_hooks_are_refused.<locals>.<lambda>) on w0" in str(
+        Recogniser().body_of(experts)
+    )
     experts = [Gated(), Gated()]
     experts[0].forward = lambda x: x
-    assert "expert 0 has a hook or a replaced forward on itself" in str(Recogniser().body_of(experts))
+    assert "expert 0 has a forward that was replaced on the instance on itself" in str(Recogniser().body_of(experts))
 
 
-def test_quantised_weights_are_refused() -> None:
+def test_what_quantised_weights_compute_is_their_body() -> None:
+    """The body is proven on stand-ins; `condition` says that these weights are none that the operator takes."""
+    experts = nn.ModuleList([Gated().to(torch.float8_e4m3fn), Gated().to(torch.float8_e4m3fn)])
+    body = Recogniser().body_of(list(experts))
+    assert isinstance(body, ExpertBody)
+    assert body.activation == "silu"
+    assert ModuleExperts(("experts",), body).condition(nn.ModuleDict({"experts": experts})) == ADAPTED
+
+
+def test_whole_numbers_in_place_of_weights_are_refused() -> None:
     experts = [Gated(), Gated()]
     experts[0].w0.weight = nn.Parameter(torch.zeros(HIDDEN, WIDTH, dtype=torch.int8), requires_grad=False)
-    assert "quantised or sharded weights (w0.weight is a Parameter of torch.int8)" in str(Recogniser().body_of(experts))
+    assert "different shapes or dtypes" in str(Recogniser().body_of(experts))
+    experts[1].w0.weight = experts[0].w0.weight
+    assert "can't be run on tokens [n, D]" in str(Recogniser().body_of(experts))
 
 
 def test_experts_that_differ_are_refused() -> None:

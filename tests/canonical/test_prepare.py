@@ -241,7 +241,10 @@ def test_report_of_a_model_with_a_miss() -> None:
     text = str(prepare(model))
     assert text.startswith("prepared 1 MoE modules, left 1 alone\n  nonzero_loop     4 experts  silu gated")
     assert "blocks.1.moe (models.py:" in text
-    assert "expert 0 has a hook or a replaced forward on gate_proj: remove it" in text
+    assert (
+        "expert 0 has a forward hook (test_report_of_a_model_with_a_miss.<locals>.<lambda>) on gate_proj: take it"
+        in text
+    )
 
 
 def test_the_root_itself_may_be_the_layer() -> None:
