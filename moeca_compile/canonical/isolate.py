@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import types
+import weakref
 
 from torch import nn
+from torch._C._dynamo.eval_frame import reset_code
 
 _numbers = itertools.count()
 
@@ -23,6 +25,7 @@ def isolate(model: nn.Module) -> bool:
     mark = f"moeca {next(_numbers)}"  # one constant more, so that the copies aren't equal either
     code = shared.__code__.replace(co_consts=(*shared.__code__.co_consts, mark))
     own = types.FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
+    weakref.finalize(own, reset_code, code).atexit = False  # torch holds on to the code, and by it to all it compiled
     own.__dict__.update(shared.__dict__)
     own.__kwdefaults__ = shared.__kwdefaults__
     own.__annotations__ = dict(shared.__annotations__)
