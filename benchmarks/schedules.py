@@ -139,7 +139,7 @@ class Bench:
             budget=f"macs:{math.ceil(budget * 1e4) / 1e4:.4f}",
             granularity="region",
             seeds=self.seeds,
-            holdout=(),
+            holdout=0,
             data_range=2.0,
             resume=self.work / f"steps{steps}",
         )

@@ -17,6 +17,10 @@ class DecodeError(ValueError):
     """What is wrong with a text, without the name of its file."""
 
 
+class NoJson(DecodeError):
+    """A text that isn't JSON at all, such as a line that was cut short."""
+
+
 def read_text(path: Path) -> str:
     """A text file of sane size.
 
@@ -52,7 +56,7 @@ def parse(text: str) -> Entries:
     except RecursionError as error:
         raise DecodeError("it is nested too deeply") from error
     except ValueError as error:  # no JSON, or a number of too many digits
-        raise DecodeError(f"it isn't JSON: {error}") from error
+        raise NoJson(f"it isn't JSON: {error}") from error
     if not isinstance(value, dict):
         raise DecodeError(f"it is {short(value)}, expected an object")
     return Entries(value)

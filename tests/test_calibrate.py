@@ -127,7 +127,9 @@ def test_an_interrupted_calibration_goes_on(model: nn.Module, tmp_path: Path) ->
             raise KeyboardInterrupt
         return sample(net, seed)
 
-    stop_at.append(19)  # in the middle of the search: 5 uncached samples, 8 steps tried, 2 seeds measured
+    stop_at.append(
+        23
+    )  # in the middle of the search: 4 first calls, 5 uncached samples, 8 steps tried, 2 seeds measured
     with pytest.raises(KeyboardInterrupt) as stopped:
         moeca.calibrate(model, stopping, budget="macs:0.5", resume=tmp_path, **QUICK)
     assert "the same call goes on" in "".join(stopped.value.__notes__)
@@ -137,8 +139,9 @@ def test_an_interrupted_calibration_goes_on(model: nn.Module, tmp_path: Path) ->
     ran: list[int] = []
 
     def counting(net: nn.Module, seed: int) -> Tensor:
-        ran.append(seed)
-        return sample(net, seed)
+        samples = sample(net, seed)
+        ran.append(seed)  # it wasn't ended at its first call
+        return samples
 
     first = moeca.calibrate(model, counting, budget="macs:0.5", resume=tmp_path, **QUICK)
     after = (tmp_path / "region" / "rollouts.jsonl").read_text().splitlines()
@@ -162,6 +165,32 @@ def test_a_folder_of_something_else_is_refused(model: nn.Module, folder: Path, f
         moeca.calibrate(DiT(depth=1).eval(), sample, budget="macs:0.5", resume=folder, **QUICK)
 
 
+def test_other_prompts_than_the_kept_ones_are_noticed(model: nn.Module, folder: Path, found: Schedule) -> None:
+    """Of any seed, the ones that only the final check sees too."""
+
+    def prompted(label: int, changed: int) -> Any:
+        def inner(net: nn.Module, seed: int) -> Tensor:
+            return sample(lambda x, t, y: net(x, t, torch.where(y == 2, label, y) if seed == changed else y), seed)
+
+        return inner
+
+    for seed in (1, 1001):
+        with pytest.raises(ScheduleError, match=f"a sample of seed {seed} from other inputs"):
+            moeca.calibrate(model, prompted(3, seed), budget="macs:0.5", resume=folder, **QUICK)
+    assert moeca.calibrate(model, prompted(2, 1), budget="macs:0.5", resume=folder, **QUICK).rows == found.rows
+
+
+def test_numbers_of_seeds_and_a_speedup(model: nn.Module) -> None:
+    def drawn(net: nn.Module, seed: int) -> Tensor:
+        seeds.add(seed)
+        return sample(net, seed)
+
+    seeds: set[int] = set()
+    made = moeca.calibrate(model, drawn, budget="speedup:1.25", **{**QUICK, "seeds": 2, "holdout": 1, "effort": 1})
+    assert seeds == {0, 1, 1000}
+    assert made.predicted["latency_fraction"] <= 0.8
+
+
 def test_bad_samplers_are_refused() -> None:
     model, noise = DiT(depth=1).eval(), count()
     nan_at_one = {0: 1.0, 1: float("nan")}
@@ -175,7 +204,7 @@ def test_bad_samplers_are_refused() -> None:
         (lambda m, seed: [sample(m, seed)], "gave a list"),
     ):
         with pytest.raises(ScheduleError, match=says):
-            moeca.calibrate(model, sampler, budget="macs:0.5", seeds=(0, 1), **{**some, "holdout": ()})
+            moeca.calibrate(model, sampler, budget="macs:0.5", seeds=(0, 1), **{**some, "holdout": 0})
 
 
 @pytest.mark.parametrize(
@@ -191,6 +220,18 @@ def test_bad_samplers_are_refused() -> None:
         ({"perturb": 1}, "perturb needs resume=FOLDER"),
         ({"data_range": 0.0}, "data_range"),
         ({"budget": "mac:1"}, "expected macs"),
+        ({"budget": "2x"}, "did you mean speedup:2"),
+        ({"budget": 2}, "budget is 2, expected a text"),
+        ({"holdout": ()}, "holdout is empty"),
+        ({"seeds": 0}, "must not be empty"),
+        ({"seeds": 1001}, "seeds=1001, expected whole numbers, or how many"),
+        ({"seeds": -1}, "seeds=-1, expected whole numbers"),
+        ({"seeds": True}, "seeds=True, expected whole numbers"),
+        ({"seeds": "01"}, "seeds='01', expected whole numbers"),
+        ({"seeds": (0, 1.5)}, "expected whole numbers"),
+        ({"resume": __file__}, "can't keep a calibration: it is no folder"),
+        ({"resume": f"{__file__}/deeper"}, "can't keep a calibration: it is no folder"),
+        ({"resume": "a\0b"}, "can't keep a calibration: embedded null"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(request_: dict[str, Any], says: str) -> None:

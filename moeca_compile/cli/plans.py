@@ -15,7 +15,9 @@ from moeca_compile.inspect import schedules
 
 Source = Annotated[str, typer.Argument(help="package.module:function; it returns the model.")]
 Sample = Annotated[str, typer.Option(help="package.module:function; it takes (model, seed) and returns the samples.")]
-Budget = Annotated[str, typer.Option(help="macs:0.26, latency:0.4, psnr:45, state:64MiB; several by commas.")]
+Budget = Annotated[
+    str, typer.Option(help="macs:0.26, latency:0.4, speedup:2, psnr:45, state:64MiB; several by commas.")
+]
 Out = Annotated[Path, typer.Option(help="The schedule's JSON file to write.")]
 Weights = Annotated[Path | None, typer.Option(help="A .safetensors file to load into the model.")]
 Order = Annotated[str, typer.Option(help="Of the forecasts: 0, 1, 2 or auto.")]
@@ -67,8 +69,8 @@ def calibrate(
             budget=budget,
             order=int(order) if order.isdecimal() else order,
             granularity=granularity,
-            seeds=range(seeds),
-            holdout=range(1000, 1000 + holdout),
+            seeds=seeds,
+            holdout=holdout,
             inner=inner,
             resume=resume,
             perturb=perturb,

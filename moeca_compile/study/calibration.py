@@ -6,6 +6,7 @@ sampling. What is found is sampled once more with seeds that the search hasn't s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +32,8 @@ def calibrate(
     order: int | str = "auto",
     granularity: str = "auto",
     max_variants: int = 4,
-    seeds: Sequence[int] = (0, 1, 2, 3),
-    holdout: Sequence[int] = (1000, 1001),
+    seeds: Sequence[int] | int = 4,
+    holdout: Sequence[int] | int = 2,
     effort: float | None = None,
     data_range: float | None = None,
     inner: str = "inductor",
@@ -48,14 +49,15 @@ def calibrate(
         model: as `moeca_compile.compile` takes it; its weights are only read.
         sample: the user's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`.
         budget: `macs:0.26` (fraction of the uncached multiply-accumulates), `latency:0.4` (of the uncached time of
-            the variants, measured here), `psnr:45` (the cheapest that holds it), and `state:64MiB` beside them;
-            several with commas between.
+            the variants, measured here), `speedup:2` (the same as `latency:0.5`), `psnr:45` (the cheapest that holds
+            it), and `state:64MiB` beside them; several with commas between.
         order: of the forecasts: 0, 1, 2, or `auto`: whichever wins.
         granularity: what the schedule's columns are, as in `Options`; `auto`: `region`, or `stack` if that wins or if
             the state of `region` doesn't fit. The schedule says which, and compiling with another one is refused.
         max_variants: distinct rows allowed, at least 2; above 2 partial rows are tried.
-        seeds, holdout: what the search sees, and what only the final check sees; no seed in both. 8 to 16 seeds are
-            better than 4: a schedule can be made to measure for a few samples.
+        seeds, holdout: what the search sees, and what only the final check sees; no seed in both. A number n is short
+            for 0 to n - 1, and for 1000 to 999 + n; holdout=0 leaves the check out. 8 to 16 seeds are better than 4: a
+            schedule can be made to measure for a few samples.
         effort: what the search may sample, in uncached trajectories; default 1.25 a seed. The last round, and with
             order `auto` at most two rollouts for each predictor that schedules can't run, come on top.
         data_range: of the samples, for the PSNR; None: what the uncached samples span.
@@ -191,7 +193,8 @@ def _schedule(found: _Found) -> Schedule:
     if held_out is not None:
         predicted["psnr_db_holdout"] = held_out
     predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
-    predicted |= {f"tried {name}": quality for name, quality in sorted(found.search.found.items())}
+    tried = sorted(found.search.found.items())
+    predicted |= {f"tried {name}": quality for name, quality in tried if math.isfinite(quality)}
     rows = "".join(f", {letter}: {PARTIAL[letter].says}" for letter in sorted(plan.partial))
     order = f"{plan.predictor}, granularity {study.granularity}{rows}"
     if study.handle.by_branches:

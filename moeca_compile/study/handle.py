@@ -29,6 +29,7 @@ from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
+from moeca_compile.study.origin import Origin, origin_of
 from moeca_compile.visit import visiting
 
 Sampler = Callable[[Any, int], torch.Tensor]
@@ -63,6 +64,10 @@ class Call:
 
 
 Watch = Callable[[Call], tuple[Any, ...] | None]
+
+
+class _Seen(BaseException):
+    """Ends a sampler that has shown what it starts from; no sampler catches it."""
 
 
 class _Predicting(StreamState):
@@ -194,6 +199,18 @@ class Handle:
                 self.uncached.append(seconds)
             self.steps = max((1 + record.step for tracks in open_.values() for record in tracks.records), default=0)
         return samples
+
+    def origin(self, seed: int) -> Origin:
+        """What the sampler starts from with a seed; it is ended at its first call of the model."""
+        found: list[Origin] = []
+
+        def visit(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
+            found.append(origin_of(arg for arg, one in zip(args, entry.inputs, strict=True) if not one.is_weight))
+            raise _Seen
+
+        with suppress(_Seen):
+            self._call(seed, visit)
+        return found[0] if found else ()
 
     def warm(self, seed: int, letters: str) -> None:
         """Compile what plans of these letters run, so that no compiling is in the times of what follows."""

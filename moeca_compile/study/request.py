@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeca_compile.decode import short
 from moeca_compile.errors import ScheduleError
 from moeca_compile.plan.budget import Budget
 from moeca_compile.plan.predict import OTHERS, Predictor, predictors_of
 
+HOLDOUT = 1000  # where a number of held-out seeds begins
+MOST_SEEDS = 1000
 EFFORT = 1.25  # of the rollouts, in uncached trajectories a seed
 
 
@@ -37,8 +41,8 @@ class Request:
         budget: str,
         order: int | str,
         max_variants: int,
-        seeds: Sequence[int],
-        holdout: Sequence[int],
+        seeds: Sequence[int] | int,
+        holdout: Sequence[int] | int,
         effort: float | None,
         data_range: float | None,
         memory: int,
@@ -52,7 +56,12 @@ class Request:
             ScheduleError: an argument that can't be.
         """
         limits = Budget.parse(budget)
-        seeds, holdout = tuple(seeds), tuple(holdout)
+        if not isinstance(holdout, int) and not len(holdout):
+            raise ScheduleError(
+                "calibrate: holdout is empty, so nothing would say how good the schedule is on seeds that the search "
+                "hasn't seen. Give some seeds or their number, or holdout=0 to do without that check"
+            )
+        seeds, holdout = _seeds("seeds", seeds, 0), _seeds("holdout", holdout, HOLDOUT)
         if not seeds or set(seeds) & set(holdout):
             raise ScheduleError("calibrate: seeds must not be empty, and no seed may be in both seeds and holdout")
         for name, given in (("seeds", seeds), ("holdout", holdout)):
@@ -85,7 +94,31 @@ class Request:
             effort=EFFORT * len(seeds) if effort is None else effort,
             data_range=data_range,
             memory=memory,
-            folder=None if resume is None else Path(resume),
+            folder=None if resume is None else _folder(resume),
             perturb=perturb,
             branches=branches,
         )
+
+
+def _seeds(name: str, given: Sequence[int] | int, first: int) -> tuple[int, ...]:
+    """Seeds as they are given, or so many of them from `first` on."""
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= MOST_SEEDS:
+        return tuple(range(first, first + given))
+    try:
+        found = () if isinstance(given, (str, bytes)) else tuple(operator.index(one) for one in given)  # type: ignore[union-attr]
+    except TypeError:
+        found = ()
+    if not found and given != ():
+        raise ScheduleError(f"calibrate: {name}={short(given)}, expected whole numbers, or how many there are to be")
+    return found
+
+
+def _folder(resume: str | Path) -> Path:
+    try:
+        Path(resume).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = "it is no folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else error
+        raise ScheduleError(
+            f"calibrate: resume={str(resume)!r} can't keep a calibration: {reason}. Name a folder, or one to be made"
+        ) from error
+    return Path(resume)

@@ -27,6 +27,7 @@ from moeca_compile.study.handle import Call, Handle, Sampler, kinds_of
 from moeca_compile.study.latency import costs
 from moeca_compile.study.measure import measure
 from moeca_compile.study.mixing import Mixing, Tape, find_mixing
+from moeca_compile.study.origin import alike
 from moeca_compile.study.request import Request
 from moeca_compile.study.stale import PRICE, Harm, stale_samples
 from moeca_compile.study.store import Store
@@ -35,6 +36,7 @@ LOOKBACK = 20  # steps back that a forecast may rest on, at least
 GAPS = 4  # and as many mean gaps between computed steps: an order-2 forecast rests on three of them
 MEASURED = 4  # one in so many seeds is measured, two at least
 SPLIT = 8  # steps back that partial rows are told apart for, on one seed: each kind of row makes it dearer
+WORST = 1e30  # a mean squared error; its PSNR is the least there is
 OVERHEAD = 0.06  # of an uncached trajectory: what a run costs beside its computed regions
 
 
@@ -152,6 +154,9 @@ class Study:
                 "timesteps": list(self.tape.timesteps.values()),
             }
         )
+        if self.request.folder is not None:
+            for seed in (*self.request.seeds, *self.request.holdout):
+                self._check_origin(seed)
         kept = self.store.truth(first)
         if kept is None:
             self.store.keep_truth(first, self.truth[first], self.handle.uncached[-1])
@@ -162,6 +167,21 @@ class Study:
                 f"resume={str(self.request.folder)!r} holds other samples for seed {first}: it was made with other "
                 "weights or another sampler. Name another folder"
             )
+
+    def _check_origin(self, seed: int) -> None:
+        """Whether what is kept of a seed was sampled from what its sampler starts from now; noted for a new one."""
+        now, kept = self.handle.origin(seed), self.store.origins.get(seed)
+        if kept is None and self.store.truth(seed) is None:
+            self.store.keep_origin(seed, now)
+        elif kept is None or not alike(kept, now):
+            folder = f"resume={str(self.request.folder)!r}"
+            known = (
+                f"{folder} doesn't say which inputs seed {seed} was sampled from"
+                if kept is None
+                else f"{folder} holds a sample of seed {seed} from other inputs: another prompt, label, latent "
+                "or first timestep"
+            )
+            raise ScheduleError(f"{known}. Name another folder, or delete this one")
 
     @property
     def uncached(self) -> float:
@@ -257,9 +277,9 @@ class Study:
         return errors
 
     def errors(self, seed: int, samples: torch.Tensor) -> list[float]:
-        """Of each of `seed`'s samples its mean squared error; NaN is infinitely wrong."""
+        """Of each of `seed`'s samples its mean squared error; one that isn't finite is as wrong as can be."""
         error = _rows(samples - self.truth[seed]).square().mean(dim=1)
-        return [value if value == value else math.inf for value in error.tolist()]
+        return [value if math.isfinite(value) else WORST for value in error.tolist()]
 
     def make_stale(self) -> None:
         """Perturb so many experts as were asked for, those that drift most first; kept in the store."""

@@ -82,7 +82,7 @@ def test_nothing_is_tried_where_nothing_is_cached_or_kept() -> None:
 
 def test_they_are_tried_where_the_order_is_free() -> None:
     def others(order: int | str) -> object:
-        return Request.read("macs:0.5", order, 4, (0,), (), None, None, 1, None, 0, 0.0).others
+        return Request.read("macs:0.5", order, 4, (0,), 0, None, None, 1, None, 0, 0.0).others
 
     assert others("auto") == OTHERS
     assert others(1) == ()

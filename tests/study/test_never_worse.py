@@ -32,7 +32,7 @@ def test_no_uniform_schedule_is_better(share: float) -> None:
     torch.manual_seed(0)
     model: nn.Module = DiT(depth=1, dim=16).eval()
     found = moeca.calibrate(
-        model, sample, budget=f"macs:{share}", granularity="region", seeds=SEEDS, holdout=(), data_range=RANGE,
+        model, sample, budget=f"macs:{share}", granularity="region", seeds=SEEDS, holdout=0, data_range=RANGE,
         effort=3, inner="eager", progress=False,
     )  # fmt: skip
     handle = Handle(model, sample, "region", "eager")

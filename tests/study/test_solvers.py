@@ -62,7 +62,7 @@ def model() -> nn.Module:
 
 def found_under(model: nn.Module, name: str) -> Schedule:
     return moeca.calibrate(
-        model, sampler(name), budget="macs:0.6", granularity="region", order=1, seeds=(0, 1), holdout=(),
+        model, sampler(name), budget="macs:0.6", granularity="region", order=1, seeds=(0, 1), holdout=0,
         effort=4, inner="eager", progress=False,
     )  # fmt: skip
 

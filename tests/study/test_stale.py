@@ -78,7 +78,7 @@ def test_those_that_drift_most_are_tried_within_the_price_and_kept(model: nn.Mod
         told.clear()
         return dict(
             moeca.calibrate(
-                copy.deepcopy(model), counted, budget="macs:0.6", granularity="region", seeds=(0, 1), holdout=(),
+                copy.deepcopy(model), counted, budget="macs:0.6", granularity="region", seeds=(0, 1), holdout=0,
                 effort=4, max_variants=2, inner="eager", progress=False, resume=tmp_path, perturb=perturb,
             ).predicted
         )  # fmt: skip
