@@ -23,7 +23,7 @@ from moeca_compile.desugar import desugar
 from moeca_compile.errors import MoecaError, OptionError, StateError
 from moeca_compile.first_call import out_of_date, renew_without_hooks
 from moeca_compile.frozen import Seen, follows_from_call, note, noting
-from moeca_compile.gate import gate_of, passed
+from moeca_compile.gate import call_of, gate_of, passed
 from moeca_compile.handles import HandleState, Read, all_states, backend_of, calling, state_of
 from moeca_compile.options import Options
 from moeca_compile.owner import find_owner, runs_whole
@@ -121,7 +121,7 @@ class Entry:
         if self._whole is None:
             with gate_of(context).lock if context is not None else nullcontext(), alone():
                 whole = runs_whole(owner, self.gm)
-                if not out_of_date(owner, whole):
+                if not out_of_date(owner, whole, None if context is None else call_of(context)):
                     self._whole = whole
         elif not self._whole:
             renew_without_hooks(owner)

@@ -9,10 +9,11 @@ breaks in the second call too gets a third, by when it has built its tables; if 
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 from torch._dynamo import config
@@ -24,26 +25,34 @@ from moeca_compile.canonical import prepare
 from moeca_compile.canonical.anatomy import hooks
 from moeca_compile.canonical.isolate import isolate
 from moeca_compile.errors import CaptureError, MoecaWarning
+from moeca_compile.gate import Call
 from moeca_compile.owner import Owner
 from moeca_compile.regions import Miss
 
-_broken: list[FrameType] = []  # the call during which a model was prepared
+_finishing: set[tuple[int, int]] = set()  # thread and frame of first calls during which their model was prepared
 _trials: dict[int, bool] = {}  # by id of a model that is being called once more: whether its graph was whole
 _told: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyDictionary()  # by handle: reasons it warned of
 _hooked: weakref.WeakKeyDictionary[Module, weakref.ref[Module]] = weakref.WeakKeyDictionary()  # one with a hook each
 _renewed: weakref.WeakSet[Module] = weakref.WeakSet()  # handles that were called once more; if they break, so be it
 
 
-def out_of_date(owner: Owner | None, whole: bool) -> bool:
-    """On a graph's first run: prepare the model. True: this graph belongs to a call that only has to finish."""
+def out_of_date(owner: Owner | None, whole: bool, call: Call | None) -> bool:
+    """On a graph's first run: prepare the model. True: this graph belongs to a call that only has to finish. `call`:
+    None for one that began before the handle had a gate: of several threads' first calls, the first one prepares the
+    model, and those that come broken after it are made once more too."""
     if owner is None:
         return False
     if id(owner.module) in _trials:
         _trials[id(owner.module)] |= whole
         return not whole
-    if _broken and _broken[0] is owner.frame:
+    this = threading.get_ident(), id(owner.frame)
+    if this in _finishing if call is None else call.finishes:
         return True
-    _broken.clear()
+    if call is None and not whole and owner.handle in _renewed:
+        _finishing.add(this)
+        if next(iter(hooks(owner.module)), None) is None:
+            owner.handle(*owner.frame.f_locals["args"], **owner.frame.f_locals["kwargs"])
+        return True
     report = prepare(owner.module)
     told = _told.setdefault(owner.handle, set())
     _warn_once(told, report.misses, "{} expert dispatches are left as they are: {}")
@@ -62,7 +71,10 @@ def out_of_date(owner: Owner | None, whole: bool) -> bool:
     _renew(owner, scalars=True)
     if hooked is None and not _comes_whole(owner):  # hooks may not bear being run twice: next time, then
         _renew(owner, scalars=False)
-    _broken[:] = [owner.frame]
+    if call is None:
+        _finishing.add(this)
+    else:
+        call.finishes = True
     return True
 
 

@@ -38,7 +38,7 @@ class Gate:
 
     def __call__(self) -> Callable[[], None]:
         self.lock.acquire()
-        _calls.last = call = _Call(self, _calls.last)
+        _calls.last = call = Call(self, _calls.last)
         if self.raised is not None:
             call.restore = self.raised()
         return call.end
@@ -58,13 +58,14 @@ class Gate:
         return Gate, ()
 
 
-class _Call:
-    """A call in progress, before (`waits`) or after its first graph began to run."""
+class Call:
+    """A call in progress, before (`waits`) or after its first graph began to run; `finishes`: its model was prepared
+    meanwhile, so that its graphs are out of date."""
 
-    __slots__ = ("gate", "outer", "restore", "waits")
+    __slots__ = ("finishes", "gate", "outer", "restore", "waits")
 
-    def __init__(self, gate: Gate, outer: _Call | None) -> None:
-        self.gate, self.outer, self.waits = gate, outer, True
+    def __init__(self, gate: Gate, outer: Call | None) -> None:
+        self.gate, self.outer, self.waits, self.finishes = gate, outer, True, False
         self.restore: Callable[[], None] | None = None
 
     def passes(self) -> None:
@@ -83,7 +84,7 @@ class _Call:
 
 
 class _Calls(threading.local):
-    last: _Call | None = None  # this thread's innermost
+    last: Call | None = None  # this thread's innermost
 
 
 _calls = _Calls()
@@ -93,6 +94,12 @@ def passed() -> None:
     """A graph runs: Dynamo is done with this call, for now."""
     if _calls.last is not None:
         _calls.last.passes()
+
+
+def call_of(context: Any) -> Call | None:
+    """This thread's call of a handle; None: it began before the handle had a gate, with its very first calls."""
+    call = _calls.last
+    return call if call is not None and call.gate is gate_of(context) else None
 
 
 def _tell(gate: Gate) -> None:

@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "program": STAGES | PROGRAM,  # a captured graph, its schedule and its variants
     "visit": set(),
     "owner": {"errors", "desugar"},
-    "first_call": REWRITE | {"owner"},
+    "first_call": REWRITE | {"owner", "gate"},
     "gate": {"errors", "owner", "runtime"},  # one call at a time in Dynamo
     "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo
     "same_graph": GRAPH,

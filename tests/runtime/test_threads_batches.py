@@ -89,3 +89,12 @@ def test_a_hundred_and_sixty_trajectories(kind: str, way: str) -> None:
     module = MODELS[kind]()
     serial = compiled(copy.deepcopy(module))
     assert wrong(compiled(module), serial, way, each=20, steps=10) == []
+
+
+@pytest.mark.parametrize("way", ["unnamed", "named"])
+def test_threads_that_meet_an_unprepared_model_at_once(way: str) -> None:
+    """Each of their first calls is the first step of its trajectory, though it comes in broken parts."""
+    module = dit()
+    serial = compiled(copy.deepcopy(module))
+    model = torch.compile(module, backend="moeca", options={"schedule": "uniform:3", "inner": "eager"})
+    assert wrong(model, serial, way, each=1, steps=4) == []
