@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -124,6 +125,16 @@ def test_more_steps_compute_no_more_than_the_schedule(more: int) -> None:
     rows, warnings = play(schedule, falling(11 * more))
     assert letters(rows).count("C") == 5
     assert len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"), [(100, 0.17), (50, 0.34), (40, 0.40), (33, 0.48), (25, 0.60), (20, 0.75), (10, 1.0)]
+)
+def test_the_share_that_a_calibrated_schedule_computes_of_other_numbers_of_steps(steps: int, share: float) -> None:
+    schedule = Schedule.load(Path(__file__).parents[1] / "examples/schedules/digits_34.json")
+    rows, warnings = play(schedule, falling(steps))
+    assert letters(rows).count("C") / steps == pytest.approx(share, abs=0.01)
+    assert len(warnings) == (steps != 50)
 
 
 def test_fewer_steps_make_up_what_they_pass() -> None:

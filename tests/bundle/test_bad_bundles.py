@@ -38,6 +38,16 @@ def seal(folder: Path) -> None:
     edit_manifest(folder, edit)
 
 
+@pytest.mark.parametrize("name", ["order", "period", "timesteps", "predicted", "version"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400, [10**400], {"psnr_db": float("inf")}])
+def test_a_sealed_schedule_with_a_number_that_is_none(copy: Path, name: str, value: object) -> None:
+    data = json.loads((copy / "schedule.json").read_text())
+    (copy / "schedule.json").write_text(json.dumps({**data, name: value}))
+    seal(copy)
+    with pytest.raises(BundleError, match=r"schedule\.json: not a readable schedule"):
+        Bundle.open(copy)
+
+
 @pytest.mark.parametrize("name", ["weights.bin", "v0.onnx", "schedule.json", "golden.npz", "manifest.json"])
 def test_a_missing_file(copy: Path, name: str) -> None:
     (copy / name).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def test_a_committed_schedule_holds_what_it_predicts(model: digits.DiTMoE, truth
     assert not any(step.cold for step in stats.steps)
     quality = digits.psnr(images, truth).mean().item()
     assert quality == pytest.approx(schedule.predicted["psnr_db_holdout"], abs=1)
+
+
+@pytest.mark.slow
+def test_a_committed_schedule_is_good_at_half_its_steps(model: digits.DiTMoE) -> None:
+    qualities = {}
+    with torch.no_grad():
+        truth = digits.sample(model, 0, 4, steps=25)
+        for schedule in ("uniform:3:warmup=10", str(calibrate.SCHEDULES / "digits_34.json")):  # of equal cost
+            compiled = moeca.compile(model, schedule=schedule, inner="eager")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "step 1 is at timestep 960, but the schedule has 980")
+                qualities[schedule] = digits.psnr(digits.sample(compiled, 0, 4, steps=25), truth).mean().item()
+            assert moeca.stats(compiled).mac_fraction == pytest.approx(0.6, abs=0.01)
+    uniform, calibrated = qualities.values()
+    assert calibrated > max(uniform, 50)
 
 
 def test_a_committed_schedule_is_refused_by_another_model() -> None:
