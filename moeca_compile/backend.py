@@ -18,20 +18,20 @@ import torch
 from moeca_compile import fx
 from moeca_compile.autocast import ambient_autocast
 from moeca_compile.bank import Bank, Order, Weights, in_order, order_of
-from moeca_compile.capture import Input, alone, capture, inputs_of
+from moeca_compile.capture import Capture, Input, alone, capture, inputs_of
 from moeca_compile.desugar import desugar
-from moeca_compile.errors import MoecaError, OptionError, StateError
-from moeca_compile.first_call import out_of_date, renew_without_hooks
+from moeca_compile.errors import CaptureError, MoecaError, OptionError, StateError
+from moeca_compile.first_call import left_alone, out_of_date, renew_without_hooks
 from moeca_compile.frozen import Seen, follows_from_call, note, noting
 from moeca_compile.gate import call_of, gate_of, passed
-from moeca_compile.handles import HandleState, Read, all_states, backend_of, calling, state_of
+from moeca_compile.handles import HandleState, Read, all_states, backend_of, state_of
+from moeca_compile.lower.as_given import lower_as_given
 from moeca_compile.options import Options
 from moeca_compile.owner import find_owner, runs_whole
 from moeca_compile.program import Program
 from moeca_compile.runtime.blocks import current
 from moeca_compile.runtime.dispatch import run_step
 from moeca_compile.runtime.trajectory import Trajectory
-from moeca_compile.runtime.warned import Warned
 from moeca_compile.same_graph import identity
 from moeca_compile.visit import visitor
 
@@ -59,9 +59,9 @@ def moeca(
             raise refusal
 
         return refuse
-    context = calling(find_owner())
-    if context is not None:
-        gate_of(context).count()
+    owner = find_owner()
+    if owner is not None:
+        gate_of(owner.handle).count()
     return _entry(gm, example_inputs, parsed)
 
 
@@ -102,6 +102,7 @@ class Entry:
         self._none: dict[Hashable, bool] = {}  # by the shapes of empty inputs, whether the results are empty too
         self._whole: bool | None = None
         self._own: HandleState | None = None  # of callers that came without torch.compile
+        self._as_given: Callable[..., Any] | None = None
         ENTRIES.add(self)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
@@ -117,11 +118,12 @@ class Entry:
             if self._none[empty]:  # no samples: there is nothing to capture or to cache
                 return results
         owner = find_owner()
-        context = calling(owner)
+        context = None if owner is None else owner.handle
+        call = None if context is None else call_of(context)
         if self._whole is None:
             with gate_of(context).lock if context is not None else nullcontext(), alone():
                 whole = runs_whole(owner, self.gm)
-                if not out_of_date(owner, whole, None if context is None else call_of(context)):
+                if not out_of_date(owner, whole, call):
                     self._whole = whole
         elif not self._whole:
             renew_without_hooks(owner)
@@ -129,18 +131,37 @@ class Entry:
         if self._whole is None:
             return tuple(self.gm(*args))
         state = self._state(context)
-        bank = state.bank(owner, None if self.whole else self.number)
+        if not self._whole:
+            if call is not None and owner is not None:
+                call.ran_part(self.gm, partial(state.is_broken, dispatches=left_alone(owner)))
+            return self._run_as_given(args, state)
+        bank = state.bank
         weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
         visit = visitor(context)
         if visit is not None:
             return visit(self, args, bank)
-        program, order = self._find(args, bank, weights)
+        try:
+            program, order = self._find(args, bank, weights)
+        except CaptureError as error:
+            return self.run_uncached(args, str(error))
         trajectory = current(weights.ids, owner.frame if owner is not None else None)
         results = self.step(program, order, bank, args, trajectory)
-        if noting() and self.whole:
+        if noting():
             others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]
             note(Seen(partial(self.step, program, order, bank), args, others, results))
         return results
+
+    def run_uncached(self, args: Sequence[Any], reason: str) -> tuple[Any, ...]:
+        """Run the whole model's graph as Dynamo gave it, because of `reason`, and say so once a handle."""
+        owner = find_owner()
+        state = self._state(None if owner is None else owner.handle)
+        state.is_refused(reason)
+        return self._run_as_given(args, state)
+
+    def _run_as_given(self, args: Sequence[Any], state: HandleState) -> tuple[Any, ...]:
+        if self._as_given is None:
+            self._as_given = lower_as_given(self.gm, state.options)
+        return tuple(self._as_given(*args))
 
     def step(
         self, program: Program, order: Order | None, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None
@@ -158,20 +179,19 @@ class Entry:
             return run_step(program, tracks, args, trajectory, packs.doubt)
 
     def place(self, args: Sequence[Any], bank: Bank) -> tuple[Program, Sequence[Any]]:
-        """The program for arguments like these, and they in its order."""
+        """The program for arguments like these, and they in its order.
+
+        Raises:
+            CaptureError: the graph can't be captured, or has nothing to cache.
+        """
         weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
         program, order = self._find(args, bank, weights)
         return program, args if order is None else in_order(args, order)
 
     @property
-    def whole(self) -> bool:
-        """Whether this graph is the whole model, not a part between two graph breaks."""
-        return self._whole is not False
-
-    @property
     def banks(self) -> dict[int, Bank]:
         """Of all handles that this graph has run for."""
-        return {id(bank): bank for state in all_states() for bank in state.banks() if bank.knows(self.number)}
+        return {id(bank): bank for state in all_states() if (bank := state.bank).knows(self.number)}
 
     @property
     def programs(self) -> dict[Hashable, Program]:
@@ -212,7 +232,13 @@ class Entry:
         if found is not None:
             return found
         with alone():
-            return bank.find(key) or self._make(key, args, numbers, bank)
+            if key in bank.refused:
+                raise CaptureError(bank.refused[key])
+            try:
+                return bank.find(key) or self._make(key, args, numbers, bank)
+            except CaptureError as error:
+                bank.refused[key] = str(error)
+                raise
 
     def _make(
         self, key: tuple[Any, ...], args: Sequence[Any], numbers: Mapping[int, Any], bank: Bank
@@ -226,17 +252,15 @@ class Entry:
         if shared is None:
             self._warn_of_numbers(key, numbers, bank)
             gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
-            captured = capture(gm, args, self.inputs)
+            captured = _captured(gm, args, self.inputs)
             known = as_given if self._identity is self else identity(captured.gm, captured.inputs)
             shared = bank.find(known)
             if shared is None:
-                read = bank.options, self.whole, bank.schedule, bank.warned
+                read = bank.options, bank.schedule, bank.warned
                 program = Program(gm, args, self.inputs, *read, captured)
                 bank.place((key, as_given, known), program)
                 program.settle(args)
                 bank.follow(self.number, self._labels, [args[i] for i in self._weights])  # some may have been moved
-                if not self.whole:
-                    _warn_broken(program, bank.warned)
                 return program, None
         program, _ = shared
         order = order_of(program.analysis.context.inputs, self.inputs)
@@ -265,6 +289,21 @@ class Entry:
                 "graph is captured and compiled for each value. Pass it as a tensor",
                 "numbers",
             )
+
+
+def _captured(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:
+    """What Dynamo runs may be more than can be captured, such as sizes that depend on data.
+
+    Raises:
+        CaptureError: it can't be captured, whatever torch says of it.
+    """
+    try:
+        return capture(gm, args, inputs)
+    except MoecaError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CaptureError(f"torch can't trace the graph once more: {type(error).__name__}: {first}") from error
 
 
 def _kind(value: Any) -> tuple[Any, ...]:
@@ -300,12 +339,3 @@ def _with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch
         else:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
     return torch.fx.GraphModule(gm, graph)
-
-
-def _warn_broken(program: Program, warned: Warned) -> None:
-    what = f"{len(program.regions)} regions" if len(program.regions) else "no region"
-    warned.once(
-        f"the model's graph is broken: this part has {what}, and only regions in one graph with the timestep are "
-        "cached. TORCH_LOGS=graph_breaks shows where; an expert dispatch is mended by moeca_compile.prepare(model)",
-        "graph break",
-    )

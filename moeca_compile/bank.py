@@ -48,10 +48,10 @@ class Weights:
 
 
 class Bank:
-    """One handle's whole model, or one part of a broken graph; the part's trajectories are its own.
+    """What one handle runs.
 
     Attributes:
-        handle: what the user calls.
+        handle: its compile context (a weak reference).
         programs: by what they compute, the latest used last.
         latest: what `stats` shows.
         all: of every trajectory that lives.
@@ -68,6 +68,7 @@ class Bank:
         self.latest = self.plain
         self.all: weakref.WeakSet[Tracks] = weakref.WeakSet((self.plain,))
         self.packs = Packs()
+        self.refused: dict[Hashable, str] = {}  # why graphs for such calls run uncached
         self._placed: dict[Hashable, tuple[Hashable, Order | None]] = {}
         self._weights: dict[int, Weights] = {}  # by graph
         self._stamps: dict[str, Stamp] = {}

@@ -20,11 +20,11 @@ from moeca_compile.capture import counted_apart
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.frozen import let_through
 from moeca_compile.gate import gate_of
-from moeca_compile.handles import context_of, states_of
+from moeca_compile.handles import states_of
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.options import Options
-from moeca_compile.owner import parameters_of
+from moeca_compile.owner import handle_of, parameters_of
 from moeca_compile.program import Program
 from moeca_compile.runtime.stats import Stats
 from moeca_compile.runtime.trajectory import Trajectory
@@ -90,13 +90,16 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     """
 
     def warm(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
-        program, args = entry.place(args, bank)
+        try:
+            program, args = entry.place(args, bank)
+        except CaptureError as error:
+            return entry.run_uncached(args, str(error))
         with bank.packs.active() if program.packs_experts else nullcontext():
             return program.warm(args)
 
     with torch.no_grad():
         result, seen = _visit(model, inputs, keywords, warm)
-    if not seen:
+    if not seen and not any(state.parts for state in states_of(model)):
         raise StateError('warmup: nothing was compiled. Is this torch.compile(model, backend="moeca")?')
     return result
 
@@ -140,13 +143,12 @@ def trajectory(
 def reset(model: Any) -> None:
     """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
     for state in states_of(model):
-        for bank in state.banks():
-            bank.reset()
+        state.bank.reset()
 
 
 def stats(model: Any) -> Stats:
     """What the last trajectory did, and what is held now."""
-    return stats_of([bank for state in states_of(model) for bank in state.banks()])
+    return stats_of(states_of(model))
 
 
 def explain(
@@ -174,14 +176,21 @@ def explain(
 
     def look(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
         read = None if given.keys() & {"schedule", "order"} else bank.schedule
-        programs.append(Program(entry.gm, args, entry.inputs, replace(bank.options, **given), entry.whole, read))
+        programs.append(Program(entry.gm, args, entry.inputs, replace(bank.options, **given), read))
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
         _visit(model, inputs, dict(keywords or {}), look)
-    if not programs:
-        raise CaptureError("explain: the model ran no graph of ours; is it compiled for another backend?")
-    return _report(programs)
+    broken = [state for state in states_of(model) if state.parts]
+    parts, breaks = sum(state.parts for state in broken), "\n".join(state.uncached for state in broken)
+    if programs:
+        return replace(_report(programs), graphs=len(programs) + parts, breaks=breaks)
+    if broken:
+        return Report.of_parts(parts, breaks)
+    raise CaptureError(
+        "explain: no graph of the model came to this backend. Dynamo gave up on its whole forward "
+        '(TORCH_LOGS="graph_breaks" shows why), or it was compiled for another backend'
+    )
 
 
 def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor: Visitor) -> tuple[Any, bool]:
@@ -193,7 +202,7 @@ def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor:
         seen = True
         return visitor(entry, args, bank)
 
-    with visiting(note, context_of(model)):
+    with visiting(note, handle_of(model)):
         result = model(*inputs, **keywords)
         if not seen:
             result = model(*inputs, **keywords)

@@ -18,22 +18,25 @@ from typing import Any
 
 from torch._dynamo import config
 from torch._dynamo.convert_frame import register_bytecode_hook
-from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
+from torch._dynamo.eval_frame import remove_from_cache
 from torch.nn import Module
 
 from moeca_compile.canonical import prepare
 from moeca_compile.canonical.anatomy import hooks
 from moeca_compile.canonical.isolate import isolate
-from moeca_compile.errors import CaptureError, MoecaWarning
+from moeca_compile.errors import MoecaError, MoecaWarning
 from moeca_compile.gate import Call
-from moeca_compile.owner import Owner
+from moeca_compile.owner import Owner, codes_of
 from moeca_compile.regions import Miss
 
-_finishing: set[tuple[int, int]] = set()  # thread and frame of first calls during which their model was prepared
-_trials: dict[int, bool] = {}  # by id of a model that is being called once more: whether its graph was whole
-_told: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyDictionary()  # by handle: reasons it warned of
-_hooked: weakref.WeakKeyDictionary[Module, weakref.ref[Module]] = weakref.WeakKeyDictionary()  # one with a hook each
-_renewed: weakref.WeakSet[Module] = weakref.WeakSet()  # handles that were called once more; if they break, so be it
+_trials: dict[int, bool] = {}  # by id of a handle that is being called once more: whether its graph was whole
+# what is known of a handle, by its compile context
+_finishing: weakref.WeakKeyDictionary[Any, set[tuple[int, int]]] = weakref.WeakKeyDictionary()  # first calls during
+# which the model was prepared, by thread and frame; later calls have a gate
+_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # reasons it warned of
+_left: weakref.WeakKeyDictionary[Any, tuple[Miss, ...]] = weakref.WeakKeyDictionary()  # dispatches left alone
+_hooked: weakref.WeakKeyDictionary[Any, weakref.ref[Module]] = weakref.WeakKeyDictionary()  # a module with a hook
+_renewed: weakref.WeakSet[Any] = weakref.WeakSet()  # those that were called once more; if they break, so be it
 
 
 def out_of_date(owner: Owner | None, whole: bool, call: Call | None) -> bool:
@@ -42,40 +45,44 @@ def out_of_date(owner: Owner | None, whole: bool, call: Call | None) -> bool:
     model, and those that come broken after it are made once more too."""
     if owner is None:
         return False
-    if id(owner.module) in _trials:
-        _trials[id(owner.module)] |= whole
+    if id(owner.handle) in _trials:
+        _trials[id(owner.handle)] |= whole
         return not whole
-    this = threading.get_ident(), id(owner.frame)
-    if this in _finishing if call is None else call.finishes:
+    this, finishing = (threading.get_ident(), id(owner.frame)), _finishing.setdefault(owner.handle, set())
+    if this in finishing if call is None else call.finishes:
         return True
     if call is None and not whole and owner.handle in _renewed:
-        _finishing.add(this)
-        if next(iter(hooks(owner.module)), None) is None:
-            owner.handle(*owner.frame.f_locals["args"], **owner.frame.f_locals["kwargs"])
+        finishing.add(this)
+        if not _has_hooks(owner):
+            _call_again(owner)
         return True
-    report = prepare(owner.module)
-    told = _told.setdefault(owner.handle, set())
-    _warn_once(told, report.misses, "{} expert dispatches are left as they are: {}")
+    reports = [prepare(module) for module in owner.modules]
+    _left[owner.handle] = tuple(miss for report in reports for miss in report.misses)
     _warn_once(
-        told,
-        report.followed,
+        _told.setdefault(owner.handle, set()),
+        [miss for report in reports for miss in report.followed],
         "in {} MoE modules every expert runs on every token, by its own forward: {}. To run only the chosen experts, "
         "merge the adapter into the weights and unload it, or load the experts in a floating-point dtype",
     )
-    hooked = next((owner.module.get_submodule(path) for path, _ in hooks(owner.module)), None)
+    hooked = next((module.get_submodule(path) for module in owner.modules for path, _ in hooks(module)), None)
     if hooked is not None:
         _hooked[owner.handle] = weakref.ref(hooked)
-    if not report.changed and (whole or owner.handle in _renewed):
+    if not any(report.changed for report in reports) and (whole or owner.handle in _renewed):
         return False
     _renewed.add(owner.handle)
     _renew(owner, scalars=True)
     if hooked is None and not _comes_whole(owner):  # hooks may not bear being run twice: next time, then
         _renew(owner, scalars=False)
     if call is None:
-        _finishing.add(this)
+        finishing.add(this)
     else:
         call.finishes = True
     return True
+
+
+def left_alone(owner: Owner) -> tuple[Miss, ...]:
+    """The expert dispatches that preparing this handle's models left as they are."""
+    return _left.get(owner.handle, ())
 
 
 def renew_without_hooks(owner: Owner | None) -> None:
@@ -100,19 +107,19 @@ def _warn_once(told: set[str], misses: Sequence[Miss], text: str) -> None:
 
 def _comes_whole(owner: Owner) -> bool:
     """Call the model once more, and then again; True as soon as it comes as one graph, whose step counts."""
-    given = owner.frame.f_locals
     traced: list[CodeType] = []
     with register_bytecode_hook(lambda code, _: traced.append(code)):
         for _ in range(2):
-            _trials[id(owner.module)] = False
+            _trials[id(owner.handle)] = False
             try:
                 with config.patch(capture_scalar_outputs=True):
-                    owner.handle(*given["args"], **given["kwargs"])
-            except CaptureError as error:
-                warnings.warn(f"the model can't be captured in one graph: {error}", MoecaWarning, stacklevel=5)
+                    _call_again(owner)
+            except MoecaError:
+                raise
+            except Exception:  # whatever Dynamo raises of numbers that it can't trace through
                 break
             finally:
-                whole = _trials.pop(id(owner.module))
+                whole = _trials.pop(id(owner.handle))
             if whole:
                 return True
             _renew(owner, scalars=True)
@@ -121,13 +128,23 @@ def _comes_whole(owner: Owner) -> bool:
     return False
 
 
+def _call_again(owner: Owner) -> None:
+    given = owner.frame.f_locals
+    owner.handle(owner.function)(*given["args"], **given["kwargs"])
+
+
+def _has_hooks(owner: Owner) -> bool:
+    return any(True for module in owner.modules for _ in hooks(module))
+
+
 def _renew(owner: Owner, scalars: bool) -> None:
     """Let Dynamo trace the model afresh; with `scalars`, through numbers that are read out of tensors too."""
-    if isinstance(owner.handle, OptimizedModule):
-        hooks: list[Any] = owner.handle.dynamo_ctx.enter_exit_hooks
-        hooks[:] = [hook for hook in hooks if hook is not _scalars_too] + [_scalars_too] * scalars
-    if not isolate(owner.module):
-        remove_from_cache(owner.module.forward)
+    around: list[Any] = owner.handle.enter_exit_hooks
+    around[:] = [hook for hook in around if hook is not _scalars_too] + [_scalars_too] * scalars
+    isolated = [isolate(module) for module in owner.modules]
+    if not all(isolated) or getattr(owner.function, "__name__", "") not in ("_wrapped_call_impl", "_call_impl"):
+        for code in codes_of(owner):
+            remove_from_cache(code)
 
 
 def _scalars_too() -> Any:

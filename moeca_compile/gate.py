@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch._dynamo import config
+from torch.fx import GraphModule
 
+from moeca_compile.breaks import GraphBreak, break_after
 from moeca_compile.errors import MoecaWarning
 from moeca_compile.owner import find_owner, parameters_of
 from moeca_compile.runtime.blocks import current
@@ -60,13 +62,24 @@ class Gate:
 
 class Call:
     """A call in progress, before (`waits`) or after its first graph began to run; `finishes`: its model was prepared
-    meanwhile, so that its graphs are out of date."""
+    meanwhile, so that its graphs are out of date. `parts`: how many graphs of a broken model it has run, and `breaks`
+    between them; `tell` is called with both when it ends."""
 
-    __slots__ = ("finishes", "gate", "outer", "restore", "waits")
+    __slots__ = ("breaks", "finishes", "gate", "outer", "parts", "restore", "tell", "waits")
 
     def __init__(self, gate: Gate, outer: Call | None) -> None:
         self.gate, self.outer, self.waits, self.finishes = gate, outer, True, False
         self.restore: Callable[[], None] | None = None
+        self.parts = 0
+        self.breaks: list[GraphBreak] = []
+        self.tell: Callable[[int, list[GraphBreak]], None] | None = None
+
+    def ran_part(self, graph: GraphModule, tell: Callable[[int, list[GraphBreak]], None]) -> None:
+        """A graph of a broken model runs."""
+        self.parts, self.tell = self.parts + 1, tell
+        found = break_after(graph)
+        if found is not None and found not in self.breaks:
+            self.breaks.append(found)
 
     def passes(self) -> None:
         if self.waits:
@@ -77,9 +90,12 @@ class Call:
         _calls.last = self.outer
         if self.restore is not None:
             self.restore()
-        if self.waits and sys.exc_info()[0] is None:
-            self.gate.unseen += 1
-            _tell(self.gate)
+        if sys.exc_info()[0] is None:
+            if self.waits:
+                self.gate.unseen += 1
+                _tell(self.gate)
+            elif self.tell is not None and not self.finishes:
+                self.tell(self.parts, self.breaks)
         self.passes()
 
 
@@ -105,7 +121,7 @@ def call_of(context: Any) -> Call | None:
 def _tell(gate: Gate) -> None:
     """No graph ran in a call that ends: its trajectory says so when it is left, and a call outside any says so now."""
     owner = find_owner()
-    weights = frozenset(map(id, parameters_of(owner.module))) if owner is not None else frozenset[int]()
+    weights = frozenset(map(id, parameters_of(owner.function))) if owner is not None else frozenset[int]()
     trajectory = current(weights, owner.frame if owner is not None else None)
     if trajectory is not None:
         trajectory.miss(gate.unseen == 1)

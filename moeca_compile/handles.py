@@ -6,20 +6,17 @@ a compile context of its own; what belongs to the handle is found by that, and g
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, FunctionType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from torch._dynamo import eval_frame
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.eval_frame import innermost_backend
 
 from moeca_compile.bank import Bank
+from moeca_compile.breaks import GraphBreak, in_words
 from moeca_compile.options import Options
-from moeca_compile.owner import Owner, parameters_of
+from moeca_compile.owner import handle_of, parameters_of
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Schedule
 
@@ -29,12 +26,6 @@ _STATES: dict[int, HandleState] = {}  # by id of the compile context
 _ALL: weakref.WeakSet[HandleState] = weakref.WeakSet()  # and those of callers that have none
 _making = threading.Lock()
 
-_WRAPPER = next(
-    code
-    for code in eval_frame._TorchDynamoContext.__call__.__code__.co_consts
-    if isinstance(code, CodeType) and code.co_name in ("compile_wrapper", "_fn")
-)
-
 
 class HandleState:
     """What belongs to one handle.
@@ -42,6 +33,9 @@ class HandleState:
     Attributes:
         context: the compile context (a weak reference); None where the callable was called without torch.compile.
         lock: around all containers below; held for moments only.
+        bank: its programs, weights and trajectories.
+        parts: how many graphs the last broken call ran; 0: its graph didn't break.
+        uncached: where and why calls run uncached, and what helps; "" where they are cached.
     """
 
     def __init__(self, context: object | None, options: Options, schedule: Schedule) -> None:
@@ -49,22 +43,19 @@ class HandleState:
         self.options, self.schedule = options, schedule
         self.lock = threading.RLock()
         self.warned = Warned()
-        self._banks: dict[int | None, Bank] = {}  # by the number of the part's graph; None: the whole model
+        self.bank = Bank(context, options, schedule, self.warned, self.lock)
+        self.parts, self.uncached = 0, ""
         _ALL.add(self)
 
-    def bank(self, owner: Owner | None, part: int | None) -> Bank:
-        """Of the whole model (`part` None), or of one part of a broken graph."""
-        found = self._banks.get(part)
-        if found is None:
-            with self.lock:
-                handle = None if owner is None else owner.handle
-                made = Bank(handle, self.options, self.schedule, self.warned, self.lock)
-                found = self._banks.setdefault(part, made)
-        return found
+    def is_broken(self, parts: int, breaks: Sequence[GraphBreak], dispatches: Sequence[object]) -> None:
+        """A call ran in parts: say so once."""
+        self.parts, self.uncached = parts, in_words(parts, breaks, dispatches)
+        self.warned.once(self.uncached, "graph break")
 
-    def banks(self) -> list[Bank]:
-        with self.lock:
-            return list(self._banks.values())
+    def is_refused(self, reason: str) -> None:
+        """A whole graph isn't cached for this reason: say so once."""
+        self.uncached = f"the model runs uncached, as plain torch.compile runs it: {reason}"
+        self.warned.once(self.uncached, "uncached")
 
 
 def state_of(context: Any, read: Callable[[Any], Read]) -> HandleState:
@@ -93,42 +84,19 @@ def _forget(key: int) -> Callable[[object], None]:
 def states_of(model: Any) -> list[HandleState]:
     """Those of a handle; of a plain module, those of all handles that run it; of a function that torch knows nothing
     of, those without a handle."""
-    context = context_of(model)
+    context = handle_of(model)
     if context is not None:
         return [state for state in (_STATES.get(id(context)),) if state is not None]
     weights = {id(weight) for weight in parameters_of(model)}
-    found = []
-    for state in list(_ALL):
-        ids = frozenset[int]().union(*(bank.ids for bank in state.banks()))
-        if not weights.isdisjoint(ids) or (not weights and state.context is None):
-            found.append(state)
-    return found
+    return [
+        state
+        for state in list(_ALL)
+        if not weights.isdisjoint(state.bank.ids) or (not weights and state.context is None)
+    ]
 
 
 def all_states() -> Iterator[HandleState]:
     return iter(list(_ALL))
-
-
-def calling(owner: Owner | None) -> Any:
-    """The compile context of the call in progress; None: there is none."""
-    if owner is not None:
-        return context_of(owner.handle)
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _WRAPPER:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["self"]
-
-
-def context_of(compiled: object) -> Any:
-    """The compile context of what `torch.compile` gave, or of a module compiled in place; None: it isn't compiled."""
-    if isinstance(compiled, OptimizedModule):
-        return compiled.dynamo_ctx
-    if isinstance(compiled, torch.nn.Module):
-        call = compiled._compiled_call_impl
-        return context_of(getattr(call, "call", call))
-    if isinstance(compiled, FunctionType) and compiled.__code__ is _WRAPPER and compiled.__closure__:
-        return compiled.__closure__[_WRAPPER.co_freevars.index("self")].cell_contents
-    return None
 
 
 def backend_of(context: Any) -> Any:

@@ -43,12 +43,12 @@ class Program:
         captured: of `gm`, for such arguments; default: it is captured now.
 
     Raises:
-        CaptureError: the graph can't be captured, or (for a whole model) has no region to cache.
+        CaptureError: the graph can't be captured, or has no region to cache.
         ScheduleError: the schedule is for another graph or granularity.
     """
 
     def __init__(
-        self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, whole: bool,
+        self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options,
         schedule: Schedule | None = None, warned: Warned | None = None, captured: Capture | None = None,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
@@ -64,7 +64,7 @@ class Program:
         self.preludes = Preludes(self.analysis, options, self._lower, self._built)
         wanted = schedule or options.resolved_schedule()
         if not len(self.regions):
-            if whole and any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
+            if any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
                 raise CaptureError(_nothing_found(self.analysis))
             wanted = type(wanted).full()
         self._books: dict[Any, tuple[dict[Row, Variant], dict[Row, Executable]]] = {}

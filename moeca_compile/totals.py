@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from moeca_compile.bank import Bank
+from moeca_compile.handles import HandleState
 from moeca_compile.runtime.stats import Stats, StepRecord
 
 
-def stats_of(banks: Sequence[Bank]) -> Stats:
-    """The sums over `banks`: one handle's whole model or its parts, or the handles of one model."""
+def stats_of(states: Sequence[HandleState]) -> Stats:
+    """The sums over `states`: of one handle, or of all handles of one model."""
     steps: list[StepRecord] = []
     seconds: dict[str, float] = {}
     warned = Counter[str]()
     state_bytes = hoisted_bytes = 0
-    for bank in banks:
+    for bank in [state.bank for state in states]:
         with bank.lock:
             programs, trajectories = list(bank.programs.values()), list(bank.all)
             steps += bank.latest.shown()
@@ -28,8 +28,10 @@ def stats_of(banks: Sequence[Bank]) -> Stats:
             for state in list(track.states.values()):
                 pairs = zip(list(state.tensors), runs.layout, strict=True)
                 state_bytes += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
-    if len(banks) > 1:
-        steps.sort(key=lambda record: record.step)  # stable: calls of one bank stay in their order
+    if len(states) > 1:
+        steps.sort(key=lambda record: record.step)  # stable: calls of one handle stay in their order
     full = sum(record.full_macs for record in steps)
     fraction = sum(record.macs for record in steps) / full if full else 1.0
-    return Stats(tuple(steps), state_bytes, fraction, len(banks), seconds, hoisted_bytes, dict(warned))
+    graphs = sum(bool(state.bank.programs) + state.parts for state in states)
+    uncached = "\n".join(dict.fromkeys(state.uncached for state in states if state.uncached))
+    return Stats(tuple(steps), state_bytes, fraction, graphs, seconds, hoisted_bytes, dict(warned), uncached)

@@ -53,14 +53,14 @@ def mixed_timesteps(model: Model) -> Loop:
 
 def program_of(model: nn.Module) -> Program:
     (state,) = states_of(model)
-    (bank,) = state.banks()
+    bank = state.bank
     (program,) = bank.programs.values()
     return program
 
 
 def past_of(model: nn.Module) -> Past:
     (state,) = states_of(model)
-    (bank,) = state.banks()
+    bank = state.bank
     return bank.past
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from moeca_compile.backend import ENTRIES
+from moeca_compile.owner import handle_of
 from moeca_compile.schedule import Action, Partial, Schedule
 from tests.models import DiT
 
@@ -42,7 +43,7 @@ def state_of(compiled: torch.nn.Module) -> Iterator[Tensor]:
     """Every tensor that the runtime keeps from step to step."""
     banks = [bank for entry in ENTRIES for bank in entry.banks.values()]
     for bank in banks:
-        if bank.handle is not None and bank.handle() is compiled:
+        if bank.handle is not None and bank.handle() is handle_of(compiled):
             for tracks in bank.all:
                 for track in tracks.by_program.values():
                     for state in track.states.values():

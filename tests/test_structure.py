@@ -22,6 +22,7 @@ LINE_CEILING = 400
 DATA = {
     "action",
     "adaptive",
+    "breaks",
     "control",
     "decode",
     "errors",

@@ -110,7 +110,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
             raise LoweringError(f"{one.label} reaches the graph as {type(arg).__name__}; pass it as a tensor")
         if arg.device.type != "cpu":
             raise LoweringError(f"{one.label} is on {arg.device}: move model and inputs to the CPU for the export")
-    program = Program(gm, args, inputs, options, whole=True)
+    program = Program(gm, args, inputs, options)
     given = {id(one): place for place, one in enumerate(tensors(arguments))}
     names = [one.name for one in program.analysis.context.inputs]
     places = {name: given[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in given}

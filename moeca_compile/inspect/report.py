@@ -33,6 +33,7 @@ class Report:
         passes: (name, milliseconds, nodes before, nodes after), in the order in which they ran.
         state_bytes: of all cache tensors for one stream.
         hoisted: values that aren't computed in the variants, but once for several calls.
+        breaks: where and why Dynamo broke the model's graph, and what helps; parts of a broken graph aren't cached.
     """
 
     graphs: int
@@ -48,6 +49,13 @@ class Report:
     passes: tuple[tuple[str, float, int, int], ...]
     variants: tuple[VariantReport, ...]
     hoisted: tuple[HoistedValue, ...] = ()
+    breaks: str = ""
+
+    @classmethod
+    def of_parts(cls, parts: int, breaks: str) -> Report:
+        """Of a model whose graph breaks: it runs in parts, and nothing is cached."""
+        full = Schedule.full()
+        return cls(parts, 0, (), (), 0, "", "", "", full, 0, (), (), breaks=breaks)
 
     def to_json(self) -> str:
         """All of it as JSON."""
@@ -56,8 +64,13 @@ class Report:
         return json.dumps(data, indent=1)
 
     def __str__(self) -> str:
-        parts = (self._head, self._regions, self._misses, self._hoisted, self._variants, self._passes)
+        if self.breaks and not self.nodes:
+            return self.breaks
+        parts = (self._breaks, self._head, self._regions, self._misses, self._hoisted, self._variants, self._passes)
         return "\n\n".join("\n".join(section) for part in parts if (section := part()))
+
+    def _breaks(self) -> list[str]:
+        return [self.breaks] if self.breaks else []
 
     def _head(self) -> list[str]:
         return [

@@ -37,6 +37,7 @@ class Stats:
         compile_seconds: spent in capturing, rewriting and compiling, by variant name; `kernels`: in waiting for the
             C++ compiler, for all variants of a `warmup` together.
         hoisted_bytes: of values that are kept because they don't depend on the latent.
+        uncached: where and why calls ran uncached, and what helps: graph breaks, or a whole graph that isn't cached.
         warnings: what this handle warned of, each text shown once, and how often it came up.
     """
 
@@ -47,11 +48,13 @@ class Stats:
     compile_seconds: dict[str, float]
     hoisted_bytes: int = 0
     warnings: Mapping[str, int] = field(default_factory=dict)
+    uncached: str = ""
 
     def __str__(self) -> str:
         ran = Counter(record.variant for record in self.steps)
         cold = sum(record.cold for record in self.steps)
-        return (
+        totals = (
             f"{len(self.steps)} calls ({', '.join(f'{n} x {v}' for v, n in ran.items()) or 'none'}, {cold} cold), "
             f"{self.mac_fraction:.1%} of the MACs, {self.state_bytes / 2**20:.2f} MiB of state, {self.graphs} graph(s)"
         )
+        return f"{totals}\n{self.uncached}" if self.uncached else totals

@@ -19,7 +19,7 @@ from moeca_compile.bank import Bank
 from moeca_compile.errors import ScheduleError
 from moeca_compile.face import compile as moeca_compile_model
 from moeca_compile.face import inner_module
-from moeca_compile.handles import context_of
+from moeca_compile.owner import handle_of
 from moeca_compile.plan.predict import PREDICTORS, Predictor
 from moeca_compile.plan.rows import FULL, Kinds, Plan, filled, row_kinds, row_of
 from moeca_compile.program import Program
@@ -241,7 +241,7 @@ class Handle:
             self.seconds += self.clock() - begin
 
     def _call(self, seed: int, visit: Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]) -> torch.Tensor:
-        with visiting(visit, context_of(self.model)), torch.no_grad():
+        with visiting(visit, handle_of(self.model)), torch.no_grad():
             samples = self.sample(self.model, seed)
         if not isinstance(samples, torch.Tensor):
             raise ScheduleError(

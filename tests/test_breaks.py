@@ -1,0 +1,207 @@
+"""Graphs that Dynamo breaks: they run as plain torch.compile runs them, and one message says where and what helps."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moeca_compile as moeca
+from moeca_compile.errors import MoecaWarning
+from tests.sampling import dit
+
+DIM = 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class Body(nn.Module):
+    """A residual block with a timestep around whatever `odd` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.up, self.down = nn.Linear(8, DIM), nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+        self.norm = nn.LayerNorm(DIM)
+
+    def odd(self, h: Tensor) -> Tensor:
+        return h
+
+    def end(self, h: Tensor) -> Tensor:
+        return h.unflatten(1, (2, -1)).mT
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        wave = t[:, None] * torch.exp(-torch.arange(4) / 2.0)
+        h = x + self.time(torch.cat([wave.cos(), wave.sin()], -1))[:, None]
+        h = self.odd(h)
+        return self.end(h + self.down(F.gelu(self.up(self.norm(h)))))
+
+
+class Branches(Body):
+    def odd(self, h: Tensor) -> Tensor:
+        if bool(h.abs().amax() > 1e9):
+            h = h * 0
+        return h
+
+
+class WritesToALocal(Body):
+    """What is behind the break writes into a tensor from before it."""
+
+    def odd(self, h: Tensor) -> Tensor:
+        out, mask = torch.zeros_like(h), h > 0
+        if mask.any():
+            out[mask] = h[mask] - h[mask].mean()
+        return out
+
+
+class CutsByAValue(Body):
+    def odd(self, h: Tensor) -> Tensor:
+        count = int((h[0, :, 0] > 0).sum())
+        numbers = torch.arange(h.shape[1]).cumsum(0)[:count].tolist()
+        return h + sum(1 for a, b in pairwise(numbers) if a != b)
+
+
+class Prints(Body):
+    def odd(self, h: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return h
+
+
+BROKEN = [Branches, WritesToALocal, CutsByAValue, Prints]
+X = torch.randn(2, 4, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval().requires_grad_(False)
+
+
+def steps(model: Any, count: int = 4) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(X * (1 - 0.1 * i), torch.full((2,), 900.0 - 80 * i)) for i in range(count)]
+
+
+def equal(found: list[Tensor], truth: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["uniform:3", "full"])
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_model_whose_graph_breaks_runs_in_parts_and_says_so_once(
+    kind: type[nn.Module], by_hand: bool, schedule: str
+) -> None:
+    module = made(kind)
+    options = {"schedule": schedule, "inner": "eager"}
+    model = moeca.compile(module, **options) if by_hand else torch.compile(module, backend="moeca", options=options)
+    with pytest.warns(MoecaWarning) as seen:
+        assert equal(steps(model), steps(module))
+    (text,) = [str(one.message) for one in seen]
+    assert f"{__file__}:" in text
+    parts = int(text.removeprefix("graph break: ").partition(" ")[0])
+    stats = moeca.stats(model)
+    assert (stats.steps, stats.graphs) == ((), parts)
+    assert str(stats).endswith(text)
+    report = moeca.explain(model, X, torch.full((2,), 900.0))
+    assert (str(report), report.graphs, report.regions) == (text, parts, ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "remedy"),
+    [
+        (Branches, "if bool(h.abs().amax() > 1e9):", "torch.where"),
+        (WritesToALocal, "if mask.any():", "torch.where"),
+        (Prints, "torch._dynamo.graph_break()", "TORCH_LOGS=graph_breaks"),
+    ],
+)
+def test_the_message_names_the_line_and_what_helps(kind: type[nn.Module], line: str, remedy: str) -> None:
+    model = moeca.compile(made(kind), schedule="uniform:3", inner="eager")
+    with pytest.warns(MoecaWarning) as seen:
+        steps(model)
+    text = str(seen[0].message)
+    assert line in text
+    assert remedy in text
+    assert "prepare(" not in text
+
+
+def test_an_unprepared_model_whose_graph_breaks_is_explained() -> None:
+    with pytest.warns(MoecaWarning, match="graph break"):
+        report = moeca.explain(made(Branches), X, torch.full((2,), 900.0), inner="eager")
+    assert "if bool(h.abs().amax() > 1e9):" in str(report)
+    assert "another backend" not in str(report)
+
+
+def test_each_model_has_its_own_message() -> None:
+    """Also where both share the graphs."""
+    for _ in range(2):
+        with pytest.warns(MoecaWarning, match="graph break"):
+            steps(torch.compile(made(Branches), backend="moeca", options={"inner": "eager"}))
+
+
+def test_a_broken_model_is_warmed_up() -> None:
+    module = made(Branches)
+    model = moeca.compile(module, schedule="uniform:3", inner="eager")
+    with pytest.warns(MoecaWarning, match="graph break"):
+        found = moeca.warmup(model, X, torch.full((2,), 900.0))
+    assert torch.equal(found, steps(module, 1)[0])
+
+
+@pytest.mark.slow
+def test_parts_are_compiled_by_inductor() -> None:
+    module = made(Branches)
+    model = torch.compile(module, backend="moeca", options={"schedule": "uniform:3"})
+    with pytest.warns(MoecaWarning, match="graph break"):
+        found = steps(model, 3)
+    torch.testing.assert_close(found, steps(module, 3))
+
+
+def test_a_cache_that_the_model_writes_in_place_is_written_and_the_model_uncached() -> None:
+    class Writes(Body):
+        def forward(self, x: Tensor, t: Tensor, keys: Tensor) -> Tensor:  # type: ignore[override]
+            keys[:, 1:] = x
+            return super().forward(x + keys.mean(1, keepdim=True), t)
+
+    def run(model: Any) -> list[Tensor]:
+        keys = torch.zeros(2, 5, DIM)
+        with torch.no_grad():
+            return [model(X * (1 - 0.1 * i), torch.full((2,), 900.0 - 80 * i), keys) for i in range(4)] + [keys]
+
+    module = made(Writes)
+    model = moeca.compile(module, schedule="uniform:3", inner="eager")
+    with pytest.warns(MoecaWarning, match="runs uncached.*changes keys in place") as seen:
+        assert equal(run(model), run(module))
+    assert len(seen) == 1
+    assert "changes keys in place" in moeca.stats(model).uncached
+
+
+def test_the_first_call_keeps_nothing_alive() -> None:
+    """Neither the model nor what it was called with, nor what its callers hold."""
+
+    class Image:
+        pass
+
+    def sample(model: Any) -> list[weakref.ref[Any]]:
+        image, x = Image(), torch.randn(2, 4, 8, 8)
+        with torch.no_grad():
+            for i in range(3):
+                model(x * (1 - 0.1 * i), torch.full((2,), 900.0 - 80 * i), torch.tensor([1, 2]))
+        return [weakref.ref(image), weakref.ref(x)]
+
+    def use() -> weakref.ref[nn.Module]:
+        module = dit()
+        kept = sample(torch.compile(module, backend="moeca", options={"schedule": "uniform:3", "inner": "eager"}))
+        gc.collect()
+        assert [one() for one in kept] == [None, None]
+        return weakref.ref(module.blocks[0])
+
+    block = use()
+    gc.collect()
+    assert block() is None
