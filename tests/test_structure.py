@@ -69,12 +69,12 @@ MAY_IMPORT = {
     "visit": set(),
     "owner": {"errors", "desugar"},
     "first_call": REWRITE | {"owner", "gate"},
-    "gate": {"errors", "owner", "runtime"},  # one call at a time in Dynamo
+    "gate": {"breaks", "errors", "owner", "runtime"},  # one call at a time in Dynamo
     "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo
     "same_graph": GRAPH,
     "bank": STAGES | PROGRAM,  # what one handle runs
     "handles": STAGES | PROGRAM | {"bank", "owner"},  # whose is a call, and what belongs to it
-    "totals": STAGES | PROGRAM | {"bank"},
+    "totals": STAGES | PROGRAM | {"handles"},
     "backend": STAGES | PROGRAM | CALLS,
     "face": ALL - {"plan", "study"},  # what people call
     "study": ALL,  # calibrate: the planner on a real model
