@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeca_compile.doors import disable
     from moeca_compile.errors import MoecaError
     from moeca_compile.exporting import export
     from moeca_compile.face import (
@@ -31,6 +32,7 @@ _HOMES = {
     "Schedule": "schedule",
     "calibrate": "study",
     "compile": "face",
+    "disable": "doors",
     "expert_thresholds": "study",
     "explain": "face",
     "export": "exporting",
@@ -43,8 +45,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "MoecaError", "Options", "Schedule", "calibrate", "compile", "expert_thresholds", "explain", "export", "prepare",
-    "reset", "stats", "trajectory", "unprepare", "warmup",
+    "MoecaError", "Options", "Schedule", "calibrate", "compile", "disable", "expert_thresholds", "explain", "export",
+    "prepare", "reset", "stats", "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -1,10 +1,10 @@
-"""What people call: compile, prepare, warmup, trajectory, reset, stats, explain."""
+"""What people call: compile, prepare, warmup, trajectory, reset, stats, explain. `doors` says what they take."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +17,23 @@ from moeca_compile.bank import Bank
 from moeca_compile.canonical import PrepareReport
 from moeca_compile.canonical.isolate import isolate, share_again
 from moeca_compile.capture import counted_apart
+from moeca_compile.doors import (
+    compiled_parts,
+    inputs_and_options,
+    models_of,
+    not_in_place,
+    one_model,
+    parts_of,
+    past_handle,
+    plain_module,
+)
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.frozen import let_through
 from moeca_compile.gate import gate_of
-from moeca_compile.handles import states_of
+from moeca_compile.handles import HandleState, states_of
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.lower.ahead import ask_compiler, compiles_on_cpu
+from moeca_compile.methods import route_methods
 from moeca_compile.options import Options
 from moeca_compile.owner import handle_of, parameters_of
 from moeca_compile.program import Program
@@ -30,25 +41,31 @@ from moeca_compile.runtime.stats import Stats
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
 from moeca_compile.totals import stats_of
-from moeca_compile.visit import Visitor, visiting
+from moeca_compile.visit import Visitor, visiting, visitor
 
-Model = TypeVar("Model", bound=torch.nn.Module)
+Model = TypeVar("Model")
 
 
-def prepare(model: torch.nn.Module) -> PrepareReport:
+def prepare(model: Any) -> PrepareReport:
     """Give the model's expert dispatch the traceable form, in place; eager results and `state_dict` stay as they are.
 
     `torch.compile(model, backend="moeca")` does it by itself on the first call; do it by hand for `fullgraph=True`, and
-    for a compiled function that closes over a model.
+    for a compiled function that closes over a model. Of a pipeline its transformers are prepared, and reported as one.
     """
-    isolate(inner_module(model))
-    return canonical.prepare(inner_module(model))
+    reports = []
+    for one in models_of(model, "prepare"):
+        isolate(plain_module(one))
+        reports.append(canonical.prepare(plain_module(one)))
+    if len(reports) == 1:
+        return reports[0]
+    return PrepareReport(*(sum((getattr(one, f.name) for one in reports), ()) for f in fields(PrepareReport)))
 
 
-def unprepare(model: torch.nn.Module) -> None:
+def unprepare(model: Any) -> None:
     """Undo `prepare`."""
-    canonical.unprepare(inner_module(model))
-    share_again(inner_module(model))
+    for one in models_of(model, "unprepare"):
+        canonical.unprepare(plain_module(one))
+        share_again(plain_module(one))
 
 
 def compile(
@@ -61,23 +78,32 @@ def compile(
 ) -> Model:
     """`prepare` and `torch.compile(model, backend="moeca")`, with the fields of `Options` as keywords.
 
+    Of a pipeline its transformers (`transformer`, `transformer_2`) are compiled and set on it; it is returned. A model
+    that is compiled already, by `torch.compile` or in place, is compiled anew: the last one counts. Methods that call
+    the model's `forward`, such as `forward_with_cfg`, run it compiled too.
+
     Raises:
         OptionError: an unknown option or a value it doesn't take, at once and not at the first call.
         ScheduleError: a schedule that can't be read.
+        StateError: neither a module nor a pipeline with a `transformer`.
     """
     parsed = Options.from_backend_options(options, mode)
-    if parsed.inner == "inductor" and compiles_on_cpu(model.parameters()):
+    backend = Backend(parsed)
+    modules = [plain_module(one) for one in models_of(model, "compile")]
+    if parsed.inner == "inductor" and any(compiles_on_cpu(one.parameters()) for one in modules):
         ask_compiler()
-    prepare(model)
-    compiled: Any = torch.compile(
-        model,
-        backend=Backend(parsed),
-        fullgraph=fullgraph,
-        dynamic=dynamic,
-        **counted_apart(),
-    )
-    gate_of(compiled.dynamo_ctx)
-    return compiled  # type: ignore[no-any-return]
+    found: list[Any] = []
+    for one in modules:
+        not_in_place(one)
+        prepare(one)
+        compiled: Any = torch.compile(one, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **counted_apart())
+        gate_of(compiled.dynamo_ctx)
+        route_methods(compiled)
+        found.append(compiled)
+    parts = parts_of(model)
+    for name, compiled in zip(parts, found, strict=False):
+        setattr(model, name, compiled)
+    return model if parts else found[0]
 
 
 def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
@@ -86,8 +112,9 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     Keeps no state: the next call starts a trajectory. Returns the model's output, everything computed.
 
     Raises:
-        StateError: the model isn't compiled with moeca.
+        StateError: the model isn't compiled with moeca, or a pipeline has two of them.
     """
+    model = one_model(model, "warmup")
 
     def warm(entry: Entry, args: Sequence[Any], bank: Bank) -> tuple[Any, ...]:
         try:
@@ -116,7 +143,7 @@ def trajectory(
 
     Inside it nothing of another trajectory is ever used. With `stream`, each call of the model is exactly one step and
     no input is read on the host; open one a stream and enter it around each call of that stream. Entering the same
-    object again goes on with it. For a compiled function pass the function.
+    object again goes on with it. For a compiled function pass the function; a pipeline stands for its transformers.
 
     Args:
         model: the compiled model.
@@ -131,24 +158,37 @@ def trajectory(
             dtypes, other arguments) on nobody looks, which for a model of many weights takes longer than a reused step.
 
     Raises:
-        StateError: fewer than one step; or frozen, and the model is no compiled module. When it is left: other
-            timesteps came than were told.
+        StateError: fewer than one step; not compiled with moeca; or frozen, and the model is no compiled module. When
+            it is left: other timesteps came than were told.
     """
     if frozen:
+        model = one_model(model, "trajectory")
         let_through(model)
-    weights = [id(weight) for weight in parameters_of(model)]
-    return Trajectory(weights, steps, stream, timesteps, model if frozen else None)
+    found = compiled_parts(model, "trajectory")
+    weights = [id(weight) for one in found for weight in parameters_of(one)]
+    made = Trajectory(weights, steps, stream, timesteps, model if frozen else None)
+    if visitor() is None:  # a visitor takes the calls
+        made.if_empty = past_handle(found)
+    return made
 
 
 def reset(model: Any) -> None:
     """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
-    for state in states_of(model):
+    for state in _states(model, "reset"):
         state.bank.reset()
 
 
 def stats(model: Any) -> Stats:
-    """What the last trajectory did, and what is held now."""
-    return stats_of(states_of(model))
+    """What the last trajectory did, and what is held now.
+
+    Raises:
+        StateError: it isn't compiled with moeca.
+    """
+    return stats_of(_states(model, "stats"))
+
+
+def _states(model: Any, what: str) -> list[HandleState]:
+    return list(dict.fromkeys(state for one in compiled_parts(model, what) for state in states_of(one)))
 
 
 def explain(
@@ -156,17 +196,22 @@ def explain(
     *inputs: Any,
     keywords: Mapping[str, Any] | None = None,
     schedule: Schedule | str | Path | None = None,
-    **options: Any,
+    **given: Any,
 ) -> Report:
     """Capture the model for these inputs and report what was found and what would be built; nothing is compiled.
 
-    `keywords` are the inputs that the model takes by name, as pipelines call it; other keywords are options.
+    Keywords are inputs that the model takes by name, as pipelines call it, or options; `keywords` are inputs whose
+    names are those of options.
     The model's own parameters are used, its cached state isn't touched. A model compiled with moeca is explained with
     its own options, unless some are given here.
 
     Raises:
         CaptureError: nothing to cache, or the graph can't be captured.
+        OptionError: a keyword that is neither an option nor one of the model's.
+        StateError: a pipeline with two transformers.
     """
+    model = one_model(model, "explain")
+    named, options = inputs_and_options(model, given)
     given = {**options, **({} if schedule is None else {"schedule": schedule})}
     Options.from_backend_options(given)
     if isinstance(model, torch.nn.Module) and not _is_compiled(model):
@@ -180,7 +225,7 @@ def explain(
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
-        _visit(model, inputs, dict(keywords or {}), look)
+        _visit(model, inputs, {**named, **(keywords or {})}, look)
     broken = [state for state in states_of(model) if state.parts]
     parts, breaks = sum(state.parts for state in broken), "\n".join(state.uncached for state in broken)
     if programs:
@@ -211,10 +256,6 @@ def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor:
 
 def _is_compiled(model: torch.nn.Module) -> bool:
     return isinstance(model, OptimizedModule) or model._compiled_call_impl is not None
-
-
-def inner_module(model: torch.nn.Module) -> torch.nn.Module:
-    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def _report(programs: Sequence[Program]) -> Report:

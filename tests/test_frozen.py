@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import moeca_compile as moeca
-from moeca_compile.errors import StateError
+from moeca_compile.errors import MoecaWarning, StateError
 from tests.sampling import (
     Loop,
     alone,
@@ -287,7 +287,7 @@ def test_another_model_inside_and_calls_outside_have_no_shortcut() -> None:
     one, other = compiled(dit(0)), compiled(dit(1))
     truth = alone(other, plain)
     ways = Ways(one), Ways(other)
-    with moeca.trajectory(one, frozen=True):
+    with pytest.warns(MoecaWarning, match="no call of the compiled model"), moeca.trajectory(one, frozen=True):
         assert same(alone(other, plain), truth)
     assert ways[1].count == len(truth)
     alone(one, plain)

@@ -51,7 +51,8 @@ CALLS = {
     "totals",
     "backend",
 }  # from torch.compile's callable to a program's step
-ALL = STAGES | PROGRAM | CALLS | {"plan", "inspect", "face", "study"}
+DOORS = {"doors", "methods"}  # what a caller may hand over for a model
+ALL = STAGES | PROGRAM | CALLS | DOORS | {"plan", "inspect", "face", "study"}
 
 # room -> the rooms it may import besides itself (DESIGN section 3)
 MAY_IMPORT = {
@@ -76,6 +77,8 @@ MAY_IMPORT = {
     "handles": STAGES | PROGRAM | {"bank", "owner"},  # whose is a call, and what belongs to it
     "totals": STAGES | PROGRAM | {"handles"},
     "backend": STAGES | PROGRAM | CALLS,
+    "methods": set(),
+    "doors": STAGES | PROGRAM | CALLS,
     "face": ALL - {"plan", "study"},  # what people call
     "study": ALL,  # calibrate: the planner on a real model
     "exporting": ALL,  # a bundle: the same stages, written down instead of run

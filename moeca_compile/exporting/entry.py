@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moeca_compile.doors import one_model, plain_module
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning
 from moeca_compile.exporting import request
 from moeca_compile.exporting.check import check_export
@@ -18,7 +19,7 @@ from moeca_compile.exporting.refuse import refuse_request, refuse_schedule, refu
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.steps import step_table
 from moeca_compile.exporting.write import write_fused, write_golden, write_graphs
-from moeca_compile.face import inner_module, prepare
+from moeca_compile.face import prepare
 from moeca_compile.inspect.progress import Tick, bar
 from moeca_compile.lower import tensorrt
 from moeca_compile.lower.experts.choose import Lowering, choose
@@ -91,6 +92,7 @@ def export(
         BundleError: the path is taken, what was written can't be run, or the schedule is adaptive or has PARTIAL rows.
         ScheduleError, OptionError: as for `compile`.
     """
+    model = plain_module(one_model(model, "export"))
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     refuse_request(model, targets, opset)
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
@@ -98,7 +100,6 @@ def export(
     options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager", disable=whole)
     refuse_schedule(options.resolved_schedule())
     examples = (example_inputs, *other_sizes)
-    model = inner_module(model)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)
         report = prepare(model)

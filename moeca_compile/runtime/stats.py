@@ -6,6 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+PAST = (
+    "Methods of the original model run past what torch.compile gave: use moeca_compile.compile(model), or compile "
+    'the method, as in torch.compile(model.forward_with_cfg, backend="moeca")'
+)
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -53,8 +58,10 @@ class Stats:
     def __str__(self) -> str:
         ran = Counter(record.variant for record in self.steps)
         cold = sum(record.cold for record in self.steps)
+        none = "" if self.graphs else f"; no call came through this handle. {PAST}"
         totals = (
             f"{len(self.steps)} calls ({', '.join(f'{n} x {v}' for v, n in ran.items()) or 'none'}, {cold} cold), "
-            f"{self.mac_fraction:.1%} of the MACs, {self.state_bytes / 2**20:.2f} MiB of state, {self.graphs} graph(s)"
+            f"{self.mac_fraction:.1%} of the MACs, {self.state_bytes / 2**20:.2f} MiB of state, "
+            f"{self.graphs} graph(s){none}"
         )
         return f"{totals}\n{self.uncached}" if self.uncached else totals

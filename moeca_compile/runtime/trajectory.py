@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +34,7 @@ class Trajectory:
         ways: where it is frozen, what is known of each kind of call.
         seen: calls of the model's graphs in it.
         unseen: calls of the model that ran none.
+        if_empty: asked when it is left without any call: what to warn of, if anything.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Trajectory:
         self.ways: dict[Any, Any] = {}
         self.tracks: dict[Any, Any] = {}
         self.seen = self.unseen = 0
+        self.if_empty: Callable[[], str | None] | None = None
         self._says_so = False
         self._told: list[Told] = []
         self._open: list[Block] = []
@@ -110,6 +112,10 @@ class Trajectory:
             self._says_so = False
             calls = f"{self.unseen} of {self.seen + self.unseen} calls of the model in this trajectory"
             warnings.warn(f"{calls} {RAN_EAGERLY}", MoecaWarning, stacklevel=2)
+        if self.if_empty is not None and is_here and not (self._open or self.seen + self.unseen):
+            empty, self.if_empty = self.if_empty(), None
+            if empty is not None:
+                warnings.warn(empty, MoecaWarning, stacklevel=2)
         for told in self._told:
             told.settle()
 

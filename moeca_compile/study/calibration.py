@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from moeca_compile.errors import CaptureError
 from moeca_compile.inspect.progress import bar
@@ -25,7 +24,7 @@ from moeca_compile.study.thin import Thinned, thinned
 
 
 def calibrate(
-    model: torch.nn.Module,
+    model: Any,
     sample: Sampler,
     *,
     budget: str,
@@ -46,7 +45,8 @@ def calibrate(
     """Find the best schedule that a budget allows.
 
     Args:
-        model: as `moeca_compile.compile` takes it; its weights are only read.
+        model: as `moeca_compile.compile` takes it; its weights are only read. While a pipeline is sampled, the compiled
+            transformer is set on it: `sample` may call the pipeline.
         sample: the user's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`.
         budget: `macs:0.26` (fraction of the uncached multiply-accumulates), `latency:0.4` (of the uncached time of
             the variants, measured here), `speedup:2` (the same as `latency:0.5`), `psnr:45` (the cheapest that holds

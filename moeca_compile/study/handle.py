@@ -16,9 +16,9 @@ import torch
 
 from moeca_compile.backend import Entry
 from moeca_compile.bank import Bank
+from moeca_compile.doors import one_model, plain_module, standing_in
 from moeca_compile.errors import ScheduleError
 from moeca_compile.face import compile as moeca_compile_model
-from moeca_compile.face import inner_module
 from moeca_compile.owner import handle_of
 from moeca_compile.plan.predict import PREDICTORS, Predictor
 from moeca_compile.plan.rows import FULL, Kinds, Plan, filled, row_kinds, row_of
@@ -108,18 +108,20 @@ class Handle:
     """
 
     def __init__(
-        self, model: torch.nn.Module, sample: Sampler, granularity: str, inner: str, caching: Schedule | None = None
+        self, model: Any, sample: Sampler, granularity: str, inner: str, caching: Schedule | None = None
     ) -> None:
         self.sample, self.granularity = sample, granularity
         self.caching = caching or Schedule.uniform(2, order=2)
-        self.model = moeca_compile_model(
-            inner_module(model), schedule=self.caching, inner=inner, granularity=granularity
-        )
+        self._given, plain = model, plain_module(one_model(model, "calibrate"))
+        in_place = getattr(plain, "_compiled_call_impl", None)
+        self.model = moeca_compile_model(plain, schedule=self.caching, inner=inner, granularity=granularity)
+        if in_place is not None:  # of the caller's
+            plain._compiled_call_impl = in_place
         self._programs: list[Program] = []
         self.steps = 0
         self.seconds = 0.0
         self.uncached: list[float] = []
-        on_cpu = all(weight.device.type == "cpu" for weight in model.parameters())
+        on_cpu = all(weight.device.type == "cpu" for weight in plain.parameters())
         self.clock = time.process_time if on_cpu else time.perf_counter
 
     @property
@@ -187,8 +189,9 @@ class Handle:
                 program.use(self.caching)
         if not bound:
             raise ScheduleError(
-                "calibrate: sample(model, seed) never called the model that it was given, or torch gave up compiling "
-                "it (its recompile limit: torch._dynamo.reset() before calibrating helps)"
+                "calibrate: sample(model, seed) never called the model that it was given (a loop that calls a "
+                "pipeline begins with `pipe.transformer = model`), or torch gave up compiling it (its recompile limit: "
+                "torch._dynamo.reset() before calibrating helps)"
             )
         seconds = self.clock() - begin
         if self._compiling > spent:  # as much as a run that didn't
@@ -241,7 +244,7 @@ class Handle:
             self.seconds += self.clock() - begin
 
     def _call(self, seed: int, visit: Callable[[Entry, Sequence[Any], Bank], tuple[Any, ...]]) -> torch.Tensor:
-        with visiting(visit, handle_of(self.model)), torch.no_grad():
+        with standing_in(self.model, self._given), visiting(visit, handle_of(self.model)), torch.no_grad():
             samples = self.sample(self.model, seed)
         if not isinstance(samples, torch.Tensor):
             raise ScheduleError(

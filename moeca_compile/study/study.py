@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ OVERHEAD = 0.06  # of an uncached trajectory: what a run costs beside its comput
 class Study:
     """See the module; `tick` is told what is being done."""
 
-    model: torch.nn.Module
+    model: Any
     sample: Sampler
     granularity: str
     inner: str
