@@ -23,6 +23,7 @@ from moeca_compile.gate import Gate
 from moeca_compile.handles import backend_of, context_of, states_of
 from moeca_compile.options import Options
 from moeca_compile.runtime.stats import PAST
+from moeca_compile.visit import visitor
 
 PARTS = ("transformer", "transformer_2")  # of a pipeline, as diffusers calls them
 
@@ -192,6 +193,8 @@ def past_handle(found: Sequence[Any]) -> Callable[[], str | None]:
     before = _marks(found)
 
     def say() -> str | None:
+        if visitor() is not None:  # who takes the calls
+            return None
         alive = [one for handle in handles if (one := handle()) is not None]
         if len(alive) < len(handles) or _marks(alive) != before:  # calls of a trajectory inside it
             return None

@@ -41,7 +41,7 @@ from moeca_compile.runtime.stats import Stats
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
 from moeca_compile.totals import stats_of
-from moeca_compile.visit import Visitor, visiting, visitor
+from moeca_compile.visit import Visitor, visiting
 
 Model = TypeVar("Model")
 
@@ -167,8 +167,7 @@ def trajectory(
     found = compiled_parts(model, "trajectory")
     weights = [id(weight) for one in found for weight in parameters_of(one)]
     made = Trajectory(weights, steps, stream, timesteps, model if frozen else None)
-    if visitor() is None:  # a visitor takes the calls
-        made.if_empty = past_handle(found)
+    made.if_empty = past_handle(found)
     return made
 
 
