@@ -20,8 +20,9 @@ from moeca_compile.canonical import prepared
 from moeca_compile.canonical.isolate import isolated, share_again
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.gate import Gate
-from moeca_compile.handles import backend_of, context_of, states_of
+from moeca_compile.handles import backend_of, states_of
 from moeca_compile.options import Options
+from moeca_compile.owner import handle_of
 from moeca_compile.runtime.stats import PAST
 from moeca_compile.visit import visitor
 
@@ -50,7 +51,7 @@ def one_model(given: Any, what: str) -> Any:
     return next(iter(parts.values()), given)
 
 
-def modules_of(given: Any, what: str) -> list[torch.nn.Module]:
+def models_of(given: Any, what: str) -> list[torch.nn.Module]:
     """The models of a module or pipeline.
 
     Raises:
@@ -82,7 +83,7 @@ def compiled_parts(given: Any, what: str) -> list[Any]:
 
 
 def _is_ours(one: Any) -> bool:
-    context = context_of(getattr(one, "__func__", one))
+    context = handle_of(getattr(one, "__func__", one))
     if context is not None:
         compiler = backend_of(context)
         compiler = getattr(compiler, "compiler_fn", compiler)
@@ -96,7 +97,7 @@ def _is_ours(one: Any) -> bool:
         bool(states_of(one))
         or isolated(one)
         or bool(prepared(one))
-        or any(context_of(part) is not None or context_of(_static_forward(part)) is not None for part in one.modules())
+        or any(handle_of(part) is not None or handle_of(_static_forward(part)) is not None for part in one.modules())
     )
 
 
@@ -155,7 +156,7 @@ def disable(model: Any) -> Any:
         not_in_place(model)
         canonical.unprepare(model)
         share_again(model)
-    elif context_of(model) is not None:
+    elif handle_of(model) is not None:
         model = model._torchdynamo_orig_callable
     return model
 
@@ -196,6 +197,8 @@ def past_handle(found: Sequence[Any]) -> Callable[[], str | None]:
         if visitor() is not None:  # who takes the calls
             return None
         alive = [one for handle in handles if (one := handle()) is not None]
+        if any(state.uncached for one in alive for state in states_of(one)):  # which was said
+            return None
         if len(alive) < len(handles) or _marks(alive) != before:  # calls of a trajectory inside it
             return None
         return f"no call of the compiled model came in this trajectory. {PAST}"
@@ -205,8 +208,8 @@ def past_handle(found: Sequence[Any]) -> Callable[[], str | None]:
 
 def _marks(found: Sequence[Any]) -> list[tuple[int, int]]:
     """What a call of one of them changes: Dynamo makes a graph (a first call may do no more), or a step is recorded."""
-    contexts = [context for one in found if (context := context_of(one)) is not None]
+    contexts = [context for one in found if (context := handle_of(one)) is not None]
     gates = [hook for context in contexts for hook in context.enter_exit_hooks if isinstance(hook, Gate)]
-    banks = [bank for one in found for state in states_of(one) for bank in state.banks()]
+    banks = [state.bank for one in found for state in states_of(one)]
     graphs = [(id(gate), gate.graphs) for gate in gates]
     return graphs + [(id(bank.latest), len(bank.latest.shown())) for bank in banks]

@@ -58,7 +58,7 @@ class Stats:
     def __str__(self) -> str:
         ran = Counter(record.variant for record in self.steps)
         cold = sum(record.cold for record in self.steps)
-        none = "" if self.graphs else f"; no call came through this handle. {PAST}"
+        none = "" if self.graphs or self.uncached else f"; no call came through this handle. {PAST}"
         totals = (
             f"{len(self.steps)} calls ({', '.join(f'{n} x {v}' for v, n in ran.items()) or 'none'}, {cold} cold), "
             f"{self.mac_fraction:.1%} of the MACs, {self.state_bytes / 2**20:.2f} MiB of state, "
