@@ -220,15 +220,19 @@ class Entry:
 
     def _find(self, args: Sequence[Any], bank: Bank, weights: Weights) -> tuple[Program, Order | None]:
         """The program for arguments like these, captured if none of this handle's computes the same."""
-        numbers = {i: n for i in self._others if (n := self._number(i, args)) is not None}
-        read = [n for i, n in numbers.items() if i not in self._unread]
-        tensors = tuple(
-            (tuple(a.shape), _strides(a), a.dtype, a.device)
-            for a in (args[i] for i in self._others if i not in numbers)
-        )
+        numbers: dict[int, Any] = {}
+        read, tensors = [], []
+        for i in self._others:  # at every step: written out, for calls would take longer than what they do
+            a = args[i]
+            if isinstance(a, torch.Tensor) and i not in self._floats:
+                tensors.append((a.shape, _strides(a) if 1 in a.shape else a.stride(), a.dtype, a.device))
+                continue
+            numbers[i] = self._number(i, args)
+            if i not in self._unread:
+                read.append(numbers[i])
         if weights.kind is None:
             weights.kind = self._kinds.setdefault(weights.kinds, len(self._kinds))
-        key = (self.number, tuple(read), tensors, weights.kind, ambient_autocast())
+        key = (self.number, tuple(read), tuple(tensors), weights.kind, ambient_autocast())
         found = bank.find(key)
         if found is not None:
             return found

@@ -115,7 +115,7 @@ def passed() -> None:
 def call_of(context: Any) -> Call | None:
     """This thread's call of a handle; None: it began before the handle had a gate, with its very first calls."""
     call = _calls.last
-    return call if call is not None and call.gate is gate_of(context) else None
+    return call if call is not None and call.gate in context.enter_exit_hooks else None
 
 
 def _tell(gate: Gate) -> None:

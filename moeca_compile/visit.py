@@ -27,5 +27,7 @@ def visiting(visitor: Visitor, context: object = None) -> Iterator[None]:
 
 def visitor(context: object = None) -> Visitor | None:
     """Who visits this handle (None: any) in this thread or task."""
-    visits = reversed(_visits.get())
-    return next((one for whose, one in visits if context is None or whose is None or whose is context), None)
+    visits = _visits.get()
+    if not visits:
+        return None
+    return next((one for whose, one in reversed(visits) if context is None or whose in (None, context)), None)
