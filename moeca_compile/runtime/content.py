@@ -72,7 +72,9 @@ class Contents:
     def likely_number(self, value: torch.Tensor) -> tuple[int, bool]:
         """The number, not waiting for an accelerator if the tensor seems untouched: it is compared there, and what came
         out is told by a later call. Second: whether an earlier call got a wrong number so."""
-        kept = self._like(value) if must_be_waited_for(value) else []
+        if not must_be_waited_for(value):
+            return self.number(value), False
+        kept = self._like(value)
         one = next((one for one in kept if one.is_likely_in(value)), None)
         if one is None:
             return self.number(value), False
