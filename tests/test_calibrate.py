@@ -104,6 +104,7 @@ def test_budgets_that_cannot_be_kept_say_what_can(model: nn.Module, folder: Path
         moeca.calibrate(model, sample, budget="macs:0.5,state:10B", resume=folder, **QUICK)
 
 
+@pytest.mark.slow
 def test_where_the_state_is_short_the_whole_stack_is_one_column(model: nn.Module, folder: Path) -> None:
     stack = {**QUICK, "granularity": "auto"}
     every = 4 * 2 * 16 * 32 * 4  # regions, samples, tokens, channels, float32

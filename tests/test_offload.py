@@ -82,16 +82,15 @@ def test_hooks_taken_off_again() -> None:
     assert torch.allclose(follows(model, module), base, rtol=0, atol=1e-6)
 
 
-def test_the_whole_model_offloaded_is_cached() -> None:
-    """`enable_model_cpu_offload` puts one hook on the model itself: all of its forward is one part, behind the hook."""
+def test_the_whole_model_offloaded_is_right_and_says_that_it_is_uncached() -> None:
+    """`enable_model_cpu_offload` puts one hook on the model itself, and its forward runs behind the hook."""
     module = dit()
     model = compiled(module)
-    base = follows(model, module)
+    follows(model, module)
     _, hook = accelerate.cpu_offload_with_hook(module, execution_device=torch.device("cpu"))
-    with pytest.warns(MoecaWarning, match="this part has 2 regions"):
-        assert torch.allclose(follows(model, module), base, rtol=0, atol=1e-6)
+    assert any("graph break" in text for text in right(model, module))
     hook.offload()
-    assert torch.allclose(follows(model, module), base, rtol=0, atol=1e-6)
+    right(model, module)
 
 
 def test_export_names_the_hooks(tmp_path: Any) -> None:

@@ -111,6 +111,7 @@ def test_the_targets_decide_the_form_of_the_experts(tmp_path: Path, model: DiT) 
         moeca.export(model, call_of(2), "full", tmp_path / "no", targets=("tensorrt",), experts="segments")
 
 
+@pytest.mark.slow
 def test_a_capacity_is_exact_or_says_what_it_left_out(tmp_path: Path) -> None:
     model = small_model(hidden=16)
     with pytest.raises(LoweringError, match="branches of the golden steps find"):

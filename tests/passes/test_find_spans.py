@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile import fx
-from moeca_compile.errors import CaptureError
+from moeca_compile.errors import CaptureError, MoecaWarning
 from moeca_compile.options import Options
 from moeca_compile.pipeline import Analysis
 from moeca_compile.regions import Region
@@ -239,9 +239,12 @@ def test_a_model_is_cached_by_the_span_end_to_end() -> None:
     ],
 )
 def test_a_span_that_isn_t_there_is_refused_with_what_is(body: str, granularity: str, reason: str) -> None:
-    model = moeca.compile(module_of(body).eval(), granularity=granularity, inner="eager")
-    with torch.no_grad(), pytest.raises(CaptureError, match=reason):
-        model(latent(), times())
+    module = module_of(body).eval()
+    model = moeca.compile(module, granularity=granularity, inner="eager")
+    with torch.no_grad(), pytest.warns(MoecaWarning, match=f"runs uncached.*{reason}"):
+        assert torch.equal(model(x := latent(), times()), module(x, times()))
+    with pytest.raises(CaptureError, match=reason):
+        moeca.explain(model, latent(), times())
 
 
 def test_a_span_of_which_an_index_is_read_outside_is_refused() -> None:

@@ -91,7 +91,7 @@ def test_a_hundred_and_sixty_trajectories(kind: str, way: str) -> None:
     assert wrong(compiled(module), serial, way, each=20, steps=10) == []
 
 
-@pytest.mark.parametrize("way", ["unnamed", "named"])
+@pytest.mark.parametrize("way", ["unnamed", pytest.param("named", marks=pytest.mark.slow)])
 def test_threads_that_meet_an_unprepared_model_at_once(way: str) -> None:
     """Each of their first calls is the first step of its trajectory, though it comes in broken parts."""
     module = dit()
