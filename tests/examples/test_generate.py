@@ -14,10 +14,10 @@ generate = importlib.import_module("examples.01_generate")
 @pytest.mark.slow  # it compiles the digits model twice; .ci/run has it
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "demo.png"
-    generate.main(["--json", "--runs", "1", "--steps", "25", "--picture", str(picture)])
+    generate.main(["--json", "--runs", "1", "--picture", str(picture)])
     (line,) = capsys.readouterr().out.splitlines()
     figures = json.loads(line)
-    assert figures["steps"] == 25
+    assert figures["steps"] == 50
     assert 0.1 < figures["mac_fraction"] < 0.6
     assert figures["speedup"] > 1
     assert figures["psnr_db"] > 20
