@@ -53,13 +53,6 @@ def find_owner() -> Owner | None:
     return Owner(names["self"], names["fn"], frame)
 
 
-def in_wrapper(frame: FrameType | None) -> int:
-    """The id of the nearest call of something compiled, from `frame` outwards; valid until that call ends."""
-    while frame is not None and frame.f_code is not _WRAPPER:
-        frame = frame.f_back
-    return id(frame)
-
-
 def handle_of(compiled: object) -> Any:
     """The compile context of what `torch.compile` gave, or of a module compiled in place; None: it isn't compiled."""
     if isinstance(compiled, OptimizedModule):

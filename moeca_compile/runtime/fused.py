@@ -20,9 +20,10 @@ from moeca_compile.runtime.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.manifest import DROPPED, FUSED, FUSED_ROW, STEP, Manifest, TensorSpec, VariantSpec
 from moeca_compile.runtime.provider import runtime_of
 from moeca_compile.runtime.rows import warning_of_counted
-from moeca_compile.runtime.session import timestep_of, warn_once
+from moeca_compile.runtime.session import timestep_of
 from moeca_compile.runtime.signature import check_identity, check_shape, check_side
 from moeca_compile.runtime.stats import StepRecord
+from moeca_compile.runtime.warned import Warned
 
 Specs = dict[str, TensorSpec]
 
@@ -43,7 +44,7 @@ class FusedSession:
     def __init__(self, bundle: Bundle, provider: str, loaded: _OnOrt | _OnOpenvino) -> None:
         self.bundle, self.provider, self._loaded = bundle, provider, loaded
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
-        self.warned: set[str] = set()
+        self.warned = Warned()
 
     @classmethod
     def open(
@@ -84,7 +85,7 @@ class FusedTrajectory:
         step, session = len(self.records), self.session
         feeds, batch = admit(session.manifest, arrays_of(session.manifest, inputs))
         if warning := warning_of_counted(session.schedule, step, timestep_of(session.manifest, feeds)):
-            warn_once(session.warned, warning, stacklevel=3)
+            session.warned.once(warning)
         begin = time.perf_counter()
         found = self._run(feeds, batch)
         ms = (time.perf_counter() - begin) * 1e3

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moeca_compile.errors import BundleError, MoecaWarning, StateError
+from moeca_compile.errors import BundleError, StateError
 from moeca_compile.runtime import bfloat16
 from moeca_compile.runtime.bundle import Bundle
 from moeca_compile.runtime.feeds import Arrays, admit, arrays_of
@@ -29,6 +28,7 @@ from moeca_compile.runtime.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import Stats, StepRecord
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row
 from moeca_compile.variant import StateSlot
 
@@ -53,7 +53,7 @@ class Session:
         self.provider = runtime.provider
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
-        self.warned: set[str] = set()
+        self.warned = Warned()
 
     @classmethod
     def open(
@@ -114,7 +114,7 @@ class Session:
         variant = session.variant_of(session.schedule.rows[0])
         values = variant.run(feeds)
         if dropped := session.dropped(variant, values):
-            warn_once(session.warned, _left_out("this call", dropped), stacklevel=3)
+            session.warned.once(_left_out("this call", dropped))
         return session.named(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
@@ -260,7 +260,7 @@ class Trajectory:
         return found
 
     def _warn(self, text: str) -> None:
-        warn_once(self._whole.warned, text, stacklevel=6)
+        self._whole.warned.once(text)
 
 
 def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:
@@ -269,14 +269,6 @@ def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:
     if not times.size or not math.isfinite(times[0]) or (times != times[0]).any():
         return None
     return float(times[0])
-
-
-def warn_once(warned: set[str], text: str, stacklevel: int) -> None:
-    """Each warning once a session; numbers in it don't make it another."""
-    kind = "".join(letter for letter in text if not letter.isdigit())
-    if kind not in warned:
-        warned.add(kind)
-        warnings.warn(text, MoecaWarning, stacklevel=stacklevel)
 
 
 def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:

@@ -1,4 +1,4 @@
-"""Warnings of one compiled handle: each cause once, counted from then on. No torch here.
+"""Warnings of one compiled handle, or of one session: each cause once, counted from then on. No torch here.
 
 Python's own filter shows a text once a process and place, so that the second model that runs into it would be silent.
 """
@@ -19,7 +19,7 @@ _TORCH = f"{Path('/torch/')}"
 
 
 class Warned:
-    """What the user of one handle was told.
+    """What the user of one handle, or session, was told.
 
     Attributes:
         counts: how often each cause came up, by the text that was shown.
