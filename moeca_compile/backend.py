@@ -21,7 +21,7 @@ from moeca_compile.bank import Bank, Order, Weights, in_order, order_of
 from moeca_compile.capture import Capture, Input, alone, capture, inputs_of
 from moeca_compile.desugar import desugar
 from moeca_compile.errors import CaptureError, MoecaError, OptionError, StateError
-from moeca_compile.first_call import left_alone, out_of_date, renew_without_hooks
+from moeca_compile.first_call import out_of_date, renew_without_hooks
 from moeca_compile.frozen import Seen, follows_from_call, note, noting
 from moeca_compile.gate import call_of, gate_of, passed
 from moeca_compile.handles import HandleState, Read, all_states, backend_of, state_of
@@ -100,7 +100,6 @@ class Entry:
         self._follows = {i for i, one in enumerate(fx.placeholders(gm)) if follows_from_call(one)}
         self._kinds: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
         self._none: dict[Hashable, bool] = {}  # by the shapes of empty inputs, whether the results are empty too
-        self._whole: bool | None = None
         self._own: HandleState | None = None  # of callers that came without torch.compile
         self._as_given: Callable[..., Any] | None = None
         ENTRIES.add(self)
@@ -121,20 +120,21 @@ class Entry:
         owner = find_owner()
         context = None if owner is None else owner.handle
         call = None if context is None else call_of(context)
-        if self._whole is None:
+        state = self._state(context)
+        whole = state.whole.get(self.number)
+        if whole is None:
             with gate_of(context).lock if context is not None else nullcontext(), alone():
                 whole = runs_whole(owner, self.gm)
-                if not out_of_date(owner, whole, call):
-                    self._whole = whole
-        elif not self._whole:
-            renew_without_hooks(owner)
+                if out_of_date(owner, state, whole, call):
+                    passed()
+                    return tuple(self.gm(*args))
+                state.whole[self.number] = whole
+        elif not whole:
+            renew_without_hooks(owner, state.first)
         passed()
-        if self._whole is None:
-            return tuple(self.gm(*args))
-        state = self._state(context)
-        if not self._whole:
-            if call is not None and owner is not None:
-                call.ran_part(self.gm, partial(state.is_broken, dispatches=left_alone(owner)))
+        if not whole:
+            if call is not None:
+                call.ran_part(self.gm, partial(state.is_broken, dispatches=state.first.left))
             return self._run_as_given(args, state)
         bank = state.bank
         weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
@@ -144,7 +144,7 @@ class Entry:
         try:
             program, order = self._find(args, bank, weights)
         except CaptureError as error:
-            return self.run_uncached(args, str(error))
+            return self.run_uncached(args, str(error), state)
         trajectory = current(weights.ids, owner.frame if owner is not None else None)
         results = self.step(program, order, bank, args, trajectory)
         if noting():
@@ -152,10 +152,11 @@ class Entry:
             note(Seen(partial(self.step, program, order, bank), args, others, results))
         return results
 
-    def run_uncached(self, args: Sequence[Any], reason: str) -> tuple[Any, ...]:
+    def run_uncached(self, args: Sequence[Any], reason: str, state: HandleState | None = None) -> tuple[Any, ...]:
         """Run the whole model's graph as Dynamo gave it, because of `reason`, and say so once a handle."""
-        owner = find_owner()
-        state = self._state(None if owner is None else owner.handle)
+        if state is None:
+            owner = find_owner()
+            state = self._state(None if owner is None else owner.handle)
         state.is_refused(reason)
         return self._run_as_given(args, state)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +18,10 @@ from torch._dynamo import config
 from torch.fx import GraphModule
 
 from moeca_compile.breaks import GraphBreak, break_after
-from moeca_compile.errors import MoecaWarning
 from moeca_compile.owner import find_owner, parameters_of
 from moeca_compile.runtime.blocks import current
 from moeca_compile.runtime.trajectory import RAN_EAGERLY
+from moeca_compile.runtime.warned import Warned
 
 MAX_GRAPHS = 64
 _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
@@ -35,6 +34,7 @@ class Gate:
         self.lock = threading.RLock()  # a first call makes another one inside itself
         self.graphs = 0
         self.unseen = 0  # calls that ran no graph of ours
+        self.warned = Warned()  # what the user of this handle was told
         self.raised: Callable[[], Callable[[], None]] | None = None
         _gates.add(self)
 
@@ -125,8 +125,8 @@ def _tell(gate: Gate) -> None:
     trajectory = current(weights, owner.frame if owner is not None else None)
     if trajectory is not None:
         trajectory.miss(gate.unseen == 1)
-    elif gate.unseen == 1:
-        warnings.warn(f"a call of the compiled model {RAN_EAGERLY}", MoecaWarning, stacklevel=4)
+    else:
+        gate.warned.once(f"a call of the compiled model {RAN_EAGERLY}")
 
 
 def gate_of(context: Any) -> Gate:

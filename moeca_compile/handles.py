@@ -9,14 +9,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch._dynamo.eval_frame import innermost_backend
+from torch.nn import Module
 
 from moeca_compile.bank import Bank
 from moeca_compile.breaks import GraphBreak, in_words
+from moeca_compile.gate import gate_of
 from moeca_compile.options import Options
 from moeca_compile.owner import handle_of, parameters_of
+from moeca_compile.regions import Miss
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Schedule
 
@@ -27,6 +31,25 @@ _ALL: weakref.WeakSet[HandleState] = weakref.WeakSet()  # and those of callers t
 _making = threading.Lock()
 
 
+@dataclass(eq=False, slots=True)
+class FirstCalls:
+    """What the first calls of a handle, in which its model is prepared, leave for later ones.
+
+    Attributes:
+        renewed: the model was called once more; if its graph breaks then, so be it.
+        trial: while it is called once more, whether its graph was whole; else None.
+        finishing: calls without a gate that only have to finish, by thread and frame.
+        left: expert dispatches that were left alone.
+        hooked: a module with a hook.
+    """
+
+    renewed: bool = False
+    trial: bool | None = None
+    finishing: set[tuple[int, int]] = field(default_factory=set)
+    left: tuple[Miss, ...] = ()
+    hooked: weakref.ref[Module] | None = None
+
+
 class HandleState:
     """What belongs to one handle.
 
@@ -34,6 +57,8 @@ class HandleState:
         context: the compile context (a weak reference); None where the callable was called without torch.compile.
         lock: around all containers below; held for moments only.
         bank: its programs, weights and trajectories.
+        first: how its model was prepared.
+        whole: by number of a graph, whether it is the whole model; handles of one class share the parts of broken ones.
         parts: how many graphs the last broken call ran; 0: its graph didn't break.
         uncached: where and why calls run uncached, and what helps; "" where they are cached.
     """
@@ -42,7 +67,8 @@ class HandleState:
         self.context = None if context is None else weakref.ref(context, _forget(id(context)))
         self.options, self.schedule = options, schedule
         self.lock = threading.RLock()
-        self.warned = Warned()
+        self.warned = Warned() if context is None else gate_of(context).warned
+        self.first, self.whole = FirstCalls(), dict[int, bool]()
         self.bank = Bank(context, options, schedule, self.warned, self.lock)
         self.parts, self.uncached = 0, ""
         _ALL.add(self)

@@ -84,6 +84,10 @@ def made(kind: type[nn.Module]) -> nn.Module:
     return kind().eval().requires_grad_(False)
 
 
+def made_of(kind: type[nn.Module], *parts: nn.Module) -> nn.Module:
+    return kind(*parts).eval().requires_grad_(False)
+
+
 def steps(model: Any, count: int = 4) -> list[Tensor]:
     with torch.no_grad():
         return [model(X * (1 - 0.1 * i), torch.full((2,), 900.0 - 80 * i)) for i in range(count)]
@@ -139,11 +143,44 @@ def test_an_unprepared_model_whose_graph_breaks_is_explained() -> None:
     assert "another backend" not in str(report)
 
 
-def test_each_model_has_its_own_message() -> None:
-    """Also where both share the graphs."""
-    for _ in range(2):
-        with pytest.warns(MoecaWarning, match="graph break"):
-            steps(torch.compile(made(Branches), backend="moeca", options={"inner": "eager"}))
+def test_each_model_has_its_own_message_stats_and_report() -> None:
+    """Also where they share a class, so that Dynamo runs the first one's graphs for the second."""
+    handles = []
+    for _ in range(3):
+        handles.append(torch.compile(made(Branches), backend="moeca", options={"inner": "eager"}))
+        with pytest.warns(MoecaWarning, match="graph break") as seen:
+            steps(handles[-1])
+        assert len(seen) == 1
+    assert len({str(moeca.stats(one)) for one in handles}) == 1
+    assert len({moeca.stats(one).graphs for one in handles} | {0}) == 2
+    with pytest.warns(MoecaWarning, match="graph break"):
+        report = moeca.explain(made(Branches), X, torch.full((2,), 900.0), inner="eager")
+    assert "if bool(h.abs().amax() > 1e9):" in str(report)
+
+
+def test_a_part_that_is_a_model_of_its_own_too() -> None:
+    """One of Dynamo's graphs may be the whole of one handle's model, and a part of another's."""
+
+    class Outer(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        @torch.compiler.disable
+        def call(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.body(x, t)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.call(x * 1.5, t) + x.mT.reshape(2, 2, -1, 2).mean(-1, keepdim=True)
+
+    body = made(Body)
+    alone = torch.compile(body, backend="moeca", options={"schedule": "uniform:3", "inner": "eager"})
+    steps(alone)
+    outer = made_of(Outer, body)
+    both = torch.compile(outer, backend="moeca", options={"schedule": "uniform:3", "inner": "eager"})
+    with pytest.warns(MoecaWarning, match="graph break"):
+        assert equal(steps(both), steps(outer))
+    assert len(moeca.stats(alone).steps) == 4
 
 
 def test_a_broken_model_is_warmed_up() -> None:

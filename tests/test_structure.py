@@ -69,12 +69,12 @@ MAY_IMPORT = {
     "program": STAGES | PROGRAM,  # a captured graph, its schedule and its variants
     "visit": set(),
     "owner": {"errors", "desugar"},
-    "first_call": REWRITE | {"owner", "gate"},
+    "first_call": REWRITE | {"owner", "gate", "handles"},
     "gate": {"breaks", "errors", "owner", "runtime"},  # one call at a time in Dynamo
     "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo
     "same_graph": GRAPH,
     "bank": STAGES | PROGRAM,  # what one handle runs
-    "handles": STAGES | PROGRAM | {"bank", "owner"},  # whose is a call, and what belongs to it
+    "handles": STAGES | PROGRAM | {"bank", "owner", "gate"},  # whose is a call, and what belongs to it
     "totals": STAGES | PROGRAM | {"handles"},
     "backend": STAGES | PROGRAM | CALLS,
     "methods": set(),

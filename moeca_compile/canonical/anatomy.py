@@ -113,12 +113,17 @@ def adapters(module: nn.Module) -> Iterator[tuple[str, str]]:
 def hooks(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(path, which hook) of each module whose call runs more than its class's forward."""
     for path, part in module.named_modules():
-        if is_hooked(part) and (part._forward_hooks or part._forward_pre_hooks or not _is_ours(part.forward)):
+        if is_hooked(part) and (part._forward_hooks or part._forward_pre_hooks or not _is_its_own(part)):
             yield path, _hook(part)
 
 
-def _is_ours(forward: object) -> bool:
-    """Whether `patch` or `isolate` put it there: both mark the code."""
+def _is_its_own(module: nn.Module) -> bool:
+    """Whether the forward on an instance is still its class's: compiled, `module.forward = torch.compile(...)`, or put
+    there by `patch` or `isolate`, which both mark the code."""
+    forward: object = module.forward
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    if getattr(forward, "__func__", None) is type(module).forward:
+        return True
     code = getattr(forward, "__code__", None) if isinstance(forward, types.MethodType) else None
     return code is not None and any(isinstance(one, str) and one.startswith("moeca ") for one in code.co_consts)
 
@@ -130,7 +135,7 @@ def _hook(module: nn.Module) -> str:
         return f"an accelerate hook ({', '.join(type(one).__name__ for one in parts)})"
     if "_diffusers_hook" in own:
         return f"a diffusers hook ({', '.join(getattr(own['_diffusers_hook'], 'hooks', ()))})"
-    if "forward" in own and not _is_ours(own["forward"]):
+    if "forward" in own and not _is_its_own(module):
         return "a forward that was replaced on the instance"
     hook = next(iter((*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
     return f"a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})"
