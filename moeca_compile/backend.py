@@ -124,7 +124,7 @@ class Entry:
         whole = state.whole.get(self.number)
         if whole is None:
             with gate_of(context).lock if context is not None else nullcontext(), alone():
-                whole = runs_whole(owner, self.gm)
+                whole = runs_whole(owner, self.gm, call.parts if call is not None else 0)
                 if out_of_date(owner, state, whole, call):
                     passed()
                     return tuple(self.gm(*args))

@@ -26,6 +26,7 @@ _WRAPPER: CodeType = next(
     for code in eval_frame._TorchDynamoContext.__call__.__code__.co_consts
     if isinstance(code, CodeType) and code.co_name in ("compile_wrapper", "_fn")
 )
+_RESUMED = "torch_dynamo_resume_in_"
 _TORCH = (eval_frame.__file__, torch.nn.modules.module.__file__)  # code of theirs is never a graph's
 
 
@@ -85,20 +86,27 @@ def modules_of(function: object) -> tuple[Module, ...]:
 
 
 def codes_of(owner: Owner) -> Iterator[CodeType]:
-    """The code that Dynamo starts from: of what was compiled, and of the models' own forward."""
+    """The code that Dynamo starts from: of what was compiled, and of the models' forward with all that wraps it."""
     for function in (owner.function, *(module.forward for module in owner.modules)):
-        inner: Any = function
-        while inner is not None:
-            code = getattr(inner, "__code__", None)
-            if isinstance(code, CodeType) and code.co_filename not in _TORCH:
-                yield code
-            inner = getattr(inner, "__wrapped__", None) or getattr(inner, "func", None)
+        yield from _codes(function)
 
 
-def runs_whole(owner: Owner | None, graph: GraphModule) -> bool:
+def _codes(function: Any) -> Iterator[CodeType]:
+    if function is None:
+        return
+    code = getattr(function, "__code__", None)
+    if isinstance(code, CodeType) and code.co_filename not in _TORCH:
+        yield code
+    if isinstance(function, partial):  # accelerate and diffusers put one around a hooked forward, and call it wrapped
+        yield from _codes(function.func)
+    yield from _codes(getattr(function, "__wrapped__", None))
+
+
+def runs_whole(owner: Owner | None, graph: GraphModule, earlier: int = 0) -> bool:
     """Whether the graph that runs now is the model's own forward (or the function that was compiled) in one piece: not
     a part that Dynamo broke off, nor one that goes on in (or is) a resume function, nor any other function: Dynamo
-    compiles one by itself where it gave up on its caller."""
+    compiles one by itself where it gave up on its caller. A hook on the whole model breaks the graph before the model
+    begins: then what wraps the model's forward is resumed, and runs all of it, if this call ran no graph `earlier`."""
     reason = getattr(graph, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         return False
@@ -109,9 +117,22 @@ def runs_whole(owner: Owner | None, graph: GraphModule) -> bool:
     if frame is None or owner is None:
         return True
     code = frame.f_code
-    if "torch_dynamo_resume_in" in code.co_name or any("__resume_at" in name for name in code.co_names):
+    if any("__resume_at" in name for name in code.co_names):
         return False
+    if code.co_name.startswith(_RESUMED):
+        return not earlier and any(_resumes(code, wrapper) for wrapper in _wrappers(owner))
     return _place(code) in map(_place, codes_of(owner))
+
+
+def _wrappers(owner: Owner) -> Iterator[CodeType]:
+    """Code around the models' own forward."""
+    for module in owner.modules:
+        own = getattr(type(module).forward, "__code__", None)
+        yield from (code for code in _codes(module.forward) if own is None or _place(code) != _place(own))
+
+
+def _resumes(code: CodeType, of: CodeType) -> bool:
+    return code.co_filename == of.co_filename and code.co_name.startswith(f"{_RESUMED}{of.co_name}_at_")
 
 
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:

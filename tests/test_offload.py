@@ -82,15 +82,35 @@ def test_hooks_taken_off_again() -> None:
     assert torch.allclose(follows(model, module), base, rtol=0, atol=1e-6)
 
 
-def test_the_whole_model_offloaded_is_right_and_says_that_it_is_uncached() -> None:
+@pytest.mark.parametrize("first", ["compiled", "offloaded"])
+def test_the_whole_model_offloaded_is_cached(first: str) -> None:
     """`enable_model_cpu_offload` puts one hook on the model itself, and its forward runs behind the hook."""
     module = dit()
-    model = compiled(module)
-    follows(model, module)
+    if first == "compiled":
+        model = compiled(module)
+        follows(model, module)
     _, hook = accelerate.cpu_offload_with_hook(module, execution_device=torch.device("cpu"))
-    assert any("graph break" in text for text in right(model, module))
+    if first == "offloaded":
+        model = compiled(module)
+    follows(model, module)
     hook.offload()
-    right(model, module)
+    follows(model, module)
+    hook.remove()
+    follows(model, module)
+
+
+def test_a_hook_on_the_whole_model_that_computes_is_told() -> None:
+    """What it computes before the model begins is a graph of its own."""
+
+    class Scales(accelerate.hooks.ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            x = args[0] * 0.5
+            torch._dynamo.graph_break()
+            return (x, *args[1:]), kwargs
+
+    module = dit()
+    accelerate.hooks.add_hook_to_module(module, Scales())
+    assert any("graph break" in text for text in right(compiled(module), module))
 
 
 def test_export_names_the_hooks(tmp_path: Any) -> None:
