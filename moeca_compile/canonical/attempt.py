@@ -21,6 +21,7 @@ from moeca_compile.canonical.anatomy import ADAPTED
 from moeca_compile.canonical.experts import ModuleExperts, members
 from moeca_compile.canonical.generic import AnyExperts, following
 from moeca_compile.canonical.loop import Loop
+from moeca_compile.canonical.pins import Pin
 from moeca_compile.canonical.probe import close, compute_device, differing_state, isolated, random_parameters, shadow
 from moeca_compile.canonical.routed import NAME, Experts, Routed
 from moeca_compile.canonical.source import Source, rebuild
@@ -42,6 +43,7 @@ class Rewrite:
     routed: Routed | None
     experts: Experts
     tree: ast.FunctionDef = field(compare=False, repr=False)
+    pins: tuple[Pin, ...] = ()  # other arguments than these run the original
 
     @staticmethod
     def of(loop: Loop, tree: ast.FunctionDef, routed: Routed) -> Rewrite:
@@ -64,10 +66,12 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Entry:
-    """How to make a module run its dispatch: call `method` with what `arguments(stand, seed, dtype)` gives."""
+    """How to make a module run its dispatch: call `method` with what `arguments(stand, seed, dtype)` gives, and with
+    `flags` by name where they aren't its defaults."""
 
     method: str
     arguments: Callable[[Stand, int, torch.dtype], Arguments]
+    flags: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,18 +137,18 @@ class Stand(ABC):
         dtype: torch.dtype,
         seeds: Sequence[int],
     ) -> str:
-        name, method = proposal.rewrite.name, proposal.entry.method
+        name, entry = proposal.rewrite.name, proposal.entry
         for seed in seeds:
             with isolated():
                 trouble = "no copy of it can be tried out"
                 try:
                     ours, theirs = copy(), copy()
                     ours.__dict__[name] = types.MethodType(function, ours)
-                    arguments = proposal.entry.arguments(self, seed, dtype)
+                    arguments = entry.arguments(self, seed, dtype)
                     trouble = "the original can't be run on random tokens"
-                    wanted = run(theirs, method, arguments)
+                    wanted = run(theirs, entry, arguments)
                     trouble = "the canonical form can't be run in its place"
-                    got = run(ours, method, arguments)
+                    got = run(ours, entry, arguments)
                     trouble = "results and state can't be compared"
                     agree, changed = close(wanted, got), differing_state(theirs, ours)
                 except Exception as error:  # whatever somebody's module can raise
@@ -202,10 +206,10 @@ def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[.
     return forward
 
 
-def run(module: nn.Module, method: str, arguments: Arguments) -> object:
-    """Call a method with copies of the arguments, from the same random state each time."""
+def run(module: nn.Module, entry: Entry, arguments: Arguments) -> object:
+    """Call the entry's method with copies of the arguments, from the same random state each time."""
     probe.seed()
-    return getattr(module, method)(*(a.clone() for a in arguments))
+    return getattr(module, entry.method)(*(a.clone() for a in arguments), **dict(entry.flags))
 
 
 def length(seed: int, num_experts: int) -> int:

@@ -128,7 +128,7 @@ def _observe(
     with isolated():
         module = stand.copy()
         module.__dict__[loop.name] = types.MethodType(function, module)
-        run(module, entry.method, entry.arguments(stand, 1, torch.float32))
+        run(module, entry, entry.arguments(stand, 1, torch.float32))
     return module, before, after
 
 

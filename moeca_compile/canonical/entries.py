@@ -18,6 +18,7 @@ from moeca_compile.canonical import method
 from moeca_compile.canonical.attempt import Arguments, Entry, Stand, length, tokens_of
 from moeca_compile.canonical.dispatch import methods
 from moeca_compile.canonical.loop import Loop
+from moeca_compile.canonical.pins import optional
 from moeca_compile.canonical.source import Source, read
 
 _BATCH = 2
@@ -35,10 +36,16 @@ def entries(stand: Stand, loop: Loop) -> Iterator[Entry]:
         extra = len(source.required) - 1
         if extra > _MOST_EXTRA:
             continue
-        special = specials(stand, loop.source) | specials(stand, source)
-        for flat, kinds in product((False, True), product(_EXTRA, repeat=extra)):
-            if not (flat and extra):
-                yield Entry(name, _maker(kinds, flat, tuple(sorted(special))))
+        special = tuple(sorted(specials(stand, loop.source) | specials(stand, source)))
+        ways = [
+            _Maker(kinds, flat, special)
+            for flat, kinds in product((False, True), product(_EXTRA, repeat=extra))
+            if not (flat and extra)
+        ]
+        yield from (Entry(name, way) for way in ways)
+        if name == loop.name:  # what its callers pass: then only calls that pass the same run the rewritten method
+            turned = [((one.name, not one.default),) for one in optional(source.function) if type(one.default) is bool]
+            yield from (Entry(name, way, flags) for flags in turned for way in ways)
     yield from method.entries(stand, loop)
 
 
@@ -53,10 +60,6 @@ def specials(stand: Stand, source: Source) -> set[int]:
             if type(value) is int and value >= 0:
                 found.add(value)
     return found
-
-
-def _maker(kinds: tuple[str, ...], flat: bool, special: tuple[int, ...]) -> _Maker:
-    return _Maker(kinds, flat, special)
 
 
 class _Maker:

@@ -101,7 +101,7 @@ def _observe(stand: Stand, loop: Loop, statement: ast.stmt, entry: Entry) -> _Lo
     with isolated():
         seen.module = stand.copy()
         seen.module.__dict__[loop.name] = types.MethodType(function, seen.module)
-        run(seen.module, entry.method, entry.arguments(stand, 1, torch.float32))
+        run(seen.module, entry, entry.arguments(stand, 1, torch.float32))
     return seen
 
 

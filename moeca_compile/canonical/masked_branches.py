@@ -86,7 +86,7 @@ def _telling(stand: Stand, loop: Loop) -> Iterator[Entry]:
                 with isolated():
                     module = stand.copy()
                     module.__dict__[loop.name] = types.MethodType(function, module)
-                    run(module, entry.method, entry.arguments(stand, number, torch.float32))
+                    run(module, entry, entry.arguments(stand, number, torch.float32))
         except Exception:
             continue
         if seen and all({"all", "none"} <= kinds for kinds in seen.values()):

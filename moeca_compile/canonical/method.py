@@ -145,7 +145,7 @@ def with_dtype(stand: Stand, proposal: Proposal, trial: Trial) -> Proposal:
     mixed = tuple(a.double() if i == weights else a for i, a in enumerate(entry.arguments(stand, 1, torch.float32)))
     with isolated():
         try:
-            out = run(stand.copy(torch.bfloat16), entry.method, mixed)
+            out = run(stand.copy(torch.bfloat16), entry, mixed)
         except Exception:
             return proposal  # it can't take such a mix; where all are alike the dtype of x is right
     rule = follows.get(out.dtype, "x") if isinstance(out, Tensor) else "x"

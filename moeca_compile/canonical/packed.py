@@ -182,7 +182,7 @@ def _best(stand: Stand, loop: Loop, trial: Trial, readings: Sequence[PackedExper
         twin = stand.copy()
         arguments = trial.entry.arguments(stand, 1, torch.float32)
         try:
-            wanted = run(twin, trial.entry.method, arguments)
+            wanted = run(twin, trial.entry, arguments)
         except Exception:
             return None
         x, idx, w = (arguments[loop.source.required.index(name)] for name in trial.roles)

@@ -15,6 +15,7 @@ from torch import nn
 
 from moeca_compile.canonical.anatomy import ADAPTED, SAME
 from moeca_compile.canonical.attempt import Rewrite
+from moeca_compile.canonical.pins import fits
 from moeca_compile.canonical.routed import Experts
 
 _numbers = itertools.count()
@@ -80,6 +81,7 @@ class _Forms:
     canonical: Callable[..., Any]
     following: Callable[..., Any]
     original: Callable[..., Any]
+    fits: Callable[..., bool] | None
 
 
 # By the mark that the patched method's code carries. Read from here, and not from the method's closure, all modules of
@@ -90,6 +92,8 @@ _FORMS: dict[str, _Forms] = {}
 def _patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forms = _FORMS["mark"]
     if not torch.compiler.is_compiling() or self.training:
+        return forms.original(self, *args, **kwargs)
+    if forms.fits is not None and not forms.fits(args, kwargs):
         return forms.original(self, *args, **kwargs)
     condition = forms.experts.condition(self)
     if condition == SAME:
@@ -105,7 +109,9 @@ def _method(original: Callable[..., Any], note: Installed) -> Callable[..., Any]
     rewrite = note.rewrite
     # Dynamo keeps graphs and recompile counts on code objects: each patch needs one of its own.
     mark = f"moeca patch {next(_numbers)}"
-    _FORMS[mark] = _Forms(rewrite.experts, rewrite.function(), rewrite.following().function(), original)
+    _FORMS[mark] = _Forms(
+        rewrite.experts, rewrite.function(), rewrite.following().function(), original, fits(rewrite.pins)
+    )
     constants = tuple(mark if one == "mark" else one for one in _patched.__code__.co_consts)
     code = _patched.__code__.replace(co_consts=constants)
     method = types.FunctionType(code, _patched.__globals__, _patched.__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -16,8 +17,10 @@ from moeca_compile.canonical.generic import AnyExperts
 from moeca_compile.canonical.inline import reaches
 from moeca_compile.canonical.loop import GUARDED, Loop
 from moeca_compile.canonical.patch import Installed, install, installed, replaced, uninstall
+from moeca_compile.canonical.pins import optional
 from moeca_compile.canonical.report import PreparedModule, PrepareReport
 from moeca_compile.canonical.routed import Experts
+from moeca_compile.canonical.source import loads
 from moeca_compile.regions import Miss
 
 FAMILIES = (
@@ -175,8 +178,9 @@ class _Worker:
         if exact not in self.refused:
             found = _search(family, module, loop, experts)
             if isinstance(found, Proposal):
-                self.proven[key] = found
-                return _stand(module, found.rewrite.experts), found
+                stand = _stand(module, found.rewrite.experts)
+                found = self.proven[key] = _pinned(stand, found, loop)
+                return stand, found
             self.refused[exact] = found
         return self.refused[exact]
 
@@ -187,6 +191,25 @@ class _Worker:
             return ModuleExperts(stack, body)
         found = body if barred(experts) else generic.recognise(stack, experts)
         return found if isinstance(found, AnyExperts) else f"{body}; {found}" if found != body else body
+
+
+def _pinned(stand: Stand, proposal: Proposal, loop: Loop) -> Proposal:
+    """With the arguments that the proof depends on: booleans whose other value it doesn't hold for, and whatever else
+    the loop reads."""
+    entry, rewrite = proposal.entry, proposal.rewrite
+    if entry.method != loop.name:
+        return proposal
+    inside = set().union(*map(loads, loop.nest)) if loop.nest else set()
+    pins = []
+    for one in optional(rewrite.source.function):
+        if type(one.default) is bool:
+            flags = {one.name: one.default, **dict(entry.flags)}
+            turned = replace(entry, flags=tuple({**flags, one.name: not flags[one.name]}.items()))
+            if stand.disagreement(replace(proposal, entry=turned), seeds=(1, 2, 3)):
+                pins.append(one._replace(value=flags[one.name]))
+        elif one.name in inside:
+            pins.append(one)
+    return replace(proposal, rewrite=replace(rewrite, pins=tuple(pins)))
 
 
 def _family(loop: Loop) -> Family | None:

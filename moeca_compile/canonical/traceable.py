@@ -30,7 +30,7 @@ def blocker(stand: Stand, source: Source, entry: Entry, rewrite: Rewrite | None 
             fakes = [fake.from_tensor(a.to("meta") if stand.on_meta else a, static_shapes=True) for a in arguments]
             seed()
             try:
-                getattr(module, entry.method)(*fakes)
+                getattr(module, entry.method)(*fakes, **dict(entry.flags))
             except _BLOCKERS as error:
                 return _line(error, source)
             except Exception:

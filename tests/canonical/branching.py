@@ -82,6 +82,57 @@ class Inline(Prototypes):
         return out.reshape(x.shape)
 
 
+class Nested(nn.Module):
+    """PixelDiT-ProMoE: the expert loop inside the branch of the conditional tokens, no loss."""
+
+    def __init__(self, null: int = NULL) -> None:
+        super().__init__()
+        self.null = null
+        self.centres = nn.Parameter(torch.randn(EXPERTS - 1, WIDTH))
+        self.routed = nn.ModuleList(SwiGLU(WIDTH, HIDDEN) for _ in range(EXPERTS - 1))
+        self.shared, self.uncond = SwiGLU(WIDTH, HIDDEN), SwiGLU(WIDTH, HIDDEN)
+        self.last: dict[str, Tensor] = {}
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = (F.normalize(x, dim=-1) @ F.normalize(self.centres, dim=-1).T).topk(1, dim=-1, sorted=False)
+        return ids.squeeze(-1), weights.squeeze(-1)
+
+    def contrast(self, x: Tensor, ids: Tensor) -> Tensor:
+        used = torch.unique(ids)
+        if used.numel() < 2:
+            return self.centres.sum() * 0
+        means = torch.stack([x[ids == one].mean(0) for one in used])
+        return F.cross_entropy(F.normalize(self.centres[used], dim=-1) @ means.T, torch.arange(len(used)))
+
+    def forward(self, x: Tensor, labels: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, WIDTH)
+        cond = labels.reshape(-1, 1).expand(-1, x.shape[1]).reshape(-1) != self.null
+        out = torch.zeros_like(flat)
+        all_ids = torch.full((flat.shape[0],), EXPERTS - 1, device=x.device)
+        all_weights = torch.ones(flat.shape[0], device=x.device, dtype=x.dtype)
+        if cond.any():
+            kept = flat[cond]
+            ids, weights = self.choose(kept)
+            all_ids[cond] = ids
+            all_weights[cond] = weights.to(x.dtype)
+            mixed = torch.zeros_like(kept)
+            for e, expert in enumerate(self.routed):
+                mine = ids == e
+                if mine.any():
+                    made = expert(kept[mine]).to(mixed.dtype)
+                    mixed[mine] = made * weights[mine].unsqueeze(-1)
+            out[cond] = mixed
+            loss = self.contrast(kept, ids) if with_loss else self.centres.sum() * 0
+        else:
+            loss = self.centres.sum() * 0
+        uncond = ~cond
+        if uncond.any():
+            out[uncond] = self.uncond(flat[uncond]).to(out.dtype)
+        out = out.view_as(x) + self.shared(x)
+        self.last = {"ids": all_ids.view(x.shape[:2]).detach(), "weights": all_weights.view(x.shape[:2]).detach()}
+        return out, loss
+
+
 class Choosers(nn.Module):
     """ProMoE, expert choice: experts choose among the tokens of conditional samples, others have their own expert."""
 
@@ -112,6 +163,38 @@ class Choosers(nn.Module):
         if uncond.any():
             out[uncond] = self.experts[-1](x[uncond])
         return out
+
+
+class Otherwise(Choosers):
+    """Where the mask picks nothing, something else is computed."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        out = self.experts[0](x)
+        cond = labels.view(-1) != self.null
+        if cond.any():
+            out[cond] = self.experts[1](x[cond])
+        else:
+            out = out + self.experts[2](x)
+        return out
+
+
+class Told(Choosers):
+    """A loop that takes what callers may give beside the tokens."""
+
+    def forward(self, x: Tensor, halve: bool = False, scale: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        weights, ids = (flat @ self.centres.T).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            if token.numel() > 0:
+                made = expert(flat[token]) * weights[token, slot, None]
+                if halve:
+                    made = made / 2
+                if scale is not None:
+                    made = made * scale[token, None]
+                out.index_add_(0, token, made)
+        return out.reshape(x.shape)
 
 
 class Averaged(Choosers):

@@ -64,6 +64,48 @@ def test_one_graph_for_every_mixture_of_labels(make: Callable[[], nn.Module], ca
     assert len(graphs) == 1
 
 
+def test_a_loop_inside_a_branch_whose_loss_only_training_wants(fact: Recorder) -> None:
+    torch.manual_seed(0)
+    layer, x = branching.Nested().eval(), tokens()
+    fact("dispatch", named_by_docstring(branching.Nested), family="masked_branches", result="rewritten")
+    (one,) = prepare(layer).changed
+    assert (one.family, one.num_experts, one.dense) == ("masked_branches", 3, False)
+    fast = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for kind in LABELS:
+            for call in ({"with_loss": False}, {"labels": _labels(kind, NULL), "with_loss": False}):
+                args = (x,) if "labels" in call else (x, _labels(kind, NULL))
+                wanted = layer(*args, **call)
+                torch.testing.assert_close(fast(*args, **call), wanted)
+        torch.testing.assert_close(fast(x, _labels("some", NULL), False), layer(x, _labels("some", NULL), False))
+        with pytest.raises(torch._dynamo.exc.Unsupported):  # the original code, which no proof speaks of
+            fast(x, _labels("some", NULL))
+        parts = torch.compile(layer, backend="eager")
+        torch.testing.assert_close(parts(x, _labels("some", NULL)), layer(x, _labels("some", NULL)))
+
+
+@pytest.mark.parametrize("arguments", [{"halve": True}, {"scale": torch.arange(27.0)}])
+def test_what_the_loop_is_told_isnt_lost(arguments: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    layer, x = branching.Told().eval(), tokens()
+    assert len(prepare(layer).changed) == 1
+    fast = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        assert not torch.equal(layer(x, **arguments), layer(x))
+        torch.testing.assert_close(fast(x), layer(x))
+        torch.testing.assert_close(fast(x, **arguments), layer(x, **arguments))
+
+
+def test_an_else_that_computes_isnt_dropped() -> None:
+    torch.manual_seed(0)
+    layer, x = branching.Otherwise().eval(), tokens()
+    prepare(layer)
+    fast = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        for kind in LABELS:
+            torch.testing.assert_close(fast(x, _labels(kind, NULL)), layer(x, _labels(kind, NULL)))
+
+
 def _labels(kind: str, null: int) -> Tensor:
     return torch.tensor([null if label == NULL else label for label in LABELS[kind]])
 
