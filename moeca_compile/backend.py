@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from moeca_compile import fx
+from moeca_compile.arrangement import Arrangement, arrangement, other_strides
 from moeca_compile.autocast import ambient_autocast
-from moeca_compile.bank import Bank, Order, Weights, in_order, order_of
+from moeca_compile.bank import Bank, Weights
 from moeca_compile.capture import Capture, Input, alone, capture, inputs_of
 from moeca_compile.desugar import desugar
 from moeca_compile.errors import CaptureError, MoecaError, OptionError, StateError
@@ -142,14 +143,14 @@ class Entry:
         if visit is not None:
             return visit(self, args, bank)
         try:
-            program, order = self._find(args, bank, weights)
+            program, how = self._find(args, bank, weights)
         except CaptureError as error:
             return self.run_uncached(args, str(error), state)
         trajectory = current(weights.ids, owner.frame if owner is not None else None)
-        results = self.step(program, order, bank, args, trajectory)
+        results = self.step(program, how, bank, args, trajectory)
         if noting():
             others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]
-            note(Seen(partial(self.step, program, order, bank), args, others, results))
+            note(Seen(partial(self.step, program, how, bank), args, others, results))
         return results
 
     def run_uncached(self, args: Sequence[Any], reason: str, state: HandleState | None = None) -> tuple[Any, ...]:
@@ -166,29 +167,31 @@ class Entry:
         return tuple(self._as_given(*args))
 
     def step(
-        self, program: Program, order: Order | None, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None
+        self, program: Program, how: Arrangement | None, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None
     ) -> tuple[Any, ...]:
-        """Run a call of `program`, whose arguments are in `order` among `args`."""
-        if order is not None:
-            args = in_order(args, order)
+        """Run a call of `program`, for which `args` are to be arranged."""
+        if how is not None:
+            args = how.arranged(args)
         tracks = bank.tracks(trajectory)
         if trajectory is not None:
             trajectory.seen += 1
         if not program.packs_experts:
-            return run_step(program, tracks, args, trajectory)
-        packs = bank.packs
-        with packs.active():
-            return run_step(program, tracks, args, trajectory, packs.doubt)
+            results = run_step(program, tracks, args, trajectory)
+        else:
+            packs = bank.packs
+            with packs.active():
+                results = run_step(program, tracks, args, trajectory, packs.doubt)
+        return results if how is None else how.given_back(results)
 
     def place(self, args: Sequence[Any], bank: Bank) -> tuple[Program, Sequence[Any]]:
-        """The program for arguments like these, and they in its order.
+        """The program for arguments like these, and they as it takes them.
 
         Raises:
             CaptureError: the graph can't be captured, or has nothing to cache.
         """
         weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
-        program, order = self._find(args, bank, weights)
-        return program, args if order is None else in_order(args, order)
+        program, how = self._find(args, bank, weights)
+        return program, args if how is None else how.arranged(args)
 
     @property
     def banks(self) -> dict[int, Bank]:
@@ -219,7 +222,7 @@ class Entry:
             options = Options.from_backend_options(given.get("options"), given.get("mode"))
         return options, options.resolved_schedule()
 
-    def _find(self, args: Sequence[Any], bank: Bank, weights: Weights) -> tuple[Program, Order | None]:
+    def _find(self, args: Sequence[Any], bank: Bank, weights: Weights) -> tuple[Program, Arrangement | None]:
         """The program for arguments like these, captured if none of this handle's computes the same."""
         numbers: dict[int, Any] = {}
         read, tensors = [], []
@@ -248,30 +251,52 @@ class Entry:
 
     def _make(
         self, key: tuple[Any, ...], args: Sequence[Any], numbers: Mapping[int, Any], bank: Bank
-    ) -> tuple[Program, Order | None]:
-        """A new program, or one that was made for another of Dynamo's graphs: of the same text, or of the same captured
-        text, in which sizes are numbers."""
+    ) -> tuple[Program, Arrangement | None]:
+        """A new program, or one that was made for another of Dynamo's graphs: of the same text, of the same captured
+        text, in which sizes are numbers, or of the same text but for the strides of its inputs. The last makes what it
+        kept serve a latent that comes in another memory format."""
         by_label = sorted((one.label, repr(numbers.get(i)), _kind(args[i])) for i, one in enumerate(self.inputs))
-        as_given = self._identity, tuple(by_label), key[-1]
-        known: Hashable = as_given
-        shared = bank.find(known)
-        if shared is None:
-            self._warn_of_numbers(key, numbers, bank)
-            gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
-            captured = _captured(gm, args, self.inputs)
-            known = as_given if self._identity is self else identity(captured.gm, captured.inputs)
-            shared = bank.find(known)
-            if shared is None:
-                read = bank.options, bank.schedule, bank.warned
-                program = Program(gm, args, self.inputs, *read, captured)
-                bank.place((key, as_given, known), program)
-                program.settle(args)
-                bank.follow(self.number, self._labels, [args[i] for i in self._weights])  # some may have been moved
-                return program, None
-        program, _ = shared
-        order = order_of(program.analysis.context.inputs, self.inputs)
-        bank.place_beside(key, known, order)
-        return program, order
+        as_given: Hashable = (self._identity, tuple(by_label), key[-1])
+        if bank.find(as_given) is not None:
+            return self._beside(key, as_given, bank)
+        self._warn_of_numbers(key, numbers, bank)
+        gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
+        captured = _captured(gm, args, self.inputs)
+        known = as_given if self._identity is self else identity(captured.gm, captured.inputs)
+        if bank.find(known) is not None:
+            return self._beside(key, known, bank)
+        unstrided = self._unstrided(args, numbers, key[-1])
+        if bank.find(unstrided) is not None:
+            return self._beside(key, unstrided, bank, captured)
+        read = bank.options, bank.schedule, bank.warned
+        program = Program(gm, args, self.inputs, *read, captured)
+        bank.place((key, as_given, unstrided, known), program)
+        program.settle(args)
+        bank.follow(self.number, self._labels, [args[i] for i in self._weights])  # some may have been moved
+        return program, None
+
+    def _beside(
+        self, key: Hashable, known: Hashable, bank: Bank, captured: Capture | None = None
+    ) -> tuple[Program, Arrangement | None]:
+        """The program under `known` for the calls of `key` too. `captured`: where these come in other strides."""
+        found = bank.find(known)
+        assert found is not None
+        program = found[0]
+        context = program.analysis.context
+        if captured is None:
+            how = arrangement(context.inputs, self.inputs)
+        else:
+            how = other_strides(Capture(program.analysis.gm, context.inputs), captured)
+        bank.place_beside(key, known, how)
+        return program, how
+
+    def _unstrided(self, args: Sequence[Any], numbers: Mapping[int, Any], autocast: Hashable) -> Hashable:
+        """Equal for graphs that are the same but for the strides of their inputs, weights left out."""
+        if self._identity is self:
+            return object()
+        used = [(i, one) for i, one in enumerate(self.inputs) if i not in self._unread]
+        kinds = [(one.label, repr(numbers.get(i)), _kind(args[i], one.is_weight)) for i, one in used]
+        return "any strides", identity(self.gm, self.inputs, strides=False), tuple(sorted(kinds)), autocast
 
     @cached_property
     def _identity(self) -> Hashable:
@@ -312,10 +337,10 @@ def _captured(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[In
         raise CaptureError(f"torch can't trace the graph once more: {type(error).__name__}: {first}") from error
 
 
-def _kind(value: Any) -> tuple[Any, ...]:
+def _kind(value: Any, strides: bool = True) -> tuple[Any, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
-    return tuple(value.shape), _strides(value), str(value.dtype), str(value.device)
+    return tuple(value.shape), _strides(value) if strides else (), str(value.dtype), str(value.device)
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.capture import Input
+from moeca_compile.arrangement import Arrangement
 from moeca_compile.options import Options
 from moeca_compile.packed import Packs
 from moeca_compile.program import Program
@@ -20,7 +20,6 @@ from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Schedule
 
-Order = tuple[int | None, ...]  # where a program's arguments are among those of another graph; None: a number, not read
 Lock = AbstractContextManager[Any]
 Stamp = tuple[int, int, int]  # of one weight: its id, where it lies, its version
 
@@ -69,7 +68,7 @@ class Bank:
         self.all: weakref.WeakSet[Tracks] = weakref.WeakSet((self.plain,))
         self.packs = Packs()
         self.refused: dict[Hashable, str] = {}  # why graphs for such calls run uncached
-        self._placed: dict[Hashable, tuple[Hashable, Order | None]] = {}
+        self._placed: dict[Hashable, tuple[Hashable, Arrangement | None]] = {}
         self._weights: dict[int, Weights] = {}  # by graph
         self._stamps: dict[str, Stamp] = {}
 
@@ -105,15 +104,15 @@ class Bank:
                 self.all.add(self.latest)
             return self.latest
 
-    def find(self, key: Hashable) -> tuple[Program, Order | None] | None:
-        """The program that was placed under `key`, if it is still kept, and where its arguments are."""
+    def find(self, key: Hashable) -> tuple[Program, Arrangement | None] | None:
+        """The program that was placed under `key`, if it is still kept, and how its arguments are arranged."""
         with self.lock:
             placed = self._placed.get(key)
             if placed is None:
                 return None
-            what, order = placed
+            what, how = placed
             self.programs.move_to_end(what)
-            return self.programs[what], order
+            return self.programs[what], how
 
     def place(self, keys: Sequence[Hashable], program: Program) -> None:
         """Keep a program under `keys`, the last of which says what it computes; the least recently used program goes,
@@ -126,10 +125,10 @@ class Bank:
                 gone, _ = self.programs.popitem(last=False)
                 self._placed = {key: one for key, one in self._placed.items() if one[0] != gone}
 
-    def place_beside(self, key: Hashable, known: Hashable, order: Order | None) -> None:
-        """Let the program under `known` serve the calls of `key`, with its arguments in `order`."""
+    def place_beside(self, key: Hashable, known: Hashable, how: Arrangement | None) -> None:
+        """Let the program under `known` serve the calls of `key`, with its arguments arranged."""
         with self.lock:
-            self._placed[key] = (self._placed[known][0], order)
+            self._placed[key] = (self._placed[known][0], how)
 
     def keys_of(self, graph: int) -> list[tuple[Any, ...]]:
         """Of the calls of one of Dynamo's graphs."""
@@ -151,17 +150,6 @@ class Bank:
         with self.lock:
             for tracks in list(self.all):
                 tracks.reset()
-
-
-def order_of(wanted: Sequence[Input], given: Sequence[Input]) -> Order | None:
-    """Where the `wanted` inputs are among the `given` ones, by label; None: in the same places."""
-    places = {one.label: i for i, one in enumerate(given)}
-    order = tuple([places.get(one.label) for one in wanted])
-    return None if order == tuple(range(len(given))) else order
-
-
-def in_order(args: Sequence[Any], order: Order) -> list[Any]:
-    return [None if i is None else args[i] for i in order]
 
 
 def _stamp(weights: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:

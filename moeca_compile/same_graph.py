@@ -30,14 +30,15 @@ class Identity:
     held: tuple[Any, ...] = field(compare=False)
 
 
-def identity(gm: GraphModule, inputs: Sequence[Input]) -> Identity:
-    """Of a graph whose placeholders are `inputs`. Placeholders that nothing uses don't count."""
+def identity(gm: GraphModule, inputs: Sequence[Input], strides: bool = True) -> Identity:
+    """Of a graph whose placeholders are `inputs`. Placeholders that nothing uses don't count; `strides`: whether those
+    of inputs other than weights do."""
     teller = _Teller(gm)
     placeholders = fx.placeholders(gm)
     used = [(one.label, one.is_weight, node) for node, one in zip(placeholders, inputs, strict=True) if node.users]
     used.sort(key=lambda one: one[0])
     for label, is_weight, node in used:
-        teller.tell("input", label, is_weight, _kind(node), name=node)
+        teller.tell("input", label, is_weight, _kind(node, strides or is_weight), name=node)
     for node in gm.graph.nodes:
         if node.op != "placeholder":
             teller.node(node)
@@ -90,8 +91,9 @@ class _Teller:
         return f"@{type(value).__name__}{id(value)}"
 
 
-def _kind(node: Node) -> tuple[object, ...]:
+def _kind(node: Node, strides: bool) -> tuple[object, ...]:
     value = fx.value(node)
     if not isinstance(value, torch.Tensor):
         return ()
-    return tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype, str(value.device)
+    at = tuple(map(int, value.stride())) if strides else ()
+    return tuple(map(int, value.shape)), at, value.dtype, str(value.device)

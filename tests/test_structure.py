@@ -46,6 +46,7 @@ CALLS = {
     "visit",
     "frozen",
     "same_graph",
+    "arrangement",
     "bank",
     "handles",
     "totals",
@@ -73,7 +74,8 @@ MAY_IMPORT = {
     "gate": {"breaks", "errors", "owner", "runtime"},  # one call at a time in Dynamo
     "frozen": GRAPH | {"runtime", "visit"},  # calls that go past Dynamo
     "same_graph": GRAPH,
-    "bank": STAGES | PROGRAM,  # what one handle runs
+    "arrangement": GRAPH,
+    "bank": STAGES | PROGRAM | {"arrangement"},  # what one handle runs
     "handles": STAGES | PROGRAM | {"bank", "owner", "gate"},  # whose is a call, and what belongs to it
     "totals": STAGES | PROGRAM | {"handles"},
     "backend": STAGES | PROGRAM | CALLS,

@@ -30,6 +30,35 @@ def test_strides_of_single_elements_make_no_other_program() -> None:
     assert sum(record.variant != "v0" for record in records(model)) >= 4
 
 
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+def test_a_latent_in_changing_memory_formats_is_one_trajectory(first: torch.memory_format) -> None:
+    """What was kept serves all of them; results lie as they would without the cache."""
+    other = torch.channels_last if first is torch.contiguous_format else torch.contiguous_format
+
+    def sample(model: nn.Module, formats: list[torch.memory_format]) -> list[Tensor]:
+        x, outputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), list[Tensor]()
+        for step in range(9):
+            given = x.contiguous(memory_format=formats[step % len(formats)])
+            with torch.no_grad():
+                outputs.append(model(given, torch.full((2,), 1000.0 - 80 * step), torch.tensor([1, 2])))
+            x = x - 0.08 * outputs[-1].contiguous()
+        return outputs
+
+    torch._dynamo.reset()
+    model = compiled(dit())
+    found = sample(model, [first, other])
+    assert [record.variant for record in records(model)] == ["v0", "v1", "v1"] * 3
+    assert not any(record.cold for record in records(model))
+    torch._dynamo.reset()
+    wanted = sample(compiled(dit()), [first])
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    module = dit()
+    torch._dynamo.reset()
+    plain_compile = torch.compile(module, backend="eager")
+    strides = [one.stride() for one in sample(plain_compile, [first, other])]
+    assert [one.stride() for one in found] == strides
+
+
 @pytest.mark.parametrize("schedule", ["full", "uniform:3"])
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "in the middle"])
 def test_no_samples_give_an_empty_tensor_and_change_nothing(schedule: str, first: bool) -> None:
