@@ -17,14 +17,14 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-slow test-newest lint format docs bench clean
+.PHONY: help install demo test engines test-slow test-newest lint format docs docs-site bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train,cli]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train,cli,docs]'
 	touch $@
 
 # Triton's server and client can't live with what the package is tested with
@@ -72,6 +72,9 @@ format: $(INSTALLED) ## put the code in form
 docs: $(INSTALLED) ## write docs/models.md anew from the tests' results
 	MOECA_DOCS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/real tests/canonical tests/passes/test_find_routers.py \
 		tests/passes/test_find_experts.py tests/test_data_sizes.py
+
+docs-site: $(INSTALLED) ## build the site of docs/ into build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site
 
 bench: $(INSTALLED) ## measure; writes benchmarks/results
 	$(BIN)/python -m benchmarks.steps

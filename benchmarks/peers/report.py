@@ -48,8 +48,8 @@ def with_block(text: str, new: str) -> str:
 
 
 def block(payload: Payload) -> str:
-    """The README's part: contenders at equal latency, and the verdict."""
-    return f"{tables.equal_latency(points_of(payload))}\n\n{verdict(payload)}"
+    """The README's table: contenders at equal latency, by both truths."""
+    return tables.both_truths(points_of(payload))
 
 
 def verdict(payload: Payload) -> str:
@@ -60,9 +60,9 @@ def verdict(payload: Payload) -> str:
 
 
 def summary(payload: Payload) -> str:
-    """What a run prints: as the README has it where all was measured, else each setting."""
+    """What a run prints: contenders at equal latency and the verdict where all was measured, else each setting."""
     try:
-        return block(payload)
+        return f"{tables.equal_latency(points_of(payload))}\n\n{verdict(payload)}"
     except (KeyError, StopIteration, ValueError):
         return tables.settings(points_of(payload), None)
 

@@ -8,6 +8,10 @@ from typing import Any
 from benchmarks.peers import plain, roster
 from benchmarks.peers.verdict import SPEEDUPS, Point, at, best, group_of, hulls
 
+SHORT = (
+    "fewer steps, second order", "TaylorSeer (diffusers)", "cache-dit, DBCache", "TeaCache-like", "moeca, uniform",
+    "moeca, calibrated", "moeca, calibrated, one span",
+)  # fmt: skip
 NEVER, EAGER, AS_A_WHOLE = ", never a hit", ", eager", ", compiled as a whole"
 UNCACHED, RECOMPILED = "eager, as shipped", "the baseline, compiled anew"
 
@@ -26,6 +30,22 @@ def equal_latency(points: Sequence[Point], against: str = "uncached") -> str:
     both = [(best(found, one, peers=False), best(found, one, peers=True)) for one in SPEEDUPS]
     rows.append(["**best of moeca less best of the others**", *(_difference(own, other) for own, other in both)])
     return markdown(head, rows)
+
+
+def both_truths(points: Sequence[Point], speedups: Sequence[float] = (1.5, 2.0, 2.93, 4.0, 5.0)) -> str:
+    """Some contenders at the same measured speedups: PSNR to the uncached samples / to the converged solution."""
+    truths = [hulls(points, against) for against in ("uncached", "converged")]
+    head = ["", *(f"{speedup:g}x" for speedup in speedups)]
+    rows = [
+        [group, *(" / ".join(_db(at(found[group], speedup)) for found in truths) for speedup in speedups)]
+        for group in SHORT
+    ]
+    margins = [
+        " / ".join(_difference(*(best(found, one, peers=peers) for peers in (False, True))) for found in truths)
+        for one in speedups
+    ]
+    rows.append(["**best of moeca less best of all others**", *margins])
+    return markdown(head, rows).replace("- / -", "-")
 
 
 def causes(points: Sequence[Point]) -> list[str]:

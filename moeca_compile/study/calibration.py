@@ -55,9 +55,10 @@ def calibrate(
         granularity: what the schedule's columns are, as in `Options`; `auto`: `region`, or `stack` if that wins or if
             the state of `region` doesn't fit. The schedule says which, and compiling with another one is refused.
         max_variants: distinct rows allowed, at least 2; above 2 partial rows are tried.
-        seeds, holdout: what the search sees, and what only the final check sees; no seed in both. A number n is short
-            for 0 to n - 1, and for 1000 to 999 + n; holdout=0 leaves the check out. 8 to 16 seeds are better than 4: a
-            schedule can be made to measure for a few samples.
+        seeds: what the search sees; a number n is short for 0 to n - 1. 8 to 16 seeds are better than 4: a schedule can
+            be made to measure for a few samples.
+        holdout: what only the final check sees; a number n is short for 1000 to 999 + n, and 0 leaves the check out. No
+            seed is in both.
         effort: what the search may sample, in uncached trajectories; default 1.25 a seed. The last round, and with
             order `auto` at most two rollouts for each predictor that schedules can't run, come on top.
         data_range: of the samples, for the PSNR; None: what the uncached samples span.

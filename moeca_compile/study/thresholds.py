@@ -49,7 +49,8 @@ def expert_thresholds(
     """`schedule` with `control.threshold` for each expert: reached in about `share` of the cases that were measured.
 
     Args:
-        model, sample: as for `calibrate`.
+        model: as for `calibrate`.
+        sample: as for `calibrate`.
         schedule: with rows that compute a part of the branches (tau > 0); its own thresholds are measured anew.
         share: of the steps and samples in which an expert shall come first, between 0 and 1. An expert that held no
             branch anywhere gets 0: it comes first whenever it does.

@@ -1,0 +1,50 @@
+"""The reference says what the package has."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import moeca_compile as moeca
+from tests.docs.pages import ROOT, blocks_of, text_of
+
+if not (ROOT / "docs").exists():
+    pytest.skip("needs the checkout", allow_module_level=True)
+
+
+def test_every_option_is_there_with_its_default() -> None:
+    listed = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)`[^|]* \|", text_of("docs/reference/options.md"), re.MULTILINE))
+    assert listed == {one.name: json.dumps(v) if isinstance(v := value_of(one.name), str) else repr(v)
+                      for one in fields(moeca.Options)}  # fmt: skip
+
+
+def value_of(name: str) -> object:
+    return getattr(moeca.Options(), name)
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    page = text_of("docs/reference/api.md")
+    for name in moeca.__all__:
+        assert f"::: moeca_compile.{name}\n" in page or name == "MoecaError", name
+
+
+def test_every_entry_of_the_manifest_is_there() -> None:
+    page = text_of("docs/reference/bundle.md")
+    schema = json.loads(next(Path(str(moeca.__file__)).parent.rglob("manifest.schema.json")).read_text())
+    for name in set(schema["properties"]) - {"format", "version", "made_with", "fused"}:
+        assert f"`{name}`" in page, name
+
+
+def test_the_schedule_on_the_page_is_what_its_code_writes(tmp_path: Path) -> None:
+    code, written = (one for one in blocks_of("docs/reference/schedule-file.md")[:2])
+    names: dict[str, object] = {}
+    exec(code.text.replace("half.json", str(tmp_path / "half.json")), names)
+    found = json.loads((tmp_path / "half.json").read_text())
+    assert found == json.loads(written.text)
+    page = text_of("docs/reference/schedule-file.md")
+    for name in found:
+        assert f"`{name}`" in page, name
