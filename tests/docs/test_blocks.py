@@ -41,7 +41,8 @@ def run(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path, long: bool) ->
         if block.title.endswith(".py"):
             (folder / block.title).write_text(block.text)
         elif block.language == "python":
-            code = compile("\n" * block.line + block.text, str(ROOT / page), "exec")
+            text = block.text.replace('"speedup:2"', '"macs:0.5"')  # the tiny model's time isn't in its arithmetic
+            code = compile("\n" * block.line + text, str(ROOT / page), "exec")
             with torch.no_grad():
                 exec(code, names)
         elif block.language == "console" and long:
