@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def test_every_option_is_there_with_its_default() -> None:
 
 def value_of(name: str) -> object:
     return getattr(moeca.Options(), name)
+
+
+def test_every_extra_is_in_the_install_page() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = text_of("docs/start/install.md")
+    for extra in project["optional-dependencies"]:
+        assert re.search(rf"^\|[^|]*`{extra}`[^|]*\|", page, re.MULTILINE), extra
 
 
 def test_every_public_name_is_in_the_api() -> None:
