@@ -169,18 +169,23 @@ class Entry:
     def step(
         self, program: Program, how: Arrangement | None, bank: Bank, args: Sequence[Any], trajectory: Trajectory | None
     ) -> tuple[Any, ...]:
-        """Run a call of `program`, for which `args` are to be arranged."""
+        """Run a call of `program`, for which `args` are to be arranged; as Dynamo gave it where a claim about the
+        arguments turns out to be wrong (`passes/separate_rows.py`)."""
+        given = args
         if how is not None:
             args = how.arranged(args)
         tracks = bank.tracks(trajectory)
         if trajectory is not None:
             trajectory.seen += 1
-        if not program.packs_experts:
-            results = run_step(program, tracks, args, trajectory)
-        else:
-            packs = bank.packs
-            with packs.active():
-                results = run_step(program, tracks, args, trajectory, packs.doubt)
+        try:
+            if not program.packs_experts:
+                results = run_step(program, tracks, args, trajectory)
+            else:
+                packs = bank.packs
+                with packs.active():
+                    results = run_step(program, tracks, args, trajectory, packs.doubt)
+        except CaptureError as error:
+            return self.run_uncached(given, str(error))
         return results if how is None else how.given_back(results)
 
     def place(self, args: Sequence[Any], bank: Bank) -> tuple[Program, Sequence[Any]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from moeca_compile import fx
@@ -41,6 +42,7 @@ from moeca_compile.passes.insert_state import insert_state
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.plain_einsum import plain_einsum
 from moeca_compile.passes.ports import COEFFICIENTS, NOW
+from moeca_compile.passes.separate_rows import separate_rows
 from moeca_compile.passes.tag_row import tag_row
 from moeca_compile.passes.verify_variant import verify_variant
 from moeca_compile.runner import Finder, PassRecord, Rewriter, Runner
@@ -50,6 +52,7 @@ from moeca_compile.variant import Variant
 NORMALISE: tuple[Rewriter, ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
     plain_einsum,  # an einsum that sums nothing is no matmul
+    separate_rows,  # text tokens that are packed beside the latent's don't depend on it
 )
 
 FIND: tuple[Finder, ...] = (
@@ -111,9 +114,19 @@ def analyse(
     runner = _runner(options)
     captured = captured or capture(gm, args, inputs)
     context = Context(captured.inputs, Granularity.parse(options.granularity))
-    normal = runner.rewrite(NORMALISE, captured.gm, context)
+    normal = runner.rewrite(NORMALISE, captured.gm, replace(context, indices=_indices(captured.inputs, inputs, args)))
     context = runner.find(FIND, normal, context)
     return Analysis(normal, context, tuple(runner.records))
+
+
+def _indices(captured: Sequence[Input], inputs: Sequence[Input], args: Sequence[Any]) -> dict[str, Tensor]:
+    given = {one.label: arg for one, arg in zip(inputs, args, strict=True) if not one.is_weight}
+    found = {one.name: given.get(one.label) for one in captured}
+    return {
+        name: arg
+        for name, arg in found.items()
+        if type(arg) is Tensor and arg.dim() == 1 and not (arg.is_floating_point() or arg.is_complex() or arg.is_meta)
+    }
 
 
 def build_variant(

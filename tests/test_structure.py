@@ -35,7 +35,7 @@ DATA = {
     "timeline",
     "variant",
 }
-GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "autocast", "constants", "capture", "desugar"}
+GRAPH = DATA | {"fx", "ops", "packed", "branch_ops", "row_ops", "autocast", "constants", "capture", "desugar"}
 REWRITE = GRAPH | {"passes", "canonical", "runner"}
 STAGES = REWRITE | {"pipeline", "lower", "runtime"}
 PROGRAM = {"program", "preludes", "adjacent"}

@@ -96,7 +96,7 @@ def export(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     refuse_request(model, targets, opset)
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
-    whole = tuple(one.__name__ for one in HOIST)  # a graph of a bundle stands by itself
+    whole = ("separate_rows", *(one.__name__ for one in HOIST))  # a graph of a bundle stands by itself
     options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager", disable=whole)
     refuse_schedule(options.resolved_schedule())
     examples = (example_inputs, *other_sizes)

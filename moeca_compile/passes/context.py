@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from moeca_compile.capture import Input
 from moeca_compile.granularity import Granularity
@@ -41,10 +44,11 @@ class Branch:
 class Context:
     """Facts about one capture, and for rewriters what they need of the schedule: the row to build and the state that it
     keeps, the order of its forecast and the control of its PARTIAL rows; of a prelude the hoisted values that it
-    gives."""
+    gives. `indices`: while the captured graph is put in order, the call's one-dimensional indices and masks."""
 
     inputs: tuple[Input, ...]
     granularity: Granularity = Granularity("region")
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
     roles: Roles = Roles()
     dependence: tuple[tuple[str, str], ...] = ()
     attention: tuple[AttentionInfo, ...] = ()
