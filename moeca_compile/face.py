@@ -202,16 +202,19 @@ def explain(
     Keywords are inputs that the model takes by name, as pipelines call it, or options; `keywords` are inputs whose
     names are those of options.
     The model's own parameters are used, its cached state isn't touched. A model compiled with moeca is explained with
-    its own options, unless some are given here.
+    its own options, unless some are given here. Without inputs and options its last call is explained.
 
     Raises:
         CaptureError: nothing to cache, or the graph can't be captured.
+        StateError: no inputs, and no call that could be explained.
         OptionError: a keyword that is neither an option nor one of the model's.
         StateError: a pipeline with two transformers.
     """
     model = one_model(model, "explain")
     named, options = inputs_and_options(model, given)
     given = {**options, **({} if schedule is None else {"schedule": schedule})}
+    if not (inputs or named or keywords):
+        return _last_call(model, given)
     Options.from_backend_options(given)
     if isinstance(model, torch.nn.Module) and not _is_compiled(model):
         prepare(model)
@@ -235,6 +238,18 @@ def explain(
         "explain: no graph of the model came to this backend. Dynamo gave up on its whole forward "
         '(TORCH_LOGS="graph_breaks" shows why), or it was compiled for another backend'
     )
+
+
+def _last_call(model: Any, given: Mapping[str, Any]) -> Report:
+    states = states_of(model)
+    programs = [program for state in states for program in state.bank.programs.values()]
+    uncached = [state for state in states if state.uncached]
+    if given or not (programs or uncached):
+        reason = "options are explained for inputs" if given else "no call of the compiled model was made yet"
+        raise StateError(f"explain: {reason}. Pass inputs as the model takes them: explain(model, *inputs)")
+    if programs:
+        return replace(_report(programs[-1:]), graphs=len(programs))
+    return Report.of_parts(sum(state.parts for state in uncached), "\n".join(state.uncached for state in uncached))
 
 
 def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor: Visitor) -> tuple[Any, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from itertools import pairwise
 from typing import Any
@@ -75,7 +76,41 @@ class Prints(Body):
         return h
 
 
-BROKEN = [Branches, WritesToALocal, CutsByAValue, Prints]
+@torch.jit.script
+def scripted(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """An expert dispatch that nothing can look into."""
+    out = torch.zeros_like(x)
+    for e in range(up.shape[0]):
+        rows = torch.where(ids == e)[0]
+        if rows.numel() > 0:
+            out[rows] = F.gelu(x[rows] @ up[e]) @ down[e] * weights[rows, None]
+    return out
+
+
+class Scripted(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(DIM, 4)
+        self.ups, self.downs = nn.Parameter(torch.randn(4, DIM, 16)), nn.Parameter(torch.randn(4, 16, DIM))
+
+    def odd(self, h: Tensor) -> Tensor:
+        flat = h.reshape(-1, DIM)
+        weights, ids = self.router(flat).softmax(-1).max(-1)
+        return h + scripted(flat, ids, weights, self.ups, self.downs).view_as(h)
+
+
+class ReadsLater(Body):
+    """Numbers are read out of tensors; long sequences branch on one that depends on the data."""
+
+    def odd(self, h: Tensor) -> Tensor:
+        most = int(torch.tensor([3, h.shape[1]]).max().item())
+        count = int((h[0, :, 0] > 0).sum().item())
+        if h.shape[1] > 5 and count > 2:
+            h = h * 2
+        return h * most
+
+
+BROKEN = [Branches, WritesToALocal, CutsByAValue, Prints, Scripted]
 X = torch.randn(2, 4, DIM, generator=torch.Generator().manual_seed(0))
 
 
@@ -116,6 +151,18 @@ def test_a_model_whose_graph_breaks_runs_in_parts_and_says_so_once(
     assert str(stats).endswith(text)
     report = moeca.explain(model, X, torch.full((2,), 900.0))
     assert (str(report), report.graphs, report.regions) == (text, parts, ())
+
+
+def test_a_length_at_which_a_number_decides() -> None:
+    module = made(ReadsLater)
+    model = torch.compile(module, backend="moeca", options={"schedule": "uniform:3", "inner": "eager"})
+    steps(model)
+    assert len(moeca.stats(model).steps) == 4
+    x = torch.randn(2, 8, DIM)
+    with torch.no_grad(), warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(model(x, torch.full((2,), 900.0)), module(x, torch.full((2,), 900.0)))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.errors import CaptureError, OptionError, ScheduleError
+from moeca_compile.errors import CaptureError, OptionError, ScheduleError, StateError
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.pipeline import FIND, NORMALISE, REWRITE
 from moeca_compile.regions import Miss
 from moeca_compile.schedule import Schedule
 from tests.models import DiT
 from tests.passes.blocks import Block, Routed, Stack, Timed, latent, times
+from tests.sampling import compiled, dit, plain, run
 
 KEYS = ("blocks.0", "blocks.0.moe", "blocks.1", "blocks.1.moe")
 STATE = 2 * 4 * 16 * 4  # bytes of one region's output
@@ -166,6 +167,18 @@ def test_a_compiled_model_is_explained_with_its_own_options() -> None:
         assert moeca.explain(compiled, *one, schedule="uniform:5").schedule.made_by == "uniform:5, order 2"
         moeca.reset(compiled)
         assert torch.equal(compiled(*one), expected)
+
+
+def test_without_inputs_the_last_call_is_explained() -> None:
+    model = compiled(dit(), schedule="uniform:3")
+    with pytest.raises(StateError, match="no call of the compiled model was made yet"):
+        moeca.explain(model)
+    run(plain(model))
+    inputs = torch.randn(2, 4, 8, 8), torch.full((2,), 900.0), torch.tensor([1, 2])
+    now, then = moeca.explain(model), moeca.explain(model, *inputs)
+    assert (now.regions, now.schedule, now.variants) == (then.regions, then.schedule, then.variants)
+    with pytest.raises(StateError, match="options are explained for inputs"):
+        moeca.explain(model, schedule="uniform:5")
 
 
 def test_explaining_leaves_the_cached_state_alone() -> None:
