@@ -21,7 +21,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 What moeca does that changes no result, each by itself, and what a cache then gives end to end. Written by
 `python -m benchmarks.exact --report` from [these figures](../benchmarks/results/exact.json): {where}. What
-the passes do: [running](running.md).
+the passes do: [running](running.md).{_note(data)}
 
 ## Everything computed, one step
 
@@ -51,6 +51,11 @@ and asks for vector instructions, while it captures.
 
 {_table(("", "bound", "measured", ""), _targets(data["targets"]))}
 """
+
+
+def _note(data: Mapping[str, Any]) -> str:
+    """What must be known of a record that is older than the code; a whole new one has none."""
+    return f"\n\n{data['note']}" if "note" in data else ""
 
 
 def _timings(timings: Mapping[str, Any], baseline: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from moeca_compile.runtime.nowait import Flag, must_be_waited_for
 
 MOST = 12  # contents of one shape, dtype and device that are kept
-CHUNK = 4096  # words of eight bytes that one sum is over
+CHUNK = 4095  # words of eight bytes that one sum is over; odd, so that a change of all signs shows
 SHARES = 32  # a sample is one of so many parts of a weight
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -110,7 +110,8 @@ class Stamp:
     """Sums that tell a weight on the host from what it becomes when some of it is written to.
 
     Each is over 32 KiB and wraps at 64 bits; every eight bytes are multiplied by a number of their place, so that
-    values which change places are seen too. A small weight is kept as a copy.
+    values which change places are seen too. A small weight is kept as a copy. Not seen: a write that changes only the
+    highest bit of an even number of the words of a sum (each adds 2**63, whatever it is multiplied by).
     """
 
     def __init__(self, weight: torch.Tensor) -> None:

@@ -148,6 +148,16 @@ def test_values_that_change_places_or_signs_show_in_the_stamp() -> None:
     assert not stamp.matches(torch.randn(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", [1, 2, 4], ids=["all", "second", "fourth"])
+def test_a_change_of_signs_shows_in_the_stamp(dtype: torch.dtype, step: int) -> None:
+    """Of the last element of every word too, whose sign is the word's highest bit."""
+    weight = torch.randn(8, CHUNK).to(dtype)
+    stamp = Stamp(weight)
+    weight.view(-1)[step - 1 :: step].neg_()
+    assert not stamp.matches(weight)
+
+
 def test_a_sample_shows_what_changes_a_whole_weight_at_once_and_an_element_in_turn() -> None:
     weight = torch.randn(20 * CHUNK + 3)
     stamp = Stamp(weight)
