@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,7 @@ from moeca_compile.canonical.loop import GUARDED, Loop
 from moeca_compile.canonical.method import Layout
 from moeca_compile.canonical.probe import isolated
 from moeca_compile.canonical.source import rebuild
-from moeca_compile.canonical.straighten import WATCH, guards, watched
+from moeca_compile.canonical.straighten import WATCH, guards, straighten, watched
 from moeca_compile.canonical.traceable import blocker
 
 _SEEDS = (1, 2, 3)
@@ -39,17 +40,24 @@ def propose(stand: Stand, loop: Loop, layouts: Sequence[Layout]) -> Proposal | s
     line = f"{bent.file.rsplit('/', 1)[-1]}:{guards(bent)[0]}"
     reason = f"no way to run {loop.name}({', '.join(bent.parameters[1:])}) is known that fills and empties the mask of "
     reason += f"the branch at {line}"
-    for entry in _telling(stand, loop):
+    for entry, met in _telling(stand, loop):
         if blocker(stand, bent, entry) == "":
             return None
-        found = _rewritten(stand, loop, entry)
+        found = _rewritten(stand, loop, entry, met)
         if isinstance(found, Proposal):
             return found
         reason = f"the branch at {line} can't be straightened: {found}"
     return f"{reason}. {_REMEDY}"
 
 
-def _rewritten(stand: Stand, loop: Loop, entry: Entry) -> Proposal | str:
+def _rewritten(stand: Stand, loop: Loop, entry: Entry, met: frozenset[int]) -> Proposal | str:
+    """`met`: lines of the branches that this entry comes to. The others stay: nothing is known of them."""
+    assert loop.source.bent is not None
+    passed_by = sorted(set(guards(loop.source.bent)) - met)
+    if passed_by and loop.nest:
+        return f"the branch at line {passed_by[0]} wasn't reached"
+    if passed_by:
+        loop = replace(loop, source=straighten(loop.source.bent, met))
     if loop.nest:
         routed = inline.attempt(stand, loop, [entry])
         if isinstance(routed, str):
@@ -69,8 +77,9 @@ def _checked(stand: Stand, loop: Loop, proposal: Proposal) -> Proposal | str:
     return f"{left} still reads a size or a value out of a tensor" if left else proposal
 
 
-def _telling(stand: Stand, loop: Loop) -> Iterator[Entry]:
-    """Entries under which each branch that is reached sees a mask that picks nothing and one that picks all."""
+def _telling(stand: Stand, loop: Loop) -> Iterator[tuple[Entry, frozenset[int]]]:
+    """Entries under which each branch that is reached sees a mask that picks nothing and one that picks all; and the
+    lines of these branches."""
     assert loop.source.bent is not None
     tree = watched(loop.source.bent)
     for entry in entries(stand, loop):
@@ -90,7 +99,7 @@ def _telling(stand: Stand, loop: Loop) -> Iterator[Entry]:
         except Exception:
             continue
         if seen and all({"all", "none"} <= kinds for kinds in seen.values()):
-            yield entry
+            yield entry, frozenset(seen)
 
 
 FAMILY = Family("masked_branches", frozenset({GUARDED}), propose=propose)

@@ -26,10 +26,11 @@ _SHAPING = {"squeeze", "flatten", "view", "reshape", "nonzero"}
 
 
 @lru_cache(maxsize=256)  # equal sources are one object: instances of a class then share one compiled graph
-def straighten(source: Source) -> Source:
-    """`source` with no branch on an empty mask outside of loops; itself where there is none."""
+def straighten(source: Source, lines: frozenset[int] | None = None) -> Source:
+    """`source` with no branch on an empty mask outside of loops, of those that are at `lines` (None: all); itself where
+    there is none."""
     rows = _aliases(source.tree)
-    change = _Straighten(rows)
+    change = _Straighten(rows, only=lines)
     tree = change.visit(copy.deepcopy(source.tree))
     if not change.lines:
         return source
@@ -90,8 +91,8 @@ def _positions_of(node: ast.expr) -> ast.expr | None:
 
 
 class _Straighten(ast.NodeTransformer):
-    def __init__(self, aliases: dict[str, ast.expr], watch: bool = False) -> None:
-        self.aliases, self.watch, self.lines = aliases, watch, list[int]()
+    def __init__(self, aliases: dict[str, ast.expr], watch: bool = False, only: frozenset[int] | None = None) -> None:
+        self.aliases, self.watch, self.only, self.lines = aliases, watch, only, list[int]()
 
     def visit_For(self, node: ast.For) -> ast.For:
         return node  # an expert loop is a dispatch, not a branch
@@ -103,7 +104,7 @@ class _Straighten(ast.NodeTransformer):
         both = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
         tests = node.test.values if both and isinstance(node.test, ast.BoolOp) else [node.test]
         masks = [mask for test in tests if (mask := self._emptiness(test)) is not None]
-        if len(masks) != 1:
+        if len(masks) != 1 or (self.only is not None and node.lineno not in self.only):
             self.generic_visit(node)
             return node
         self.lines.append(node.lineno)
@@ -120,7 +121,7 @@ class _Straighten(ast.NodeTransformer):
         if not static:
             return kept
         rest = static[0] if len(static) == 1 else ast.BoolOp(ast.And(), static)
-        return ast.copy_location(ast.If(rest, kept, []), node)
+        return ast.copy_location(ast.If(rest, kept, [self.visit(s) for s in node.orelse]), node)
 
     def _emptiness(self, test: ast.expr) -> ast.expr | None:
         """The mask that a test asks whether it picks anything."""

@@ -178,6 +178,34 @@ class Otherwise(Choosers):
         return out
 
 
+class OrExtra(Choosers):
+    """A branch on a mask and on what callers give."""
+
+    def forward(self, x: Tensor, labels: Tensor, extra: Tensor | None = None) -> Tensor:
+        out = self.experts[0](x)
+        cond = labels.view(-1) != self.null
+        if extra is None and cond.any():
+            out[cond] = self.experts[1](x[cond])
+        elif extra is not None:
+            out = out + extra
+        return out
+
+
+class Unreached(Choosers):
+    """A branch on a mask that mixes rows, where callers give something."""
+
+    def forward(self, x: Tensor, labels: Tensor, extra: Tensor | None = None) -> Tensor:
+        out = self.experts[0](x)
+        cond = labels.view(-1) != self.null
+        if extra is None:
+            if cond.any():
+                out[cond] = self.experts[1](x[cond])
+        else:
+            if cond.any():
+                out[cond] = x[cond] - x[cond].mean(0)
+        return out
+
+
 class Told(Choosers):
     """A loop that takes what callers may give beside the tokens."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -96,10 +97,24 @@ def test_what_the_loop_is_told_isnt_lost(arguments: dict[str, object]) -> None:
         torch.testing.assert_close(fast(x, **arguments), layer(x, **arguments))
 
 
+@pytest.mark.parametrize("kind", [branching.OrExtra, branching.Unreached])
+def test_a_branch_that_no_proof_came_to_stays(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    layer = kind().eval()
+    assert len(prepare(layer).changed) == 1
+    fast = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        for mixture, call in product(LABELS, ({}, {"extra": torch.ones(1)})):
+            args = tokens(), _labels(mixture, NULL)
+            torch.testing.assert_close(fast(*args, **call), layer(*args, **call))
+
+
 def test_an_else_that_computes_isnt_dropped() -> None:
     torch.manual_seed(0)
     layer, x = branching.Otherwise().eval(), tokens()
-    prepare(layer)
+    report = prepare(layer)
+    assert not report.changed
+    assert "its result is not the same without the branch" in str(report)
     fast = torch.compile(layer, backend="eager")
     with torch.no_grad():
         for kind in LABELS:
