@@ -15,8 +15,6 @@ from tests.models import DiT, MoE, SwiGLU
 from tests.passes.blocks import DIM, Mlp, latent
 from tests.tools import row, schedule_of, trace_module
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*expert dispatches are left as they are")
-
 
 class DynamicK(MoE):
     """Each expert takes as many tokens of the batch as a threshold says (DiffMoE)"""
@@ -103,6 +101,15 @@ def test_it_follows_the_oracle(subject: Subject) -> None:
 
 def test_the_report_says_so() -> None:
     assert "samples depend on their neighbours, cached as a whole" in str(moeca.explain(model(), *inputs(0).values()))
+
+
+def test_a_dispatch_that_traces_is_cached_without_a_warning() -> None:
+    """Warnings are errors here: a dispatch that `prepare` leaves alone is no news where nothing breaks."""
+    built = model()
+    compiled = torch.compile(built, backend="moeca", options={"schedule": "uniform:2", "order": 0, "inner": "eager"})
+    found = [compiled(**inputs(step)) for step in range(4)]
+    assert [record.variant for record in moeca.stats(compiled).steps] == ["v0", "v1", "v0", "v1"]
+    torch.testing.assert_close(found[2], built(**inputs(2)))
 
 
 @pytest.mark.slow
