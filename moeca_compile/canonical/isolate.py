@@ -13,6 +13,7 @@ import weakref
 
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import bytecode_transformation
 
 _numbers = itertools.count()
 
@@ -25,13 +26,22 @@ def isolate(model: nn.Module) -> bool:
     mark = f"moeca {next(_numbers)}"  # one constant more, so that the copies aren't equal either
     code = shared.__code__.replace(co_consts=(*shared.__code__.co_consts, mark))
     own = types.FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
-    weakref.finalize(own, reset_code, code).atexit = False  # torch holds on to the code, and by it to all it compiled
+    weakref.finalize(own, _let_go, code).atexit = False
     own.__dict__.update(shared.__dict__)
     own.__kwdefaults__ = shared.__kwdefaults__
     own.__annotations__ = dict(shared.__annotations__)
     own.__qualname__, own.__doc__, own.__module__ = shared.__qualname__, shared.__doc__, shared.__module__
     model.__dict__["forward"] = types.MethodType(own, model)
     return True
+
+
+def _let_go(code: types.CodeType) -> None:
+    """The model is gone, and all that was compiled of its code may go. So may graphs of functions that called it: torch
+    drops those when the code goes that guards them, but it keeps the codes that it disassembled last."""
+    reset_code(code)
+    kept = getattr(bytecode_transformation, "_cached_cleaned_instructions", None)
+    if kept is not None:
+        kept.cache_clear()
 
 
 def isolated(model: nn.Module) -> bool:
