@@ -42,6 +42,7 @@ from moeca_compile.passes.insert_state import insert_state
 from moeca_compile.passes.layout import state_layout
 from moeca_compile.passes.plain_einsum import plain_einsum
 from moeca_compile.passes.ports import COEFFICIENTS, NOW
+from moeca_compile.passes.registry import is_registered, with_registered
 from moeca_compile.passes.separate_rows import separate_rows
 from moeca_compile.passes.tag_row import tag_row
 from moeca_compile.passes.verify_variant import verify_variant
@@ -114,8 +115,9 @@ def analyse(
     runner = _runner(options)
     captured = captured or capture(gm, args, inputs)
     context = Context(captured.inputs, Granularity.parse(options.granularity))
-    normal = runner.rewrite(NORMALISE, captured.gm, replace(context, indices=_indices(captured.inputs, inputs, args)))
-    context = runner.find(FIND, normal, context)
+    first = replace(context, indices=_indices(captured.inputs, inputs, args))
+    normal = runner.rewrite(with_registered("normalize", NORMALISE), captured.gm, first)
+    context = runner.find(with_registered("find", FIND), normal, context)
     return Analysis(normal, context, tuple(runner.records))
 
 
@@ -140,7 +142,7 @@ def build_variant(
     layout = state_layout(analysis.context.regions, schedule)
     context = replace(analysis.context, row=row, layout=layout, order=schedule.order, control=schedule.control)
     runner = _runner(options)
-    passes = REWRITE if layout else [one for one in REWRITE if one not in HOIST]
+    passes = [one for one in with_registered("rewrite", REWRITE) if layout or one not in HOIST]
     gm = runner.rewrite(passes, analysis.gm, context, label=f"{name} ")
     return _variant(name, gm, context), tuple(runner.records)
 
@@ -191,7 +193,7 @@ def _in_order(gm: GraphModule, order: list[str]) -> GraphModule:
 
 
 def _runner(options: Options) -> Runner:
-    fixed = [name for name in options.disable if name not in OPTIONAL]
+    fixed = [name for name in options.disable if name not in OPTIONAL and not is_registered(name)]
     if fixed:
         raise OptionError(f"disable={fixed}: only {sorted(OPTIONAL)} can be left out")
     folder = options.dump or os.environ.get("MOECA_DUMP")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,13 @@ from moeca_compile.passes.context import Context
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+INDEX = "index.md"
+_HEAD = """# Passes, in the order in which they ran
+
+| pass | nodes | ms | what it did | graphs |
+|---|---|---|---|---|
+"""
 
 Finder = Callable[[GraphModule, Context], Context]
 Rewriter = Callable[[GraphModule, Context], GraphModule]
@@ -38,7 +47,8 @@ class PassRecord:
 
 @dataclass
 class Runner:
-    """`dump`: a folder for the graphs, numbered in order of the passes. `disable`: names of passes to leave out."""
+    """`dump`: a folder for the graphs, numbered in order of the passes, and an index of what each pass did. `disable`:
+    names of passes to leave out."""
 
     dump: Path | None = None
     disable: tuple[str, ...] = ()
@@ -50,6 +60,7 @@ class Runner:
             size, start = len(gm.graph.nodes), time.perf_counter()
             ctx = self._guard(finder, gm, ctx)
             self._record(finder.__name__, start, size, len(gm.graph.nodes))
+            self._note(finder.__name__, "", "facts only")
         return ctx
 
     def rewrite(self, rewriters: Sequence[Rewriter], gm: GraphModule, ctx: Context, label: str = "") -> GraphModule:
@@ -63,7 +74,7 @@ class Runner:
             size, before, start = len(gm.graph.nodes), self._text(gm), time.perf_counter()
             gm = self._guard(_checked(rewriter), gm, ctx)
             self._record(name, start, size, len(gm.graph.nodes))
-            self._dump(name, before, self._text(gm))
+            self._dump(name, rewriter, before, self._text(gm))
         gm.recompile()
         return gm
 
@@ -87,13 +98,27 @@ class Runner:
         gm.recompile()
         return str(gm.print_readable(print_output=False))
 
-    def _dump(self, name: str, before: str, after: str) -> None:
+    def _dump(self, name: str, rewriter: Rewriter, before: str, after: str) -> None:
         if self.dump is None:
             return
         self.dump.mkdir(parents=True, exist_ok=True)
         number = len(list(self.dump.glob("*.before.txt")))
+        stem = f"{number:03d}_{name.replace(' ', '_')}"
         for when, text in (("before", before), ("after", after)):
-            (self.dump / f"{number:03d}_{name.replace(' ', '_')}.{when}.txt").write_text(text)
+            (self.dump / f"{stem}.{when}.txt").write_text(text)
+        self._note(name, stem, "changed" if before != after else f"nothing to do. {_does_nothing(rewriter)}".strip())
+
+    def _note(self, name: str, stem: str, what: str) -> None:
+        """A line of the index: which graphs belong to the pass, and what it did."""
+        if self.dump is None:
+            return
+        self.dump.mkdir(parents=True, exist_ok=True)
+        index, last = self.dump / INDEX, self.records[-1]
+        head = "" if index.exists() else _HEAD
+        files = f"[before]({stem}.before.txt) [after]({stem}.after.txt)" if stem else ""
+        nodes = f"{last.nodes_before} -> {last.nodes_after}"
+        with index.open("a") as file:
+            file.write(f"{head}| {name} | {nodes} | {last.ms:.1f} | {what} | {files} |\n")
 
 
 def _checked(rewriter: Rewriter) -> Rewriter:
@@ -106,3 +131,10 @@ def _checked(rewriter: Rewriter) -> Rewriter:
         return after
 
     return run
+
+
+def _does_nothing(rewriter: Rewriter) -> str:
+    """What a pass, or its file, says of graphs that it leaves as they are."""
+    text = " ".join((rewriter.__doc__ or sys.modules[rewriter.__module__].__doc__ or "").split())
+    found = re.search(r"Does nothing[^.]*\.", text)
+    return found.group(0) if found else ""

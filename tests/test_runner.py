@@ -17,6 +17,7 @@ from moeca_compile.errors import CaptureError, InvariantError, OptionError
 from moeca_compile.fx import aten
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context, Roles
+from moeca_compile.passes.plain_einsum import plain_einsum
 from moeca_compile.pipeline import FIND, HOIST, LOWER, NORMALISE, OPTIONAL, REWRITE
 from moeca_compile.runner import PassRecord, Runner
 from tests.tools import analyse_module, build, capture_module, ops, row, schedule_of
@@ -34,6 +35,7 @@ def gm() -> GraphModule:
 
 
 CONTEXT = Context(())
+NOTHING = "nothing to do. Does nothing where an axis is summed, repeated or left to an ellipsis."
 
 
 def add_sine(gm: GraphModule, ctx: Context) -> GraphModule:
@@ -186,7 +188,7 @@ def test_dumps_are_numbered_in_order_and_go_on_counting(gm: GraphModule, tmp_pat
     folder = tmp_path / "new" / "folder"
     Runner(folder).rewrite((drop_detach, add_sine), gm, CONTEXT)
     Runner(folder).rewrite((add_sine,), gm, CONTEXT, label="v0 ")
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert sorted(path.name for path in folder.glob("*.txt")) == [
         "000_drop_detach.after.txt", "000_drop_detach.before.txt", "001_add_sine.after.txt",
         "001_add_sine.before.txt", "002_v0_add_sine.after.txt", "002_v0_add_sine.before.txt",
     ]  # fmt: skip
@@ -194,12 +196,28 @@ def test_dumps_are_numbered_in_order_and_go_on_counting(gm: GraphModule, tmp_pat
 
 def test_a_dump_shows_the_graph_before_and_after(gm: GraphModule, tmp_path: Path) -> None:
     Runner(tmp_path).rewrite((drop_detach, add_sine), gm, CONTEXT)
-    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    texts = {path.name: path.read_text() for path in tmp_path.glob("*.txt")}
     assert "aten.detach" in texts["000_drop_detach.before.txt"]
     assert "aten.detach" not in texts["000_drop_detach.after.txt"]
     assert texts["001_add_sine.before.txt"] == texts["000_drop_detach.after.txt"]
     assert "aten.sin" in texts["001_add_sine.after.txt"]
     assert "f32[2, 4]" in texts["001_add_sine.after.txt"]
+
+
+def test_the_index_says_what_each_pass_did(gm: GraphModule, tmp_path: Path) -> None:
+    runner = Runner(tmp_path)
+    runner.find((name_roles,), gm, CONTEXT)
+    runner.rewrite((plain_einsum, drop_detach, mark_all), gm, CONTEXT)
+    lines = (tmp_path / "index.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
+    size = len(gm.graph.nodes)
+    assert [(row[0].strip("| "), row[1], row[3]) for row in rows] == [
+        ("name_roles", f"{size} -> {size}", "facts only"),
+        ("plain_einsum", f"{size} -> {size}", NOTHING),
+        ("drop_detach", f"{size} -> {size - 1}", "changed"),
+        ("mark_all", f"{size - 1} -> {size - 1}", "nothing to do."),
+    ]  # fmt: skip
+    assert rows[2][4] == "[before](001_drop_detach.before.txt) [after](001_drop_detach.after.txt) |"
 
 
 @pytest.mark.parametrize("way", ["option", "path", "environment"])
@@ -209,7 +227,7 @@ def test_the_folder_comes_from_the_option_or_the_environment(
     given = {"option": str(tmp_path), "path": tmp_path, "environment": None}[way]
     monkeypatch.setenv("MOECA_DUMP", str(tmp_path) if way == "environment" else str(tmp_path / "unused"))
     analyse_module(model, torch.randn(2, 4), options=Options(inner="eager", dump=given))
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+    assert [path.name for path in sorted(tmp_path.glob("*.txt"))] == [
         f"{i:03d}_{one.__name__}.{when}.txt" for i, one in enumerate(NORMALISE) for when in ("after", "before")
     ]
 

@@ -1,0 +1,77 @@
+"""Passes of one's own: `moeca_compile.passes.register(fn, stage="rewrite", after="drop_dead")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from moeca_compile.errors import OptionError
+
+Pass = TypeVar("Pass", bound=Callable[..., Any])
+
+STAGES = ("normalize", "find", "rewrite")
+_registered: dict[str, list[tuple[Callable[..., Any], str]]] = {stage: [] for stage in STAGES}
+
+
+def register(one: Pass, stage: str, after: str = "") -> Pass:
+    """Run a pass of your own in all models that are compiled or explained from now on.
+
+    Args:
+        one: `(gm: GraphModule, ctx: Context) -> GraphModule`, for the stage "find" `-> Context`. It may change `gm`,
+            which is a copy, and must not change `ctx`. Its name is that of the function.
+        stage: "normalize" (the captured graph), "find" (its facts) or "rewrite" (each variant).
+        after: the name of the pass that it runs after; "" puts it first in its stage.
+
+    Returns:
+        `one`, unchanged.
+
+    Raises:
+        OptionError: an unknown stage, something that can't be called, or a name that is taken. An unknown `after` is
+            told when a model is compiled.
+    """
+    if stage not in STAGES:
+        raise OptionError(f"register: stage={stage!r} is none of {', '.join(STAGES)}")
+    name: str = getattr(one, "__name__", "")
+    if not name:
+        raise OptionError(f"register: expected a function (gm, ctx), and got {type(one).__name__}")
+    if any(name == known.__name__ for passes in _registered.values() for known, _ in passes):
+        raise OptionError(f"register: a pass {name} is registered already. Take it out first: unregister({name!r})")
+    _registered[stage].append((one, after))
+    return one
+
+
+def unregister(name: str) -> None:
+    """Leave a registered pass out of models that are compiled from now on.
+
+    Raises:
+        OptionError: no pass of this name is registered.
+    """
+    for passes in _registered.values():
+        for entry in passes:
+            if entry[0].__name__ == name:
+                passes.remove(entry)
+                return
+    known = [one.__name__ for passes in _registered.values() for one, _ in passes]
+    raise OptionError(f"unregister: no pass {name!r} is registered; registered are {known}")
+
+
+def with_registered(stage: str, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes of a stage, and those registered for it in their places.
+
+    Raises:
+        OptionError: one is to run after a pass that isn't there, or has the name of one that is.
+    """
+    found: list[Any] = list(passes)
+    for one, after in _registered[stage]:
+        names = [known.__name__ for known in found]
+        if one.__name__ in names:
+            raise OptionError(f"register: stage {stage} has a pass {one.__name__} of its own")
+        if after and after not in names:
+            raise OptionError(f"register({one.__name__}, after={after!r}): stage {stage} has {', '.join(names)}")
+        found.insert(names.index(after) + 1 if after else 0, one)
+    return tuple(found)
+
+
+def is_registered(name: str) -> bool:
+    """Whether it may be left out by the option `disable`."""
+    return any(one.__name__ == name for passes in _registered.values() for one, _ in passes)
