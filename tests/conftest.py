@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import facts
+from tests import facts, torch_once
 
 torch.set_num_threads(1)
 
@@ -21,6 +21,10 @@ settings.register_profile(
 )
 settings.load_profile("ours")
 
+torch_once.measure_no_guards()
+torch_once.trace_for_nobody()
+torch_once.read_onnx_functions_once()
+
 FOUND: facts.Facts = {}
 
 
@@ -29,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    torch_once.collect_rarely()
 
 
 @pytest.fixture

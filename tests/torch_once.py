@@ -1,0 +1,50 @@
+"""What torch does anew for every compile or export with the same result, or for nobody: done once, or not at all.
+
+It saves about a fifth of the tests' time. Each part is left out where a version of torch hasn't got it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import importlib
+import logging
+from typing import Any
+
+
+def collect_rarely() -> None:
+    """What was imported lives for ever: the collector needn't look at it, neither by itself nor when a test asks."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+def measure_no_guards() -> None:
+    """Dynamo empties the processor's cache to measure each graph's guards, and logs the time."""
+    guards = importlib.import_module("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *_: 0.0
+
+
+def trace_for_nobody() -> None:
+    """pytest listens to every logger, so torch would write down all graphs and code for its own trace."""
+    trace = logging.getLogger("torch.__trace")
+    trace.handlers.clear()
+    trace.addHandler = lambda handler: None  # type: ignore[method-assign]
+
+
+def read_onnx_functions_once() -> None:
+    """The ONNX exporter parses the source of its 500 translations at each export. An export may add to its registry."""
+    try:
+        registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+        made = functools.cache(registry.from_torchlib)
+    except (ImportError, AttributeError):
+        return
+
+    def from_torchlib(*args: Any, **options: Any) -> Any:
+        found = copy.copy(made(*args, **options))
+        found.functions = {target: list(known) for target, known in found.functions.items()}
+        return found
+
+    registry.from_torchlib = staticmethod(from_torchlib)
