@@ -95,6 +95,7 @@ def export(
     model = plain_module(one_model(model, "export"))
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     refuse_request(model, targets, opset)
+    choose(experts, targets)  # raises; what the model's own experts need comes when it is captured
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
     whole = ("separate_rows", *(one.__name__ for one in HOIST))  # a graph of a bundle stands by itself
     options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager", disable=whole)

@@ -81,7 +81,7 @@ def test_any_batch(session: Session, model: DiT, batch: int) -> None:
 def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
     """One token a sample and eight experts: the example's two samples hit half of them at most."""
     model = small_model(size=2, num_experts=8)
-    moeca.export(model, call_of(2, size=2), "uniform:2", tmp_path / "sparse", dynamic_batch=False)
+    moeca.export(model, call_of(2, size=2), "full", tmp_path / "sparse", dynamic_batch=False)
     session = Session.open(tmp_path / "sparse", threads=1)
     hit: set[int] = set()
     model.blocks[0].moe.router.register_forward_hook(
@@ -303,7 +303,7 @@ def test_an_export_that_fails_leaves_nothing(
         monkeypatch.setattr(entry, name, fail if name == what else lambda *args: None)
     monkeypatch.setattr(entry, "_lower_all", lower)
     with pytest.raises(OSError, match="no space"):
-        moeca.export(model, call_of(2), schedule, tmp_path / "bundle")
+        moeca.export(model, call_of(2), schedule, tmp_path / "bundle", dynamic_batch=False)
     assert list(tmp_path.iterdir()) == []
 
 
