@@ -189,7 +189,7 @@ def test_dropped_models_leave_nothing(door: str) -> None:
 
     models = [use() for _ in range(3)]
     before, entries = (alive(Program), alive(torch.fx.GraphModule)), len(ENTRIES)
-    models += [use() for _ in range(4)]
+    models += [use() for _ in range(2)]
     assert (alive(Program), alive(torch.fx.GraphModule)) == before
     assert len(ENTRIES) == entries
     assert not any(model() for model in models)
