@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 TRITON := .venv-triton
 NEWEST := .venv-newest
 # a third of the tests: from Dynamo's graph to what Inductor compiles, which is where a new torch breaks things
-NEWEST_TESTS := tests/test_backend.py tests/test_capture.py tests/test_ops.py tests/test_packed.py tests/test_branch_ops.py \
-	tests/test_fx.py tests/test_constants.py tests/test_autocast.py tests/test_runner.py tests/test_oracle.py \
-	tests/test_oracle_parts.py tests/test_golden.py tests/test_hoisting.py tests/test_lower_inductor.py tests/test_frozen.py \
-	tests/passes tests/canonical tests/runtime
+NEWEST_TESTS := tests/frontend/test_backend.py tests/graph/test_capture.py tests/ops/test_ops.py tests/ops/test_packed.py tests/ops/test_branch_ops.py \
+	tests/graph/test_fx.py tests/graph/test_constants.py tests/graph/test_autocast.py tests/passes/test_manager.py tests/test_oracle.py \
+	tests/test_oracle_parts.py tests/test_golden.py tests/engine/test_hoisting.py tests/lowering/test_lower_inductor.py tests/engine/test_frozen.py \
+	tests/passes tests/expert_dispatch tests/runtime
 SERVER := tests/bundle/triton/requirements.txt
 PYTEST_ARGS ?=
 
@@ -70,7 +70,7 @@ format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED) ## write docs/models.md anew from the tests' results
-	MOECA_DOCS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/real tests/canonical tests/passes/test_find_routers.py \
+	MOECA_DOCS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/real tests/expert_dispatch tests/passes/test_find_routers.py \
 		tests/passes/test_find_experts.py tests/test_data_sizes.py
 
 docs-site: $(INSTALLED) ## build the site of docs/ into build/site; a link that leads nowhere is an error

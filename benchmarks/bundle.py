@@ -80,7 +80,7 @@ def speed(path: Path, size: Size, provider: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     from moeca_compile.runtime import Session
-    from moeca_compile.runtime.bench import bench_bundle
+    from moeca_compile.runtime.bundle.bench import bench_bundle
 
     figures = bench_bundle(Session.open(path, provider, threads=1), steps=size.steps, rounds=size.rounds)
     return {**asdict(figures), "speedup_times_mac_fraction": figures.speedup * figures.mac_fraction}
@@ -93,8 +93,8 @@ def memory(path: Path, mode: str) -> dict[str, Any]:
     memory. A page that is mapped twice counts once (proportional set size).
     """
     from moeca_compile.runtime import Session
-    from moeca_compile.runtime.bundle import Bundle
-    from moeca_compile.runtime.ort import library
+    from moeca_compile.runtime.bundle.bundle import Bundle
+    from moeca_compile.runtime.providers.onnxruntime import library
 
     library()
     steps = Bundle.open(path).golden()[0]

@@ -38,7 +38,7 @@ from benchmarks.models import timesteps
 from benchmarks.protocol import RESULTS, Timing, arguments, as_json, folder_of, interleave, machine, print_table, save
 from benchmarks.turns import Job, in_turns
 from examples.dit_moe import CONFIGS, dit_moe, randomize_
-from moeca_compile.handles import states_of
+from moeca_compile.frontend.handles import states_of
 from moeca_compile.schedule import Schedule
 
 MODELS, PIXELS, IMAGES = ("XL/2-8E2A", "G/2-16E2A"), (256, 512), (1, 8)

@@ -12,9 +12,9 @@ from typing import Any
 import moeca_compile as moeca
 from benchmarks.policies_report import WHOLE
 from examples import digits, dsmoe
-from moeca_compile.adaptive import Adaptive
+from moeca_compile.planner.drift.branches import branch_drift
 from moeca_compile.schedule import Act, Action, Control, Partial, Row, Schedule
-from moeca_compile.study.branches import branch_drift
+from moeca_compile.schedule.adaptive import Adaptive
 
 SCHEDULES = Path("examples/schedules")
 STEPS, BLOCKS = 50, 6

@@ -30,12 +30,12 @@ import moeca_compile as moeca
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from examples import digits
 from moeca_compile.inspect import plots
-from moeca_compile.plan.drift import Drift
-from moeca_compile.plan.predict import ORDERS
-from moeca_compile.plan.rows import Plan, row_of, uniform_letters
+from moeca_compile.planner.handle import Handle
+from moeca_compile.planner.search.drift import Drift
+from moeca_compile.planner.search.predict import ORDERS
+from moeca_compile.planner.search.rows import Plan, row_of, uniform_letters
+from moeca_compile.planner.store import Store
 from moeca_compile.schedule import Action, Schedule
-from moeca_compile.study.handle import Handle
-from moeca_compile.study.store import Store
 
 WORK = Path("build/schedules")
 GUIDANCE = 2.0

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.runtime import Session
-from moeca_compile.runtime.ort import CPU
+from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.samplers import euler, guided, model_of
 
 SCHEDULE = "uniform:3"

@@ -9,39 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeca_compile.doors import disable
+    from moeca_compile.api import compile, explain, prepare, reset, stats, trajectory, unprepare, warmup
     from moeca_compile.errors import MoecaError
     from moeca_compile.exporting import export
-    from moeca_compile.face import (
-        compile,
-        explain,
-        prepare,
-        reset,
-        stats,
-        trajectory,
-        unprepare,
-        warmup,
-    )
+    from moeca_compile.frontend.doors import disable
     from moeca_compile.options import Options
+    from moeca_compile.planner import calibrate, expert_thresholds
     from moeca_compile.schedule import Schedule
-    from moeca_compile.study import calibrate, expert_thresholds
 
 _HOMES = {
     "MoecaError": "errors",
     "Options": "options",
     "Schedule": "schedule",
-    "calibrate": "study",
-    "compile": "face",
-    "disable": "doors",
-    "expert_thresholds": "study",
-    "explain": "face",
+    "calibrate": "planner",
+    "compile": "api",
+    "disable": "frontend.doors",
+    "expert_thresholds": "planner",
+    "explain": "api",
     "export": "exporting",
-    "prepare": "face",
-    "reset": "face",
-    "stats": "face",
-    "trajectory": "face",
-    "unprepare": "face",
-    "warmup": "face",
+    "prepare": "api",
+    "reset": "api",
+    "stats": "api",
+    "trajectory": "api",
+    "unprepare": "api",
+    "warmup": "api",
 }
 
 __all__ = [

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import OptionError
-from moeca_compile.granularity import Granularity
 from moeca_compile.schedule import MAX_ORDER, Schedule
+from moeca_compile.schedule.granularity import Granularity
 
 INNERS = ("inductor", "eager")
 DEFAULT_SCHEDULE = "uniform:2:warmup=4"

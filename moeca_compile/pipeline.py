@@ -16,39 +16,39 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
-from moeca_compile import fx
-from moeca_compile.capture import Capture, Input, capture
 from moeca_compile.errors import OptionError
-from moeca_compile.granularity import Granularity
-from moeca_compile.lower.fold_linear import fold_linear
-from moeca_compile.lower.repeat_blocks import repeat_blocks
+from moeca_compile.graph import fx
+from moeca_compile.graph.capture import Capture, Input, capture
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.inductor.fold_linear import fold_linear
+from moeca_compile.lowering.inductor.repeat_blocks import repeat_blocks
 from moeca_compile.options import Options
+from moeca_compile.passes.analysis.count_macs import count_macs, node_macs
+from moeca_compile.passes.analysis.find_attention import find_attention
+from moeca_compile.passes.analysis.find_experts import find_experts
+from moeca_compile.passes.analysis.find_hoisted import find_hoisted
+from moeca_compile.passes.analysis.find_inputs import find_inputs
+from moeca_compile.passes.analysis.find_regions import find_regions
+from moeca_compile.passes.analysis.find_residuals import find_residuals
+from moeca_compile.passes.analysis.find_routers import find_routers
+from moeca_compile.passes.analysis.find_signal import find_signal
+from moeca_compile.passes.analysis.find_spans import find_spans
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.count_macs import count_macs, node_macs
-from moeca_compile.passes.drop_dead import drop_dead
-from moeca_compile.passes.drop_noops import drop_noops
-from moeca_compile.passes.find_attention import find_attention
-from moeca_compile.passes.find_experts import find_experts
-from moeca_compile.passes.find_hoisted import find_hoisted
-from moeca_compile.passes.find_inputs import find_inputs
-from moeca_compile.passes.find_regions import find_regions
-from moeca_compile.passes.find_residuals import find_residuals
-from moeca_compile.passes.find_routers import find_routers
-from moeca_compile.passes.find_signal import find_signal
-from moeca_compile.passes.find_spans import find_spans
-from moeca_compile.passes.find_tokens import find_tokens
-from moeca_compile.passes.hoist import hand_out, hoist_invariant, hoist_step_only, name_of
-from moeca_compile.passes.insert_state import insert_state
-from moeca_compile.passes.layout import state_layout
-from moeca_compile.passes.plain_einsum import plain_einsum
-from moeca_compile.passes.ports import COEFFICIENTS, NOW
+from moeca_compile.passes.manager import Finder, PassRecord, Rewriter, Runner
+from moeca_compile.passes.partial.find_tokens import find_tokens
 from moeca_compile.passes.registry import is_registered, with_registered
-from moeca_compile.passes.separate_rows import separate_rows
-from moeca_compile.passes.tag_row import tag_row
-from moeca_compile.passes.verify_variant import verify_variant
-from moeca_compile.runner import Finder, PassRecord, Rewriter, Runner
+from moeca_compile.passes.transform.drop_dead import drop_dead
+from moeca_compile.passes.transform.drop_noops import drop_noops
+from moeca_compile.passes.transform.hoist import hand_out, hoist_invariant, hoist_step_only, name_of
+from moeca_compile.passes.transform.insert_state import insert_state
+from moeca_compile.passes.transform.layout import state_layout
+from moeca_compile.passes.transform.plain_einsum import plain_einsum
+from moeca_compile.passes.transform.ports import COEFFICIENTS, NOW
+from moeca_compile.passes.transform.separate_rows import separate_rows
+from moeca_compile.passes.transform.tag_row import tag_row
+from moeca_compile.passes.transform.verify_variant import verify_variant
 from moeca_compile.schedule import Row, Schedule
-from moeca_compile.variant import Variant
+from moeca_compile.schedule.granularity import Granularity
 
 NORMALISE: tuple[Rewriter, ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
@@ -79,7 +79,7 @@ REWRITE: tuple[Rewriter, ...] = (
     verify_variant,  # NOTE: last; lowering must get what the row promises
 )
 
-PRELUDE: dict[str, tuple[Rewriter, ...]] = {  # how the hoisted values are computed, by their level
+PROLOGUE: dict[str, tuple[Rewriter, ...]] = {  # how the hoisted values are computed, by their level
     "invariant": (hand_out, drop_dead),
     "step": (hand_out, drop_dead, hoist_invariant),
 }
@@ -147,14 +147,14 @@ def build_variant(
     return _variant(name, gm, context), tuple(runner.records)
 
 
-def build_prelude(
+def build_prologue(
     analysis: Analysis, gives: tuple[int, ...], options: Options, name: str
 ) -> tuple[Variant, tuple[PassRecord, ...]]:
     """The program of these hoisted values (positions in the context's list, all of one level)."""
     (level,) = {analysis.context.hoisted[position].level for position in gives}
     context = replace(analysis.context, gives=gives)
     runner = _runner(options)
-    gm = runner.rewrite(PRELUDE[level], analysis.gm, context, label=f"{name} ")
+    gm = runner.rewrite(PROLOGUE[level], analysis.gm, context, label=f"{name} ")
     return _variant(name, gm, context), tuple(runner.records)
 
 

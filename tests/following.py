@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_compile.capture import Capture, capture
-from moeca_compile.forecast import newton
-from moeca_compile.lower.inductor import Executable, lower_eager
+from moeca_compile.graph.capture import Capture, capture
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.inductor.lower import Executable, lower_eager
 from moeca_compile.passes.context import Context
 from moeca_compile.pipeline import Analysis, analyse
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
-from moeca_compile.variant import Variant
+from moeca_compile.schedule.forecast import newton
 from tests.reference import Computed, Reference, forecast, number
 from tests.tools import EAGER, build, layout_of, same, trace_module
 

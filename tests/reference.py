@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from moeca_compile.passes.parts import block_of
-from moeca_compile.regions import RegionMap
+from moeca_compile.graph.regions import RegionMap
+from moeca_compile.passes.partial.parts import block_of
 from moeca_compile.schedule import Action, Partial, Row, Schedule
 from tests.reference_parts import Branches, Tokens, most_due
 

@@ -125,7 +125,7 @@ def streams(model: nn.Module) -> Enter:
 # -- running them -----------------------------------------------------------------------------------------------------
 
 
-def alone(model: nn.Module, loop: Callable[[Model], Loop]) -> list[Tensor]:
+def under_compile_lock(model: nn.Module, loop: Callable[[Model], Loop]) -> list[Tensor]:
     """The truth for a whole loop: run it by itself, with nothing kept from before or for later."""
     moeca.reset(model)
     outputs = run(loop(model))

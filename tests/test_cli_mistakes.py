@@ -13,9 +13,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moeca_compile import __version__, cli, study
+from moeca_compile import __version__, cli
+from moeca_compile import planner as study
 from moeca_compile.cli.say import print_json, say, show
-from moeca_compile.runtime.summary import visible
+from moeca_compile.runtime.bundle.summary import visible
 from moeca_compile.schedule import Schedule
 from tests import toy
 from tests.tools import row

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.capture import capture
 from moeca_compile.errors import CaptureError
+from moeca_compile.graph.capture import capture
 from tests.facts import Recorder
 from tests.following import Runner, Subject, assert_follows_the_oracle, subject_of
 from tests.models import DiT, MoE, SwiGLU
@@ -138,7 +138,7 @@ class Growing(nn.Module):
 def test_a_region_of_unknown_size_is_a_miss() -> None:
     one = subject_of(Growing(), lambda step: {"x": latent()})
     assert not len(one.context.regions)
-    assert "the size of its output depends on data" in one.context.misses[0].reason
+    assert "the size of its output depends on data" in one.context.rejected[0].reason
 
 
 def doubled_if_large(x: Tensor, n: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import moeca_compile as moeca
-from moeca_compile import fx
+from moeca_compile.graph import fx
 from moeca_compile.pipeline import Analysis
 from tests.models import DiT
 from tests.tools import analyse_module, variant_of

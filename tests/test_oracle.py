@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeca_compile as moeca
+from moeca_compile.graph.variant import SLOTS
 from moeca_compile.schedule import Action
-from moeca_compile.variant import SLOTS
 from tests.following import Runner, Subject, assert_follows_the_oracle, gathered, subject_of
 from tests.models import DiT
 from tests.passes.blocks import DIM, Block, OneStream, Routed, Stack, Timed, TwoStreams
@@ -282,7 +282,7 @@ def test_a_variant_holds_the_operators_of_its_computed_regions_and_no_others(tex
 def test_the_model_under_test_is_what_the_tests_say() -> None:
     one = subject()
     assert [region.kind for region in one.context.regions] == ["attention", "experts"] * 2
-    assert one.context.misses == ()
+    assert one.context.rejected == ()
     assert ops(one.captured.gm)["moeca.experts.default"] == 2
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeca_compile as moeca
-from moeca_compile.fx import is_experts, shape
+from moeca_compile.graph.fx import is_experts, shape
 from moeca_compile.schedule import Control, Partial, Schedule
 from tests.following import Runner, Subject, subject_of
 from tests.models import STYLES, DiT, NumpyMoE

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import CaptureError, OptionError, ScheduleError, StateError
+from moeca_compile.graph.regions import Rejected
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.pipeline import FIND, NORMALISE, REWRITE
-from moeca_compile.regions import Miss
 from moeca_compile.schedule import Schedule
 from tests.models import DiT
 from tests.passes.blocks import Block, Routed, Stack, Timed, latent, times
@@ -58,8 +58,8 @@ def test_regions_are_those_of_the_model() -> None:
 
 
 def test_every_miss_has_its_reason_and_its_place() -> None:
-    assert report().misses == ()
-    (miss,) = report_with_misses().misses
+    assert report().rejected == ()
+    (miss,) = report_with_misses().rejected
     assert miss.reason == "a residual around 2 others: each of them is a region of its own"
     assert miss.where.startswith("blocks.py:")
 
@@ -107,7 +107,7 @@ def test_the_text_shows_regions_variants_and_passes() -> None:
 
 
 def test_the_text_shows_misses() -> None:
-    (miss,) = report_with_misses().misses
+    (miss,) = report_with_misses().rejected
     assert f"left alone: {miss}" in str(report_with_misses()).splitlines()
 
 
@@ -122,7 +122,7 @@ def test_json_parses_and_holds_everything() -> None:
     data = json.loads(report_with_misses().to_json())
     assert set(data) == set(Report.__dataclass_fields__)
     assert [one["key"] for one in data["regions"]] == [one.key for one in report_with_misses().regions]
-    assert data["misses"][0]["reason"] == report_with_misses().misses[0].reason
+    assert data["rejected"][0]["reason"] == report_with_misses().rejected[0].reason
     assert data["variants"][1]["name"] == "v1"
     assert data["passes"][0][0] == "drop_noops"
     assert data["total_macs"] == report_with_misses().total_macs
@@ -134,7 +134,7 @@ def test_the_schedule_in_the_json_is_a_schedule() -> None:
 
 
 def test_a_report_of_nothing_prints() -> None:
-    empty = replace(report(), regions=(), misses=(), total_macs=0, timestep="", latent="", variants=())
+    empty = replace(report(), regions=(), rejected=(), total_macs=0, timestep="", latent="", variants=())
     text = str(empty)
     assert "timestep input: not found, latent input: not found" in text
     assert "left alone" not in text
@@ -151,7 +151,7 @@ def test_all_outputs_of_a_region_are_shown() -> None:
 
 
 def test_a_miss_without_a_place_prints() -> None:
-    assert "left alone: too odd" in str(replace(report(), misses=(Miss("too odd"),)))
+    assert "left alone: too odd" in str(replace(report(), rejected=(Rejected("too odd"),)))
 
 
 # -- how it is asked --------------------------------------------------------------------------------------------------

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from moeca_compile.action import read
-from moeca_compile.capture import Capture, Input, capture, inputs_of
-from moeca_compile.fit import fit
+from moeca_compile.graph.capture import Capture, Input, capture, inputs_of
+from moeca_compile.graph.fit import fit
+from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.layout import state_layout
+from moeca_compile.passes.manager import Runner
+from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
-from moeca_compile.runner import Runner
 from moeca_compile.schedule import Control, Partial, Row, Schedule
-from moeca_compile.variant import StateSlot, Variant
+from moeca_compile.schedule.action import read
 
 UNHOISTED = ("hoist_step_only", "hoist_invariant")
 EAGER = Options(inner="eager", disable=UNHOISTED)  # one program a row, with nothing beside it

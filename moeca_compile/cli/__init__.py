@@ -11,8 +11,8 @@ from typing import Annotated, NoReturn
 from moeca_compile import __version__
 from moeca_compile.errors import MoecaError
 from moeca_compile.inspect import plots, schedules
-from moeca_compile.runtime.manifest import MANIFEST, SCHEDULE
-from moeca_compile.runtime.summary import visible
+from moeca_compile.runtime.bundle.manifest import MANIFEST, SCHEDULE
+from moeca_compile.runtime.bundle.summary import visible
 from moeca_compile.schedule import Schedule
 
 try:

@@ -14,15 +14,15 @@ from moeca_compile.cli import deploy
 from moeca_compile.cli.load import call
 from moeca_compile.cli.say import print_json, say, show
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.lower.experts.choose import FORMS
+from moeca_compile.lowering.experts.choose import FORMS
 from moeca_compile.options import Options
-from moeca_compile.runtime.bench import bench_bundle
-from moeca_compile.runtime.bundle import Bundle, engine_file
-from moeca_compile.runtime.fused import FusedSession
-from moeca_compile.runtime.ort import CPU
+from moeca_compile.runtime.bundle.bench import bench_bundle
+from moeca_compile.runtime.bundle.bundle import Bundle, engine_file
+from moeca_compile.runtime.bundle.fused import FusedSession
+from moeca_compile.runtime.bundle.summary import VARIANT_COLUMNS, facts, variants
+from moeca_compile.runtime.bundle.verify import verify as verify_session
+from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.summary import VARIANT_COLUMNS, facts, variants
-from moeca_compile.runtime.verify import verify as verify_session
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]

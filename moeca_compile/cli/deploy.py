@@ -10,9 +10,9 @@ import typer
 from moeca_compile.cli.say import say
 from moeca_compile.errors import OptionError
 from moeca_compile.inspect.progress import bar
-from moeca_compile.lower.tensorrt import EngineRequest, build_engines
-from moeca_compile.lower.tensorrt_command import trtexec_lines
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.lowering.tensorrt.build import EngineRequest, build_engines
+from moeca_compile.lowering.tensorrt.command import trtexec_lines
+from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.triton import write_repository
 
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]

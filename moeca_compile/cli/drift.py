@@ -63,7 +63,7 @@ def _sampled(
     source: str, sample: str, weights: Path | None, seeds: int, gap: int, inner: str,
     picture: Path | None, experts: Path | None, json: bool,
 ) -> None:  # fmt: skip
-    from moeca_compile.study.branches import branch_drift
+    from moeca_compile.planner.drift.branches import branch_drift
 
     model, sampler = model_of(source, weights), load(sample)
     with bar(not json) as tick:
@@ -84,7 +84,7 @@ def _sampled(
 
 
 def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
-    from moeca_compile.study.store import Store
+    from moeca_compile.planner.store import Store
 
     file = next(iter(sorted(kept.rglob("drift.npz"))), None)
     store = Store(file.parent) if file is not None else None

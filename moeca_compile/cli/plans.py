@@ -58,7 +58,7 @@ def calibrate(
     if not out.resolve().parent.is_dir():
         raise OptionError(f"--out {out}: there is no folder {out.parent}")
     model, sampler = model_of(source, weights), load(sample)
-    from moeca_compile.study import calibrate as find
+    from moeca_compile.planner import calibrate as find
 
     if perturb and not json:
         print(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 
-from moeca_compile.runtime.summary import visible
+from moeca_compile.runtime.bundle.summary import visible
 
 
 class _Visible:

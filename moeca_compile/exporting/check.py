@@ -15,13 +15,13 @@ from moeca_compile.exporting import request
 from moeca_compile.exporting.golden import TOLERANCE, WRONG
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.write import to_numpy
-from moeca_compile.runtime import openvino
-from moeca_compile.runtime.bfloat16 import from_stored
-from moeca_compile.runtime.fused import FusedSession
-from moeca_compile.runtime.manifest import FUSED
-from moeca_compile.runtime.ort import CPU
+from moeca_compile.runtime.bundle.bfloat16 import from_stored
+from moeca_compile.runtime.bundle.fused import FusedSession
+from moeca_compile.runtime.bundle.manifest import FUSED
+from moeca_compile.runtime.bundle.verify import relative_error, verify
+from moeca_compile.runtime.providers import openvino
+from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.verify import relative_error, verify
 
 OTHER_BATCHES = (1, 5)  # what it is tried at
 HALVES = ("bfloat16", "float16")  # not all of it runs on a CPU

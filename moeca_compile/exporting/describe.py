@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from moeca_compile import fx
 from moeca_compile.exporting.ranges import index_range
 from moeca_compile.exporting.request import Captured
-from moeca_compile.lower.experts.choose import Lowering
-from moeca_compile.lower.experts.rewrite import calls
-from moeca_compile.lower.onnx_batch import Batches, dims
-from moeca_compile.runtime.manifest import FORMAT, VERSION, Dim, letters_of
-from moeca_compile.variant import Variant
+from moeca_compile.graph import fx
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.experts.choose import Lowering
+from moeca_compile.lowering.experts.rewrite import calls
+from moeca_compile.lowering.onnx.batch import Batches, dims
+from moeca_compile.runtime.bundle.manifest import FORMAT, VERSION, Dim, letters_of
 
 PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.doors import one_model, plain_module
+from moeca_compile.api import prepare
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaWarning
 from moeca_compile.exporting import request
 from moeca_compile.exporting.check import check_export
@@ -19,20 +19,20 @@ from moeca_compile.exporting.refuse import refuse_request, refuse_schedule, refu
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.steps import step_table
 from moeca_compile.exporting.write import write_fused, write_golden, write_graphs
-from moeca_compile.face import prepare
-from moeca_compile.inspect.progress import Tick, bar
-from moeca_compile.lower import tensorrt
-from moeca_compile.lower.experts.choose import Lowering, choose
-from moeca_compile.lower.experts.rewrite import calls, why_no_moe
-from moeca_compile.lower.onnx import lower_onnx
-from moeca_compile.lower.onnx_fused import fuse
-from moeca_compile.lower.tensorrt import EngineRequest
-from moeca_compile.lower.tensorrt_operators import refuse_unsupported
+from moeca_compile.frontend.doors import one_model, plain_module
+from moeca_compile.inspect.progress import StepPlacement, bar
+from moeca_compile.lowering.experts.choose import Lowering, choose
+from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
+from moeca_compile.lowering.onnx.fused import fuse
+from moeca_compile.lowering.onnx.lower import lower_onnx
+from moeca_compile.lowering.tensorrt import build as tensorrt
+from moeca_compile.lowering.tensorrt.build import EngineRequest
+from moeca_compile.lowering.tensorrt.operators import refuse_unsupported
 from moeca_compile.options import Options
 from moeca_compile.pipeline import HOIST
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import COEFFICIENTS, FUSED, GOLDEN, OF_A_SIZE, Dim, golden_file, letters_of
-from moeca_compile.runtime.trt.library import find
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, FUSED, GOLDEN, OF_A_SIZE, Dim, golden_file, letters_of
+from moeca_compile.runtime.tensorrt.library import find
 from moeca_compile.runtime.writing import building, write_manifest
 from moeca_compile.schedule import Schedule
 
@@ -109,11 +109,11 @@ def export(
         try:
             captured = _capture_all(model, examples, options, dynamic_batch)
         except CaptureError as error:
-            if not report.misses:
+            if not report.rejected:
                 raise
-            left = "; ".join(str(miss) for miss in report.misses[:3])
+            left = "; ".join(str(miss) for miss in report.rejected[:3])
             raise CaptureError(
-                f"{error}. {len(report.misses)} expert dispatches are left as they are: {left}"
+                f"{error}. {len(report.rejected)} expert dispatches are left as they are: {left}"
             ) from error
         main = captured[0][0]
         lowering = _expert_lowering(main, experts, targets)
@@ -187,7 +187,7 @@ def _expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Lo
 
 
 def _lower_all(
-    captured: Sequence[Sequence[Captured]], opset: int, experts: Lowering, tick: Tick
+    captured: Sequence[Sequence[Captured]], opset: int, experts: Lowering, tick: StepPlacement
 ) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
     """All graphs of all sizes, and the part of the manifest that describes them."""
     (data, models), *others = [_lower(one, i, opset, experts, tick) for i, one in enumerate(captured)]
@@ -196,7 +196,7 @@ def _lower_all(
 
 
 def _lower(
-    captured: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: Tick
+    captured: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: StepPlacement
 ) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
     """Every distinct row's graph at one size, and the part of the manifest that describes them."""
     main, *twins = captured
@@ -227,7 +227,7 @@ def _fuse(folder: Path, main: Captured, data: dict[str, Any], models: dict[str, 
     return {"file": FUSED, "steps": table.steps}
 
 
-def _build_engines(folder: Path, path: Path, wanted: EngineRequest | None, tick: Tick) -> None:
+def _build_engines(folder: Path, path: Path, wanted: EngineRequest | None, tick: StepPlacement) -> None:
     if wanted is None:
         try:
             tensorrt.targets(find(), ())

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from moeca_compile.action import Action
+from moeca_compile.engine.step import run_step
+from moeca_compile.engine.tracks import Tracks
+from moeca_compile.engine.trajectory import Trajectory
 from moeca_compile.errors import LoweringError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.request import Captured
-from moeca_compile.runtime.dispatch import Tracks, run_step
-from moeca_compile.runtime.trajectory import Trajectory
-from moeca_compile.runtime.verify import relative_error
-from moeca_compile.variant import SLOTS
+from moeca_compile.graph.variant import SLOTS
+from moeca_compile.runtime.bundle.verify import relative_error
+from moeca_compile.schedule.action import Action
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 WRONG = 100  # times the tolerance: no rounding, and no expert that flipped on a near-tie, gives that

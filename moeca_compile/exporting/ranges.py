@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from moeca_compile import fx
-from moeca_compile.fx import aten
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
 
 # what hands every value of its first argument on
 _ALL_OF_IT = {

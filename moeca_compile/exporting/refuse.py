@@ -11,10 +11,10 @@ import torch
 from moeca_compile.errors import BundleError, LoweringError, OptionError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.request import Arguments
-from moeca_compile.lower import tensorrt
-from moeca_compile.lower.experts.choose import FORMS
-from moeca_compile.lower.onnx import OPSETS
-from moeca_compile.runtime.manifest import FUSED, letters_of
+from moeca_compile.lowering.experts.choose import FORMS
+from moeca_compile.lowering.onnx.lower import OPSETS
+from moeca_compile.lowering.tensorrt import build as tensorrt
+from moeca_compile.runtime.bundle.manifest import FUSED, letters_of
 from moeca_compile.schedule import Schedule
 
 TARGETS = tuple(FORMS)

@@ -13,11 +13,11 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moeca_compile.capture import Input, counted_apart, inputs_of
-from moeca_compile.desugar import desugar
+from moeca_compile.engine.program import Program
 from moeca_compile.errors import CaptureError, LoweringError
+from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwargs
+from moeca_compile.graph.desugar import desugar
 from moeca_compile.options import Options
-from moeca_compile.program import Program
 
 Arguments = Sequence[Any] | Mapping[str, Any]
 
@@ -95,7 +95,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
         return run
 
     # the backend is a new object each time: what was compiled before isn't taken again
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, **counted_apart())
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, **isolate_recompiles_kwargs())
     try:
         with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
             result = call(compiled, arguments)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeca_compile.errors import LoweringError
+from moeca_compile.graph.variant import SLOTS, StateSlot
 from moeca_compile.runtime.state import Coefficients, StreamState
 from moeca_compile.schedule import Action, Schedule
-from moeca_compile.variant import SLOTS, StateSlot
 
 NONE = (0.0, 0.0)
 _KNOWN = {Action.COMPUTE, Action.REUSE, Action.FORECAST}

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from moeca_compile.exporting.golden import Step
-from moeca_compile.lower.onnx_weights import externalise
-from moeca_compile.runtime.bfloat16 import to_stored
-from moeca_compile.runtime.manifest import FUSED, SCHEDULE, WEIGHTS, bundle_id
+from moeca_compile.lowering.onnx.weights import externalise
+from moeca_compile.runtime.bundle.bfloat16 import to_stored
+from moeca_compile.runtime.bundle.manifest import FUSED, SCHEDULE, WEIGHTS, bundle_id
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
 

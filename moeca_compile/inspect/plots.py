@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeca_compile.action import legend_of, name_of
 from moeca_compile.errors import UserError
 from moeca_compile.schedule import Act, Action, Schedule
+from moeca_compile.schedule.action import legend_of, name_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Tick = Callable[[str, float], None]  # what is being done, and how far: 0 to 1
+StepPlacement = Callable[[str, float], None]  # what is being done, and how far: 0 to 1
 
 
 @contextmanager
-def bar(show: bool) -> Iterator[Tick]:
+def bar(show: bool) -> Iterator[StepPlacement]:
     try:
         from rich.progress import Progress
     except ImportError:

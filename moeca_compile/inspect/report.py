@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from moeca_compile.regions import HoistedValue, Miss, Region
+from moeca_compile.graph.regions import HoistedValue, Region, Rejected
 from moeca_compile.schedule import Schedule
 
 Rows = list[tuple[str, ...]]
@@ -39,7 +39,7 @@ class Report:
     graphs: int
     nodes: int
     regions: tuple[Region, ...]
-    misses: tuple[Miss, ...]
+    rejected: tuple[Rejected, ...]
     total_macs: int
     fingerprint: str
     timestep: str
@@ -66,7 +66,7 @@ class Report:
     def __str__(self) -> str:
         if self.breaks and not self.nodes:
             return self.breaks
-        parts = (self._breaks, self._head, self._regions, self._misses, self._hoisted, self._variants, self._passes)
+        parts = (self._breaks, self._head, self._regions, self._rejected, self._hoisted, self._variants, self._passes)
         return "\n\n".join("\n".join(section) for part in parts if (section := part()))
 
     def _breaks(self) -> list[str]:
@@ -88,8 +88,8 @@ class Report:
             rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes), how))
         return _columns(rows)
 
-    def _misses(self) -> list[str]:
-        return [f"left alone: {miss}" for miss in self.misses]
+    def _rejected(self) -> list[str]:
+        return [f"left alone: {miss}" for miss in self.rejected]
 
     def _hoisted(self) -> list[str]:
         says = {"step": "computed once a timestep", "invariant": "computed once a trajectory"}

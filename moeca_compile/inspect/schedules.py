@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeca_compile.action import legend_of, name_of
 from moeca_compile.schedule import Act, Action, Partial, Schedule
+from moeca_compile.schedule.action import legend_of, name_of
 
 if TYPE_CHECKING:
     from rich.console import Group

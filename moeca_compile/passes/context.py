@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from moeca_compile.capture import Input
-from moeca_compile.granularity import Granularity
-from moeca_compile.regions import AttentionInfo, ExpertsInfo, HoistedValue, Miss, RegionMap, RouterInfo
+from moeca_compile.graph.capture import Input
+from moeca_compile.graph.regions import AttentionInfo, ExpertsInfo, HoistedValue, RegionMap, Rejected, RouterInfo
+from moeca_compile.graph.variant import StateSlot
 from moeca_compile.schedule import Control, Row
-from moeca_compile.variant import StateSlot
+from moeca_compile.schedule.granularity import Granularity
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Branch:
 @dataclass(frozen=True)
 class Context:
     """Facts about one capture, and for rewriters what they need of the schedule: the row to build and the state that it
-    keeps, the order of its forecast and the control of its PARTIAL rows; of a prelude the hoisted values that it
+    keeps, the order of its forecast and the control of its PARTIAL rows; of a prologue the hoisted values that it
     gives. `indices`: while the captured graph is put in order, the call's one-dimensional indices and masks."""
 
     inputs: tuple[Input, ...]
@@ -55,7 +55,7 @@ class Context:
     routers: tuple[RouterInfo, ...] = ()
     experts: tuple[ExpertsInfo, ...] = ()
     branches: tuple[Branch, ...] = ()
-    misses: tuple[Miss, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
     macs: tuple[tuple[str, int], ...] = ()
     regions: RegionMap = RegionMap(())
     hoisted: tuple[HoistedValue, ...] = ()

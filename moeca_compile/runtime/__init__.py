@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeca_compile.runtime.bundle import Bundle
+    from moeca_compile.runtime.bundle.bundle import Bundle
     from moeca_compile.runtime.session import Session
 
-_HOMES = {"Bundle": "bundle", "Session": "session"}
+_HOMES = {"Bundle": "bundle.bundle", "Session": "session"}
 __all__ = ["Bundle", "Session"]
 
 

@@ -19,7 +19,7 @@ _NAME_IT = "tell the calls apart with moeca_compile.trajectory(model, steps, str
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
+class CallObservation:
     """What one call shows: its timestep (None: unreadable, and `trouble` says why), what its conditioning inputs
     hold, the latent's relative change since the last call of its kind in this trajectory, else since any call (0 where
     there was none, negative where they can't be compared), and its `kind`: calls of one signature are of one."""
@@ -32,7 +32,7 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class StepPlacement:
     """Where a call belongs. `stream` None: nowhere, compute in full and keep nothing. `restart`: forget all streams.
     `broken_off`: it restarts because the call doesn't look like the next one; the sampling loop may be the same."""
 
@@ -59,10 +59,10 @@ class Clock:
     seen: set[int] = field(default_factory=set)
     broken_off: int = 0  # starts in a row that were cut short after one step
 
-    def observe(self, call: Sighting) -> Tick:
+    def observe(self, call: CallObservation) -> StepPlacement:
         """Place one call, and move on."""
         if call.timestep is None:
-            return Tick(max(self.step, 0), None, warning=call.trouble)
+            return StepPlacement(max(self.step, 0), None, warning=call.trouble)
         if self.step < 0:
             return self._start(call)
         forward = (call.timestep > self.timestep) - (call.timestep < self.timestep)
@@ -82,12 +82,12 @@ class Clock:
         """A call wasn't seen: with one stream it was a step; with several, the next timestep will tell."""
         self.step += self.step >= 0 and len(self.streams) == 1
 
-    def _is_elsewhere(self, call: Sighting) -> bool:
+    def _is_elsewhere(self, call: CallObservation) -> bool:
         if math.isinf(self.latent_jump) or (call.kind not in self.since and call.timestep == self.timestep):
             return False  # streams may have latents of their own
         return not 0 <= call.jump <= self.latent_jump  # NOTE: not `>`: a latent that isn't finite is near nothing
 
-    def _interrupted(self, call: Sighting) -> str:
+    def _interrupted(self, call: CallObservation) -> str:
         """The warning for a start that breaks a trajectory off. A lone call may have been anything, a warm-up for
         instance; but one after the other are trajectories that take turns, or steps that are too far apart."""
         self.broken_off += call.timestep != self.timestep and self.step == 0
@@ -100,30 +100,32 @@ class Clock:
             f"interleaved trajectories {_NAME_IT}"
         )
 
-    def _start(self, call: Sighting, warning: str = "", broken_off: bool = False) -> Tick:
+    def _start(self, call: CallObservation, warning: str = "", broken_off: bool = False) -> StepPlacement:
         assert call.timestep is not None
         self.step, self.timestep, self.direction = 0, call.timestep, 0
         self.streams, self.since, self.seen = [(call.kind, call.condition)], {call.kind: 0}, {0}
-        return Tick(0, 0, True, warning, broken_off)
+        return StepPlacement(0, 0, True, warning, broken_off)
 
-    def _same_timestep(self, call: Sighting) -> Tick:
+    def _same_timestep(self, call: CallObservation) -> StepPlacement:
         if self.step == 0 and (call.kind, call.condition) in self.streams:
             return self._start(call)  # the first step again: another image, or a repeated first call
         return self._place(call)
 
-    def _place(self, call: Sighting) -> Tick:
+    def _place(self, call: CallObservation) -> StepPlacement:
         one = call.kind, call.condition
         if one not in self.streams and self.since.setdefault(call.kind, self.step) == self.step:
             if sum(kind == call.kind for kind, _ in self.streams) == MAX_STREAMS:
-                return Tick(self.step, None, warning=f"more than {MAX_STREAMS} calls share a timestep; {_NAME_IT}")
+                return StepPlacement(
+                    self.step, None, warning=f"more than {MAX_STREAMS} calls share a timestep; {_NAME_IT}"
+                )
             self.streams.append(one)
         for number, stream in enumerate(self.streams):
             if number not in self.seen and stream == one:
                 self.seen.add(number)
-                return Tick(self.step, number)
+                return StepPlacement(self.step, number)
         again = one in self.streams
         what = "a timestep was visited again" if again else "the conditioning isn't that of the first step"
-        return Tick(self.step, None, warning=f"{what}: computed in full, nothing kept; {_NAME_IT}")
+        return StepPlacement(self.step, None, warning=f"{what}: computed in full, nothing kept; {_NAME_IT}")
 
 
 @dataclass(slots=True)
@@ -132,9 +134,9 @@ class Counter:
 
     step: int = -1
 
-    def observe(self, call: Sighting) -> Tick:
+    def observe(self, call: CallObservation) -> StepPlacement:
         self.step += 1
-        return Tick(self.step, "named", restart=self.step == 0)
+        return StepPlacement(self.step, "named", restart=self.step == 0)
 
     def miss(self) -> None:
         """A call wasn't seen."""

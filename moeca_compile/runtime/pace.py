@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moeca_compile.adaptive import Adaptive
+from moeca_compile.schedule.adaptive import Adaptive
 
 
 @dataclass(slots=True)

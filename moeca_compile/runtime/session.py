@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, StateError
-from moeca_compile.runtime import bfloat16
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.feeds import Arrays, admit, arrays_of
-from moeca_compile.runtime.manifest import COEFFICIENTS, Manifest
-from moeca_compile.runtime.ort import CPU
-from moeca_compile.runtime.provider import Loaded, Runtime, runtime_of
+from moeca_compile.graph.variant import StateSlot
+from moeca_compile.runtime.bundle import bfloat16
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest
+from moeca_compile.runtime.providers.onnxruntime import CPU
+from moeca_compile.runtime.providers.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import Stats, StepRecord
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row
-from moeca_compile.variant import StateSlot
 
 MAX_RECORDS = 4096
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeca_compile.forecast import newton
+from moeca_compile.graph.variant import SLOTS, StateSlot
 from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Action, Row
-from moeca_compile.timeline import Place
-from moeca_compile.variant import SLOTS, StateSlot
+from moeca_compile.schedule.forecast import newton
+from moeca_compile.schedule.timeline import Place
 
 Coefficients = tuple[tuple[float, float], ...]
 

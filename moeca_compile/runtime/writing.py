@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.manifest import MANIFEST, digest_of
+from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
 
 
 @contextmanager

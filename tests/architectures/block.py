@@ -73,7 +73,7 @@ class Block(nn.Module):
                 ("mlp", Wanted("experts" if self.routed else "mlp", mlp - maybe, 1, maybe, router)),
             ):
                 if self.odd[0] == name:
-                    expected.misses["written otherwise"] += 1
+                    expected.rejected["written otherwise"] += 1
                 else:
                     expected.regions.append(wanted)
         if self.cross is not None:

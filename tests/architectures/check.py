@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import moeca_compile as moeca
-from moeca_compile.capture import capture
+from moeca_compile.graph.capture import capture
+from moeca_compile.graph.regions import RegionMap
 from moeca_compile.pipeline import Analysis, analyse
-from moeca_compile.regions import RegionMap
 from tests.architectures.expected import Expected, differences
 from tests.architectures.generate import Inputs, build
 from tests.architectures.model import Model
@@ -34,7 +34,7 @@ class Finding:
     @property
     def differences(self) -> list[str]:
         """How what was found isn't what was expected; empty if it is."""
-        found = differences(self.expected, self.regions.regions, self.regions.misses)
+        found = differences(self.expected, self.regions.regions, self.regions.rejected)
         roles = self.analysis.context.roles
         if (roles.timestep, roles.latent) != ("t", "x"):
             found.append(f"timestep and latent are called {roles.timestep!r} and {roles.latent!r}, not 't' and 'x'")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from moeca_compile.regions import Miss, Region
+from moeca_compile.graph.regions import Region, Rejected
 
 # What a miss's reason says, in a word.
 SORTS = {
@@ -42,11 +42,11 @@ class Expected:
     """What must be found, and how many misses of which sort."""
 
     regions: list[Wanted] = field(default_factory=list)
-    misses: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         lines = [f"{one.kind} ({one.outputs}): {', '.join(sorted(one.weights))}" for one in self.regions]
-        return "\n".join([*lines, f"misses {dict(+self.misses)}"])
+        return "\n".join([*lines, f"misses {dict(+self.rejected)}"])
 
 
 def matrices(prefix: str, *modules: tuple[str, nn.Module | None]) -> frozenset[str]:
@@ -60,9 +60,9 @@ def matrices(prefix: str, *modules: tuple[str, nn.Module | None]) -> frozenset[s
     )
 
 
-def differences(expected: Expected, regions: Sequence[Region], misses: Sequence[Miss]) -> list[str]:
+def differences(expected: Expected, regions: Sequence[Region], rejected: Sequence[Rejected]) -> list[str]:
     """Every way in which regions and misses aren't as expected, in words; empty if they are."""
-    return [*_of_regions(expected.regions, regions), *_of_misses(expected, misses)]
+    return [*_of_regions(expected.regions, regions), *_of_misses(expected, rejected)]
 
 
 def _of_regions(wanted: Sequence[Wanted], found: Sequence[Region]) -> Iterator[str]:
@@ -87,16 +87,16 @@ def _of_regions(wanted: Sequence[Wanted], found: Sequence[Region]) -> Iterator[s
         yield f"false region: {region.key}, {region.kind} of {', '.join(sorted(_multiplied(region)))}"
 
 
-def _of_misses(expected: Expected, misses: Sequence[Miss]) -> Iterator[str]:
-    found = Counter(sort_of(miss) for miss in misses)
-    for sort in {*found, *expected.misses}:
-        if found[sort] != expected.misses[sort]:
-            reasons = "; ".join(str(miss) for miss in misses if sort_of(miss) == sort)
-            yield f"{found[sort]} misses of sort '{sort}', not {expected.misses[sort]}: {reasons}"
-    yield from (f"a miss without a place: {miss.reason}" for miss in misses if not miss.node)
+def _of_misses(expected: Expected, rejected: Sequence[Rejected]) -> Iterator[str]:
+    found = Counter(sort_of(miss) for miss in rejected)
+    for sort in {*found, *expected.rejected}:
+        if found[sort] != expected.rejected[sort]:
+            reasons = "; ".join(str(miss) for miss in rejected if sort_of(miss) == sort)
+            yield f"{found[sort]} misses of sort '{sort}', not {expected.rejected[sort]}: {reasons}"
+    yield from (f"a miss without a place: {miss.reason}" for miss in rejected if not miss.node)
 
 
-def sort_of(miss: Miss) -> str:
+def sort_of(miss: Rejected) -> str:
     return next((sort for words, sort in SORTS.items() if words in miss.reason), f"new: {miss.reason}")
 
 

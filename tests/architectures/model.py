@@ -152,6 +152,6 @@ class Model(nn.Module):
         expected = Expected()
         for i, block in enumerate(self.blocks):
             block.expect(f"blocks.{i}", expected)
-        expected.misses["step only"] += self.parts.time_residual
-        expected.misses["around"] += (self.parts.outer == "residual") + (self.parts.skip == "added")
+        expected.rejected["step only"] += self.parts.time_residual
+        expected.rejected["around"] += (self.parts.outer == "residual") + (self.parts.skip == "added")
         return expected

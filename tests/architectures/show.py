@@ -18,7 +18,7 @@ def main() -> None:
     for region in regions:
         weights = ", ".join(name for name, shape in region.parameters if len(shape) >= 2)
         sys.stdout.write(f"{region.key}: {region.kind} ({len(region.outputs)}): {weights}\n")
-    for miss in regions.misses:
+    for miss in regions.rejected:
         sys.stdout.write(f"left alone: {miss}\n")
     sys.stdout.write("\n" + ("\n".join(finding.differences) or "as expected") + "\n")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeca_compile.regions import Miss
+from moeca_compile.graph.regions import Rejected
 from moeca_compile.schedule import Action, Schedule
 from tests.architectures import parts as choices
 from tests.architectures import show
@@ -108,15 +108,15 @@ def test_every_matrix_of_a_block_is_expected_in_one_region_or_is_no_region_s() -
 
 def test_a_wrong_finding_is_told() -> None:
     finding = find(draw(ANY))
-    regions, misses, expected = finding.regions.regions, finding.regions.misses, finding.expected
-    assert differences(expected, regions, misses) == []
-    assert "not found" in differences(expected, regions[1:], misses)[0]
-    (extra,) = differences(replace(expected, regions=expected.regions[1:]), regions, misses)
+    regions, rejected, expected = finding.regions.regions, finding.regions.rejected, finding.expected
+    assert differences(expected, regions, rejected) == []
+    assert "not found" in differences(expected, regions[1:], rejected)[0]
+    (extra,) = differences(replace(expected, regions=expected.regions[1:]), regions, rejected)
     assert extra.startswith("false region")
     renamed = replace(regions[0], kind="span")
-    assert f"{renamed.key} is called span" in differences(expected, (renamed, *regions[1:]), misses)[0]
-    assert "outputs" in differences(expected, (replace(regions[0], outputs=("a",) * 5), *regions[1:]), misses)[0]
-    (new,) = differences(expected, regions, (*misses, Miss("unheard of", "add_1")))
+    assert f"{renamed.key} is called span" in differences(expected, (renamed, *regions[1:]), rejected)[0]
+    assert "outputs" in differences(expected, (replace(regions[0], outputs=("a",) * 5), *regions[1:]), rejected)[0]
+    (new,) = differences(expected, regions, (*rejected, Rejected("unheard of", "add_1")))
     assert "unheard of" in new
 
 

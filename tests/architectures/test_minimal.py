@@ -22,7 +22,7 @@ def kinds(analysis: Analysis) -> list[str]:
 
 
 def reasons(analysis: Analysis) -> list[str]:
-    return [miss.reason for miss in analysis.context.misses]
+    return [miss.reason for miss in analysis.context.rejected]
 
 
 def mlp(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_a_residual_around_the_whole_model_is_a_miss() -> None:
     assert kinds(analyse_module(model, latent())) == ["attention", "mlp"]
 
 
-class Shortcut(nn.Module):
+class FastPath(nn.Module):
     """An MLP with a depthwise convolution that has a shortcut of its own."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Shortcut(nn.Module):
 
 
 def test_a_small_residual_inside_a_branch_is_a_part_of_it() -> None:
-    shortcut = Shortcut()
+    shortcut = FastPath()
     analysis = analyse_module(lambda x: x + shortcut(x), latent())
     (region,) = analysis.context.regions
     assert len(region.parameters) == 6
@@ -102,7 +102,7 @@ def test_a_small_residual_inside_a_branch_is_a_part_of_it() -> None:
 
 
 def test_a_small_residual_inside_a_branch_that_is_a_miss_is_no_region() -> None:
-    shortcut = Shortcut()
+    shortcut = FastPath()
     analysis = analyse_module(lambda x: torch.add(x, shortcut(x), alpha=0.5), latent())
     assert kinds(analysis) == []
 

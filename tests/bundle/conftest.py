@@ -17,8 +17,8 @@ import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning
 from moeca_compile.exporting.request import Captured, capture
 from moeca_compile.options import Options
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import MANIFEST, digest_of
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Schedule
 from tests.models import DiT

@@ -13,13 +13,13 @@ from typing import Any
 import onnx
 import pytest
 
-from moeca_compile.adaptive import Adaptive
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import Manifest, bundle_id
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import Manifest, bundle_id
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.adaptive import Adaptive
 from tests.bundle.conftest import PROVIDERS, Edit, edit_manifest
 
 

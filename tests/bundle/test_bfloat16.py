@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from onnx import TensorProto, helper
 
-from moeca_compile.runtime.bfloat16 import from_stored, rounded, stored_dtype, to_stored
-from moeca_compile.runtime.manifest import TensorSpec
-from moeca_compile.runtime.ort import CPU, OrtRuntime, bound_run
+from moeca_compile.runtime.bundle.bfloat16 import from_stored, rounded, stored_dtype, to_stored
+from moeca_compile.runtime.bundle.manifest import TensorSpec
+from moeca_compile.runtime.providers.onnxruntime import CPU, OrtRuntime, bound_run
 
 
 def test_rounding_is_torchs() -> None:

@@ -11,8 +11,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from moeca_compile.errors import BundleError
 from moeca_compile.exporting.ranges import index_range
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.fused import FusedSession
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.fused import FusedSession
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, named
 from tests.tools import capture_module

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from moeca_compile.cli import bundles
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, small_model
 

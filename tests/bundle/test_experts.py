@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moeca_compile import ops
 from moeca_compile.errors import BundleError, LoweringError, OptionError
-from moeca_compile.lower.experts.capacity import rows_of
-from moeca_compile.lower.experts.choose import choose
-from moeca_compile.lower.experts.moe import why_not
-from moeca_compile.lower.experts.segments import _activate
-from moeca_compile.lower.onnx import lower_onnx
-from moeca_compile.runtime.ort import CPU, refuse_swiglu
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.experts.capacity import rows_of
+from moeca_compile.lowering.experts.choose import choose
+from moeca_compile.lowering.experts.moe import why_not
+from moeca_compile.lowering.experts.segments import _activate
+from moeca_compile.lowering.onnx.lower import lower_onnx
+from moeca_compile.ops import experts as ops
+from moeca_compile.runtime.providers.onnxruntime import CPU, refuse_swiglu
 from moeca_compile.schedule import Action
-from moeca_compile.variant import Variant
 
 EXPERTS, TOP_K, DIM, HIDDEN = 4, 2, 16, 24
 FORMS = [(name, gated, biased) for name in ops.ACTIVATIONS for gated, biased in ((True, False), (False, True))]

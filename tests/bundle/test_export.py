@@ -14,17 +14,18 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
-from moeca_compile.action import Partial
+from moeca_compile.engine.step import run_step
+from moeca_compile.engine.tracks import Tracks
+from moeca_compile.engine.trajectory import Trajectory
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaError, MoecaWarning, OptionError
 from moeca_compile.exporting import entry
 from moeca_compile.exporting.request import Captured
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.dispatch import Tracks, run_step
-from moeca_compile.runtime.fused import FusedSession
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.fused import FusedSession
+from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.trajectory import Trajectory
-from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.action import Partial
 from tests.bundle.conftest import PROVIDERS, call_of, named, small_model
 from tests.models import DiT
 

@@ -16,11 +16,11 @@ import pytest
 from moeca_compile.errors import BundleError, LoweringError
 from moeca_compile.exporting.request import Captured
 from moeca_compile.exporting.steps import step_table
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.fused import FusedSession
-from moeca_compile.runtime.manifest import FUSED, STEP
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.fused import FusedSession
+from moeca_compile.runtime.bundle.manifest import FUSED, STEP
+from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.verify import relative_error, verify
 from moeca_compile.schedule import Schedule
 from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, warnings_of
 from tests.bundle.test_bad_bundles import seal

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from moeca_compile.errors import MoecaError
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.fused import FusedSession
-from moeca_compile.runtime.manifest import MANIFEST, digest_of
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.fused import FusedSession
+from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, named
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moeca_compile import fx
 from moeca_compile.errors import InvariantError, LoweringError
-from moeca_compile.lower.onnx import _drop_squeezes
-from moeca_compile.lower.onnx_batch import any_batch, dims
-from moeca_compile.lower.onnx_complex import without_complex
-from moeca_compile.lower.onnx_constants import bind
+from moeca_compile.graph import fx
+from moeca_compile.lowering.onnx.batch import any_batch, dims
+from moeca_compile.lowering.onnx.complex_pairs import without_complex
+from moeca_compile.lowering.onnx.constants import bind
+from moeca_compile.lowering.onnx.lower import _drop_squeezes
 
 aten = torch.ops.aten
 

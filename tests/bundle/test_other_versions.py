@@ -11,16 +11,16 @@ import onnxruntime
 import pytest
 
 import moeca_compile as moeca
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle.bundle import Bundle
 
 SERVE = """
 import importlib.util, json, sys
 assert all(importlib.util.find_spec(name) is None for name in ("torch", "onnx", "openvino"))
 import numpy as np, onnxruntime
 from moeca_compile.runtime import Session
-from moeca_compile.runtime.fused import FusedSession
+from moeca_compile.runtime.bundle.fused import FusedSession
 from moeca_compile.runtime.samplers import euler, guided, model_of
-from moeca_compile.runtime.verify import verify
+from moeca_compile.runtime.bundle.verify import verify
 found = {"version": onnxruntime.__version__}
 for memory in ("speed", "shared"):
     session = Session.open(sys.argv[1], memory=memory, threads=1)

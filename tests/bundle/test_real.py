@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import moeca_compile as moeca
+from moeca_compile.runtime.bundle.verify import verify
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.verify import verify
 from tests.real.zoo import ZOO
 
 FIXED = {"HiDreamImage"}  # it loops over its samples

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moeca_compile.errors import InvariantError
-from moeca_compile.runtime.manifest import TensorSpec, batch_in, evaluate, expression
-from moeca_compile.runtime.schema import check
+from moeca_compile.runtime.bundle.manifest import TensorSpec, batch_in, evaluate, expression
+from moeca_compile.runtime.bundle.schema import check
 
 CASES: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     ({"type": "integer"}, [1, -3], [True, 1.5, "1", None, float("nan")]),

@@ -16,10 +16,10 @@ import torch
 
 import moeca_compile as moeca
 from moeca_compile.errors import BundleError, MoecaWarning, OptionError, StateError
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.ort import CPU, OrtRuntime, refuse_strays
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.verify import verify
+from moeca_compile.runtime.providers.onnxruntime import CPU, OrtRuntime, refuse_strays
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.verify import verify
 from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, warnings_of
 from tests.models import DiT
 
@@ -287,7 +287,7 @@ sys.modules["torch"] = None  # importing it fails
 import numpy as np
 from moeca_compile.runtime import Session
 from moeca_compile.runtime.samplers import euler, guided, model_of
-from moeca_compile.runtime.verify import verify
+from moeca_compile.runtime.bundle.verify import verify
 session = Session.open(sys.argv[1], sys.argv[2], threads=1)
 assert verify(session).passed
 x = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)

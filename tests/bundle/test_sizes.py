@@ -16,17 +16,18 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
+from moeca_compile.engine.step import run_step
+from moeca_compile.engine.tracks import Tracks
+from moeca_compile.engine.trajectory import Trajectory
 from moeca_compile.errors import BundleError, LoweringError, MoecaError, OptionError
 from moeca_compile.exporting.request import capture
-from moeca_compile.lower.tensorrt import build_engines
+from moeca_compile.lowering.tensorrt.build import build_engines
 from moeca_compile.options import Options
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.dispatch import Tracks, run_step
-from moeca_compile.runtime.manifest import MANIFEST, digest_of
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
+from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.runtime.triton import write_repository
-from moeca_compile.runtime.verify import relative_error, verify
 from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, named, small_model
 from tests.bundle.test_fuzz import mutate_entry
 from tests.models import DiT

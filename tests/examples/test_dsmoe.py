@@ -93,7 +93,7 @@ def test_trained_model_is_captured_whole() -> None:
     inputs = digits.initial_noise(0, 2), torch.full((2,), 700.0), digits.labels_of(2)
     report = moeca.explain(model, *inputs, schedule="full", inner="eager")
     assert report.graphs == 1
-    assert not report.misses
+    assert not report.rejected
     assert [region.kind for region in report.regions] == ["attention", "experts"] * 6
     for region in report.regions[1::2]:
         (info,) = region.experts

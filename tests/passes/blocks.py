@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import moeca_compile.ops  # noqa: F401 - defines moeca::experts
+import moeca_compile.ops.experts  # noqa: F401 - defines moeca::experts
 from moeca_compile.pipeline import Analysis
 from tests.tools import analyse_module
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeca_compile import fx
-from moeca_compile.passes.count_macs import node_macs
+from moeca_compile.graph import fx
+from moeca_compile.passes.analysis.count_macs import node_macs
 from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, routed, times
 from tests.tools import analyse_module
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from moeca_compile import fx
-from moeca_compile.fx import aten
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.drop_dead import drop_dead
+from moeca_compile.passes.transform.drop_dead import drop_dead
 from tests.passes.blocks import Block, Mlp, Timed, latent, routed, times, two_streams
 from tests.tools import analyse_module, ops, variant_of
 

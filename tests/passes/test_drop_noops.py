@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeca_compile import fx
+from moeca_compile.graph import fx
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.drop_noops import drop_noops
+from moeca_compile.passes.manager import Runner
+from moeca_compile.passes.transform.drop_noops import drop_noops
 from moeca_compile.pipeline import NORMALISE
-from moeca_compile.runner import Runner
 from tests.passes.blocks import Block, Routed, Timed, analysed, latent, times
 from tests.tools import EAGER, Options, analyse_module, capture_module, ops, run_graph, same
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeca_compile import fx
+from moeca_compile.graph import fx
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import DIM, Attention, Block, OneStream, Stack, Timed, TwoStreams, latent, times
 from tests.tools import analyse_module, node

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeca_compile import fx
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import Rejected
+from moeca_compile.passes.analysis.find_experts import find_experts
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.find_experts import find_experts
 from moeca_compile.pipeline import Analysis
-from moeca_compile.regions import Miss
 from tests.facts import Recorder, named_by_docstring
 from tests.passes.blocks import DIM, Block, Grouped, Routed, Stack, Timed, latent, routed, times
 from tests.tools import analyse_module, node, ops
@@ -74,7 +74,7 @@ def analyse(*moes: nn.Module) -> Analysis:
 
 
 def reasons(context: Context) -> list[str]:
-    return [miss.reason for miss in context.misses]
+    return [miss.reason for miss in context.rejected]
 
 
 @pytest.mark.parametrize("kind", [Softmax, Sigmoid, Grouped, Sorted])
@@ -125,7 +125,7 @@ def test_ids_that_nothing_routed_are_a_miss(before: tuple[Callable[[], Routed], 
     analysis = analyse(*(one() for one in before), Hashed())
     info = analysis.context.experts[-1]
     assert info.router is None
-    (miss,) = [miss for miss in analysis.context.misses if miss.reason == NO_ROUTER]
+    (miss,) = [miss for miss in analysis.context.rejected if miss.reason == NO_ROUTER]
     assert miss.node == info.node
     assert miss.where.startswith("blocks.py:")
     assert analysis.context.regions.regions[-1].kind == "experts"
@@ -134,7 +134,7 @@ def test_ids_that_nothing_routed_are_a_miss(before: tuple[Callable[[], Routed], 
 def test_experts_in_another_form_have_a_router_and_no_call() -> None:
     analysis = analyse(Dense(shared=False))
     assert "moeca.experts.default" not in ops(analysis.gm)
-    assert analysis.context.experts == analysis.context.misses == ()
+    assert analysis.context.experts == analysis.context.rejected == ()
     region = analysis.context.regions.regions[-1]
     assert (region.kind, [router.choice for router in region.routers]) == ("experts", ["token"])
 
@@ -142,17 +142,17 @@ def test_experts_in_another_form_have_a_router_and_no_call() -> None:
 def test_misses_are_shown_with_the_regions() -> None:
     context = analyse(Dense(), Hashed()).context
     assert reasons(context) == [NO_ROUTER]
-    assert context.regions.misses == context.misses
+    assert context.regions.rejected == context.rejected
 
 
 def test_misses_of_earlier_passes_are_kept() -> None:
-    before = Context(routed().context.inputs, misses=(Miss("found before"),))
-    assert find_experts(routed().gm, replace(before, routers=routed().context.routers)).misses == before.misses
+    before = Context(routed().context.inputs, rejected=(Rejected("found before"),))
+    assert find_experts(routed().gm, replace(before, routers=routed().context.routers)).rejected == before.rejected
 
 
 def test_a_model_without_experts_has_none_and_misses_none() -> None:
     context = analyse_module(Timed(Block()), latent(), times()).context
-    assert (context.experts, context.misses) == ((), ())
+    assert (context.experts, context.rejected) == ((), ())
 
 
 def test_experts_directly_on_an_input_are_found() -> None:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeca_compile import fx
 from moeca_compile.errors import InvariantError
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import Region, RegionMap, Rejected, fingerprint
+from moeca_compile.passes.analysis.find_regions import find_regions
 from moeca_compile.passes.context import Branch, Context
-from moeca_compile.passes.find_regions import find_regions
 from moeca_compile.pipeline import Analysis
-from moeca_compile.regions import Miss, Region, RegionMap, fingerprint
 from tests.passes.blocks import (
     DIM,
     WAYS,
@@ -48,7 +48,7 @@ def named(analysis: Analysis) -> list[tuple[str, str, int]]:
 
 
 def reasons(analysis: Analysis) -> list[str]:
-    return [miss.reason for miss in analysis.context.misses]
+    return [miss.reason for miss in analysis.context.rejected]
 
 
 # -- kind, key, layer -------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_the_fingerprint_depends_on_the_order() -> None:
 def test_a_residual_around_others_is_a_miss_and_they_are_regions() -> None:
     analysis = timed(Stack(Block(), Block(), around=True))
     assert len(analysis.context.regions) == 4
-    (miss,) = analysis.context.regions.misses
+    (miss,) = analysis.context.regions.rejected
     assert miss.reason == "a residual around 4 others: each of them is a region of its own"
     assert miss.where.startswith("blocks.py:")
     assert node(analysis.gm, miss.node).target is fx.aten.add.Tensor
@@ -311,8 +311,8 @@ def test_an_output_that_is_no_tensor_is_a_miss() -> None:
     pair = node(analysis.gm, analysis.context.regions.regions[0].body[0])
     branch = Branch("add_1", "x", pair.name, analysis.context.regions.regions[0].body)
     pair.meta["val"] = (fx.value(pair), fx.value(pair))
-    context = find_regions(analysis.gm, replace(analysis.context, branches=(branch,), misses=()))
-    assert [miss.reason for miss in context.misses] == ["its output isn't one tensor"]
+    context = find_regions(analysis.gm, replace(analysis.context, branches=(branch,), rejected=()))
+    assert [miss.reason for miss in context.rejected] == ["its output isn't one tensor"]
     assert len(context.regions) == 0
 
 
@@ -371,13 +371,13 @@ def test_a_region_map_is_a_sequence_of_regions() -> None:
 @pytest.mark.parametrize(
     ("miss", "text"),
     [
-        (Miss("why"), "why"),
-        (Miss("why", "add_1"), "add_1: why"),
-        (Miss("why", "add_1", "dit.py:7"), "add_1 (dit.py:7): why"),
-        (Miss("why", "", "dit.py:7"), "(dit.py:7): why"),
+        (Rejected("why"), "why"),
+        (Rejected("why", "add_1"), "add_1: why"),
+        (Rejected("why", "add_1", "dit.py:7"), "add_1 (dit.py:7): why"),
+        (Rejected("why", "", "dit.py:7"), "(dit.py:7): why"),
     ],
 )
-def test_a_miss_says_where_and_why(miss: Miss, text: str) -> None:
+def test_a_miss_says_where_and_why(miss: Rejected, text: str) -> None:
     assert str(miss) == text
 
 

@@ -31,7 +31,7 @@ class Leaping(nn.Module):
 def test_what_comes_after_an_inner_add_is_a_region_of_its_own() -> None:
     analysis = analyse(Stack(Leaping(), Leaping()))
     assert [region.kind for region in analysis.context.regions] == ["attention", "mlp"] * 2
-    assert not analysis.context.misses
+    assert not analysis.context.rejected
     bodies = [set(region.body) for region in analysis.context.regions]
     assert not any(a & b for a, b in itertools.combinations(bodies, 2))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from moeca_compile import fx
+from moeca_compile.graph import fx
 from moeca_compile.passes.context import Branch
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import (
@@ -169,7 +169,7 @@ def test_what_is_added_to_the_stream_in_every_layer_is_no_trunk(position: bool) 
     """From the second layer on it is an ancestor of the stream, with the stream's shape."""
     analysis = analyse_module(Timed(Layers(position)), latent(), times())
     assert [region.kind for region in analysis.context.regions] == ["attention", "mlp"] * 3
-    assert analysis.context.misses == ()
+    assert analysis.context.rejected == ()
     depends = dict(analysis.context.dependence)
     assert {depends[branch.trunk] for branch in heavy(analysis)} == {"latent"}
 
@@ -182,7 +182,7 @@ def test_a_text_of_one_sample_is_the_trunk_of_a_whole_batch() -> None:
     joint, mlp = one.context.regions
     assert (joint.kind, joint.shapes) == ("attention", ((2, 4, DIM), (2, 3, DIM)))
     assert (mlp.kind, mlp.shapes) == ("mlp", ((2, 3, DIM),))
-    assert one.context.misses == ()
+    assert one.context.rejected == ()
     assert one.context.regions.fingerprint == two.context.regions.fingerprint
 
 
@@ -276,7 +276,7 @@ def test_adds_of_unrelated_values_give_no_region() -> None:
     wrong = [fx.where(node(analysis.gm, branch.join)) for branch in heavy(analysis)]
     assert wrong == []
     assert len(analysis.context.regions) == 0
-    assert analysis.context.misses == ()
+    assert analysis.context.rejected == ()
 
 
 def test_inside_a_branch_they_add_nothing() -> None:
@@ -290,7 +290,7 @@ def test_inside_a_branch_they_add_nothing() -> None:
 
     analysis = analyse_module(model, latent())
     assert len(heavy(analysis)) == len(analysis.context.regions) == len(inside)
-    assert analysis.context.misses == ()
+    assert analysis.context.rejected == ()
 
 
 # -- near misses ------------------------------------------------------------------------------------------------------
@@ -308,10 +308,10 @@ OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("way", OTHERWISE)
 def test_a_residual_written_with_another_op_is_a_miss_that_names_it(way: str) -> None:
-    (miss,) = (m for m in analyse_module(OTHERWISE[way], latent()).context.misses if "written as" in m.reason)
+    (miss,) = (m for m in analyse_module(OTHERWISE[way], latent()).context.rejected if "written as" in m.reason)
     assert way in miss.reason
     assert "x + f(x)" in miss.reason
 
 
 def test_centring_is_no_residual() -> None:
-    assert not analyse_module(lambda x: (x - x.mean(-1, keepdim=True)) @ V, latent()).context.misses
+    assert not analyse_module(lambda x: (x - x.mean(-1, keepdim=True)) @ V, latent()).context.rejected

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeca_compile.errors import InvariantError
+from moeca_compile.graph.regions import RouterInfo
 from moeca_compile.pipeline import Analysis
-from moeca_compile.regions import RouterInfo
 from tests.facts import Recorder, named_by_docstring
 from tests.passes.blocks import DIM, Attention, Block, Grouped, Mlp, Stack, Timed, latent, times
 from tests.tools import analyse_module, node
@@ -203,7 +203,7 @@ def test_the_axis_of_the_choice_says_who_chooses(
     assert node(analysis.gm, router.topk).args[0] is node(analysis.gm, router.scores)
     kinds = [(region.kind, region.routers) for region in analysis.context.regions]
     assert kinds == [("attention", ()), ("experts", (router,)), ("attention", ()), ("mlp", ())]
-    assert analysis.context.misses == ()
+    assert analysis.context.rejected == ()
     fact("routing", named_by_docstring(make), choice=choice, cached="whole")
 
 
@@ -284,7 +284,7 @@ class Reported(nn.Module):
 @pytest.mark.parametrize("make", [Pruned, Stable, Reported])
 def test_a_choice_that_routes_nothing_is_no_router(make: Callable[[], nn.Module]) -> None:
     context = analyse(make()).context
-    assert context.routers == context.misses == ()
+    assert context.routers == context.rejected == ()
     assert "experts" not in [region.kind for region in context.regions]
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile import fx
 from moeca_compile.errors import CaptureError, MoecaWarning
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import Region
 from moeca_compile.options import Options
 from moeca_compile.pipeline import Analysis
-from moeca_compile.regions import Region
 from tests.following import Runner, Subject, assert_follows_the_oracle
 from tests.passes.blocks import DIM, Block, Mlp, Stack, TextOfItsOwn, Timed, TwoStreams, latent, times
 from tests.tools import analyse_module, capture_module, node, ops, row, schedule_of, trace_module, variant_of
@@ -260,4 +260,4 @@ def test_a_span_of_which_an_index_is_read_outside_is_refused() -> None:
 
     analysis = analyse_module(Timed(Counting()), latent(), times(), options=Options(inner="eager", granularity="stack"))
     assert not len(analysis.context.regions)
-    assert "isn't a floating-point tensor of known size" in analysis.context.misses[-1].reason
+    assert "isn't a floating-point tensor of known size" in analysis.context.rejected[-1].reason

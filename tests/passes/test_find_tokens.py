@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeca_compile.regions import Region
+from moeca_compile.graph.regions import Region
 from moeca_compile.schedule import Partial
 from tests.following import Runner, Subject, subject_of
 from tests.passes.blocks import Block, TwoStreams

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeca_compile.graph.regions import HoistedValue
 from moeca_compile.options import Options
-from moeca_compile.passes.count_macs import node_macs
-from moeca_compile.pipeline import Analysis, build_prelude, build_variant
-from moeca_compile.regions import HoistedValue
+from moeca_compile.passes.analysis.count_macs import node_macs
+from moeca_compile.pipeline import Analysis, build_prologue, build_variant
 from tests.passes.blocks import DIM, Attention, Mlp, latent, times
 from tests.tools import UNHOISTED, analyse_module, ops, row, schedule_of
 
@@ -143,7 +143,7 @@ def test_each_pass_can_be_left_out(off: str) -> None:
 
 
 @pytest.mark.parametrize("off", [(), ("hoist_invariant",)])
-def test_preludes_and_variant_together_are_the_graph(off: tuple[str, ...]) -> None:
+def test_prologues_and_variant_together_are_the_graph(off: tuple[str, ...]) -> None:
     torch.manual_seed(1)
     by_name = {"x": latent(), "t": times(), "prompt": prompt()}
     model = Prompted().eval()
@@ -155,11 +155,11 @@ def test_preludes_and_variant_together_are_the_graph(off: tuple[str, ...]) -> No
     for level in ("invariant", "step"):
         gives = tuple(i for i in variant.hoists if analysis().context.hoisted[i].level == level)
         if gives:
-            prelude = build_prelude(analysis(), gives, options, level)[0]
-            assert prelude.outputs == len(gives)
-            given = [*(args[i] for i in prelude.takes), *(values[i] for i in prelude.hoists)]
-            values |= dict(zip(gives, torch.fx.Interpreter(prelude.gm).run(*given), strict=True))
-            assert prelude.macs == sum(map(node_macs, prelude.gm.graph.nodes)) > 0
+            prologue = build_prologue(analysis(), gives, options, level)[0]
+            assert prologue.outputs == len(gives)
+            given = [*(args[i] for i in prologue.takes), *(values[i] for i in prologue.hoists)]
+            values |= dict(zip(gives, torch.fx.Interpreter(prologue.gm).run(*given), strict=True))
+            assert prologue.macs == sum(map(node_macs, prologue.gm.graph.nodes)) > 0
     with torch.no_grad():
         out, *_ = torch.fx.Interpreter(variant.gm).run(
             *(args[i] for i in variant.takes), *(values[i] for i in variant.hoists)

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeca_compile import fx
-from moeca_compile.passes.insert_state import insert_state
-from moeca_compile.passes.layout import state_layout
-from moeca_compile.passes.ports import COEFFICIENTS
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import Region, RegionMap
+from moeca_compile.graph.variant import SLOTS, StateSlot, Variant
+from moeca_compile.passes.transform.insert_state import insert_state
+from moeca_compile.passes.transform.layout import state_layout
+from moeca_compile.passes.transform.ports import COEFFICIENTS
 from moeca_compile.pipeline import Analysis
-from moeca_compile.regions import Region, RegionMap
 from moeca_compile.schedule import Schedule
-from moeca_compile.variant import SLOTS, StateSlot, Variant
 from tests.passes.blocks import analysed, latent, routed, two_streams
 from tests.tools import analyse_module, layout_of, ops, row, run_graph, schedule_of, variant_of, with_row
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moeca_compile.passes.context import Context
+from moeca_compile.passes.manager import Runner
 from moeca_compile.pipeline import NORMALISE
-from moeca_compile.runner import Runner
 from tests.tools import capture_module, ops, run_graph, same
 
 SIZES = {"b": 2, "s": 3, "e": 5, "d": 4}

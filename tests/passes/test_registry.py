@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from moeca_compile import fx
 from moeca_compile.errors import InvariantError, OptionError
-from moeca_compile.fx import aten
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
 from moeca_compile.options import Options
 from moeca_compile.passes import register, unregister
 from moeca_compile.passes.context import Context

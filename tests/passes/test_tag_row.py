@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from moeca_compile import fx
 from moeca_compile.errors import InvariantError
-from moeca_compile.passes.tag_row import tag_row
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import RegionMap
+from moeca_compile.passes.manager import Runner
+from moeca_compile.passes.transform.tag_row import tag_row
 from moeca_compile.pipeline import Analysis
-from moeca_compile.regions import RegionMap
-from moeca_compile.runner import Runner
 from tests.passes.blocks import analysed, routed, two_streams
 from tests.tools import row, with_row
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from moeca_compile import fx
 from moeca_compile.errors import InvariantError
-from moeca_compile.fx import copied
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import copied
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.verify_variant import verify_variant
+from moeca_compile.passes.transform.verify_variant import verify_variant
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import analysed, routed, two_streams
 from tests.tools import layout_of, row, schedule_of, variant_of

@@ -66,7 +66,7 @@ def test_found_cached_and_exported(name: str, fact: Recorder) -> None:
     one: Any = subject_of(model, inputs)
     found = Counter(region.kind for region in one.context.regions)
     assert found == kinds
-    assert not one.context.misses
+    assert not one.context.rejected
     assert {f"{router.choice} choice" for router in one.context.routers} == ({routing} if routing else set())
 
     width = len(one.context.regions)

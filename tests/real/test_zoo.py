@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
+from moeca_compile.engine.program import Program
+from moeca_compile.engine.visit import visiting
 from moeca_compile.errors import MoecaWarning
-from moeca_compile.program import Program
-from moeca_compile.visit import visiting
 from tests.facts import Recorder
 from tests.following import gathered
 from tests.real.zoo import ZOO, Model, nucleus, nucleus_inputs
@@ -143,9 +143,9 @@ def test_every_block_is_found_and_misses_have_their_reasons(name: str, fact: Rec
     one = run(name)
     context = one.program.analysis.context
     assert shown(context.regions) == list(one.case.regions)
-    reasons = [miss.reason for miss in context.misses]
-    assert len(reasons) == len(one.case.misses), reasons
-    for reason, piece in zip(reasons, one.case.misses, strict=True):
+    reasons = [miss.reason for miss in context.rejected]
+    assert len(reasons) == len(one.case.rejected), reasons
+    for reason, piece in zip(reasons, one.case.rejected, strict=True):
         assert piece in reason
     kinds = Counter(region.kind for region in context.regions)
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

@@ -37,7 +37,7 @@ class Model:
     latent: str
     regions: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
-    misses: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
     in_parts: str = ""
 
 
@@ -362,7 +362,7 @@ ZOO: dict[str, Model] = {
     ),
     "ZImage": Model(
         zimage, zimage_inputs, "t", "x_0",
-        ("attention", "mlp") * 3, ("self", "self, fixed", "self", "self"), misses=(NOT_LATENT, NOT_LATENT),
+        ("attention", "mlp") * 3, ("self", "self, fixed", "self", "self"), rejected=(NOT_LATENT, NOT_LATENT),
     ),
     "Lumina2": Model(lumina2, lumina2_inputs, "timestep", "hidden_states", in_parts=PARTS),
     "LTXVideo": Model(ltx, ltx_inputs, "timestep", "hidden_states", CROSS * 2, ("self", "cross, fixed") * 2),

@@ -17,7 +17,6 @@ from tests.sampling import (
     TIMES,
     Enter,
     Taped,
-    alone,
     compiled,
     dit,
     noise,
@@ -28,6 +27,7 @@ from tests.sampling import (
     streams,
     take_turns,
     uncached,
+    under_compile_lock,
 )  # fmt: skip
 
 COLD = 4  # the step after four calls: its row is a forecast, so only a cold start makes it exact
@@ -124,7 +124,7 @@ def test_another_size_is_another_image(model: nn.Module, full: nn.Module) -> Non
     tape = Taped(model)
     later = run(plain(tape, times=TIMES[COLD:], size=(4, 16)))
     assert tape.equals(full, calls=[0, 3])
-    assert same(alone(model, lambda m: plain(m, times=TIMES[COLD:], size=(4, 16))), later)
+    assert same(under_compile_lock(model, lambda m: plain(m, times=TIMES[COLD:], size=(4, 16))), later)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -223,7 +223,7 @@ def test_a_part_without_autocast_stays_without() -> None:
 
 def test_inference_mode_changes_nothing(model: nn.Module, enter: Callable[[nn.Module], Enter]) -> None:
     """Dynamo has a graph of its own for tensors that were made in it; it computes the same."""
-    truth = alone(model, plain)
+    truth = under_compile_lock(model, plain)
     with torch.inference_mode():
         assert same(run(plain(model)), truth)
     loop = plain(model, enter=enter(model))

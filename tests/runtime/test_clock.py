@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeca_compile.runtime.clock import MAX_STREAMS, Clock, Counter, Sighting, Tick
+from moeca_compile.graph.variant import SLOTS, StateSlot
+from moeca_compile.runtime.clock import MAX_STREAMS, CallObservation, Clock, Counter, StepPlacement
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Action, Schedule
-from moeca_compile.variant import SLOTS, StateSlot
 
 LAYOUT = (StateSlot("state_000", 0, 0, SLOTS[0], (1,), "float32", "cpu", 4),)
 NEAR, FAR = 0.1, 1.4  # relative change of a latent within a trajectory; between two of them (independent noise: sqrt 2)
@@ -54,21 +54,21 @@ class Simulation:
     clock: Clock
     schedule: Schedule
 
-    def run(self, calls: Sequence[Call]) -> list[tuple[Call, Tick, bool]]:
+    def run(self, calls: Sequence[Call]) -> list[tuple[Call, StepPlacement, bool]]:
         """Each call, its tick, and whether it was computed; a stale or foreign state is an assertion error."""
         states: dict[Hashable, StreamState] = {}
         last: Call | None = None
         done = []
         for call in calls:
             jump = 0.0 if last is None else NEAR if last.trajectory == call.trajectory else FAR
-            tick = self.clock.observe(Sighting(call.timestep, call.stream, jump))
+            tick = self.clock.observe(CallObservation(call.timestep, call.stream, jump))
             last = call
             if tick.restart:
                 states.clear()
             done.append((call, tick, self._step(call, tick, states)))
         return done
 
-    def _step(self, call: Call, tick: Tick, states: dict[Hashable, StreamState]) -> bool:
+    def _step(self, call: Call, tick: StepPlacement, states: dict[Hashable, StreamState]) -> bool:
         if tick.stream is None:
             return True
         state = states.setdefault(tick.stream, StreamState(LAYOUT, 1))
@@ -166,42 +166,42 @@ def test_interleaved_trajectories_run_cold_and_say_so() -> None:
 
 def test_steps_of_a_warm_up_call_are_forgotten_without_a_warning() -> None:
     clock = Clock()
-    clock.observe(Sighting(1.0))
-    ticks = [clock.observe(Sighting(t, jump=jump)) for t, jump in ((1000.0, FAR), (950.0, NEAR), (900.0, NEAR))]
-    assert ticks == [Tick(0, 0, restart=True, broken_off=True), Tick(1, 0), Tick(2, 0)]
+    clock.observe(CallObservation(1.0))
+    ticks = [clock.observe(CallObservation(t, jump=jump)) for t, jump in ((1000.0, FAR), (950.0, NEAR), (900.0, NEAR))]
+    assert ticks == [StepPlacement(0, 0, restart=True, broken_off=True), StepPlacement(1, 0), StepPlacement(2, 0)]
 
 
 def test_a_trajectory_that_starts_where_the_last_one_stopped_is_cold() -> None:
     """img2img at the very timestep at which another run was stopped: only the latent tells."""
     clock = Clock()
     for t, jump in ((1000.0, 0.0), (950.0, NEAR), (900.0, NEAR)):
-        clock.observe(Sighting(t, "cat", jump))
-    tick = clock.observe(Sighting(900.0, "cat", FAR))
+        clock.observe(CallObservation(t, "cat", jump))
+    tick = clock.observe(CallObservation(900.0, "cat", FAR))
     assert tick.restart
-    assert clock.observe(Sighting(850.0, "cat", NEAR)) == Tick(1, 0)
+    assert clock.observe(CallObservation(850.0, "cat", NEAR)) == StepPlacement(1, 0)
 
 
 def test_another_trajectory_at_the_same_timestep_does_not_become_a_missing_stream() -> None:
     clock = Clock()
     for stream in ("cat", "null"):
-        clock.observe(Sighting(1000.0, stream, NEAR))
-    clock.observe(Sighting(950.0, "cat", NEAR))
-    tick = clock.observe(Sighting(950.0, "null", FAR))
+        clock.observe(CallObservation(1000.0, stream, NEAR))
+    clock.observe(CallObservation(950.0, "cat", NEAR))
+    tick = clock.observe(CallObservation(950.0, "null", FAR))
     assert tick.restart or tick.stream is None
     assert "stream=" in tick.warning
 
 
 def test_a_second_visit_is_computed_in_full_and_the_next_step_goes_on() -> None:
     clock = Clock()
-    ticks = [clock.observe(Sighting(t, jump=NEAR)) for t in (3.0, 2.0, 2.0, 1.0)]
+    ticks = [clock.observe(CallObservation(t, jump=NEAR)) for t in (3.0, 2.0, 2.0, 1.0)]
     assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (1, 0), (1, None), (2, 0)]
     assert "visited again" in ticks[2].warning
 
 
 def test_a_new_condition_after_the_first_step_is_computed_in_full() -> None:
     clock = Clock()
-    clock.observe(Sighting(3.0, "cat"))
-    tick = clock.observe(Sighting(2.0, "dog", NEAR))
+    clock.observe(CallObservation(3.0, "cat"))
+    tick = clock.observe(CallObservation(2.0, "dog", NEAR))
     assert tick.stream is None
     assert "conditioning" in tick.warning
     assert "stream=" in tick.warning
@@ -209,60 +209,64 @@ def test_a_new_condition_after_the_first_step_is_computed_in_full() -> None:
 
 def test_at_most_four_streams_share_a_timestep() -> None:
     clock = Clock()
-    ticks = [clock.observe(Sighting(3.0, number)) for number in range(MAX_STREAMS + 1)]
+    ticks = [clock.observe(CallObservation(3.0, number)) for number in range(MAX_STREAMS + 1)]
     assert [tick.stream for tick in ticks] == [0, 1, 2, 3, None]
     assert "stream=" in ticks[-1].warning
 
 
 def test_the_first_call_again_is_another_image() -> None:
     clock = Clock()
-    assert clock.observe(Sighting(3.0, "cat")) == clock.observe(Sighting(3.0, "cat")) == Tick(0, 0, restart=True)
+    assert (
+        clock.observe(CallObservation(3.0, "cat"))
+        == clock.observe(CallObservation(3.0, "cat"))
+        == StepPlacement(0, 0, restart=True)
+    )
 
 
 @pytest.mark.parametrize("timesteps", [(3.0, 2.0, 3.0), (1.0, 2.0, 1.0)])
 def test_a_flip_of_direction_starts_cold(timesteps: tuple[float, ...]) -> None:
     clock = Clock()
-    ticks = [clock.observe(Sighting(t, jump=NEAR)) for t in timesteps]
+    ticks = [clock.observe(CallObservation(t, jump=NEAR)) for t in timesteps]
     assert [tick.restart for tick in ticks] == [True, False, True]
 
 
 def test_an_unreadable_timestep_is_computed_in_full_with_its_reason() -> None:
     clock = Clock()
-    clock.observe(Sighting(3.0))
-    tick = clock.observe(Sighting(None, trouble="why"))
+    clock.observe(CallObservation(3.0))
+    tick = clock.observe(CallObservation(None, trouble="why"))
     assert (tick.stream, tick.warning) == (None, "why")
 
 
 def test_a_latent_that_is_not_finite_starts_cold() -> None:
     clock = Clock()
     for t in (3.0, 2.0):
-        clock.observe(Sighting(t, jump=NEAR))
-    assert clock.observe(Sighting(1.0, jump=math.nan)).restart
+        clock.observe(CallObservation(t, jump=NEAR))
+    assert clock.observe(CallObservation(1.0, jump=math.nan)).restart
 
 
 def test_calls_of_another_kind_go_on_with_the_trajectory() -> None:
     """A guidance interval: batch 1, then batch 2 for a while, then batch 1 again; each kind has streams of its own."""
     clock = Clock()
     calls = [(9.0, 1, "cat"), (8.0, 1, "cat"), (7.0, 2, "both"), (6.0, 2, "both"), (5.0, 1, "cat")]
-    ticks = [clock.observe(Sighting(t, condition, NEAR, kind=kind)) for t, kind, condition in calls]
+    ticks = [clock.observe(CallObservation(t, condition, NEAR, kind=kind)) for t, kind, condition in calls]
     assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 0)]
     assert not any(tick.warning for tick in ticks)
 
 
 def test_the_streams_of_a_kind_are_fixed_in_the_step_of_its_first_call() -> None:
     clock = Clock()
-    clock.observe(Sighting(9.0, "cat"))
-    ticks = [clock.observe(Sighting(8.0, stream, NEAR, kind=2)) for stream in ("cat", "null")]
+    clock.observe(CallObservation(9.0, "cat"))
+    ticks = [clock.observe(CallObservation(8.0, stream, NEAR, kind=2)) for stream in ("cat", "null")]
     assert [(tick.step, tick.stream) for tick in ticks] == [(1, 1), (1, 2)]
-    assert clock.observe(Sighting(7.0, "dog", NEAR, kind=2)).stream is None
+    assert clock.observe(CallObservation(7.0, "dog", NEAR, kind=2)).stream is None
 
 
 @pytest.mark.parametrize("jump", [FAR, -1.0])
 def test_a_call_of_another_kind_far_from_the_last_is_another_trajectory(jump: float) -> None:
     clock = Clock()
     for t in (9.0, 8.0):
-        clock.observe(Sighting(t, jump=NEAR))
-    tick = clock.observe(Sighting(7.0, jump=jump, kind=2))
+        clock.observe(CallObservation(t, jump=NEAR))
+    tick = clock.observe(CallObservation(7.0, jump=jump, kind=2))
     assert tick.restart
     assert bool(tick.warning) == (jump == FAR)  # another size isn't the next step of anything
 
@@ -270,27 +274,27 @@ def test_a_call_of_another_kind_far_from_the_last_is_another_trajectory(jump: fl
 def test_streams_of_two_kinds_may_have_latents_of_their_own() -> None:
     clock = Clock()
     calls = [(9.0, 1, 0.0), (9.0, 2, FAR), (8.0, 1, NEAR), (8.0, 2, NEAR)]
-    ticks = [clock.observe(Sighting(t, jump=jump, kind=kind)) for t, kind, jump in calls]
+    ticks = [clock.observe(CallObservation(t, jump=jump, kind=kind)) for t, kind, jump in calls]
     assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_trajectories_of_two_sizes_that_take_turns_are_told_to_say_so() -> None:
     clock = Clock()
     calls = [(9.0, 1, 0.0), (6.0, 2, -1.0), (8.0, 1, -1.0), (5.0, 2, -1.0)]
-    ticks = [clock.observe(Sighting(t, jump=jump, kind=kind)) for t, kind, jump in calls]
+    ticks = [clock.observe(CallObservation(t, jump=jump, kind=kind)) for t, kind, jump in calls]
     assert all(tick.restart for tick in ticks)
     assert any("stream=" in tick.warning for tick in ticks)
 
 
 def test_an_exact_trajectory_looks_at_no_latent() -> None:
     clock = Clock(latent_jump=math.inf)
-    ticks = [clock.observe(Sighting(t, jump=jump)) for t, jump in ((3.0, 0.0), (2.0, FAR), (1.0, math.nan))]
+    ticks = [clock.observe(CallObservation(t, jump=jump)) for t, jump in ((3.0, 0.0), (2.0, FAR), (1.0, math.nan))]
     assert [tick.step for tick in ticks] == [0, 1, 2]
 
 
 def test_a_named_stream_counts_every_call() -> None:
     counter = Counter()
-    ticks = [counter.observe(Sighting(0.0)) for _ in range(3)]
+    ticks = [counter.observe(CallObservation(0.0)) for _ in range(3)]
     assert [tick.step for tick in ticks] == [0, 1, 2]
     assert [tick.restart for tick in ticks] == [True, False, False]
     assert len({tick.stream for tick in ticks}) == 1

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeca_compile.runtime import content
-from moeca_compile.runtime.content import CHUNK, MOST, SHARES, Contents, Stamp
+from moeca_compile.graph import content
+from moeca_compile.graph.content import CHUNK, MOST, SHARES, Contents, Stamp
 
 DTYPES = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64,
@@ -80,14 +80,14 @@ def test_what_is_not_kept_is_forgotten() -> None:
 @pytest.mark.parametrize("mode", [False, True], ids=["plain", "inference"])
 def test_nobody_waits_for_a_tensor_that_seems_untouched(monkeypatch: pytest.MonkeyPatch, mode: bool) -> None:
     """On an accelerator: what was written past its version counter is told by the next call but one."""
-    monkeypatch.setattr(content, "must_be_waited_for", lambda value: True)
+    monkeypatch.setattr(content, "needs_device_sync", lambda value: True)
     with torch.inference_mode(mode):
         contents, value = Contents(), torch.zeros(3)
         first, _ = contents.likely_number(value)
         monkeypatch.setattr(Contents, "number", None)
         assert contents.likely_number(value) == (first, False)
         monkeypatch.undo()
-        monkeypatch.setattr(content, "must_be_waited_for", lambda value: True)
+        monkeypatch.setattr(content, "needs_device_sync", lambda value: True)
         if not mode:
             value.add_(1)
             second, was_wrong = contents.likely_number(value)

@@ -22,7 +22,6 @@ from tests.sampling import (
     TIMES,
     Loop,
     Taped,
-    alone,
     cfg_batched,
     cfg_calls,
     compiled,
@@ -37,6 +36,7 @@ from tests.sampling import (
     streams,
     take_turns,
     uncached,
+    under_compile_lock,
 )  # fmt: skip
 
 CALM = r"moeca_compile\.trajectory"  # what the warnings about a lost trajectory name
@@ -57,7 +57,7 @@ def test_a_trajectory_forecasts_and_repeats_bit_by_bit(model: nn.Module, full: n
 
 
 def test_a_sampler_may_overwrite_latent_and_output(model: nn.Module) -> None:
-    truth = alone(model, plain)
+    truth = under_compile_lock(model, plain)
     assert same(run(in_place(model)), truth)
 
 
@@ -129,7 +129,7 @@ def test_branches_of_two_shapes_are_both_cached(model: nn.Module, twin: nn.Modul
 
 @pytest.mark.parametrize("calls", range(1, 10))
 def test_a_trajectory_after_one_that_stopped_early_is_its_own(model: nn.Module, calls: int) -> None:
-    truth = alone(model, lambda m: plain(m, seed=1))
+    truth = under_compile_lock(model, lambda m: plain(m, seed=1))
     run(plain(model, seed=0), calls)
     assert same(run(plain(model, seed=1)), truth)
 
@@ -138,7 +138,7 @@ def test_a_trajectory_after_one_that_stopped_early_is_its_own(model: nn.Module, 
 @pytest.mark.parametrize("stop", [5, 10])
 def test_a_trajectory_that_starts_in_the_middle_is_its_own(model: nn.Module, stop: int, first: int) -> None:
     """img2img, also at the very step where the last run stopped, and one further."""
-    truth = alone(model, lambda m: plain(m, seed=1, times=TIMES[first:]))
+    truth = under_compile_lock(model, lambda m: plain(m, seed=1, times=TIMES[first:]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{CALM}", category=MoecaWarning)
         run(plain(model, seed=0), stop)
@@ -232,7 +232,7 @@ def test_interleaved_named_streams_are_exact_and_fast(
 def test_interleaved_trajectories_without_a_stream_are_exact_and_fast(
     model: nn.Module, loop: Callable[..., Loop]
 ) -> None:
-    truths = [alone(model, lambda m, seed=seed: loop(m, seed=seed)) for seed in (0, 1)]
+    truths = [under_compile_lock(model, lambda m, seed=seed: loop(m, seed=seed)) for seed in (0, 1)]
     opened = [moeca.trajectory(model), moeca.trajectory(model)]
     loops = [loop(model, seed=n, enter=lambda _, one=one: one) for n, one in enumerate(opened)]
     assert all(same(*pair) for pair in zip(take_turns(loops, (0, 1, 1, 0, 1)), truths, strict=True))
@@ -240,14 +240,14 @@ def test_interleaved_trajectories_without_a_stream_are_exact_and_fast(
 
 def test_calls_after_a_named_stream_are_not_counted_to_it(model: nn.Module) -> None:
     """Left, a trajectory is left: the next call outside follows the clock again."""
-    truth = alone(model, lambda m: plain(m, seed=1))
+    truth = under_compile_lock(model, lambda m: plain(m, seed=1))
     with moeca.trajectory(model, stream="only"):
         run(plain(model, seed=0), 4)
     assert same(run(plain(model, seed=1)), truth)
 
 
 def test_a_trajectory_around_the_loop_leaves_calls_outside_alone(model: nn.Module) -> None:
-    truth = alone(model, plain)
+    truth = under_compile_lock(model, plain)
     outside = plain(model)
     first = run(outside, 4)
     with moeca.trajectory(model):
@@ -271,7 +271,7 @@ def test_more_calls_than_declared_are_refused(model: nn.Module) -> None:
 def test_instances_of_one_class_that_take_turns_share_nothing(style: str) -> None:
     """They share one Dynamo callable, and their loops look alike."""
     models = [compiled(dit(seed, style)) for seed in range(2)]
-    truths = [alone(one, plain) for one in models]
+    truths = [under_compile_lock(one, plain) for one in models]
     assert not same(*truths)
     for outputs, truth in zip(take_turns([plain(one) for one in models]), truths, strict=True):
         assert same(outputs, truth)
@@ -282,7 +282,7 @@ def test_instances_of_one_class_that_take_turns_share_nothing(style: str) -> Non
 def test_one_model_compiled_twice_keeps_two_states(other: dict[str, object]) -> None:
     module = dit()
     models = [compiled(module), compiled(module, **other)]
-    truths = [alone(one, lambda m: plain(m, seed=7)) for one in models]
+    truths = [under_compile_lock(one, lambda m: plain(m, seed=7)) for one in models]
     assert same(*truths) == (not other)
     for outputs, truth in zip(take_turns([plain(one, seed=7) for one in models]), truths, strict=True):
         assert same(outputs, truth)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile import gate
 from moeca_compile.errors import MoecaWarning
+from moeca_compile.frontend import gate
 from tests.sampling import compiled, dit, noise, records
 
 LABELS, STEPS = torch.tensor([3, 3]), 6

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeca_compile.engine import hoisted
+from moeca_compile.engine.hoisted import Ahead, Hoisted, uniform_timestep
 from moeca_compile.errors import LoweringError
-from moeca_compile.regions import HoistedValue
-from moeca_compile.runtime import hoisted
-from moeca_compile.runtime.hoisted import Ahead, Hoisted, uniform_timestep
-from moeca_compile.variant import Variant
+from moeca_compile.graph.regions import HoistedValue
+from moeca_compile.graph.variant import Variant
 
 # arguments of a call: latent, timestep, prompt
 STEP, FIXED = 0, 1  # positions among the hoisted values
@@ -32,7 +32,7 @@ class Program:
     ran: list[Any] = field(default_factory=list)
     given_up: list[LoweringError] = field(default_factory=list)
 
-    def prelude(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Any]:
+    def prologue(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Any]:
         self.ran.append(gives)
         if gives == (FIXED,):
             return _variant(takes=(2,)), lambda given: [given[0].sum().reshape(1)]
@@ -56,7 +56,7 @@ class Program:
 
 
 def _variant(takes: tuple[int, ...], hoists: tuple[int, ...] = ()) -> Variant:
-    return Variant("prelude", (), None, takes, (), (), False, False, outputs=1, hoists=hoists)
+    return Variant("prologue", (), None, takes, (), (), False, False, outputs=1, hoists=hoists)
 
 
 def call(kept: Hoisted, program: Program, t: float, prompt: Tensor, wanted: Sequence[int] = (STEP, FIXED)) -> bool:
@@ -115,14 +115,14 @@ def test_an_equal_prompt_in_another_tensor_is_the_same() -> None:
 
 def weighted(program: Program, weight: Tensor) -> list[Any]:
     """A call's arguments, the last a weight that comes into the value of the prompt."""
-    plain = program.prelude
+    plain = program.prologue
 
-    def prelude(gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Any]:
+    def prologue(gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Any]:
         if gives == (FIXED,):
             return _variant(takes=(2, 3)), lambda given: [given[0].sum().reshape(1) * given[1].sum()]
         return plain(gives, args)
 
-    program.prelude = prelude  # type: ignore[method-assign]
+    program.prologue = prologue  # type: ignore[method-assign]
     return [torch.zeros(1), torch.tensor([1.0]), torch.ones(3), weight]
 
 

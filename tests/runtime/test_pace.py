@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from moeca_compile.adaptive import Adaptive
 from moeca_compile.errors import ScheduleError
 from moeca_compile.runtime.pace import Pace
+from moeca_compile.schedule.adaptive import Adaptive
 
 
 def walk(adaptive: Adaptive, figures: list[float]) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeca_compile.runtime import probe as probe_file
-from moeca_compile.runtime.probe import Probe
+from moeca_compile.engine import probe as probe_file
+from moeca_compile.engine.probe import Probe
 
 
 def condition_of(probe: Probe, *tensors: object) -> Hashable:
@@ -24,7 +24,7 @@ def condition_of(probe: Probe, *tensors: object) -> Hashable:
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator everything is compared on the device and read at once; here its tensors are the host's."""
     if request.param == "accelerator":
-        monkeypatch.setattr(probe_file, "must_be_waited_for", lambda value: isinstance(value, Tensor))
+        monkeypatch.setattr(probe_file, "needs_device_sync", lambda value: isinstance(value, Tensor))
 
 
 def test_a_change_in_place_is_seen() -> None:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeca_compile.forecast import newton
+from moeca_compile.graph.variant import SLOTS, StateSlot
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Action, Row
-from moeca_compile.variant import SLOTS, StateSlot
+from moeca_compile.schedule.forecast import newton
 
 C, R, F = Action.COMPUTE, Action.REUSE, Action.FORECAST
 

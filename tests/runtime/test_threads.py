@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile import ops
 from moeca_compile.errors import StateError
-from tests.sampling import TIMES, Loop, Model, Taped, alone, cfg_calls, dit, plain, run, same, streams
+from moeca_compile.ops import experts as ops
+from tests.sampling import TIMES, Loop, Model, Taped, cfg_calls, dit, plain, run, same, streams, under_compile_lock
 
 PATIENCE = 60.0  # seconds until a test gives up waiting
 
@@ -56,7 +56,7 @@ def test_two_threads_without_trajectories_are_refused(model: nn.Module, batch: i
     for size in (batch, 2):  # once each, so that neither is compiled below
         run(plain(model, batch=size))
         moeca.reset(model)
-    truth = alone(model, plain)
+    truth = under_compile_lock(model, plain)
     outputs: list[Tensor] = []
     with (
         paused_in_the_middle(lambda: outputs.extend(run(plain(model)))),

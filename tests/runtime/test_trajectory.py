@@ -14,9 +14,9 @@ from types import TracebackType
 
 import pytest
 
+from moeca_compile.engine.blocks import current
+from moeca_compile.engine.trajectory import Trajectory
 from moeca_compile.errors import MoecaWarning, StateError
-from moeca_compile.runtime.blocks import current
-from moeca_compile.runtime.trajectory import Trajectory
 
 MODEL, OTHER = {1, 2}, {3}
 

@@ -177,7 +177,7 @@ def test_a_frozen_trajectory_looks_at_no_weight(monkeypatch: pytest.MonkeyPatch)
     with moeca.trajectory(handle, frozen=True):
         loop = steps(handle)
         next(loop)
-        monkeypatch.setattr("moeca_compile.runtime.hoisted.Hoisted.weights_changed", None)
+        monkeypatch.setattr("moeca_compile.engine.hoisted.Hoisted.weights_changed", None)
         assert len(list(loop)) == len(TIMES) - 1
 
 
@@ -191,7 +191,7 @@ def test_on_an_accelerator_a_named_stream_tells_late_and_starts_cold(monkeypatch
     handle = torch.compile(model(), backend="moeca", options={"schedule": "uniform:4", "inner": "eager"})
     buffer, changed = prompts(SMALL)[0].clone(), prompts(SMALL)[1]
     x = torch.randn(1, 4, DIM)
-    monkeypatch.setattr("moeca_compile.runtime.content.must_be_waited_for", lambda value: isinstance(value, Tensor))
+    monkeypatch.setattr("moeca_compile.graph.content.needs_device_sync", lambda value: isinstance(value, Tensor))
     with torch.no_grad(), moeca.trajectory(handle, stream="s"):
         for t in TIMES[:2]:
             handle(x, torch.tensor([t]), buffer)

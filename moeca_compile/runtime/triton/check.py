@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.graphs import graph_of
-from moeca_compile.runtime.manifest import COEFFICIENTS, DROPPED, Dim, TensorSpec, known_dim
+from moeca_compile.runtime.bundle.graphs import graph_of
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, Dim, TensorSpec, known_dim
 from moeca_compile.runtime.triton.config import CONTROLS, TYPES, at_the_face, sizes_of
 from moeca_compile.runtime.triton.pbtxt import loads, many
 

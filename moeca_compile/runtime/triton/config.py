@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime import bfloat16
-from moeca_compile.runtime.manifest import TensorSpec
+from moeca_compile.runtime.bundle import bfloat16
+from moeca_compile.runtime.bundle.manifest import TensorSpec
 from moeca_compile.runtime.triton.pbtxt import Name
 
 BUNDLE, MODEL_FILE = "bundle", "model.onnx"

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import FUSED, MANIFEST, STEP, WEIGHTS, Manifest
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import FUSED, MANIFEST, STEP, WEIGHTS, Manifest
+from moeca_compile.runtime.tensorrt import runtime as trt
 from moeca_compile.runtime.triton.check import Specs, check_python, check_state, signature_of
 from moeca_compile.runtime.triton.config import BUNDLE, MODEL_FILE, python_config, state_config
 from moeca_compile.runtime.triton.pbtxt import dumps
-from moeca_compile.runtime.trt import runtime as trt
 from moeca_compile.runtime.writing import building
 
 CONFIG = "config.pbtxt"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moeca_compile.errors import StateError
-from moeca_compile.runtime.feeds import Arrays
+from moeca_compile.runtime.bundle.feeds import Arrays
 from moeca_compile.runtime.session import Session, Trajectory
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.writing import entry_of, seal
 from moeca_compile.schedule import Schedule
 from tests.bundle.conftest import call_of, small_model

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import Manifest, VariantSpec
-from moeca_compile.runtime.signature import signature_of
-from moeca_compile.runtime.trt.library import Library
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import Manifest, VariantSpec
+from moeca_compile.runtime.bundle.signature import signature_of
+from moeca_compile.runtime.tensorrt.library import Library
 
 VERSION = "11.4.0"
 

@@ -13,13 +13,13 @@ from onnx import TensorProto, helper
 import moeca_compile as moeca
 from moeca_compile.errors import BundleError, LoweringError, MoecaWarning, OptionError
 from moeca_compile.exporting import entry
-from moeca_compile.lower import tensorrt
-from moeca_compile.lower.tensorrt import EngineRequest, build, build_engines, profile, targets
-from moeca_compile.lower.tensorrt_command import trtexec_lines
-from moeca_compile.lower.tensorrt_operators import operators_of, refuse_unsupported
-from moeca_compile.runtime.bundle import Bundle, engine_file
-from moeca_compile.runtime.trt import library as libraries
-from moeca_compile.runtime.trt.library import Library, find
+from moeca_compile.lowering.tensorrt import build as tensorrt
+from moeca_compile.lowering.tensorrt.build import EngineRequest, build, build_engines, profile, targets
+from moeca_compile.lowering.tensorrt.command import trtexec_lines
+from moeca_compile.lowering.tensorrt.operators import operators_of, refuse_unsupported
+from moeca_compile.runtime.bundle.bundle import Bundle, engine_file
+from moeca_compile.runtime.tensorrt import library as libraries
+from moeca_compile.runtime.tensorrt.library import Library, find
 from moeca_compile.schedule import Schedule
 from tests.bundle.conftest import call_of, edit_manifest, small_model
 

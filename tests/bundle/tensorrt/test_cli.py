@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from moeca_compile import exporting
 from moeca_compile.cli import bundles, deploy
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.lower.tensorrt import EngineRequest
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.lowering.tensorrt.build import EngineRequest
+from moeca_compile.runtime.bundle.bundle import Bundle
 
 
 def run(*words: object) -> str:

@@ -7,8 +7,8 @@ import json
 import random
 
 from moeca_compile.errors import MoecaError
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import MANIFEST, digest_of
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
 from tests.bundle.tensorrt.test_running import on_engines
 from tests.bundle.test_fuzz import mutate_bytes, mutate_entry, result_of
 

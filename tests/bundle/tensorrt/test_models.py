@@ -12,8 +12,8 @@ import moeca_compile as moeca
 from benchmarks import models
 from examples import digits
 from moeca_compile.errors import MoecaWarning
-from moeca_compile.lower.tensorrt import EngineRequest
-from moeca_compile.runtime.bundle import Bundle, engine_file
+from moeca_compile.lowering.tensorrt.build import EngineRequest
+from moeca_compile.runtime.bundle.bundle import Bundle, engine_file
 from moeca_compile.schedule import Action, Schedule
 
 pytest.importorskip("tensorrt_rtx_bindings")

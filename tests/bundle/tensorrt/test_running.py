@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.verify import verify
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.trt import library as libraries
-from moeca_compile.runtime.trt import runtime
-from moeca_compile.runtime.trt.library import Library, find
-from moeca_compile.runtime.trt.memory import Device, Pool
-from moeca_compile.runtime.verify import verify
+from moeca_compile.runtime.tensorrt import library as libraries
+from moeca_compile.runtime.tensorrt import runtime
+from moeca_compile.runtime.tensorrt.library import Library, find
+from moeca_compile.runtime.tensorrt.memory import Device, Pool
 from moeca_compile.runtime.writing import entry_of
 from tests.bundle.conftest import call_of, edit_manifest, named
 from tests.bundle.tensorrt.fake import Engine, HostDevice, library_for

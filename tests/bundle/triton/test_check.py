@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import TensorSpec
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import TensorSpec
 from moeca_compile.runtime.triton.check import check_python, check_state, signature_of
 from moeca_compile.runtime.triton.config import Config, python_config, state_config
 from moeca_compile.runtime.triton.pbtxt import Name, dumps, loads

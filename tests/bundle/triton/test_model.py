@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moeca_compile.errors import StateError
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.triton import write_repository
 from moeca_compile.runtime.triton.model import TritonPythonModel

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.bundle import Bundle
-from moeca_compile.runtime.manifest import EngineSpec
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.manifest import EngineSpec
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.triton import write_repository
 from moeca_compile.runtime.triton.pbtxt import loads

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeca_compile.runtime.bundle import Bundle
+from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.triton import write_repository
 from tests.bundle.conftest import call_of, named

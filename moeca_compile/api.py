@@ -1,0 +1,298 @@
+"""What people call: compile, prepare, warmup, trajectory, reset, stats, explain. `doors` says what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+
+from moeca_compile import expert_dispatch as canonical
+from moeca_compile.engine.bank import HandleRuntime
+from moeca_compile.engine.frozen import install_fast_path
+from moeca_compile.engine.program import Program
+from moeca_compile.engine.trajectory import Trajectory
+from moeca_compile.engine.visit import Visitor, visiting
+from moeca_compile.errors import CaptureError, StateError
+from moeca_compile.expert_dispatch import PrepareReport
+from moeca_compile.expert_dispatch.isolate import isolate, share_again
+from moeca_compile.frontend import backend
+from moeca_compile.frontend.backend import Backend, Entry
+from moeca_compile.frontend.doors import (
+    compiled_parts,
+    inputs_and_options,
+    models_of,
+    not_in_place,
+    one_model,
+    parts_of,
+    past_handle,
+    plain_module,
+)
+from moeca_compile.frontend.gate import gate_of
+from moeca_compile.frontend.handles import HandleState, states_of
+from moeca_compile.frontend.methods import route_methods
+from moeca_compile.frontend.owner import handle_of, parameters_of
+from moeca_compile.frontend.totals import stats_of
+from moeca_compile.graph.capture import isolate_recompiles_kwargs
+from moeca_compile.inspect.report import Report, VariantReport
+from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
+from moeca_compile.options import Options
+from moeca_compile.runtime.stats import Stats
+from moeca_compile.schedule import Schedule
+
+Model = TypeVar("Model")
+
+
+def prepare(model: Any) -> PrepareReport:
+    """Give the model's expert dispatch the traceable form, in place; eager results and `state_dict` stay as they are.
+
+    `torch.compile(model, backend="moeca")` does it by itself on the first call; do it by hand for `fullgraph=True`, and
+    for a compiled function that closes over a model. Of a pipeline its transformers are prepared, and reported as one.
+    """
+    reports = []
+    for one in models_of(model, "prepare"):
+        isolate(plain_module(one))
+        reports.append(canonical.prepare(plain_module(one)))
+    if len(reports) == 1:
+        return reports[0]
+    return PrepareReport(*(sum((getattr(one, f.name) for one in reports), ()) for f in fields(PrepareReport)))
+
+
+def unprepare(model: Any) -> None:
+    """Undo `prepare`."""
+    for one in models_of(model, "unprepare"):
+        canonical.unprepare(plain_module(one))
+        share_again(plain_module(one))
+
+
+def compile(
+    model: Model,
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    **options: Any,
+) -> Model:
+    """`prepare` and `torch.compile(model, backend="moeca")`, with the fields of `Options` as keywords.
+
+    Of a pipeline its transformers (`transformer`, `transformer_2`) are compiled and set on it; it is returned. A model
+    that is compiled already, by `torch.compile` or in place, is compiled anew: the last one counts. Methods that call
+    the model's `forward`, such as `forward_with_cfg`, run it compiled too.
+
+    Raises:
+        OptionError: an unknown option or a value it doesn't take, at once and not at the first call.
+        ScheduleError: a schedule that can't be read.
+        StateError: neither a module nor a pipeline with a `transformer`.
+    """
+    parsed = Options.from_backend_options(options, mode)
+    backend = Backend(parsed)
+    modules = [plain_module(one) for one in models_of(model, "compile")]
+    if parsed.inner == "inductor" and any(compiles_on_cpu(one.parameters()) for one in modules):
+        ask_compiler()
+    found: list[Any] = []
+    for one in modules:
+        not_in_place(one)
+        prepare(one)
+        compiled: Any = torch.compile(
+            one, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
+        )
+        gate_of(compiled.dynamo_ctx)
+        route_methods(compiled)
+        found.append(compiled)
+    parts = parts_of(model)
+    for name, compiled in zip(parts, found, strict=False):
+        setattr(model, name, compiled)
+    return model if parts else found[0]
+
+
+def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
+    """Capture, and compile every variant for inputs like these, now and not in the middle of the first image.
+
+    Keeps no state: the next call starts a trajectory. Returns the model's output, everything computed.
+
+    Raises:
+        StateError: the model isn't compiled with moeca, or a pipeline has two of them.
+    """
+    model = one_model(model, "warmup")
+
+    def warm(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
+        try:
+            program, args = entry.place(args, bank)
+        except CaptureError as error:
+            return entry.run_uncached(args, str(error))
+        with bank.packs.active() if program.packs_experts else nullcontext():
+            return program.warm(args)
+
+    with torch.no_grad():
+        result, seen = _visit(model, inputs, keywords, warm)
+    if not seen and not any(state.parts for state in states_of(model)):
+        raise StateError('warmup: nothing was compiled. Is this torch.compile(model, backend="moeca")?')
+    return result
+
+
+def trajectory(
+    model: Any,
+    steps: int | None = None,
+    stream: str | None = None,
+    *,
+    timesteps: Sequence[float] = (),
+    frozen: bool = False,
+) -> Trajectory:
+    """Say where a trajectory begins and ends: `with moeca_compile.trajectory(model, steps=50): ...`
+
+    Inside it nothing of another trajectory is ever used. With `stream`, each call of the model is exactly one step and
+    no input is read on the host; open one a stream and enter it around each call of that stream. Entering the same
+    object again goes on with it. For a compiled function pass the function; a pipeline stands for its transformers.
+
+    Args:
+        model: the compiled model.
+        steps: calls expected (a stream); one more is refused. None: any number.
+        stream: a name, for samplers that call the model several times a step (CFG in two calls, Heun).
+        timesteps: those that the model will be called with, as it receives them: what depends on them alone is then
+            computed for all steps at once. Without them that is so from the second trajectory on, where its timesteps
+            are those of the first. A call with another timestep computes its own; but in a stream on an accelerator,
+            where nobody waits to look, they are those of its calls, one by one, and others are an error afterwards.
+        frozen: a promise that nothing touches the model until the trajectory is left for the last time: no weight,
+            attribute, hook or submodule of it changes, not by itself either. From the second call of a kind (shapes,
+            dtypes, other arguments) on nobody looks, which for a model of many weights takes longer than a reused step.
+
+    Raises:
+        StateError: fewer than one step; not compiled with moeca; or frozen, and the model is no compiled module. When
+            it is left: other timesteps came than were told.
+    """
+    if frozen:
+        model = one_model(model, "trajectory")
+        install_fast_path(model)
+    found = compiled_parts(model, "trajectory")
+    weights = [id(weight) for one in found for weight in parameters_of(one)]
+    made = Trajectory(weights, steps, stream, timesteps, model if frozen else None)
+    made.if_empty = past_handle(found)
+    return made
+
+
+def reset(model: Any) -> None:
+    """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
+    for state in _states(model, "reset"):
+        state.bank.reset()
+
+
+def stats(model: Any) -> Stats:
+    """What the last trajectory did, and what is held now.
+
+    Raises:
+        StateError: it isn't compiled with moeca.
+    """
+    return stats_of(_states(model, "stats"))
+
+
+def _states(model: Any, what: str) -> list[HandleState]:
+    return list(dict.fromkeys(state for one in compiled_parts(model, what) for state in states_of(one)))
+
+
+def explain(
+    model: Any,
+    *inputs: Any,
+    keywords: Mapping[str, Any] | None = None,
+    schedule: Schedule | str | Path | None = None,
+    **given: Any,
+) -> Report:
+    """Capture the model for these inputs and report what was found and what would be built; nothing is compiled.
+
+    Keywords are inputs that the model takes by name, as pipelines call it, or options; `keywords` are inputs whose
+    names are those of options.
+    The model's own parameters are used, its cached state isn't touched. A model compiled with moeca is explained with
+    its own options, unless some are given here. Without inputs and options its last call is explained.
+
+    Raises:
+        CaptureError: nothing to cache, or the graph can't be captured.
+        StateError: no inputs, and no call that could be explained.
+        OptionError: a keyword that is neither an option nor one of the model's.
+        StateError: a pipeline with two transformers.
+    """
+    model = one_model(model, "explain")
+    named, options = inputs_and_options(model, given)
+    given = {**options, **({} if schedule is None else {"schedule": schedule})}
+    if not (inputs or named or keywords):
+        return _last_call(model, given)
+    Options.from_backend_options(given)
+    if isinstance(model, torch.nn.Module) and not _is_compiled(model):
+        prepare(model)
+        model = torch.compile(model, backend=backend.moeca, options=given)
+    programs: list[Program] = []
+
+    def look(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
+        read = None if given.keys() & {"schedule", "order"} else bank.schedule
+        programs.append(Program(entry.gm, args, entry.inputs, replace(bank.options, **given), read))
+        return tuple(entry.gm(*args))
+
+    with torch.no_grad():
+        _visit(model, inputs, {**named, **(keywords or {})}, look)
+    broken = [state for state in states_of(model) if state.parts]
+    parts, breaks = sum(state.parts for state in broken), "\n".join(state.uncached for state in broken)
+    if programs:
+        return replace(_report(programs), graphs=len(programs) + parts, breaks=breaks)
+    if broken:
+        return Report.of_parts(parts, breaks)
+    raise CaptureError(
+        "explain: no graph of the model came to this backend. Dynamo gave up on its whole forward "
+        '(TORCH_LOGS="graph_breaks" shows why), or it was compiled for another backend'
+    )
+
+
+def _last_call(model: Any, given: Mapping[str, Any]) -> Report:
+    states = states_of(model)
+    programs = [program for state in states for program in state.bank.programs.values()]
+    uncached = [state for state in states if state.uncached]
+    if given or not (programs or uncached):
+        reason = "options are explained for inputs" if given else "no call of the compiled model was made yet"
+        raise StateError(f"explain: {reason}. Pass inputs as the model takes them: explain(model, *inputs)")
+    if programs:
+        return replace(_report(programs[-1:]), graphs=len(programs))
+    return Report.of_parts(sum(state.parts for state in uncached), "\n".join(state.uncached for state in uncached))
+
+
+def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor: Visitor) -> tuple[Any, bool]:
+    """Call the model with `visitor` in place of running its graphs; twice, if the first call only prepared it."""
+    seen = False
+
+    def note(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
+        nonlocal seen
+        seen = True
+        return visitor(entry, args, bank)
+
+    with visiting(note, handle_of(model)):
+        result = model(*inputs, **keywords)
+        if not seen:
+            result = model(*inputs, **keywords)
+    return result, seen
+
+
+def _is_compiled(model: torch.nn.Module) -> bool:
+    return isinstance(model, OptimizedModule) or model._compiled_call_impl is not None
+
+
+def _report(programs: Sequence[Program]) -> Report:
+    main = max(programs, key=lambda program: len(program.regions))
+    variants = [main.variant(row) for row in main.schedule.distinct_rows()]
+    serves = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
+    return Report(
+        graphs=len(programs),
+        nodes=len(main.analysis.gm.graph.nodes),
+        regions=main.regions.regions,
+        rejected=main.regions.rejected,
+        total_macs=main.regions.total_macs,
+        fingerprint=main.regions.fingerprint,
+        timestep=main.analysis.context.roles.timestep,
+        latent=main.analysis.context.roles.latent,
+        schedule=main.schedule,
+        state_bytes=sum(slot.bytes for slot in main.layout),
+        passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.records),
+        variants=tuple(
+            VariantReport(v.name, serves[v.row], v.node_count, v.macs, len(v.reads), len(v.writes)) for v in variants
+        ),
+        hoisted=tuple(main.prologues.hoisted[i] for i in sorted({i for v in variants for i in v.hoists})),
+    )

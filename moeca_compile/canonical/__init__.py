@@ -1,6 +1,0 @@
-"""Before tracing: recognise an MoE module's expert dispatch and give it the form that a compiler can trace."""
-
-from moeca_compile.canonical.prepare import prepare, prepared, unprepare
-from moeca_compile.canonical.report import PreparedModule, PrepareReport
-
-__all__ = ["PrepareReport", "PreparedModule", "prepare", "prepared", "unprepare"]

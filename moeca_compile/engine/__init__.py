@@ -1,0 +1,1 @@
+"""The torch executor: programs of a captured graph, the state of trajectories, and one step of them."""

@@ -1,0 +1,1 @@
+"""Methods as source: read, made straight, and given back as functions."""

@@ -1,0 +1,37 @@
+"""`stats`: what the last trajectory of a handle did, and what is held for it now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from moeca_compile.frontend.handles import HandleState
+from moeca_compile.runtime.stats import Stats, StepRecord
+
+
+def stats_of(states: Sequence[HandleState]) -> Stats:
+    """The sums over `states`: of one handle, or of all handles of one model."""
+    steps: list[StepRecord] = []
+    seconds: dict[str, float] = {}
+    warned = Counter[str]()
+    state_bytes = hoisted_bytes = 0
+    for bank in [state.bank for state in states]:
+        with bank.lock:
+            programs, trajectories = list(bank.programs.values()), list(bank.all)
+            steps += bank.latest.shown()
+        warned |= bank.warned.counts.copy()
+        for program in programs:
+            for name, spent in list(program.compile_seconds.items()):
+                seconds[name] = seconds.get(name, 0.0) + spent
+        for runs, track in [pair for tracks in trajectories for pair in tracks.programs()]:
+            hoisted_bytes += sum(one.bytes for one in list(track.hoisted.values()))
+            for state in list(track.states.values()):
+                pairs = zip(list(state.tensors), runs.layout, strict=True)
+                state_bytes += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
+    if len(states) > 1:
+        steps.sort(key=lambda record: record.step)  # stable: calls of one handle stay in their order
+    full = sum(record.full_macs for record in steps)
+    fraction = sum(record.macs for record in steps) / full if full else 1.0
+    graphs = sum(bool(state.bank.programs) + state.parts for state in states)
+    uncached = "\n".join(dict.fromkeys(state.uncached for state in states if state.uncached))
+    return Stats(tuple(steps), state_bytes, fraction, graphs, seconds, hoisted_bytes, dict(warned), uncached)

@@ -1,0 +1,217 @@
+"""Dynamo's graph -> one functional ATen graph: the IR that every pass reads, whichever door it came through.
+
+SDPA and linear stay whole, views and in-place ops are functionalised, weights are placeholders, module paths and
+source lines are kept. One capture is for one concrete input signature: sizes are numbers in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch._dynamo.convert_frame import compile_lock
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
+
+from moeca_compile.errors import CaptureError
+from moeca_compile.graph import fx
+from moeca_compile.graph.autocast import ambient_autocast, autocast_is, materialise_casts
+from moeca_compile.graph.constants import constants_of, takes_sizes
+
+_RESERVED = re.compile(r"coefficients|now|(state|hoisted)_\d+")  # what variants call their own inputs
+
+# Inside a session other threads may go on calling what is compiled (before torch 2.13 they are refused).
+_session = getattr(torch.compiler, "_compile_session_context", nullcontext)
+
+
+def isolate_recompiles_kwargs() -> dict[str, Any]:
+    """For torch.compile, from 2.13 on: else Dynamo counts what the same model was compiled with before, and past its
+    limit runs eager."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+
+
+@contextmanager
+def under_compile_lock() -> Iterator[None]:
+    """For tracing and compiling, which use globals of torch: Dynamo's own lock keeps them apart from other threads'.
+
+    Python's collector pauses: it would go through all that was built so far again and again, and find nothing."""
+    with compile_lock, _session(), _no_collector():
+        yield
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One placeholder: `label` is the parameter's dotted name or the argument's name."""
+
+    name: str
+    label: str
+    is_weight: bool
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A functional graph and what its placeholders are, in order."""
+
+    gm: GraphModule
+    inputs: tuple[Input, ...]
+
+    def __str__(self) -> str:
+        return str(self.gm.code)
+
+
+def inputs_of(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Input, ...]:
+    """What each placeholder of a Dynamo graph is. Parameters and buffers arrive as the real tensors."""
+    found = []
+    for node, example in zip(fx.placeholders(gm), example_inputs, strict=True):
+        source = getattr(node, "_dynamo_source", None)
+        name = str(getattr(source, "name", "") or node.name)
+        is_weight = (
+            isinstance(example, torch.nn.Parameter)
+            or hasattr(example, "_dynamo_static_input_type")
+            or re.search(r"\._(parameters|buffers)\b", name) is not None
+        )
+        found.append(Input(node.name, fx.dotted(name) or node.name, is_weight))
+    return tuple(found)
+
+
+def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:
+    """Trace `gm` for the shapes, dtypes and devices of `args`, and for the ambient autocast.
+
+    Raises:
+        CaptureError: the graph changes one of its inputs or buffers (the cache could not keep that), or its shapes
+            or branches depend on the values in a tensor.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    constants = constants_of(gm, args)
+    mutated: list[str] = []
+
+    def functional(*fakes: Any) -> Any:
+        below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with torch._C._ExcludeDispatchKeyGuard(below), FunctionalTensorMode(pre_dispatch=True, export=True):
+            wrapped = tree_map_only(torch.Tensor, FunctionalTensor.to_functional, fakes)
+            result = _Eager(gm, constants).run(*wrapped)
+            for one, tensor in zip(inputs, wrapped, strict=True):
+                if isinstance(tensor, FunctionalTensor):
+                    _sync(tensor)
+                    if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[attr-defined]
+                        mutated.append(one.label)
+            return tree_map_only(FunctionalTensor, _plain, result)
+
+    casts = ambient_autocast()
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            with autocast_is(casts), tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), fake:
+                fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
+                graph = make_fx(functional, pre_dispatch=True)(*fakes)
+            with autocast_is(()):
+                materialise_casts(graph, casts)
+        except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+            what = getattr(error, "func", None) or str(error).partition("\n")[0]
+            raise CaptureError(
+                f"the model decides by a number that it reads out of a tensor ({what}), so its graph depends on data. "
+                "Pass numbers such as the timestep as tensors; for an expert dispatch that loops over counts see "
+                "moeca_compile.prepare(model)"
+            ) from error
+    if mutated:
+        raise CaptureError(
+            f"the model changes {', '.join(sorted(set(mutated)))} in place while it runs. A cached step would skip "
+            "that change: make it an input or an output of the model, or leave it out of inference"
+        )
+    _note_sizes(graph, args)
+    return Capture(graph, _rename(graph, inputs))
+
+
+def _note_sizes(graph: GraphModule, args: Sequence[Any]) -> None:
+    """Where sizes depend on data (experts that take as many tokens as a threshold says), note this call's."""
+    unknown = [node for node in graph.graph.nodes if fx.has_unknown_size(node)]
+    if unknown:
+        run = Interpreter(graph, garbage_collect_values=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast_is(()):
+            run.run(*args)
+        for node in unknown:
+            node.meta["moeca_shape"] = tuple(run.env[node].shape)
+
+
+class _Eager(Interpreter):
+    """Runs Dynamo's graph with the dtypes that eager has: while tracing, torch only records where an autocast region
+    begins and ends; here it is entered too. Else a `float()` behind a linear would look like no change, and be lost.
+
+    `constants` are numbers that the model reads out of tensors, known beforehand: no fake tensor could tell them."""
+
+    def __init__(self, gm: GraphModule, constants: Mapping[Node, int | float | bool]) -> None:
+        super().__init__(gm)
+        self.constants = constants
+
+    def run_node(self, n: Node) -> Any:
+        if n.target == "item" and n in self.constants:
+            return self.constants[n]
+        return super().run_node(n)
+
+    def map_nodes_to_values(self, args: Any, n: Node) -> Any:
+        if not takes_sizes(n):
+            return super().map_nodes_to_values(args, n)
+        return map_arg(args, lambda source: self.constants.get(source, self.env[source]))
+
+    def run(self, *args: Any, **keywords: Any) -> Any:
+        self.regions: list[torch.autocast] = []
+        try:
+            return super().run(*args, **keywords)
+        finally:
+            while self.regions:  # only after an error
+                self.regions.pop().__exit__(None, None, None)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is _enter_autocast:
+            device, dtype, enabled, *_ = args
+            self.regions.append(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            return self.regions[-1].__enter__()
+        if target is _exit_autocast:
+            return self.regions.pop().__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
+
+
+def _sync(tensor: FunctionalTensor) -> None:
+    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _plain(tensor: FunctionalTensor) -> torch.Tensor:
+    _sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+def _rename(graph: GraphModule, inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """Name the placeholders after what they are, so that a printed graph can be read."""
+    renamed = []
+    for node, one in zip(fx.placeholders(graph), inputs, strict=True):
+        name = re.sub(r"\W+", "_", one.label).strip("_") or "input"
+        node._rename(f"{name}_input" if _RESERVED.fullmatch(name) else name)
+        node.target = node.name
+        renamed.append(Input(node.name, one.label, one.is_weight))
+    graph.recompile()
+    return tuple(renamed)

@@ -1,0 +1,121 @@
+"""Variant -> a callable over flat tensors, through Inductor or, for `inner="eager"`, as it stands."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.graph import fx
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.inductor.fold_linear import fold_linear
+from moeca_compile.lowering.inductor.repeat_blocks import has_bodies, repeat_blocks
+
+Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+Rewrite = Callable[[torch.fx.GraphModule], torch.fx.GraphModule]
+
+MANY_STATES = 16  # that a variant reads
+IN_ONE_KERNEL = 8  # of Inductor's nodes on a GPU, each of about as many states
+
+
+def lower_eager(variant: Variant) -> Executable:
+    """Run the graph's own code, operator by operator: bitwise what the captured graph gives."""
+    run: Callable[..., Sequence[torch.Tensor]] = variant.gm.forward
+    return lambda args: run(*args)
+
+
+def lower_inductor(
+    variant: Variant,
+    args: Sequence[Any],
+    mode: str | None = None,
+    inner_options: Mapping[str, Any] | None = None,
+    passes: Sequence[Rewrite] = (fold_linear, repeat_blocks),
+) -> Executable:
+    """Compile for tensors like `args`, after these passes. Weights stay inputs, so all variants share one copy;
+    Inductor's on-disk cache serves a second process.
+
+    Raises:
+        LoweringError: Inductor refused the graph, the mode, or an option.
+    """
+    from torch._inductor import config, list_mode_options, standalone_compile
+
+    gm, regions = _split_table(variant)
+    for one in passes:
+        gm = one(gm)
+    try:
+        options = {**_for_device(variant, args), **(list_mode_options(mode) if mode else {}), **(inner_options or {})}
+        unknown = [name for name in options if name not in config.get_config_copy()]
+        if unknown:
+            raise LoweringError(
+                f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
+            )
+
+        def split(given: Sequence[Any]) -> Sequence[Any]:
+            if not regions:
+                return given
+            rows = given[-1].unbind(0)
+            return [*given[:-1], *(rows[region] for region in regions)]
+
+        for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
+            node.meta.pop("unbacked_bindings", None)
+        with torch.inference_mode(False), torch.no_grad():
+            compiled = standalone_compile(
+                gm, list(split(args)), dynamic_shapes="from_example_inputs", options={"config_patches": options}
+            )
+    except LoweringError:
+        raise
+    except Exception as error:
+        if has_bodies(gm):
+            warnings.warn(
+                f"Inductor refused variant {variant.name} with one body for equal blocks ({error}): each block is "
+                "compiled for itself. options={'disable': ('repeat_blocks',)} does so from the start",
+                MoecaWarning,
+                stacklevel=2,
+            )
+            others = [one for one in passes if one is not repeat_blocks]
+            return lower_inductor(variant, args, mode, inner_options, others)
+        raise LoweringError(
+            f"Inductor refused variant {variant.name} ({variant.node_count} nodes): {error}. "
+            "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"
+        ) from error
+    return lambda given: compiled(*split(given))
+
+
+def _for_device(variant: Variant, args: Sequence[Any]) -> dict[str, Any]:
+    """Options of Inductor's that reading many states wants.
+
+    By itself it fuses the sum of all states into the layer norm after it. On a GPU that kernel wants more registers
+    than there are: 3.7 kB a thread are spilled (ptxas for sm_90a, 112 states of 1152 channels in bfloat16, the tile
+    that Inductor takes), and a step that only reads took 20 to 50 times as long as its bytes do. In kernels of 8 nodes
+    nothing is spilled: those of DiT-MoE-XL/2, batch 8, read 3.5 TB/s on an H200 (in kernels of 16 nodes 0.4).
+    """
+    on_gpu = any(isinstance(one, torch.Tensor) and one.device.type == "cuda" for one in args)
+    return {"max_fusion_size": IN_ONE_KERNEL} if on_gpu and len(variant.reads) > MANY_STATES else {}
+
+
+def _split_table(variant: Variant) -> tuple[torch.fx.GraphModule, list[int]]:
+    """One input for each region's coefficients in place of the table; which regions, in order.
+
+    An index into the table would be a constant in the generated code: then equal blocks give kernels that differ in it,
+    and each is compiled for itself.
+    """
+    gm = fx.copied(variant.gm)
+    if not variant.wants_coefficients:
+        return gm, []
+    table = fx.placeholders(gm)[-1]
+    readers: dict[int, list[torch.fx.Node]] = {}
+    for select in table.users:
+        readers.setdefault(int(str(select.args[2])), []).append(select)
+    for region in sorted(readers):
+        with gm.graph.inserting_before(table):
+            row = gm.graph.placeholder(f"{table.name}_{region:03d}")
+        row.meta["val"] = readers[region][0].meta["val"]
+        for select in readers[region]:
+            select.replace_all_uses_with(row)
+            gm.graph.erase_node(select)
+    gm.graph.erase_node(table)
+    gm.recompile()
+    return gm, sorted(readers)

@@ -1,0 +1,1 @@
+"""Variant -> ONNX graphs over one file of weights."""

@@ -1,0 +1,97 @@
+"""Weights as constants of a graph, in the form in which they are used.
+
+A runtime that finds a Transpose or a Split of a constant computes it when it loads, into a copy of its own, for each
+variant. What is computed from weights alone is computed here, so that it lies in the one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
+
+SMALL = 1 << 16  # elements: as many may come out of less
+
+
+def bind(gm: GraphModule, weights: Mapping[str, torch.Tensor]) -> None:
+    """Turn the placeholders that are weights into attributes, in place, and fold what follows from them alone."""
+    body = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    known: dict[Node, Any] = {}
+    for node in fx.placeholders(gm):
+        if node.name in weights:
+            # NOTE: buffers, not the parameters themselves: those may carry attributes and hooks of the model's
+            known[_attribute(gm, node, weights[node.name].detach(), body)] = weights[node.name].detach()
+    _fold(gm, known)
+    _transpose(gm)
+    _tidy(gm)
+
+
+def _fold(gm: GraphModule, known: dict[Node, Any]) -> None:
+    run = torch.fx.Interpreter(gm, garbage_collect_values=False)
+    run.env = known
+    for node in list(gm.graph.nodes):
+        sources = node.all_input_nodes
+        if node.op == "call_function" and sources and known.keys() >= set(sources) and _stays_small(node):
+            known[node] = run.run_node(node)
+    for node in list(known):
+        used = [user for user in node.users if user not in known]
+        if used and node.op == "call_function" and isinstance(known[node], torch.Tensor):
+            _attribute(gm, node, known[node].detach().clone(memory_format=torch.contiguous_format), node)
+
+
+def _stays_small(node: Node) -> bool:
+    """Whether the result isn't larger than what it is made of: a mask or an expand may be a whole image's."""
+    return _elements(fx.value(node)) <= max(_elements([fx.value(one) for one in node.all_input_nodes]), SMALL)
+
+
+def _elements(values: Any) -> int:
+    return sum(one.numel() for one in tree_leaves(values) if isinstance(one, torch.Tensor))
+
+
+def _transpose(gm: GraphModule) -> None:
+    """linear(x, W, b) -> x @ W^T + b with W^T in the file, where ONNX has no operator that transposes by itself (Gemm
+    does, for two dimensions)."""
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.linear.default or len(fx.shape(fx.arg(node, 0))) == 2:
+            continue
+        weight = fx.arg(node, 1)
+        if weight.op != "get_attr":
+            continue
+        name = f"{weight.target}_transposed"
+        if not hasattr(gm, name):
+            gm.register_buffer(name, getattr(gm, str(weight.target)).t().contiguous())
+        with gm.graph.inserting_before(node):
+            product = gm.graph.call_function(aten.matmul.default, (fx.arg(node, 0), gm.graph.get_attr(name)))
+            bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+            if bias is not None:
+                product = gm.graph.call_function(aten.add.Tensor, (product, bias))
+        node.replace_all_uses_with(product)
+        gm.graph.erase_node(node)
+
+
+def _attribute(gm: GraphModule, node: Node, value: torch.Tensor, before: Node) -> Node:
+    """`value` as a buffer, read in place of `node`."""
+    name = f"{node.name}_" if hasattr(gm, node.name) else node.name
+    gm.register_buffer(name, value)
+    with gm.graph.inserting_before(before):
+        read = gm.graph.get_attr(name)
+    read.meta = dict(node.meta)
+    node.replace_all_uses_with(read)
+    if node.op == "placeholder":
+        gm.graph.erase_node(node)
+    return read
+
+
+def _tidy(gm: GraphModule) -> None:
+    for node in reversed(list(gm.graph.nodes)):
+        if not node.users and node.op in ("call_function", "get_attr") and not fx.has_effect(node):
+            gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()

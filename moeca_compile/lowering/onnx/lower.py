@@ -1,0 +1,205 @@
+"""Variant -> an ONNX graph, with the weights as its constants and the state as inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moeca_compile.errors import LoweringError
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.experts.choose import Lowering
+from moeca_compile.lowering.experts.rewrite import rewrite_experts
+from moeca_compile.lowering.experts.segments import segments
+from moeca_compile.lowering.onnx.batch import Batches, any_batch, dims
+from moeca_compile.lowering.onnx.complex_pairs import without_complex
+from moeca_compile.lowering.onnx.constants import bind
+from moeca_compile.runtime.bundle.manifest import DROPPED, Dim, parts
+
+OPSETS = range(18, 23)  # from 23 on SDPA becomes one Attention node, which fewer runtimes have
+
+
+SEGMENTS = Lowering("segments")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What goes in and out of a variant: placeholder names to ONNX names, and all shapes with the batch in them."""
+
+    inputs: tuple[tuple[str, tuple[Dim, ...]], ...]
+    outputs: tuple[tuple[str, tuple[Dim, ...]], ...]
+
+
+def lower_onnx(
+    variants: Sequence[Variant], batches: Batches, weights: Mapping[str, torch.Tensor], names: Mapping[str, str],
+    outputs: Sequence[str], opset: int, experts: Lowering = SEGMENTS,
+) -> tuple[Any, Signature]:  # fmt: skip
+    """Translate one variant.
+
+    Args:
+        variants: the same one, captured at each of `batches`; a single one gives a graph for its one batch only.
+        weights: by placeholder name: these become constants.
+        names: ONNX names of the other placeholders.
+        outputs: ONNX names of all outputs.
+        opset: of the standard ONNX domain.
+        experts: the form of the routed experts. With a capacity, the graph has one more output, `DROPPED`.
+
+    Returns:
+        An onnx_ir.Model, and its signature.
+
+    Raises:
+        LoweringError: an operator has no ONNX form, or the graph isn't linear in the batch.
+    """
+    variant, *twins = variants
+    gm = any_batch([one.gm for one in variants], batches) if twins else fx.copied(variant.gm)
+    _drop_squeezes(gm)
+    signature = _signature(variants, weights, names, outputs, batches)
+    if rewrite_experts(gm, experts):
+        signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))
+    bind(gm, weights)
+    without_complex(gm)
+    _loosen_views(gm)
+    placeholders = fx.placeholders(gm)
+    example = tuple(_example(node) for node in placeholders)
+    batch = torch.export.Dim("batch", min=1)
+    dynamic = tuple(
+        {i: _symbol(dim, batch) for i, dim in enumerate(shape) if isinstance(dim, str)} for _, shape in signature.inputs
+    )
+    with _quiet():
+        try:
+            exported = torch.export.export(gm, example, dynamic_shapes=dynamic if twins else None, strict=False)
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[name for name, _ in signature.inputs],
+                output_names=[name for name, _ in signature.outputs],
+                custom_translation_table={torch.ops.moeca.experts.default: segments(opset)},
+                optimize=True,
+                verbose=False,
+            )
+        except LoweringError:
+            raise
+        except Exception as error:
+            raise LoweringError(
+                f"variant {variant.name} has no ONNX form at opset {opset}: {_reason(error)}"
+            ) from error
+    assert program is not None
+    model = program.model
+    _finish(model, signature)
+    return model, signature
+
+
+def _signature(
+    variants: Sequence[Variant], weights: Mapping[str, Any], names: Mapping[str, str], outputs: Sequence[str],
+    batches: Batches,
+) -> Signature:  # fmt: skip
+    takes = [[node for node in fx.placeholders(one.gm) if node.name not in weights] for one in variants]
+    gives = [list(fx.nodes_of(fx.output_node(one.gm).args[0])) for one in variants]
+    said = [
+        [dims([fx.shape(one) for one in row], batches) for row in zip(*side, strict=True)] for side in (takes, gives)
+    ]
+    return Signature(
+        tuple((names[node.name], shape) for node, shape in zip(takes[0], said[0], strict=True)),
+        tuple(zip(outputs, said[1], strict=True)),
+    )
+
+
+def _loosen_views(gm: GraphModule) -> None:
+    """A view was legal for the strides of the capture. What was rewritten since may give others; ONNX has none."""
+    for node in gm.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+    gm.recompile()
+
+
+def _drop_squeezes(gm: GraphModule) -> None:
+    """torch's squeeze leaves a dimension that isn't 1 as it is; ONNX's refuses the model."""
+    for node in list(gm.graph.nodes):
+        if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
+            continue
+        source, named = fx.arg(node, 0), node.args[1]
+        sizes = fx.shape(source)
+        wanted = [named] if isinstance(named, int) else list(named)
+        kept = [dim for dim in wanted if sizes[dim] == 1]
+        if len(kept) == len(wanted):
+            continue
+        if kept:
+            node.target, node.args = aten.squeeze.dims, (source, kept)
+        else:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _symbol(dim: str, batch: Any) -> Any:
+    """A dimension for torch.export: it knows a * batch + b as we do."""
+    factor, offset = parts(dim)
+    found = batch if factor == 1 else factor * batch
+    return found + offset if offset else found
+
+
+def _example(node: Node) -> torch.Tensor:
+    val = fx.need(node)
+    return torch.zeros(tuple(val.shape), dtype=val.dtype)
+
+
+def _finish(model: Any, signature: Signature) -> None:
+    """Plain inputs and outputs with our names and sizes, and nothing of the machine that made them."""
+    import onnx_ir as ir
+
+    seen: set[Any] = set()
+    graph = model.graph
+    for i, value in enumerate(list(graph.outputs)):
+        # one value may be an output once, and neither an input nor a constant
+        if value in seen or value.producer() is None:
+            node = ir.node("Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
+        seen.add(graph.outputs[i])
+    for values, wanted in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
+        for value, (name, shape) in zip(values, wanted, strict=True):
+            value.name = name
+            value.shape = ir.Shape(shape)
+            value.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for value in graph.initializers.values():
+        value.metadata_props.clear()
+    graph.name, graph.doc_string, model.doc_string = "moeca", None, None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's first lines: the translator wraps it in pages of reports."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:600]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the translator's talk of packages that aren't there, and of its own next version."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,1 @@
+"""A bundle's variants -> engines of TensorRT or TensorRT-RTX. No torch."""

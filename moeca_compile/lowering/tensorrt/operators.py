@@ -1,0 +1,44 @@
+"""Operators that TensorRT doesn't take, named before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeca_compile.errors import LoweringError
+from moeca_compile.runtime.bundle.graphs import graph_of, nodes_of
+
+# as measured with TensorRT-RTX 1.7.1.116, which says of both that it supports them
+REFUSED = {
+    "NonZero": "how many values it gives depends on data; export with 'tensorrt' among the targets",
+    "Attention": "it builds for some types and shapes only; export with opset 20",
+}
+_DOUBLE = 11  # onnx.TensorProto.DOUBLE
+
+
+def operators_of(graph: bytes) -> dict[str, str]:
+    """The operators in an ONNX file, with the name of the first node of each; those of other domains with theirs."""
+    found: dict[str, str] = {}
+    for node in nodes_of(graph_of(graph)):
+        found.setdefault(f"{node.domain}.{node.op_type}" if node.domain else node.op_type, node.name)
+    return found
+
+
+def refuse_unsupported(graph: bytes, file: str) -> None:
+    """Raises:
+    LoweringError: the graph has an operator or a data type that TensorRT doesn't take; it says which and where.
+    """
+    wrong = []
+    for operator, node in operators_of(graph).items():
+        if "." in operator:
+            wrong.append(f"{operator} (node {node}): no operator of ONNX itself, and there is no plugin for it")
+        elif operator in REFUSED:
+            wrong.append(f"{operator} (node {node}): {REFUSED[operator]}")
+    if doubles := _doubles(graph_of(graph)):
+        wrong.append(f"float64 ({doubles[0]}): TensorRT has no such type; export the model in float32")
+    if wrong:
+        raise LoweringError(f"{file} can't become an engine of TensorRT: {'; '.join(wrong)}")
+
+
+def _doubles(graph: Any) -> list[str]:
+    values = [one for one in (*graph.input, *graph.output) if one.type.tensor_type.elem_type == _DOUBLE]
+    return [one.name for one in (*values, *(tensor for tensor in graph.initializer if tensor.data_type == _DOUBLE))]

@@ -1,0 +1,1 @@
+"""The `moeca::` operators: native torch first, kernels registered beside it."""

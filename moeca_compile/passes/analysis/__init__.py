@@ -1,0 +1,1 @@
+"""Graph -> facts: nothing is changed."""

@@ -1,0 +1,56 @@
+"""Multiply-accumulates of every node, from shapes alone. Elementwise work counts nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch.fx import GraphModule, Node
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
+from moeca_compile.passes.context import Context
+
+_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
+
+
+def count_macs(gm: GraphModule, ctx: Context) -> Context:
+    return replace(ctx, macs=tuple((node.name, macs) for node in gm.graph.nodes if (macs := node_macs(node))))
+
+
+def node_macs(node: Node) -> int:
+    """MACs of one call of `node`."""
+    if node.op != "call_function":
+        return 0
+    if fx.is_experts(node):
+        groups = [list(fx.nodes_of(group)) for group in node.args[2:5]]  # up, down, gate
+        one_expert = sum(math.prod(fx.shape(group[0])) for group in groups if group)
+        return math.prod(fx.shape(fx.arg(node, 1))) * one_expert
+    inputs = [fx.shape(source) for source in fx.nodes_of(node.args)]  # a tensor may be given twice
+    out = math.prod(fx.shape(node))
+    if node.target in (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default):
+        return out * inputs[0][-1]
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        return out * inputs[1][-1]
+    if node.target is fx.SDPA:
+        query, key, val = (fx.shape(fx.arg(node, i)) for i in range(3))
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + val[-1])
+    if node.target in _CONVOLUTIONS:
+        return out * math.prod(fx.shape(fx.arg(node, 1))[1:])
+    if node.target is aten.einsum.default:
+        return _einsum(str(node.args[0]), inputs)
+    if node.target is aten._grouped_mm.default:
+        return out * inputs[0][-1]
+    return 0
+
+
+def _einsum(equation: str, inputs: list[tuple[int, ...]]) -> int:
+    """The product of all index extents: what one contraction of all operands together costs."""
+    extents: dict[str, int] = {}
+    for letters, shape in zip(equation.replace(" ", "").split("->")[0].split(","), inputs, strict=False):
+        if len(letters) == len(shape):
+            extents.update(zip(letters, shape, strict=True))
+    return math.prod(extents.values()) if len(inputs) > 1 else 0

@@ -1,0 +1,31 @@
+"""MoE layers in canonical form: `moeca::experts` calls, and the router that feeds each one.
+
+Before: routers.  After: one `ExpertsInfo` a call; branches can be told apart there. Experts in another form (einsum,
+grouped_mm, all on all tokens) have a router and no call: their layer is cached as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.fx import GraphModule
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import ExpertsInfo, Rejected
+from moeca_compile.passes.context import Context
+
+
+def find_experts(gm: GraphModule, ctx: Context) -> Context:
+    found: list[ExpertsInfo] = []
+    rejected = list(ctx.rejected)
+    for node in gm.graph.nodes:
+        if not fx.is_experts(node):
+            continue
+        ids = fx.arg(node, 1)
+        router = next((one for one in ctx.routers if node.name in one.steers), None)
+        found.append(ExpertsInfo(node.name, ids.name, router))
+        if router is None:
+            rejected.append(
+                Rejected("no router found for its expert ids: no branch cache for it", node.name, fx.where(node))
+            )
+    return replace(ctx, experts=tuple(found), rejected=tuple(rejected))

@@ -1,0 +1,29 @@
+"""What an adaptive schedule watches: the stream that enters the first cached region, as its first matmul reads it.
+
+Before: the regions.  After: `regions.signal`, where there is one. It is computed in every row, for it costs no matmul,
+and unlike the latent it holds what the timestep does to the stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.fx import GraphModule
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import Value
+from moeca_compile.passes.context import Context
+
+
+def find_signal(gm: GraphModule, ctx: Context) -> Context:
+    depends = dict(ctx.dependence)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    batch = fx.shape(nodes[ctx.roles.latent])[:1] if ctx.roles.latent else ()
+    for region in ctx.regions.regions[:1]:
+        heavy = next((nodes[name] for name in region.body if nodes[name].target in fx.MATMULS), None)
+        for source in heavy.all_input_nodes if heavy is not None else ():
+            shape = fx.shape(source)
+            if depends.get(source.name) == "latent" and len(shape) > 1 and shape[:1] == batch:
+                signal = Value(source.name, shape, str(fx.need(source).dtype).removeprefix("torch."))
+                return replace(ctx, regions=replace(ctx.regions, signal=signal))
+    return ctx

@@ -1,0 +1,71 @@
+"""The branch cache of one MoE layer, in plain torch: K slots a token, kept in the order of the routing.
+
+B samples, N tokens, K branches a token, E experts, D channels. Which slot is whose is `branch_ops.align`'s work; what
+becomes of the values is here. Traced into the variants by `inline`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeca_compile.ops import branch_slots as branch_ops  # noqa: F401  (makes torch.ops.moeca.align)
+from moeca_compile.passes.partial.kept import State, forecast, overdue, refreshed, wide
+
+
+def moved(values: Tensor, last: Tensor) -> Tensor:
+    """L1 distance of [B, N, E] from those last seen; what isn't finite (a masked expert) counts nothing. [B, N]."""
+    return (values.float() - last.float()).abs().nan_to_num(0.0, posinf=0.0).sum(-1)
+
+
+def due(scores: Tensor | None, now: Tensor, order: int, state: State) -> Tensor:
+    """How much each slot wants to be computed, by its token's router scores [B, N, E] or by its forecast's error."""
+    if "error" in state:
+        return overdue(state, now, order)
+    return state["drift"] if scores is None else state["drift"] + moved(scores, state["scores"])[..., None]
+
+
+def settle(
+    fresh: Tensor, chosen: Tensor, ids: Tensor, gates: Tensor, scores: Tensor, now: Tensor, order: int, copy: bool,
+    state: State,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What the layer's branches are at this step, from those computed now and the cache.
+
+    A transition that wasn't computed is left out, and the token's other gates are scaled to the same sum: said
+    otherwise, it takes their weighted mean. With none left, the token's last routed sum stands for them.
+
+    Args:
+        fresh: [B, N, K, D], right where `chosen`.
+        chosen: bool [B, N, K], computed now.
+        ids, gates: [B, N, K], routed now; scores: [B, N, E].
+        now: step + 1, float32 scalar.
+        order: of the forecast; `copy` takes the last values as they are.
+        state: held, gates [B, N, K], the slots of `kept.slots_of(order)` [B, N, K, ..], and what `due` reads.
+
+    Returns:
+        branches [B, N, K, D], and by name the state after this step, its slots in the order of `ids`.
+    """
+    source, hit = torch.ops.moeca.align(ids, state["held"], state["gates"], chosen)
+    kept = {name: _in_order(slot, source) for name, slot in state.items() if name != "scores"}
+    there = hit | chosen
+    value = torch.where(chosen[..., None], fresh, forecast(kept, now, 0 if copy else order))
+    weight = gates.to(wide(fresh.dtype))
+    share = torch.where(there, weight, 0.0)
+    mean = (value * share[..., None]).sum(-2) / _safe(share.sum(-1))[..., None]
+    last = (value * kept["gates"][..., None]).sum(-2) / _safe(weight.sum(-1))[..., None]
+    stand_in = torch.where(there.any(-1)[..., None], mean, last)[..., None, :].to(fresh.dtype)
+    after = refreshed(kept, fresh, chosen, hit, now, order)
+    after["held"] = torch.where(there, ids + 1, kept["held"])
+    after["gates"] = torch.where(there, gates.to(kept["gates"].dtype), kept["gates"])
+    if "drift" in state:
+        after["drift"] = torch.where(chosen, 0.0, kept["drift"] + moved(scores, state["scores"])[..., None])
+        after["scores"] = scores.float()
+    return {"branches": torch.where(there[..., None], value, stand_in), **after}
+
+
+def _in_order(slot: Tensor, source: Tensor) -> Tensor:
+    return slot.gather(2, source if slot.dim() == 3 else source[..., None].expand_as(slot))
+
+
+def _safe(total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1.0, total)

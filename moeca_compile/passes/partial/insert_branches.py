@@ -1,0 +1,164 @@
+"""A MoE layer whose branches (token, expert) age one by one: some are computed, the others forecast.
+
+The router runs at every step, for all tokens, and the current gates combine. A PARTIAL row computes all branches of the
+block's chosen tokens, and beyond them a fixed number of branches a sample: transitions first, then those that are worst
+by now (`branch_ops.pick`). They go through the same operator, one row a branch. Shared experts are kept beside the
+branches, token by token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
+from moeca_compile.graph.regions import Region, TokensInfo
+from moeca_compile.passes.partial.branches import due, settle
+from moeca_compile.passes.partial.kept import State
+from moeca_compile.passes.partial.parts import Parts, computes, copies
+from moeca_compile.passes.partial.slice_tokens import Slice
+from moeca_compile.schedule import Act, Action, Partial
+
+
+def insert_branches(parts: Parts, mark: fx.Mark) -> None:
+    region, info = parts.info(mark.region)
+    assert info.branches is not None
+    act, column = mark.action, mark.region
+    experts = parts.nodes[info.branches.node]
+    routing = _routing(parts, info, experts)
+    state = parts.ports.of(column, 0)
+    chosen = parts.chosen(column, act.rho, routing["scores"]) if isinstance(act, Partial) and act.rho else None
+    if act is Action.COMPUTE:
+        fresh = parts.inline(_everything, experts=experts, shape=info.branches.shape)
+    elif computes(act):
+        assert isinstance(act, Partial)
+        fresh = _some(parts, region, info, act, routing, state, chosen)
+    else:
+        fresh = parts.inline(_nothing, state=state)
+    users = list(experts.users)
+    after = parts.inline(
+        settle, **fresh, **routing, now=parts.ports.now(), order=parts.order, copy=copies(act), state=state
+    )
+    branches = after.pop("branches")
+    if computes(act):
+        for name, node in after.items():
+            parts.ports.write(column, 0, name, node)
+    if act is not Action.COMPUTE:
+        flat = parts.call(aten.reshape.default, branches, list(fx.shape(experts)))
+        for user in users:
+            if user in experts.users:
+                user.replace_input_with(experts, flat)
+    for number, part in enumerate(info.parts, 1):
+        _beside(parts, info, act, column, number, parts.nodes[part.node], chosen)
+
+
+def _routing(parts: Parts, info: TokensInfo, experts: Node) -> dict[str, Node]:
+    """ids, gates [B, N, K] and scores [B, N, E] of this step."""
+    nodes = {"ids": fx.arg(experts, 1), "gates": parts.nodes[info.gates], "scores": parts.nodes[info.scores]}
+    items = [info.batch, info.tokens, -1]
+    return {name: parts.call(aten.reshape.default, node, items) for name, node in nodes.items()}
+
+
+def _everything(experts: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"fresh": experts.reshape(shape), "chosen": torch.ones(shape[:-1], dtype=torch.bool, device=experts.device)}
+
+
+def _nothing(state: State) -> dict[str, Tensor]:
+    return {"fresh": state["y"], "chosen": torch.zeros_like(state["held"], dtype=torch.bool)}
+
+
+def _some(
+    parts: Parts, region: Region, info: TokensInfo, act: Partial, routing: dict[str, Node], state: dict[str, Node],
+    chosen: Node | None,
+) -> dict[str, Node]:  # fmt: skip
+    """The branches that this row computes, through the same operator: their values, and which they are."""
+    assert info.branches is not None
+    experts = parts.nodes[info.branches.node]
+    x, _, *weights = experts.args
+    assert isinstance(x, Node)
+    count = act.branches(info.tokens * info.branches.shape[2])
+    control, key = parts.ctx.control, region.key
+    quota = control.quota.get(key)
+
+    def table(values: tuple[float, ...] | None, dtype: torch.dtype = torch.float32) -> Node | None:
+        return parts.constant(values, dtype, experts) if count else None
+
+    picked = parts.inline(
+        _pick,
+        **routing,
+        x=x,
+        now=parts.ports.now(),
+        order=parts.order,
+        count=count,
+        tokens=chosen,
+        state=state,
+        sensitivity=table(control.sensitivity.get(key)),
+        threshold=table(control.threshold.get(key)),
+        quota=table(quota and tuple(round(share * count) for share in quota), torch.int64),
+    )
+    made = parts.call(experts.target, picked["rows"], picked["experts"], *weights)
+    return parts.inline(_spread, made=made, positions=picked["positions"], shape=info.branches.shape)
+
+
+def _pick(
+    ids: Tensor, gates: Tensor, scores: Tensor, x: Tensor, now: Tensor, order: int, count: int, tokens: Tensor | None,
+    state: State, sensitivity: Tensor | None, threshold: Tensor | None, quota: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Which branches to compute, and what the experts operator takes for them.
+
+    Returns:
+        positions int64 [B, R] in the flat [N * K] of each sample, rows [B * R, D], experts int64 [B * R, 1].
+    """
+    batch, length, top_k = ids.shape
+    positions = []
+    if tokens is not None:
+        positions.append((tokens[..., None] * top_k + torch.arange(top_k, device=ids.device)).flatten(1))
+    if count:
+        taken = None
+        if tokens is not None:
+            taken = torch.zeros(batch, length, dtype=torch.bool, device=ids.device).scatter(1, tokens, True)
+        wanted = due(scores, now, order, state)
+        picked = torch.ops.moeca.pick(ids, gates, state["held"], wanted, taken, sensitivity, threshold, quota, count)
+        positions.append(picked)
+    where = torch.cat(positions, dim=1)
+    rows = x.reshape(batch, length, -1)
+    width = rows.shape[-1]
+    return {
+        "positions": where,
+        "rows": rows.gather(1, (where // top_k)[..., None].expand(-1, -1, width)).reshape(-1, width),
+        "experts": ids.flatten(1).gather(1, where).reshape(-1, 1),
+    }
+
+
+def _spread(made: Tensor, positions: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The computed branches [B * R, 1, D] in their places."""
+    batch, length, top_k, width = shape
+    rows = made.reshape(batch, -1, width)
+    index = positions[..., None].expand(-1, -1, width)
+    fresh = rows.new_zeros(batch, length * top_k, width).scatter(1, index, rows)
+    chosen = torch.zeros(batch, length * top_k, dtype=torch.bool, device=made.device).scatter(1, positions, True)
+    return {"fresh": fresh.view(shape), "chosen": chosen.view(shape[:-1])}
+
+
+def _beside(
+    parts: Parts, info: TokensInfo, act: Act, column: int, output: int, node: Node,
+    chosen: Node | None,
+) -> None:  # fmt: skip
+    """A shared part: computed, or recomputed for the block's chosen tokens, or forecast."""
+    sizes = list(info.parts[output - 1].shape)
+    if act is Action.COMPUTE or (isinstance(act, Partial) and act.shared):
+        parts.settle(column, output, parts.call(aten.reshape.default, node, sizes), None, False)
+        return
+    fresh = None
+    if chosen is not None:
+        with parts.gm.graph.inserting_before(fx.output_node(parts.gm)):
+            part = Slice(parts.gm, info, chosen)
+            part.follow([parts.nodes[name] for name in info.body])
+        fresh = parts.call(aten.reshape.default, part.made[node], [sizes[0], -1, sizes[2]])
+    users = list(node.users)
+    value = parts.settle(column, output, fresh, chosen, copies(act))
+    shaped = parts.call(aten.reshape.default, value, list(fx.shape(node)))
+    for user in users:
+        user.replace_input_with(node, shaped)

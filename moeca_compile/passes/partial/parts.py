@@ -1,0 +1,176 @@
+"""What the rewrites of regions that are recomputed in part share: which tokens a block recomputes, and its helpers.
+
+The regions of one block share their tokens: the attention chooses them when the block is entered, the experts take the
+same, so that no branch rests on a residual stream of another age.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from moeca_compile.errors import InvariantError
+from moeca_compile.graph import fx
+from moeca_compile.graph.regions import Region, TokensInfo
+from moeca_compile.passes.context import Context
+from moeca_compile.passes.partial.branches import due, moved
+from moeca_compile.passes.partial.kept import State, forecast, overdue, refreshed
+from moeca_compile.passes.transform.inline import constant, inline
+from moeca_compile.passes.transform.ports import Ports
+from moeca_compile.schedule import Act, Action, Partial
+
+
+class Parts:
+    """One graph's rewrite in progress. New nodes go before the output; `fx.resort` puts them where they belong."""
+
+    def __init__(self, gm: GraphModule, ctx: Context, ports: Ports) -> None:
+        self.gm, self.ctx, self.ports = gm, ctx, ports
+        self.order = ctx.order
+        self.nodes = {node.name: node for node in gm.graph.nodes}
+        self.columns = {region.key: column for column, region in enumerate(ctx.regions)}
+        self._chosen: dict[tuple[str, int], Node] = {}
+
+    def info(self, column: int) -> tuple[Region, TokensInfo]:
+        region = self.ctx.regions.regions[column]
+        if region.tokens is None:
+            raise InvariantError(f"region {region.key} can't be taken apart: {region.whole}")
+        return region, region.tokens
+
+    def inline(self, function: Any, **given: Any) -> dict[str, Node]:
+        with self.gm.graph.inserting_before(fx.output_node(self.gm)):
+            return inline(self.gm, function, **given)
+
+    def call(self, target: Any, *args: Any) -> Node:
+        with self.gm.graph.inserting_before(fx.output_node(self.gm)):
+            return fx.call(self.gm, target, args)
+
+    def constant(self, values: tuple[float, ...] | None, dtype: torch.dtype, like: Node) -> Node | None:
+        """A table of the control as a part of the graph."""
+        if values is None:
+            return None
+        value = fx.need(like)
+        with self.gm.graph.inserting_before(fx.output_node(self.gm)):
+            return constant(self.gm, torch.tensor(values, dtype=dtype, device=value.device), value)
+
+    def settle(self, column: int, output: int, fresh: Node | None, chosen: Node | None, copy: bool) -> Node:
+        """The value of tokens that age one by one: `fresh` [B, M, D] at `chosen` [B, M], the others forecast; no
+        `fresh`: all forecast. What was computed is written. Returns [B, N, D]."""
+        state = self.ports.of(column, output)
+        own = {name: slot for name, slot in state.items() if not name.startswith("keys")}
+        entering = self._entering(column) if "seen" in own else None
+        after = self.inline(
+            settle, fresh=fresh, chosen=chosen, entering=entering, now=self.ports.now(), order=self.order, copy=copy,
+            state=own,
+        )  # fmt: skip
+        value = after.pop("value")
+        if fresh is not None:
+            for name, node in after.items():
+                self.ports.write(column, output, name, node)
+        return value
+
+    def chosen(self, column: int, rho: float, scores: Node | None = None) -> Node:
+        """Positions [B, M] of the tokens that this block recomputes, in ascending order.
+
+        `scores`: the router's [B, N, E], for an experts region.
+        """
+        region, info = self.info(column)
+        count = Partial(rho).tokens(info.tokens)
+        block = block_of(region.key)
+        if (block, count) not in self._chosen:
+            own = self.ports.of(column, 0) if info.enters is not None else None
+            experts = next((c for k, c in self.columns.items() if block_of(k) == block and self._has_branches(c)), None)
+            branches = None if experts is None else self.ports.of(experts, 0)
+            weights = None
+            if experts is not None:
+                key = self.ctx.regions.regions[experts].key
+                like = self.nodes[region.outputs[0]]
+                weights = self.constant(self.ctx.control.sensitivity.get(key), torch.float32, like)
+            found = self.inline(
+                choose, count=count, now=self.ports.now(), order=self.order, own=own, branches=branches,
+                entering=self._entering(column) if own is not None and "seen" in own else None, sensitivity=weights,
+                scores=scores if own is None and branches is not None and "scores" in branches else None,
+            )  # fmt: skip
+            self._chosen[block, count] = found["chosen"]
+        return self._chosen[block, count]
+
+    def _entering(self, column: int) -> Node | None:
+        _, info = self.info(column)
+        return None if info.enters is None else self.nodes[info.enters.node]
+
+    def _has_branches(self, column: int) -> bool:
+        return self.ports.has(column, 0, "held")
+
+
+def block_of(key: str) -> str:
+    """`blocks.3` of `blocks.3.attn`: what lies up to the first number; else the key itself."""
+    found = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", key)
+    return found[1] if found else key
+
+
+def computes(act: Act) -> bool:
+    """Whether anything of the region's branches is computed."""
+    return bool(act.rho or act.tau) if isinstance(act, Partial) else act is Action.COMPUTE
+
+
+def copies(act: Act) -> bool:
+    """Whether what isn't computed is taken as it was, not extrapolated."""
+    return act is Action.REUSE
+
+
+def choose(
+    count: int, now: Tensor, order: int, own: State | None, branches: State | None, entering: Tensor | None,
+    scores: Tensor | None, sensitivity: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The `count` tokens of each sample that most need to be computed: by what their branches weigh times how far the
+    block's input drifted, or how wrong their forecast must be.
+
+    Args:
+        own: the state [B, N, ..] of the region that the block begins with; None where that is the experts.
+        branches: the block's branch state [B, N, K, ..], or None.
+        entering: [B, N, D], what enters the block, and scores: [B, N, E], the router's where the block begins with the
+            experts: what drift is seen by.
+        sensitivity: [E].
+
+    Returns:
+        chosen, int64 [B, count], ascending.
+    """
+    weight: Tensor | float = 1.0
+    if branches is not None:
+        held = (branches["held"] - 1).clamp_min(0)
+        weight = branches["gates"].float().abs() * (1.0 if sensitivity is None else sensitivity[held])
+    if own is None:
+        assert branches is not None  # an experts region: what chooses there is its own state
+        score = (weight * due(scores, now, order, branches)).sum(-1)
+    else:
+        wanted = overdue(own, now, order) if entering is None else own["drift"] + moved(entering, own["seen"])
+        score = wanted * (weight if isinstance(weight, float) else weight.sum(-1))
+    return {"chosen": score.topk(count, dim=1).indices.sort(dim=1).values}
+
+
+def settle(
+    fresh: Tensor | None, chosen: Tensor | None, entering: Tensor | None, now: Tensor, order: int, copy: bool,
+    state: State,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Tokens at this step, and the state after it.
+
+    Args:
+        fresh: [B, M, D] computed at positions `chosen` [B, M]; with `chosen` None all of them [B, N, D]; None: none.
+        entering: [B, N, D], what enters the region, where its drift is kept.
+    """
+    value = forecast(state, now, 0 if copy else order)
+    if fresh is None:
+        return {"value": value}
+    if chosen is None:
+        picked, full = torch.ones_like(state["at"], dtype=torch.bool), fresh
+    else:
+        picked = torch.zeros_like(state["at"], dtype=torch.bool).scatter(1, chosen, True)
+        full = value.scatter(1, chosen[..., None].expand_as(fresh), fresh)
+    after = refreshed(state, full, picked, state["at"] > 0, now, order)
+    if entering is not None:
+        after["drift"] = torch.where(picked, 0.0, state["drift"] + moved(entering, state["seen"]))
+        after["seen"] = entering
+    return {"value": full, **after}

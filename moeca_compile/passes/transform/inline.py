@@ -1,0 +1,60 @@
+"""Plain torch code as nodes of a graph: what a rewrite does to values is written as one would write it for tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from moeca_compile.graph import fx
+
+_TRACES: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, GraphModule]] = weakref.WeakKeyDictionary()
+
+
+def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **given: Any) -> dict[str, Node]:
+    """Add what `function` does with tensors, at the insertion point: plain torch code becomes nodes.
+
+    `given`: nodes (in dicts too) for the tensors, and anything hashable as it is. What is a tensor in the result of
+    `function` is a node in the result. A graph has many equal layers: what was traced for one serves all.
+    """
+    flat, spec = tree_flatten(given)
+    nodes = [one for one in flat if isinstance(one, Node)]
+    values = [fx.need(node) for node in nodes]
+    kinds = tuple((v.shape, v.dtype, v.device) for v in values)
+    key = (function, spec, tuple(None if isinstance(one, Node) else (type(one), one) for one in flat), kinds)
+    mode = fx.fake_mode(values)
+    known = {} if mode is None else _TRACES.setdefault(mode, {})
+    if key not in known:
+
+        def run(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+            left = iter(tensors)
+            return function(**tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec))
+
+        with fx.fake_mode_of(values), torch.no_grad():
+            known[key] = make_fx(run, pre_dispatch=True)(*values)
+    traced = known[key]
+    copies: dict[Node, Node] = dict(zip(fx.placeholders(traced), nodes, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = gm.graph.node_copy(node, lambda source: copies[source])
+        elif node.op == "get_attr":
+            copies[node] = constant(gm, getattr(traced, str(node.target)), values[0])
+    result = map_arg(fx.output_node(traced).args[0], lambda source: copies[source])
+    return dict(result)  # type: ignore[arg-type]
+
+
+def constant(gm: GraphModule, tensor: torch.Tensor, like: torch.Tensor) -> Node:
+    """A real tensor that belongs to the graph, at the insertion point; its `meta` is in the mode of `like`."""
+    name = f"moeca_constant_{sum(key.startswith('moeca_constant') for key in dict(gm.named_buffers()))}"
+    gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    mode = fx.fake_mode(like)
+    node.meta["val"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    return node

@@ -1,0 +1,94 @@
+"""Marked regions -> state: a REUSE reads its region's last output, a FORECAST extrapolates it, a COMPUTE writes it.
+
+Before: a marked graph.  After: placeholders for the state slots that this row reads, for `now` and `coefficients`
+[regions, 2] float32 where it needs them; outputs grow by the slots that it writes. The graph stays functional. With an
+empty layout (nothing is ever reused) it does nothing. A region output with a base is kept as its change from the base.
+Regions that some row recomputes in part keep their tokens and branches one by one: `insert_tokens`, `insert_branches`.
+
+A forecast is Newton's interpolating polynomial on the step index (Stoer & Bulirsch, Introduction to Numerical
+Analysis, 2.1.3) through the last outputs: y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences
+d1 = (y0 - y1)/(s0 - s1) and d2 = (d1 - (y1 - y2)/(s1 - s2))/(s0 - s2). Gathered by differences of outputs it is
+y0 + c0 (y0 - y1) + c1 (y1 - y2), where c0 and c1 depend on steps alone: the host computes them (`forecast.py`),
+with 0 where history is missing, which lowers the order by itself. Keeping outputs and not d1 and d2 costs less state
+in bfloat16, says the same, and leaves a COMPUTE nothing to do but hand its output out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
+from moeca_compile.graph.variant import SLOTS
+from moeca_compile.passes.context import Context
+from moeca_compile.passes.partial.insert_branches import insert_branches
+from moeca_compile.passes.partial.insert_tokens import insert_tokens
+from moeca_compile.passes.partial.parts import Parts
+from moeca_compile.passes.transform.insert_signal import insert_signal
+from moeca_compile.passes.transform.ports import Ports
+from moeca_compile.schedule import Action
+
+
+def insert_state(gm: GraphModule, ctx: Context) -> GraphModule:
+    if not ctx.layout:
+        return gm
+    ports = Ports(gm, ctx.layout, len(ctx.regions))
+    parts = Parts(gm, ctx, ports)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for node, mark in fx.marked(gm):
+        region = ctx.regions.regions[mark.region]
+        base = nodes[region.bases[mark.output]] if region.bases else None
+        if ports.has(mark.region, 0, "held"):
+            insert_branches(parts, mark)
+        elif ports.has(mark.region, 0, "at"):
+            insert_tokens(parts, mark)
+        elif mark.action is Action.COMPUTE:
+            _write(ports, node, mark, base)
+        else:
+            _read(ports, node, mark, base)
+        if mark.action is not Action.COMPUTE:
+            node.meta.pop("moeca")
+    insert_signal(parts, ctx)
+    ports.finish()
+    fx.resort(gm)
+    return gm
+
+
+def _write(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
+    if base is not None and ports.has(mark.region, mark.output, "y0"):
+        with ports.gm.graph.inserting_before(fx.output_node(ports.gm)):
+            node = fx.call(ports.gm, aten.sub.Tensor, (node, base), like=node)
+    ports.write(mark.region, mark.output, "y0", node)
+
+
+def _read(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
+    gm = ports.gm
+    with gm.graph.inserting_after(node):
+        anchor = gm.graph.call_function(aten.alias.default, (node,))  # where the new nodes go
+    with gm.graph.inserting_before(anchor):
+        y = ports.read(mark.region, mark.output, "y0")
+        kept = _forecast(ports, y, node, mark) if mark.action is Action.FORECAST else y
+        if base is not None:
+            kept = fx.call(gm, aten.add.Tensor, (base, kept), like=node)
+    gm.graph.erase_node(anchor)
+    node.replace_all_uses_with(kept)
+
+
+def _forecast(ports: Ports, y0: Node, node: Node, mark: fx.Mark) -> Node:
+    dtype = fx.need(node).dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    newer = total = _as(ports.gm, y0, wide, node)
+    for column, slot in enumerate(SLOTS[1:]):
+        if ports.has(mark.region, mark.output, slot):
+            older = _as(ports.gm, ports.read(mark.region, mark.output, slot), wide, node)
+            change = fx.call(ports.gm, aten.sub.Tensor, (newer, older), like=node)
+            scaled = fx.call(ports.gm, aten.mul.Tensor, (change, ports.coefficient(mark.region, column)), like=node)
+            total, newer = fx.call(ports.gm, aten.add.Tensor, (total, scaled), like=node), older
+    return _as(ports.gm, total, dtype, node)
+
+
+def _as(gm: GraphModule, node: Node, dtype: torch.dtype, like: Node) -> Node:
+    if fx.need(node).dtype == dtype:
+        return node
+    return fx.call(gm, aten._to_copy.default, (node,), {"dtype": dtype}, like)

@@ -1,0 +1,90 @@
+"""Which state a schedule keeps: for each region its last outputs, or one value a token or branch with its own age."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from moeca_compile.errors import InvariantError, ScheduleError
+from moeca_compile.graph.regions import Region, RegionMap, Value
+from moeca_compile.graph.variant import SLOTS, StateSlot
+from moeca_compile.passes.partial.kept import slots_of, wide
+from moeca_compile.schedule import Schedule
+
+MODEL = -1  # in place of a region: state that belongs to the whole graph
+Slot = tuple[int, str, tuple[int, ...], str]  # output, slot, shape, dtype
+
+
+def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...]:
+    """The state that `schedule` (fitted to these regions) keeps, in the order of the regions."""
+    slots: list[StateSlot] = []
+    kept = {
+        column: _aging(region, schedule) if schedule.partials(column) else _whole(region, schedule.depth(column))
+        for column, region in enumerate(regions)
+    }
+    if schedule.adaptive is not None:
+        kept[MODEL] = _signal(regions, schedule.order)
+    for column, found in kept.items():
+        devices = regions.regions[max(column, 0)].devices
+        for output, slot, shape, dtype in found:
+            device = devices[min(output, len(devices) - 1)]
+            size = math.prod(shape) * getattr(torch, dtype).itemsize
+            slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, dtype, device, size))
+    return tuple(slots)
+
+
+def _signal(regions: RegionMap, order: int) -> Iterator[Slot]:
+    """What an adaptive schedule watches: one item a sample, and the figure that it decides by."""
+    if regions.signal is None:
+        raise ScheduleError("an adaptive schedule has nothing to watch: no stream with a batch enters the first region")
+    batch, *sizes = regions.signal.shape
+    yield from _value(0, Value(regions.signal.node, (batch, math.prod(sizes)), regions.signal.dtype), order)
+    yield 0, "figure", (batch,), "float32"
+
+
+def _whole(region: Region, depth: int) -> Iterator[Slot]:
+    for output, (shape, dtype) in enumerate(zip(region.shapes, region.dtypes, strict=True)):
+        for slot in SLOTS[:depth]:
+            yield output, slot, shape, dtype
+
+
+def _aging(region: Region, schedule: Schedule) -> Iterator[Slot]:
+    info, score = region.tokens, schedule.control.score
+    if info is None:
+        raise InvariantError(f"region {region.key} can't be taken apart: {region.whole}")
+    items = (info.batch, info.tokens)
+    first = 0
+    if info.branches is not None:
+        first, (*slots, _) = 1, info.branches.shape
+        yield 0, "held", tuple(slots), "int64"
+        yield 0, "gates", tuple(slots), _wide(info.branches.dtype)
+        yield from _value(0, info.branches, schedule.order)
+        if score == "drift":
+            yield 0, "drift", tuple(slots), "float32"
+            yield 0, "scores", (*items, region.routers[0].num_experts), "float32"
+        else:
+            yield 0, "error", tuple(slots), "float32"
+    for output, part in enumerate(info.parts, first):
+        yield from _value(output, part, schedule.order)
+        if info.enters is not None and score == "drift":
+            yield output, "drift", items, "float32"
+            yield output, "seen", info.enters.shape, info.enters.dtype
+        elif info.enters is not None:
+            yield output, "error", items, "float32"
+    for number, one in enumerate(info.keys):
+        yield 0, f"keys{number}", one.shape, one.dtype
+
+
+def _value(output: int, one: Value, order: int) -> Iterator[Slot]:
+    stamps = {"at", "before"}
+    for slot in slots_of(order):
+        if slot in stamps:
+            yield output, slot, one.shape[:-1], "float32"
+        else:
+            yield output, slot, one.shape, one.dtype if slot == "y" else _wide(one.dtype)
+
+
+def _wide(dtype: str) -> str:
+    return str(wide(getattr(torch, dtype))).removeprefix("torch.")

@@ -1,0 +1,86 @@
+"""A variant's ends: placeholders for the state that it reads, made on first use, and the new state it hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
+from moeca_compile.graph.variant import SLOTS, StateSlot
+
+COEFFICIENTS = "coefficients"
+NOW = "now"
+
+
+class Ports:
+    """Collects what a rewrite reads and writes; `finish` puts the writes among the graph's outputs.
+
+    Args:
+        gm: the graph, changed in place.
+        layout: the state slots.
+        regions: how many rows the table of coefficients has.
+    """
+
+    def __init__(self, gm: GraphModule, layout: Sequence[StateSlot], regions: int) -> None:
+        self.gm, self.regions = gm, regions
+        self.slots = {(one.region, one.output, one.slot): one for one in layout}
+        self._first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        self._like = next(node for node in gm.graph.nodes if fx.tensor(node) is not None)
+        self._inputs: dict[str, Node] = {}
+        self._written: list[tuple[str, Node]] = []
+
+    def has(self, region: int, output: int, slot: str) -> bool:
+        return (region, output, slot) in self.slots
+
+    def of(self, region: int, output: int) -> dict[str, Node]:
+        """All slots of a region's output, as placeholders."""
+        return {slot: self.read(r, o, slot) for r, o, slot in self.slots if (r, o) == (region, output)}
+
+    def read(self, region: int, output: int, slot: str) -> Node:
+        one = self.slots[region, output, slot]
+        return self._input(one.name, one.shape, getattr(torch, one.dtype), one.device)
+
+    def now(self) -> Node:
+        """step + 1, float32 scalar."""
+        return self._input(NOW, (), torch.float32, str(fx.need(self._like).device))
+
+    def coefficient(self, region: int, column: int) -> Node:
+        """One number of the table that a forecast of whole regions multiplies by."""
+        device = str(fx.need(self._like).device)
+        table = self._input(COEFFICIENTS, (self.regions, len(SLOTS) - 1), torch.float32, device)
+        return fx.call(self.gm, aten.select.int, (fx.call(self.gm, aten.select.int, (table, 0, region)), 0, column))
+
+    def write(self, region: int, output: int, slot: str, node: Node) -> None:
+        """Hand `node` out as the new value of a slot; nothing where the schedule doesn't keep it."""
+        one = self.slots.get((region, output, slot))
+        if one is None:
+            return
+        last = fx.output_node(self.gm)
+        if not fx.need(node).is_contiguous() or node in fx.nodes_of(last.args[0]):
+            # an output may be changed in place by the caller; a state has one memory format for all variants
+            with self.gm.graph.inserting_before(last):
+                node = fx.call(self.gm, aten.clone.default, (node,), {"memory_format": torch.contiguous_format}, node)
+        self._written.append((one.name, node))
+
+    def finish(self) -> None:
+        output = fx.output_node(self.gm)
+        own = list(output.args[0])  # type: ignore[arg-type]
+        outside = set(self._inputs.values())
+        with self.gm.graph.inserting_before(output):
+            # a state handed out as it came in could be changed by whoever gets it
+            own = [fx.call(self.gm, aten.clone.default, (one,)) if one in outside else one for one in own]
+        self._written.sort(key=lambda pair: pair[0])
+        output.args = ((*own, *(node for _, node in self._written)),)
+        self.gm.meta["moeca_writes"] = tuple(name for name, _ in self._written)
+
+    def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Node:
+        if name not in self._inputs:
+            with self.gm.graph.inserting_before(self._first):
+                node = self.gm.graph.placeholder(name)
+            with fx.fake_mode_of(fx.need(self._like)):
+                node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+            self._inputs[name] = node
+        return self._inputs[name]

@@ -1,0 +1,18 @@
+"""Write the row's decision on the node at each region's cut: one mark, which later passes only read.
+
+Before: a normalised graph.  After: the same graph with marks, so that what will happen can be printed first.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from moeca_compile.graph import fx
+from moeca_compile.passes.context import Context
+
+
+def tag_row(gm: GraphModule, ctx: Context) -> GraphModule:
+    for column, (region, action) in enumerate(zip(ctx.regions, ctx.row, strict=True)):
+        for output, node in enumerate(fx.resolve(gm, region.outputs)):
+            fx.set_mark(node, fx.Mark(column, output, action))
+    return gm

@@ -1,0 +1,40 @@
+"""Check what a variant promises: its reused regions are gone, its computed ones there, its state as laid out.
+
+Before: a finished variant.  After: the same graph, or an InvariantError that names the region and the node.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from moeca_compile.errors import InvariantError
+from moeca_compile.graph import fx
+from moeca_compile.passes.context import Context
+from moeca_compile.schedule import Action
+from moeca_compile.schedule.action import name_of
+
+
+def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
+    gm.graph.lint()
+    alive = {node.name for node in gm.graph.nodes}
+    actions = list(zip(ctx.regions, ctx.row, strict=True))
+    branched = {ctx.regions.keys[slot.region] for slot in ctx.layout if slot.slot == "held"}
+    needed = {name for region, action in actions if action is Action.COMPUTE for name in region.body}
+    for region, action in actions:
+        label = name_of(action)
+        routed = region.key in branched and action is not Action.COMPUTE  # its combination stays
+        missing = [name for name in region.outputs if (name in alive) is (action is not Action.COMPUTE)]
+        if missing and not routed:
+            state = "still there" if action is not Action.COMPUTE else "gone"
+            raise InvariantError(f"region {region.key}: {label}, but its output {missing[0]} is {state}")
+        heavy = {a.node for a in region.attention} | {e.node for e in region.experts}
+        if action is not Action.COMPUTE and (left := heavy & alive - needed):
+            raise InvariantError(f"region {region.key}: {label}, but {sorted(left)} would still run")
+    slots = {slot.name: slot for slot in ctx.layout}
+    outputs = list(fx.nodes_of(fx.output_node(gm).args[0]))
+    names = gm.meta.get("moeca_writes", ())
+    for name, node in zip(names, outputs[len(outputs) - len(names) :], strict=True):
+        val, slot = fx.tensor(node), slots[name]
+        if val is None or tuple(val.shape) != slot.shape or str(val.dtype) != f"torch.{slot.dtype}":
+            raise InvariantError(f"{name}: written as {val}, the layout says {slot.shape} {slot.dtype}")
+    return gm

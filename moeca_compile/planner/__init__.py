@@ -1,0 +1,8 @@
+"""The planner on a real model: sample it, measure it, search, and hand out a schedule."""
+
+from __future__ import annotations
+
+from moeca_compile.planner.calibration import calibrate
+from moeca_compile.planner.drift.thresholds import expert_thresholds
+
+__all__ = ["calibrate", "expert_thresholds"]

@@ -1,0 +1,1 @@
+"""How far a model's values change from step to step, measured on uncached trajectories."""

@@ -1,0 +1,95 @@
+"""From which drift on an expert's branches come first: measured on the user's own trajectories.
+
+A schedule whose rows compute a part of the branches is run as it is, and what its choices see is noted: of each expert
+the mean of what is due over a sample's branches, at every such step. An expert's threshold is a quantile of that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.ops.branch_slots import drift_of
+from moeca_compile.planner.handle import Call, Handle, Sampler
+from moeca_compile.schedule import Partial, Schedule
+
+Drifts = dict[str, list[Tensor]]  # by region key, of each step [B, E]; NaN where an expert holds nothing
+
+
+class _Choices(TorchDispatchMode):
+    """Notes what `moeca::pick` is asked, in the order of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.moeca.pick.default:
+            self.asked.append(args)
+        return func(*args, **(kwargs or {}))
+
+    def taken(self) -> list[tuple[Any, ...]]:
+        """What was asked since the last time."""
+        asked, self.asked = self.asked, []
+        return asked
+
+
+def expert_thresholds(
+    model: torch.nn.Module, sample: Sampler, schedule: Schedule, *, share: float = 0.25, seeds: Sequence[int] = (0,)
+) -> Schedule:
+    """`schedule` with `control.threshold` for each expert: reached in about `share` of the cases that were measured.
+
+    Args:
+        model: as for `calibrate`.
+        sample: as for `calibrate`.
+        schedule: with rows that compute a part of the branches (tau > 0); its own thresholds are measured anew.
+        share: of the steps and samples in which an expert shall come first, between 0 and 1. An expert that held no
+            branch anywhere gets 0: it comes first whenever it does.
+        seeds: of the trajectories.
+
+    Raises:
+        ScheduleError: a share outside (0, 1), no seed, no choice of branches to be measured, or a sampler that never
+            calls the model.
+        CaptureError: as for `calibrate`.
+    """
+    if not 0 < share < 1 or not seeds:
+        raise ScheduleError(f"thresholds: share={share}, seeds={tuple(seeds)}: a share between 0 and 1, and a seed")
+    plain = replace(schedule, control=replace(schedule.control, threshold={}))
+    drifts = _drifts(model, sample, plain, seeds)
+    if not drifts:
+        raise ScheduleError("thresholds: no step of the schedule chose branches: give it rows with PARTIAL(0, tau)")
+    table = {}
+    for key, found in drifts.items():
+        limits = torch.nanquantile(torch.cat(found), 1 - share, dim=0)
+        table[key] = tuple(limits.nan_to_num(0.0).tolist())
+    return replace(plain, control=replace(plain.control, threshold=table))
+
+
+def _drifts(model: torch.nn.Module, sample: Sampler, schedule: Schedule, seeds: Sequence[int]) -> Drifts:
+    handle = Handle(model, sample, schedule.granularity or "region", "eager", schedule)
+    drifts: Drifts = defaultdict(list)
+    choices = _Choices()
+
+    def see(call: Call) -> None:
+        program, asked = call.program, choices.taken()
+        if program is not handle.program:
+            return
+        rows = {program.variant(row).name: row for row in program.schedule.distinct_rows()}
+        acts = zip(program.regions, rows[call.record.variant], strict=True)
+        chose = [region for region, act in acts if isinstance(act, Partial) and act.tau]
+        last = asked[len(asked) - len(chose) :]  # tracing a variant asks too, and its first call runs it twice
+        for region, (ids, _, held, due, *_) in zip(chose, last, strict=True):
+            drifts[region.key].append(drift_of(ids, held, due, region.routers[0].num_experts))
+
+    for seed in seeds:
+        handle.run(seed, schedule, see, choices)
+    return drifts

@@ -1,0 +1,92 @@
+"""What a schedule may spend: `macs:0.26`, `latency:0.4`, `speedup:2`, `state:64MiB`, `psnr:45`, or several with commas
+between."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.schedule.decode import short
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of one schedule; None: no limit.
+
+    Attributes:
+        macs: executed MACs / MACs of the uncached trajectory, in (0, 1].
+        latency: milliseconds of its variants, summed over the steps / of the uncached ones, in (0, 1]. `speedup:2` is
+            another way to write `latency:0.5`.
+        state_bytes: of all cache tensors of one stream.
+        psnr_db: not less than this against the uncached samples; then the cheapest schedule that holds it is wanted.
+    """
+
+    macs: float | None = None
+    latency: float | None = None
+    state_bytes: int | None = None
+    psnr_db: float | None = None
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        limits = {"macs": self.macs, "latency": self.latency, "state": self.state_bytes, "psnr": self.psnr_db}
+        return ",".join(f"{kind}:{limit:.12g}" for kind, limit in limits.items() if limit is not None)
+
+    @classmethod
+    def parse(cls, text: object) -> Budget:
+        """Read a budget.
+
+        Raises:
+            ScheduleError: an unknown kind, a number out of range, a limit given twice, or none at all.
+        """
+        if not isinstance(text, str):
+            raise ScheduleError(f"budget is {short(text)}, expected a text such as 'macs:0.26' or 'speedup:2'")
+        found: dict[str, float] = {}
+        for part in text.split(","):
+            kind, _, amount = part.strip().partition(":")
+            if kind not in ("macs", "latency", "speedup", "state", "psnr"):
+                times = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[x×]", part.strip(), re.IGNORECASE)
+                meant = f"; did you mean speedup:{times[1]}?" if times else ""
+                raise ScheduleError(
+                    f"budget {short(part.strip())}: expected macs:0.26, latency:0.4, speedup:2, state:64MiB or psnr:45"
+                    f"{meant}"
+                )
+            if kind == "speedup":
+                kind, amount = "latency", _latency(part, amount)
+            if kind in found:
+                raise ScheduleError(f"budget {text!r} limits {kind} twice")
+            found[kind] = _bytes(amount) if kind == "state" else _number(part, amount)
+            if kind in ("macs", "latency") and not 0 < found[kind] <= 1:
+                raise ScheduleError(
+                    f"budget {part.strip()!r}: a fraction of the uncached run, so above 0 and at most 1"
+                )
+        if not math.isfinite(found.get("psnr", 0.0)):
+            raise ScheduleError(f"budget {text!r}: psnr is a finite number of decibels")
+        if "psnr" not in found and not {"macs", "latency"} & found.keys():
+            raise ScheduleError(f"budget {text!r} doesn't limit the work: add macs:, latency:, speedup: or psnr:")
+        state = int(found["state"]) if "state" in found else None
+        return cls(found.get("macs"), found.get("latency"), state, found.get("psnr"))
+
+
+def _latency(part: str, amount: str) -> str:
+    times = _number(part, amount)
+    if not 1 <= times < math.inf:
+        raise ScheduleError(f"budget {part.strip()!r}: how many times as fast as the uncached run, so at least 1")
+    return repr(1 / times)
+
+
+def _number(part: str, amount: str) -> float:
+    try:
+        return float(amount)
+    except ValueError:
+        raise ScheduleError(f"budget {part.strip()!r}: {amount!r} is not a number") from None
+
+
+def _bytes(amount: str) -> int:
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", amount)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ScheduleError(f"budget state:{amount}: expected bytes such as 64MiB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])

@@ -1,0 +1,174 @@
+"""A bundle on disk: opened only when every file in it is what the manifest says. No torch, no runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeca_compile.errors import BundleError, ScheduleError
+from moeca_compile.runtime.bundle.bfloat16 import from_stored
+from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
+    FUSED,
+    MANIFEST,
+    SCHEDULE,
+    WEIGHTS,
+    EngineSpec,
+    Manifest,
+    bundle_id,
+)
+from moeca_compile.runtime.bundle.summary import summary
+from moeca_compile.schedule import Schedule
+
+_LARGEST_TEXT = 1 << 26  # a manifest or a schedule beyond this is no such thing
+
+
+@dataclass(frozen=True, repr=False)
+class Bundle:
+    """An exported directory, verified.
+
+    Attributes:
+        path: the directory.
+        manifest: what is in it.
+        schedule: bound to the graph's regions.
+        graphs: the variants' ONNX files in the manifest's order, as they were when their checksums were verified.
+        fused: all variants in one ONNX file, if the bundle has it.
+        sizes: the same bundle at its further sizes (resolutions), one each.
+    """
+
+    path: Path
+    manifest: Manifest
+    schedule: Schedule
+    graphs: tuple[bytes, ...]
+    fused: bytes | None = None
+    sizes: tuple[Bundle, ...] = ()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read a bundle; every file's checksum is verified first.
+
+        Raises:
+            BundleError: anything missing, changed, contradictory, newer, or outside the directory.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(f"{str(path)!r} is no directory; a bundle is one, made by moeca_compile.export")
+        manifest = Manifest.parse(_read(folder, MANIFEST, _LARGEST_TEXT))
+        if manifest.files.get(SCHEDULE, ("", 0))[1] > _LARGEST_TEXT:
+            raise BundleError(f"{SCHEDULE} is too large to be one")
+        text = _verified(folder, SCHEDULE, manifest)
+        try:
+            schedule = Schedule.from_json(text.decode())
+        except (ScheduleError, UnicodeDecodeError, RecursionError) as error:
+            raise BundleError(f"{SCHEDULE}: {error}") from error
+        manifest.fit(schedule)
+        graphs, *others = (
+            tuple(_verified(folder, one.file, manifest) for one in size.variants)
+            for size in (manifest, *manifest.sizes)
+        )
+        fused = _verified(folder, FUSED, manifest) if manifest.data["fused"] is not None else None
+        for name in (WEIGHTS, *(size.golden for size in (manifest, *manifest.sizes))):
+            _verified(folder, name, manifest, keep=False)
+        if bundle_id(manifest.files[SCHEDULE][0], manifest.files[WEIGHTS][0]) != manifest.data["id"]:
+            raise BundleError(f"{MANIFEST}: the id isn't that of this schedule and these weights. Export again")
+        pairs = zip(manifest.sizes, others, strict=True)
+        sizes = tuple(cls(folder, size, schedule, own) for size, own in pairs)
+        return cls(folder, manifest, schedule, graphs, fused, sizes)
+
+    def golden(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The recorded steps of one trajectory: inputs by name and outputs by name, one dict a step. The model's own
+        framework made the outputs.
+
+        Raises:
+            BundleError: the file doesn't hold what the manifest says.
+        """
+        manifest = self.manifest
+        try:
+            with np.load(self.path / manifest.golden, allow_pickle=False) as data:
+                arrays = {name: data[name] for name in data.files}
+        except Exception as error:  # whatever numpy and zipfile make of a broken file
+            raise BundleError(f"{manifest.golden} can't be read: {error}") from error
+        steps = manifest.data["golden"]["steps"]
+        sides = []
+        for side, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+            found = [arrays.get(f"{side}_{i:03d}") for i in range(len(specs))]
+            if any(one is None or one.ndim < 1 or len(one) != steps for one in found):
+                raise BundleError(f"{manifest.golden} doesn't hold {steps} steps of every {side}")
+            pairs = [(spec, one) for spec, one in zip(specs, found, strict=True) if one is not None]
+            sides.append(
+                [{spec.name: from_stored(one[step], spec.dtype) for spec, one in pairs} for step in range(steps)]
+            )
+        return sides[0], sides[1]
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {len(self.graphs)} variants)"
+
+    def __str__(self) -> str:
+        return summary(self)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files in the directory that the manifest knows, itself among them."""
+        return sum(size for _, size in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
+
+
+def engine_file(folder: Path, engine: EngineSpec, manifest: Manifest) -> bytes:
+    """An engine's bytes. Engines are verified here, when one is used: those of other machines needn't be there.
+
+    Raises:
+        BundleError: it is missing or damaged.
+    """
+    return _verified(folder, engine.file, manifest)
+
+
+def _verified(folder: Path, name: str, manifest: Manifest, keep: bool = True) -> bytes:
+    checksum, size = manifest.files.get(name, ("", 0))
+    file = _inside(folder, name)
+    found = file.stat().st_size
+    if found != size:
+        raise BundleError(f"{name} has {found} bytes, the manifest says {size}: the bundle is damaged. Copy it again")
+    if keep:
+        raw = _read(folder, name, size)
+        real = hashlib.sha256(raw).hexdigest()
+    else:
+        raw = b""
+        with _reading(file) as stream:
+            real = hashlib.file_digest(stream, "sha256").hexdigest()
+    if real != checksum:
+        raise BundleError(f"{name} isn't what was exported: its checksum differs. Copy the bundle again")
+    return raw
+
+
+def _read(folder: Path, name: str, most: int) -> bytes:
+    with _reading(_inside(folder, name)) as stream:
+        raw: bytes = stream.read(most + 1)
+    if len(raw) > most:
+        raise BundleError(f"{name} is larger than {most} bytes")
+    return raw
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file, if it is a plain one of the directory: no link leads out, no pipe blocks."""
+    file = folder / name
+    for parent in reversed(Path(name).parents[:-1]):
+        if (folder / parent).is_symlink():
+            raise BundleError(f"{parent} is a link; a bundle holds its own files")
+    try:
+        kind = os.lstat(file).st_mode
+    except (OSError, ValueError):
+        raise BundleError(f"{name} is missing from the bundle {str(folder)!r}") from None
+    if not stat.S_ISREG(kind):
+        raise BundleError(f"{name} is a link or no plain file; a bundle holds its own files")
+    return file
+
+
+def _reading(file: Path) -> Any:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise BundleError(f"{file.name} can't be read: {error.strerror}") from None

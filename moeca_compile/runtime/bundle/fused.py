@@ -1,0 +1,167 @@
+"""`fused.onnx` on a runtime: as a check of it, and to show how it is run. No schedule here: the graph counts steps.
+
+On onnxruntime states go round by hand, as OrtValues; on OpenVINO they become the model's own variables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from moeca_compile.errors import BundleError
+from moeca_compile.runtime.bundle import bfloat16
+from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
+from moeca_compile.runtime.bundle.manifest import DROPPED, FUSED, FUSED_ROW, STEP, Manifest, TensorSpec, VariantSpec
+from moeca_compile.runtime.bundle.signature import check_identity, check_shape, check_side
+from moeca_compile.runtime.providers import onnxruntime as ort
+from moeca_compile.runtime.providers import openvino
+from moeca_compile.runtime.providers.provider import runtime_of
+from moeca_compile.runtime.rows import warning_of_counted
+from moeca_compile.runtime.session import timestep_of
+from moeca_compile.runtime.stats import StepRecord
+from moeca_compile.runtime.warned import Warned
+
+Specs = dict[str, TensorSpec]
+
+
+def fused_signature(manifest: Manifest) -> tuple[Specs, Specs]:
+    """Inputs and outputs of the fused graph: the model's, the number of the step, and all states."""
+    state = {f"{STEP}": TensorSpec(STEP, "int64", (1,))} | {one.name: one for one in manifest.state}
+    takes: Specs = {one.name: one for one in manifest.inputs} | {f"{name}_in": one for name, one in state.items()}
+    gives: Specs = {one.name: one for one in manifest.outputs} | {f"{name}_out": one for name, one in state.items()}
+    if any(one.counts_dropped for one in manifest.variants):
+        gives[DROPPED] = TensorSpec(DROPPED, "int64", ())
+    return takes, gives
+
+
+class FusedSession:
+    """A bundle's fused graph, loaded. Trajectories have their own state, in any threads."""
+
+    def __init__(self, bundle: Bundle, provider: str, loaded: _OnOrt | _OnOpenvino) -> None:
+        self.bundle, self.provider, self._loaded = bundle, provider, loaded
+        self.manifest, self.schedule = bundle.manifest, bundle.schedule
+        self.warned = Warned()
+
+    @classmethod
+    def open(
+        cls, path: str | Path, provider: str = ort.CPU, memory: str = "speed", threads: int | None = None,
+        provider_options: Mapping[str, Any] | None = None,
+    ) -> FusedSession:  # fmt: skip
+        """As `Session.open`.
+
+        Raises:
+            BundleError: the bundle has no fused graph, isn't what was exported, or can't run here.
+        """
+        runtime = runtime_of(provider, memory, threads, provider_options)
+        bundle = Bundle.open(path)
+        if bundle.fused is None:
+            raise BundleError(f"the bundle has no {FUSED}: export it with fused=True")
+        spec = VariantSpec("fused", FUSED, FUSED_ROW, (), (), (), False, False, 0)
+        kind = _OnOpenvino if isinstance(runtime, openvino.OpenvinoRuntime) else _OnOrt
+        return cls(bundle, provider, kind(runtime, bundle, spec))  # type: ignore[arg-type]
+
+    def trajectory(self) -> FusedTrajectory:
+        """A denoising loop from step 0."""
+        return FusedTrajectory(self, self._loaded.start())
+
+
+class FusedTrajectory:
+    """One stream of one denoising loop. A context manager; for one thread."""
+
+    def __init__(self, session: FusedSession, run: Any) -> None:
+        self.session, self._run = session, run
+        self.records: list[StepRecord] = []
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays:
+        """The next step.
+
+        Raises:
+            BundleError: inputs that the model doesn't take.
+        """
+        step, session = len(self.records), self.session
+        feeds, batch = admit(session.manifest, arrays_of(session.manifest, inputs))
+        if warning := warning_of_counted(session.schedule, step, timestep_of(session.manifest, feeds)):
+            session.warned.once(warning)
+        begin = time.perf_counter()
+        found = self._run(feeds, batch)
+        ms = (time.perf_counter() - begin) * 1e3
+        dropped = int(found.pop(DROPPED, 0))
+        self.records.append(StepRecord(step, "", "fused", ms, 0.0, 0, False, dropped))
+        outputs = session.manifest.outputs
+        return {one.name: bfloat16.from_stored(found[one.name], one.dtype) for one in outputs}
+
+    def __enter__(self) -> FusedTrajectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._run = None
+
+
+class _OnOrt:
+    def __init__(self, runtime: ort.OrtRuntime, bundle: Bundle, spec: VariantSpec) -> None:
+        assert bundle.fused is not None
+        self.runtime, self.manifest = runtime, bundle.manifest
+        self.session = runtime.session(bundle.fused, FUSED, bundle.path, bundle.manifest)
+        check_identity(spec, bundle.manifest, self.session.get_modelmeta().custom_metadata_map)
+        self.takes, self.gives = fused_signature(bundle.manifest)
+        check_side(FUSED, "inputs", self.takes, ort.said(self.session.get_inputs()))
+        check_side(FUSED, "outputs", self.gives, ort.said(self.session.get_outputs()))
+
+    def start(self) -> Any:
+        states: dict[str, Any] = {}
+
+        def run(feeds: Arrays, batch: int) -> Arrays:
+            for name, spec in self.takes.items():
+                if name.endswith("_in") and name not in states and name not in feeds:
+                    states[name] = self.runtime.zeros(spec.sizes(batch), spec.dtype)
+            values = ort.bound_run(self.runtime, self.session, FUSED, self.takes, self.gives, feeds | states)
+            found = dict(zip(self.gives, values, strict=True))
+            given = {one.name for one in self.manifest.outputs}
+            for name, value in found.items():
+                if name not in given and name != DROPPED:
+                    states[f"{name.removesuffix('_out')}_in"] = value
+            host = {name: value for name, value in found.items() if name in given or name == DROPPED}
+            return {name: self.runtime.numpy(value) for name, value in host.items()}
+
+        return run
+
+
+class _OnOpenvino:
+    def __init__(self, runtime: openvino.OpenvinoRuntime, bundle: Bundle, spec: VariantSpec) -> None:
+        assert bundle.fused is not None
+        model = runtime.read(bundle.fused, FUSED, bundle.path)
+        check_identity(spec, bundle.manifest, openvino.metadata(model))
+        self.takes, self.gives = fused_signature(bundle.manifest)
+        check_side(FUSED, "inputs", self.takes, openvino.said(model.inputs))
+        check_side(FUSED, "outputs", self.gives, openvino.said(model.outputs))
+        self.runtime, self.manifest = runtime, bundle.manifest
+        names = [STEP, *(one.name for one in bundle.manifest.state)]
+        openvino.make_stateful(model, {f"{name}_in": f"{name}_out" for name in names})
+        self.compiled = runtime.compile(model, FUSED)
+
+    def start(self) -> Any:
+        request = self.compiled.create_infer_request()
+        request.reset_state()  # all variables are zero: step 0
+        library, dtypes = self.runtime.library, {one.name: one.dtype for one in self.manifest.inputs}
+        given = {one.name: bfloat16.stored_dtype(one.dtype) for one in self.manifest.outputs}
+        given |= {DROPPED: np.dtype(np.int64)} if DROPPED in self.gives else {}
+
+        def run(feeds: Arrays, batch: int) -> Arrays:
+            try:
+                for name, array in feeds.items():
+                    request.set_tensor(name, openvino.tensor_of(library, array, dtypes[name]))
+                request.infer()
+            except Exception as error:
+                raise BundleError(f"OpenVINO failed in {FUSED}: {openvino.last_lines(error)}") from error
+            found = {name: request.get_tensor(name) for name in given}
+            for name, tensor in found.items():
+                check_shape(FUSED, name, tensor.shape, self.gives[name].sizes(batch))
+            return {name: found[name].data.copy().view(stored) for name, stored in given.items()}
+
+        return run

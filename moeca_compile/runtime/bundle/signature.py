@@ -1,0 +1,77 @@
+"""What a graph of a bundle must take and give, and whether one that a runtime has loaded does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeca_compile.errors import BundleError
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, Manifest, TensorSpec, VariantSpec
+
+Specs = dict[str, TensorSpec]
+
+
+def signature_of(spec: VariantSpec, manifest: Manifest) -> tuple[Specs, Specs]:
+    """A variant's inputs and outputs by their names in its graph; the outputs in order: the model's, what is written,
+    the count of dropped branches."""
+    state = {one.name: one for one in manifest.state}
+    inputs = {one.name: one for one in manifest.inputs}
+    takes: Specs = {name: inputs[name] for name in spec.takes}
+    takes |= {f"{name}_in": state[name] for name in spec.reads}
+    if spec.coefficients:
+        takes[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, 2))
+    gives: Specs = {one.name: one for one in manifest.outputs}
+    gives |= {f"{name}_out": state[name] for name in spec.writes}
+    if spec.counts_dropped:
+        gives[DROPPED] = TensorSpec(DROPPED, "int64", ())
+    return takes, gives
+
+
+def batch_of(takes: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> int:
+    """The batch that the arrays among the feeds have; 1 where nothing depends on it."""
+    arrays = ((spec, feeds[name]) for name, spec in takes.items() if isinstance(feeds[name], np.ndarray))
+    return max([1, *(spec.batch_of(array.shape) or 1 for spec, array in arrays)])
+
+
+def check_identity(spec: VariantSpec, manifest: Manifest, carried: Mapping[str, str]) -> None:
+    """Raises:
+    BundleError: the graph's metadata is of another bundle or row.
+    """
+    wanted = {"moeca.id": manifest.data["id"], "moeca.row": spec.row}
+    if {name: carried.get(name) for name in wanted} != wanted:
+        raise BundleError(f"{spec.file} isn't variant {spec.name} of this bundle: it carries another id or row")
+
+
+def check_side(
+    file: str, side: str, wanted: Mapping[str, TensorSpec], found: Mapping[str, tuple[str, Sequence[Any]]]
+) -> None:
+    """Hold what a runtime says of a graph against the manifest.
+
+    Args:
+        side: "inputs" or "outputs".
+        found: dtype and sizes by name; a size that depends on the batch is its expression, or None where the runtime
+            doesn't say more.
+
+    Raises:
+        BundleError: they differ.
+    """
+    if set(found) != set(wanted):
+        raise BundleError(f"{file} has the {side} {sorted(found)}, the manifest says {sorted(wanted)}")
+    for name, spec in wanted.items():
+        dtype, sizes = found[name]
+        fits = dtype == spec.dtype and len(sizes) == len(spec.shape)
+        pairs = zip(sizes, spec.shape, strict=True) if fits else ()
+        if not fits or not all(isinstance(b, str) if a is None else a == b for a, b in pairs):
+            raise BundleError(f"{file}: {name} is {dtype} {list(sizes)}, the manifest says {spec}")
+
+
+def check_shape(file: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Hold what a run gave against the manifest: not every runtime tells expressions of the batch before.
+
+    Raises:
+        BundleError: they differ.
+    """
+    if tuple(found) != tuple(wanted):
+        raise BundleError(f"{file} gives {name} with shape {list(found)}, the manifest says {list(wanted)}")

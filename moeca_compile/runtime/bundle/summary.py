@@ -1,0 +1,62 @@
+"""A bundle in a few lines: what `print(bundle)` and `moeca info` show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moeca_compile.runtime.bundle.manifest import FUSED
+
+if TYPE_CHECKING:
+    from moeca_compile.runtime.bundle.bundle import Bundle
+
+VARIANT_COLUMNS = ("variant", "computes", "reads", "writes", "MACs", "of the full one")
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey instead of showing (control characters, escapes, marks that turn the
+    direction of writing) spelt out; line ends stay."""
+    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+
+
+def facts(bundle: Bundle) -> dict[str, str]:
+    """What is in it, by name; several lines where there are several."""
+    manifest, data = bundle.manifest, bundle.manifest.data
+    found = {
+        "model": f"{data['model']['name']}, {len(data['model']['regions'])} regions, {data['dtype']}",
+        "inputs": "\n".join(map(str, manifest.inputs)),
+        "outputs": "\n".join(map(str, manifest.outputs)),
+        "other sizes": "\n".join(", ".join(map(str, one.inputs)) for one in manifest.sizes),
+        "baked in": ", ".join(f"{k}={v}" for k, v in data["model"]["baked"].items()),
+        "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows",
+        "state": f"{len(manifest.state)} tensors",
+        "experts": data["expert_lowering"],
+        "for": ", ".join(data["targets"]),
+        "engines": "\n".join(sorted({one.folder for one in manifest.engines})),
+        "graphs": f"ONNX opset {data['opset']}" + (f", also {FUSED}" if data["fused"] else ""),
+        "made with": ", ".join(f"{k} {v}" for k, v in data["made_with"].items()),
+        "size": f"{bundle.bytes / 2**20:.1f} MiB",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def variants(bundle: Bundle) -> list[tuple[str, ...]]:
+    """A line for each, under `VARIANT_COLUMNS`."""
+    every = bundle.manifest.variants
+    full = max(one.macs for one in every) or 1
+    return [
+        (
+            one.name, f"{one.row.count('C')} of {len(one.row)}", str(len(one.reads)), str(len(one.writes)),
+            f"{one.macs / 1e6:.1f} M", f"{one.macs / full:.1%}",
+        )
+        for one in every
+    ]  # fmt: skip
+
+
+def summary(bundle: Bundle) -> str:
+    lines = [f"bundle       {bundle.path}"]
+    for name, value in facts(bundle).items():
+        lines += [f"{name:<13}{value.replace(chr(10), chr(10) + ' ' * 13)}"]
+    table = [VARIANT_COLUMNS, *variants(bundle)]
+    wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, wide, strict=True)).rstrip() for line in table]
+    return visible("\n".join(lines))

@@ -1,0 +1,1 @@
+"""The runtimes that a session can use. No torch."""

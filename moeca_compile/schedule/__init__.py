@@ -1,0 +1,327 @@
+"""A schedule says for every step what each region does: all, nothing, a forecast, a part. Pure data, no torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moeca_compile.errors import OptionError, ScheduleError
+from moeca_compile.schedule.action import Act, Action, Partial, Row, legend_from, legend_of, read, written
+from moeca_compile.schedule.adaptive import Adaptive
+from moeca_compile.schedule.control import Control
+from moeca_compile.schedule.decode import DecodeError, Entries, numbers, parse, read_text, short
+from moeca_compile.schedule.granularity import Granularity
+from moeca_compile.schedule.timeline import Timeline, one_way
+
+FORMAT, VERSION = "moeca-schedule", 2
+MAX_ORDER = 2
+MAX_ROWS = 10_000  # far beyond any sampler's steps; what makes or reads a schedule stays quick and small
+_ENTRIES = (
+    "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
+    "predicted", "control", "adaptive", "partials", "rows",
+)  # fmt: skip
+_GLYPH: dict[Act, str] = {Action.COMPUTE: "#", Action.REUSE: "=", Action.FORECAST: "/"}
+
+__all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Rows x regions, immutable.
+
+    Attributes:
+        rows: one row a step. With `regions` None a row holds one action, meant for every region of the graph.
+        regions: region keys, in graph order, one a column; None until `bind` fits the schedule to a graph.
+        order: of FORECAST: 1 (linear) or 2; 0 where no row forecasts.
+        period: the last `period` rows repeat for ever; 0: the schedule ends with its last row.
+        fingerprint: of the graph that the columns belong to ("" = any graph with these keys).
+        granularity: what the columns are, as in `Options` ("" = not said: older files, and schedules for any graph).
+        timesteps: the timestep of each row, as the model receives it, falling or rising; then a call takes the row
+            nearest to its own, and makes up what the rows computed that were passed (`timeline.py`).
+        control: how PARTIAL rows choose what they recompute.
+        adaptive: then the rows, from dear to cheap, are what each step chooses from while it runs.
+        made_by: how the schedule was made, for people.
+        predicted: figures its maker expected, such as `mac_fraction`.
+
+    Raises:
+        ScheduleError: the first row doesn't compute everything, rows of unequal length, an order out of range, an
+            unknown granularity.
+    """
+
+    rows: tuple[Row, ...]
+    regions: tuple[str, ...] | None = None
+    order: int = 1
+    period: int = 0
+    fingerprint: str = ""
+    granularity: str = ""
+    timesteps: tuple[float, ...] = ()
+    control: Control = field(default_factory=Control)
+    adaptive: Adaptive | None = None
+    made_by: str = ""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ScheduleError("a schedule needs at least one row")
+        if len(self.rows) > MAX_ROWS:
+            raise ScheduleError(f"a schedule has at most {MAX_ROWS} rows, this one has {len(self.rows)}")
+        width = 1 if self.regions is None else len(self.regions)
+        for step, row in enumerate(self.rows):
+            if len(row) != width:
+                raise ScheduleError(f"row {step} has {len(row)} actions, expected {width} (one a region)")
+        if any(action is not Action.COMPUTE for action in self.rows[0]):
+            raise ScheduleError("row 0 must be all COMPUTE: nothing can be reused before it was computed")
+        if not 0 <= self.order <= MAX_ORDER:
+            raise ScheduleError(f"order is {self.order}, expected 0, 1 or 2")
+        legend_of(self.rows)
+        if self.order == 0 and any(Action.FORECAST in row for row in self.rows):
+            raise ScheduleError("FORECAST needs order 1 or 2; with order 0 the action is REUSE")
+        if not 0 <= self.period <= len(self.rows):
+            raise ScheduleError(f"period is {self.period}, but there are {len(self.rows)} rows")
+        object.__setattr__(self, "timesteps", numbers("timesteps", self.timesteps))
+        for name, value in self.predicted.items():
+            numbers(f"predicted {name}", (value,))
+        if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
+            raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
+        if not one_way(self.timesteps):
+            raise ScheduleError(
+                "timesteps must only fall or only rise from row to row. Leave them out where a solver "
+                "visits one twice: rows then go by the number of the call"
+            )
+        if self.adaptive is not None:
+            self._check_adaptive(self.adaptive)
+        if self.granularity:
+            try:
+                Granularity.parse(self.granularity)
+            except OptionError as error:
+                raise ScheduleError(f"schedule: {error}") from None
+
+    def _check_adaptive(self, adaptive: Adaptive) -> None:
+        if len(adaptive.thresholds) != len(self.rows) - 1:
+            raise ScheduleError(
+                f"adaptive: {len(adaptive.thresholds)} thresholds for {len(self.rows)} rows, one less is needed"
+            )
+        if len(set(self.rows)) != len(self.rows) or self.timesteps or self.period:
+            raise ScheduleError("adaptive: its rows are different ones, without timesteps and period")
+
+    # -- makers ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def uniform(cls, interval: int, warmup: int = 1, order: int = 1) -> Schedule:
+        """Compute the first `warmup` steps, then every `interval`-th; between them reuse (order 0) or forecast.
+
+        Open-ended: it fits any graph and any number of steps. `uniform(3)` computes steps 0, 3, 6, ...
+        """
+        if not all(map(_is_positive, (interval, warmup))):
+            raise ScheduleError(
+                f"uniform needs whole numbers interval >= 1 and warmup >= 1, got {short(interval)} and {short(warmup)}"
+            )
+        if interval + warmup > MAX_ROWS:
+            raise ScheduleError(f"uniform: interval + warmup is more than the {MAX_ROWS} rows of a schedule")
+        between = (Action.FORECAST if order else Action.REUSE,)
+        rows = ((Action.COMPUTE,),) * warmup + (between,) * (interval - 1) + ((Action.COMPUTE,),)
+        name = f"uniform:{interval}" + (f":warmup={warmup}" if warmup != 1 else "")
+        return cls(rows, order=order if interval > 1 else 0, period=interval, made_by=f"{name}, order {order}")
+
+    @classmethod
+    def full(cls) -> Schedule:
+        """Compute everything at every step: exact."""
+        return cls(((Action.COMPUTE,),), order=0, period=1, made_by="full")
+
+    @classmethod
+    def watching(cls, threshold: float, order: int = 1, **bounds: Any) -> Schedule:
+        """Compute in full where the drift since the last full step reaches `threshold`; else reuse (order 0) or
+        forecast. `bounds`: the other attributes of `Adaptive`."""
+        between = Action.FORECAST if order else Action.REUSE
+        rows: tuple[Row, ...] = ((Action.COMPUTE,), (between,))
+        return cls(rows, order=order, adaptive=Adaptive((threshold,), **bounds), made_by=f"adaptive:{threshold:g}")
+
+    @classmethod
+    def parse(cls, text: str, order: int = 1) -> Schedule:
+        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `adaptive:0.1`) or the path of a JSON file."""
+        head, *rest = text.split(":")
+        if head == "full" and not rest:
+            return cls.full()
+        if head == "uniform" and rest:
+            found = re.fullmatch(r"uniform:(\d{1,9})(?::warmup=(\d{1,9}))?", text)
+            if found:
+                return cls.uniform(int(found[1]), warmup=int(found[2] or 1), order=order)
+        elif head == "adaptive" and len(rest) == 1 and re.fullmatch(r"\d{0,9}\.?\d{1,20}", rest[0]):
+            return cls.watching(float(rest[0]), order)
+        elif text.endswith(".json"):
+            return cls.load(text)
+        raise ScheduleError(
+            f"schedule {text!r} is not understood; use 'full', 'uniform:3', 'uniform:3:warmup=2', 'adaptive:0.1' or "
+            "a path to a .json"
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def row_index(self, step: int, timestep: float | None = None) -> int | None:
+        """The row for `step` (from 0): by the nearest recorded timestep, else by counting. None past the end."""
+        if self.timesteps and timestep is not None:
+            return self.timeline.nearest(timestep)
+        if step < len(self.rows):
+            return step
+        if not self.period:
+            return None
+        return len(self.rows) - self.period + (step - len(self.rows)) % self.period
+
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """The rows by their recorded timesteps, for calls that come at others."""
+        return Timeline(self.rows, self.timesteps)
+
+    def depth(self, column: int) -> int:
+        """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the ones computed before."""
+        actions = {row[column] for row in self.rows}
+        if Action.FORECAST in actions or self.partials(column):
+            return 1 + self.order
+        return 1 if Action.REUSE in actions else 0
+
+    def partials(self, column: int) -> tuple[Partial, ...]:
+        """The kinds of PARTIAL that a region meets; where there are any, its tokens age each for itself."""
+        acts = dict.fromkeys(row[column] for row in self.rows)
+        return tuple(act for act in acts if isinstance(act, Partial))
+
+    def distinct_rows(self) -> tuple[Row, ...]:
+        """The rows without repeats, in order of first use: one program (variant) each."""
+        return tuple(dict.fromkeys(self.rows))
+
+    def bind(self, keys: Sequence[str], fingerprint: str, granularity: str = "") -> Schedule:
+        """Fit to a graph with these region keys: checks them, or spreads a one-column schedule over all regions.
+
+        Raises:
+            ScheduleError: the schedule was made for another granularity, or for another graph; says which regions
+                differ.
+        """
+        if granularity and self.granularity and Granularity.parse(granularity) != Granularity.parse(self.granularity):
+            raise ScheduleError(
+                f"the schedule is for granularity={self.granularity!r}, the model is compiled with {granularity!r}: "
+                f"pass granularity={self.granularity!r}, or make a schedule for {granularity!r}"
+            )
+        granularity = granularity or self.granularity
+        if self.regions is None:
+            rows = tuple(row * len(keys) for row in self.rows)
+            return replace(self, rows=rows, regions=tuple(keys), fingerprint=fingerprint, granularity=granularity)
+        if self.regions != tuple(keys):
+            missing = [key for key in self.regions if key not in keys]
+            extra = [key for key in keys if key not in self.regions]
+            order = "" if missing or extra else " (the same regions in another order)"
+            raise ScheduleError(
+                f"the schedule is for another graph{order}: "
+                f"not in the model: {missing or 'none'}; not in the schedule: {extra or 'none'}. "
+                "Make one for this model (moeca_compile.calibrate), or use a uniform schedule"
+            )
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise ScheduleError(
+                f"the schedule was made for graph {self.fingerprint}, this one is {fingerprint}: the regions have the "
+                "same names but other parameter shapes. Make a schedule for this model"
+            )
+        return replace(self, fingerprint=fingerprint, granularity=granularity)
+
+    # -- JSON and text --------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Versioned JSON; `from_json(s.to_json()) == s`."""
+        legend = legend_of(self.rows)
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "made_by": self.made_by,
+                "order": self.order,
+                "period": self.period,
+                "fingerprint": self.fingerprint,
+                "granularity": self.granularity,
+                "regions": None if self.regions is None else list(self.regions),
+                "timesteps": list(self.timesteps),
+                "predicted": dict(self.predicted),
+                "control": self.control.to_dict(),
+                "adaptive": None if self.adaptive is None else self.adaptive.to_dict(),
+                "partials": {letter: one.to_list() for letter, one in legend.items()},
+                "rows": [written(row, legend) for row in self.rows],
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read `to_json`'s text.
+
+        Raises:
+            ScheduleError: not a schedule, a newer version, a missing or malformed entry.
+        """
+        try:
+            return cls._of(parse(text))
+        except (ScheduleError, DecodeError) as error:
+            raise ScheduleError(f"not a readable schedule: {error}") from error
+
+    @classmethod
+    def _of(cls, data: Entries) -> Schedule:
+        if data.text("format") != FORMAT:
+            raise ScheduleError(f"format is {short(data.text('format'))}, expected {FORMAT!r}")
+        version = data.whole("version")
+        if not 1 <= version <= VERSION:
+            newer = f"newer than this package reads ({VERSION})" if version > VERSION else "no version there was"
+            raise ScheduleError(f"version {short(version)} is {newer}")
+        data.only(_ENTRIES)
+        partials = data.entries("partials", {})
+        legend = legend_from({letter: partials.get(letter) for letter in partials.data})
+        adaptive = None if data.get("adaptive", None) is None else Adaptive.from_entries(data.entries("adaptive"))
+        predicted = data.entries("predicted")
+        return cls(
+            rows=tuple(read(row, legend) for row in data.texts("rows")),
+            regions=None if data.get("regions") is None else data.texts("regions"),
+            order=data.whole("order"),
+            period=data.whole("period"),
+            fingerprint=data.text("fingerprint"),
+            granularity=data.text("granularity", ""),
+            timesteps=data.numbers("timesteps"),
+            control=Control.from_entries(data.entries("control", {})),
+            adaptive=adaptive,
+            made_by=data.text("made_by"),
+            predicted={name: predicted.number(name) for name in predicted.data},
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to `path`."""
+        try:
+            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ScheduleError(f"schedule file {str(path)!r} can't be written: {reason}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read the JSON at `path`.
+
+        Raises:
+            ScheduleError: the file can't be read, or is no schedule; names the file.
+        """
+        try:
+            return cls.from_json(read_text(Path(path)))
+        except (ScheduleError, DecodeError) as error:
+            raise ScheduleError(f"schedule file {str(path)!r}: {error}") from error
+
+    def __str__(self) -> str:
+        """A grid: one line a region, one mark a step."""
+        names = ("every region",) if self.regions is None else self.regions
+        legend = legend_of(self.rows)
+        glyphs = _GLYPH | {one: letter for letter, one in legend.items()}
+        wide = max((len(name) for name in names), default=0)
+        tail = f", then the last {self.period} repeat" if self.period else ""
+        lines = [f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"]
+        for column, name in enumerate(names):
+            lines.append(f"{name:<{wide}}  " + "".join(glyphs[row[column]] for row in self.rows))
+        kinds = "".join(f"   {letter} {one}" for letter, one in legend.items())
+        return "\n".join([*lines, f"# compute   = reuse   / forecast{kinds}"])
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,125 @@
+"""What a step can do with a region: all of it, none of it, or a part. Pure data."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.schedule.decode import short
+
+
+class Action(enum.Enum):
+    """What one region does at one step, as a whole."""
+
+    COMPUTE = "C"  # run it, and write its state
+    REUSE = "R"  # the output of the last step that computed it
+    FORECAST = "F"  # that output, extrapolated by the schedule's order
+
+    __hash__ = object.__hash__  # members are their own only equals; Enum's, in Python, is slow for rows of many regions
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Recompute a part of a region, forecast the rest.
+
+    Attributes:
+        rho: the fraction of each sample's tokens that is recomputed, in [0, 1].
+        tau: the fraction of each sample's routed branches (token, expert) that is computed beyond those: first the
+            ones whose expert the cache doesn't hold (transitions), then the ones that drifted most; in [0, 1].
+        shared: compute the shared experts for all tokens, not only for the recomputed ones.
+
+    Raises:
+        ScheduleError: a fraction outside [0, 1].
+    """
+
+    rho: float = 0.0
+    tau: float = 0.0
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rho", "tau"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ScheduleError(f"PARTIAL: {name} is {short(value)}, expected a fraction from 0 to 1")
+            object.__setattr__(self, name, float(value))
+        if not isinstance(self.shared, bool):
+            raise ScheduleError(f"PARTIAL: shared is {short(self.shared)}, expected true or false")
+
+    def to_list(self) -> list[float | bool]:
+        """rho, tau and, if set, shared: for JSON; `Partial(*list)` is the same."""
+        return [self.rho, self.tau, *([True] if self.shared else [])]
+
+    def tokens(self, of: int) -> int:
+        """How many of a sample's tokens are recomputed: at least one where rho isn't 0."""
+        return _share(self.rho, of)
+
+    def branches(self, of: int) -> int:
+        """How many of a sample's branches are computed beyond the tokens' own."""
+        return _share(self.tau, of)
+
+    def __str__(self) -> str:
+        return f"PARTIAL({self.rho:g}, {self.tau:g}{', shared' if self.shared else ''})"
+
+
+Act = Action | Partial
+Row = tuple[Act, ...]
+_LETTERS = {action.value: action for action in Action}
+_NAMES = "abcdefghijklmnopqrstuvwxyz"
+
+
+def name_of(act: Act) -> str:
+    """`COMPUTE`, or `PARTIAL(0.1, 0.05)`."""
+    return act.name if isinstance(act, Action) else str(act)
+
+
+def legend_of(rows: Iterable[Row]) -> dict[str, Partial]:
+    """A small letter for each kind of PARTIAL in `rows`, in order of first use.
+
+    Raises:
+        ScheduleError: more kinds than letters.
+    """
+    kinds = dict.fromkeys(act for row in rows for act in row if isinstance(act, Partial))
+    if len(kinds) > len(_NAMES):
+        raise ScheduleError(f"{len(kinds)} kinds of PARTIAL in one schedule, at most {len(_NAMES)} can be written")
+    return dict(zip(_NAMES, kinds, strict=False))
+
+
+def legend_from(data: Mapping[str, object]) -> dict[str, Partial]:
+    """The legend of a schedule's JSON: by small letter, what `Partial.to_list` gave.
+
+    Raises:
+        ScheduleError: another kind of name, or no list of two or three entries.
+    """
+    for letter, pair in data.items():
+        if len(letter) != 1 or letter not in _NAMES:
+            raise ScheduleError(f"partials: {short(letter)} is no small letter")
+        if not isinstance(pair, list) or not 2 <= len(pair) <= 3:
+            raise ScheduleError(f"partials: {letter} is {short(pair)}, expected [rho, tau] or [rho, tau, shared]")
+    return {letter: Partial(*pair) for letter, pair in data.items() if isinstance(pair, list)}
+
+
+def written(row: Row, legend: Mapping[str, Partial]) -> str:
+    """A row as text, one letter a region."""
+    letters = {act: letter for letter, act in legend.items()}
+    return "".join(letters[act] if isinstance(act, Partial) else act.value for act in row)
+
+
+def read(text: str, legend: Mapping[str, Partial]) -> Row:
+    """The row that `written` wrote.
+
+    Raises:
+        ScheduleError: a letter that is no action and not in the legend.
+    """
+    known: dict[str, Act] = {**_LETTERS, **legend}
+    unknown = [letter for letter in text if letter not in known]
+    if unknown:
+        raise ScheduleError(f"row {short(text)}: {unknown[0]!r} is no action; known here: {', '.join(known)}")
+    return tuple(known[letter] for letter in text)
+
+
+def _share(fraction: float, of: int) -> int:
+    """The fraction of `of`, rounded up; what float arithmetic adds to a whole number doesn't count."""
+    return min(of, math.ceil(fraction * of - 1e-9))

@@ -1,8 +1,0 @@
-"""The planner on a real model: sample it, measure it, search, and hand out a schedule."""
-
-from __future__ import annotations
-
-from moeca_compile.study.calibration import calibrate
-from moeca_compile.study.thresholds import expert_thresholds
-
-__all__ = ["calibrate", "expert_thresholds"]
