@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.docs.pages import ROOT, anchors_of, links_of, page_names
+from tests.docs.pages import ROOT, anchors_of, links_of, page_names, text_of
 
 if not (ROOT / "docs").exists():
     pytest.skip("needs the checkout", allow_module_level=True)
@@ -21,6 +23,12 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor:
             named = str(target.resolve().relative_to(ROOT.resolve()))
             assert anchor in anchors_of(named), f"{page}: {link}; {named} has {sorted(anchors_of(named))}"
+
+
+@pytest.mark.parametrize("page", page_names())
+def test_files_that_are_named_exist(page: str) -> None:
+    for named in re.findall(r"`((?:tests|benchmarks|examples|docs)/[\w./-]*\w)`", text_of(page)):
+        assert (ROOT / named).exists() or (ROOT / f"{named}.py").exists(), f"{page}: {named}"
 
 
 def test_every_page_is_in_the_site() -> None:

@@ -56,3 +56,20 @@ def test_the_schedule_on_the_page_is_what_its_code_writes(tmp_path: Path) -> Non
     page = text_of("docs/reference/schedule-file.md")
     for name in found:
         assert f"`{name}`" in page, name
+
+
+def test_the_architecture_has_every_room_in_the_order_of_imports() -> None:
+    page = text_of("docs/explanation/architecture.md")
+    package = Path(str(moeca.__file__)).parent
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)) == rooms
+    drawn = text_of("docs/explanation/rooms.svg")
+    assert {room for room in rooms if not re.search(rf">[^<]*\b{room}\b", drawn)} == set()
+    order = re.search(r"^ORDER = \((.*?)^\)", text_of("tests/test_structure.py"), re.MULTILINE | re.DOTALL)
+    assert order is not None
+    told = re.search(r"in a circle: (.*?)`cli`\.", page, re.DOTALL)
+    assert told is not None
+    names = re.findall(r"^ +\"(\w+)\"", order[1], re.MULTILINE)
+    assert [one for one in [*re.findall(r"`(\w+)`", told[1]), "cli"] if one in rooms] == [
+        n for n in names if n in rooms
+    ]
