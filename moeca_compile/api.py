@@ -12,8 +12,8 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import expert_dispatch as canonical
-from moeca_compile.engine.bank import HandleRuntime
 from moeca_compile.engine.frozen import install_fast_path
+from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.trajectory import Trajectory
 from moeca_compile.engine.visit import Visitor, visiting
@@ -119,12 +119,12 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     """
     model = one_model(model, "warmup")
 
-    def warm(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
+    def warm(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
         try:
-            program, args = entry.place(args, bank)
+            program, args = entry.place(args, runtime)
         except CaptureError as error:
             return entry.run_uncached(args, str(error))
-        with bank.packs.active() if program.packs_experts else nullcontext():
+        with runtime.packs.active() if program.packs_experts else nullcontext():
             return program.warm(args)
 
     with torch.no_grad():
@@ -177,7 +177,7 @@ def trajectory(
 def reset(model: Any) -> None:
     """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
     for state in _states(model, "reset"):
-        state.bank.reset()
+        state.runtime.reset()
 
 
 def stats(model: Any) -> Stats:
@@ -224,9 +224,9 @@ def explain(
         model = torch.compile(model, backend=backend.moeca, options=given)
     programs: list[Program] = []
 
-    def look(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
-        read = None if given.keys() & {"schedule", "order"} else bank.schedule
-        programs.append(Program(entry.gm, args, entry.inputs, replace(bank.options, **given), read))
+    def look(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+        read = None if given.keys() & {"schedule", "order"} else runtime.schedule
+        programs.append(Program(entry.gm, args, entry.inputs, replace(runtime.options, **given), read))
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
@@ -245,7 +245,7 @@ def explain(
 
 def _last_call(model: Any, given: Mapping[str, Any]) -> Report:
     states = states_of(model)
-    programs = [program for state in states for program in state.bank.programs.values()]
+    programs = [program for state in states for program in state.runtime.programs.values()]
     uncached = [state for state in states if state.uncached]
     if given or not (programs or uncached):
         reason = "options are explained for inputs" if given else "no call of the compiled model was made yet"
@@ -259,10 +259,10 @@ def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor:
     """Call the model with `visitor` in place of running its graphs; twice, if the first call only prepared it."""
     seen = False
 
-    def note(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
+    def note(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
         nonlocal seen
         seen = True
-        return visitor(entry, args, bank)
+        return visitor(entry, args, runtime)
 
     with visiting(note, handle_of(model)):
         result = model(*inputs, **keywords)

@@ -2,7 +2,8 @@
 
     prepare -> capture -> find -> (measure -> plan) -> rewrite -> lower -> run
 
-`prepare` is `canonical/`, capture is `capture.py`, plan is a `Schedule`, run is `runtime/`. What lies between is here.
+`prepare` is `expert_dispatch/`, capture is `graph/capture.py`, a plan is a `Schedule`, run is `engine/`. What lies
+between is here.
 """
 
 from __future__ import annotations

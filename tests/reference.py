@@ -1,4 +1,4 @@
-"""THE ORACLE: what a schedule means (DESIGN section 6), said as plainly as possible.
+"""THE ORACLE: what a schedule means, said as plainly as possible.
 
 It runs every node of the captured graph at every step, and then replaces the outputs of the regions that the row
 doesn't compute by what the rules say. It knows nothing of the passes that make variants, of slots or of the runtime.

@@ -1,7 +1,7 @@
 """THE ORACLE, second half: regions that are recomputed in part. One record a token or branch, in plain dictionaries.
 
 Nothing here is a tensor program: which items are chosen, what stands for the others and what is remembered is decided
-item by item, as DESIGN section 6 words it.
+item by item, in the words of docs/branch-caching.md.
 """
 
 from __future__ import annotations

@@ -54,38 +54,38 @@ def _run(
 ) -> tuple[Any, ...]:
     begin = time.perf_counter()
     track = tracks.of(program)
-    sighting = _look(program, tracks, track, args)
-    tick = tracks.clock.observe(sighting)
-    if tick.restart or tick.stream is None:
+    observation = _look(program, tracks, track, args)
+    placement = tracks.clock.observe(observation)
+    if placement.restart or placement.stream is None:
         at_start()
-    if tick.restart:
+    if placement.restart:
         declared = trajectory.timesteps if trajectory is not None else ()
-        tracks.begin(tick, sighting, declared or program.schedule.timesteps)
-    if tick.warning and program.layout:  # without state nothing is lost
-        program.warned.once(tick.warning)
-    if trajectory is not None and trajectory.steps is not None and tick.step >= trajectory.steps:
+        tracks.begin(placement, observation, declared or program.schedule.timesteps)
+    if placement.warning and program.layout:  # without state nothing is lost
+        program.warned.once(placement.warning)
+    if trajectory is not None and trajectory.steps is not None and placement.step >= trajectory.steps:
         raise StateError(
-            f"the trajectory was declared with steps={trajectory.steps}, and this is call {tick.step + 1}"
+            f"the trajectory was declared with steps={trajectory.steps}, and this is call {placement.step + 1}"
             f"{' of stream ' + repr(trajectory.stream) if trajectory.stream else ''}: start a new trajectory"
         )
-    if tick.stream is None and sighting.timestep is None:
+    if placement.stream is None and observation.timestep is None:
         tracks.forget()  # nobody knows how far the trajectory went with this call
     state = None
-    if tick.stream is not None:
-        if tick.stream not in track.states:
-            track.states[tick.stream] = program.state()
-        state = track.states[tick.stream]
-        _drop_if_not_finite(program, track, tick.stream, state)
-    contents = _contents(program, tracks, track, tick, sighting, args)
-    row, cold = _row(program, tick, sighting, state)
+    if placement.stream is not None:
+        if placement.stream not in track.states:
+            track.states[placement.stream] = program.state()
+        state = track.states[placement.stream]
+        _drop_if_not_finite(program, track, placement.stream, state)
+    contents = _contents(program, tracks, track, placement, observation, args)
+    row, cold = _row(program, placement, observation, state)
     variant, run = program.executable(row)
     start, compiled = time.perf_counter(), sum(program.compile_seconds.values())
     if row == program.schedule.rows[0] and (trajectory is None or trajectory.frozen is None):
-        _start_cold_if_weights_changed(track, tick, args)
-    hoisted = _hoisted(program, tracks, tick, sighting, variant, args, contents)
+        _start_cold_if_weights_changed(track, placement, args)
+    hoisted = _hoisted(program, tracks, placement, observation, variant, args, contents)
     compiling = sum(program.compile_seconds.values()) - compiled
     begin, sharing = begin + compiling, time.perf_counter() - start - compiling
-    arguments = arguments_for(program, track, variant, args, state, tick.step, hoisted)
+    arguments = arguments_for(program, track, variant, args, state, placement.step, hoisted)
     if run is None:
         outside = time.perf_counter()
         run = program.compile(variant, arguments)
@@ -97,14 +97,16 @@ def _run(
         end = time.perf_counter()
         outputs = tuple(results[: variant.outputs])
         if state is not None:
-            _keep(program, track, tick, state, row, variant, results)
+            _keep(program, track, placement, state, row, variant, results)
     if len(tracks.records) == MAX_RECORDS:
         del tracks.records[: MAX_RECORDS // 2]
     ms = (end - start + sharing) * 1e3
     overhead = (time.perf_counter() - begin) * 1e3 - ms
-    stream, macs = str(tick.stream), program.full_macs
+    stream, macs = str(placement.stream), program.full_macs
     tracks.records.append(
-        StepRecord(tick.step, stream, variant.name, ms, overhead, variant.macs, cold, 0, macs, sighting.timestep)
+        StepRecord(
+            placement.step, stream, variant.name, ms, overhead, variant.macs, cold, 0, macs, observation.timestep
+        )
     )
     return outputs
 
@@ -112,19 +114,19 @@ def _run(
 def _keep(
     program: Runnable,
     track: Track,
-    tick: StepPlacement,
+    placement: StepPlacement,
     state: StreamState,
     row: Row,
     variant: Variant,
     results: Sequence[Any],
 ) -> None:
     """Take what a step wrote, unless the state that it came from turns out not to have been finite."""
-    if variant.writes and _drop_if_not_finite(program, track, tick.stream, state, wait=True):
+    if variant.writes and _drop_if_not_finite(program, track, placement.stream, state, wait=True):
         return
-    state.commit(tick.step, row, variant.writes, results[variant.outputs :])
+    state.commit(placement.step, row, variant.writes, results[variant.outputs :])
     output = results[0]
     if variant.writes and isinstance(output, torch.Tensor) and output.is_floating_point():
-        track.finite[tick.stream] = Finite(output, tick.step)
+        track.finite[placement.stream] = Finite(output, placement.step)
 
 
 def _look(program: Runnable, tracks: Tracks, track: Track, args: Sequence[Any]) -> CallObservation:
@@ -138,13 +140,13 @@ def _look(program: Runnable, tracks: Tracks, track: Track, args: Sequence[Any]) 
 
 
 def _row(
-    program: Runnable, tick: StepPlacement, sighting: CallObservation, state: StreamState | None
+    program: Runnable, placement: StepPlacement, observation: CallObservation, state: StreamState | None
 ) -> tuple[Row, bool]:
     """The row to run, and whether a cold cache made it a full one against the schedule."""
     schedule = program.schedule
     if state is None:
         return schedule.rows[0], True
-    choice = choose_row(schedule, tick.step, sighting.timestep, state)
+    choice = choose_row(schedule, placement.step, observation.timestep, state)
     if choice.warning:
         program.warned.once(choice.warning)
     if choice.cold:
@@ -153,18 +155,23 @@ def _row(
 
 
 def _contents(
-    program: Runnable, tracks: Tracks, track: Track, tick: StepPlacement, sighting: CallObservation, args: Sequence[Any]
+    program: Runnable,
+    tracks: Tracks,
+    track: Track,
+    placement: StepPlacement,
+    observation: CallObservation,
+    args: Sequence[Any],
 ) -> dict[int, Hashable]:
     """What tells the contents of inputs, by position: of those that the clock has seen, or that hoisted values came
     from. In a named stream nobody waits for an accelerator: what was written to there past its version counter is
     noticed late, and the state that came from it dropped then."""
-    if sighting.condition:
-        return dict(zip(program.condition, sighting.condition, strict=True))
+    if observation.condition:
+        return dict(zip(program.condition, observation.condition, strict=True))
     found = dict[int, Hashable]()
-    for i in track.hoisted[tick.stream].inputs if tick.stream in track.hoisted else ():
+    for i in track.hoisted[placement.stream].inputs if placement.stream in track.hoisted else ():
         found[i], was_wrong = tracks.probe.contents.likely_number(args[i])
         if was_wrong:
-            track.states[tick.stream].clear()
+            track.states[placement.stream].clear()
             program.warned.once(
                 "an input was written to past its version counter (.data, DLPack, a kernel of its own). A named stream "
                 "doesn't wait for the device to tell, so at least one call used the old values; this one starts cold. "
@@ -173,24 +180,24 @@ def _contents(
     return found
 
 
-def _start_cold_if_weights_changed(track: Track, tick: StepPlacement, args: Sequence[Any]) -> None:
+def _start_cold_if_weights_changed(track: Track, placement: StepPlacement, args: Sequence[Any]) -> None:
     """Weights that were written to past their version counters, among those that hoisted values came from."""
-    kept = track.hoisted.get(tick.stream)
+    kept = track.hoisted.get(placement.stream)
     if kept is not None and kept.weights_changed(args):
-        track.hoisted = {tick.stream: kept}
+        track.hoisted = {placement.stream: kept}
         for state in track.states.values():
             state.clear()
 
 
 def _hoisted(
-    program: Runnable, tracks: Tracks, tick: StepPlacement, sighting: CallObservation, variant: Variant,
+    program: Runnable, tracks: Tracks, placement: StepPlacement, observation: CallObservation, variant: Variant,
     args: Sequence[Any], contents: dict[int, Hashable],
 ) -> list[torch.Tensor]:  # fmt: skip
     if not variant.hoists:
         return []
-    track, stream, timestep = tracks.of(program), tick.stream, sighting.timestep
+    track, stream, timestep = tracks.of(program), placement.stream, observation.timestep
     if isinstance(tracks.clock, Counter) and not program.schedule.timesteps:  # there the sighting saw nothing
-        timestep = _unseen(program, tracks.told, tick.step, args)
+        timestep = _unseen(program, tracks.told, placement.step, args)
     if stream is None:
         return Hoisted().of(program.prologues, variant.hoists, args, None)
     if timestep is not None:

@@ -132,12 +132,12 @@ class Tracks:
         self.ahead = Ahead()
         self.records: list[StepRecord] = []
 
-    def begin(self, tick: StepPlacement, sighting: CallObservation, timesteps: Sequence[float]) -> None:
+    def begin(self, placement: StepPlacement, observation: CallObservation, timesteps: Sequence[float]) -> None:
         """A trajectory starts; `timesteps`: those that it will have, if they are known."""
         self.forget()
-        self.probe.start(sighting.kind, sighting.condition)
+        self.probe.start(observation.kind, observation.condition)
         self.ahead = Ahead(tuple(timesteps or self.past.walked))
-        if not (self.exact or tick.broken_off):
+        if not (self.exact or placement.broken_off):
             self.records.clear()
 
     def shown(self) -> list[StepRecord]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-Visitor = Callable[[Any, Sequence[Any], Any], tuple[Any, ...]]  # the entry, the call's arguments, their bank
+Visitor = Callable[[Any, Sequence[Any], Any], tuple[Any, ...]]  # entry, arguments, the handle's runtime
 
 # innermost last, each with the compile context of the handle that it visits (None: any)
 _visits: ContextVar[tuple[tuple[object, Visitor], ...]] = ContextVar("moeca_visits", default=())

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.arrangement import Arrangement, arrangement, other_strides
-from moeca_compile.engine.bank import HandleRuntime, Weights
 from moeca_compile.engine.blocks import current
 from moeca_compile.engine.frozen import Seen, follows_from_call, note, noting
+from moeca_compile.engine.handle_runtime import HandleRuntime, Weights
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectory import Trajectory
@@ -137,20 +137,20 @@ class Entry:
             if call is not None:
                 call.ran_part(self.gm, partial(state.is_broken, dispatches=state.first.left))
             return self._run_as_given(args, state)
-        bank = state.bank
-        weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
+        runtime = state.runtime
+        weights = runtime.follow(self.number, self._labels, [args[i] for i in self._weights])
         visit = visitor(context)
         if visit is not None:
-            return visit(self, args, bank)
+            return visit(self, args, runtime)
         try:
-            program, how = self._find(args, bank, weights)
+            program, how = self._find(args, runtime, weights)
         except CaptureError as error:
             return self.run_uncached(args, str(error), state)
         trajectory = current(weights.ids, owner.frame if owner is not None else None)
-        results = self.step(program, how, bank, args, trajectory)
+        results = self.step(program, how, runtime, args, trajectory)
         if noting():
             others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]
-            note(Seen(partial(self.step, program, how, bank), args, others, results))
+            note(Seen(partial(self.step, program, how, runtime), args, others, results))
         return results
 
     def run_uncached(self, args: Sequence[Any], reason: str, state: HandleState | None = None) -> tuple[Any, ...]:
@@ -170,7 +170,7 @@ class Entry:
         self,
         program: Program,
         how: Arrangement | None,
-        bank: HandleRuntime,
+        runtime: HandleRuntime,
         args: Sequence[Any],
         trajectory: Trajectory | None,
     ) -> tuple[Any, ...]:
@@ -179,39 +179,43 @@ class Entry:
         given = args
         if how is not None:
             args = how.arranged(args)
-        tracks = bank.tracks(trajectory)
+        tracks = runtime.tracks(trajectory)
         if trajectory is not None:
             trajectory.seen += 1
         try:
             if not program.packs_experts:
                 results = run_step(program, tracks, args, trajectory)
             else:
-                packs = bank.packs
+                packs = runtime.packs
                 with packs.active():
                     results = run_step(program, tracks, args, trajectory, packs.mark_unverified)
         except CaptureError as error:
             return self.run_uncached(given, str(error))
         return results if how is None else how.given_back(results)
 
-    def place(self, args: Sequence[Any], bank: HandleRuntime) -> tuple[Program, Sequence[Any]]:
+    def place(self, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Program, Sequence[Any]]:
         """The program for arguments like these, and they as it takes them.
 
         Raises:
             CaptureError: the graph can't be captured, or has nothing to cache.
         """
-        weights = bank.follow(self.number, self._labels, [args[i] for i in self._weights])
-        program, how = self._find(args, bank, weights)
+        weights = runtime.follow(self.number, self._labels, [args[i] for i in self._weights])
+        program, how = self._find(args, runtime, weights)
         return program, args if how is None else how.arranged(args)
 
     @property
-    def banks(self) -> dict[int, HandleRuntime]:
+    def runtimes(self) -> dict[int, HandleRuntime]:
         """Of all handles that this graph has run for."""
-        return {id(bank): bank for state in all_states() if (bank := state.bank).knows(self.number)}
+        return {id(runtime): runtime for state in all_states() if (runtime := state.runtime).knows(self.number)}
 
     @property
     def programs(self) -> dict[Hashable, Program]:
         """Those that it runs now, for whichever handle."""
-        return {(id(bank), key): one for bank in self.banks.values() for key, one in bank.serving(self.number).items()}
+        return {
+            (id(runtime), key): one
+            for runtime in self.runtimes.values()
+            for key, one in runtime.serving(self.number).items()
+        }
 
     def _state(self, context: Any) -> HandleState:
         if context is not None:
@@ -232,7 +236,9 @@ class Entry:
             options = Options.from_backend_options(given.get("options"), given.get("mode"))
         return options, options.resolved_schedule()
 
-    def _find(self, args: Sequence[Any], bank: HandleRuntime, weights: Weights) -> tuple[Program, Arrangement | None]:
+    def _find(
+        self, args: Sequence[Any], runtime: HandleRuntime, weights: Weights
+    ) -> tuple[Program, Arrangement | None]:
         """The program for arguments like these, captured if none of this handle's computes the same."""
         numbers: dict[int, Any] = {}
         read, tensors = [], []
@@ -247,49 +253,49 @@ class Entry:
         if weights.kind is None:
             weights.kind = self._kinds.setdefault(weights.kinds, len(self._kinds))
         key = (self.number, tuple(read), tuple(tensors), weights.kind, ambient_autocast())
-        found = bank.find(key)
+        found = runtime.find(key)
         if found is not None:
             return found
         with under_compile_lock():
-            if key in bank.refused:
-                raise CaptureError(bank.refused[key])
+            if key in runtime.refused:
+                raise CaptureError(runtime.refused[key])
             try:
-                return bank.find(key) or self._make(key, args, numbers, bank)
+                return runtime.find(key) or self._make(key, args, numbers, runtime)
             except CaptureError as error:
-                bank.refused[key] = str(error)
+                runtime.refused[key] = str(error)
                 raise
 
     def _make(
-        self, key: tuple[Any, ...], args: Sequence[Any], numbers: Mapping[int, Any], bank: HandleRuntime
+        self, key: tuple[Any, ...], args: Sequence[Any], numbers: Mapping[int, Any], runtime: HandleRuntime
     ) -> tuple[Program, Arrangement | None]:
         """A new program, or one that was made for another of Dynamo's graphs: of the same text, of the same captured
         text, in which sizes are numbers, or of the same text but for the strides of its inputs. The last makes what it
         kept serve a latent that comes in another memory format."""
         by_label = sorted((one.label, repr(numbers.get(i)), _kind(args[i])) for i, one in enumerate(self.inputs))
         as_given: Hashable = (self._identity, tuple(by_label), key[-1])
-        if bank.find(as_given) is not None:
-            return self._beside(key, as_given, bank)
-        self._warn_of_numbers(key, numbers, bank)
+        if runtime.find(as_given) is not None:
+            return self._beside(key, as_given, runtime)
+        self._warn_of_numbers(key, numbers, runtime)
         gm = _with_floats(self.gm, {i: numbers[i] for i in self._floats})
         captured = _captured(gm, args, self.inputs)
         known = as_given if self._identity is self else identity(captured.gm, captured.inputs)
-        if bank.find(known) is not None:
-            return self._beside(key, known, bank)
+        if runtime.find(known) is not None:
+            return self._beside(key, known, runtime)
         unstrided = self._unstrided(args, numbers, key[-1])
-        if bank.find(unstrided) is not None:
-            return self._beside(key, unstrided, bank, captured)
-        read = bank.options, bank.schedule, bank.warned
+        if runtime.find(unstrided) is not None:
+            return self._beside(key, unstrided, runtime, captured)
+        read = runtime.options, runtime.schedule, runtime.warned
         program = Program(gm, args, self.inputs, *read, captured)
-        bank.place((key, as_given, unstrided, known), program)
+        runtime.place((key, as_given, unstrided, known), program)
         program.settle(args)
-        bank.follow(self.number, self._labels, [args[i] for i in self._weights])  # some may have been moved
+        runtime.follow(self.number, self._labels, [args[i] for i in self._weights])  # some may have been moved
         return program, None
 
     def _beside(
-        self, key: Hashable, known: Hashable, bank: HandleRuntime, captured: Capture | None = None
+        self, key: Hashable, known: Hashable, runtime: HandleRuntime, captured: Capture | None = None
     ) -> tuple[Program, Arrangement | None]:
         """The program under `known` for the calls of `key` too. `captured`: where these come in other strides."""
-        found = bank.find(known)
+        found = runtime.find(known)
         assert found is not None
         program = found[0]
         context = program.analysis.context
@@ -297,7 +303,7 @@ class Entry:
             how = arrangement(context.inputs, self.inputs)
         else:
             how = other_strides(Capture(program.analysis.gm, context.inputs), captured)
-        bank.place_beside(key, known, how)
+        runtime.place_beside(key, known, how)
         return program, how
 
     def _unstrided(self, args: Sequence[Any], numbers: Mapping[int, Any], autocast: Hashable) -> Hashable:
@@ -320,12 +326,12 @@ class Entry:
             return args[i].item()
         return None if isinstance(args[i], torch.Tensor) else args[i]
 
-    def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any], bank: HandleRuntime) -> None:
-        known = [other[1] for other in bank.keys_of(self.number) if other[2:] == key[2:]]
+    def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any], runtime: HandleRuntime) -> None:
+        known = [other[1] for other in runtime.keys_of(self.number) if other[2:] == key[2:]]
         if len(known) == 2:  # two may be a setting that was changed; a third is a habit
             labels = [self.inputs[i].label for i in numbers if i not in self._unread]
             moving = [label for n, label in enumerate(labels) if len({v[n] for v in (*known, key[1])}) == 3]
-            bank.warned.once(
+            runtime.warned.once(
                 f"{', '.join(moving) or 'an input'} comes as a Python number that changes from call to call, and a "
                 "graph is captured and compiled for each value. Pass it as a tensor",
                 "numbers",

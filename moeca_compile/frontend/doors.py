@@ -210,6 +210,6 @@ def _marks(found: Sequence[Any]) -> list[tuple[int, int]]:
     """What a call of one of them changes: Dynamo makes a graph (a first call may do no more), or a step is recorded."""
     contexts = [context for one in found if (context := handle_of(one)) is not None]
     gates = [hook for context in contexts for hook in context.enter_exit_hooks if isinstance(hook, Gate)]
-    banks = [state.bank for one in found for state in states_of(one)]
+    runtimes = [state.runtime for one in found for state in states_of(one)]
     graphs = [(id(gate), gate.graphs) for gate in gates]
-    return graphs + [(id(bank.latest), len(bank.latest.shown())) for bank in banks]
+    return graphs + [(id(runtime.latest), len(runtime.latest.shown())) for runtime in runtimes]

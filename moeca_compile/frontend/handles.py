@@ -15,7 +15,7 @@ from typing import Any
 from torch._dynamo.eval_frame import innermost_backend
 from torch.nn import Module
 
-from moeca_compile.engine.bank import HandleRuntime
+from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.frontend.breaks import GraphBreak, in_words
 from moeca_compile.frontend.gate import gate_of
 from moeca_compile.frontend.owner import handle_of, parameters_of
@@ -56,7 +56,7 @@ class HandleState:
     Attributes:
         context: the compile context (a weak reference); None where the callable was called without torch.compile.
         lock: around all containers below; held for moments only.
-        bank: its programs, weights and trajectories.
+        runtime: its programs, weights and trajectories.
         first: how its model was prepared.
         whole: by number of a graph, whether it is the whole model; handles of one class share the parts of broken ones.
         parts: how many graphs the last broken call ran; 0: its graph didn't break.
@@ -69,7 +69,7 @@ class HandleState:
         self.lock = threading.RLock()
         self.warned = Warned() if context is None else gate_of(context).warned
         self.first, self.whole = FirstCalls(), dict[int, bool]()
-        self.bank = HandleRuntime(context, options, schedule, self.warned, self.lock)
+        self.runtime = HandleRuntime(context, options, schedule, self.warned, self.lock)
         self.parts, self.uncached = 0, ""
         _ALL.add(self)
 
@@ -117,7 +117,7 @@ def states_of(model: Any) -> list[HandleState]:
     return [
         state
         for state in list(_ALL)
-        if not weights.isdisjoint(state.bank.ids) or (not weights and state.context is None)
+        if not weights.isdisjoint(state.runtime.ids) or (not weights and state.context is None)
     ]
 
 

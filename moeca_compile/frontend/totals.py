@@ -15,11 +15,11 @@ def stats_of(states: Sequence[HandleState]) -> Stats:
     seconds: dict[str, float] = {}
     warned = Counter[str]()
     state_bytes = hoisted_bytes = 0
-    for bank in [state.bank for state in states]:
-        with bank.lock:
-            programs, trajectories = list(bank.programs.values()), list(bank.all)
-            steps += bank.latest.shown()
-        warned |= bank.warned.counts.copy()
+    for runtime in [state.runtime for state in states]:
+        with runtime.lock:
+            programs, trajectories = list(runtime.programs.values()), list(runtime.all)
+            steps += runtime.latest.shown()
+        warned |= runtime.warned.counts.copy()
         for program in programs:
             for name, spent in list(program.compile_seconds.items()):
                 seconds[name] = seconds.get(name, 0.0) + spent
@@ -32,6 +32,6 @@ def stats_of(states: Sequence[HandleState]) -> Stats:
         steps.sort(key=lambda record: record.step)  # stable: calls of one handle stay in their order
     full = sum(record.full_macs for record in steps)
     fraction = sum(record.macs for record in steps) / full if full else 1.0
-    graphs = sum(bool(state.bank.programs) + state.parts for state in states)
+    graphs = sum(bool(state.runtime.programs) + state.parts for state in states)
     uncached = "\n".join(dict.fromkeys(state.uncached for state in states if state.uncached))
     return Stats(tuple(steps), state_bytes, fraction, graphs, seconds, hoisted_bytes, dict(warned), uncached)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from moeca_compile.api import compile as moeca_compile_model
-from moeca_compile.engine.bank import HandleRuntime
 from moeca_compile.engine.blocks import current
+from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.step import arguments_for, run_step
 from moeca_compile.engine.tracks import Track, Tracks
@@ -159,12 +159,12 @@ class Handle:
         bound: set[Program] = set()
         spent = self._compiling
 
-        def visit(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
-            program, args = entry.place(args, bank)
+        def visit(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+            program, args = entry.place(args, runtime)
             if program not in bound:
                 bound.add(program)
                 self._bind(program, plan)
-            trajectory = current(bank.ids)
+            trajectory = current(runtime.ids)
             if trajectory not in open_:
                 open_[trajectory] = Tracks(trajectory or Trajectory(()))
             tracks = open_[trajectory]
@@ -208,7 +208,7 @@ class Handle:
         """What the sampler starts from with a seed; it is ended at its first call of the model."""
         found: list[Origin] = []
 
-        def visit(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
+        def visit(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
             found.append(origin_of(arg for arg, one in zip(args, entry.inputs, strict=True) if not one.is_weight))
             raise _Seen
 

@@ -53,15 +53,15 @@ def mixed_timesteps(model: Model) -> Loop:
 
 def program_of(model: nn.Module) -> Program:
     (state,) = states_of(model)
-    bank = state.bank
-    (program,) = bank.programs.values()
+    runtime = state.runtime
+    (program,) = runtime.programs.values()
     return program
 
 
 def past_of(model: nn.Module) -> Past:
     (state,) = states_of(model)
-    bank = state.bank
-    return bank.past
+    runtime = state.runtime
+    return runtime.past
 
 
 def mapped(model: nn.Module) -> list[int]:

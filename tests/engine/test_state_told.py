@@ -41,10 +41,10 @@ def inputs(step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def state_of(compiled: torch.nn.Module) -> Iterator[Tensor]:
     """Every tensor that the runtime keeps from step to step."""
-    banks = [bank for entry in ENTRIES for bank in entry.banks.values()]
-    for bank in banks:
-        if bank.handle is not None and bank.handle() is handle_of(compiled):
-            for tracks in bank.all:
+    runtimes = [runtime for entry in ENTRIES for runtime in entry.runtimes.values()]
+    for runtime in runtimes:
+        if runtime.handle is not None and runtime.handle() is handle_of(compiled):
+            for tracks in runtime.all:
                 for track in tracks.by_program.values():
                     for state in track.states.values():
                         yield from (tensor for tensor in state.tensors if tensor is not None)

@@ -361,7 +361,7 @@ def programs_of(model: nn.Module) -> int:
     owned = (
         entry
         for entry in ENTRIES
-        if any(bank.handle and bank.handle() is handle_of(model) for bank in entry.banks.values())
+        if any(runtime.handle and runtime.handle() is handle_of(model) for runtime in entry.runtimes.values())
     )
     return sum(len(entry.programs) for entry in owned)
 

@@ -140,7 +140,7 @@ def test_dynamo_graphs_that_compute_the_same_share_a_program_with_its_state() ->
     assert same(outputs, truth)
     assert [(record.step, record.cold) for record in records(model)] == [(step, False) for step in range(len(TIMES))]
     assert moeca.stats(model).graphs == 1
-    program, *more = states_of(model)[0].bank.programs.values()
+    program, *more = states_of(model)[0].runtime.programs.values()
     assert isinstance(program, Program)
     assert not more
 

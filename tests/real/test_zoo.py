@@ -69,8 +69,8 @@ def programs() -> Iterator[list[tuple[Program, tuple[Any, ...]]]]:
     """Calls in here run whole and uncached, and leave the program and its arguments."""
     seen: list[tuple[Program, tuple[Any, ...]]] = []
 
-    def look(entry: Any, args: Sequence[Any], bank: Any) -> tuple[Any, ...]:
-        program, placed = entry.place(args, bank)
+    def look(entry: Any, args: Sequence[Any], runtime: Any) -> tuple[Any, ...]:
+        program, placed = entry.place(args, runtime)
         seen.append((program, tuple(placed)))
         return tuple(entry.gm(*args))
 

@@ -61,28 +61,30 @@ class Simulation:
         done = []
         for call in calls:
             jump = 0.0 if last is None else NEAR if last.trajectory == call.trajectory else FAR
-            tick = self.clock.observe(CallObservation(call.timestep, call.stream, jump))
+            placement = self.clock.observe(CallObservation(call.timestep, call.stream, jump))
             last = call
-            if tick.restart:
+            if placement.restart:
                 states.clear()
-            done.append((call, tick, self._step(call, tick, states)))
+            done.append((call, placement, self._step(call, placement, states)))
         return done
 
-    def _step(self, call: Call, tick: StepPlacement, states: dict[Hashable, StreamState]) -> bool:
-        if tick.stream is None:
+    def _step(self, call: Call, placement: StepPlacement, states: dict[Hashable, StreamState]) -> bool:
+        if placement.stream is None:
             return True
-        state = states.setdefault(tick.stream, StreamState(LAYOUT, 1))
-        index = self.schedule.row_index(tick.step)
+        state = states.setdefault(placement.stream, StreamState(LAYOUT, 1))
+        index = self.schedule.row_index(placement.step)
         row = self.schedule.rows[0 if index is None else index]
-        if row != self.schedule.rows[0] and not state.can_run(row, tick.step):
+        if row != self.schedule.rows[0] and not state.can_run(row, placement.step):
             state.clear()
             row = self.schedule.rows[0]
         computed = row[0] is Action.COMPUTE
         if not computed:
             writer: Call = state.tensors[0]
             assert (writer.trajectory, writer.stream) == (call.trajectory, call.stream), f"{call} reads {writer}"
-            assert tick.step - state.history[0][0] == call.step - writer.step, f"{call} misjudges the age of {writer}"
-        state.commit(tick.step, row, [0] if computed else [], [call] if computed else [])
+            assert placement.step - state.history[0][0] == call.step - writer.step, (
+                f"{call} misjudges the age of {writer}"
+            )
+        state.commit(placement.step, row, [0] if computed else [], [call] if computed else [])
         return computed
 
 
@@ -138,13 +140,13 @@ def test_a_lone_trajectory_is_followed_step_by_step(loop: Trajectory, schedule: 
     """Nothing is lost to caution: undisturbed, every call but a second visit lands on its own step and stream."""
     done = Simulation(Clock(), schedule).run(list(loop.calls()))
     seen = set()
-    for call, tick, _ in done:
-        assert tick.step == call.step
+    for call, placement, _ in done:
+        assert placement.step == call.step
         if (call.step, call.stream) not in seen:
-            assert tick.stream is not None
-            assert not tick.warning
+            assert placement.stream is not None
+            assert not placement.warning
         seen.add((call.step, call.stream))
-    assert [tick.restart for _, tick, _ in done] == [True] + [False] * (len(done) - 1)
+    assert [placement.restart for _, placement, _ in done] == [True] + [False] * (len(done) - 1)
 
 
 @given(st.integers(2, 4), st.integers(2, 8), st.booleans())
@@ -152,8 +154,8 @@ def test_whole_trajectories_in_a_row_each_start_at_step_zero(loops: int, steps: 
     grid = tuple(reversed(GRID))[:steps] if rising else GRID[:steps]
     calls = [call for number in range(loops) for call in Trajectory(number, grid, ("cat", "null")).calls()]
     done = Simulation(Clock(), Schedule.uniform(3)).run(calls)
-    assert [tick.step for _, tick, _ in done] == [call.step for call, _, _ in done]
-    assert not any(tick.warning for _, tick, _ in done)
+    assert [placement.step for _, placement, _ in done] == [call.step for call, _, _ in done]
+    assert not any(placement.warning for _, placement, _ in done)
 
 
 def test_interleaved_trajectories_run_cold_and_say_so() -> None:
@@ -161,7 +163,7 @@ def test_interleaved_trajectories_run_cold_and_say_so() -> None:
     calls = [call for pair in zip(*loops, strict=True) for call in pair]
     done = Simulation(Clock(), Schedule.uniform(3)).run(calls)
     assert all(computed for _, _, computed in done)
-    assert any("stream=" in tick.warning for _, tick, _ in done)
+    assert any("stream=" in placement.warning for _, placement, _ in done)
 
 
 def test_steps_of_a_warm_up_call_are_forgotten_without_a_warning() -> None:
@@ -176,8 +178,8 @@ def test_a_trajectory_that_starts_where_the_last_one_stopped_is_cold() -> None:
     clock = Clock()
     for t, jump in ((1000.0, 0.0), (950.0, NEAR), (900.0, NEAR)):
         clock.observe(CallObservation(t, "cat", jump))
-    tick = clock.observe(CallObservation(900.0, "cat", FAR))
-    assert tick.restart
+    placement = clock.observe(CallObservation(900.0, "cat", FAR))
+    assert placement.restart
     assert clock.observe(CallObservation(850.0, "cat", NEAR)) == StepPlacement(1, 0)
 
 
@@ -186,31 +188,31 @@ def test_another_trajectory_at_the_same_timestep_does_not_become_a_missing_strea
     for stream in ("cat", "null"):
         clock.observe(CallObservation(1000.0, stream, NEAR))
     clock.observe(CallObservation(950.0, "cat", NEAR))
-    tick = clock.observe(CallObservation(950.0, "null", FAR))
-    assert tick.restart or tick.stream is None
-    assert "stream=" in tick.warning
+    placement = clock.observe(CallObservation(950.0, "null", FAR))
+    assert placement.restart or placement.stream is None
+    assert "stream=" in placement.warning
 
 
 def test_a_second_visit_is_computed_in_full_and_the_next_step_goes_on() -> None:
     clock = Clock()
     ticks = [clock.observe(CallObservation(t, jump=NEAR)) for t in (3.0, 2.0, 2.0, 1.0)]
-    assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (1, 0), (1, None), (2, 0)]
+    assert [(placement.step, placement.stream) for placement in ticks] == [(0, 0), (1, 0), (1, None), (2, 0)]
     assert "visited again" in ticks[2].warning
 
 
 def test_a_new_condition_after_the_first_step_is_computed_in_full() -> None:
     clock = Clock()
     clock.observe(CallObservation(3.0, "cat"))
-    tick = clock.observe(CallObservation(2.0, "dog", NEAR))
-    assert tick.stream is None
-    assert "conditioning" in tick.warning
-    assert "stream=" in tick.warning
+    placement = clock.observe(CallObservation(2.0, "dog", NEAR))
+    assert placement.stream is None
+    assert "conditioning" in placement.warning
+    assert "stream=" in placement.warning
 
 
 def test_at_most_four_streams_share_a_timestep() -> None:
     clock = Clock()
     ticks = [clock.observe(CallObservation(3.0, number)) for number in range(MAX_STREAMS + 1)]
-    assert [tick.stream for tick in ticks] == [0, 1, 2, 3, None]
+    assert [placement.stream for placement in ticks] == [0, 1, 2, 3, None]
     assert "stream=" in ticks[-1].warning
 
 
@@ -227,14 +229,14 @@ def test_the_first_call_again_is_another_image() -> None:
 def test_a_flip_of_direction_starts_cold(timesteps: tuple[float, ...]) -> None:
     clock = Clock()
     ticks = [clock.observe(CallObservation(t, jump=NEAR)) for t in timesteps]
-    assert [tick.restart for tick in ticks] == [True, False, True]
+    assert [placement.restart for placement in ticks] == [True, False, True]
 
 
 def test_an_unreadable_timestep_is_computed_in_full_with_its_reason() -> None:
     clock = Clock()
     clock.observe(CallObservation(3.0))
-    tick = clock.observe(CallObservation(None, trouble="why"))
-    assert (tick.stream, tick.warning) == (None, "why")
+    placement = clock.observe(CallObservation(None, trouble="why"))
+    assert (placement.stream, placement.warning) == (None, "why")
 
 
 def test_a_latent_that_is_not_finite_starts_cold() -> None:
@@ -249,15 +251,15 @@ def test_calls_of_another_kind_go_on_with_the_trajectory() -> None:
     clock = Clock()
     calls = [(9.0, 1, "cat"), (8.0, 1, "cat"), (7.0, 2, "both"), (6.0, 2, "both"), (5.0, 1, "cat")]
     ticks = [clock.observe(CallObservation(t, condition, NEAR, kind=kind)) for t, kind, condition in calls]
-    assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 0)]
-    assert not any(tick.warning for tick in ticks)
+    assert [(placement.step, placement.stream) for placement in ticks] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 0)]
+    assert not any(placement.warning for placement in ticks)
 
 
 def test_the_streams_of_a_kind_are_fixed_in_the_step_of_its_first_call() -> None:
     clock = Clock()
     clock.observe(CallObservation(9.0, "cat"))
     ticks = [clock.observe(CallObservation(8.0, stream, NEAR, kind=2)) for stream in ("cat", "null")]
-    assert [(tick.step, tick.stream) for tick in ticks] == [(1, 1), (1, 2)]
+    assert [(placement.step, placement.stream) for placement in ticks] == [(1, 1), (1, 2)]
     assert clock.observe(CallObservation(7.0, "dog", NEAR, kind=2)).stream is None
 
 
@@ -266,35 +268,35 @@ def test_a_call_of_another_kind_far_from_the_last_is_another_trajectory(jump: fl
     clock = Clock()
     for t in (9.0, 8.0):
         clock.observe(CallObservation(t, jump=NEAR))
-    tick = clock.observe(CallObservation(7.0, jump=jump, kind=2))
-    assert tick.restart
-    assert bool(tick.warning) == (jump == FAR)  # another size isn't the next step of anything
+    placement = clock.observe(CallObservation(7.0, jump=jump, kind=2))
+    assert placement.restart
+    assert bool(placement.warning) == (jump == FAR)  # another size isn't the next step of anything
 
 
 def test_streams_of_two_kinds_may_have_latents_of_their_own() -> None:
     clock = Clock()
     calls = [(9.0, 1, 0.0), (9.0, 2, FAR), (8.0, 1, NEAR), (8.0, 2, NEAR)]
     ticks = [clock.observe(CallObservation(t, jump=jump, kind=kind)) for t, kind, jump in calls]
-    assert [(tick.step, tick.stream) for tick in ticks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [(placement.step, placement.stream) for placement in ticks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_trajectories_of_two_sizes_that_take_turns_are_told_to_say_so() -> None:
     clock = Clock()
     calls = [(9.0, 1, 0.0), (6.0, 2, -1.0), (8.0, 1, -1.0), (5.0, 2, -1.0)]
     ticks = [clock.observe(CallObservation(t, jump=jump, kind=kind)) for t, kind, jump in calls]
-    assert all(tick.restart for tick in ticks)
-    assert any("stream=" in tick.warning for tick in ticks)
+    assert all(placement.restart for placement in ticks)
+    assert any("stream=" in placement.warning for placement in ticks)
 
 
 def test_an_exact_trajectory_looks_at_no_latent() -> None:
     clock = Clock(latent_jump=math.inf)
     ticks = [clock.observe(CallObservation(t, jump=jump)) for t, jump in ((3.0, 0.0), (2.0, FAR), (1.0, math.nan))]
-    assert [tick.step for tick in ticks] == [0, 1, 2]
+    assert [placement.step for placement in ticks] == [0, 1, 2]
 
 
 def test_a_named_stream_counts_every_call() -> None:
     counter = Counter()
     ticks = [counter.observe(CallObservation(0.0)) for _ in range(3)]
-    assert [tick.step for tick in ticks] == [0, 1, 2]
-    assert [tick.restart for tick in ticks] == [True, False, False]
-    assert len({tick.stream for tick in ticks}) == 1
+    assert [placement.step for placement in ticks] == [0, 1, 2]
+    assert [placement.restart for placement in ticks] == [True, False, False]
+    assert len({placement.stream for placement in ticks}) == 1

@@ -90,15 +90,15 @@ def test_timesteps_that_differ_in_the_last_bit_differ() -> None:
 
 @pytest.mark.parametrize("rows", [[1.0, 2.0], [math.nan, math.nan], [1.0, math.nan]])
 def test_timesteps_that_differ_within_the_batch_are_trouble(rows: list[float]) -> None:
-    sighting = Probe().look(torch.tensor(rows), None, ())
-    assert sighting.timestep is None
-    assert "differ within the batch" in sighting.trouble
+    observation = Probe().look(torch.tensor(rows), None, ())
+    assert observation.timestep is None
+    assert "differ within the batch" in observation.trouble
 
 
 def test_a_missing_timestep_is_trouble_that_names_the_remedy() -> None:
-    sighting = Probe().look(None, torch.zeros(2), ())
-    assert sighting.timestep is None
-    assert "stream=" in sighting.trouble
+    observation = Probe().look(None, torch.zeros(2), ())
+    assert observation.timestep is None
+    assert "stream=" in observation.trouble
 
 
 # -- the latent -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The weights of a layer's experts as one tensor each, in the layout of a batched matrix multiply.
 
-Made from weights alone, these calls are folded into constants (`onnx_constants.py`): a graph only sees the result.
+Made from weights alone, these calls are folded into constants (`../onnx/constants.py`): a graph only sees the result.
 """
 
 from __future__ import annotations

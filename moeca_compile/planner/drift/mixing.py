@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.engine.bank import HandleRuntime
+from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.frontend.backend import Entry
 from moeca_compile.planner.handle import Call, Enough, Handle
 
@@ -110,13 +110,13 @@ def _next_latent(
     seen: list[torch.Tensor] = []
     calls = 0
 
-    def visit(entry: Entry, args: Sequence[Any], bank: HandleRuntime) -> tuple[Any, ...]:
+    def visit(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
         nonlocal calls
         number, calls = calls, calls + 1
         if number >= len(tape.steps):
             raise Enough
         if tape.steps[number] == step + 1:
-            program, args = entry.place(args, bank)
+            program, args = entry.place(args, runtime)
             if program.latent is not None:
                 seen.append(args[program.latent].clone())
             raise Enough
