@@ -232,7 +232,8 @@ class Program:
 
 def _nothing_found(analysis: Analysis) -> str:
     near = "; ".join(str(miss) for miss in analysis.context.rejected[:5]) or "no residual add around a matmul"
+    count = len(analysis.gm.graph.nodes)
     return (
-        f"nothing to cache was found in this graph ({len(analysis.gm.graph.nodes)} nodes). Rejected candidates: {near}. "
+        f"nothing to cache was found in this graph ({count} nodes). Rejected candidates: {near}. "
         "A plain torch.compile(model) is the right tool for it; options={'schedule': 'full'} runs it uncached"
     )
