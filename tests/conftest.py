@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -26,6 +27,13 @@ torch_once.trace_for_nobody()
 torch_once.read_onnx_functions_once()
 
 FOUND: facts.Facts = {}
+
+
+@pytest.fixture
+def own_garbage() -> None:
+    """The collector looks at what the test makes, and at nothing that is there already: looking takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

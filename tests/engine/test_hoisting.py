@@ -192,6 +192,7 @@ def _inputs(model: nn.Module, variant: Any) -> list[torch.Tensor]:
     return [own.get(label, known.get(label, torch.ones(1))) for label in labels]
 
 
+@pytest.mark.slow
 def test_compiled_programs_share_their_values_too() -> None:
     module = dit()
     model, whole = compiled(module, inner="inductor"), compiled(module)

@@ -174,6 +174,7 @@ def alive(kind: type) -> int:
     return sum(issubclass(type(one), kind) for one in gc.get_objects())
 
 
+@pytest.mark.usefixtures("own_garbage")
 @pytest.mark.parametrize("door", ["moeca.compile", pytest.param("module.compile", marks=pytest.mark.slow)])
 def test_dropped_models_leave_nothing(door: str) -> None:
     def use() -> weakref.ref[nn.Module]:

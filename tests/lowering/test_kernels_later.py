@@ -55,6 +55,7 @@ def test_all_variants_are_lowered_before_any_kernel_is_waited_for(events: list[s
     assert moeca.stats(model).compile_seconds["kernels"] > 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_threads_find_no_variant_whose_kernels_are_missing(
     events: list[str], monkeypatch: pytest.MonkeyPatch
@@ -73,6 +74,7 @@ def test_other_threads_find_no_variant_whose_kernels_are_missing(
     assert set(found) == {None}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_refused_is_compiled_again_by_itself(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wait, failures = AsyncCompile.wait, [RuntimeError("no space left on device")]

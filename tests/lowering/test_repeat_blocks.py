@@ -139,6 +139,7 @@ def analyse_gm(model: nn.Module) -> GraphModule:
     return capture(traced.gm, traced.args, traced.inputs).gm
 
 
+@pytest.mark.slow
 def test_compiled_bodies_are_right() -> None:
     module = dit()
     model = compiled(module, inner="inductor")

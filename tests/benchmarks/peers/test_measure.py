@@ -51,6 +51,7 @@ def truth() -> Truth:
     return Truth(batches, noise, noise)
 
 
+@pytest.mark.slow
 def test_each_round_draws_its_own_digits_and_notes_what_they_cost() -> None:
     lane = measure.Lane(Family("stub", "peer", "", opened), "", Stub())
     known = truth()
