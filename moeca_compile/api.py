@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
+from moeca_compile import backend
 from moeca_compile import expert_dispatch as canonical
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
@@ -20,8 +21,7 @@ from moeca_compile.engine.visit import Visitor, visiting
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.expert_dispatch import PrepareReport
 from moeca_compile.expert_dispatch.isolate import isolate, share_again
-from moeca_compile.frontend import backend
-from moeca_compile.frontend.backend import Backend, Entry
+from moeca_compile.frontend.backend import Entry
 from moeca_compile.frontend.doors import (
     compiled_parts,
     inputs_and_options,
@@ -89,7 +89,7 @@ def compile(
         StateError: neither a module nor a pipeline with a `transformer`.
     """
     parsed = Options.from_backend_options(options, mode)
-    backend = Backend(parsed)
+    compiler = backend.Backend(parsed)
     modules = [plain_module(one) for one in models_of(model, "compile")]
     if parsed.inner == "inductor" and any(compiles_on_cpu(one.parameters()) for one in modules):
         ask_compiler()
@@ -98,7 +98,7 @@ def compile(
         not_in_place(one)
         prepare(one)
         compiled: Any = torch.compile(
-            one, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
+            one, backend=compiler, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
         )
         gate_of(compiled.dynamo_ctx)
         route_methods(compiled)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -122,13 +123,16 @@ def analyse(
     return Analysis(normal, context, tuple(runner.records))
 
 
+_INDICES = (torch.bool, torch.int32, torch.int64)
+
+
 def _indices(captured: Sequence[Input], inputs: Sequence[Input], args: Sequence[Any]) -> dict[str, Tensor]:
     given = {one.label: arg for one, arg in zip(inputs, args, strict=True) if not one.is_weight}
     found = {one.name: given.get(one.label) for one in captured}
     return {
         name: arg
         for name, arg in found.items()
-        if type(arg) is Tensor and arg.dim() == 1 and not (arg.is_floating_point() or arg.is_complex() or arg.is_meta)
+        if type(arg) is Tensor and arg.dim() == 1 and arg.dtype in _INDICES and not arg.is_meta
     }
 
 

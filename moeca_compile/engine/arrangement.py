@@ -69,6 +69,16 @@ def other_strides(wanted: Capture, given: Capture) -> Arrangement:
     return Arrangement(None if at is None else at.places, tuple(inputs), outputs)
 
 
+def overlaps(value: Any) -> bool:
+    """Whether elements of a tensor lie, or may lie, in one place, as after `expand`: nothing can be copied there."""
+    return isinstance(value, torch.Tensor) and torch._debug_has_internal_overlap(value) != 0
+
+
+def reads_strides(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo's says itself how elements lie, so that other strides give other values."""
+    return any("as_strided" in str(getattr(node.target, "__name__", node.target)) for node in gm.graph.nodes)
+
+
 def _laid_out(tensor: torch.Tensor, strides: Strides) -> torch.Tensor:
     if tensor.stride() == strides:
         return tensor

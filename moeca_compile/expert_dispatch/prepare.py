@@ -16,7 +16,7 @@ from moeca_compile.expert_dispatch.patch import Installed, install, installed, r
 from moeca_compile.expert_dispatch.proof.anatomy import CHANGED, hooks
 from moeca_compile.expert_dispatch.proof.attempt import Candidate, Harness, ModuleHarness
 from moeca_compile.expert_dispatch.proof.experts import ExpertBody, ModuleExperts, Recogniser, barred, change, members
-from moeca_compile.expert_dispatch.proof.pins import optional
+from moeca_compile.expert_dispatch.proof.passed import passed
 from moeca_compile.expert_dispatch.report import PreparedModule, PrepareReport
 from moeca_compile.expert_dispatch.routed import Experts
 from moeca_compile.expert_dispatch.source.loop import GUARDED, Loop
@@ -193,21 +193,18 @@ class _Worker:
         return found if isinstance(found, AnyExperts) else f"{body}; {found}" if found != body else body
 
 
-def _pinned(harness: Harness, candidate: Candidate, loop: Loop) -> Candidate:
-    """With the arguments that the proof depends on: booleans whose other value it doesn't hold for, and whatever else
-    the loop reads."""
+def _pinned(stand: Harness, candidate: Candidate, loop: Loop) -> Candidate:
+    """With the arguments that the proof depends on: numbers, flags and Nones that were the same in all of its runs, and
+    that the loop reads; of flags of the entry's own method those whose other value the proof doesn't hold for."""
     entry, rewrite = candidate.entry, candidate.rewrite
-    if entry.method != loop.name:
-        return candidate
     inside = set().union(*map(loads, loop.nest)) if loop.nest else set()
     pins = []
-    for one in optional(rewrite.source.function):
-        if type(one.default) is bool:
-            flags = {one.name: one.default, **dict(entry.flags)}
-            turned = replace(entry, flags=tuple({**flags, one.name: not flags[one.name]}.items()))
-            if harness.disagreement(replace(candidate, entry=turned), seeds=(1, 2, 3)):
-                pins.append(one._replace(value=flags[one.name]))
-        elif one.name in inside:
+    for one in passed(stand, entry, loop.name):
+        if type(one.value) is bool and entry.method == loop.name:
+            turned = replace(entry, flags=tuple({**dict(entry.flags), one.name: not one.value}.items()))
+            if stand.disagreement(replace(candidate, entry=turned), seeds=(1, 2, 3)):
+                pins.append(one)
+        elif type(one.value) is bool or one.name in inside:
             pins.append(one)
     return replace(candidate, rewrite=replace(rewrite, pins=tuple(pins)))
 

@@ -37,6 +37,11 @@ class PrepareReport:
     rejected: tuple[Rejected, ...] = ()
     followed: tuple[Rejected, ...] = ()
 
+    @property
+    def misses(self) -> tuple[Rejected, ...]:
+        """Earlier name of `rejected`."""
+        return self.rejected
+
     def __str__(self) -> str:
         lines = [f"prepared {len(self.changed)} MoE modules, left {len(self.rejected)} alone"]
         alike = Counter(_facts(c) for c in self.changed)

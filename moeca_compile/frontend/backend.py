@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.engine.arrangement import Arrangement, arrangement, other_strides
+from moeca_compile.engine.arrangement import Arrangement, arrangement, other_strides, overlaps, reads_strides
 from moeca_compile.engine.blocks import current
 from moeca_compile.engine.frozen import Seen, follows_from_call, note, noting
 from moeca_compile.engine.handle_runtime import HandleRuntime, Weights
@@ -308,7 +308,7 @@ class Entry:
 
     def _unstrided(self, args: Sequence[Any], numbers: Mapping[int, Any], autocast: Hashable) -> Hashable:
         """Equal for graphs that are the same but for the strides of their inputs, weights left out."""
-        if self._identity is self:
+        if self._identity is self or reads_strides(self.gm) or any(map(overlaps, args)):
             return object()
         used = [(i, one) for i, one in enumerate(self.inputs) if i not in self._unread]
         kinds = [(one.label, repr(numbers.get(i)), _kind(args[i], one.is_weight)) for i, one in used]

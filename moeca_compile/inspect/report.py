@@ -57,6 +57,11 @@ class Report:
         full = Schedule.full()
         return cls(parts, 0, (), (), 0, "", "", "", full, 0, (), (), breaks=breaks)
 
+    @property
+    def misses(self) -> tuple[Rejected, ...]:
+        """Earlier name of `rejected`."""
+        return self.rejected
+
     def to_json(self) -> str:
         """All of it as JSON."""
         data = asdict(self)

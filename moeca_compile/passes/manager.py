@@ -135,6 +135,6 @@ def _checked(rewriter: Rewriter) -> Rewriter:
 
 def _does_nothing(rewriter: Rewriter) -> str:
     """What a pass, or its file, says of graphs that it leaves as they are."""
-    text = " ".join((rewriter.__doc__ or sys.modules[rewriter.__module__].__doc__ or "").split())
+    text = " ".join((rewriter.__doc__ or getattr(sys.modules.get(rewriter.__module__), "__doc__", None) or "").split())
     found = re.search(r"Does nothing[^.]*\.", text)
     return found.group(0) if found else ""

@@ -206,7 +206,7 @@ class Unreached(Choosers):
         return out
 
 
-class DeclaredTimesteps(Choosers):
+class LoopArguments(Choosers):
     """A loop that takes what callers may give beside the tokens."""
 
     def forward(self, x: Tensor, halve: bool = False, scale: Tensor | None = None) -> Tensor:
@@ -223,6 +223,24 @@ class DeclaredTimesteps(Choosers):
                     made = made * scale[token, None]
                 out.index_add_(0, token, made)
         return out.reshape(x.shape)
+
+
+class HelperArguments(LoopArguments):
+    """The same loop in a method that `forward` hands its arguments on to."""
+
+    def forward(self, x: Tensor, halve: bool = False, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        flat = x.reshape(-1, WIDTH)
+        weights, ids = (flat @ self.centres.T).softmax(-1).topk(2, dim=-1)
+        return self.mix(flat, ids, weights, len(flat), halve, scale).reshape(x.shape)
+
+    def mix(self, flat: Tensor, ids: Tensor, weights: Tensor, count: int, halve: bool, scale: float) -> Tensor:
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids[:count] == e)
+            if token.numel() > 0:
+                made = expert(flat[token]) * weights[token, slot, None] * scale
+                out.index_add_(0, token, made / 2 if halve else made)
+        return out
 
 
 class Averaged(Choosers):

@@ -85,10 +85,18 @@ def test_a_loop_inside_a_branch_whose_loss_only_training_wants(fact: Recorder) -
         torch.testing.assert_close(parts(x, _labels("some", NULL)), layer(x, _labels("some", NULL)))
 
 
-@pytest.mark.parametrize("arguments", [{"halve": True}, {"scale": torch.arange(27.0)}])
-def test_what_the_loop_is_told_isnt_lost(arguments: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (branching.LoopArguments, {"halve": True}),
+        (branching.LoopArguments, {"scale": torch.arange(27.0)}),
+        (branching.HelperArguments, {"halve": True}),
+        (branching.HelperArguments, {"scale": 2.0}),
+    ],
+)
+def test_what_the_loop_is_told_isnt_lost(kind: type[nn.Module], arguments: dict[str, object]) -> None:
     torch.manual_seed(0)
-    layer, x = branching.DeclaredTimesteps().eval(), tokens()
+    layer, x = kind().eval(), tokens()
     assert len(prepare(layer).changed) == 1
     fast = torch.compile(layer, backend="eager")
     with torch.no_grad():

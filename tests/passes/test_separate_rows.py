@@ -104,6 +104,26 @@ def test_image_tokens_among_the_text_run_uncached_and_are_told() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, steps(module, "overlapping"), strict=True))
 
 
+class EverySecond(Packed):
+    def forward(self, x: Tensor, t: Tensor, words: Tensor, text_rows: Tensor, image_rows: Tensor) -> Tensor:
+        wave = t[:, None] * torch.exp(-torch.arange(4) / 2.0)
+        scale = 1 + self.time(torch.cat([wave.cos(), wave.sin()], -1))
+        h = torch.zeros(TEXT + IMAGE, DIM)
+        h[text_rows] = self.words(words)
+        h[image_rows] = x
+        text, image = h[0:TEXT:2], h[TEXT:]
+        for tower in self.towers:
+            text, image = tower(text, image, scale)
+        return self.out(image)
+
+
+def test_a_slice_with_a_step_stays() -> None:
+    torch.manual_seed(0)
+    module = EverySecond().eval().requires_grad_(False)
+    model = moeca.compile(module, schedule="full", inner="eager")
+    assert all(torch.equal(a, b) for a, b in zip(steps(model, "index"), steps(module, "index"), strict=True))
+
+
 def test_it_can_be_left_out() -> None:
     model = moeca.compile(packed(), schedule="uniform:3", inner="eager", disable=("separate_rows",))
     steps(model, "overlapping")

@@ -59,6 +59,42 @@ def test_a_latent_in_changing_memory_formats_is_one_trajectory(first: torch.memo
     assert [one.stride() for one in found] == strides
 
 
+@pytest.mark.parametrize("expanded", ["time", "latent"])
+def test_expanded_inputs_are_like_others(expanded: str) -> None:
+    """Nothing can be copied into a tensor whose elements lie in one place."""
+    module = dit()
+    torch._dynamo.reset()
+    model = compiled(module, schedule="full")
+    x, labels = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1), torch.tensor([1, 2])
+    with torch.no_grad():
+        for step in range(4):
+            t = torch.full((1,), 900.0 - step).expand(2)
+            given = x if expanded == "latent" and step % 2 == 0 else x.contiguous()
+            when = t if expanded == "time" and step % 2 == 0 else t.contiguous()
+            assert torch.equal(model(given, when, labels), module(given, when, labels))
+
+
+class Strided(nn.Module):
+    """Reads elements by where they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = dit()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.inner(x, t, y) + x.as_strided((2, 4, 8, 8), (256, 64, 8, 1))
+
+
+def test_a_model_that_reads_by_strides_is_given_its_own() -> None:
+    module = Strided().eval().requires_grad_(False)
+    torch._dynamo.reset()
+    model, x = compiled(module, schedule="full"), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        for form in (torch.contiguous_format, torch.channels_last):
+            args = x.contiguous(memory_format=form), torch.full((2,), 900.0), torch.tensor([1, 2])
+            assert torch.allclose(model(*args), module(*args), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["full", "uniform:3"])
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "in the middle"])
 def test_no_samples_give_an_empty_tensor_and_change_nothing(schedule: str, first: bool) -> None:

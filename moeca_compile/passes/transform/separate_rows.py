@@ -47,7 +47,7 @@ def separate_rows(gm: GraphModule, ctx: Context) -> GraphModule:
 
 def _written_rows(node: Node) -> Node | None:
     """Where `node` reads a range of rows of a buffer of which some were written: the index of those."""
-    if node.target is not aten.slice.Tensor or len(node.args) < 4 or node.args[1] != 0:
+    if node.target is not aten.slice.Tensor or len(node.args) != 4 or node.args[1] != 0:  # a fifth: a step
         return None
     put = node.args[0]
     if not isinstance(put, Node) or put.target is not aten.index_put.default or len(put.args) > 3:
