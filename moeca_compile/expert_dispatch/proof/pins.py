@@ -1,4 +1,4 @@
-"""Parameters with a default that a rewritten method was proven for one value of: other calls run the original code."""
+"""Parameters that a rewritten method was proven for one value of: calls with another value run the original code."""
 
 from __future__ import annotations
 
