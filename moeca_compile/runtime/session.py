@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError, StateError
-from moeca_compile.graph.variant import StateSlot
+from moeca_compile.graph.variant import Slot, StateSlot
 from moeca_compile.runtime.bundle import bfloat16
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
@@ -276,7 +276,7 @@ def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
     for one in session.manifest.state:
         sizes = one.sizes(batch)
         size = math.prod(sizes) * bfloat16.stored_dtype(one.dtype).itemsize
-        found.append(StateSlot(one.name, one.region, one.output, one.slot, sizes, one.dtype, "", size))
+        found.append(StateSlot(one.name, one.region, one.output, Slot(one.slot), sizes, one.dtype, "", size))
     return tuple(found)
 
 

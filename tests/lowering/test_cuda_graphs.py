@@ -19,7 +19,7 @@ from torch import nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, OptionError
-from moeca_compile.graph.variant import StateSlot
+from moeca_compile.graph.variant import Slot, StateSlot
 from moeca_compile.lowering.inductor import replay
 from moeca_compile.lowering.inductor.buffers import Buffers, copy_all
 from moeca_compile.runtime.state import StreamState
@@ -125,7 +125,7 @@ def test_a_replaced_weight_is_seen(recorder: Recorder) -> None:
 
 def test_buffers_are_handed_on_empty() -> None:
     """Zero times what isn't finite would not be zero: a slot that was never written is read like that."""
-    buffers, layout = Buffers(), (StateSlot("state_000", 0, 0, "y0", (2, 3), "float32", "cpu", 24),)
+    buffers, layout = Buffers(), (StateSlot("state_000", 0, 0, Slot.Y0, (2, 3), "float32", "cpu", 24),)
     first, other = buffers.state(layout, 1), buffers.state(layout, 1)
     first.commit(0, (C,), [0], [torch.full((2, 3), float("nan"))])
     lay = first.tensors[0].data_ptr()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeca_compile.graph.variant import Slot
 from moeca_compile.ops import branch_slots as branch_ops  # noqa: F401  (makes torch.ops.moeca.align)
 from moeca_compile.passes.partial.kept import State, forecast, overdue, refreshed, wide
 
@@ -20,9 +21,9 @@ def moved(values: Tensor, last: Tensor) -> Tensor:
 
 def due(scores: Tensor | None, now: Tensor, order: int, state: State) -> Tensor:
     """How much each slot wants to be computed, by its token's router scores [B, N, E] or by its forecast's error."""
-    if "error" in state:
+    if Slot.ERROR in state:
         return overdue(state, now, order)
-    return state["drift"] if scores is None else state["drift"] + moved(scores, state["scores"])[..., None]
+    return state[Slot.DRIFT] if scores is None else state[Slot.DRIFT] + moved(scores, state[Slot.SCORES])[..., None]
 
 
 def settle(
@@ -45,21 +46,21 @@ def settle(
     Returns:
         branches [B, N, K, D], and by name the state after this step, its slots in the order of `ids`.
     """
-    source, hit = torch.ops.moeca.align(ids, state["held"], state["gates"], chosen)
-    kept = {name: _in_order(slot, source) for name, slot in state.items() if name != "scores"}
+    source, hit = torch.ops.moeca.align(ids, state[Slot.HELD], state[Slot.GATES], chosen)
+    kept = {name: _in_order(slot, source) for name, slot in state.items() if name is not Slot.SCORES}
     there = hit | chosen
     value = torch.where(chosen[..., None], fresh, forecast(kept, now, 0 if copy else order))
     weight = gates.to(wide(fresh.dtype))
     share = torch.where(there, weight, 0.0)
     mean = (value * share[..., None]).sum(-2) / _safe(share.sum(-1))[..., None]
-    last = (value * kept["gates"][..., None]).sum(-2) / _safe(weight.sum(-1))[..., None]
+    last = (value * kept[Slot.GATES][..., None]).sum(-2) / _safe(weight.sum(-1))[..., None]
     stand_in = torch.where(there.any(-1)[..., None], mean, last)[..., None, :].to(fresh.dtype)
     after = refreshed(kept, fresh, chosen, hit, now, order)
-    after["held"] = torch.where(there, ids + 1, kept["held"])
-    after["gates"] = torch.where(there, gates.to(kept["gates"].dtype), kept["gates"])
-    if "drift" in state:
-        after["drift"] = torch.where(chosen, 0.0, kept["drift"] + moved(scores, state["scores"])[..., None])
-        after["scores"] = scores.float()
+    after[Slot.HELD] = torch.where(there, ids + 1, kept[Slot.HELD])
+    after[Slot.GATES] = torch.where(there, gates.to(kept[Slot.GATES].dtype), kept[Slot.GATES])
+    if Slot.DRIFT in state:
+        after[Slot.DRIFT] = torch.where(chosen, 0.0, kept[Slot.DRIFT] + moved(scores, state[Slot.SCORES])[..., None])
+        after[Slot.SCORES] = scores.float()
     return {"branches": torch.where(there[..., None], value, stand_in), **after}
 
 

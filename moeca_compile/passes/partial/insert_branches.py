@@ -15,6 +15,7 @@ from torch.fx import Node
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import Region, TokensInfo
+from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.partial.branches import due, settle
 from moeca_compile.passes.partial.kept import State
 from moeca_compile.passes.partial.parts import Parts, computes, copies
@@ -44,7 +45,7 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
     branches = after.pop("branches")
     if computes(act):
         for name, node in after.items():
-            parts.ports.write(column, 0, name, node)
+            parts.ports.write(column, 0, Slot(name), node)
     if act is not Action.COMPUTE:
         flat = parts.call(aten.reshape.default, branches, list(fx.shape(experts)))
         for user in users:
@@ -66,11 +67,11 @@ def _everything(experts: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def _nothing(state: State) -> dict[str, Tensor]:
-    return {"fresh": state["y"], "chosen": torch.zeros_like(state["held"], dtype=torch.bool)}
+    return {"fresh": state[Slot.Y], "chosen": torch.zeros_like(state[Slot.HELD], dtype=torch.bool)}
 
 
 def _some(
-    parts: Parts, region: Region, info: TokensInfo, act: Partial, routing: dict[str, Node], state: dict[str, Node],
+    parts: Parts, region: Region, info: TokensInfo, act: Partial, routing: dict[str, Node], state: dict[Slot, Node],
     chosen: Node | None,
 ) -> dict[str, Node]:  # fmt: skip
     """The branches that this row computes, through the same operator: their values, and which they are."""
@@ -120,7 +121,7 @@ def _pick(
         if tokens is not None:
             taken = torch.zeros(batch, length, dtype=torch.bool, device=ids.device).scatter(1, tokens, True)
         wanted = due(scores, now, order, state)
-        picked = torch.ops.moeca.pick(ids, gates, state["held"], wanted, taken, sensitivity, threshold, quota, count)
+        picked = torch.ops.moeca.pick(ids, gates, state[Slot.HELD], wanted, taken, sensitivity, threshold, quota, count)
         positions.append(picked)
     where = torch.cat(positions, dim=1)
     rows = x.reshape(batch, length, -1)

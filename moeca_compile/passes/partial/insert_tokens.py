@@ -6,6 +6,7 @@ A PARTIAL attention asks for the chosen tokens only; their keys and values are p
 from __future__ import annotations
 
 from moeca_compile.graph import fx
+from moeca_compile.graph.variant import KEYS
 from moeca_compile.passes.partial.parts import Parts, copies
 from moeca_compile.passes.partial.slice_tokens import Slice
 from moeca_compile.schedule import Action, Partial
@@ -16,8 +17,8 @@ def insert_tokens(parts: Parts, mark: fx.Mark) -> None:
     act, output = mark.action, parts.nodes[region.outputs[0]]
     if act is Action.COMPUTE:
         parts.settle(mark.region, 0, output, None, False)
-        for number, one in enumerate(info.keys):
-            parts.ports.write(mark.region, 0, f"keys{number}", parts.nodes[one.node])
+        for slot, one in zip(KEYS, info.keys, strict=False):
+            parts.ports.write(mark.region, 0, slot, parts.nodes[one.node])
         return
     if not (isinstance(act, Partial) and act.rho):
         output.replace_all_uses_with(parts.settle(mark.region, 0, None, None, copies(act)))
@@ -29,10 +30,10 @@ def insert_tokens(parts: Parts, mark: fx.Mark) -> None:
         start = body.index(parts.nodes[region.attention[0].node]) if info.keys else len(body)
         part.follow(body[:start])
         keys = {}
-        for number, one in enumerate(info.keys):
-            node, full = parts.nodes[one.node], parts.ports.read(mark.region, 0, f"keys{number}")
+        for slot, one in zip(KEYS, info.keys, strict=False):
+            node, full = parts.nodes[one.node], parts.ports.read(mark.region, 0, slot)
             keys[node] = part.put(full, part.made[node], part.axes[one.node].dim)
-            parts.ports.write(mark.region, 0, f"keys{number}", keys[node])
+            parts.ports.write(mark.region, 0, slot, keys[node])
         part.follow(body[start:], keys)
     users = list(output.users)
     value = parts.settle(mark.region, 0, part.made[output], chosen, False)

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-State = Mapping[str, Tensor]
+from moeca_compile.graph.variant import ITEM, Slot
 
-_VALUE = ("y", "at", "d1", "d2", "before")  # the value and its stamp; first difference; second, and the stamp before
+State = Mapping[str, Tensor]  # by `Slot`
 
 
-def slots_of(order: int) -> tuple[str, ...]:
-    """What is kept of a value for a forecast of this order."""
-    return _VALUE[: (2, 3, 5)[order]]
+def slots_of(order: int) -> tuple[Slot, ...]:
+    """What is kept of a value for a forecast of this order: value and stamp, first difference, second and its stamp."""
+    return ITEM[: (2, 3, 5)[order]]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -38,13 +38,13 @@ def forecast(kept: State, now: Tensor, order: int) -> Tensor:
     Returns:
         [.., D] in the dtype of y.
     """
-    y = kept["y"]
+    y = kept[Slot.Y]
     if order == 0:
         return y
-    ahead = (now - kept["at"])[..., None]
-    total = y + kept["d1"] * ahead
+    ahead = (now - kept[Slot.AT])[..., None]
+    total = y + kept[Slot.D1] * ahead
     if order == 2:
-        total = total + kept["d2"] * (ahead * (now - kept["before"])[..., None])
+        total = total + kept[Slot.D2] * (ahead * (now - kept[Slot.BEFORE])[..., None])
     return total.to(y.dtype)
 
 
@@ -58,27 +58,27 @@ def refreshed(kept: State, fresh: Tensor, chosen: Tensor, known: Tensor, now: Te
         known: bool [..], whether the kept item is an older value of the same thing.
         now, order: as in `forecast`.
     """
-    pick, y, old = chosen[..., None], kept["y"], known[..., None]
-    after = {"y": torch.where(pick, fresh, y), "at": torch.where(chosen, now, kept["at"])}
-    if "error" in kept:
+    pick, y, old = chosen[..., None], kept[Slot.Y], known[..., None]
+    after: dict[str, Tensor] = {Slot.Y: torch.where(pick, fresh, y), Slot.AT: torch.where(chosen, now, kept[Slot.AT])}
+    if Slot.ERROR in kept:
         expected = torch.where(old, forecast(kept, now, order), 0.0)
         wrong = (fresh - expected).abs().mean(-1).float()
-        after["error"] = torch.where(chosen, wrong, kept["error"])
+        after[Slot.ERROR] = torch.where(chosen, wrong, kept[Slot.ERROR])
     if order == 0:
         return after
-    since = torch.where(known, now - kept["at"], 1.0)
-    slope = torch.where(old, (fresh.to(kept["d1"].dtype) - y) / since[..., None], 0.0)
-    after["d1"] = torch.where(pick, slope, kept["d1"])
+    since = torch.where(known, now - kept[Slot.AT], 1.0)
+    slope = torch.where(old, (fresh.to(kept[Slot.D1].dtype) - y) / since[..., None], 0.0)
+    after[Slot.D1] = torch.where(pick, slope, kept[Slot.D1])
     if order == 2:
-        twice = known & (kept["before"] > 0)
-        span = torch.where(twice, now - kept["before"], 1.0)
-        bend = torch.where(twice[..., None], (slope - kept["d1"]) / span[..., None], 0.0)
-        after["d2"] = torch.where(pick, bend, kept["d2"])
-        after["before"] = torch.where(chosen, torch.where(known, kept["at"], 0.0), kept["before"])
+        twice = known & (kept[Slot.BEFORE] > 0)
+        span = torch.where(twice, now - kept[Slot.BEFORE], 1.0)
+        bend = torch.where(twice[..., None], (slope - kept[Slot.D1]) / span[..., None], 0.0)
+        after[Slot.D2] = torch.where(pick, bend, kept[Slot.D2])
+        after[Slot.BEFORE] = torch.where(chosen, torch.where(known, kept[Slot.AT], 0.0), kept[Slot.BEFORE])
     return after
 
 
 def overdue(kept: State, now: Tensor, order: int) -> Tensor:
     """How wrong a forecast may be by now: its last error, times its age by the order's power. [..] float32."""
-    age = now - kept["at"]
-    return kept["error"] * (age if order == 0 else age * age)
+    age = now - kept[Slot.AT]
+    return kept[Slot.ERROR] * (age if order == 0 else age * age)

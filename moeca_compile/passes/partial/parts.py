@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Region, TokensInfo
+from moeca_compile.graph.variant import KEYS, Slot
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.partial.branches import due, moved
 from moeca_compile.passes.partial.kept import State, forecast, overdue, refreshed
@@ -60,8 +61,8 @@ class Parts:
         """The value of tokens that age one by one: `fresh` [B, M, D] at `chosen` [B, M], the others forecast; no
         `fresh`: all forecast. What was computed is written. Returns [B, N, D]."""
         state = self.ports.of(column, output)
-        own = {name: slot for name, slot in state.items() if not name.startswith("keys")}
-        entering = self._entering(column) if "seen" in own else None
+        own = {name: slot for name, slot in state.items() if name not in KEYS}
+        entering = self._entering(column) if Slot.ENTERED in own else None
         after = self.inline(
             settle, fresh=fresh, chosen=chosen, entering=entering, now=self.ports.now(), order=self.order, copy=copy,
             state=own,
@@ -69,7 +70,7 @@ class Parts:
         value = after.pop("value")
         if fresh is not None:
             for name, node in after.items():
-                self.ports.write(column, output, name, node)
+                self.ports.write(column, output, Slot(name), node)
         return value
 
     def chosen(self, column: int, rho: float, scores: Node | None = None) -> Node:
@@ -91,8 +92,9 @@ class Parts:
                 weights = self.constant(self.ctx.control.sensitivity.get(key), torch.float32, like)
             found = self.inline(
                 choose, count=count, now=self.ports.now(), order=self.order, own=own, branches=branches,
-                entering=self._entering(column) if own is not None and "seen" in own else None, sensitivity=weights,
-                scores=scores if own is None and branches is not None and "scores" in branches else None,
+                entering=self._entering(column) if own is not None and Slot.ENTERED in own else None,
+                sensitivity=weights,
+                scores=scores if own is None and branches is not None and Slot.SCORES in branches else None,
             )  # fmt: skip
             self._chosen[block, count] = found["chosen"]
         return self._chosen[block, count]
@@ -102,7 +104,7 @@ class Parts:
         return None if info.enters is None else self.nodes[info.enters.node]
 
     def _has_branches(self, column: int) -> bool:
-        return self.ports.has(column, 0, "held")
+        return self.ports.has(column, 0, Slot.HELD)
 
 
 def block_of(key: str) -> str:
@@ -140,13 +142,13 @@ def choose(
     """
     weight: Tensor | float = 1.0
     if branches is not None:
-        held = (branches["held"] - 1).clamp_min(0)
-        weight = branches["gates"].float().abs() * (1.0 if sensitivity is None else sensitivity[held])
+        held = (branches[Slot.HELD] - 1).clamp_min(0)
+        weight = branches[Slot.GATES].float().abs() * (1.0 if sensitivity is None else sensitivity[held])
     if own is None:
         assert branches is not None  # an experts region: what chooses there is its own state
         score = (weight * due(scores, now, order, branches)).sum(-1)
     else:
-        wanted = overdue(own, now, order) if entering is None else own["drift"] + moved(entering, own["seen"])
+        wanted = overdue(own, now, order) if entering is None else own[Slot.DRIFT] + moved(entering, own[Slot.ENTERED])
         score = wanted * (weight if isinstance(weight, float) else weight.sum(-1))
     return {"chosen": score.topk(count, dim=1).indices.sort(dim=1).values}
 
@@ -165,12 +167,12 @@ def settle(
     if fresh is None:
         return {"value": value}
     if chosen is None:
-        picked, full = torch.ones_like(state["at"], dtype=torch.bool), fresh
+        picked, full = torch.ones_like(state[Slot.AT], dtype=torch.bool), fresh
     else:
-        picked = torch.zeros_like(state["at"], dtype=torch.bool).scatter(1, chosen, True)
+        picked = torch.zeros_like(state[Slot.AT], dtype=torch.bool).scatter(1, chosen, True)
         full = value.scatter(1, chosen[..., None].expand_as(fresh), fresh)
-    after = refreshed(state, full, picked, state["at"] > 0, now, order)
+    after = refreshed(state, full, picked, state[Slot.AT] > 0, now, order)
     if entering is not None:
-        after["drift"] = torch.where(picked, 0.0, state["drift"] + moved(entering, state["seen"]))
-        after["seen"] = entering
+        after[Slot.DRIFT] = torch.where(picked, 0.0, state[Slot.DRIFT] + moved(entering, state[Slot.ENTERED]))
+        after[Slot.ENTERED] = entering
     return {"value": full, **after}

@@ -10,19 +10,27 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moeca_compile.graph import fx
 
-_TRACES: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, GraphModule]] = weakref.WeakKeyDictionary()
+_TRACES: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, tuple[GraphModule, list[str]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **given: Any) -> dict[str, Node]:
     """Add what `function` does with tensors, at the insertion point: plain torch code becomes nodes.
 
-    `given`: nodes (in dicts too) for the tensors, and anything hashable as it is. What is a tensor in the result of
-    `function` is a node in the result. A graph has many equal layers: what was traced for one serves all.
+    A graph has many equal layers: what was traced for one serves all.
+
+    Args:
+        gm: the graph, changed in place.
+        function: gives tensors by name.
+        given: its arguments: nodes (in dicts too) in place of tensors, anything else hashable.
+
+    Returns:
+        The new nodes by the names that `function` gives.
     """
     flat, spec = tree_flatten(given)
     nodes = [one for one in flat if isinstance(one, Node)]
@@ -32,22 +40,26 @@ def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **
     mode = fx.fake_mode(values)
     known = {} if mode is None else _TRACES.setdefault(mode, {})
     if key not in known:
+        names: list[str] = []
 
-        def run(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             left = iter(tensors)
-            return function(**tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec))
+            given = tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec)
+            result = function(**given)
+            names[:] = result
+            return tuple(result.values())
 
         with fx.fake_mode_of(values), torch.no_grad():
-            known[key] = make_fx(run, pre_dispatch=True)(*values)
-    traced = known[key]
+            known[key] = make_fx(run, pre_dispatch=True)(*values), names
+    traced, names = known[key]
     copies: dict[Node, Node] = dict(zip(fx.placeholders(traced), nodes, strict=True))
     for node in traced.graph.nodes:
         if node.op == "call_function":
             copies[node] = gm.graph.node_copy(node, lambda source: copies[source])
         elif node.op == "get_attr":
             copies[node] = constant(gm, getattr(traced, str(node.target)), values[0])
-    result = map_arg(fx.output_node(traced).args[0], lambda source: copies[source])
-    return dict(result)  # type: ignore[arg-type]
+    results = fx.nodes_of(fx.output_node(traced).args[0])
+    return {name: copies[node] for name, node in zip(names, results, strict=True)}
 
 
 def constant(gm: GraphModule, tensor: torch.Tensor, like: torch.Tensor) -> Node:

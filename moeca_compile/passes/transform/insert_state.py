@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.graph.variant import SLOTS
+from moeca_compile.graph.variant import SLOTS, Slot
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.partial.insert_branches import insert_branches
 from moeca_compile.passes.partial.insert_tokens import insert_tokens
@@ -39,9 +39,9 @@ def insert_state(gm: GraphModule, ctx: Context) -> GraphModule:
     for node, mark in fx.marked(gm):
         region = ctx.regions.regions[mark.region]
         base = nodes[region.bases[mark.output]] if region.bases else None
-        if ports.has(mark.region, 0, "held"):
+        if ports.has(mark.region, 0, Slot.HELD):
             insert_branches(parts, mark)
-        elif ports.has(mark.region, 0, "at"):
+        elif ports.has(mark.region, 0, Slot.AT):
             insert_tokens(parts, mark)
         elif mark.action is Action.COMPUTE:
             _write(ports, node, mark, base)
@@ -56,10 +56,10 @@ def insert_state(gm: GraphModule, ctx: Context) -> GraphModule:
 
 
 def _write(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
-    if base is not None and ports.has(mark.region, mark.output, "y0"):
+    if base is not None and ports.has(mark.region, mark.output, Slot.Y0):
         with ports.gm.graph.inserting_before(fx.output_node(ports.gm)):
             node = fx.call(ports.gm, aten.sub.Tensor, (node, base), like=node)
-    ports.write(mark.region, mark.output, "y0", node)
+    ports.write(mark.region, mark.output, Slot.Y0, node)
 
 
 def _read(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
@@ -67,7 +67,7 @@ def _read(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
     with gm.graph.inserting_after(node):
         anchor = gm.graph.call_function(aten.alias.default, (node,))  # where the new nodes go
     with gm.graph.inserting_before(anchor):
-        y = ports.read(mark.region, mark.output, "y0")
+        y = ports.read(mark.region, mark.output, Slot.Y0)
         kept = _forecast(ports, y, node, mark) if mark.action is Action.FORECAST else y
         if base is not None:
             kept = fx.call(gm, aten.add.Tensor, (base, kept), like=node)

@@ -9,12 +9,12 @@ import torch
 
 from moeca_compile.errors import InvariantError, ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap, Value
-from moeca_compile.graph.variant import SLOTS, StateSlot
+from moeca_compile.graph.variant import KEYS, SLOTS, STAMPS, Slot, StateSlot
 from moeca_compile.passes.partial.kept import slots_of, wide
 from moeca_compile.schedule import Schedule
 
 MODEL = -1  # in place of a region: state that belongs to the whole graph
-Slot = tuple[int, str, tuple[int, ...], str]  # output, slot, shape, dtype
+Entry = tuple[int, Slot, tuple[int, ...], str]  # output, slot, shape, dtype
 
 
 def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...]:
@@ -35,22 +35,22 @@ def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...
     return tuple(slots)
 
 
-def _signal(regions: RegionMap, order: int) -> Iterator[Slot]:
+def _signal(regions: RegionMap, order: int) -> Iterator[Entry]:
     """What an adaptive schedule watches: one item a sample, and the figure that it decides by."""
     if regions.signal is None:
         raise ScheduleError("an adaptive schedule has nothing to watch: no stream with a batch enters the first region")
     batch, *sizes = regions.signal.shape
     yield from _value(0, Value(regions.signal.node, (batch, math.prod(sizes)), regions.signal.dtype), order)
-    yield 0, "figure", (batch,), "float32"
+    yield 0, Slot.FIGURE, (batch,), "float32"
 
 
-def _whole(region: Region, depth: int) -> Iterator[Slot]:
+def _whole(region: Region, depth: int) -> Iterator[Entry]:
     for output, (shape, dtype) in enumerate(zip(region.shapes, region.dtypes, strict=True)):
         for slot in SLOTS[:depth]:
             yield output, slot, shape, dtype
 
 
-def _aging(region: Region, schedule: Schedule) -> Iterator[Slot]:
+def _aging(region: Region, schedule: Schedule) -> Iterator[Entry]:
     info, score = region.tokens, schedule.control.score
     if info is None:
         raise InvariantError(f"region {region.key} can't be taken apart: {region.whole}")
@@ -58,32 +58,31 @@ def _aging(region: Region, schedule: Schedule) -> Iterator[Slot]:
     first = 0
     if info.branches is not None:
         first, (*slots, _) = 1, info.branches.shape
-        yield 0, "held", tuple(slots), "int64"
-        yield 0, "gates", tuple(slots), _wide(info.branches.dtype)
+        yield 0, Slot.HELD, tuple(slots), "int64"
+        yield 0, Slot.GATES, tuple(slots), _wide(info.branches.dtype)
         yield from _value(0, info.branches, schedule.order)
         if score == "drift":
-            yield 0, "drift", tuple(slots), "float32"
-            yield 0, "scores", (*items, region.routers[0].num_experts), "float32"
+            yield 0, Slot.DRIFT, tuple(slots), "float32"
+            yield 0, Slot.SCORES, (*items, region.routers[0].num_experts), "float32"
         else:
-            yield 0, "error", tuple(slots), "float32"
+            yield 0, Slot.ERROR, tuple(slots), "float32"
     for output, part in enumerate(info.parts, first):
         yield from _value(output, part, schedule.order)
         if info.enters is not None and score == "drift":
-            yield output, "drift", items, "float32"
-            yield output, "seen", info.enters.shape, info.enters.dtype
+            yield output, Slot.DRIFT, items, "float32"
+            yield output, Slot.ENTERED, info.enters.shape, info.enters.dtype
         elif info.enters is not None:
-            yield output, "error", items, "float32"
-    for number, one in enumerate(info.keys):
-        yield 0, f"keys{number}", one.shape, one.dtype
+            yield output, Slot.ERROR, items, "float32"
+    for slot, one in zip(KEYS, info.keys, strict=False):
+        yield 0, slot, one.shape, one.dtype
 
 
-def _value(output: int, one: Value, order: int) -> Iterator[Slot]:
-    stamps = {"at", "before"}
+def _value(output: int, one: Value, order: int) -> Iterator[Entry]:
     for slot in slots_of(order):
-        if slot in stamps:
+        if slot in STAMPS:
             yield output, slot, one.shape[:-1], "float32"
         else:
-            yield output, slot, one.shape, one.dtype if slot == "y" else _wide(one.dtype)
+            yield output, slot, one.shape, one.dtype if slot is Slot.Y else _wide(one.dtype)
 
 
 def _wide(dtype: str) -> str:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.graph.variant import SLOTS, StateSlot
+from moeca_compile.graph.variant import SLOTS, Slot, StateSlot
 
 COEFFICIENTS = "coefficients"
 NOW = "now"
@@ -32,14 +32,14 @@ class Ports:
         self._inputs: dict[str, Node] = {}
         self._written: list[tuple[str, Node]] = []
 
-    def has(self, region: int, output: int, slot: str) -> bool:
+    def has(self, region: int, output: int, slot: Slot) -> bool:
         return (region, output, slot) in self.slots
 
-    def of(self, region: int, output: int) -> dict[str, Node]:
+    def of(self, region: int, output: int) -> dict[Slot, Node]:
         """All slots of a region's output, as placeholders."""
         return {slot: self.read(r, o, slot) for r, o, slot in self.slots if (r, o) == (region, output)}
 
-    def read(self, region: int, output: int, slot: str) -> Node:
+    def read(self, region: int, output: int, slot: Slot) -> Node:
         one = self.slots[region, output, slot]
         return self._input(one.name, one.shape, getattr(torch, one.dtype), one.device)
 
@@ -53,7 +53,7 @@ class Ports:
         table = self._input(COEFFICIENTS, (self.regions, len(SLOTS) - 1), torch.float32, device)
         return fx.call(self.gm, aten.select.int, (fx.call(self.gm, aten.select.int, (table, 0, region)), 0, column))
 
-    def write(self, region: int, output: int, slot: str, node: Node) -> None:
+    def write(self, region: int, output: int, slot: Slot, node: Node) -> None:
         """Hand `node` out as the new value of a slot; nothing where the schedule doesn't keep it."""
         one = self.slots.get((region, output, slot))
         if one is None:

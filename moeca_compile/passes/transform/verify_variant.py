@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
+from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.context import Context
 from moeca_compile.schedule import Action
 from moeca_compile.schedule.action import name_of
@@ -18,7 +19,7 @@ def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
     gm.graph.lint()
     alive = {node.name for node in gm.graph.nodes}
     actions = list(zip(ctx.regions, ctx.row, strict=True))
-    branched = {ctx.regions.keys[slot.region] for slot in ctx.layout if slot.slot == "held"}
+    branched = {ctx.regions.keys[slot.region] for slot in ctx.layout if slot.slot is Slot.HELD}
     needed = {name for region, action in actions if action is Action.COMPUTE for name in region.body}
     for region, action in actions:
         label = name_of(action)
