@@ -97,8 +97,8 @@ class Contender:
     def begin(self) -> None:
         """Bind the schedule. Variants stay compiled; a layout of the state has its own."""
         for state in states_of(self.model) if self.schedule else ():
-            for program in [program for runtime in state.banks() for program in runtime.programs.values()]:
-                program.use(Schedule.parse(self.schedule or ""))
+            for program in state.runtime.programs.values():
+                program.own = program.compiled(Schedule.parse(self.schedule or ""))
 
     @torch.no_grad()
     def sample(self, work: Work) -> Tensor:

@@ -30,7 +30,7 @@ import moeca_compile as moeca
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from examples import digits
 from moeca_compile.inspect import plots
-from moeca_compile.planner.handle import Handle
+from moeca_compile.planner.rollout import SampledModel
 from moeca_compile.planner.search.drift import Drift
 from moeca_compile.planner.search.predict import ORDERS
 from moeca_compile.planner.search.rows import Plan, row_of, uniform_letters
@@ -102,11 +102,11 @@ class Bench:
         self.size, self.work = size, work
         self.model = digits.load_model()
         self.solver = sampler(size.images, 1)
-        self.handle = Handle(self.model, lambda model, seed: self.solver(model, seed), "region", "inductor")
+        self.sampled = SampledModel(self.model, lambda model, seed: self.solver(model, seed), "region", "inductor")
         self.seeds = tuple(range(size.seeds))
         self.held_out = tuple(range(10_000, 10_000 + size.held_out))
         (work / "images").mkdir(parents=True, exist_ok=True)
-        self.handle.run(0)  # a step, to capture the graph
+        self.sampled.run(0)  # a step, to capture the graph
 
     def images(self, steps: int, plan: Plan | None = None, second_order: bool = False, seeds: int = 0) -> Tensor:
         """The images of the first so many (0: all) held-out seeds, made now or before."""
@@ -116,7 +116,7 @@ class Bench:
             key = hashlib.sha256(f"{steps} {plan} {second_order} {seed} {self.size.images}".encode()).hexdigest()[:24]
             file = self.work / "images" / f"{key}.npy"
             if not file.exists():
-                np.save(file, self.handle.run(seed, plan).numpy())
+                np.save(file, self.sampled.run(seed, plan).numpy())
             made.append(torch.from_numpy(np.load(file)))
         return torch.cat(made)
 
@@ -152,7 +152,7 @@ class Bench:
                 plan = Plan(uniform_letters(steps, interval, warmup), ORDERS[order].name)
                 if self.cost(plan) <= budget + 1e-6:
                     fits.setdefault(plan, f"uniform:{interval}:warmup={warmup}")
-        kinds = self.handle.kinds
+        kinds = self.sampled.kinds
         known = sorted(fits, key=lambda plan: -drift.quality(plan, kinds) if drift else -self.cost(plan))
         shown = {
             plan: self.psnr(self.images(steps, plan, seeds=LEADING_SEEDS), truth) for plan in known[: 4 if order else 2]
@@ -162,7 +162,7 @@ class Bench:
 
     def plan_of(self, schedule: Schedule) -> Plan:
         """A calibrated schedule's rows as letters again."""
-        letters = {row_of(cells, schedule.order): letter for letter, cells in self.handle.kinds.items()}
+        letters = {row_of(cells, schedule.order): letter for letter, cells in self.sampled.kinds.items()}
         return Plan("".join(letters[row] for row in schedule.rows), f"order-{schedule.order}")
 
     def cost(self, plan: Plan) -> float:
@@ -171,7 +171,7 @@ class Bench:
     @property
     def macs(self) -> dict[str, float]:
         """Of a computed and of a forecast step, relative to a computed one."""
-        program = self.handle.program
+        program = self.sampled.program
         computed, forecast = (
             program.variant((action,) * len(program.regions)).macs for action in (Action.COMPUTE, Action.FORECAST)
         )

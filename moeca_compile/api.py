@@ -15,13 +15,13 @@ from moeca_compile import backend
 from moeca_compile import expert_dispatch as canonical
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
+from moeca_compile.engine.intercept import Interceptor, intercepting
 from moeca_compile.engine.program import Program
-from moeca_compile.engine.trajectory import Trajectory
-from moeca_compile.engine.visit import Visitor, visiting
+from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.expert_dispatch import PrepareReport
 from moeca_compile.expert_dispatch.isolate import isolate, share_again
-from moeca_compile.frontend.backend import Entry
+from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.doors import (
     compiled_parts,
     inputs_and_options,
@@ -32,7 +32,7 @@ from moeca_compile.frontend.doors import (
     past_handle,
     plain_module,
 )
-from moeca_compile.frontend.gate import gate_of
+from moeca_compile.frontend.entry import Entry
 from moeca_compile.frontend.handles import HandleState, states_of
 from moeca_compile.frontend.methods import route_methods
 from moeca_compile.frontend.owner import handle_of, parameters_of
@@ -125,10 +125,10 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
         except CaptureError as error:
             return entry.run_uncached(args, str(error))
         with runtime.packs.active() if program.packs_experts else nullcontext():
-            return program.warm(args)
+            return program.own.warm(args)
 
     with torch.no_grad():
-        result, seen = _visit(model, inputs, keywords, warm)
+        result, seen = _intercept(model, inputs, keywords, warm)
     if not seen and not any(state.parts for state in states_of(model)):
         raise StateError('warmup: nothing was compiled. Is this torch.compile(model, backend="moeca")?')
     return result
@@ -230,7 +230,7 @@ def explain(
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
-        _visit(model, inputs, {**named, **(keywords or {})}, look)
+        _intercept(model, inputs, {**named, **(keywords or {})}, look)
     broken = [state for state in states_of(model) if state.parts]
     parts, breaks = sum(state.parts for state in broken), "\n".join(state.uncached for state in broken)
     if programs:
@@ -255,16 +255,18 @@ def _last_call(model: Any, given: Mapping[str, Any]) -> Report:
     return Report.of_parts(sum(state.parts for state in uncached), "\n".join(state.uncached for state in uncached))
 
 
-def _visit(model: Any, inputs: Sequence[Any], keywords: dict[str, Any], visitor: Visitor) -> tuple[Any, bool]:
-    """Call the model with `visitor` in place of running its graphs; twice, if the first call only prepared it."""
+def _intercept(
+    model: Any, inputs: Sequence[Any], keywords: dict[str, Any], interceptor: Interceptor
+) -> tuple[Any, bool]:
+    """Call the model with `interceptor` in place of running its graphs; twice, if the first call only prepared it."""
     seen = False
 
     def note(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
         nonlocal seen
         seen = True
-        return visitor(entry, args, runtime)
+        return interceptor(entry, args, runtime)
 
-    with visiting(note, handle_of(model)):
+    with intercepting(note, handle_of(model)):
         result = model(*inputs, **keywords)
         if not seen:
             result = model(*inputs, **keywords)
@@ -290,7 +292,7 @@ def _report(programs: Sequence[Program]) -> Report:
         latent=main.analysis.context.roles.latent,
         schedule=main.schedule,
         state_bytes=sum(slot.bytes for slot in main.layout),
-        passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.records),
+        passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),
         variants=tuple(
             VariantReport(v.name, serves[v.row], v.node_count, v.macs, len(v.reads), len(v.writes)) for v in variants
         ),

@@ -21,20 +21,19 @@ from torch._dynamo.source import LocalSource
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from moeca_compile.engine.blocks import innermost
-from moeca_compile.engine.trajectory import Trajectory
-from moeca_compile.engine.visit import visitor
+from moeca_compile.engine.intercept import INTERCEPTORS
+from moeca_compile.engine.trajectories.blocks import innermost
+from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import StateError
 from moeca_compile.graph.autocast import ambient_autocast
 
 Step = Callable[[Sequence[Any], Trajectory | None], tuple[Any, ...]]
 
-_local = threading.local()
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
-class Seen:
+class GraphRun:
     """One run of a whole model's graph. `others`: positions of the arguments that neither are weights nor follow from
     the kind of call."""
 
@@ -44,13 +43,11 @@ class Seen:
     results: tuple[Any, ...]
 
 
-def noting() -> bool:
-    """Whether someone in this thread wants to know of a graph's run."""
-    return getattr(_local, "seen", None) is not None
+class _Observed(threading.local):
+    runs: list[GraphRun] | None = None  # graphs that ran in this thread, where someone wants to know
 
 
-def note(seen: Seen) -> None:
-    _local.seen.append(seen)
+OBSERVED = _Observed()
 
 
 def follows_from_call(placeholder: Node) -> bool:
@@ -78,18 +75,18 @@ class FastPath:
         if kind is None:  # something among them has leaves of its own
             leaves, spec = tree_flatten((args, kwargs))
             kind = _kind(leaves)
-        if kind is None or noting() or visitor() is not None:
+        if kind is None or OBSERVED.runs is not None or INTERCEPTORS.get():
             return self.call(*args, **kwargs)
         way: _Way | None = trajectory.ways.get((spec, kind))
         if way is not None:
             return way.go(leaves, trajectory)
-        _local.seen = []
+        runs: list[GraphRun] = []
+        OBSERVED.runs = runs
         try:
             result = self.call(*args, **kwargs)
-            seen: list[Seen] = _local.seen
         finally:
-            _local.seen = None
-        found = _way(seen[0], leaves, result) if len(seen) == 1 else None
+            OBSERVED.runs = None
+        found = _way(runs[0], leaves, result) if len(runs) == 1 else None
         if found is not None:
             trajectory.ways[spec, kind] = found
         return result
@@ -113,7 +110,7 @@ class _Way:
         return tree_unflatten([value if i is None else results[i] for i, value in self.gives], self.spec)
 
 
-def _way(seen: Seen, leaves: Sequence[Any], result: Any) -> _Way | None:
+def _way(seen: GraphRun, leaves: Sequence[Any], result: Any) -> _Way | None:
     """None: an argument that isn't the call's, or a result that isn't the graph's."""
     leaf_of = {id(one): i for i, one in enumerate(leaves) if isinstance(one, Tensor)}
     result_of = {id(one): i for i, one in enumerate(seen.results) if isinstance(one, Tensor)}

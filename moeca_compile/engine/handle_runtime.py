@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.arrangement import Arrangement
+from moeca_compile.engine.hoisted import Past
 from moeca_compile.engine.program import Program
-from moeca_compile.engine.tracks import Past, Tracks
-from moeca_compile.engine.trajectory import Trajectory
+from moeca_compile.engine.trajectories.trajectory import Trajectory
+from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.ops.packed import Packs
 from moeca_compile.options import Options
 from moeca_compile.runtime.warned import Warned
@@ -26,24 +27,28 @@ Stamp = tuple[int, int, int]  # of one weight: its id, where it lies, its versio
 _version = attrgetter("_version")
 
 
-class Weights:
-    """The weights that a graph was last called with, as they were."""
+class WeightBinding:
+    """The weights that a graph was last called with, as they were.
+
+    Attributes:
+        gone: filled when one of them is collected.
+        ids: of the tensors.
+        kinds: shape, dtype and device of each.
+        kind: a number for `kinds`, given by the graph.
+    """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
         self.gone: list[object] = []
         self._refs = [weakref.ref(weight, self.gone.append) for weight in weights]
-        self._weights = list(map(id, weights))
-        self._stamp = _stamp(weights)
-        self.ids = frozenset(self._weights)
-        self.kind: int | None = None  # a number for `kinds`, given by the graph
-        self.kinds = tuple((tuple(one.shape), one.dtype, one.device) for one in weights)
-
-    def are(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether these are they, and none was changed in place or had its storage swapped."""
-        return not self.gone and self._weights == list(map(id, weights)) and self._stamp == _stamp(weights)
+        self.order = list(map(id, weights))
+        self.stamp = _stamp(weights)
+        self.ids = frozenset(self.order)
+        self.kind: int | None = None
+        self.kinds = tuple((tuple(weight.shape), weight.dtype, weight.device) for weight in weights)
 
     def stamps(self) -> list[Stamp]:
-        return list(zip(self._weights, *self._stamp, strict=True))
+        """Of each weight."""
+        return list(zip(self.order, *self.stamp, strict=True))
 
 
 class HandleRuntime:
@@ -63,44 +68,51 @@ class HandleRuntime:
         self.programs: OrderedDict[Hashable, Program] = OrderedDict()
         self.ids: frozenset[int] = frozenset()
         self.past = Past()
-        self.plain = Tracks(latent_jump=options.latent_jump, past=self.past)  # of calls outside any trajectory
+        self.plain = TrajectoryState(latent_jump=options.latent_jump, past=self.past)  # of calls outside any trajectory
         self.latest = self.plain
-        self.all: weakref.WeakSet[Tracks] = weakref.WeakSet((self.plain,))
+        self.all: weakref.WeakSet[TrajectoryState] = weakref.WeakSet((self.plain,))
         self.packs = Packs()
         self.refused: dict[Hashable, str] = {}  # why graphs for such calls run uncached
         self._placed: dict[Hashable, tuple[Hashable, Arrangement | None]] = {}
-        self._weights: dict[int, Weights] = {}  # by graph
+        self._weights: dict[int, WeightBinding] = {}  # by graph
         self._stamps: dict[str, Stamp] = {}
 
-    def follow(self, graph: int, labels: Sequence[str], weights: Sequence[torch.Tensor]) -> Weights:
-        """What `graph` is called with; start cold if a weight was replaced, changed in place, or had its storage
-        swapped."""
+    def invalidate_if_weights_changed(
+        self, graph: int, labels: Sequence[str], weights: Sequence[torch.Tensor]
+    ) -> WeightBinding:
+        """What `graph` is called with. All state of the handle is dropped if a weight was replaced, changed in place,
+        or had its storage swapped."""
         known = self._weights.get(graph)
-        if known is not None and known.are(weights):
+        if (
+            known is not None
+            and not known.gone
+            and known.order == list(map(id, weights))
+            and known.stamp == _stamp(weights)
+        ):
             return known
         with self.lock:
-            found = self._weights[graph] = Weights(weights)
-            stamps = dict(zip(labels, found.stamps(), strict=True))
+            binding = self._weights[graph] = WeightBinding(weights)
+            stamps = dict(zip(labels, binding.stamps(), strict=True))
             died = any(one.gone for one in self._weights.values())
             if died or any(self._stamps.get(label, stamp) != stamp for label, stamp in stamps.items()):
                 self.packs = Packs()
-                for tracks in list(self.all):
-                    tracks.forget()
+                for running in list(self.all):
+                    running.forget()
             for number in [number for number, one in self._weights.items() if one.gone]:
                 del self._weights[number]
             self._stamps.update(stamps)
             self.ids = frozenset().union(*(one.ids for one in self._weights.values()))
-        return found
+        return binding
 
-    def tracks(self, trajectory: Trajectory | None) -> Tracks:
-        """What runs for these weights in `trajectory`."""
+    def running(self, trajectory: Trajectory | None) -> TrajectoryState:
+        """The handle's state in `trajectory`; None: outside any."""
         with self.lock:
             if trajectory is None:
                 self.latest = self.plain
             else:
-                if self not in trajectory.tracks:
-                    trajectory.tracks[self] = Tracks(trajectory, past=self.past)
-                self.latest = trajectory.tracks[self]
+                if self not in trajectory.states:
+                    trajectory.states[self] = TrajectoryState(trajectory, past=self.past)
+                self.latest = trajectory.states[self]
                 self.all.add(self.latest)
             return self.latest
 
@@ -148,8 +160,8 @@ class HandleRuntime:
     def reset(self) -> None:
         """Forget all state, in every trajectory."""
         with self.lock:
-            for tracks in list(self.all):
-                tracks.reset()
+            for running in list(self.all):
+                running.reset()
 
 
 def _stamp(weights: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:

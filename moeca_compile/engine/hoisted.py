@@ -9,15 +9,16 @@ matrix multiplication reads each weight once, and not once a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import ne
 from typing import Any, Protocol
 
 import torch
 
 from moeca_compile.errors import LoweringError
-from moeca_compile.graph.content import Stamp
-from moeca_compile.graph.nowait import needs_device_sync, upload
+from moeca_compile.graph.content import Stamp, needs_device_sync
+from moeca_compile.graph.nowait import upload
 from moeca_compile.graph.regions import HoistedValue
 from moeca_compile.graph.variant import Variant
 
@@ -25,16 +26,20 @@ TABLE_BYTES = 256 * 2**20  # of values for steps to come
 MAX_CHANGES = 2  # an input that changed more often in a trajectory makes what came from it serve one call only
 
 Run = Callable[[Sequence[Any]], Sequence[Any]]
-Content = Callable[[int], Hashable]  # what tells the content of an argument, by its position
+Contents = Mapping[int, Hashable]  # numbers of what inputs hold, by position among the call's arguments
 Values = dict[int, torch.Tensor]  # by position in the program's list
 
 
 class HasPrologues(Protocol):
-    """What is needed of a program; `over_steps` None: its values can't be computed for many timesteps at once."""
+    """What is needed of a graph's prologues (`engine/prologues.py`)."""
 
     hoisted: tuple[HoistedValue, ...]
+    of_step: tuple[int, ...]
+    step_bytes: int
     timestep: int | None
     condition: tuple[int, ...]
+    ready: dict[tuple[int, ...], tuple[Variant, Run]]
+    by_step: bool
 
     def prologue(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Run]: ...
     def over_steps(self, gives: tuple[int, ...]) -> tuple[Variant, Run] | None: ...
@@ -42,10 +47,19 @@ class HasPrologues(Protocol):
 
 
 @dataclass
+class Past:
+    """What is known of earlier trajectories of a handle: `walked` are the timesteps of the last whole one."""
+
+    walked: Sequence[float] = ()
+
+
+@dataclass
 class Ahead:
-    """Which timesteps a trajectory will have (`known`, as far as one can know) and had (`walked`)."""
+    """Which timesteps a trajectory will have (`known`, as far as one can know) and had (`walked`). `past`: of the
+    handle's earlier trajectories."""
 
     known: tuple[float, ...] = ()
+    past: Past = field(default_factory=Past)
     walked: list[float] = field(default_factory=list)
 
     def after(self, timestep: float) -> tuple[float, ...]:
@@ -53,19 +67,30 @@ class Ahead:
         return self.known[self.known.index(timestep) :] if timestep in self.known else ()
 
     def walk(self, timestep: float) -> None:
+        """Note where the trajectory is; a longer one than the last, or one that goes elsewhere, is what the next one
+        will be."""
         if not self.walked or self.walked[-1] != timestep:
             self.walked.append(timestep)
+        new = self.known and timestep not in self.known
+        if new or len(self.walked) >= len(self.past.walked):
+            self.past.walked = self.walked
 
 
 class Hoisted:
-    """The values of one stream, for as long as its trajectory lasts."""
+    """The values of one stream, for as long as its trajectory lasts.
 
-    def __init__(self, ahead: Ahead | None = None) -> None:
-        self.ahead = ahead or Ahead()
+    Args:
+        ahead: the trajectory's timesteps, as far as they are known.
+        number: a number for what a tensor holds; needed where values are kept for a second call.
+    """
+
+    def __init__(self, ahead: Ahead | None = None, number: Callable[[Any], Hashable] | None = None) -> None:
+        self.ahead, self._number = ahead or Ahead(), number
         self.inputs: dict[int, Hashable] = {}  # numbers of their contents, by position among the call's arguments
         self.weights: dict[int, Stamp] = {}
         self.changes = 0
-        self._levels: dict[tuple[int, ...], tuple[tuple[int, ...], list[int]]] = {}  # those of a step, and the others
+        # of the values that a variant takes: those of a step, and the others
+        self._levels: dict[tuple[int, ...], tuple[tuple[int, ...], frozenset[int]]] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -91,97 +116,97 @@ class Hoisted:
         return True
 
     def of(
-        self, program: HasPrologues, wanted: tuple[int, ...], args: Sequence[Any], timestep: float | None,
-        content: Content | None = None,
+        self, prologues: HasPrologues, wanted: tuple[int, ...], args: Sequence[Any], timestep: float | None,
+        contents: Contents | None = None,
     ) -> list[torch.Tensor]:  # fmt: skip
-        """The values at positions `wanted` for a call with `args`; `timestep` None: not known on the host. Without
-        `content` they serve this call only."""
+        """The values at positions `wanted` for a call with `args`.
+
+        Args:
+            timestep: None: not known on the host.
+            contents: what tells the contents of the inputs that values came from before. None: the values serve this
+                call only.
+        """
         if not wanted:
             return []
-        if content is not None and not all(content(i) == known for i, known in self.inputs.items()):
+        if contents is not None and any(map(ne, map(contents.get, self.inputs), self.inputs.values())):
             self.changes += 1
             self._forget()
-        elif self._restless:
+        elif self.changes > MAX_CHANGES:
             self._forget()
         if wanted not in self._levels:
-            steps = tuple(p for p in wanted if program.hoisted[p].level == "step")
-            self._levels[wanted] = steps, [p for p in wanted if p not in steps]
+            steps = tuple(p for p in wanted if prologues.hoisted[p].level == "step")
+            self._levels[wanted] = steps, frozenset(wanted) - frozenset(steps)
         steps, lasting = self._levels[wanted]
-        found = self._invariant(program, lasting, args, content)
+        if not lasting <= self.fixed.keys():
+            self._compute_invariant(prologues, lasting, args, contents)
+        values = self.fixed
         if steps:
-            found = found | self._at(program, steps, args, timestep, content)
-        return [found[position] for position in wanted]
+            values = values | self._at(prologues, steps, args, timestep, contents)
+        return list(map(values.__getitem__, wanted))
 
-    @property
-    def _restless(self) -> bool:
-        """Whether the inputs change so often that what came from them serves one call only."""
-        return self.changes > MAX_CHANGES
-
-    def _invariant(
-        self, program: HasPrologues, wanted: Sequence[int], args: Sequence[Any], content: Content | None
-    ) -> Values:
-        missing = tuple(p for p in wanted if p not in self.fixed)
-        if not missing:
-            return self.fixed
-        variant, run = program.prologue(missing, args)
-        self.fixed |= zip(missing, run(self._inputs(program, variant, args, content)), strict=True)
-        return self.fixed
+    def _compute_invariant(
+        self, prologues: HasPrologues, wanted: Iterable[int], args: Sequence[Any], contents: Contents | None
+    ) -> None:
+        missing = tuple(sorted(p for p in wanted if p not in self.fixed))
+        variant, run = prologues.ready.get(missing) or prologues.prologue(missing, args)
+        values = run(self._inputs(prologues, variant, args, contents))
+        self.fixed = self.fixed | dict(zip(missing, values, strict=True))
 
     def _at(
-        self, program: HasPrologues, wanted: tuple[int, ...], args: Sequence[Any], timestep: float | None,
-        content: Content | None,
+        self, prologues: HasPrologues, wanted: tuple[int, ...], args: Sequence[Any], timestep: float | None,
+        contents: Contents | None,
     ) -> Values:  # fmt: skip
         if timestep is not None:
             if self.last[0] == timestep and self.last[1].keys() >= set(wanted):
                 return self.last[1]
-            if timestep in self.rows or self._fill(program, args, timestep, content):
+            if timestep not in self.rows and not (prologues.by_step or self.changes > MAX_CHANGES):
+                self._fill(prologues, args, timestep, contents)
+            if timestep in self.rows:
                 row = self.rows[timestep]
                 return {position: self.table[position][row] for position in wanted}
-        variant, run = program.prologue(wanted, args)
-        found = dict(zip(wanted, run(self._inputs(program, variant, args, content, lasting=False)), strict=True))
+        variant, run = prologues.ready.get(wanted) or prologues.prologue(wanted, args)
+        values = run(self._inputs(prologues, variant, args, contents, lasting=False))
+        by_position = dict(zip(wanted, values, strict=True))
         if timestep is not None:
-            self.last = timestep, found
-        return found
+            self.last = timestep, by_position
+        return by_position
 
-    def _fill(self, program: HasPrologues, args: Sequence[Any], timestep: float, content: Content | None) -> bool:
-        """Compute the values of this step and those to come; False where that can't be done."""
-        every = [(p, one.bytes) for p, one in enumerate(program.hoisted) if one.level == "step"]
-        count = TABLE_BYTES // max(1, sum(size for _, size in every))
+    def _fill(self, prologues: HasPrologues, args: Sequence[Any], timestep: float, contents: Contents | None) -> None:
+        """Compute the values of this step and those to come, where that can be done."""
+        count = TABLE_BYTES // max(1, prologues.step_bytes)
         coming = tuple(dict.fromkeys(self.ahead.after(timestep)))[:count]
-        made = program.over_steps(tuple(p for p, _ in every)) if len(coming) > 1 else None
-        if made is None or program.timestep is None or self._restless:
-            return False
-        variant, run = made
-        given = self._inputs(program, variant, args, content)
-        own = args[program.timestep]
+        mapped = prologues.over_steps(prologues.of_step) if len(coming) > 1 else None
+        if mapped is None or prologues.timestep is None:
+            return
+        variant, run = mapped
+        inputs = self._inputs(prologues, variant, args, contents)
+        own = args[prologues.timestep]
         times = upload(torch.tensor(coming, dtype=torch.float64).to(own.dtype), own.device)
-        given[variant.takes.index(program.timestep)] = times.reshape(-1, *[1] * own.dim()).expand(-1, *own.shape)
+        inputs[variant.takes.index(prologues.timestep)] = times.reshape(-1, *[1] * own.dim()).expand(-1, *own.shape)
         try:
-            values = run(given)
+            values = run(inputs)
         except LoweringError as error:
-            program.give_up_steps(error)
-            return False
-        self.table = dict(zip((p for p, _ in every), values, strict=True))
+            prologues.give_up_steps(error)
+            return
+        self.table = dict(zip(prologues.of_step, values, strict=True))
         self.rows = {time: row for row, time in enumerate(coming)}
-        return True
 
     def _inputs(
-        self,
-        program: HasPrologues,
-        variant: Variant,
-        args: Sequence[Any],
-        content: Content | None,
+        self, prologues: HasPrologues, variant: Variant, args: Sequence[Any], contents: Contents | None,
         lasting: bool = True,
-    ) -> list[Any]:
+    ) -> list[Any]:  # fmt: skip
         """What a prologue takes; it is remembered what inputs and (if what it gives is `lasting`) weights hold."""
-        fixed = self._invariant(program, variant.hoists, args, content)
-        if content is not None and not self._restless:
+        if not self.fixed.keys() >= set(variant.hoists):
+            self._compute_invariant(prologues, variant.hoists, args, contents)
+        if contents is not None and self.changes <= MAX_CHANGES:
+            assert self._number is not None
             for i in variant.takes:
-                if i in program.condition:
-                    self.inputs.setdefault(i, content(i))
-                elif lasting and i != program.timestep and i not in self.weights and not needs_device_sync(args[i]):
+                if i in prologues.condition:
+                    if i not in self.inputs:
+                        self.inputs[i] = contents[i] if i in contents else self._number(args[i])
+                elif lasting and i != prologues.timestep and i not in self.weights and not needs_device_sync(args[i]):
                     self.weights[i] = Stamp(args[i])
-        return [*(args[i] for i in variant.takes), *(fixed[position] for position in variant.hoists)]
+        return [*map(args.__getitem__, variant.takes), *map(self.fixed.__getitem__, variant.hoists)]
 
 
 def uniform_timestep(value: Any) -> float | None:

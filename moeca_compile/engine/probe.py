@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
 
-from moeca_compile.graph.content import Contents
-from moeca_compile.graph.nowait import needs_device_sync
+from moeca_compile.graph.content import Contents, needs_device_sync
 from moeca_compile.runtime.clock import CallObservation
 
 _NO_TIMESTEP = (
@@ -39,26 +39,32 @@ class Probe:
         before = self.latents.pop(kind, None)
         if before is None and self.latents:
             before = next(reversed(self.latents.values()))
+        moved = before is not None and latent is not None
         if before is not None and latent is not None:
             numbers.append(_change(latent.detach(), before))
-        asked = {i: self.contents.ask(one) for i, one in enumerate(condition) if needs_device_sync(one)}
-        flags = [flag for _, same in asked.values() for flag in same]
-        read = iter(torch.stack([n.to(times.device, torch.float64) for n in (*numbers, *flags)]).tolist())
-        low, high, *jump = [next(read) for _ in numbers]
+        # on the host contents are compared now; on an accelerator that is asked for, and read with the numbers
+        seen: list[Any] = list(condition)
+        asked = []
+        for i, value in enumerate(condition):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if needs_device_sync(value):
+                kept, same = self.contents.ask(value)
+                asked.append((i, value, kept, same))
+                numbers += same
+            else:
+                seen[i] = self.contents.number(value)
+        answers = torch.stack([*map(methodcaller("to", times.device, torch.float64), numbers)]).tolist()
+        low, high = answers[:2]
         if latent is not None:
             self.latents[kind] = latent.detach().clone()
         if low != high:  # NaN too
             return CallObservation(None, trouble=_PER_ROW, kind=kind)
-        answers = {i: (kept, [next(read) for _ in same]) for i, (kept, same) in asked.items()}
-        seen = tuple(self._content(one, answers.get(i)) for i, one in enumerate(condition))
-        return CallObservation(low, seen, jump[0] if jump else 0.0, kind=kind)
-
-    def _content(self, value: Any, answer: tuple[Any, Sequence[float]] | None) -> Hashable:
-        """Equal for equal contents; a number by itself."""
-        if isinstance(value, torch.Tensor):
-            return self.contents.number(value) if answer is None else self.contents.answer(value, *answer)
-        given: Hashable = value
-        return given
+        after = 3 if moved else 2
+        for i, value, kept, same in asked:
+            seen[i] = self.contents.answer(value, kept, answers[after : after + len(same)])
+            after += len(same)
+        return CallObservation(low, tuple(seen), answers[2] if moved else 0.0, kind=kind)
 
 
 def _change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

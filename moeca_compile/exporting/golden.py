@@ -13,8 +13,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from moeca_compile.engine.step import run_step
-from moeca_compile.engine.tracks import Tracks
-from moeca_compile.engine.trajectory import Trajectory
+from moeca_compile.engine.trajectories.trajectory import Trajectory
+from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.errors import LoweringError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.request import Captured
@@ -39,7 +39,7 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
     program = captured.program
     schedule = program.schedule
     trajectory = Trajectory([], stream="golden")
-    tracks = Tracks(trajectory)
+    compiled, running = program.own, TrajectoryState(trajectory)
     own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
     steps: list[Step] = []
     missing = set(schedule.distinct_rows())
@@ -48,9 +48,10 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
         while missing and len(steps) < len(schedule.rows) + len(SLOTS) * schedule.period:
             index = len(steps)
             args = _arguments(captured, index, generator)
-            states = tracks.of(program).states.values()
-            known = any(any(pair) for state in states for pair in state.coefficients(index))
-            outputs = run_step(program, tracks, args, trajectory)
+            streams = running.of(compiled).streams.values()
+            tables = [compiled.driver.coefficients(stream.state, index) for stream in streams]
+            known = any(any(pair) for table in tables for pair in table)
+            outputs = run_step(compiled, running, args, trajectory)
             at = schedule.row_index(index, schedule.timesteps[index] if schedule.timesteps else None)
             row = schedule.rows[at or 0]
             if known or not program.variant(row).wants_coefficients:

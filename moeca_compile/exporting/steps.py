@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph.variant import SLOTS, StateSlot
-from moeca_compile.runtime.state import Coefficients, StreamState
+from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Action, Schedule
+from moeca_compile.schedule.forecast import Coefficients
+from moeca_compile.schedule.forecast import coefficients as coefficients_at
 
 NONE = (0.0, 0.0)
 _KNOWN = {Action.COMPUTE, Action.REUSE, Action.FORECAST}
@@ -20,7 +22,7 @@ class StepTable:
 
     Attributes:
         variants: the number of the variant among the schedule's distinct rows, by entry.
-        coefficients: by entry, c0 and c1 of each region (`StreamState.coefficients`).
+        coefficients: by entry, c0 and c1 of each region (`schedule/forecast.py`).
         period: at least 1. A schedule that ends goes on with an entry that computes everything.
         steps: how many steps the schedule has; None: any number.
     """
@@ -46,7 +48,7 @@ def step_table(schedule: Schedule, layout: Sequence[StateSlot], regions: int) ->
     variants, coefficients = [], []
     for step in range(end + period):
         row = schedule.rows[schedule.row_index(step) or 0]
-        table = zip(state.coefficients(step), row, strict=True)
+        table = zip(coefficients_at(step, state.history, state.depths), row, strict=True)
         variants.append(distinct.index(row))
         coefficients.append(tuple(pair if action is Action.FORECAST else NONE for pair, action in table))
         computed = {region for region, action in enumerate(row) if action is Action.COMPUTE}

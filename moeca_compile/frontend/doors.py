@@ -15,12 +15,12 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import expert_dispatch as canonical
-from moeca_compile.engine.visit import visitor
+from moeca_compile.engine.intercept import INTERCEPTORS
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.expert_dispatch import prepared
 from moeca_compile.expert_dispatch.isolate import isolated, share_again
 from moeca_compile.frontend.backend import Backend, moeca
-from moeca_compile.frontend.gate import Gate
+from moeca_compile.frontend.calls import Gate
 from moeca_compile.frontend.handles import backend_of, states_of
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.options import Options
@@ -194,7 +194,7 @@ def past_handle(found: Sequence[Any]) -> Callable[[], str | None]:
     before = _marks(found)
 
     def say() -> str | None:
-        if visitor() is not None:  # who takes the calls
+        if INTERCEPTORS.get():  # who takes the calls
             return None
         alive = [one for handle in handles if (one := handle()) is not None]
         if any(state.uncached for one in alive for state in states_of(one)):  # which was said

@@ -23,9 +23,9 @@ from moeca_compile.errors import MoecaError
 from moeca_compile.expert_dispatch import prepare
 from moeca_compile.expert_dispatch.isolate import isolate
 from moeca_compile.expert_dispatch.proof.anatomy import hooks
-from moeca_compile.frontend.gate import Call
+from moeca_compile.frontend.calls import Call, Owner
 from moeca_compile.frontend.handles import FirstCalls, HandleState
-from moeca_compile.frontend.owner import Owner, codes_of
+from moeca_compile.frontend.owner import codes_of
 from moeca_compile.graph.regions import Rejected
 
 _RAN_BY_THEIR_OWN = (

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.frontend.breaks import GraphBreak, in_words
-from moeca_compile.frontend.gate import gate_of
+from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.graph.regions import Rejected
 from moeca_compile.options import Options
@@ -26,7 +26,7 @@ from moeca_compile.schedule import Schedule
 
 Read = tuple[Options, Schedule]  # the schedule as its file, or short form, said when it was read
 
-_STATES: dict[int, HandleState] = {}  # by id of the compile context
+STATES: dict[int, HandleState] = {}  # by id of the compile context
 _ALL: weakref.WeakSet[HandleState] = weakref.WeakSet()  # and those of callers that have none
 _making = threading.Lock()
 
@@ -86,13 +86,13 @@ class HandleState:
 
 def state_of(context: Any, read: Callable[[Any], Read]) -> HandleState:
     """The state of a compile context; made, with the options that `read` finds, when it is first asked for."""
-    state = _STATES.get(id(context))
+    state = STATES.get(id(context))
     if state is None or state.context is None or state.context() is not context:
         options, schedule = read(context)
         with _making:
-            state = _STATES.get(id(context))
+            state = STATES.get(id(context))
             if state is None or state.context is None or state.context() is not context:
-                state = _STATES[id(context)] = HandleState(context, options, schedule)
+                state = STATES[id(context)] = HandleState(context, options, schedule)
     return state
 
 
@@ -100,9 +100,9 @@ def _forget(key: int) -> Callable[[object], None]:
     """Drop the state of a context that is gone, unless its address has been used again."""
 
     def forget(ref: object) -> None:
-        state = _STATES.get(key)
+        state = STATES.get(key)
         if state is not None and state.context is ref:
-            del _STATES[key]
+            del STATES[key]
 
     return forget
 
@@ -112,7 +112,7 @@ def states_of(model: Any) -> list[HandleState]:
     of, those without a handle."""
     context = handle_of(model)
     if context is not None:
-        return [state for state in (_STATES.get(id(context)),) if state is not None]
+        return [state for state in (STATES.get(id(context)),) if state is not None]
     weights = {id(weight) for weight in parameters_of(model)}
     return [
         state

@@ -8,10 +8,10 @@ there as long as what the user calls, and no two handles share it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import CodeType, FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo import eval_frame
@@ -21,7 +21,10 @@ from torch.nn import Module
 
 from moeca_compile.graph.desugar import plain_parts
 
-_WRAPPER: CodeType = next(
+if TYPE_CHECKING:
+    from moeca_compile.frontend.calls import Owner
+
+WRAPPER: CodeType = next(
     code
     for code in eval_frame._TorchDynamoContext.__call__.__code__.co_consts
     if isinstance(code, CodeType) and code.co_name in ("compile_wrapper", "_fn")
@@ -30,37 +33,13 @@ _RESUMED = "torch_dynamo_resume_in_"
 _TORCH = (eval_frame.__file__, torch.nn.modules.module.__file__)  # code of theirs is never a graph's
 
 
-class Owner(NamedTuple):
-    """A call in progress. `handle`: torch's compile context; `function`: what it compiles; `frame`: the call's."""
-
-    handle: Any
-    function: Callable[..., Any]
-    frame: FrameType
-
-    @property
-    def modules(self) -> tuple[Module, ...]:
-        """The models whose code this runs."""
-        return modules_of(self.function)
-
-
-def find_owner() -> Owner | None:
-    """The innermost call of something compiled; None outside any."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _WRAPPER:
-        frame = frame.f_back
-    if frame is None:
-        return None
-    names = frame.f_locals
-    return Owner(names["self"], names["fn"], frame)
-
-
 def handle_of(compiled: object) -> Any:
     """The compile context of what `torch.compile` gave, or of a module compiled in place; None: it isn't compiled."""
     if isinstance(compiled, OptimizedModule):
         return compiled.dynamo_ctx
     if isinstance(compiled, Module):
         return handle_of(getattr(compiled._compiled_call_impl, "call", compiled._compiled_call_impl))
-    if isinstance(compiled, FunctionType) and compiled.__code__ is _WRAPPER:
+    if isinstance(compiled, FunctionType) and compiled.__code__ is WRAPPER:
         return _free(compiled, "self")
     return None
 

@@ -21,12 +21,12 @@ def stats_of(states: Sequence[HandleState]) -> Stats:
             steps += runtime.latest.shown()
         warned |= runtime.warned.counts.copy()
         for program in programs:
-            for name, spent in list(program.compile_seconds.items()):
+            for name, spent in list(program.compiler.seconds.items()):
                 seconds[name] = seconds.get(name, 0.0) + spent
-        for runs, track in [pair for tracks in trajectories for pair in tracks.programs()]:
-            hoisted_bytes += sum(one.bytes for one in list(track.hoisted.values()))
-            for state in list(track.states.values()):
-                pairs = zip(list(state.tensors), runs.layout, strict=True)
+        for compiled, graph in [pair for running in trajectories for pair in running.graphs()]:
+            for stream in list(graph.streams.values()):
+                hoisted_bytes += stream.hoisted.bytes
+                pairs = zip(list(stream.state.tensors), compiled.layout, strict=True)
                 state_bytes += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
     if len(states) > 1:
         steps.sort(key=lambda record: record.step)  # stable: calls of one handle stay in their order

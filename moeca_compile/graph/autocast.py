@@ -42,12 +42,15 @@ def autocast_is(casts: Casts) -> Iterator[None]:
         yield
 
 
-def without_autocast(run: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """The ambient casts are in the graph: applied again while it runs, they would change what must not be cast."""
+def without_autocast(run: Callable[..., Any], unpack: bool = False) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """The ambient casts are in the graph: applied again while it runs, they would change what must not be cast.
+    `unpack`: `run` takes its arguments one by one."""
 
     def runs(args: Sequence[Any]) -> Sequence[Any]:
+        if not torch._C._is_any_autocast_enabled():
+            return run(*args) if unpack else run(args)  # type: ignore[no-any-return]
         with autocast_is(()):
-            return run(args)
+            return run(*args) if unpack else run(args)  # type: ignore[no-any-return]
 
     return runs
 

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
-from moeca_compile.graph.nowait import Flag, needs_device_sync
+from moeca_compile.graph.nowait import Flag
 
 MOST = 12  # contents of one shape, dtype and device that are kept
 CHUNK = 4095  # words of eight bytes that one sum is over; odd, so that a change of all signs shows
 SHARES = 32  # a sample is one of so many parts of a weight
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def needs_device_sync(value: Any) -> bool:
+    """Whether reading the tensor waits for an accelerator."""
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 class _Kept:

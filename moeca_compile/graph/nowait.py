@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-
-
-def needs_device_sync(value: Any) -> bool:
-    """Whether reading the tensor waits for an accelerator."""
-    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def upload(value: torch.Tensor, device: torch.device) -> torch.Tensor:

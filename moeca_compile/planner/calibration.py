@@ -14,8 +14,8 @@ from typing import Any
 
 from moeca_compile.errors import CaptureError
 from moeca_compile.inspect.progress import bar
-from moeca_compile.planner.handle import Sampler
 from moeca_compile.planner.request import Request
+from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
 from moeca_compile.planner.search.search import RACED, Search
 from moeca_compile.planner.study import Study
@@ -153,7 +153,7 @@ def _auto(study_of: Callable[[str], Study], request: Request) -> _Found:
     regions = study_of("region")
     limit = request.budget.state_bytes
     if limit is not None:
-        regions.handle.run(request.seeds[0])
+        regions.sampled.run(request.seeds[0])
         # by branches there is more state, not less
         if limit < min(regions.costs.state_bytes.values()):
             return _search(study_of("stack"), branches=False)
@@ -198,13 +198,13 @@ def _schedule(found: _Found) -> Schedule:
     predicted |= {f"tried {name}": quality for name, quality in tried if math.isfinite(quality)}
     rows = "".join(f", {letter}: {PARTIAL[letter].says}" for letter in sorted(plan.partial))
     order = f"{plan.predictor}, granularity {study.granularity}{rows}"
-    if study.handle.by_branches:
+    if study.sampled.by_branches:
         order += f", {request.branches:g} of the branches in every cheap row"
     if found.thinned is not None:
         order += "".join(f", {way}" for way in found.thinned.ways)
     made_by = f"calibrated for {request.text} on {len(request.seeds)} seeds: {order}"
-    program = study.handle.program
-    schedule = schedule_of(plan, program.regions.keys, study.handle.kinds)
+    program = study.sampled.program
+    schedule = schedule_of(plan, program.regions.keys, study.sampled.kinds)
     return replace(
         schedule if found.thinned is None else found.thinned.schedule,
         made_by=made_by,

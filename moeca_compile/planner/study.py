@@ -17,10 +17,10 @@ from moeca_compile.planner.drift.experts import ExpertWatch
 from moeca_compile.planner.drift.measure import measure
 from moeca_compile.planner.drift.mixing import CallRecording, Mixing, find_mixing
 from moeca_compile.planner.drift.stale import PRICE, PerturbationResult, stale_samples
-from moeca_compile.planner.handle import Call, Handle, Sampler, kinds_of
 from moeca_compile.planner.latency import costs
 from moeca_compile.planner.origin import alike
 from moeca_compile.planner.request import Request
+from moeca_compile.planner.rollout import Call, SampledModel, Sampler, kinds_of
 from moeca_compile.planner.search.cheapest import cheapest
 from moeca_compile.planner.search.cost import Costs
 from moeca_compile.planner.search.drift import Drift, extended
@@ -51,10 +51,10 @@ class Study:
     inner: str
     request: Request
     tick: StepPlacement
-    caching: Schedule | None = None  # as in `Handle`
+    caching: Schedule | None = None  # as in `SampledModel`
 
     def __post_init__(self) -> None:
-        self.handle = Handle(self.model, self.sample, self.granularity, self.inner, self.caching)
+        self.sampled = SampledModel(self.model, self.sample, self.granularity, self.inner, self.caching)
         folder = self.request.folder
         name = self.granularity.replace(":", "_")
         if self.caching is not None:
@@ -73,9 +73,9 @@ class Study:
         seeds = (*self.request.seeds, *self.request.holdout)
         first = seeds[0]
         self.tick("uncached samples", 0.0)
-        self.truth[first] = self._finite(first, self.handle.run(first))
-        self.handle.uncached.clear()  # it compiled
-        again = self.handle.run(first, watch=self._record)
+        self.truth[first] = self._finite(first, self.sampled.run(first))
+        self.sampled.uncached.clear()  # it compiled
+        again = self.sampled.run(first, watch=self._record)
         if not torch.equal(again, self.truth[first]):
             raise ScheduleError(
                 "calibrate: sample(model, seed) gave two results for one seed; it must depend on its seed alone: "
@@ -86,9 +86,9 @@ class Study:
         for number, seed in enumerate(seeds[1:], start=2):
             if seed not in self.truth:
                 kept = self.store.truth(seed)
-                self.truth[seed] = self._finite(seed, self.handle.run(seed) if kept is None else kept)
+                self.truth[seed] = self._finite(seed, self.sampled.run(seed) if kept is None else kept)
                 if kept is None:
-                    self.store.keep_truth(seed, self.truth[seed], self.handle.uncached[-1])
+                    self.store.keep_truth(seed, self.truth[seed], self.sampled.uncached[-1])
             self.tick("uncached samples", 0.1 + 0.3 * number / len(seeds))
         shapes = {tuple(samples.shape) for samples in self.truth.values()}
         if len(shapes) > 1:
@@ -100,8 +100,8 @@ class Study:
     def borrow(self, other: Study) -> None:
         """Take the uncached samples of the same model and sampler under another granularity; no drift is measured."""
         self.truth, self.tape = other.truth, other.tape
-        self.handle.run(self.request.seeds[0])
-        self.handle.steps = other.handle.steps
+        self.sampled.run(self.request.seeds[0])
+        self.sampled.steps = other.sampled.steps
         self.store.seconds = other.store.seconds
         self.seconds["truth"] = self.uncached
 
@@ -117,7 +117,7 @@ class Study:
         Raises:
             ScheduleError: no experts that can be taken apart; says why.
         """
-        regions = self.handle.program.regions
+        regions = self.sampled.program.regions
         parts = Partial(0, self.request.branches)
         apart = [one.kind == "experts" and one.tokens is not None for one in regions]
         if not any(apart):
@@ -136,7 +136,7 @@ class Study:
         return study
 
     def _record(self, call: Call) -> None:
-        if call.program is self.handle.program:
+        if call.program is self.sampled.program:
             self.tape.record(call)
 
     def _finite(self, seed: int, samples: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,9 @@ class Study:
     def _check_store(self, first: int) -> None:
         self.store.check(
             {
-                "graph": self.handle.program.regions.fingerprint,
+                "graph": self.sampled.program.regions.fingerprint,
                 "granularity": self.granularity,
-                "steps": self.handle.steps,
+                "steps": self.sampled.steps,
                 "timesteps": list(self.tape.timesteps.values()),
             }
         )
@@ -160,7 +160,7 @@ class Study:
                 self._check_origin(seed)
         kept = self.store.truth(first)
         if kept is None:
-            self.store.keep_truth(first, self.truth[first], self.handle.uncached[-1])
+            self.store.keep_truth(first, self.truth[first], self.sampled.uncached[-1])
         elif kept.shape != self.truth[first].shape or not torch.allclose(
             kept, self.truth[first], rtol=1e-3, atol=1e-3 * float(kept.abs().max())
         ):
@@ -171,7 +171,7 @@ class Study:
 
     def _check_origin(self, seed: int) -> None:
         """Whether what is kept of a seed was sampled from what its sampler starts from now; noted for a new one."""
-        now, kept = self.handle.origin(seed), self.store.origins.get(seed)
+        now, kept = self.sampled.origin(seed), self.store.origins.get(seed)
         if kept is None and self.store.truth(seed) is None:
             self.store.keep_origin(seed, now)
         elif kept is None or not alike(kept, now):
@@ -187,7 +187,7 @@ class Study:
     @property
     def uncached(self) -> float:
         """Seconds of one uncached trajectory, without compiling."""
-        return max(statistics.median(self.store.seconds or self.handle.uncached), 1e-6)
+        return max(statistics.median(self.store.seconds or self.sampled.uncached), 1e-6)
 
     @cached_property
     def data_range(self) -> float:
@@ -202,14 +202,14 @@ class Study:
         """Of each step, where they go one way: only then can a row be found by its timestep."""
         found = [self.tape.timesteps[step] for step in sorted(self.tape.timesteps)]
         one_way = found in (sorted(set(found)), sorted(set(found), reverse=True))
-        return tuple(found) if one_way and len(found) == self.handle.steps else ()
+        return tuple(found) if one_way and len(found) == self.sampled.steps else ()
 
     # -- measurements -----------------------------------------------------------------------------------------------
 
     @property
     def letters(self) -> str:
         """The row kinds that plans may use: with a variant to spare, the partial ones too."""
-        partial = [letter for letter in PARTIAL if letter in self.handle.kinds]
+        partial = [letter for letter in PARTIAL if letter in self.sampled.kinds]
         return FULL + NONE + "".join(partial if self.request.max_variants > 2 else ())
 
     def _drift(self) -> tuple[Drift, Drift | None]:
@@ -222,11 +222,11 @@ class Study:
         seeds = given[1 : 1 + count] if len(given) > count else given  # the first one has been sampled
         budget = self.request.budget
         share = min(budget.macs or 1.0, budget.latency or 1.0)
-        lookback = min(max(LOOKBACK, math.ceil(GAPS / share)), self.handle.steps - 1)
+        lookback = min(max(LOOKBACK, math.ceil(GAPS / share)), self.sampled.steps - 1)
         whole = self._measured("drift", FULL + NONE, seeds, lookback)
         if self.letters == FULL + NONE:
             return whole, None
-        split = self._measured("split", self.letters, seeds[:1], min(SPLIT, self.handle.steps - 1))
+        split = self._measured("split", self.letters, seeds[:1], min(SPLIT, self.sampled.steps - 1))
         return whole, extended(split, whole)
 
     def _measured(self, name: str, letters: str, seeds: Sequence[int], lookback: int) -> Drift:
@@ -236,18 +236,18 @@ class Study:
             self.seconds["measure"] += float(kept[1]["seconds"])
             return kept[0]
         self.tick(name, 0.05)
-        self.handle.warm(seeds[0], letters)
-        before = self.handle.seconds
-        experts = ExpertWatch(self.handle.program)
+        self.sampled.warm(seeds[0], letters)
+        before = self.sampled.seconds
+        experts = ExpertWatch(self.sampled.program)
         drift, samples = measure(
-            self.handle, seeds, self._mixing,
+            self.sampled, seeds, self._mixing,
             letters=letters, lookback=lookback, memory=self.request.memory, watch=experts.see,
         )  # fmt: skip
         new = [seed for seed in seeds if seed not in self.truth]  # counted among the uncached samples
         for seed in new:
             self.truth[seed] = self._finite(seed, samples[seed])
-            self.store.keep_truth(seed, samples[seed], self.handle.uncached[-1])
-        seconds = self.handle.seconds - before - len(new) * self.handle.uncached[-1]
+            self.store.keep_truth(seed, samples[seed], self.sampled.uncached[-1])
+        seconds = self.sampled.seconds - before - len(new) * self.sampled.uncached[-1]
         self.seconds["measure"] += seconds
         extra = {"seconds": seconds, "linear": self._mixing.found, "experts": experts.as_json()}
         self.store.keep_drift(drift, wanted, extra, name)
@@ -255,13 +255,13 @@ class Study:
 
     @cached_property
     def _mixing(self) -> Mixing:
-        return find_mixing(self.handle, self.request.seeds[0], self.tape)
+        return find_mixing(self.sampled, self.request.seeds[0], self.tape)
 
     @cached_property
     def costs(self) -> Costs:
         timed = self.request.budget.latency is not None
         predictors = (*self.request.predictors, *self.request.others)
-        return costs(self.handle, self.letters, predictors, self.request.seeds[0], timed)
+        return costs(self.sampled, self.letters, predictors, self.request.seeds[0], timed)
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -270,9 +270,9 @@ class Study:
         if not plan.caches:
             return (0.0,) * len(_rows(self.truth[seed]))
         if (plan, seed) not in self.store.rollouts:
-            before = self.handle.seconds
-            found = self.errors(seed, self.handle.run(seed, plan))
-            self.store.keep_rollout(plan, seed, found, self.handle.seconds - before)
+            before = self.sampled.seconds
+            found = self.errors(seed, self.sampled.run(seed, plan))
+            self.store.keep_rollout(plan, seed, found, self.sampled.seconds - before)
         errors, seconds = self.store.rollouts[plan, seed]
         self.seconds["search"] += seconds
         return errors
@@ -289,7 +289,7 @@ class Study:
         drifts = {(one["region"], one["expert"]): one["forecast"] for one in noted}
         every = [
             (region, info, expert)
-            for region in self.handle.program.regions
+            for region in self.sampled.program.regions
             for info in region.experts
             for expert in range(info.router.num_experts if info.router is not None else 0)
             if (region.key, expert) in drifts
@@ -299,16 +299,16 @@ class Study:
         done = {(one.region, one.expert, one.seed) for one in self.store.harms()}
         left = [one for one in asked if (one[0].key, one[2], seed) not in done]
         cost = f"{len(left)} experts stale, one by one: about {PRICE * len(left)} uncached trajectories"
-        begin = self.handle.seconds
+        begin = self.sampled.seconds
         for number, (region, info, expert) in enumerate(left):
             self.tick(f"{cost} of {self.uncached:.2g} s", 0.4 + 0.1 * number / len(left))
-            made = stale_samples(self.handle, seed, region, info, expert)
-            self.handle.uncached.pop()  # this one isn't typical
+            made = stale_samples(self.sampled, seed, region, info, expert)
+            self.sampled.uncached.pop()  # this one isn't typical
             errors = _rows(made - self.truth[seed]).square().mean(dim=1).tolist()
             self.store.keep_harm(
                 PerturbationResult(region.key, region.layer, expert, seed, mean_psnr([errors], self.data_range))
             )
-        self.seconds["perturb"] = self.handle.seconds - begin
+        self.seconds["perturb"] = self.sampled.seconds - begin
 
     def race(self) -> Race:
         effort = max(self.request.effort, 1e-9)
@@ -325,15 +325,15 @@ class Study:
     def search(self) -> tuple[Plan, Search]:
         """The best plan for the request, and the search that found it."""
         search = Search(
-            self.handle.steps, kinds_of(self.handle.program), self.costs, self.drift, self.race(),
+            self.sampled.steps, kinds_of(self.sampled.program), self.costs, self.drift, self.race(),
             self.request.predictors, letters=self.letters, split=self.split, variants=self.request.max_variants,
             effort=self.request.effort,
         )  # fmt: skip
-        begin, sampled = self.handle.clock(), self.handle.seconds
+        begin, sampled = self.sampled.clock(), self.sampled.seconds
         budget = self.request.budget
         plan = cheapest(search, budget) if budget.psnr_db is not None else search.best(budget)
         try_others(search, self.request.others, plan, budget)
-        self.seconds["plan"] = self.handle.clock() - begin - (self.handle.seconds - sampled)
+        self.seconds["plan"] = self.sampled.clock() - begin - (self.sampled.seconds - sampled)
         return plan, search
 
     def held_out(self, plan: Plan | Schedule) -> float | None:
@@ -343,7 +343,7 @@ class Study:
         if isinstance(plan, Plan):
             errors = [self.rollout(plan, seed) for seed in self.request.holdout]
         else:
-            errors = [tuple(self.errors(seed, self.handle.run(seed, plan))) for seed in self.request.holdout]
+            errors = [tuple(self.errors(seed, self.sampled.run(seed, plan))) for seed in self.request.holdout]
         return mean_psnr(errors, self.data_range)
 
 

@@ -90,8 +90,8 @@ def thin(
 
 def thinned(study: Study, plan: Plan) -> Thinned:
     """The best way that was found of thinning a plan of a study by branches; no way: as it is, it is best."""
-    handle, program, seeds = study.handle, study.handle.program, study.request.seeds
-    whole = schedule_of(plan, program.regions.keys, handle.kinds)
+    sampled, program, seeds = study.sampled, study.sampled.program, study.request.seeds
+    whole = schedule_of(plan, program.regions.keys, sampled.kinds)
     errors: dict[tuple[Any, int], Sequence[float]] = {}
 
     def rollout(schedule: Schedule, seed: int) -> Sequence[float]:
@@ -99,16 +99,15 @@ def thinned(study: Study, plan: Plan) -> Thinned:
             return study.rollout(plan, seed)
         if (schedule.rows, seed) not in errors:
             study.tick(f"branches in part: rollout {len(errors) + 1}", 0.97)
-            errors[schedule.rows, seed] = study.errors(seed, handle.run(seed, schedule))
+            errors[schedule.rows, seed] = study.errors(seed, sampled.run(seed, schedule))
         return errors[schedule.rows, seed]
 
-    before = handle.seconds
+    before = sampled.seconds
     found = thin(whole, ways_of(program.regions), rollout, seeds, min(RACED, len(seeds)), study.data_range)
-    study.seconds["thin"] = handle.seconds - before
-    program.use(found.schedule)
-    macs = [program.variant(row).macs for row in found.schedule.rows]
-    state = sum(slot.bytes for slot in program.layout)
-    program.use(handle.caching)
+    study.seconds["thin"] = sampled.seconds - before
+    compiled = program.compiled(found.schedule)
+    macs = [compiled.variants.variant(row).macs for row in found.schedule.rows]
+    state = sum(slot.bytes for slot in compiled.layout)
     return replace(found, mac_fraction=sum(macs) / (macs[0] * len(macs)), state_bytes=state)
 
 

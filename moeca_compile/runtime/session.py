@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +25,13 @@ from moeca_compile.runtime.bundle import bfloat16
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest
+from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.providers.provider import Loaded, Runtime, runtime_of
-from moeca_compile.runtime.rows import choose_row
 from moeca_compile.runtime.state import StreamState
-from moeca_compile.runtime.stats import Stats, StepRecord
+from moeca_compile.runtime.stats import MAX_RECORDS, Stats, StepRecord
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row
-
-MAX_RECORDS = 4096
 
 
 class Session:
@@ -43,17 +42,20 @@ class Session:
         provider: the one that was asked for.
         runtime: what runs it.
         inputs, outputs: what a call takes and gives.
+        driver: the rule of its steps.
         sizes: a session for each further size (resolution) of the bundle; calls find theirs by their shapes.
     """
 
     def __init__(
-        self, bundle: Bundle, runtime: Runtime, variants: tuple[Loaded, ...], sizes: tuple[Session, ...] = ()
-    ) -> None:
+        self, bundle: Bundle, runtime: Runtime, variants: tuple[Loaded, ...], sizes: tuple[Session, ...] = (),
+        warned: Warned | None = None,
+    ) -> None:  # fmt: skip
         self.bundle, self.runtime, self.variants, self.sizes = bundle, runtime, variants, sizes
         self.provider = runtime.provider
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
-        self.warned = Warned()
+        self.warned = warned or Warned()
+        self.driver = StepDriver(self.schedule, self.warned)
 
     @classmethod
     def open(
@@ -81,10 +83,11 @@ class Session:
         return cls._load(bundle, runtime)
 
     @classmethod
-    def _load(cls, bundle: Bundle, runtime: Runtime) -> Session:
+    def _load(cls, bundle: Bundle, runtime: Runtime, warned: Warned | None = None) -> Session:
+        warned = warned or Warned()
         pairs = zip(bundle.graphs, bundle.manifest.variants, strict=True)
         variants = tuple(runtime.load(graph, spec, bundle.manifest, bundle.path) for graph, spec in pairs)
-        return cls(bundle, runtime, variants, tuple(cls._load(one, runtime) for one in bundle.sizes))
+        return cls(bundle, runtime, variants, tuple(cls._load(one, runtime, warned) for one in bundle.sizes), warned)
 
     def sized(self, inputs: Mapping[str, Any]) -> Session:
         """This session at the size that the inputs have.
@@ -147,11 +150,16 @@ class Trajectory:
             raise StateError(f"trajectory: steps={steps}, expected a whole number from 1 on")
         self.session, self.stream, self._whole = session, stream, session
         self.steps = steps
-        self.records: list[StepRecord] = []
+        self._records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
         self._lock = threading.Lock()
         self._step, self._batch = -1, 0
         self._state: StreamState | None = None
-        self._closed = self._broken = False
+        self._closed = False
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """What ran so far, a record a step."""
+        return list(self._records)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """The next step: arrays by input name to arrays by output name.
@@ -170,8 +178,8 @@ class Trajectory:
     def reset(self) -> None:
         """Begin again: the next call is the first step."""
         with self._lock:
-            self._step, self._state, self._broken = -1, None, False
-            self.records.clear()
+            self._step, self._state = -1, None
+            self._records.clear()
 
     def close(self) -> None:
         """Drop the state; further calls are refused."""
@@ -180,7 +188,7 @@ class Trajectory:
 
     def stats(self) -> Stats:
         """What ran so far, and what is held."""
-        records = tuple(self.records)
+        records = tuple(self._records)
         full = self.session.variant_of(self.session.schedule.rows[0]).spec.macs * len(records)
         slots = zip(self._state.layout, self._state.tensors, strict=True) if self._state else ()
         held = sum(slot.bytes for slot, tensor in slots if tensor is not None)
@@ -199,8 +207,7 @@ class Trajectory:
         session, step = self.session, self._step + 1
         if self._closed:
             raise StateError("this trajectory was closed: open another one")
-        if self.steps is not None and step >= self.steps:
-            raise StateError(f"the trajectory has {self.steps} steps, and this is call {step + 1}: open another one")
+        session.driver.refuse_surplus(step, self.steps, self.stream)
         arrays = arrays_of(session.manifest, inputs)
         if self._state is None:
             session = self.session = self._whole.sized(arrays)
@@ -210,57 +217,31 @@ class Trajectory:
             self._state = StreamState(_layout(session, batch), session.manifest.regions)
         elif batch != self._batch:
             raise StateError(f"the trajectory began with batch {self._batch}, this call has {batch}: open another one")
-        state = self._state
-        if self._broken:
-            state.clear()
-            self._warn(f"step {step - 1} gave values that aren't finite: its state is dropped, this step is cold")
-        row, cold = self._choose(step, self._timestep(feeds), state)
+        state, driver = self._state, session.driver
+        row, cold = driver.choose(state, step, timestep_of(session.manifest, feeds))
         variant = session.variant_of(row)
         for slot in variant.spec.reads:
-            one = state.tensors[_number(slot)]
+            tensor = state.tensors[_number(slot)]
             spec = session.manifest.state[_number(slot)]
-            feeds[f"{slot}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if one is None else one
+            feeds[f"{slot}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if tensor is None else tensor
         if variant.spec.coefficients:
-            table = np.asarray(state.coefficients(step), np.float32)
+            table = np.asarray(driver.coefficients(state, step), np.float32)
             feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, 2)
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()
         outputs, writes = session.named(values), [_number(name) for name in variant.spec.writes]
-        state.commit(step, row, writes, values[len(outputs) : len(outputs) + len(writes)])
+        finite = not writes or all(_finite(array) for array in outputs.values())
+        driver.keep(state, step, row, writes, values[len(outputs) : len(outputs) + len(writes)], finite)
         if dropped := session.dropped(variant, values):
-            self._warn(_left_out(f"step {step}", dropped))
+            session.warned.once(_left_out(f"step {step}", dropped))
         self._step = step
-        self._broken = bool(variant.spec.writes) and not all(_finite(one) for one in outputs.values())
-        if len(self.records) == MAX_RECORDS:
-            del self.records[: MAX_RECORDS // 2]
         ms = (end - start) * 1e3
         overhead = (time.perf_counter() - begin) * 1e3 - ms
-        self.records.append(
+        self._records.append(
             StepRecord(step, self.stream, variant.spec.name, ms, overhead, variant.spec.macs, cold, dropped)
         )
         return outputs
-
-    def _choose(self, step: int, timestep: float | None, state: StreamState) -> tuple[Row, bool]:
-        choice = choose_row(self.session.schedule, step, timestep, state)
-        if choice.warning:
-            self._warn(choice.warning)
-        if choice.cold:
-            state.clear()
-        return choice.row, choice.cold
-
-    def _timestep(self, feeds: Arrays) -> float | None:
-        """The call's timestep, where the schedule chooses rows by it."""
-        name = self.session.manifest.timestep
-        if not self.session.schedule.timesteps or name is None:
-            return None
-        found = timestep_of(self.session.manifest, feeds)
-        if found is None:
-            raise StateError(f"{name}: the schedule chooses by timestep, and needs one finite timestep for the batch")
-        return found
-
-    def _warn(self, text: str) -> None:
-        self._whole.warned.once(text)
 
 
 def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:

@@ -11,6 +11,8 @@ PAST = (
     'the method, as in torch.compile(model.forward_with_cfg, backend="moeca")'
 )
 
+MAX_RECORDS = 4096  # of one trajectory; older ones go
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:

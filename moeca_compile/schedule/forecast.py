@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+Coefficients = tuple[tuple[float, float], ...]  # (c0, c1) of each region
+
 
 def newton(step: int, seen: Sequence[int]) -> tuple[float, float]:
     """c0 and c1 for a forecast at `step` from outputs computed at the steps `seen`, latest first.
@@ -19,3 +21,20 @@ def newton(step: int, seen: Sequence[int]) -> tuple[float, float]:
         return linear, 0.0
     bend = (step - s0) * (step - s1) / (s0 - rest[0])
     return linear + bend / (s0 - s1), -bend / (s1 - rest[0])
+
+
+def coefficients(step: int, histories: Sequence[Sequence[int]], terms: Sequence[int]) -> Coefficients:
+    """c0 and c1 of each region for a forecast at `step`.
+
+    Args:
+        histories: of each region, the steps that computed it, latest first.
+        terms: of each region, how many of its outputs a forecast may take: 1 (reuse) to 3 (order 2).
+    """
+    pairs: dict[tuple[int, ...], tuple[float, float]] = {}  # most regions were computed at the same steps
+    table = []
+    for history, count in zip(histories, terms, strict=True):
+        seen = tuple(history[:count])
+        if seen not in pairs:
+            pairs[seen] = newton(step, seen)
+        table.append(pairs[seen])
+    return tuple(table)

@@ -15,8 +15,8 @@ from torch import nn
 
 import moeca_compile as moeca
 from moeca_compile.engine.step import run_step
-from moeca_compile.engine.tracks import Tracks
-from moeca_compile.engine.trajectory import Trajectory
+from moeca_compile.engine.trajectories.trajectory import Trajectory
+from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaError, MoecaWarning, OptionError
 from moeca_compile.exporting import entry
 from moeca_compile.exporting.request import Captured
@@ -54,7 +54,7 @@ def test_every_variant_equals_torch(session: Session, torch_side: Captured) -> N
 def test_a_trajectory_equals_torch(session: Session, torch_side: Captured) -> None:
     """State, its rotation and the coefficients: ten steps in both, at a batch that no graph was captured at."""
     torch_trajectory = Trajectory([], stream="test")
-    tracks = Tracks(torch_trajectory)
+    running = TrajectoryState(torch_trajectory)
     places = {one.name: i for i, one in enumerate(torch_side.inputs)}
     ran = []
     with session.trajectory() as trajectory:
@@ -63,11 +63,11 @@ def test_a_trajectory_equals_torch(session: Session, torch_side: Captured) -> No
             args = list(torch_side.args)
             for name, one in zip("xty", call, strict=True):
                 args[places[name]] = one
-            (wanted,) = run_step(torch_side.program, tracks, args, torch_trajectory)
+            (wanted,) = run_step(torch_side.program.own, running, args, torch_trajectory)
             assert relative_error(trajectory.run(named(call))["output"], wanted) < 1e-4
         ran = [record.variant for record in trajectory.records]
         stats = trajectory.stats()
-    records = tracks.records
+    records = running.records
     assert ran == [record.variant for record in records]
     assert stats.mac_fraction == pytest.approx(sum(r.macs for r in records) / (10 * records[0].macs))
     assert stats.state_bytes == sum(slot.bytes for slot in torch_side.program.layout)
@@ -287,7 +287,7 @@ def test_a_graph_that_is_not_what_the_model_computes_is_refused(tmp_path: Path) 
 def _one_step(captured: Captured) -> list[Any]:
     args = captured.args
     own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
-    return [([args[i] for i in own], [captured.program.warm(args)[0]])]
+    return [([args[i] for i in own], [captured.program.own.warm(args)[0]])]
 
 
 @pytest.mark.parametrize("what", ["write_golden", "write_manifest", "check_export", "write_graphs"])

@@ -17,8 +17,8 @@ from torch import nn
 
 import moeca_compile as moeca
 from moeca_compile.engine.step import run_step
-from moeca_compile.engine.tracks import Tracks
-from moeca_compile.engine.trajectory import Trajectory
+from moeca_compile.engine.trajectories.trajectory import Trajectory
+from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.errors import BundleError, LoweringError, MoecaError, OptionError
 from moeca_compile.exporting.request import capture
 from moeca_compile.lowering.tensorrt.build import build_engines
@@ -64,16 +64,16 @@ def test_a_trajectory_at_each_size_equals_torch(session: Session, model: DiT, si
     side = capture(model, call_of(3, size=size), Options(schedule=SCHEDULE, inner="eager"))
     places = {one.name: i for i, one in enumerate(side.inputs)}
     torch_trajectory = Trajectory([], stream="test")
-    tracks = Tracks(torch_trajectory)
+    running = TrajectoryState(torch_trajectory)
     with session.trajectory() as trajectory:
         for step in range(6):
             call, args = call_of(3, seed=step, size=size), list(side.args)
             for name, one in zip("xty", call, strict=True):
                 args[places[name]] = one
-            (wanted,) = run_step(side.program, tracks, args, torch_trajectory)
+            (wanted,) = run_step(side.program.own, running, args, torch_trajectory)
             assert relative_error(trajectory.run(named(call))["output"], wanted) < 1e-4
         stats = trajectory.stats()
-    records = tracks.records
+    records = running.records
     assert [one.variant for one in stats.steps] == [one.variant for one in records]
     assert stats.mac_fraction == pytest.approx(sum(one.macs for one in records) / (6 * records[0].macs))
     assert stats.state_bytes == sum(slot.bytes for slot in side.program.layout)

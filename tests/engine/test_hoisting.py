@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
+from moeca_compile.engine.hoisted import Past
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.prologues import Prologues
-from moeca_compile.engine.tracks import Past
 from moeca_compile.errors import MoecaWarning, StateError
 from moeca_compile.frontend.handles import states_of
 from tests.sampling import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moeca_compile as moeca
-from moeca_compile.frontend.backend import ENTRIES
+from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.schedule import Action, Partial, Schedule
 from tests.models import DiT
@@ -44,10 +44,10 @@ def state_of(compiled: torch.nn.Module) -> Iterator[Tensor]:
     runtimes = [runtime for entry in ENTRIES for runtime in entry.runtimes.values()]
     for runtime in runtimes:
         if runtime.handle is not None and runtime.handle() is handle_of(compiled):
-            for tracks in runtime.all:
-                for track in tracks.by_program.values():
-                    for state in track.states.values():
-                        yield from (tensor for tensor in state.tensors if tensor is not None)
+            for running in runtime.all:
+                for graph in running.by_schedule.values():
+                    for stream in graph.streams.values():
+                        yield from (tensor for tensor in stream.state.tensors if tensor is not None)
 
 
 def memory_of(tensors: Iterator[Tensor]) -> int:

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import moeca_compile as moeca
 from moeca_compile.errors import CaptureError, MoecaWarning, OptionError, ScheduleError, StateError
-from moeca_compile.frontend.backend import ENTRIES
+from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.schedule import Action, Schedule
 from tests.sampling import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import moeca_compile as moeca
-from moeca_compile.frontend.backend import ENTRIES
+from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.frontend.handles import all_states
 from tests.models import DiT
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import moeca_compile as moeca
 from moeca_compile.engine.program import Program
 from moeca_compile.errors import MoecaWarning
-from moeca_compile.frontend.backend import ENTRIES
+from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.frontend.handles import states_of
 from moeca_compile.runtime.warned import Warned
 from tests.sampling import TIMES, compiled, dit, noise, plain, records, run, same

@@ -14,7 +14,7 @@ from torch._inductor.graph import GraphLowering
 
 import moeca_compile as moeca
 from moeca_compile.errors import LoweringError
-from moeca_compile.frontend.backend import ENTRIES
+from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.lowering.inductor.kernels import kernels_later
 from tests.sampling import compiled, dit, noise, uncached
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.drift.branches import BranchWatch, branch_drift, information
 from moeca_compile.planner.drift.ratios import Ratios
-from moeca_compile.planner.handle import Call, Handle
+from moeca_compile.planner.rollout import Call, SampledModel
 from tests import toy
 
 STEPS, TOKENS = 8, 4
@@ -117,7 +117,7 @@ def test_seeds_are_trajectories_of_their_own() -> None:
 
 @pytest.mark.parametrize("gap", [1, 3])
 def test_only_the_last_steps_are_held(gap: int) -> None:
-    handle = Handle(toy.model().eval(), toy.sample, "region", "eager")
+    sampled = SampledModel(toy.model().eval(), toy.sample, "region", "eager")
     watches: list[BranchWatch] = []
     held: list[int] = []
 
@@ -127,7 +127,7 @@ def test_only_the_last_steps_are_held(gap: int) -> None:
         watches[0].see(call)
         held.extend(len(steps) for steps in watches[0]._last.values())
 
-    handle.run(0, watch=see)
+    sampled.run(0, watch=see)
     assert max(held) == 2 * gap
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moeca_compile.planner.drift.experts import ExpertWatch
 from moeca_compile.planner.drift.measure import FeatureBuffer, measure
 from moeca_compile.planner.drift.mixing import CallRecording, find_mixing
-from moeca_compile.planner.handle import Call, Handle
+from moeca_compile.planner.rollout import Call, SampledModel
 from moeca_compile.planner.search.rows import Plan
 from tests.models import DiT
 
@@ -59,16 +59,16 @@ def model() -> nn.Module:
     return DiT(depth=2).eval()
 
 
-def taped(model: nn.Module, sampler: Sampler) -> tuple[Handle, CallRecording]:
-    handle, tape = Handle(model, sampler, "region", "eager"), CallRecording()
-    handle.run(0)
-    handle.run(0, watch=tape.record)
-    return handle, tape
+def taped(model: nn.Module, sampler: Sampler) -> tuple[SampledModel, CallRecording]:
+    sampled, tape = SampledModel(model, sampler, "region", "eager"), CallRecording()
+    sampled.run(0)
+    sampled.run(0, watch=tape.record)
+    return sampled, tape
 
 
 def test_the_samplers_weights_are_found(model: nn.Module) -> None:
-    handle, tape = taped(model, two_calls)
-    mixing = find_mixing(handle, 0, tape)
+    sampled, tape = taped(model, two_calls)
+    mixing = find_mixing(sampled, 0, tape)
     assert mixing.found
     cond, uncond = (mixing.weights[3][stream] for stream in dict.fromkeys(tape.streams))
     torch.testing.assert_close(cond, -GUIDANCE / STEPS * torch.eye(2), atol=1e-3, rtol=0)
@@ -76,16 +76,16 @@ def test_the_samplers_weights_are_found(model: nn.Module) -> None:
 
 
 def test_guidance_in_one_call_is_seen_through(model: nn.Module) -> None:
-    handle, tape = taped(model, one_call)
-    mixing = find_mixing(handle, 0, tape)
+    sampled, tape = taped(model, one_call)
+    mixing = find_mixing(sampled, 0, tape)
     (weights,) = mixing.weights[STEPS - 1].values()
     expected = torch.cat([(GUIDANCE - 1) * torch.eye(2), -GUIDANCE * torch.eye(2)], dim=1) / STEPS
     torch.testing.assert_close(weights, expected, atol=1e-3, rtol=0)
 
 
 def test_where_the_sampler_is_not_linear_outputs_are_compared(model: nn.Module) -> None:
-    handle, tape = taped(model, clamped)
-    mixing = find_mixing(handle, 0, tape)
+    sampled, tape = taped(model, clamped)
+    mixing = find_mixing(sampled, 0, tape)
     assert not mixing.found
     assert torch.equal(mixing.weights[0][tape.streams[0]], torch.eye(2))
 
@@ -93,10 +93,10 @@ def test_where_the_sampler_is_not_linear_outputs_are_compared(model: nn.Module) 
 @pytest.mark.parametrize("memory", [2**30, 0], ids=["memory", "disk"])
 def test_a_pair_is_the_next_latents_displacement(model: nn.Module, memory: int) -> None:
     """Reuse of step 3's outputs at step 4 alone, as the sampler itself would feel it."""
-    handle, tape = taped(model, two_calls)
-    mixing = find_mixing(handle, 0, tape)
-    drift, samples = measure(handle, [0], mixing, letters="CFA", lookback=3, memory=memory)
-    assert torch.equal(samples[0], handle.run(0))
+    sampled, tape = taped(model, two_calls)
+    mixing = find_mixing(sampled, 0, tape)
+    drift, samples = measure(sampled, [0], mixing, letters="CFA", lookback=3, memory=memory)
+    assert torch.equal(samples[0], sampled.run(0))
     assert drift.atoms == ((0, 2), (1, 3))
     latents: dict[int, Tensor] = {}
 
@@ -104,7 +104,7 @@ def test_a_pair_is_the_next_latents_displacement(model: nn.Module, memory: int) 
         assert call.latent is not None
         latents.setdefault(call.record.step, call.latent.clone())
 
-    handle.run(0, Plan("CCCCF" + "C" * (STEPS - 5), "order-0"), watch=watch)
+    sampled.run(0, Plan("CCCCF" + "C" * (STEPS - 5), "order-0"), watch=watch)
     moved = (latents[5] - tape.latents[5]).flatten(1).norm(dim=1)
     found = torch.from_numpy(drift.parts[:, drift.pairs[3, 4]].sum(axis=0)).norm(dim=1)
     torch.testing.assert_close(found, moved, rtol=0.4, atol=0)  # 64 numbers stand for 256
@@ -130,11 +130,11 @@ def test_what_does_not_fit_goes_to_disk(tmp_path: Path) -> None:
 
 def test_experts_parts_are_those_of_the_layer(model: nn.Module) -> None:
     """By hand, from the layer's own router and experts: what each expert adds at steps 0, 1, 2, and how it drifts."""
-    handle, _ = taped(model, two_calls)
-    watch = ExpertWatch(handle.program)
+    sampled, _ = taped(model, two_calls)
+    watch = ExpertWatch(sampled.program)
     plain = DiT(depth=2).eval()
     plain.load_state_dict(model.state_dict())
-    handle.run(0, watch=watch.see)
+    sampled.run(0, watch=watch.see)
     found = watch.found()
     assert [(one.layer, one.expert) for one in found] == [(layer, e) for layer in (0, 1) for e in range(4)]
     seen: dict[int, list[Tensor]] = {0: [], 1: []}

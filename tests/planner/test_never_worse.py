@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.planner.handle import Handle
 from moeca_compile.planner.latency import costs
+from moeca_compile.planner.rollout import SampledModel
 from moeca_compile.planner.search.predict import ORDERS
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan, uniform_letters
@@ -35,15 +35,15 @@ def test_no_uniform_schedule_is_better(share: float) -> None:
         model, sample, budget=f"macs:{share}", granularity="region", seeds=SEEDS, holdout=0, data_range=RANGE,
         effort=3, inner="eager", progress=False,
     )  # fmt: skip
-    handle = Handle(model, sample, "region", "eager")
-    truth = {seed: handle.run(seed) for seed in SEEDS}
+    sampled = SampledModel(model, sample, "region", "eager")
+    truth = {seed: sampled.run(seed) for seed in SEEDS}
     letters = {uniform_letters(STEPS, n, w) for n in range(1, STEPS + 1) for w in range(1, STEPS)}
-    priced = costs(handle, "CF", ORDERS, SEEDS[0], timed=False)
+    priced = costs(sampled, "CF", ORDERS, SEEDS[0], timed=False)
     plans = [Plan(text, order.name) for text in sorted(letters) for order in ORDERS]
     qualities = {}
     for plan in plans:
         if priced.fraction(plan) <= share:
-            made = {seed: handle.run(seed, plan) for seed in SEEDS}
+            made = {seed: sampled.run(seed, plan) for seed in SEEDS}
             errors = [(made[seed] - truth[seed]).square().flatten(1).mean(dim=1).tolist() for seed in SEEDS]
             qualities[plan] = mean_psnr(errors, RANGE)
     assert len(qualities) > 12

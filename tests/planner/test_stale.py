@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.planner.drift.stale import stale_samples
-from moeca_compile.planner.handle import Handle
+from moeca_compile.planner.rollout import SampledModel
 from moeca_compile.planner.store import Store
 from tests.models import DiT
 
@@ -58,10 +58,10 @@ def test_it_is_what_the_models_own_code_gives(model: nn.Module, layer: int, expe
     plain = copy.deepcopy(model)
     plain.blocks[layer].moe.register_forward_hook(StaleExpert(expert))
     expected, uncached = sample(plain, 3), sample(model, 3)
-    handle = Handle(copy.deepcopy(model), sample, "region", "eager")
-    handle.run(3)
-    region, info = [(region, info) for region in handle.program.regions for info in region.experts][layer]
-    made = stale_samples(handle, 3, region, info, expert)
+    sampled = SampledModel(copy.deepcopy(model), sample, "region", "eager")
+    sampled.run(3)
+    region, info = [(region, info) for region in sampled.program.regions for info in region.experts][layer]
+    made = stale_samples(sampled, 3, region, info, expert)
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-3)
     assert (expected - uncached).norm() > 100 * (made - expected).norm(), "what it changes is far more than rounding"
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
+from moeca_compile.engine.intercept import intercepting
 from moeca_compile.engine.program import Program
-from moeca_compile.engine.visit import visiting
 from moeca_compile.errors import MoecaWarning
 from tests.facts import Recorder
 from tests.following import gathered
@@ -74,7 +74,7 @@ def programs() -> Iterator[list[tuple[Program, tuple[Any, ...]]]]:
         seen.append((program, tuple(placed)))
         return tuple(entry.gm(*args))
 
-    with visiting(look):
+    with intercepting(look):
         yield seen
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
-from moeca_compile.frontend.backend import ENTRIES
+from moeca_compile.frontend.entry import ENTRIES
 from tests.sampling import compiled, dit, uncached
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from moeca_compile.graph.variant import SLOTS, StateSlot
 from moeca_compile.runtime.clock import MAX_STREAMS, CallObservation, Clock, Counter, StepPlacement
+from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Schedule
 
 LAYOUT = (StateSlot("state_000", 0, 0, SLOTS[0], (1,), "float32", "cpu", 4),)
@@ -54,6 +56,9 @@ class Simulation:
     clock: Clock
     schedule: Schedule
 
+    def __post_init__(self) -> None:
+        self.driver = StepDriver(self.schedule, Warned())
+
     def run(self, calls: Sequence[Call]) -> list[tuple[Call, StepPlacement, bool]]:
         """Each call, its tick, and whether it was computed; a stale or foreign state is an assertion error."""
         states: dict[Hashable, StreamState] = {}
@@ -72,11 +77,7 @@ class Simulation:
         if placement.stream is None:
             return True
         state = states.setdefault(placement.stream, StreamState(LAYOUT, 1))
-        index = self.schedule.row_index(placement.step)
-        row = self.schedule.rows[0 if index is None else index]
-        if row != self.schedule.rows[0] and not state.can_run(row, placement.step):
-            state.clear()
-            row = self.schedule.rows[0]
+        row, _ = self.driver.choose(state, placement.step, None)
         computed = row[0] is Action.COMPUTE
         if not computed:
             writer: Call = state.tensors[0]
@@ -84,7 +85,7 @@ class Simulation:
             assert placement.step - state.history[0][0] == call.step - writer.step, (
                 f"{call} misjudges the age of {writer}"
             )
-        state.commit(placement.step, row, [0] if computed else [], [call] if computed else [])
+        self.driver.keep(state, placement.step, row, [0] if computed else [], [call] if computed else [])
         return computed
 
 

@@ -27,10 +27,14 @@ class Program:
     hoisted = (HoistedValue("a", "step", 8), HoistedValue("b", "invariant", 8))
     timestep = 1
     condition = (2,)
+    of_step = (STEP,)
+    step_bytes = 8
+    by_step = False
     maps: bool = True
     fails: bool = False
     ran: list[Any] = field(default_factory=list)
     given_up: list[LoweringError] = field(default_factory=list)
+    ready: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def prologue(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Any]:
         self.ran.append(gives)
@@ -59,55 +63,60 @@ def _variant(takes: tuple[int, ...], hoists: tuple[int, ...] = ()) -> Variant:
     return Variant("prologue", (), None, takes, (), (), False, False, outputs=1, hoists=hoists)
 
 
+def keeping(ahead: tuple[float, ...] = ()) -> Hoisted:
+    """Values of a trajectory whose timesteps are known to be these."""
+    return Hoisted(Ahead(ahead), number=lambda tensor: tuple(tensor.tolist()))
+
+
 def call(kept: Hoisted, program: Program, t: float, prompt: Tensor, wanted: Sequence[int] = (STEP, FIXED)) -> bool:
     """Whether the values are right; `t` reaches the host."""
-    content = {2: tuple(prompt.tolist())}.__getitem__
-    found = kept.of(program, wanted, (torch.zeros(1), torch.full((2,), t), prompt), t, content)
+    contents = {2: tuple(prompt.tolist())}
+    found = kept.of(program, tuple(wanted), (torch.zeros(1), torch.full((2,), t), prompt), t, contents)
     truth = {STEP: prompt.sum() * torch.full((2,), t), FIXED: prompt.sum().reshape(1)}
     return all(torch.equal(one, truth[position]) for one, position in zip(found, wanted, strict=True))
 
 
 def test_what_the_timestep_does_not_touch_is_computed_once() -> None:
-    program, kept, prompt = Program(), Hoisted(), torch.randn(3)
+    program, kept, prompt = Program(), keeping(), torch.randn(3)
     assert all(call(kept, program, t, prompt) for t in (3.0, 2.0, 1.0))
     assert program.ran == [(FIXED,), (STEP,), (STEP,), (STEP,)]
 
 
 def test_a_timestep_that_is_visited_twice_in_a_row_is_computed_once() -> None:
-    program, kept, prompt = Program(), Hoisted(), torch.randn(3)
+    program, kept, prompt = Program(), keeping(), torch.randn(3)
     assert all(call(kept, program, t, prompt) for t in (3.0, 3.0, 2.0, 2.0))
     assert program.ran.count((STEP,)) == 2
 
 
 def test_known_timesteps_are_computed_together() -> None:
-    program, kept, prompt = Program(), Hoisted(Ahead((4.0, 3.0, 2.0, 1.0))), torch.randn(3)
+    program, kept, prompt = Program(), keeping((4.0, 3.0, 2.0, 1.0)), torch.randn(3)
     assert all(call(kept, program, t, prompt) for t in (3.0, 2.0, 1.0))
     assert program.ran == [(FIXED,), 3]
     assert kept.bytes == 4 + 3 * 8
 
 
 def test_a_timestep_that_was_not_known_is_computed_by_itself() -> None:
-    program, kept, prompt = Program(), Hoisted(Ahead((4.0, 3.0))), torch.randn(3)
+    program, kept, prompt = Program(), keeping((4.0, 3.0)), torch.randn(3)
     assert all(call(kept, program, t, prompt) for t in (4.0, 3.5, 3.0))
     assert program.ran == [(FIXED,), 2, (STEP,)]
 
 
 def test_the_table_is_bounded_and_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hoisted, "TABLE_BYTES", 2 * 8)
-    program, kept, prompt = Program(), Hoisted(Ahead((5.0, 4.0, 3.0, 2.0, 1.0))), torch.randn(3)
+    program, kept, prompt = Program(), keeping((5.0, 4.0, 3.0, 2.0, 1.0)), torch.randn(3)
     assert all(call(kept, program, t, prompt) for t in (5.0, 4.0, 3.0, 2.0, 1.0))
     assert program.ran == [(FIXED,), 2, 2, (STEP,)]
 
 
 def test_a_prompt_that_changed_is_seen() -> None:
-    program, kept, prompt = Program(), Hoisted(Ahead((3.0, 2.0, 1.0))), torch.randn(3)
+    program, kept, prompt = Program(), keeping((3.0, 2.0, 1.0)), torch.randn(3)
     assert call(kept, program, 3.0, prompt)
     assert call(kept, program, 2.0, prompt + 1)
     assert program.ran == [(FIXED,), 3, (FIXED,), 2]
 
 
 def test_an_equal_prompt_in_another_tensor_is_the_same() -> None:
-    program, kept, prompt = Program(), Hoisted(Ahead((3.0, 2.0))), torch.randn(3)
+    program, kept, prompt = Program(), keeping((3.0, 2.0)), torch.randn(3)
     assert call(kept, program, 3.0, prompt)
     assert call(kept, program, 2.0, prompt.clone())
     assert program.ran == [(FIXED,), 2]
@@ -127,26 +136,26 @@ def weighted(program: Program, weight: Tensor) -> list[Any]:
 
 
 def test_a_weight_that_was_written_to_is_found_where_somebody_looks() -> None:
-    program, kept, weight = Program(), Hoisted(), torch.ones(2)
+    program, kept, weight = Program(), keeping(), torch.ones(2)
     args = weighted(program, weight)
-    first = kept.of(program, (FIXED,), args, 1.0, lambda i: 0)
+    first = kept.of(program, (FIXED,), args, 1.0, {2: 0})
     assert not kept.weights_changed(args)
     weight.data.mul_(2)
-    assert kept.of(program, (FIXED,), args, 1.0, lambda i: 0)[0] is first[0]
+    assert kept.of(program, (FIXED,), args, 1.0, {2: 0})[0] is first[0]
     assert kept.weights_changed(args)
-    assert torch.equal(kept.of(program, (FIXED,), args, 1.0, lambda i: 0)[0], torch.tensor([12.0]))
+    assert torch.equal(kept.of(program, (FIXED,), args, 1.0, {2: 0})[0], torch.tensor([12.0]))
     assert not kept.weights_changed(args)
 
 
 def test_an_input_that_changes_at_every_step_is_not_copied_for_ever() -> None:
-    program, kept = Program(), Hoisted(Ahead((6.0, 5.0, 4.0, 3.0, 2.0, 1.0)))
+    program, kept = Program(), keeping((6.0, 5.0, 4.0, 3.0, 2.0, 1.0))
     assert all(call(kept, program, t, torch.randn(3)) for t in (6.0, 5.0, 4.0, 3.0, 2.0, 1.0))
     assert kept.inputs == kept.weights == {}
     assert program.ran[-4:] == [(FIXED,), (STEP,)] * 2
 
 
 def test_where_steps_can_not_be_mapped_each_is_computed_by_itself() -> None:
-    program, kept, prompt = Program(fails=True), Hoisted(Ahead((3.0, 2.0))), torch.randn(3)
+    program, kept, prompt = Program(fails=True), keeping((3.0, 2.0)), torch.randn(3)
     assert call(kept, program, 3.0, prompt)
     assert call(kept, program, 2.0, prompt)
     assert len(program.given_up) == 1
@@ -154,7 +163,7 @@ def test_where_steps_can_not_be_mapped_each_is_computed_by_itself() -> None:
 
 
 def test_without_a_timestep_on_the_host_nothing_of_a_step_is_kept() -> None:
-    program, kept, args = Program(), Hoisted(Ahead((3.0, 2.0))), (torch.zeros(1), torch.tensor([3.0]), torch.ones(3))
+    program, kept, args = Program(), keeping((3.0, 2.0)), (torch.zeros(1), torch.tensor([3.0]), torch.ones(3))
     for _ in range(2):
         assert torch.equal(kept.of(program, (STEP,), args, None)[0], torch.tensor([9.0]))
     assert program.ran == [(STEP,), (FIXED,), (STEP,)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeca_compile.engine import declared_timesteps as told_module
-from moeca_compile.engine.declared_timesteps import DeclaredTimesteps
-from moeca_compile.engine.trajectory import Trajectory
+from moeca_compile.engine.trajectories import declared_timesteps as told_module
+from moeca_compile.engine.trajectories.declared_timesteps import DeclaredTimesteps
+from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import StateError
 from moeca_compile.graph.nowait import Flag
 

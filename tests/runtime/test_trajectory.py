@@ -14,8 +14,8 @@ from types import TracebackType
 
 import pytest
 
-from moeca_compile.engine.blocks import current
-from moeca_compile.engine.trajectory import Trajectory
+from moeca_compile.engine.trajectories.blocks import current
+from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import MoecaWarning, StateError
 
 MODEL, OTHER = {1, 2}, {3}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moeca_compile.errors import ScheduleError
-from moeca_compile.runtime.rows import choose_row
+from moeca_compile.errors import MoecaWarning, ScheduleError
+from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Partial, Row, Schedule
 
 C, R, F = Action.COMPUTE, Action.REUSE, Action.FORECAST
@@ -25,16 +27,16 @@ def schedule_of(text: str, timesteps: list[float], **fields: object) -> Schedule
 
 def play(schedule: Schedule, times: list[float]) -> tuple[list[Row], list[str]]:
     """The rows that calls at `times` run, and the warnings."""
-    state = StreamState((), len(schedule.rows[0]))
-    rows, warnings = [], []
-    for step, time in enumerate(times):
-        choice = choose_row(schedule, step, time, state)
-        if choice.cold:
-            state.clear()
-        state.commit(step, choice.row, (), ())
-        rows.append(choice.row)
-        warnings.append(choice.warning)
-    return rows, [one for one in warnings if one]
+    warned = Warned()
+    driver, state = StepDriver(schedule, warned), StreamState((), len(schedule.rows[0]))
+    rows = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoecaWarning)
+        for step, time in enumerate(times):
+            row, _ = driver.choose(state, step, time)
+            driver.keep(state, step, row, (), ())
+            rows.append(row)
+    return rows, list(warned.counts)
 
 
 def letters(rows: list[Row], column: int = 0) -> str:
@@ -72,9 +74,9 @@ def calls(draw: st.DrawFn, schedule: Schedule, even: bool = False) -> list[float
 @given(schedules())
 def test_the_recorded_timesteps_run_the_rows_as_they_are(schedule: Schedule) -> None:
     for first in range(len(schedule.rows)):
-        rows, warnings = play(schedule, list(schedule.timesteps[first:]))
+        rows, told = play(schedule, list(schedule.timesteps[first:]))
         assert rows == [schedule.rows[0], *schedule.rows[first + 1 :]]
-        assert len(warnings) == (first > 0)
+        assert len(told) == (first > 0)
 
 
 @settings(deadline=None)
@@ -122,9 +124,9 @@ def test_the_time_between_computations_is_at_most_the_schedules(data: st.DataObj
 @pytest.mark.parametrize("more", [2, 3, 7])
 def test_more_steps_compute_no_more_than_the_schedule(more: int) -> None:
     schedule = schedule_of("CCFFCFFFCFC", falling(11))
-    rows, warnings = play(schedule, falling(11 * more))
+    rows, told = play(schedule, falling(11 * more))
     assert letters(rows).count("C") == 5
-    assert len(warnings) == 1
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(
@@ -132,9 +134,9 @@ def test_more_steps_compute_no_more_than_the_schedule(more: int) -> None:
 )
 def test_the_share_that_a_calibrated_schedule_computes_of_other_numbers_of_steps(steps: int, share: float) -> None:
     schedule = Schedule.load(Path(__file__).parents[2] / "examples/schedules/digits_34.json")
-    rows, warnings = play(schedule, falling(steps))
+    rows, told = play(schedule, falling(steps))
     assert letters(rows).count("C") / steps == pytest.approx(share, abs=0.01)
-    assert len(warnings) == (steps != 50)
+    assert len(told) == (steps != 50)
 
 
 def test_fewer_steps_make_up_what_they_pass() -> None:
@@ -178,10 +180,10 @@ def test_partial_rows_that_were_passed_are_made_up() -> None:
     ],
 )
 def test_other_timesteps_are_warned_of_once(times: list[float], says: str) -> None:
-    _, warnings = play(schedule_of("CFFCFFCFFC", falling(10)), times)
-    assert len(warnings) == 1
-    assert says in warnings[0]
-    assert "moeca_compile.calibrate" in warnings[0]
+    _, told = play(schedule_of("CFFCFFCFFC", falling(10)), times)
+    assert len(told) == 1
+    assert says in told[0]
+    assert "moeca_compile.calibrate" in told[0]
 
 
 def test_timesteps_a_tenth_of_a_step_away_are_the_schedules_own() -> None:

@@ -21,7 +21,7 @@ from moeca_compile.inspect.progress import StepPlacement
 from moeca_compile.planner.drift.changes import Found, forecasts, load, routing, whole
 from moeca_compile.planner.drift.ratios import Ratios
 from moeca_compile.planner.drift.routed import Reading, RoutedLayer, values_of
-from moeca_compile.planner.handle import Call, Handle, Sampler
+from moeca_compile.planner.rollout import Call, SampledModel, Sampler
 
 VECTORS = ("reuse at positions", "load", "load at positions", "transitions by expert", "branches by expert")
 SQUARED = ("reuse", "forecast", "branches", "sum forecast", "branch forecast")
@@ -172,7 +172,7 @@ def branch_drift(
     """
     if not seeds or gap < 1:
         raise ScheduleError(f"drift: seeds={tuple(seeds)}, gap={gap}: at least one seed and a gap of 1 or more")
-    handle = Handle(model, sample, "region", inner)
+    sampled = SampledModel(model, sample, "region", inner)
     watches: dict[Program, BranchWatch] = {}
 
     def see(call: Call) -> None:
@@ -182,10 +182,10 @@ def branch_drift(
         tick(f"seed {seed}", number / len(seeds))
         for watch in watches.values():
             watch.begin()
-        handle.run(seed, watch=see)
-    if handle.steps <= 2 * gap:
+        sampled.run(seed, watch=see)
+    if sampled.steps <= 2 * gap:
         raise ScheduleError(
-            f"drift: the trajectory has {handle.steps} steps; forecasts over a gap of {gap} need {2 * gap + 1}"
+            f"drift: the trajectory has {sampled.steps} steps; forecasts over a gap of {gap} need {2 * gap + 1}"
         )
-    found = watches[handle.program].found(handle.steps)
-    return {"steps": handle.steps, "gap": gap, "seeds": len(seeds), "regions": found}
+    found = watches[sampled.program].found(sampled.steps)
+    return {"steps": sampled.steps, "gap": gap, "seeds": len(seeds), "regions": found}

@@ -18,7 +18,7 @@ from torch import Tensor
 from moeca_compile.engine.program import Program
 from moeca_compile.graph.regions import Region
 from moeca_compile.planner.drift.routed import Reading, RoutedLayer, values_of
-from moeca_compile.planner.handle import Call
+from moeca_compile.planner.rollout import Call
 
 EVERY, RUN = 6, 3  # of so many steps the first few are looked at
 

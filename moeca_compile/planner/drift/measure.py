@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moeca_compile.engine.step import arguments_for
 from moeca_compile.planner.drift.mixing import Mixing
-from moeca_compile.planner.handle import Call, Handle
+from moeca_compile.planner.rollout import Call, SampledModel
 from moeca_compile.planner.search.drift import Drift, pairs_of
 from moeca_compile.planner.search.rows import NONE, atoms_of, row_of
 from moeca_compile.runtime.state import StreamState
@@ -58,7 +57,7 @@ class FeatureBuffer:
 
 
 def measure(
-    handle: Handle,
+    sampled: SampledModel,
     seeds: Sequence[int],
     mixing: Mixing,
     *,
@@ -73,25 +72,25 @@ def measure(
     memory: bytes of region outputs held at once; more go to a temporary folder.
     watch: sees every call as well.
     """
-    program = handle.program
-    atoms = atoms_of(handle.kinds, letters)
-    pairs = {pair: number for number, pair in enumerate(pairs_of(handle.steps, lookback))}
+    program = sampled.program
+    atoms = atoms_of(sampled.kinds, letters)
+    pairs = {pair: number for number, pair in enumerate(pairs_of(sampled.steps, lookback))}
     parts: list[np.ndarray] = []
-    samples, typical = {}, len(handle.uncached)
+    samples, typical = {}, len(sampled.uncached)
     for seed in seeds:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeca_")))
-            walker = _Walker(handle, mixing, atoms, pairs, lookback, FeatureBuffer(folder, memory))
+            walker = _Walker(sampled, mixing, atoms, pairs, lookback, FeatureBuffer(folder, memory))
 
             def see(call: Call, walker: _Walker = walker) -> None:
                 if call.program is program:
                     walker.see(call)
                 watch(call)
 
-            samples[seed] = handle.run(seed, watch=see)
-            del handle.uncached[typical:]  # this one isn't typical
+            samples[seed] = sampled.run(seed, watch=see)
+            del sampled.uncached[typical:]  # this one isn't typical
             parts.append(walker.parts())
-    return Drift(handle.steps, pairs, atoms, np.concatenate(parts, axis=2)), samples
+    return Drift(sampled.steps, pairs, atoms, np.concatenate(parts, axis=2)), samples
 
 
 class _Walker:
@@ -99,16 +98,16 @@ class _Walker:
 
     def __init__(
         self,
-        handle: Handle,
+        sampled: SampledModel,
         mixing: Mixing,
         atoms: Sequence[Sequence[int]],
         pairs: dict[tuple[int, int], int],
         lookback: int,
         spool: FeatureBuffer,
     ) -> None:
-        self.program, self.mixing, self.atoms, self.pairs = handle.program, mixing, atoms, pairs
+        self.program, self.mixing, self.atoms, self.pairs = sampled.program, mixing, atoms, pairs
         self.lookback, self.spool = lookback, spool
-        self.row = row_of(handle.kinds[NONE], order=1)
+        self.row = row_of(sampled.kinds[NONE], order=1)
         self.slots = [(i, slot.region) for i, slot in enumerate(self.program.layout) if slot.slot == "y0"]
         self.found: torch.Tensor | None = None
         self.projection = torch.empty(0)
@@ -137,9 +136,9 @@ class _Walker:
         state.history = [(a,)] * len(self.program.regions)
         for number, (slot, column) in enumerate(self.slots):
             state.tensors[slot] = (then if columns is None or column in columns else now)[number]
-        variant = self.program.variant(self.row)
-        arguments = arguments_for(self.program, call.track, variant, call.args, state, call.record.step)
-        output = self.program.compile(variant, arguments)(arguments)[0]
+        variant = call.compiled.variants.variant(self.row)
+        arguments = call.compiled.arguments(variant, call.args, state, call.record.step)
+        output = call.compiled.variants.compile(variant, arguments)(arguments)[0]
         return self._short(self.mixing.apply(call.record.step, call.stream, output - call.results[0]))
 
     def _short(self, change: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.handle_runtime import HandleRuntime
-from moeca_compile.frontend.backend import Entry
-from moeca_compile.planner.handle import Call, Enough, Handle
+from moeca_compile.frontend.entry import Entry
+from moeca_compile.planner.rollout import Call, Enough, SampledModel
 
 TOLERANCE = 0.05  # of the latent's change that the weights may leave unexplained
 
@@ -59,14 +59,14 @@ class Mixing:
         return weights @ change.detach().reshape(change.shape[0], -1).to(torch.float32).cpu()
 
 
-def find_mixing(handle: Handle, seed: int, tape: CallRecording) -> Mixing:
+def find_mixing(sampled: SampledModel, seed: int, tape: CallRecording) -> Mixing:
     """Try every step of `seed`, whose uncached run is on the tape."""
     steps = sorted(set(tape.steps))
     weights: dict[int, dict[str, torch.Tensor]] = {}
     rows = _distinct(tape.latents[0]) if 0 in tape.latents else []
     channels = _channels(tape)
     for step in steps[:-1] if channels is not None and len(tape.latents) == len(steps) else []:
-        found = _one_step(handle, seed, tape, step, rows, channels or 0)
+        found = _one_step(sampled, seed, tape, step, rows, channels or 0)
         if found is None:
             weights.clear()
             break
@@ -78,7 +78,7 @@ def find_mixing(handle: Handle, seed: int, tape: CallRecording) -> Mixing:
 
 
 def _one_step(
-    handle: Handle, seed: int, tape: CallRecording, step: int, rows: Sequence[int], channels: int
+    sampled: SampledModel, seed: int, tape: CallRecording, step: int, rows: Sequence[int], channels: int
 ) -> dict[str, torch.Tensor] | None:
     calls = [number for number, at in enumerate(tape.steps) if at == step]
     dice = torch.Generator().manual_seed(step)
@@ -87,7 +87,7 @@ def _one_step(
         output = tape.outputs[number][0]
         noise = torch.randn(output.shape, generator=dice).to(output)
         changes[number] = noise * (0.01 * output.float().std().clamp_min(1e-6)).to(output)
-    after = _next_latent(handle, seed, tape, step, changes)
+    after = _next_latent(sampled, seed, tape, step, changes)
     if after is None or after.shape != tape.latents[step + 1].shape:
         return None
     moved = (after - tape.latents[step + 1])[rows].flatten(1).double().cpu()
@@ -104,7 +104,7 @@ def _one_step(
 
 
 def _next_latent(
-    handle: Handle, seed: int, tape: CallRecording, step: int, changes: dict[int, torch.Tensor]
+    sampled: SampledModel, seed: int, tape: CallRecording, step: int, changes: dict[int, torch.Tensor]
 ) -> torch.Tensor | None:
     """The latent that the step after `step` begins with when these calls' outputs are changed."""
     seen: list[torch.Tensor] = []
@@ -124,7 +124,7 @@ def _next_latent(
         first = first + changes[number] if number in changes else first.clone()
         return (first, *others)
 
-    handle.replay(seed, visit)
+    sampled.replay(seed, visit)
     return seen[0] if seen else None
 
 

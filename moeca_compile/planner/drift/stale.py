@@ -20,7 +20,7 @@ from torch import Tensor
 from moeca_compile.graph.autocast import autocast_is
 from moeca_compile.graph.regions import ExpertsInfo, Region
 from moeca_compile.planner.drift.routed import RoutedLayer, in_graph_order
-from moeca_compile.planner.handle import Call, Handle
+from moeca_compile.planner.rollout import Call, SampledModel
 
 PRICE = 2  # uncached trajectories for each expert, about
 
@@ -36,16 +36,16 @@ class PerturbationResult:
     psnr_db: float
 
 
-def stale_samples(handle: Handle, seed: int, region: Region, info: ExpertsInfo, expert: int) -> Tensor:
+def stale_samples(sampled: SampledModel, seed: int, region: Region, info: ExpertsInfo, expert: int) -> Tensor:
     """The final samples of a seed with one expert of a layer stale."""
-    return handle.run(seed, watch=_Stale(handle, region, info, expert))
+    return sampled.run(seed, watch=_Stale(sampled, region, info, expert))
 
 
 class _Stale:
     """Watches a run and puts other results in the place of its own at every second step."""
 
-    def __init__(self, handle: Handle, region: Region, info: ExpertsInfo, expert: int) -> None:
-        self.program, self.layer, self.expert = handle.program, RoutedLayer(handle.program, region, info), expert
+    def __init__(self, sampled: SampledModel, region: Region, info: ExpertsInfo, expert: int) -> None:
+        self.program, self.layer, self.expert = sampled.program, RoutedLayer(sampled.program, region, info), expert
         self.kept: dict[str, tuple[int, Tensor]] = {}
 
     def __call__(self, call: Call) -> tuple[Any, ...] | None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.ops.branch_slots import drift_of
-from moeca_compile.planner.handle import Call, Handle, Sampler
+from moeca_compile.planner.rollout import Call, SampledModel, Sampler
 from moeca_compile.schedule import Partial, Schedule
 
 Drifts = dict[str, list[Tensor]]  # by region key, of each step [B, E]; NaN where an expert holds nothing
@@ -75,15 +75,16 @@ def expert_thresholds(
 
 
 def _drifts(model: torch.nn.Module, sample: Sampler, schedule: Schedule, seeds: Sequence[int]) -> Drifts:
-    handle = Handle(model, sample, schedule.granularity or "region", "eager", schedule)
+    sampled = SampledModel(model, sample, schedule.granularity or "region", "eager", schedule)
     drifts: Drifts = defaultdict(list)
     choices = _Choices()
 
     def see(call: Call) -> None:
         program, asked = call.program, choices.taken()
-        if program is not handle.program:
+        if program is not sampled.program:
             return
-        rows = {program.variant(row).name: row for row in program.schedule.distinct_rows()}
+        compiled = call.compiled
+        rows = {compiled.variants.variant(row).name: row for row in compiled.schedule.distinct_rows()}
         acts = zip(program.regions, rows[call.record.variant], strict=True)
         chose = [region for region, act in acts if isinstance(act, Partial) and act.tau]
         last = asked[len(asked) - len(chose) :]  # tracing a variant asks too, and its first call runs it twice
@@ -91,5 +92,5 @@ def _drifts(model: torch.nn.Module, sample: Sampler, schedule: Schedule, seeds: 
             drifts[region.key].append(drift_of(ids, held, due, region.routers[0].num_experts))
 
     for seed in seeds:
-        handle.run(seed, schedule, see, choices)
+        sampled.run(seed, schedule, see, choices)
     return drifts

@@ -19,10 +19,10 @@ from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.bundle.manifest import DROPPED, FUSED, FUSED_ROW, STEP, Manifest, TensorSpec, VariantSpec
 from moeca_compile.runtime.bundle.signature import check_identity, check_shape, check_side
+from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.providers import onnxruntime as ort
 from moeca_compile.runtime.providers import openvino
 from moeca_compile.runtime.providers.provider import runtime_of
-from moeca_compile.runtime.rows import warning_of_counted
 from moeca_compile.runtime.session import timestep_of
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.runtime.warned import Warned
@@ -47,6 +47,7 @@ class FusedSession:
         self.bundle, self.provider, self._loaded = bundle, provider, loaded
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.warned = Warned()
+        self.driver = StepDriver(self.schedule, self.warned)
 
     @classmethod
     def open(
@@ -86,8 +87,7 @@ class FusedTrajectory:
         """
         step, session = len(self.records), self.session
         feeds, batch = admit(session.manifest, arrays_of(session.manifest, inputs))
-        if warning := warning_of_counted(session.schedule, step, timestep_of(session.manifest, feeds)):
-            session.warned.once(warning)
+        session.driver.warn_of_counted(step, timestep_of(session.manifest, feeds))
         begin = time.perf_counter()
         found = self._run(feeds, batch)
         ms = (time.perf_counter() - begin) * 1e3

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from moeca_compile.errors import StateError
 
 if TYPE_CHECKING:
-    from moeca_compile.engine.trajectory import Trajectory
+    from moeca_compile.engine.trajectories.trajectory import Trajectory
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _RESUME = dis.opmap["RESUME"]
@@ -131,7 +131,8 @@ def _on_stack(weights: Collection[int], frame: FrameType | None) -> Block | None
     while frame is not None:
         blocks = find(id(frame))
         for block in reversed(blocks) if blocks is not None else ():
-            if block.code is frame.f_code and block.trajectory.serves(weights):
+            served = block.trajectory.weights
+            if block.code is frame.f_code and (not served or not weights or not served.isdisjoint(weights)):
                 if block.outside:
                     raise StateError(
                         "a generator that entered a trajectory calls the model, but while it was suspended other code "

@@ -1,4 +1,6 @@
-"""One call at a time in Dynamo, for each compiled handle; graphs themselves run in parallel.
+"""Calls in progress: whose they are, and one at a time in Dynamo for each compiled handle.
+
+A backend is never told which compiled model is calling; but it is on the Python stack while its graph runs.
 
 Dynamo's guards keep state while they are checked, and a call that waited while another one compiled compiles again. So
 where threads call one handle, Dynamo finds that no graph fits where one does, and makes another of the same; after some
@@ -12,19 +14,45 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 from torch._dynamo import config
 from torch.fx import GraphModule
+from torch.nn import Module
 
-from moeca_compile.engine.blocks import current
-from moeca_compile.engine.trajectory import RAN_EAGERLY
+from moeca_compile.engine.trajectories.blocks import current
+from moeca_compile.engine.trajectories.trajectory import RAN_EAGERLY
 from moeca_compile.frontend.breaks import GraphBreak, break_after
-from moeca_compile.frontend.owner import find_owner, parameters_of
+from moeca_compile.frontend.owner import WRAPPER, modules_of, parameters_of
 from moeca_compile.runtime.warned import Warned
 
 MAX_GRAPHS = 64
 _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
+class Owner(NamedTuple):
+    """A call in progress. `handle`: torch's compile context; `function`: what it compiles; `frame`: the call's."""
+
+    handle: Any
+    function: Callable[..., Any]
+    frame: FrameType
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The models whose code this runs."""
+        return modules_of(self.function)
+
+
+def find_owner() -> Owner | None:
+    """The innermost call of something compiled; None outside any."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not WRAPPER:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    names = frame.f_locals
+    return Owner(names["self"], names["fn"], frame)
 
 
 class Gate:
@@ -40,7 +68,7 @@ class Gate:
 
     def __call__(self) -> Callable[[], None]:
         self.lock.acquire()
-        _calls.last = call = Call(self, _calls.last)
+        CALLS.last = call = Call(self, CALLS.last)
         if self.raised is not None:
             call.restore = self.raised()
         return call.end
@@ -82,12 +110,13 @@ class Call:
             self.breaks.append(found)
 
     def passes(self) -> None:
+        """Dynamo is done with this call, for now."""
         if self.waits:
             self.waits = False
             self.gate.lock.release()
 
     def end(self) -> None:
-        _calls.last = self.outer
+        CALLS.last = self.outer
         if self.restore is not None:
             self.restore()
         if sys.exc_info()[0] is None:
@@ -96,25 +125,20 @@ class Call:
                 _tell(self.gate)
             elif self.tell is not None and not self.finishes:
                 self.tell(self.parts, self.breaks)
-        self.passes()
+        if self.waits:
+            self.passes()
 
 
 class _Calls(threading.local):
     last: Call | None = None  # this thread's innermost
 
 
-_calls = _Calls()
-
-
-def passed() -> None:
-    """A graph runs: Dynamo is done with this call, for now."""
-    if _calls.last is not None:
-        _calls.last.passes()
+CALLS = _Calls()
 
 
 def call_of(context: Any) -> Call | None:
     """This thread's call of a handle; None: it began before the handle had a gate, with its very first calls."""
-    call = _calls.last
+    call = CALLS.last
     return call if call is not None and call.gate in context.enter_exit_hooks else None
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
-from moeca_compile.engine.blocks import Block, acting, close_block, open_block
-from moeca_compile.engine.declared_timesteps import DeclaredTimesteps
+from moeca_compile.engine.trajectories.blocks import Block, acting, close_block, open_block
+from moeca_compile.engine.trajectories.declared_timesteps import DeclaredTimesteps
 from moeca_compile.errors import MoecaWarning, StateError
 
 RAN_EAGERLY = (
@@ -30,7 +30,7 @@ class Trajectory:
         steps: calls that are expected (per stream); one more is refused.
         timesteps: those of the calls, where they are known.
         frozen: the model's handle, if it isn't touched while the trajectory lasts.
-        tracks: runtime state by set of weights, filled by the dispatcher.
+        states: of each handle that it runs, by the handle's runtime.
         ways: where it is frozen, what is known of each kind of call.
         seen: calls of the model's graphs in it.
         unseen: calls of the model that ran none.
@@ -53,7 +53,7 @@ class Trajectory:
         self.timesteps = tuple(float(one) for one in timesteps)
         self.frozen = frozen
         self.ways: dict[Any, Any] = {}
-        self.tracks: dict[Any, Any] = {}
+        self.states: dict[Any, Any] = {}
         self.seen = self.unseen = 0
         self.if_empty: Callable[[], str | None] | None = None
         self._says_so = False
@@ -71,8 +71,8 @@ class Trajectory:
         """A call of the model ran no graph: it was a step that the cache didn't see. `says_so`: when it is left."""
         self.unseen += 1
         self._says_so |= says_so
-        for tracks in list(self.tracks.values()):
-            tracks.miss()
+        for running in list(self.states.values()):
+            running.miss()
 
     def __enter__(self) -> Trajectory:
         frame = acting(sys._getframe(1))

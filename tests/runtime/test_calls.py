@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning
-from moeca_compile.frontend import gate
+from moeca_compile.frontend import calls
 from tests.sampling import compiled, dit, noise, records
 
 LABELS, STEPS = torch.tensor([3, 3]), 6
@@ -80,7 +80,7 @@ def test_more_kinds_of_calls_than_torch_s_limit_are_cached() -> None:
 
 
 def test_kinds_beyond_the_raised_limit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(calls, "MAX_GRAPHS", 2)
     with pytest.warns(MoecaWarning, match="1 of 1 calls of the model in this trajectory ran uncached"):
         fixed_sizes(2)
 
@@ -92,10 +92,10 @@ def test_an_error_is_no_call_that_ran_eagerly() -> None:
 
 
 def test_a_copy_has_a_gate_of_its_own() -> None:
-    one = gate.Gate()
+    one = calls.Gate()
     with one.lock:
         for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
             assert other.lock is not one.lock
             end = other()
-            gate.passed()
+            calls.CALLS.last.passes()
             end()

@@ -1,4 +1,4 @@
-"""A model with its sampler, run with any plan; each run is a trajectory of its own.
+"""Rollouts: a model run by its sampler, each time with another schedule; each run is a trajectory of its own.
 
 The user's loop stays the user's: only what a call of the compiled model does is replaced while it runs.
 """
@@ -15,21 +15,22 @@ from typing import Any
 import torch
 
 from moeca_compile.api import compile as moeca_compile_model
-from moeca_compile.engine.blocks import current
+from moeca_compile.engine.compiled_schedule import CompiledSchedule
 from moeca_compile.engine.handle_runtime import HandleRuntime
+from moeca_compile.engine.intercept import Interceptor, intercepting
 from moeca_compile.engine.program import Program
-from moeca_compile.engine.step import arguments_for, run_step
-from moeca_compile.engine.tracks import Track, Tracks
-from moeca_compile.engine.trajectory import Trajectory
-from moeca_compile.engine.visit import visiting
+from moeca_compile.engine.step import run_step
+from moeca_compile.engine.trajectories.blocks import current
+from moeca_compile.engine.trajectories.trajectory import Trajectory
+from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.errors import ScheduleError
-from moeca_compile.frontend.backend import Entry
 from moeca_compile.frontend.doors import one_model, plain_module, standing_in
+from moeca_compile.frontend.entry import Entry
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.planner.origin import Origin, origin_of
-from moeca_compile.planner.search.predict import PREDICTORS, Predictor
+from moeca_compile.planner.search.predict import PREDICTORS
 from moeca_compile.planner.search.rows import FULL, Kinds, Plan, filled, row_kinds, row_of
-from moeca_compile.runtime.state import Coefficients, StreamState
+from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.schedule import Schedule
 
@@ -38,20 +39,24 @@ Sampler = Callable[[Any, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model in a run, just done: what it got, what came out, and where it stands."""
+    """One call of the model in a rollout, just done: what it got, what came out, and where it stands.
 
-    program: Program
-    track: Track
+    Attributes:
+        compiled: the schedule that ran.
+        stream: of the trajectory that the sampler opened, if any, and of the call in it.
+        state: None: the call couldn't be placed, and was computed in full.
+    """
+
+    compiled: CompiledSchedule
     stream: str
     record: StepRecord
+    state: StreamState | None
     args: Sequence[Any]
     results: Sequence[Any]
 
     @property
-    def state(self) -> StreamState | None:
-        """None: the call couldn't be placed, and was computed in full."""
-        found = (state for name, state in self.track.states.items() if str(name) == self.record.stream)
-        return next(found, None)
+    def program(self) -> Program:
+        return self.compiled.program
 
     @property
     def latent(self) -> torch.Tensor | None:
@@ -67,33 +72,60 @@ class Call:
 Watch = Callable[[Call], tuple[Any, ...] | None]
 
 
+class Rollout:
+    """One run of a sampler: in place of the handle's schedule, each graph runs the one that `compile_for` gives.
+
+    Args:
+        watch: sees every call; what it returns, if anything, is handed to the sampler in place of the call's results.
+        within: entered around each call.
+
+    Attributes:
+        schedules: of the graphs that ran.
+        running: the state of each trajectory; None: of calls outside any that the sampler opened.
+    """
+
+    def __init__(
+        self, compile_for: Callable[[Program], CompiledSchedule], watch: Watch | None = None,
+        within: AbstractContextManager[object] | None = None,
+    ) -> None:  # fmt: skip
+        self._compile_for, self._watch, self._within = compile_for, watch, within or nullcontext()
+        self.schedules: dict[Program, CompiledSchedule] = {}
+        self.running: dict[Trajectory | None, TrajectoryState] = {}
+
+    def __call__(self, entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+        program, args = entry.place(args, runtime)
+        if program not in self.schedules:
+            self.schedules[program] = self._compile_for(program)
+        compiled, trajectory = self.schedules[program], current(runtime.ids)
+        if trajectory not in self.running:
+            self.running[trajectory] = TrajectoryState(trajectory or Trajectory(()))
+        running = self.running[trajectory]
+        with self._within:
+            results = run_step(compiled, running, args, trajectory)
+        if self._watch is None:
+            return results
+        record = running.records[-1]
+        streams = running.of(compiled).streams.items()
+        state = next((stream.state for name, stream in streams if str(name) == record.stream), None)
+        name = f"{trajectory.stream if trajectory is not None else None}/{record.stream}"
+        altered = self._watch(Call(compiled, name, record, state, args, results))
+        return results if altered is None else altered
+
+    @property
+    def steps(self) -> int:
+        """Of the longest trajectory."""
+        return max((1 + record.step for one in self.running.values() for record in one.records), default=0)
+
+
 class _Seen(BaseException):
     """Ends a sampler that has shown what it starts from; no sampler catches it."""
-
-
-class _Predicting(StreamState):
-    """A stream's state that forecasts with a predictor of the plan's instead of the schedule's order."""
-
-    __slots__ = ("predictor",)
-    predictor: Predictor
-
-    @classmethod
-    def of(cls, state: StreamState, predictor: Predictor) -> _Predicting:
-        one = cls(state.layout, state.regions)
-        one.tensors, one.history, one.last_step = state.tensors, state.history, state.last_step
-        one.predictor = predictor
-        return one
-
-    def coefficients(self, step: int) -> Coefficients:
-        keeps = self.predictor.keeps
-        return tuple(self.predictor.coefficients(step, seen[:keeps]) for seen in self.history)
 
 
 class Enough(BaseException):
     """Ends a run early; not an Exception, so that a sampler's own handlers let it through."""
 
 
-class Handle:
+class SampledModel:
     """One compiled model and its sampler.
 
     Args:
@@ -155,40 +187,10 @@ class Handle:
         Raises:
             ScheduleError: the sampler never called the model, or gave no tensor.
         """
-        open_: dict[Any, Tracks] = {}
-        bound: set[Program] = set()
-        spent = self._compiling
-
-        def visit(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
-            program, args = entry.place(args, runtime)
-            if program not in bound:
-                bound.add(program)
-                self._bind(program, plan)
-            trajectory = current(runtime.ids)
-            if trajectory not in open_:
-                open_[trajectory] = Tracks(trajectory or Trajectory(()))
-            tracks = open_[trajectory]
-            with within or nullcontext():
-                results = run_step(program, tracks, args, trajectory)
-            track = tracks.of(program)
-            if isinstance(plan, Plan) and not self.by_branches:
-                for name, state in track.states.items():
-                    if not isinstance(state, _Predicting):  # the first step, which forecasts nothing
-                        track.states[name] = _Predicting.of(state, PREDICTORS[plan.predictor])
-            if watch is not None:
-                record = tracks.records[-1]
-                stream = f"{trajectory.stream if trajectory is not None else None}/{record.stream}"
-                altered = watch(Call(program, track, stream, record, args, results))
-                return results if altered is None else altered
-            return results
-
-        begin = self.clock()
-        try:
-            samples = self._call(seed, visit)
-        finally:
-            for program in bound:  # the sampler may be called by others who hold the model
-                program.use(self.caching)
-        if not bound:
+        spent, begin = self._compiling, self.clock()
+        rollout = Rollout(lambda program: self._compiled(program, plan), watch, within)
+        samples = self._call(seed, rollout)
+        if not rollout.schedules:
             raise ScheduleError(
                 "calibrate: sample(model, seed) never called the model that it was given (a loop that calls a "
                 "pipeline begins with `pipe.transformer = model`), or torch gave up compiling it (its recompile limit: "
@@ -201,19 +203,19 @@ class Handle:
         if plan is None:
             if seconds:
                 self.uncached.append(seconds)
-            self.steps = max((1 + record.step for tracks in open_.values() for record in tracks.records), default=0)
+            self.steps = rollout.steps
         return samples
 
     def origin(self, seed: int) -> Origin:
         """What the sampler starts from with a seed; it is ended at its first call of the model."""
         found: list[Origin] = []
 
-        def visit(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+        def look(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
             found.append(origin_of(arg for arg, one in zip(args, entry.inputs, strict=True) if not one.is_weight))
             raise _Seen
 
         with suppress(_Seen):
-            self._call(seed, visit)
+            self._call(seed, look)
         return found[0] if found else ()
 
     def warm(self, seed: int, letters: str) -> None:
@@ -222,32 +224,31 @@ class Handle:
         def watch(call: Call) -> None:
             if call.program is not self.program or call.state is None:
                 return
-            wanted, step = [], call.state.last_step + 1
+            compiled, examples = call.compiled, []
             for letter in letters:
-                variant = self.program.variant(row_of(self.kinds[letter], order=1))
-                wanted.append((variant, arguments_for(self.program, call.track, variant, call.args, call.state, step)))
-            self.program.compile_together(wanted)
-            for variant, arguments in wanted:
-                self.program.compile(variant, arguments)(arguments)
+                variant = compiled.variants.variant(row_of(self.kinds[letter], order=1))
+                arguments = compiled.arguments(variant, call.args, call.state, call.state.last_step + 1)
+                examples.append((variant, arguments))
+            compiled.variants.compile_together(examples)
+            for variant, arguments in examples:
+                compiled.variants.compile(variant, arguments)(arguments)
             raise Enough
 
         with suppress(Enough):
             self.run(seed, watch=watch)
 
-    def replay(
-        self, seed: int, visit: Callable[[Entry, Sequence[Any], HandleRuntime], tuple[Any, ...]]
-    ) -> torch.Tensor | None:
-        """Run the sampler with `visit` in the model's place; None where that raised `Enough`."""
+    def replay(self, seed: int, interceptor: Interceptor) -> torch.Tensor | None:
+        """Run the sampler with `interceptor` in the model's place; None where that raised `Enough`."""
         begin = self.clock()
         try:
-            return self._call(seed, visit)
+            return self._call(seed, interceptor)
         except Enough:
             return None
         finally:
             self.seconds += self.clock() - begin
 
-    def _call(self, seed: int, visit: Callable[[Entry, Sequence[Any], HandleRuntime], tuple[Any, ...]]) -> torch.Tensor:
-        with standing_in(self.model, self._given), visiting(visit, handle_of(self.model)), torch.no_grad():
+    def _call(self, seed: int, interceptor: Interceptor) -> torch.Tensor:
+        with standing_in(self.model, self._given), intercepting(interceptor, handle_of(self.model)), torch.no_grad():
             samples = self.sample(self.model, seed)
         if not isinstance(samples, torch.Tensor):
             raise ScheduleError(
@@ -255,23 +256,23 @@ class Handle:
             )
         return samples.detach().float().cpu()
 
-    def _bind(self, program: Program, plan: Plan | Schedule | None) -> None:
+    def _compiled(self, program: Program, plan: Plan | Schedule | None) -> CompiledSchedule:
+        """What a graph runs under a plan: graphs that a plan or schedule isn't for are computed in full."""
         if program not in self._programs:
             self._programs.append(program)
         if isinstance(plan, Schedule) and program is self.program:
-            program.use(plan)
-            return
+            return program.compiled(plan)
         if not isinstance(plan, Plan):
-            schedule = Schedule.full()
-        else:
-            kinds = self._kinds(program)
-            rows = tuple(row_of(kinds.get(letter, kinds[FULL]), order=1) for letter in plan.letters)
-            schedule = Schedule(rows, regions=program.regions.keys, order=1)
-        program.use(schedule, keep=self.caching)
+            return program.compiled(Schedule.full(), kept=self.caching)
+        kinds = self._kinds(program)
+        rows = tuple(row_of(kinds.get(letter, kinds[FULL]), order=1) for letter in plan.letters)
+        schedule = Schedule(rows, regions=program.regions.keys, order=1)
+        order = None if self.by_branches else PREDICTORS[plan.predictor].order
+        return program.compiled(schedule, kept=self.caching, order=order)
 
     @property
     def _compiling(self) -> float:
-        return sum(sum(program.compile_seconds.values()) for program in self._programs)
+        return sum(program.compiler.spent for program in self._programs)
 
 
 def kinds_of(program: Program) -> Kinds:

@@ -1,0 +1,121 @@
+"""A schedule for one captured graph, ready to run: its state's layout, its variants, its step rule. Immutable."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeca_compile.engine.hoisted import Hoisted
+from moeca_compile.engine.variant_cache import VariantCache
+from moeca_compile.graph.nowait import upload
+from moeca_compile.graph.variant import SLOTS, StateSlot, Variant
+from moeca_compile.lowering.inductor.buffers import zeros_of
+from moeca_compile.runtime.driver import StepDriver
+from moeca_compile.runtime.state import StreamState
+from moeca_compile.schedule import Row, Schedule
+from moeca_compile.schedule.forecast import Coefficients
+
+if TYPE_CHECKING:
+    from moeca_compile.engine.program import Program
+
+MAX_TABLES = 512
+
+
+class CompiledSchedule:
+    """What `run_step` runs.
+
+    Args:
+        program: the graph.
+        schedule: fitted to its regions.
+        variants: of the graph, with the state that the schedule reads.
+        order: of forecasts, at most what the state holds; default: the schedule's.
+
+    Attributes:
+        driver: the rule of its steps.
+        layout: the state's slots.
+    """
+
+    def __init__(self, program: Program, schedule: Schedule, variants: VariantCache, order: int | None = None) -> None:
+        self.program, self.schedule, self.variants = program, schedule, variants
+        self.driver = StepDriver(schedule, program.warned, order)
+        self.layout: tuple[StateSlot, ...] = variants.layout
+        self.device = torch.device(self.layout[0].device) if self.layout else torch.device("cpu")
+        self._tables: dict[Hashable, torch.Tensor] = {}
+        self._zeros: dict[Hashable, torch.Tensor] = {}
+
+    def state(self) -> StreamState:
+        """A new stream's, empty."""
+        regions = len(self.driver.full)
+        buffers = self.program.buffers
+        return StreamState(self.layout, regions) if buffers is None else buffers.state(self.layout, regions)
+
+    def zeros(self, slot: int) -> torch.Tensor:
+        """What an unwritten slot reads as; one tensor serves all slots of a kind, for variants never write in place."""
+        one = self.layout[slot]
+        kind = (one.shape, one.dtype, one.device)
+        if kind not in self._zeros:
+            self._zeros[kind] = zeros_of(one)
+        return self._zeros[kind]
+
+    def arguments(
+        self, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int,
+        hoisted: Sequence[torch.Tensor] | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """What `variant` takes for a call with `args` at `step`: inputs, hoisted values (None: computed for it), state
+        (zeros where unwritten), coefficients."""
+        arguments = list(map(args.__getitem__, variant.takes))
+        if hoisted is None:
+            hoisted = Hoisted().of(self.program.prologues, variant.hoists, args, None)
+        arguments += hoisted
+        for slot in variant.reads:
+            tensor = None if state is None else state.tensors[slot]
+            arguments.append(self.zeros(slot) if tensor is None else tensor)
+        if variant.wants_now:
+            now = self._tables.get(step)
+            arguments.append(self._upload(step, float(step + 1)) if now is None else now)
+        if variant.wants_coefficients:
+            assert state is not None  # without state every row is full, and a full row forecasts nothing
+            key = step, tuple(state.history)
+            table = self._tables.get(key)
+            arguments.append(self._upload(key, self.driver.coefficients(state, step)) if table is None else table)
+        return arguments
+
+    def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Compile every distinct row for inputs like `args`; returns the all-COMPUTE outputs. No state is kept."""
+        rows, hoisted = self.schedule.distinct_rows(), Hoisted()
+
+        @cache  # asked for twice, and what is hoisted would be computed twice
+        def example(row: Row) -> tuple[Variant, list[Any]]:
+            variant = self.variants.variant(row)
+            return variant, self._examples(variant, args, hoisted)
+
+        self.variants.compile_together(map(example, rows))
+        outputs: tuple[Any, ...] = ()
+        for variant, examples in map(example, rows):
+            results = self.variants.compile(variant, examples)(examples)
+            outputs = outputs or tuple(results[: variant.outputs])
+        return outputs
+
+    def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Hoisted) -> list[Any]:
+        """Arguments for `variant` as a step has them, for inputs like `args`."""
+        examples = [
+            *(args[i] for i in variant.takes),
+            *hoisted.of(self.program.prologues, variant.hoists, args, None),
+            *(self.zeros(slot) for slot in variant.reads),
+        ]
+        if variant.wants_now:
+            examples.append(torch.ones((), device=self.device))
+        if variant.wants_coefficients:
+            examples.append(torch.zeros(len(self.driver.full), len(SLOTS) - 1, device=self.device))
+        return examples
+
+    def _upload(self, key: Hashable, values: Coefficients | float) -> torch.Tensor:
+        """What depends on the step and on which steps were computed, as float32 on the device: once, without waiting
+        for a GPU."""
+        if len(self._tables) >= MAX_TABLES:
+            self._tables.clear()
+        table = self._tables[key] = upload(torch.tensor(values, dtype=torch.float32), self.device)
+        return table

@@ -1,0 +1,97 @@
+"""From a variant to what runs it, for one captured graph: through Inductor or as it stands, recorded for a GPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from moeca_compile.errors import OptionError
+from moeca_compile.graph.autocast import autocast_is, without_autocast
+from moeca_compile.graph.capture import Input
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
+from moeca_compile.lowering.inductor.lower import Executable, lower_eager, lower_inductor
+from moeca_compile.lowering.inductor.replay import RECORDERS, Record, Replayed
+from moeca_compile.options import Options
+from moeca_compile.passes.manager import PassRecord
+from moeca_compile.pipeline import LOWER
+
+
+class Compiler:
+    """Compiles the variants and prologues of one graph.
+
+    Args:
+        args: of the call that the graph was captured for.
+
+    Attributes:
+        inputs: of the captured graph; set once it is captured.
+        writes_kernels: whether Inductor writes C++ for these tensors.
+        records: what the passes did.
+        seconds: spent by variant name; `capture` and `kernels` beside them.
+        spent: their sum.
+        replaying: held from a run until what it gave is kept.
+
+    Raises:
+        OptionError: `cuda_graphs` for tensors that aren't on one GPU.
+    """
+
+    def __init__(self, options: Options, args: Sequence[Any]) -> None:
+        self.options = options
+        self.inputs: Sequence[Input] = ()
+        self.writes_kernels = options.inner == "inductor" and compiles_on_cpu(args)
+        if self.writes_kernels:
+            ask_compiler()
+        self.records: list[PassRecord] = []
+        self.seconds: dict[str, float] = {}
+        self.spent = 0.0
+        self.record = _recorder(args) if options.cuda_graphs else None
+        self.replaying: AbstractContextManager[Any] = nullcontext() if self.record is None else threading.RLock()
+
+    def lower(self, variant: Variant, args: Sequence[Any], often: bool = True) -> Executable:
+        """Make `variant` run for tensors like `args`. `often`: it runs at many steps of a trajectory, so that compiling
+        and recording it pays.
+
+        Raises:
+            LoweringError: the inner compiler refused it.
+        """
+        begin = time.perf_counter()
+        if self.options.inner == "eager" or not often:
+            run = lower_eager(variant)
+        else:
+            with autocast_is(()):
+                passes = [one for one in LOWER if one.__name__ not in self.options.disable]
+                compiled = lower_inductor(variant, args, self.options.mode, self.options.inner_options, passes)
+            run = without_autocast(compiled)
+        self.note(variant.name, begin)
+        if self.record is None or not often:
+            return run
+        return Replayed(run, variant.name, self._moving(variant, len(args)), self.record, variant.outputs)
+
+    def note(self, name: str, begin: float, records: Sequence[PassRecord] = ()) -> None:
+        """Work on `name` began at `begin` (`time.perf_counter`) and ends now."""
+        seconds = time.perf_counter() - begin
+        self.records += records
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.spent += seconds
+
+    def _moving(self, variant: Variant, count: int) -> set[int]:
+        """Which of a variant's `count` arguments are other tensors at each call: all but weights and state."""
+        inputs = [position for position, i in enumerate(variant.takes) if not self.inputs[i].is_weight]
+        first = len(variant.takes) + len(variant.hoists)
+        return {*inputs, *range(len(variant.takes), first), *range(first + len(variant.reads), count)}
+
+
+def _recorder(args: Sequence[Any]) -> Record:
+    devices = {one.device.type for one in args if isinstance(one, torch.Tensor)}
+    recorder = RECORDERS.get(next(iter(devices))) if len(devices) == 1 else None
+    if recorder is None:
+        raise OptionError(
+            f"cuda_graphs=True, but this call's tensors are on {', '.join(sorted(devices)) or 'no device'}: leave "
+            "it out, or move the model and all its inputs to a GPU"
+        )
+    return recorder

@@ -1,0 +1,62 @@
+"""What a program is made for: the kinds of a call's arguments, and the numbers among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moeca_compile.errors import CaptureError, MoecaError
+from moeca_compile.graph import fx
+from moeca_compile.graph.capture import Capture, Input, capture
+
+
+def captured_of(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:
+    """What Dynamo runs may be more than can be captured, such as sizes that depend on data.
+
+    Raises:
+        CaptureError: it can't be captured, whatever torch says of it.
+    """
+    try:
+        return capture(gm, args, inputs)
+    except MoecaError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CaptureError(f"torch can't trace the graph once more: {type(error).__name__}: {first}") from error
+
+
+def kind_of(value: Any, strides: bool = True) -> tuple[Any, ...]:
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(value.shape), strides_of(value) if strides else (), str(value.dtype), str(value.device)
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Those that matter: where there is one element or none, any is as good."""
+    strides = tensor.stride()
+    if 1 not in tensor.shape:
+        return strides
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, strides, strict=True))
+
+
+def floats_of(gm: torch.fx.GraphModule) -> frozenset[int]:
+    """Positions of Python floats that Dynamo (with dynamic=True, or after a change) hands over as 0-d tensors."""
+    arguments = (node.meta.get("grapharg") for node in fx.placeholders(gm))
+    return frozenset(i for i, one in enumerate(arguments) if getattr(one, "pass_arg_as_tensor", False))
+
+
+def with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch.fx.GraphModule:
+    """The graph for these values: no tensor's value may decide what is traced."""
+    if not values:
+        return gm
+    placeholders = fx.placeholders(gm)
+    known = {placeholders[i]: value for i, value in values.items()}
+    graph, copies = torch.fx.Graph(), dict[torch.fx.Node, Any]()
+    for node in gm.graph.nodes:
+        if node.op == "call_method" and node.target == "item" and node.args[0] in known:
+            copies[node] = known[node.args[0]]
+        else:
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    return torch.fx.GraphModule(gm, graph)

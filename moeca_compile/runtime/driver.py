@@ -1,0 +1,188 @@
+"""The rule of a step, once for torch's engine and for the bundle's session. No torch here.
+
+Which row a call runs, whether its cache is cold, what happens past the schedule's end, what is kept of the call, and
+when kept state is dropped. Who executes a step asks `choose` before it, and hands what the variant wrote to `keep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moeca_compile.errors import StateError
+from moeca_compile.runtime.state import Answer, StreamState
+from moeca_compile.runtime.warned import Warned
+from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule.forecast import Coefficients, coefficients
+
+_COUNTED = (
+    "the schedule finds its rows by timestep, but this call has no finite timestep that holds for its whole batch: the "
+    "row is found by counting calls. Pass one timestep for the batch, or use a schedule without timesteps (uniform)"
+)
+
+
+class Choice(NamedTuple):
+    """What a step runs. `cold`: a full row, because the stream's cache can't serve the schedule's."""
+
+    row: Row
+    cold: bool
+
+
+class StepDriver:
+    """The steps of all streams that run one schedule.
+
+    Args:
+        schedule: bound to the graph's regions.
+        warned: where its warnings are counted.
+        order: of forecasts; default: the schedule's.
+
+    Attributes:
+        full: the row that computes everything.
+    """
+
+    def __init__(self, schedule: Schedule, warned: Warned, order: int | None = None) -> None:
+        self.schedule, self.warned, self.full = schedule, warned, schedule.rows[0]
+        self._terms = 1 + (schedule.order if order is None else order)
+        self._computes = {row: Action.COMPUTE in row for row in schedule.rows}
+        self._repeated: dict[int, Row] = {}  # rows of steps past those that the schedule lists
+
+    def refuse_surplus(self, step: int, steps: int | None, stream: str = "") -> None:
+        """Raises:
+        StateError: the trajectory was declared with `steps` calls, and `step` (from 0) is one more.
+        """
+        if steps is not None and step >= steps:
+            raise StateError(
+                f"the trajectory was declared with steps={steps}, and this is call {step + 1}"
+                f"{f' of stream {stream!r}' if stream else ''}: start a new trajectory"
+            )
+
+    def choose(self, state: StreamState | None, step: int, timestep: float | None) -> Choice:
+        """The row of `step`; state that can't serve it is dropped.
+
+        Args:
+            state: the stream's; None: the call belongs to no stream, so that all is computed and nothing kept.
+            timestep: of the call. None: it wasn't read, and the row goes by counting.
+        """
+        if state is None:
+            return Choice(self.full, True)
+        if state.finite is not True:
+            self._drop_if_not_finite(state, wait=False)
+        schedule = self.schedule
+        if schedule.timesteps and timestep is not None:
+            choice = self._by_timestep(state, step, timestep)
+        else:
+            if schedule.timesteps:
+                self.warned.once(_COUNTED)
+            row = self._counted(step) if schedule.adaptive is None else self._adaptive(state, step)
+            state.coming = None
+            cold = row is not self.full and not (state.last_step == step - 1 and all(state.history))
+            choice = Choice(self.full, row != self.full) if cold else Choice(row, False)
+        if choice.cold:
+            state.clear()
+        return choice
+
+    def keep(
+        self, state: StreamState, step: int, row: Row, writes: Sequence[int], values: Sequence[Any],
+        finite: bool | Answer = True,
+    ) -> None:  # fmt: skip
+        """Take what the variant of `row` wrote, unless the state that it came from turns out not to be finite.
+
+        Args:
+            writes: the slots that it wrote.
+            values: of each of these slots.
+            finite: whether the model's output is. A step that isn't is kept until the next one asks.
+        """
+        if writes:
+            if state.finite is not True and self._drop_if_not_finite(state, wait=True):
+                return
+            state.finite, state.finite_step = finite, step
+        if writes or self._computes.get(row, True):
+            state.commit(step, row, writes, values)
+        else:
+            state.last_step, state.place = step, state.coming
+        if self.schedule.adaptive is not None:
+            state.pace.ran(row == self.full)
+
+    def coefficients(self, state: StreamState, step: int) -> Coefficients:
+        """c0 and c1 of each region's forecast at `step`: 0 where history is missing, so a lower order then."""
+        return coefficients(step, state.history, [min(depth, self._terms) for depth in state.depths])
+
+    def warn_of_counted(self, step: int, timestep: float | None) -> None:
+        """Say what to know of a step whose row was found by counting alone, by a graph that can do nothing else."""
+        schedule = self.schedule
+        if schedule.row_index(step) is None:
+            self.warned.once(_past_end(schedule, step))
+        elif schedule.timesteps and timestep is not None and not schedule.timeline.is_at(step, timestep):
+            self.warned.once(
+                f"step {step} is at timestep {timestep:g}, but row {step} of the schedule was made for "
+                f"{schedule.timesteps[step]:g}. The fused graph counts steps and doesn't look at timesteps, so the "
+                "quality isn't known. Use the bundle's variants (Session), or calibrate and export a schedule for this "
+                "sampler"
+            )
+
+    def _counted(self, step: int) -> Row:
+        rows = self.schedule.rows
+        if step < len(rows):
+            return rows[step]
+        if step not in self._repeated:
+            index = self.schedule.row_index(step)
+            if index is None:
+                self.warned.once(_past_end(self.schedule, step))
+                return self.full
+            self._repeated[step] = rows[index]
+        return self._repeated[step]
+
+    def _adaptive(self, state: StreamState, step: int) -> Row:
+        """By what the stream's last step showed."""
+        assert self.schedule.adaptive is not None
+        return self.schedule.rows[state.pace.choose(self.schedule.adaptive, step, state.drift())]
+
+    def _by_timestep(self, state: StreamState, step: int, timestep: float) -> Choice:
+        schedule, timeline, before = self.schedule, self.schedule.timeline, state.place
+        if before is None or state.last_step != step - 1:
+            here = state.coming = timeline.begin(timestep)
+            if here.off or (step == 0 and here.row > 0):
+                self.warned.once(_not_calibrated_for(schedule, step, timestep, here.row))
+            return Choice(self.full, schedule.rows[here.row] != self.full)
+        row, here = timeline.go_on(before, timestep)
+        state.coming = here
+        if here.off and not before.off:
+            self.warned.once(_not_calibrated_for(schedule, step, timestep, before.row + 1))
+        return Choice(row, False)
+
+    def _drop_if_not_finite(self, state: StreamState, wait: bool) -> bool:
+        """NaN must not live on in a cache: the last computed step's output is looked at as soon as it is there, and
+        waited for (`wait`) before another step is kept. True: the state was dropped."""
+        finite = state.finite
+        if not isinstance(finite, bool):
+            if not (wait or finite.ready()):
+                return False
+            finite = finite.holds()
+        state.finite = True
+        if finite:
+            return False
+        state.clear()
+        self.warned.once(
+            f"step {state.finite_step} gave values that aren't finite: its state is dropped and the next step computed "
+            "in full. If the model overflows, run it in bfloat16 or float32"
+        )
+        return True
+
+
+def _past_end(schedule: Schedule, step: int) -> str:
+    return (
+        f"step {step} is past the schedule's last row ({len(schedule.rows)} rows): computed in full. Make the schedule "
+        "for this number of steps, or use an open-ended one (uniform)"
+    )
+
+
+def _not_calibrated_for(schedule: Schedule, step: int, timestep: float, row: int) -> str:
+    """`row`: the one that the schedule's own sampler would be at."""
+    times = schedule.timesteps
+    there = f"has {times[row]:g} there" if step and row < len(times) else f"goes from {times[0]:g} to {times[-1]:g}"
+    return (
+        f"step {step} is at timestep {timestep:g}, but the schedule {there}: it was made for another sampler or number "
+        f"of steps ({len(times)}). What its rows compute is made up where a call passes them, so the share of computed "
+        "work isn't the planned one, and the quality isn't known. Make a schedule for this sampler "
+        "(moeca_compile.calibrate), or use a uniform one"
+    )
