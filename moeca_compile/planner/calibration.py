@@ -59,8 +59,8 @@ def calibrate(
             be made to measure for a few samples.
         holdout: what only the final check sees; a number n is short for 1000 to 999 + n, and 0 leaves the check out. No
             seed is in both.
-        effort: what the search may sample, in uncached trajectories; default 1.25 a seed. The last round, and with
-            order `auto` at most two rollouts for each predictor that schedules can't run, come on top.
+        effort: what the search may sample, in uncached trajectories; default 1.25 a seed. The last round
+            comes on top.
         data_range: of the samples, for the PSNR; None: what the uncached samples span.
         inner: `inductor` or `eager`, as in `Options`.
         resume: a folder that keeps what was found, so that an interrupted calibration goes on where it was, and

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.search.budget import Budget
-from moeca_compile.planner.search.predict import OTHERS, Predictor, predictors_of
+from moeca_compile.planner.search.predict import Predictor, predictors_of
 from moeca_compile.schedule.decode import short
 
 HOLDOUT = 1000  # where a number of held-out seeds begins
@@ -24,7 +24,6 @@ class Request:
     text: str
     budget: Budget
     predictors: tuple[Predictor, ...]
-    others: tuple[Predictor, ...]  # only tried, for the report
     max_variants: int
     seeds: tuple[int, ...]
     holdout: tuple[int, ...]
@@ -87,7 +86,6 @@ class Request:
             text=budget,
             budget=limits,
             predictors=predictors_of(order),
-            others=OTHERS if order == "auto" else (),
             max_variants=max_variants,
             seeds=seeds,
             holdout=holdout,

@@ -35,6 +35,8 @@ FORMAT, VERSION = "moeca-calibration", 2
 
 Found = TypeVar("Found")
 
+RETIRED = ("damped", "damped-bend", "fitted-line", "hermite")  # predictors of folders that version 0.1.0 wrote
+
 
 @dataclass
 class Store:
@@ -161,8 +163,8 @@ class Store:
             _add(self.path / "rollouts.jsonl", line)
 
 
-def _lines(file: Path, read: Callable[[Entries], Found]) -> list[Found]:
-    """The lines of a record, read; one that an interrupt cut short is left out."""
+def _lines(file: Path, read: Callable[[Entries], Found | None]) -> list[Found]:
+    """The lines of a record, read; one that an interrupt cut short, or that nothing needs any more, is left out."""
     found = []
     with _sound(file):
         for line in read_text(file).splitlines() if file.exists() else []:
@@ -170,7 +172,9 @@ def _lines(file: Path, read: Callable[[Entries], Found]) -> list[Found]:
                 entries = parse(line)
             except NoJson:
                 continue
-            found.append(read(entries))
+            entry = read(entries)
+            if entry is not None:
+                found.append(entry)
     return found
 
 
@@ -178,11 +182,13 @@ def _seconds(line: Entries) -> float:
     return line.number("seconds")
 
 
-def _rollout(line: Entries) -> tuple[Plan, int, tuple[float, ...], float]:
+def _rollout(line: Entries) -> tuple[Plan, int, tuple[float, ...], float] | None:
     errors = line.numbers("mse")
     if not errors or min(errors) < 0:
         raise DecodeError(f"mse is {short(errors)}, expected one number >= 0 a sample")
     plan = Plan(line.text("plan"), line.text("predictor"))
+    if plan.predictor in RETIRED:
+        return None
     if plan.predictor not in PREDICTORS:
         raise DecodeError(f"predictor is {short(plan.predictor)}, expected one of {', '.join(PREDICTORS)}")
     return plan, line.whole("seed"), errors, line.number("seconds")

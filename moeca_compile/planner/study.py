@@ -24,7 +24,6 @@ from moeca_compile.planner.rollout import Call, SampledModel, Sampler, kinds_of
 from moeca_compile.planner.search.cheapest import cheapest
 from moeca_compile.planner.search.cost import Costs
 from moeca_compile.planner.search.drift import Drift, extended
-from moeca_compile.planner.search.others import try_others
 from moeca_compile.planner.search.predict import predictors_of
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.race import Race
@@ -129,7 +128,7 @@ class Study:
         full = tuple(Action.COMPUTE for _ in regions)
         cheap = tuple(parts if found else Action.FORECAST for found in apart)
         caching = Schedule((full, cheap), regions.keys, order=1, granularity=self.granularity)
-        request = replace(self.request, predictors=predictors_of(1), others=())
+        request = replace(self.request, predictors=predictors_of(1))
         study = Study(self.model, self.sample, self.granularity, self.inner, request, self.tick, caching)
         study.borrow(self)
         study.drift, study.split = self.drift, self.split
@@ -260,8 +259,7 @@ class Study:
     @cached_property
     def costs(self) -> Costs:
         timed = self.request.budget.latency is not None
-        predictors = (*self.request.predictors, *self.request.others)
-        return costs(self.sampled, self.letters, predictors, self.request.seeds[0], timed)
+        return costs(self.sampled, self.letters, self.request.predictors, self.request.seeds[0], timed)
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -332,7 +330,6 @@ class Study:
         begin, sampled = self.sampled.clock(), self.sampled.seconds
         budget = self.request.budget
         plan = cheapest(search, budget) if budget.psnr_db is not None else search.best(budget)
-        try_others(search, self.request.others, plan, budget)
         self.seconds["plan"] = self.sampled.clock() - begin - (self.sampled.seconds - sampled)
         return plan, search
 

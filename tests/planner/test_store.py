@@ -165,3 +165,13 @@ def test_origins_are_alike_but_for_rounding() -> None:
         assert not alike(one, origin_of((*other, 3, None, True)))
     assert not alike(one, origin_of((x, labels, mask, 4, None, True)))
     assert not alike(one, origin_of((x, labels, mask)))
+
+
+def test_rollouts_of_predictors_that_no_schedule_runs_any_more_are_left_out(tmp_path: Path) -> None:
+    kept(tmp_path)
+    before = Store(tmp_path).rollouts.keys()
+    for name in ("damped-bend", "order-1"):
+        with (tmp_path / "rollouts.jsonl").open("a") as file:
+            file.write(json.dumps(ROLLOUT | {"plan": "CFFF", "predictor": name}) + "\n")
+    added = Store(tmp_path).rollouts.keys() - before
+    assert {plan.predictor for plan, _ in added} == {"order-1"}

@@ -112,9 +112,8 @@ def row_of(cells: Cells, order: int) -> Row:
 
 
 def schedule_of(plan: Plan, keys: Sequence[str], kinds: Kinds, made_by: str = "") -> Schedule:
-    """The plan as a schedule with exactly its rows; its predictor must be one that schedules can run."""
+    """The plan as a schedule with exactly its rows."""
     order = PREDICTORS[plan.predictor].order
-    assert order is not None, f"{plan.predictor} is only tried, never returned"
     return Schedule(
         rows=tuple(row_of(kinds[letter], order) for letter in plan.letters),
         regions=tuple(keys),
