@@ -48,10 +48,20 @@ Model = TypeVar("Model")
 
 
 def prepare(model: Any) -> PrepareReport:
-    """Give the model's expert dispatch the traceable form, in place; eager results and `state_dict` stay as they are.
+    """Replace each expert dispatch of the model by one traceable operator, in place.
 
-    `torch.compile(model, backend="moeca")` does it by itself on the first call; do it by hand for `fullgraph=True`, and
-    for a compiled function that closes over a model. Of a pipeline its transformers are prepared, and reported as one.
+    Eager results and `state_dict` stay as they are. `torch.compile(model, backend="moeca")` prepares the model on its
+    first call. Call `prepare` yourself for `fullgraph=True`, and for a compiled function that closes over a model.
+
+    Args:
+        model: a module, what `torch.compile` returned for one, or a pipeline with a `transformer`.
+
+    Returns:
+        The modules that were changed, and the dispatches that were left alone, each with its reason. For a pipeline,
+        one report of all its transformers.
+
+    Raises:
+        StateError: neither a module nor a pipeline with a `transformer`.
     """
     reports = []
     for one in models_of(model, "prepare"):
@@ -63,7 +73,14 @@ def prepare(model: Any) -> PrepareReport:
 
 
 def unprepare(model: Any) -> None:
-    """Undo `prepare`."""
+    """Put the model's own expert dispatches back, as they were before `prepare`.
+
+    Args:
+        model: as for `prepare`.
+
+    Raises:
+        StateError: neither a module nor a pipeline with a `transformer`.
+    """
     for one in models_of(model, "unprepare"):
         canonical.unprepare(plain_module(one))
         share_again(plain_module(one))
@@ -77,14 +94,25 @@ def compile(
     mode: str | None = None,
     **options: Any,
 ) -> Model:
-    """`prepare` and `torch.compile(model, backend="moeca")`, with the fields of `Options` as keywords.
+    """Prepare a model and compile it with `torch.compile(model, backend="moeca")`.
 
-    Of a pipeline its transformers (`transformer`, `transformer_2`) are compiled and set on it; it is returned. A model
-    that is compiled already, by `torch.compile` or in place, is compiled anew: the last one counts. Methods that call
-    the model's `forward`, such as `forward_with_cfg`, run it compiled too.
+    A pipeline's transformers (`transformer`, `transformer_2`) are compiled and set on the pipeline. A model that is
+    compiled already, by `torch.compile` or in place, is compiled anew; the last compilation counts. Methods that call
+    the model's `forward`, such as `forward_with_cfg`, run compiled too. The package's own compiling happens at the
+    first call, or in `warmup`.
+
+    Args:
+        model: a module in `eval()` mode, or a pipeline with a `transformer`.
+        fullgraph: handed to `torch.compile`: a graph break is an error.
+        dynamic: handed to `torch.compile`.
+        mode: `torch.compile`'s mode, handed to Inductor.
+        **options: the fields of `Options`, such as `schedule="uniform:3"`.
+
+    Returns:
+        The compiled model, which is called as the model is. For a pipeline the pipeline itself.
 
     Raises:
-        OptionError: an unknown option or a value it doesn't take, at once and not at the first call.
+        OptionError: an unknown option, or a value that it doesn't take. Raised here, not at the first call.
         ScheduleError: a schedule that can't be read.
         StateError: neither a module nor a pipeline with a `transformer`.
     """
@@ -110,12 +138,20 @@ def compile(
 
 
 def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
-    """Capture, and compile every variant for inputs like these, now and not in the middle of the first image.
+    """Capture the model and compile every variant now, for inputs like these, and not during the first image.
 
-    Keeps no state: the next call starts a trajectory. Returns the model's output, everything computed.
+    No state is kept: the next call starts a trajectory.
+
+    Args:
+        model: the compiled model, or a pipeline with one compiled transformer.
+        *inputs: inputs of one call, as the model takes them. Their shapes and dtypes count, their values don't.
+        **keywords: inputs that the model takes by name.
+
+    Returns:
+        The model's output for these inputs, everything computed.
 
     Raises:
-        StateError: the model isn't compiled with moeca, or a pipeline has two of them.
+        StateError: the model isn't compiled with moeca, or the pipeline has two transformers.
     """
     model = one_model(model, "warmup")
 
@@ -142,27 +178,32 @@ def trajectory(
     timesteps: Sequence[float] = (),
     frozen: bool = False,
 ) -> Trajectory:
-    """Say where a trajectory begins and ends: `with moeca_compile.trajectory(model, steps=50): ...`
+    """Say where a trajectory begins and ends: `with moeca_compile.trajectory(model, steps=50): ...`.
 
-    Inside it nothing of another trajectory is ever used. With `stream`, each call of the model is exactly one step and
-    no input is read on the host; open one a stream and enter it around each call of that stream. Entering the same
-    object again goes on with it. For a compiled function pass the function; a pipeline stands for its transformers.
+    A trajectory begins cold and owns its state; no state of another trajectory is used in it. With `stream`, each call
+    of the model is exactly one step, and no input is read on the host: open one trajectory for each guidance stream,
+    and enter it around each call of that stream. Entering the same object again continues it.
 
     Args:
-        model: the compiled model.
-        steps: calls expected (a stream); one more is refused. None: any number.
-        stream: a name, for samplers that call the model several times a step (CFG in two calls, Heun).
-        timesteps: those that the model will be called with, as it receives them: what depends on them alone is then
-            computed for all steps at once. Without them that is so from the second trajectory on, where its timesteps
-            are those of the first. A call with another timestep computes its own; but in a stream on an accelerator,
-            where nobody waits to look, they are those of its calls, one by one, and others are an error afterwards.
-        frozen: a promise that nothing touches the model until the trajectory is left for the last time: no weight,
-            attribute, hook or submodule of it changes, not by itself either. From the second call of a kind (shapes,
-            dtypes, other arguments) on nobody looks, which for a model of many weights takes longer than a reused step.
+        model: the compiled model, a compiled function, or a pipeline (all its transformers).
+        steps: how many calls of one stream are expected; one more is refused. None: any number.
+        stream: a name, for samplers that call the model several times a step (guidance in two calls, Heun).
+        timesteps: the timesteps of the calls, as the model receives them, one a step. Values that depend on the
+            timestep alone are then computed for all steps at once. Without `timesteps` this happens from the second
+            trajectory on, if its timesteps are those of the first. A call with another timestep computes its own
+            values. In a named stream on an accelerator, timesteps aren't read on the host: the device compares
+            them, and a difference is an error when the block is left.
+        frozen: your promise that no weight, attribute, hook or submodule of the model changes until the trajectory is
+            left for the last time. From the second call of a kind (shapes, dtypes, other arguments) on, Dynamo's
+            guards are skipped, which for a model of many weights take longer than a reused step. A broken promise
+            isn't noticed.
+
+    Returns:
+        A context manager.
 
     Raises:
-        StateError: fewer than one step; not compiled with moeca; or frozen, and the model is no compiled module. When
-            it is left: other timesteps came than were told.
+        StateError: `steps` below one; a model that isn't compiled with moeca; `frozen` with something else than a
+            compiled module. On leaving the block: other timesteps came than were declared.
     """
     if frozen:
         model = one_model(model, "trajectory")
@@ -175,16 +216,29 @@ def trajectory(
 
 
 def reset(model: Any) -> None:
-    """Forget all cached state of this model; the next call starts cold. Compiled variants stay."""
+    """Drop all cached state of this model, so that the next call starts cold. Compiled variants stay.
+
+    Args:
+        model: the compiled model, or a pipeline.
+
+    Raises:
+        StateError: the model isn't compiled with moeca.
+    """
     for state in _states(model, "reset"):
         state.runtime.reset()
 
 
 def stats(model: Any) -> Stats:
-    """What the last trajectory did, and what is held now.
+    """Report what the last trajectory ran, and what is held now.
+
+    Args:
+        model: the compiled model, or a pipeline (the sum over its transformers).
+
+    Returns:
+        One record for each call, milliseconds without compiling, the share of the MACs, bytes of state, and warnings.
 
     Raises:
-        StateError: it isn't compiled with moeca.
+        StateError: the model isn't compiled with moeca.
     """
     return stats_of(_states(model, "stats"))
 
@@ -200,18 +254,26 @@ def explain(
     schedule: Schedule | str | Path | None = None,
     **given: Any,
 ) -> Report:
-    """Capture the model for these inputs and report what was found and what would be built; nothing is compiled.
+    """Capture the model for these inputs and report what was found and what would be built. Nothing is compiled.
 
-    Keywords are inputs that the model takes by name, as pipelines call it, or options; `keywords` are inputs whose
-    names are those of options.
-    The model's own parameters are used, its cached state isn't touched. A model compiled with moeca is explained with
-    its own options, unless some are given here. Without inputs and options its last call is explained.
+    Without inputs and options, the last call of a compiled model is explained. A model that is compiled with moeca is
+    explained with its own options, unless others are given. Its cached state isn't touched.
+
+    Args:
+        model: a module, a compiled model, or a pipeline with one transformer. A plain module is prepared in place.
+        *inputs: inputs of one call, as the model takes them.
+        keywords: inputs by name that are named like options.
+        schedule: the schedule to explain, as in `Options`.
+        **given: inputs that the model takes by name, and fields of `Options`.
+
+    Returns:
+        Regions, rejected candidates with their reasons, passes and variants. It prints as a table.
 
     Raises:
-        CaptureError: nothing to cache, or the graph can't be captured.
-        StateError: no inputs, and no call that could be explained.
-        OptionError: a keyword that is neither an option nor one of the model's.
-        StateError: a pipeline with two transformers.
+        CaptureError: there is nothing to cache, or the graph can't be captured.
+        StateError: no inputs, and no call that could be explained; or a pipeline with two transformers.
+        OptionError: a keyword that is neither an option nor an input of the model.
+        ScheduleError: a schedule that can't be read, or doesn't fit the model.
     """
     model = one_model(model, "explain")
     named, options = inputs_and_options(model, given)

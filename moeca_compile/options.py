@@ -18,12 +18,12 @@ DEFAULT_SCHEDULE = "uniform:2:warmup=4"
 
 @dataclass(frozen=True)
 class Options:
-    """What the backend takes. Every field is also a keyword of `moeca_compile.compile`.
+    """The options of the backend. Every field is also a keyword of `moeca_compile.compile`.
 
     Attributes:
-        schedule: a `Schedule`, the path of one, or a short form (`full`, `uniform:3`, `uniform:3:warmup=2`,
-            `adaptive:0.05`). The default is careful: four full steps, then every second step computed, the others
-            forecast.
+        schedule: a `Schedule`, the path of a schedule's JSON file, or a short form (`full`, `uniform:3`,
+            `uniform:3:warmup=2`, `adaptive:0.05`). The default is cautious: four full steps, then every second step
+            computed, the others forecast.
         order: of the forecast, for short forms: 0 copies, 1 (None) extrapolates linearly, 2 quadratically. A `Schedule`
             and a file have their own; another one beside them is refused.
         granularity: what the schedule's columns are: `region` (each attention, experts and mlp by itself), or one span
@@ -35,20 +35,24 @@ class Options:
         mode: torch.compile's `mode`, handed to Inductor.
         max_signatures: how many input signatures (shapes, dtypes, autocast) keep their programs; the oldest go first.
         latent_jump: relative change ||x - x_last|| / ||x_last|| of the latent between two calls, the largest of the
-            batch's samples, above which a call is taken for another trajectory and starts cold. Neighbouring steps of
+            batch's samples, above which a call is taken for another trajectory and starts cold. Neighboring steps of
             one trajectory stay well below.
         pack_experts: on CPUs, keep a second copy of the routed experts' weights in the layout that oneDNN multiplies
-            fastest; made at the first call, and again where a weight changed. It is for PARTIAL rows, where an expert
-            gets few rows: they cost a quarter less. A full step gains nothing. Equal to the plain form to float
-            tolerance. On GPUs, in bfloat16, move the weights of a layer's experts side by side into one storage, at the
-            first call and in place, so that they aren't gathered at every one: bit for bit the same, and no copy is
-            kept. Other tensors that shared a weight's memory no longer do; weights that share a storage with others
-            (FSDP's flat parameters) stay where they are.
-        cuda_graphs: on GPUs, record each variant once as a CUDA graph and replay it, with state at fixed addresses: for
-            small batches, whose kernels are shorter than their launches. Costs a copy of the state in full steps and,
-            for each variant and stream, the memory of its intermediate values.
+            fastest. The copy is made at the first call, and again after a weight changed. Results are equal to those of
+            the plain form to float tolerance. It pays most where an expert gets few rows (PARTIAL rows). On GPUs, in
+            bfloat16, move the weights of a layer's experts side by side into one storage, in place, at the first call,
+            so that they aren't gathered at every call. Results are bitwise the same, and no copy is kept. Tensors that
+            shared a weight's memory no longer do. Weights that share a storage with others (FSDP's flat parameters)
+            stay where they are.
+        cuda_graphs: on GPUs, record each variant once as a CUDA graph and replay it, with state at fixed addresses. It
+            is for small batches, whose kernels are shorter than their launches. It costs a copy of the state in full
+            steps and, for each variant and stream, the memory of its intermediate values.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
+
+    Raises:
+        OptionError: a value of the wrong type or range, or options that exclude each other.
+        ScheduleError: a schedule that can't be read.
     """
 
     schedule: Schedule | str | Path = DEFAULT_SCHEDULE
@@ -90,6 +94,13 @@ class Options:
     def from_backend_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
         """Read torch.compile's `options=` and `mode=`.
 
+        Args:
+            options: field names and values; None: all defaults.
+            mode: torch.compile's `mode`; "default" and None are the same.
+
+        Returns:
+            The options, checked.
+
         Raises:
             OptionError: an unknown name (with the nearest known one) or a value of the wrong type or range.
         """
@@ -105,11 +116,14 @@ class Options:
         return cls(**given)
 
     def resolved_schedule(self) -> Schedule:
-        """The schedule itself: short forms parsed with `order`, paths read.
+        """Give the schedule itself: short forms are parsed with `order`, files are read.
+
+        Returns:
+            The schedule, not yet bound to a graph.
 
         Raises:
-            ScheduleError: it can't be read.
-            OptionError: `order` isn't the one of a `Schedule` or a file.
+            ScheduleError: the schedule can't be read.
+            OptionError: `order` differs from that of a `Schedule` or a file.
         """
         if isinstance(self.schedule, Schedule):
             found, where = self.schedule, "the schedule"

@@ -10,12 +10,18 @@ from moeca_compile.graph.regions import Rejected
 
 @dataclass(frozen=True, slots=True)
 class PreparedModule:
-    """One MoE module whose dispatch is traced in canonical form.
+    """One MoE module whose dispatch runs as one traceable operator.
 
-    `verified` says that original and canonical form were run on this module's own weights and agreed; it is False
-    on the meta device, where only the dispatch and one expert's body were compared, on random stand-ins. `dense` says
-    that every expert runs on every token, E/K times the routed MACs: its body is none that `moeca::experts` holds, or
-    only branches on masks were straightened.
+    Attributes:
+        path: the module's name in the model; "" for the model itself.
+        family: which form of dispatch was recognized.
+        num_experts: how many routed experts the module has.
+        activation: of the experts; "any" where each expert runs its own forward.
+        gated: whether an expert multiplies by a gate projection.
+        verified: whether the original and the rewritten form were run on this module's own weights and agreed. False on
+            the meta device: there, the dispatch and one expert were compared on random stand-ins.
+        dense: whether every expert runs on every token, E/K times the routed MACs: the body of an expert is none that
+            `moeca::experts` holds, or only branches on masks were rewritten.
     """
 
     path: str
@@ -29,9 +35,14 @@ class PreparedModule:
 
 @dataclass(frozen=True, slots=True)
 class PrepareReport:
-    """`changed` holds the modules that this call changed, in module order; `rejected` what looked like a dispatch;
-    `followed` the prepared ones whose experts have adapters or quantised weights (the first is named): these experts
-    run by their own forward, each on every token."""
+    """What `prepare` changed and what it left alone. It prints as a list.
+
+    Attributes:
+        changed: the modules that this call changed, in module order.
+        rejected: what looked like a dispatch and was left alone, with the reason.
+        followed: prepared modules whose experts have adapters or quantized weights (the first is named). These experts
+            run by their own forward, each on every token.
+    """
 
     changed: tuple[PreparedModule, ...] = ()
     rejected: tuple[Rejected, ...] = ()
@@ -39,7 +50,7 @@ class PrepareReport:
 
     @property
     def misses(self) -> tuple[Rejected, ...]:
-        """Earlier name of `rejected`."""
+        """The earlier name of `rejected`."""
         return self.rejected
 
     def __str__(self) -> str:

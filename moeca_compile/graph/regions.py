@@ -18,7 +18,13 @@ CHOICES = ("token", "expert", "step", "batch", "head")
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A part of the model that looked like something to cache and was left alone, and why."""
+    """A part of the model that looked like something to cache and was left alone.
+
+    Attributes:
+        reason: why.
+        node: the node's or the module's name; "" where there is none.
+        where: the source line, or the module; "" where it isn't known.
+    """
 
     reason: str
     node: str = ""
@@ -117,10 +123,28 @@ class TokensInfo:
 class Region:
     """A part of the graph with one purpose whose outputs can be taken from an earlier step.
 
-    `outputs` are the nodes at the cut: before the adaLN gate, so that a cached value meets the current step's gate.
-    `body` are the nodes that only a COMPUTE runs, in graph order. Where `bases` names a node for an output, what is
-    cached is the change from that node's value to the output: a span of blocks then adds its cached change to whatever
-    enters it now. `tokens` says how a part of it is recomputed; where it is None, `whole` says why that can't be done.
+    Attributes:
+        key: the region's name, made of parameter names; a column of a schedule.
+        kind: `attention`, `experts`, `mlp` or `span`.
+        layer: the number of its block, from 0.
+        outputs: the nodes at the cut, before the adaLN gate, so that a cached value meets the current step's gate.
+        body: the nodes that only a COMPUTE runs, in graph order.
+        shapes: of the outputs.
+        dtypes: of the outputs, as torch names them without the prefix.
+        devices: of the outputs.
+        parameters: names and shapes of the parameters that the body reads.
+        macs: multiply-accumulates of the body, for one call.
+        state_bytes: of one kept copy of the outputs.
+        experts: its routed experts.
+        attention: its attention operators.
+        routers: its routers.
+        bases: for each output, the node whose value is subtracted before the output is kept; a span of blocks keeps the
+            change that it makes. Empty: outputs are kept as they are.
+        tokens: how a part of the region is recomputed; None where that can't be done.
+        whole: why it can't be recomputed in part; "" where it can.
+
+    Raises:
+        InvariantError: an unknown kind, or not one base for each output.
     """
 
     key: str
@@ -150,8 +174,13 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class HoistedValue:
-    """A value that several calls share: `invariant`, the same at all steps of a trajectory, or `step`, the same for all
-    latents at a timestep."""
+    """A value that several calls share, computed outside the variants.
+
+    Attributes:
+        value: the node's name in the captured graph.
+        level: `invariant` (the same at all steps of a trajectory) or `step` (the same for all latents at a timestep).
+        bytes: its size.
+    """
 
     value: str
     level: str

@@ -13,7 +13,16 @@ Rows = list[tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class VariantReport:
-    """One program: how many of the schedule's rows it serves, its size, the state slots that it reads and writes."""
+    """One program of a schedule.
+
+    Attributes:
+        name: `v0`, `v1`, ... in order of first use.
+        rows: how many of the schedule's rows it serves.
+        nodes: of its graph.
+        macs: multiply-accumulates of one call.
+        reads: how many state tensors it takes.
+        writes: how many state tensors it gives.
+    """
 
     name: str
     rows: int
@@ -25,14 +34,22 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found in a model and would be built for it.
+    """What was found in a model, and what would be built for it. It prints as a table.
 
     Attributes:
         graphs: how many graphs Dynamo made of the model (1: no break); the largest is described.
-        nodes: in that graph, normalised.
+        nodes: in that graph, normalized.
+        regions: what can be cached, in graph order.
+        rejected: what looked like a region and was left alone, with the reason.
+        total_macs: multiply-accumulates of one call, everything computed.
+        fingerprint: of regions, kinds and parameter shapes, as a schedule's file records it.
+        timestep: the name of the timestep input; "" if none was found.
+        latent: the name of the latent input; "" if none was found.
+        schedule: bound to the regions.
+        state_bytes: of all cache tensors of one stream.
         passes: (name, milliseconds, nodes before, nodes after), in the order in which they ran.
-        state_bytes: of all cache tensors for one stream.
-        hoisted: values that aren't computed in the variants, but once for several calls.
+        variants: the programs of the schedule.
+        hoisted: values that are computed outside the variants, once for several calls.
         breaks: where and why Dynamo broke the model's graph, and what helps; parts of a broken graph aren't cached.
     """
 
@@ -59,11 +76,15 @@ class Report:
 
     @property
     def misses(self) -> tuple[Rejected, ...]:
-        """Earlier name of `rejected`."""
+        """The earlier name of `rejected`."""
         return self.rejected
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """Write the whole report as JSON.
+
+        Returns:
+            The text; its keys are the attributes.
+        """
         data = asdict(self)
         data["schedule"] = json.loads(self.schedule.to_json())
         return json.dumps(data, indent=1)

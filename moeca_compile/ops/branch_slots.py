@@ -27,14 +27,16 @@ _LIBRARY.define(
 
 
 def align(ids: Tensor, held: Tensor, gates: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots in the order of the routing: a hit's own slot, and for transitions those of experts that aren't routed
-    any more, lowest last gate first, for computed transitions before the others.
+    """Find for each routed branch the slot that holds it, or the slot that it takes.
+
+    A hit keeps its slot. A transition takes a slot whose expert isn't routed any more, the one with the lowest last
+    gate first; computed transitions choose before the others.
 
     Args:
-        ids: [B, N, K] int64, routed now.
-        held: [B, N, K] int64, expert + 1 by slot, 0 for none.
-        gates: [B, N, K], the last gate of each slot.
-        chosen: bool [B, N, K], whether the routed branch is computed now.
+        ids: experts routed now, int64 [B, N, K].
+        held: expert + 1 by slot, int64 [B, N, K]; 0 is an empty slot.
+        gates: the last gate of each slot, [B, N, K].
+        chosen: whether the routed branch is computed now, bool [B, N, K].
 
     Returns:
         source int64 [B, N, K], a permutation of each token's slots; hit bool [B, N, K].
@@ -57,18 +59,20 @@ def pick(
     ids: Tensor, gates: Tensor, held: Tensor, due: Tensor, taken: Tensor | None, sensitivity: Tensor | None,
     threshold: Tensor | None, quota: Tensor | None, count: int,
 ) -> Tensor:  # fmt: skip
-    """The `count` branches of each sample that most want to be computed: transitions first, then those of experts whose
-    drift passed its threshold, then the others; among their like by what each weighs.
+    """Choose the `count` branches of each sample that are computed.
 
-    A transition weighs its gate, another branch its gate times what is due in its slot; both times the sensitivity of
-    their expert.
+    Transitions come first, then branches of experts whose drift passed its threshold, then the others; among equals
+    the larger weight. A transition weighs its gate, another branch its gate times what is due in its slot; both times
+    the sensitivity of their expert.
 
     Args:
-        ids, gates: [B, N, K], routed now; held: as in `align`.
-        due: [B, N, K] float32 by slot: drift, or the error that a forecast must have by now.
-        taken: bool [B, N], tokens whose branches are computed anyway; or None.
-        sensitivity, threshold: [E], or None; for an expert's drift see `drift_of`.
-        quota: int64 [E], how many branches of an expert may come before all others; or None.
+        ids, gates: routed now, int64 and floating point [B, N, K].
+        held: expert + 1 by slot, int64 [B, N, K]; 0 is an empty slot.
+        due: drift by slot, or the error that a forecast must have by now, float32 [B, N, K].
+        taken: tokens whose branches are computed anyway, bool [B, N]; or None.
+        sensitivity, threshold: by expert, float32 [E], or None; for an expert's drift see `drift_of`.
+        quota: how many branches of an expert may come before all others, int64 [E]; or None.
+        count: how many branches of a sample are chosen.
 
     Returns:
         int64 [B, count], positions in the flat [N * K].

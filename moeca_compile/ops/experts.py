@@ -57,7 +57,10 @@ def segments(
     x: Tensor, idx: Tensor, up: Weights, down: Weights, gate: Weights,
     up_bias: Weights, down_bias: Weights, gate_bias: Weights, activation: str,
 ) -> Tensor:  # fmt: skip
-    """Sort the branches by expert and run each expert on its contiguous rows. One host sync, for the counts.
+    """Run the operator `moeca::experts`: sort the branches by expert and run each expert on its contiguous rows.
+
+    y[t, k] = down_e(act(gate_e(x_t)) * up_e(x_t)) for e = idx[t, k]; without gates down_e(act(up_e(x_t))). One host
+    sync, for the counts.
 
     Args:
         x: tokens [T, D], floating point.
@@ -69,7 +72,7 @@ def segments(
         activation: one of `ACTIVATIONS`.
 
     Returns:
-        y [T, K, D_out], contiguous, in the dtype of `x`.
+        y [T, K, D_out], contiguous, in the dtype of `x`, before gate weighting.
 
     Raises:
         UserError: an id outside [0, E), an unknown activation, or a stream capture (the counts need a sync).

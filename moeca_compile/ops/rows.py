@@ -23,11 +23,16 @@ def points_at(rows: Tensor, start: int, end: int, length: int) -> bool:
 
 
 def unwritten(part: Tensor, rows: Tensor, start: int, end: int, length: int) -> Tensor:
-    """A copy of `part`, rows [start, end) of a buffer of `length`, which `rows` (an index or a mask) doesn't point at.
+    """Copy rows [start, end) of a buffer of `length` rows, after checking that `rows` points at none of them.
 
     Args:
-        part: [end - start, ...].
-        rows: int64 [R], negative ones from the end; or bool [length].
+        part: the rows, [end - start, ...], any dtype.
+        rows: what is written: an index, int64 [R], negative ones from the end; or a mask, bool [length].
+        start, end: which rows of the buffer `part` is.
+        length: how many rows the buffer has.
+
+    Returns:
+        A contiguous copy of `part`.
 
     Raises:
         CaptureError: `rows` points at one of them.

@@ -41,7 +41,10 @@ def register(one: Pass, stage: str, after: str = "") -> Pass:
 
 
 def unregister(name: str) -> None:
-    """Leave a registered pass out of models that are compiled from now on.
+    """Take a registered pass out; models that are compiled from now on run without it.
+
+    Args:
+        name: the name of the function that was registered.
 
     Raises:
         OptionError: no pass of this name is registered.

@@ -18,8 +18,17 @@ Model = Callable[[Any, float, Any], Any]
 
 
 def model_of(trajectory: Trajectory, x: str = "x", t: str = "t", condition: str = "y", output: str = "") -> Model:
-    """A trajectory as a model; the names are its inputs', `output` is by default its first one. `t` is spread over the
-    batch where the input is a vector.
+    """Make a model of a session's trajectory, for the samplers here.
+
+    Args:
+        trajectory: what `Session.trajectory` gave.
+        x: the name of the latent input.
+        t: the name of the timestep input. Where it is a vector, the time is repeated for each sample.
+        condition: the name of the condition input.
+        output: the name of the output; "": the first one.
+
+    Returns:
+        `model(x [N, ...], time, condition [N, ...]) -> output [N, ...]`; each call is the trajectory's next step.
 
     Raises:
         BundleError: a name that the bundle doesn't have.
@@ -39,10 +48,17 @@ def model_of(trajectory: Trajectory, x: str = "x", t: str = "t", condition: str 
 
 
 def guided(model: Model, null: Any, scale: float, unconditional: Model | None = None) -> Model:
-    """Classifier-free guidance, `uncond + scale * (cond - uncond)`: Ho & Salimans 2022.
+    """Apply classifier-free guidance, `uncond + scale * (cond - uncond)` (Ho & Salimans 2022, arXiv 2207.12598).
 
-    One call with both halves in one batch, the conditional first; or two, with `unconditional`, which must be a model
-    of another trajectory. `null` is the empty condition, like a batch of conditions.
+    Args:
+        model: the model to guide.
+        null: the empty condition, shaped like a batch of conditions.
+        scale: the guidance scale; 1 is the conditional model.
+        unconditional: a model of another trajectory for the unconditional calls. None: one call with both halves in one
+            batch, the conditional one first.
+
+    Returns:
+        A model that is called like `model`.
     """
 
     def both(x: Any, t: float, condition: Any) -> Any:
@@ -59,14 +75,18 @@ def guided(model: Model, null: Any, scale: float, unconditional: Model | None = 
 def euler(
     model: Model, x: Any, condition: Any, times: Sequence[float], time_scale: float = 1.0, channels: int | None = None
 ) -> Any:
-    """Integrate dx/dt = velocity by Euler's method, for a rectified flow (Liu et al. 2022).
+    """Integrate dx/dt = velocity by Euler's method, for a rectified flow (Liu et al. 2022, arXiv 2209.03003).
 
     Args:
         model: gives the velocity.
         x: the start, [N, C, ...].
+        condition: what the model is called with, [N, ...].
         times: from the start to the end, one more than steps: 1 ... 0.
         time_scale: what the model multiplies a time with, such as 1000.
         channels: how many of the output's channels are velocity; None: all.
+
+    Returns:
+        The end, like `x`.
     """
     for now, after in itertools.pairwise(times):
         velocity = model(x, time_scale * now, condition)[:, :channels]
@@ -77,14 +97,18 @@ def euler(
 def ddim(
     model: Model, x: Any, condition: Any, timesteps: Sequence[int], alphas: Sequence[float], channels: int | None = None
 ) -> Any:
-    """Deterministic DDIM: Song, Meng & Ermon 2020, equation 12 with sigma = 0.
+    """Sample by deterministic DDIM (Song, Meng & Ermon 2020, arXiv 2010.02502, equation 12 with sigma = 0).
 
     Args:
         model: predicts the noise.
         x: the start, [N, C, ...], noise.
+        condition: what the model is called with, [N, ...].
         timesteps: descending indices into `alphas`; the last step goes to the clean sample.
         alphas: the cumulative products of 1 - beta by timestep.
         channels: how many of the output's channels are noise (a model may add a variance); None: all.
+
+    Returns:
+        The clean sample, like `x`.
     """
     for position, t in enumerate(timesteps):
         now = alphas[t]

@@ -66,17 +66,20 @@ class Session:
 
         Args:
             path: the directory that `moeca_compile.export` made.
-            provider: an execution provider of onnxruntime, "openvino", or "tensorrt" for the bundle's engines; another
-                is never taken in its place.
+            provider: an execution provider of onnxruntime, "openvino", or "tensorrt" for the bundle's engines. No other
+                one is ever taken in its place.
             memory: "speed", or "shared": all variants (and processes) use the one mapped copy of the weights, at the
                 price of slower matrix multiplies on the CPU.
             threads: of one operator; None: the runtime's choice.
             provider_options: the provider's own, such as {"device_id": 1}; properties of the device for OpenVINO,
                 {"library": "tensorrt-rtx"} for engines.
 
+        Returns:
+            The session, with every variant loaded.
+
         Raises:
             BundleError: the bundle isn't what was exported, or can't run here.
-            OptionError: an unknown memory mode.
+            OptionError: an unknown memory mode, or options that the provider doesn't take.
         """
         runtime = runtime_of(provider, memory, threads, provider_options)
         bundle = Bundle.open(path)
@@ -106,7 +109,13 @@ class Session:
         raise BundleError(f"the inputs have the shapes {given}; the bundle was exported for {known}")
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """One call by itself: everything is computed, nothing is kept.
+        """Make one call by itself: everything is computed, nothing is kept.
+
+        Args:
+            inputs: arrays by input name, with the shapes and dtypes of `inputs`; float32 stands for bfloat16.
+
+        Returns:
+            Arrays by output name.
 
         Raises:
             BundleError: inputs that the model doesn't take.
@@ -121,8 +130,17 @@ class Session:
         return session.named(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
-        """A denoising loop, or one stream of it: every call is exactly one step. Open one a request, and for guidance
-        in two calls one each for the conditional and the unconditional stream.
+        """Begin a denoising loop, or one guidance stream of it. Every call is exactly one step.
+
+        Open one trajectory for each request. For guidance in two calls, open one for the conditional and one for the
+        unconditional stream.
+
+        Args:
+            steps: how many calls are expected; one more is refused. None: any number.
+            stream: a name for the records.
+
+        Returns:
+            A context manager that owns the cached state.
 
         Raises:
             StateError: `steps` isn't a positive number.
@@ -162,7 +180,13 @@ class Trajectory:
         return list(self._records)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """The next step: arrays by input name to arrays by output name.
+        """Run the next step.
+
+        Args:
+            inputs: arrays by input name, as for `Session.run`. The batch is that of the first step.
+
+        Returns:
+            Arrays by output name.
 
         Raises:
             BundleError: inputs that the model doesn't take; the step doesn't count then.
@@ -187,7 +211,11 @@ class Trajectory:
         self._closed = True
 
     def stats(self) -> Stats:
-        """What ran so far, and what is held."""
+        """Report what ran so far, and what is held.
+
+        Returns:
+            One record for each call, and the bytes of the cached state.
+        """
         records = tuple(self._records)
         full = self.session.variant_of(self.session.schedule.rows[0]).spec.macs * len(records)
         slots = zip(self._state.layout, self._state.tensors, strict=True) if self._state else ()

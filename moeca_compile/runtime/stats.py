@@ -16,9 +16,21 @@ MAX_RECORDS = 4096  # of one trajectory; older ones go
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One model call: milliseconds are the variant's own on the host, without compiling; `cold`: state was missing;
-    `dropped`: branches without a row, where experts have a capacity; `full_macs`: those of the same call all computed
-    (0: not known). `timestep`: None where nobody read it."""
+    """One call of the model.
+
+    Attributes:
+        step: its number in the trajectory, from 0.
+        stream: its guidance stream, by name or by number from "0"; "None" for a call that couldn't be placed. In
+            sessions "" where none was named.
+        variant: the program that ran.
+        ms: milliseconds on the host of the variant and of looking up hoisted values, without compiling.
+        overhead_ms: milliseconds of the call outside the variant, without compiling.
+        macs: multiply-accumulates that ran.
+        cold: whether state was missing, so that everything was computed.
+        dropped: expert branches without a row, where experts have a capacity.
+        full_macs: multiply-accumulates of the same call, everything computed; 0 where that isn't known.
+        timestep: as the model received it; None where it wasn't read.
+    """
 
     step: int
     stream: str

@@ -16,6 +16,7 @@ from moeca_compile.schedule.adaptive import Adaptive
 from moeca_compile.schedule.control import Control
 from moeca_compile.schedule.decode import DecodeError, Entries, numbers, parse, read_text, short
 from moeca_compile.schedule.granularity import Granularity
+from moeca_compile.schedule.grid import grid
 from moeca_compile.schedule.timeline import Timeline, one_way
 
 FORMAT, VERSION = "moeca-schedule", 2
@@ -25,7 +26,6 @@ _ENTRIES = (
     "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
     "predicted", "control", "adaptive", "partials", "rows",
 )  # fmt: skip
-_GLYPH: dict[Act, str] = {Action.COMPUTE: "#", Action.REUSE: "=", Action.FORECAST: "/"}
 
 __all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"]
 
@@ -94,28 +94,29 @@ class Schedule:
                 "visits one twice: rows then go by the number of the call"
             )
         if self.adaptive is not None:
-            self._check_adaptive(self.adaptive)
+            self.adaptive.check_rows(self.rows, is_counted=not (self.timesteps or self.period))
         if self.granularity:
             try:
                 Granularity.parse(self.granularity)
             except OptionError as error:
                 raise ScheduleError(f"schedule: {error}") from None
 
-    def _check_adaptive(self, adaptive: Adaptive) -> None:
-        if len(adaptive.thresholds) != len(self.rows) - 1:
-            raise ScheduleError(
-                f"adaptive: {len(adaptive.thresholds)} thresholds for {len(self.rows)} rows, one less is needed"
-            )
-        if len(set(self.rows)) != len(self.rows) or self.timesteps or self.period:
-            raise ScheduleError("adaptive: its rows are different ones, without timesteps and period")
-
-    # -- makers ---------------------------------------------------------------------------------------------------
-
     @classmethod
     def uniform(cls, interval: int, warmup: int = 1, order: int = 1) -> Schedule:
-        """Compute the first `warmup` steps, then every `interval`-th; between them reuse (order 0) or forecast.
+        """Compute the first `warmup` steps, then every `interval`-th. Between them reuse (order 0) or forecast.
 
-        Open-ended: it fits any graph and any number of steps. `uniform(3)` computes steps 0, 3, 6, ...
+        The schedule is open-ended: it fits any graph and any number of steps. `uniform(3)` computes steps 0, 3, 6, ...
+
+        Args:
+            interval: steps from one computed step to the next, at least 1.
+            warmup: how many steps are computed at the beginning, at least 1.
+            order: of the forecast: 0, 1 or 2.
+
+        Returns:
+            The schedule, not bound to a graph.
+
+        Raises:
+            ScheduleError: numbers that aren't whole or too small, or more rows than a schedule may have.
         """
         if not all(map(_is_positive, (interval, warmup))):
             raise ScheduleError(
@@ -130,20 +131,46 @@ class Schedule:
 
     @classmethod
     def full(cls) -> Schedule:
-        """Compute everything at every step: exact."""
+        """Compute every region at every step, which is exact.
+
+        Returns:
+            The schedule, not bound to a graph.
+        """
         return cls(((Action.COMPUTE,),), order=0, period=1, made_by="full")
 
     @classmethod
     def watching(cls, threshold: float, order: int = 1, **bounds: Any) -> Schedule:
-        """Compute in full where the drift since the last full step reaches `threshold`; else reuse (order 0) or
-        forecast. `bounds`: the other attributes of `Adaptive`."""
+        """Compute a full step where the drift since the last one reaches `threshold`. Else reuse (order 0) or forecast.
+
+        Args:
+            threshold: the summed drift metric (a ratio of L1 norms, see `Adaptive`) that makes a step a full one.
+            order: of the forecast: 0, 1 or 2.
+            **bounds: the other attributes of `Adaptive`.
+
+        Returns:
+            The adaptive schedule, not bound to a graph.
+
+        Raises:
+            ScheduleError: a threshold, order or bound out of range.
+        """
         between = Action.FORECAST if order else Action.REUSE
         rows: tuple[Row, ...] = ((Action.COMPUTE,), (between,))
         return cls(rows, order=order, adaptive=Adaptive((threshold,), **bounds), made_by=f"adaptive:{threshold:g}")
 
     @classmethod
     def parse(cls, text: str, order: int = 1) -> Schedule:
-        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `adaptive:0.1`) or the path of a JSON file."""
+        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `adaptive:0.1`) or the path of a JSON file.
+
+        Args:
+            text: the short form or the path, which ends with `.json`.
+            order: of the forecast, for short forms; a file has its own.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ScheduleError: a text that is neither, or a file that can't be read.
+        """
         head, *rest = text.split(":")
         if head == "full" and not rest:
             return cls.full()
@@ -160,10 +187,16 @@ class Schedule:
             "a path to a .json"
         )
 
-    # -- reading --------------------------------------------------------------------------------------------------
-
     def row_index(self, step: int, timestep: float | None = None) -> int | None:
-        """The row for `step` (from 0): by the nearest recorded timestep, else by counting. None past the end."""
+        """Give the row of a step: by the nearest recorded timestep, else by counting.
+
+        Args:
+            step: the number of the call in its trajectory, from 0.
+            timestep: the call's timestep as the model receives it; None where it isn't known.
+
+        Returns:
+            The index into `rows`; None past the end of a schedule that doesn't repeat.
+        """
         if self.timesteps and timestep is not None:
             return self.timeline.nearest(timestep)
         if step < len(self.rows):
@@ -178,26 +211,52 @@ class Schedule:
         return Timeline(self.rows, self.timesteps)
 
     def depth(self, column: int) -> int:
-        """How many values of a region must be kept: 0 none, 1 its output, 2 and 3 also the ones computed before."""
+        """Say how many values of a region are kept.
+
+        Args:
+            column: the region's index.
+
+        Returns:
+            0: none. 1: its last output. 2 and 3: also the outputs computed before it.
+        """
         actions = {row[column] for row in self.rows}
         if Action.FORECAST in actions or self.partials(column):
             return 1 + self.order
         return 1 if Action.REUSE in actions else 0
 
     def partials(self, column: int) -> tuple[Partial, ...]:
-        """The kinds of PARTIAL that a region meets; where there are any, its tokens age each for itself."""
+        """Collect the kinds of PARTIAL that a region meets. A region with any keeps an age for each of its tokens.
+
+        Args:
+            column: the region's index.
+
+        Returns:
+            The distinct PARTIAL actions of the column, in order of first use.
+        """
         acts = dict.fromkeys(row[column] for row in self.rows)
         return tuple(act for act in acts if isinstance(act, Partial))
 
     def distinct_rows(self) -> tuple[Row, ...]:
-        """The rows without repeats, in order of first use: one program (variant) each."""
+        """Collect the rows without repeats.
+
+        Returns:
+            The distinct rows in order of first use; each becomes one program (variant).
+        """
         return tuple(dict.fromkeys(self.rows))
 
     def bind(self, keys: Sequence[str], fingerprint: str, granularity: str = "") -> Schedule:
-        """Fit to a graph with these region keys: checks them, or spreads a one-column schedule over all regions.
+        """Fit the schedule to a graph: check its regions, or spread a one-column schedule over all of them.
+
+        Args:
+            keys: the graph's region keys, in graph order.
+            fingerprint: the graph's fingerprint.
+            granularity: what the model is compiled with; "" skips that check.
+
+        Returns:
+            The schedule with `regions`, `fingerprint` and `granularity` set.
 
         Raises:
-            ScheduleError: the schedule was made for another granularity, or for another graph; says which regions
+            ScheduleError: the schedule was made for another granularity or another graph; the text says which regions
                 differ.
         """
         if granularity and self.granularity and Granularity.parse(granularity) != Granularity.parse(self.granularity):
@@ -225,10 +284,12 @@ class Schedule:
             )
         return replace(self, fingerprint=fingerprint, granularity=granularity)
 
-    # -- JSON and text --------------------------------------------------------------------------------------------
-
     def to_json(self) -> str:
-        """Versioned JSON; `from_json(s.to_json()) == s`."""
+        """Write the schedule as versioned JSON, so that `from_json(s.to_json()) == s`.
+
+        Returns:
+            The text of the schedule's file.
+        """
         legend = legend_of(self.rows)
         return json.dumps(
             {
@@ -252,7 +313,13 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Read `to_json`'s text.
+        """Read what `to_json` wrote.
+
+        Args:
+            text: the JSON.
+
+        Returns:
+            The schedule.
 
         Raises:
             ScheduleError: not a schedule, a newer version, a missing or malformed entry.
@@ -290,7 +357,14 @@ class Schedule:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to `path`."""
+        """Write `to_json` to a file.
+
+        Args:
+            path: the file; an existing one is replaced.
+
+        Raises:
+            ScheduleError: the file can't be written.
+        """
         try:
             Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -299,10 +373,16 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
-        """Read the JSON at `path`.
+        """Read a schedule's JSON file.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The schedule.
 
         Raises:
-            ScheduleError: the file can't be read, or is no schedule; names the file.
+            ScheduleError: the file can't be read, or is no schedule; the text names the file.
         """
         try:
             return cls.from_json(read_text(Path(path)))
@@ -310,17 +390,10 @@ class Schedule:
             raise ScheduleError(f"schedule file {str(path)!r}: {error}") from error
 
     def __str__(self) -> str:
-        """A grid: one line a region, one mark a step."""
         names = ("every region",) if self.regions is None else self.regions
-        legend = legend_of(self.rows)
-        glyphs = _GLYPH | {one: letter for letter, one in legend.items()}
-        wide = max((len(name) for name in names), default=0)
         tail = f", then the last {self.period} repeat" if self.period else ""
-        lines = [f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"]
-        for column, name in enumerate(names):
-            lines.append(f"{name:<{wide}}  " + "".join(glyphs[row[column]] for row in self.rows))
-        kinds = "".join(f"   {letter} {one}" for letter, one in legend.items())
-        return "\n".join([*lines, f"# compute   = reuse   / forecast{kinds}"])
+        title = f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"
+        return grid(title, names, self.rows)
 
 
 def _is_positive(value: object) -> bool:

@@ -49,15 +49,33 @@ class Partial:
             raise ScheduleError(f"PARTIAL: shared is {short(self.shared)}, expected true or false")
 
     def to_list(self) -> list[float | bool]:
-        """rho, tau and, if set, shared: for JSON; `Partial(*list)` is the same."""
+        """Write the action as numbers, for JSON.
+
+        Returns:
+            rho, tau and, if set, shared; `Partial(*numbers)` is the same action.
+        """
         return [self.rho, self.tau, *([True] if self.shared else [])]
 
     def tokens(self, of: int) -> int:
-        """How many of a sample's tokens are recomputed: at least one where rho isn't 0."""
+        """Count the tokens of a sample that are recomputed.
+
+        Args:
+            of: how many tokens a sample has.
+
+        Returns:
+            rho times that, rounded up.
+        """
         return _share(self.rho, of)
 
     def branches(self, of: int) -> int:
-        """How many of a sample's branches are computed beyond the tokens' own."""
+        """Count the expert branches of a sample that are computed beyond those of recomputed tokens.
+
+        Args:
+            of: how many branches a sample has.
+
+        Returns:
+            tau times that, rounded up.
+        """
         return _share(self.tau, of)
 
     def __str__(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from moeca_compile.errors import ScheduleError
+from moeca_compile.schedule.action import Row
 from moeca_compile.schedule.decode import Entries, numbers
 
 
@@ -45,7 +47,27 @@ class Adaptive:
         if not 0 <= self.floor <= self.ceiling <= 1:
             raise ScheduleError(f"adaptive: floor={self.floor} and ceiling={self.ceiling}, expected 0 <= both <= 1")
 
+    def check_rows(self, rows: Sequence[Row], is_counted: bool) -> None:
+        """Check that these thresholds choose among these rows.
+
+        Args:
+            rows: of the schedule.
+            is_counted: whether the schedule has neither recorded timesteps nor a period.
+
+        Raises:
+            ScheduleError: not one threshold for each row but the last, equal rows, or rows that aren't counted.
+        """
+        if len(self.thresholds) != len(rows) - 1:
+            raise ScheduleError(f"adaptive: {len(self.thresholds)} thresholds for {len(rows)} rows, one less is needed")
+        if len(set(rows)) != len(rows) or not is_counted:
+            raise ScheduleError("adaptive: its rows are different ones, without timesteps and period")
+
     def to_dict(self) -> dict[str, Any]:
+        """Write the thresholds and bounds as plain numbers, for JSON.
+
+        Returns:
+            The attributes by name.
+        """
         return asdict(self) | {"thresholds": list(self.thresholds)}
 
     @classmethod

@@ -59,7 +59,11 @@ class Control:
         return {name: getattr(self, name) for name in TABLES}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON; tables only where they are set."""
+        """Write the control as plain lists, for JSON.
+
+        Returns:
+            The score, and each table that is set.
+        """
         plain = {name: {key: list(w) for key, w in table.items()} for name, table in self.tables.items() if table}
         return {"score": self.score, **plain}
 

@@ -46,15 +46,22 @@ class _Choices(TorchDispatchMode):
 def expert_thresholds(
     model: torch.nn.Module, sample: Sampler, schedule: Schedule, *, share: float = 0.25, seeds: Sequence[int] = (0,)
 ) -> Schedule:
-    """`schedule` with `control.threshold` for each expert: reached in about `share` of the cases that were measured.
+    """Measure for each expert the drift above which its branches are computed before those of other experts.
+
+    The schedule is run as it is. At each step whose row computes a part of the branches, the drift of each expert is
+    the mean, over a sample's branches that are routed to it and cached, of what the schedule's `Control.score` says. An
+    expert's threshold is the `1 - share` quantile of its drifts.
 
     Args:
         model: as for `calibrate`.
         sample: as for `calibrate`.
-        schedule: with rows that compute a part of the branches (tau > 0); its own thresholds are measured anew.
-        share: of the steps and samples in which an expert shall come first, between 0 and 1. An expert that held no
-            branch anywhere gets 0: it comes first whenever it does.
+        schedule: with rows that compute a part of the branches (tau > 0). Its own thresholds are measured anew.
+        share: of the steps and samples in which an expert's drift reaches its threshold, between 0 and 1. An expert
+            that held no branch anywhere gets 0: it comes first whenever it does.
         seeds: of the trajectories.
+
+    Returns:
+        `schedule` with `control.threshold` set for each expert.
 
     Raises:
         ScheduleError: a share outside (0, 1), no seed, no choice of branches to be measured, or a sampler that never

@@ -50,10 +50,16 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """Read a bundle; every file's checksum is verified first.
+        """Read a bundle. The checksum of every file is verified first.
+
+        Args:
+            path: the directory that `moeca_compile.export` made.
+
+        Returns:
+            The verified bundle; no runtime has loaded it yet.
 
         Raises:
-            BundleError: anything missing, changed, contradictory, newer, or outside the directory.
+            BundleError: a file is missing, changed, contradictory, newer, or outside the directory.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -81,8 +87,10 @@ class Bundle:
         return cls(folder, manifest, schedule, graphs, fused, sizes)
 
     def golden(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The recorded steps of one trajectory: inputs by name and outputs by name, one dict a step. The model's own
-        framework made the outputs.
+        """Read the recorded steps of one trajectory, whose outputs torch made.
+
+        Returns:
+            Two lists with one dict a step: inputs by name, and outputs by name. bfloat16 comes as float32.
 
         Raises:
             BundleError: the file doesn't hold what the manifest says.

@@ -54,10 +54,21 @@ class FusedSession:
         cls, path: str | Path, provider: str = ort.CPU, memory: str = "speed", threads: int | None = None,
         provider_options: Mapping[str, Any] | None = None,
     ) -> FusedSession:  # fmt: skip
-        """As `Session.open`.
+        """Verify a bundle and load its fused graph.
+
+        Args:
+            path: as for `Session.open`.
+            provider: an execution provider of onnxruntime, or "openvino".
+            memory: as for `Session.open`.
+            threads: as for `Session.open`.
+            provider_options: as for `Session.open`.
+
+        Returns:
+            The session.
 
         Raises:
             BundleError: the bundle has no fused graph, isn't what was exported, or can't run here.
+            OptionError: an unknown memory mode.
         """
         runtime = runtime_of(provider, memory, threads, provider_options)
         bundle = Bundle.open(path)
@@ -68,7 +79,11 @@ class FusedSession:
         return cls(bundle, provider, kind(runtime, bundle, spec))  # type: ignore[arg-type]
 
     def trajectory(self) -> FusedTrajectory:
-        """A denoising loop from step 0."""
+        """Begin a denoising loop at step 0.
+
+        Returns:
+            A context manager that owns the cached state.
+        """
         return FusedTrajectory(self, self._loaded.start())
 
 
@@ -80,7 +95,13 @@ class FusedTrajectory:
         self.records: list[StepRecord] = []
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """The next step.
+        """Run the next step.
+
+        Args:
+            inputs: arrays by input name, as for `Session.run`.
+
+        Returns:
+            Arrays by output name.
 
         Raises:
             BundleError: inputs that the model doesn't take.

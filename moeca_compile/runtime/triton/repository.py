@@ -34,6 +34,7 @@ def write_repository(
     and held against the ONNX files before this returns.
 
     Args:
+        bundle: what to serve, opened.
         directory: the repository; made if it isn't there. It may hold other models.
         name: of the model; the bundle's without its ending by default.
         batch: of a request to `<name>_fused`, whose state has fixed sizes.
