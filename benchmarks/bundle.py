@@ -60,15 +60,15 @@ def export(folder: Path, size: Size) -> dict[str, Any]:
     keys = tuple(region.key for region in regions)
     three = moeca.export(model, inputs, Schedule(tuple(rows), keys, order=1, period=3), folder / "three")
     files = timed.manifest.files
-    graphs = sum(entry[1] for name, entry in files.items() if name.endswith(".onnx"))
+    graphs = sum(entry.bytes for name, entry in files.items() if name.endswith(".onnx"))
     return {
         "weights_bytes": weights,
-        "weights_file_bytes": files["weights.bin"][1],
+        "weights_file_bytes": files["weights.bin"].bytes,
         "graphs_bytes": graphs,
         "bundle_over_weights_and_graphs": timed.bytes / (weights + graphs),
         "export_seconds": seconds,
         "golden_relative_error": {
-            name: {each["provider"]: each["relative_error"] for each in one.manifest.data["golden"]["measured"]}
+            name: {each.provider: each.relative_error for each in one.manifest.golden.measured}
             for name, one in (("timed", timed), ("three", three))
         },
         "torch": torch.__version__,

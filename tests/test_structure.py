@@ -22,6 +22,7 @@ LINE_CEILING = 400
 # Rooms and files of the root, in an order in which each may import those before it: nothing goes round in a circle.
 ORDER = (
     "errors",
+    "dtypes",
     "schedule",  # what runs when
     "options",
     "graph",  # the captured graph
@@ -46,11 +47,11 @@ ONLY = {
     "schedule": {"errors"},
     "expert_dispatch": {"errors", "graph.regions", "ops"},
     "inspect": {"errors", "graph.regions", "schedule"},
-    "runtime": {"errors", "graph.variant", "schedule"},
+    "runtime": {"dtypes", "errors", "graph.variant", "schedule"},
     "planner.search": {"errors", "schedule"},
 }
 # What may be imported at the top of a file; a heavier package belongs inside the function that needs it.
-LIGHT = {"moeca_compile", "numpy", "torch"}
+LIGHT = {"moeca_compile", "msgspec", "numpy", "torch"}
 HEAVY = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "rich", "sklearn", "tensorrt", "transformers")
 
 

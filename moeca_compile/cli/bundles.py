@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import typer
 from rich.table import Table
@@ -70,7 +71,7 @@ def export(
         progress=True, engines=asked if arch or batches != deploy.BATCHES else None,
     )  # fmt: skip
     say(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
-    if "tensorrt" in bundle.manifest.data["targets"]:
+    if "tensorrt" in bundle.manifest.targets:
         deploy.show_engines(bundle)
         deploy.show_commands(bundle, asked)
     if triton is not None:
@@ -102,7 +103,7 @@ def info(path: BundlePath, json: AsJson = False) -> None:
     """What is in a bundle; its checksums are verified."""
     bundle = Bundle.open(path)
     if json:
-        print_json(bundle.manifest.data)
+        print_json(msgspec.to_builtins(bundle.manifest))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts(bundle).items():

@@ -79,7 +79,7 @@ def request_of(library: str = "", arch: str = "", batches: str = BATCHES, cache:
 
 def show_engines(bundle: Bundle) -> None:
     for one in bundle.manifest.engines:
-        say(f"{one.file}: {bundle.manifest.files[one.file][1] / 2**20:.1f} MiB, {one.range}")
+        say(f"{one.file}: {bundle.manifest.files[one.file].bytes / 2**20:.1f} MiB, {one.range}")
 
 
 def show_commands(bundle: Bundle, request: EngineRequest) -> None:

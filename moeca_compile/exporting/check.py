@@ -49,7 +49,7 @@ def check_export(
         verdict = verify(session)
     if verdict.dropped:
         raise LoweringError(
-            f"experts={session.manifest.data['expert_lowering']!r}: {verdict.dropped} branches of the golden steps "
+            f"experts={session.manifest.expert_lowering!r}: {verdict.dropped} branches of the golden steps "
             "find their expert's rows taken. Give it a larger capacity, or experts='dense'"
         )
     errors = {"the golden steps": verdict.error}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moeca_compile.dtypes import name_of
 from moeca_compile.exporting.ranges import index_range
 from moeca_compile.exporting.request import Captured
 from moeca_compile.graph import fx
@@ -17,7 +18,8 @@ from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.experts.choose import Lowering
 from moeca_compile.lowering.experts.rewrite import calls
 from moeca_compile.lowering.onnx.batch import Batches, dims
-from moeca_compile.runtime.bundle.manifest import FORMAT, VERSION, Dim, letters_of
+from moeca_compile.runtime.bundle.dims import Dim
+from moeca_compile.runtime.bundle.manifest import FORMAT, VERSION, letters_of
 
 PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -96,7 +98,7 @@ def _ranges(captured: Sequence[Captured]) -> dict[str, dict[str, list[int]]]:
 
 
 def _tensor(name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[Dim, ...]]) -> dict[str, Any]:
-    return {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shapes[name])}
+    return {"name": name, "dtype": name_of(dtype), "shape": list(shapes[name])}
 
 
 def _dtype(main: Captured) -> str:
@@ -104,7 +106,7 @@ def _dtype(main: Captured) -> str:
     counted = Counter[str]()
     for weight in main.weights.values():
         if weight.is_floating_point():
-            counted[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+            counted[name_of(weight.dtype)] += weight.numel()
     return counted.most_common(1)[0][0] if counted else "float32"
 
 

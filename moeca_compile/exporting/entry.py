@@ -31,7 +31,8 @@ from moeca_compile.lowering.tensorrt.operators import refuse_unsupported
 from moeca_compile.options import Options
 from moeca_compile.pipeline import HOIST
 from moeca_compile.runtime.bundle.bundle import Bundle
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, FUSED, GOLDEN, OF_A_SIZE, Dim, golden_file, letters_of
+from moeca_compile.runtime.bundle.dims import Dim
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, FUSED, GOLDEN, golden_file, letters_of
 from moeca_compile.runtime.tensorrt.library import find
 from moeca_compile.runtime.writing import building, write_manifest
 from moeca_compile.schedule import Schedule
@@ -191,7 +192,7 @@ def _lower_all(
 ) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
     """All graphs of all sizes, and the part of the manifest that describes them."""
     (data, models), *others = [_lower(one, i, opset, experts, tick) for i, one in enumerate(captured)]
-    data["sizes"] = [{name: other[name] for name in OF_A_SIZE} for other, _ in others]
+    data["sizes"] = [{name: other[name] for name in ("inputs", "outputs", "state", "variants")} for other, _ in others]
     return data, models | {name: model for _, own in others for name, model in own.items()}
 
 

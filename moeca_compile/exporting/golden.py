@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from moeca_compile.dtypes import name_of
 from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
@@ -73,7 +74,7 @@ def _eager(
     wanted = [leaves[place] for _, place in captured.results]
     for (name, _), mine, own in zip(captured.results, found, wanted, strict=True):
         error = relative_error(mine.double().numpy(), own.double().numpy())
-        limit = WRONG * TOLERANCE.get(str(own.dtype).removeprefix("torch."), 1.0)
+        limit = WRONG * TOLERANCE.get(name_of(own.dtype), 1.0)
         if not error <= limit:
             raise LoweringError(
                 f"the captured graph gives another {name} than the model itself, by {error:.1e} of the largest value. "

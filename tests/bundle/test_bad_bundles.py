@@ -15,6 +15,7 @@ import pytest
 
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.consistency import check_consistency
 from moeca_compile.runtime.bundle.manifest import Manifest, bundle_id
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.writing import checksum
@@ -94,16 +95,24 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "a newer format": (lambda d: d.update(version=3), "version 3, this package reads up to 2: update moeca-compile"),
     "an older format": (lambda d: d.update(version=1), "version 1, this package reads 2: export it again"),
     "another format": (lambda d: d.update(format="zip"), "isn't of a moeca bundle"),
-    "an unknown entry": (lambda d: d.update(plugin="x.so"), "unknown entries"),
-    "a missing entry": (lambda d: d.pop("state"), "expected entries"),
-    "a path that leaves": (variant(file="../v0.onnx"), "a text like"),
-    "an absolute path": (variant(file="/etc/passwd"), "a text like"),
-    "a hidden path": (variant(file=".v0.onnx"), "a text like"),
-    "a newline in a name": (variant(file="v0.onnx\n"), "a text like"),
+    "an unknown entry": (lambda d: d.update(plugin="x.so"), r"unknown field `plugin`"),
+    "a missing entry": (lambda d: d.pop("state"), r"missing required field `state`"),
+    "a path that leaves": (variant(file="../v0.onnx"), r"matching regex .* at `\$\.variants\[0\]\.file`"),
+    "an absolute path": (variant(file="/etc/passwd"), r"matching regex .* at `\$\.variants\[0\]\.file`"),
+    "a hidden path": (variant(file=".v0.onnx"), r"matching regex .* at `\$\.variants\[0\]\.file`"),
+    "a newline in a name": (variant(file="v0.onnx\n"), r"matching regex .* at `\$\.variants\[0\]\.file`"),
     "a negative size": (lambda d: d["inputs"][0]["shape"].__setitem__(1, -4), "shape"),
     "an oversize size": (lambda d: d["inputs"][0]["shape"].__setitem__(1, 1 << 40), "shape"),
     "no size": (lambda d: d["inputs"][0]["shape"].__setitem__(1, "4 * batch"), "shape"),
-    "a boolean number": (lambda d: d.update(opset=True), "opset is true"),
+    "a boolean number": (lambda d: d.update(opset=True), r"Expected `int`, got `bool` - at `\$\.opset`"),
+    "a number as text": (lambda d: d["steps"].__setitem__(1, "1"), r"Expected `int`, got `str` - at `\$\.steps\[1\]`"),
+    "no number": (lambda d: d["golden"].update(tolerance=float("nan")), "tolerance"),
+    "too few numbers": (lambda d: d["inputs"][0].update(range=[1]), r"length 2, got 1 - at `\$\.inputs\[0\]\.range`"),
+    "no inputs": (lambda d: d["inputs"].clear(), r"length >= 1 - at `\$\.inputs`"),
+    "a target twice": (lambda d: d["targets"].append("onnx"), "target: a name appears twice"),
+    "an input taken twice": (lambda d: d["variants"][0]["takes"].append("x"), "an input: a name appears twice"),
+    "a checksum": (lambda d: d["files"]["weights.bin"].update(sha256="0" * 65), r"at `\$\.files\[\.\.\.\]\.sha256`"),
+    "a file's name": (lambda d: d["files"].update({"a/b": d["files"]["v0.onnx"]}), r"at `key` in `\$\.files`"),
     "an infinite tolerance": (lambda d: d["golden"].update(tolerance=float("inf")), "tolerance"),
     "an unknown dtype": (lambda d: d["inputs"][0].update(dtype="object"), "dtype"),
     "another size": (lambda d: d["inputs"][0]["shape"].__setitem__(1, 5), "x is float32"),
@@ -297,4 +306,4 @@ def test_pickled_golden_steps_are_not_unpickled(copy: Path) -> None:
 
 
 def test_manifest_of_an_export_passes(exported: Bundle) -> None:
-    Manifest.parse((exported.path / "manifest.json").read_bytes()).fit(exported.schedule)
+    check_consistency(Manifest.parse((exported.path / "manifest.json").read_bytes()), exported.schedule)

@@ -103,11 +103,11 @@ def test_the_targets_decide_the_form_of_the_experts(tmp_path: Path, model: DiT) 
         bundle = moeca.export(
             model, call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"), dynamic_batch=False
         )
-    assert bundle.manifest.data["expert_lowering"] == "dense"
-    assert bundle.manifest.data["targets"] == ["onnx", "tensorrt"]
+    assert bundle.manifest.expert_lowering == "dense"
+    assert bundle.manifest.targets == ("onnx", "tensorrt")
     assert b"NonZero" not in bundle.graphs[0]
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    assert bundle.manifest.files["weights.bin"][1] <= 1.02 * weights
+    assert bundle.manifest.files["weights.bin"].bytes <= 1.02 * weights
     with pytest.raises(LoweringError, match="runs dense, capacity only"):
         moeca.export(model, call_of(2), "full", tmp_path / "no", targets=("tensorrt",), experts="segments")
 
@@ -118,7 +118,7 @@ def test_a_capacity_is_exact_or_says_what_it_left_out(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="branches of the golden steps find"):
         moeca.export(model, call_of(2), "full", tmp_path / "no", experts="capacity:0.3", dynamic_batch=False)
     bundle = moeca.export(model, call_of(2), "uniform:2", tmp_path / "b", experts="capacity:1.75")
-    assert bundle.manifest.data["expert_lowering"] == "capacity:1.75"
+    assert bundle.manifest.expert_lowering == "capacity:1.75"
     session = Session.open(bundle.path, threads=1)
     call = call_of(3, seed=2)
     assert relative_error(session.run(named(call))["output"], model(*call)) < 1e-4
@@ -134,7 +134,7 @@ def test_a_capacity_is_exact_or_says_what_it_left_out(tmp_path: Path) -> None:
 
 def test_weights_are_on_disk_once(exported: Bundle, model: DiT) -> None:
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    sizes = {name: size for name, (_, size) in exported.manifest.files.items()}
+    sizes = {name: file.bytes for name, file in exported.manifest.files.items()}
     graphs = sum(size for name, size in sizes.items() if name.endswith(".onnx"))
     assert sizes["weights.bin"] <= 1.02 * weights
     # all but the smallest tensors are outside the graphs
@@ -153,7 +153,7 @@ def test_it_is_verified_and_says_so(session: Session, exported: Bundle) -> None:
     verdict = verify(session)
     assert verdict.passed
     assert set(verdict.variants) == {one.name for one in exported.manifest.variants}
-    measured = {one["provider"]: one["relative_error"] for one in exported.manifest.data["golden"]["measured"]}
+    measured = {run.provider: run.relative_error for run in exported.manifest.golden.measured}
     assert list(measured) == list(PROVIDERS)
     assert measured[session.provider] == verdict.recorded < 1e-5
     assert "as recorded" in str(verdict)
@@ -173,7 +173,7 @@ def test_a_fixed_batch_keywords_and_baked_numbers(tmp_path: Path) -> None:
     model = Scaled().eval()
     keywords = {"y": y, "x": x, "t": t, "scale": 2.0}
     bundle = moeca.export(model, keywords, "uniform:2", tmp_path / "fixed", dynamic_batch=False)
-    assert bundle.manifest.data["model"]["baked"] == {"scale": 2.0}
+    assert bundle.manifest.model.baked == {"scale": 2.0}
     assert {one.name: one.shape for one in bundle.manifest.inputs} == {"x": (3, 4, 8, 8), "t": (3,), "y": (3,)}
     session = Session.open(bundle.path, threads=1)
     found = session.run(named((x, t, y)))
@@ -191,8 +191,8 @@ def test_a_fixed_batch_keywords_and_baked_numbers(tmp_path: Path) -> None:
 def test_half_precision(dtype: torch.dtype, provider: str, tmp_path: Path) -> None:
     model = small_model().to(dtype)
     bundle = moeca.export(model, call_of(2, dtype=dtype), "uniform:2", tmp_path / "half", fused=True)
-    assert bundle.manifest.data["dtype"] == str(dtype)[6:]
-    tolerance = bundle.manifest.data["golden"]["tolerance"]
+    assert bundle.manifest.dtype == str(dtype)[6:]
+    tolerance = bundle.manifest.golden.tolerance
     for kind in (Session, FusedSession):
         assert verify(kind.open(bundle.path, provider, threads=1)).error < tolerance
     call = call_of(3, seed=4, dtype=dtype)
@@ -206,8 +206,8 @@ def test_half_precision(dtype: torch.dtype, provider: str, tmp_path: Path) -> No
 def test_bfloat16_and_a_cpu_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(2, dtype=torch.bfloat16)
     bundle = moeca.export(small_model().bfloat16(), call, "uniform:2", tmp_path / "b", dynamic_batch=False)
-    (measured,) = bundle.manifest.data["golden"]["measured"]
-    assert measured["provider"] == "openvino"
+    (measured,) = bundle.manifest.golden.measured
+    assert measured.provider == "openvino"
     assert bundle.golden()[1][0]["output"].dtype == np.float32
     with pytest.raises(BundleError, match="no bfloat16 kernels"):
         Session.open(bundle.path)
@@ -217,7 +217,7 @@ def test_bfloat16_and_a_cpu_without_it(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.warns(MoecaWarning, match="couldn't be tried here.*no bfloat16 kernels"):
         untried = moeca.export(small_model().bfloat16(), call, "full", tmp_path / "c", dynamic_batch=False)
-    assert untried.manifest.data["golden"]["measured"] == []
+    assert untried.manifest.golden.measured == ()
 
 
 class Triangle(nn.Module):

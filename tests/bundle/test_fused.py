@@ -18,7 +18,7 @@ from moeca_compile.exporting.request import Captured
 from moeca_compile.exporting.steps import step_table
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.fused import FusedSession
-from moeca_compile.runtime.bundle.manifest import FUSED, STEP
+from moeca_compile.runtime.bundle.manifest import FUSED, STEP, FusedSpec
 from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Schedule
@@ -48,7 +48,7 @@ def test_it_is_verified(fused: FusedSession, exported: Bundle) -> None:
     verdict = verify(fused)
     assert verdict.passed
     assert verdict.variants == ("fused",)
-    assert exported.manifest.data["fused"] == {"file": FUSED, "steps": None}
+    assert exported.manifest.fused == FusedSpec(FUSED, None)
 
 
 def test_weights_lie_in_the_main_graph_once(exported: Bundle) -> None:
@@ -114,7 +114,7 @@ def test_inputs_are_checked(fused: FusedSession) -> None:
 
 def test_a_schedule_that_ends(model: DiT, closed: Bundle) -> None:
     bundle = closed
-    assert bundle.manifest.data["fused"]["steps"] == 3
+    assert bundle.manifest.fused == FusedSpec(FUSED, 3)
     fused = FusedSession.open(bundle.path, threads=1)
     with fused.trajectory() as trajectory:
         for time in (900.0, 600.0, 300.0):

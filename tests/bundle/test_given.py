@@ -54,8 +54,8 @@ def test_a_rotary_embedding_in_complex_numbers_made_at_the_first_call(tmp_path: 
     model = Rotary().eval().requires_grad_(False)
     inputs = torch.randn(2, 16, 16), torch.full((2,), 3.0)
     bundle = moeca.export(model, inputs, "uniform:3", tmp_path / "b", targets="onnx")
-    assert bundle.manifest.data["golden"]["measured"][0]["relative_error"] < 1e-6
-    assert bundle.manifest.data["targets"] == ["onnx"]
+    assert bundle.manifest.golden.measured[0].relative_error < 1e-6
+    assert bundle.manifest.targets == ("onnx",)
 
 
 def test_one_target_may_be_a_text(tmp_path: Path, model: DiT) -> None:

@@ -40,7 +40,7 @@ def test_it_serves_on_another_minor_version_without_torch(exported: Bundle, tmp_
     major, minor = map(int, onnxruntime.__version__.split(".")[:2])
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", f"onnxruntime<{major}.{minor}", "numpy"]
+    command = [python, "-m", "pip", "install", "--quiet", f"onnxruntime<{major}.{minor}", "msgspec", "numpy"]
     installed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert installed.returncode == 0, f"this test needs PyPI: {installed.stderr}"
     root = Path(moeca.__file__).parents[1]

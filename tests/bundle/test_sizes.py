@@ -118,7 +118,7 @@ def test_a_size_that_it_has_not(session: Session) -> None:
 
 def test_the_weights_are_there_once(sized: Bundle, model: DiT) -> None:
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    sizes = {name: size for name, (_, size) in sized.manifest.files.items()}
+    sizes = {name: file.bytes for name, file in sized.manifest.files.items()}
     assert 0.95 * weights < sizes["weights.bin"] <= 1.02 * weights
     assert {file.name for file in sized.path.iterdir()} == {*sizes, "manifest.json"}
     assert [len(one.graphs) for one in (sized, *sized.sizes)] == [2, 2]
@@ -153,7 +153,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "another dtype": (lambda d: d["sizes"][0]["outputs"][0].update(dtype="float16"), "other names or dtypes"),
     "another shape": (lambda d: d["sizes"][0]["inputs"][0].update(shape=["batch", 4, 5, 5]), "x is float32"),
     "a fused graph": (lambda d: d.update(fused={"file": "fused.onnx", "steps": None}), "a fused graph is of one size"),
-    "an unknown entry": (lambda d: d["sizes"][0].update(files={}), "unknown entries"),
+    "an unknown entry": (lambda d: d["sizes"][0].update(files={}), "unknown field `files` - at"),
 }
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.errors import InvariantError, LoweringError
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.runtime.bundle.manifest import Dim, expression
+from moeca_compile.runtime.bundle.dims import Dim, expression
 
 Batches = tuple[int, ...]  # one capture at each
 FEWEST = 3

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moeca_compile.dtypes import DTYPES
 from moeca_compile.graph.variant import SLOTS
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, FUSED_ROW, STEP
 
@@ -66,7 +67,7 @@ class _Fused:
     # -- small makers -----------------------------------------------------------------------------------------------
 
     def value(self, name: str, dtype: str, shape: Sequence[Any]) -> Any:
-        kind = self.ir.TensorType(self.ir.DataType[_DTYPES.get(dtype, dtype.upper())])
+        kind = self.ir.TensorType(self.ir.DataType[DTYPES[dtype].onnx])
         return self.ir.Value(name=name, type=kind, shape=self.ir.Shape(shape))
 
     def name(self, values: Sequence[Any], prefix: str) -> None:
@@ -185,9 +186,6 @@ class _Fused:
             initializers=list(self.weights.values()), opset_imports=self.opsets, name="moeca",
         )  # fmt: skip
         return ir.Model(main, ir_version=self.version, metadata_props={"moeca.row": FUSED_ROW})
-
-
-_DTYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
 
 
 def _rename(ir: Any, graph: Any, prefix: str) -> None:

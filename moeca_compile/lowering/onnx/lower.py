@@ -22,7 +22,8 @@ from moeca_compile.lowering.experts.segments import segments
 from moeca_compile.lowering.onnx.batch import Batches, any_batch, dims
 from moeca_compile.lowering.onnx.complex_pairs import without_complex
 from moeca_compile.lowering.onnx.constants import bind
-from moeca_compile.runtime.bundle.manifest import DROPPED, Dim, parts
+from moeca_compile.runtime.bundle.dims import Dim, parts
+from moeca_compile.runtime.bundle.manifest import DROPPED
 
 OPSETS = range(18, 23)  # from 23 on SDPA becomes one Attention node, which fewer runtimes have
 

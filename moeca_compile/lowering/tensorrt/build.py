@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from moeca_compile.errors import BundleError, LoweringError, OptionError
 from moeca_compile.lowering.tensorrt.operators import operators_of, refuse_unsupported
 from moeca_compile.runtime.bundle.bundle import Bundle
@@ -177,7 +179,7 @@ def build(
 
 def _keep(bundle: Bundle, scratch: Path, name: str, entries: list[dict[str, Any]]) -> None:
     """Move what was built to its place. The manifest comes last: until then the bundle is what it was."""
-    data, folder = dict(bundle.manifest.data), bundle.path / "engines" / name
+    data, folder = msgspec.to_builtins(bundle.manifest), bundle.path / "engines" / name
     others = [one for one in data.get("engines", []) if not one["file"].startswith(f"engines/{name}/")]
     files = {k: v for k, v in data["files"].items() if not k.startswith(f"engines/{name}/")}
     files |= {one["file"]: entry_of(scratch / Path(one["file"]).name) for one in entries}

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch.fx import GraphModule
 
+from moeca_compile.dtypes import name_of
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Value
 from moeca_compile.passes.context import Context
@@ -24,6 +25,6 @@ def find_signal(gm: GraphModule, ctx: Context) -> Context:
         for source in heavy.all_input_nodes if heavy is not None else ():
             shape = fx.shape(source)
             if depends.get(source.name) == "latent" and len(shape) > 1 and shape[:1] == batch:
-                signal = Value(source.name, shape, str(fx.need(source).dtype).removeprefix("torch."))
+                signal = Value(source.name, shape, name_of(fx.need(source).dtype))
                 return replace(ctx, regions=replace(ctx.regions, signal=signal))
     return ctx

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from moeca_compile.dtypes import name_of
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Region
 from moeca_compile.passes.context import Context
@@ -35,7 +36,7 @@ def region_of(
         outputs=tuple(cut.name for cut in cuts),
         body=tuple(node.name for node in body),
         shapes=tuple(tuple(v.shape) for v in values),
-        dtypes=tuple(str(v.dtype).removeprefix("torch.") for v in values),
+        dtypes=tuple(name_of(v.dtype) for v in values),
         devices=tuple(str(v.device) for v in values),
         parameters=_parameters(body, weights),
         macs=sum(macs.get(node.name, 0) for node in body),

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
+from moeca_compile.dtypes import name_of
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import Region, TokensInfo, Value
@@ -178,7 +179,7 @@ def _value(node: Node, *lead: int) -> Value:
     shape = fx.shape(node)
     if lead and shape[:2] != lead:
         shape = (*lead, *shape[1:])
-    return Value(node.name, shape, str(fx.need(node).dtype).removeprefix("torch."))
+    return Value(node.name, shape, name_of(fx.need(node).dtype))
 
 
 def _plain(axes: TokenAxes) -> tuple[tuple[str, int, bool], ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from moeca_compile.dtypes import name_of
 from moeca_compile.errors import InvariantError, ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap, Value
 from moeca_compile.graph.variant import KEYS, SLOTS, STAMPS, Slot, StateSlot
@@ -86,4 +87,4 @@ def _value(output: int, one: Value, order: int) -> Iterator[Entry]:
 
 
 def _wide(dtype: str) -> str:
-    return str(wide(getattr(torch, dtype))).removeprefix("torch.")
+    return name_of(wide(getattr(torch, dtype)))

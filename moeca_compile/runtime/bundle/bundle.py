@@ -13,14 +13,17 @@ import numpy as np
 
 from moeca_compile.errors import BundleError, ScheduleError
 from moeca_compile.runtime.bundle.bfloat16 import from_stored
+from moeca_compile.runtime.bundle.consistency import check_consistency
 from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     FUSED,
+    GOLDEN,
     MANIFEST,
     SCHEDULE,
     WEIGHTS,
     EngineSpec,
     Manifest,
     bundle_id,
+    golden_file,
 )
 from moeca_compile.runtime.bundle.summary import summary
 from moeca_compile.schedule import Schedule
@@ -39,6 +42,7 @@ class Bundle:
         graphs: the variants' ONNX files in the manifest's order, as they were when their checksums were verified.
         fused: all variants in one ONNX file, if the bundle has it.
         sizes: the same bundle at its further sizes (resolutions), one each.
+        golden_name: the file of the recorded steps.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class Bundle:
     graphs: tuple[bytes, ...]
     fused: bytes | None = None
     sizes: tuple[Bundle, ...] = ()
+    golden_name: str = GOLDEN
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -65,25 +70,27 @@ class Bundle:
         if not folder.is_dir():
             raise BundleError(f"{str(path)!r} is no directory; a bundle is one, made by moeca_compile.export")
         manifest = Manifest.parse(_read(folder, MANIFEST, _LARGEST_TEXT))
-        if manifest.files.get(SCHEDULE, ("", 0))[1] > _LARGEST_TEXT:
+        if SCHEDULE in manifest.files and manifest.files[SCHEDULE].bytes > _LARGEST_TEXT:
             raise BundleError(f"{SCHEDULE} is too large to be one")
         text = _verified(folder, SCHEDULE, manifest)
         try:
             schedule = Schedule.from_json(text.decode())
         except (ScheduleError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"{SCHEDULE}: {error}") from error
-        manifest.fit(schedule)
+        check_consistency(manifest, schedule)
+        manifests = [manifest, *manifest.further_sizes()]
         graphs, *others = (
-            tuple(_verified(folder, one.file, manifest) for one in size.variants)
-            for size in (manifest, *manifest.sizes)
+            tuple(_verified(folder, variant.file, manifest) for variant in size.variants) for size in manifests
         )
-        fused = _verified(folder, FUSED, manifest) if manifest.data["fused"] is not None else None
-        for name in (WEIGHTS, *(size.golden for size in (manifest, *manifest.sizes))):
+        fused = _verified(folder, FUSED, manifest) if manifest.fused is not None else None
+        for name in (WEIGHTS, *map(golden_file, range(len(manifests)))):
             _verified(folder, name, manifest, keep=False)
-        if bundle_id(manifest.files[SCHEDULE][0], manifest.files[WEIGHTS][0]) != manifest.data["id"]:
+        if bundle_id(manifest.files[SCHEDULE].sha256, manifest.files[WEIGHTS].sha256) != manifest.id:
             raise BundleError(f"{MANIFEST}: the id isn't that of this schedule and these weights. Export again")
-        pairs = zip(manifest.sizes, others, strict=True)
-        sizes = tuple(cls(folder, size, schedule, own) for size, own in pairs)
+        sizes = tuple(
+            cls(folder, size, schedule, size_graphs, golden_name=golden_file(i))
+            for i, (size, size_graphs) in enumerate(zip(manifests[1:], others, strict=True), 1)
+        )
         return cls(folder, manifest, schedule, graphs, fused, sizes)
 
     def golden(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -97,16 +104,16 @@ class Bundle:
         """
         manifest = self.manifest
         try:
-            with np.load(self.path / manifest.golden, allow_pickle=False) as data:
+            with np.load(self.path / self.golden_name, allow_pickle=False) as data:
                 arrays = {name: data[name] for name in data.files}
         except Exception as error:  # whatever numpy and zipfile make of a broken file
-            raise BundleError(f"{manifest.golden} can't be read: {error}") from error
-        steps = manifest.data["golden"]["steps"]
+            raise BundleError(f"{self.golden_name} can't be read: {error}") from error
+        steps = manifest.golden.steps
         sides = []
         for side, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
             found = [arrays.get(f"{side}_{i:03d}") for i in range(len(specs))]
             if any(one is None or one.ndim < 1 or len(one) != steps for one in found):
-                raise BundleError(f"{manifest.golden} doesn't hold {steps} steps of every {side}")
+                raise BundleError(f"{self.golden_name} doesn't hold {steps} steps of every {side}")
             pairs = [(spec, one) for spec, one in zip(specs, found, strict=True) if one is not None]
             sides.append(
                 [{spec.name: from_stored(one[step], spec.dtype) for spec, one in pairs} for step in range(steps)]
@@ -122,7 +129,7 @@ class Bundle:
     @property
     def bytes(self) -> int:
         """Of all files in the directory that the manifest knows, itself among them."""
-        return sum(size for _, size in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
+        return sum(file.bytes for file in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
 
 
 def engine_file(folder: Path, engine: EngineSpec, manifest: Manifest) -> bytes:
@@ -135,19 +142,23 @@ def engine_file(folder: Path, engine: EngineSpec, manifest: Manifest) -> bytes:
 
 
 def _verified(folder: Path, name: str, manifest: Manifest, keep: bool = True) -> bytes:
-    checksum, size = manifest.files.get(name, ("", 0))
+    if name not in manifest.files:
+        raise BundleError(f"{MANIFEST} doesn't list {name}. Export again")
+    listed = manifest.files[name]
     file = _inside(folder, name)
-    found = file.stat().st_size
-    if found != size:
-        raise BundleError(f"{name} has {found} bytes, the manifest says {size}: the bundle is damaged. Copy it again")
+    size = file.stat().st_size
+    if size != listed.bytes:
+        raise BundleError(
+            f"{name} has {size} bytes, the manifest says {listed.bytes}: the bundle is damaged. Copy it again"
+        )
     if keep:
         raw = _read(folder, name, size)
-        real = hashlib.sha256(raw).hexdigest()
+        digest = hashlib.sha256(raw).hexdigest()
     else:
         raw = b""
         with _reading(file) as stream:
-            real = hashlib.file_digest(stream, "sha256").hexdigest()
-    if real != checksum:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != listed.sha256:
         raise BundleError(f"{name} isn't what was exported: its checksum differs. Copy the bundle again")
     return raw
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle import bfloat16
-from moeca_compile.runtime.bundle.manifest import Manifest, TensorSpec
+from moeca_compile.runtime.bundle.manifest import InputSpec, Manifest, TensorSpec
 
 Arrays = dict[str, Any]  # numpy arrays by the name of an input or output
 
@@ -71,7 +71,7 @@ def _array(spec: TensorSpec, value: Any) -> Any:
     return np.require(array, array.dtype.newbyteorder("="), ("C", "A", "W"))
 
 
-def _refuse_outside(spec: TensorSpec, array: Any) -> None:
+def _refuse_outside(spec: InputSpec, array: Any) -> None:
     """What a runtime makes of such an index is its own: a wrapped one, an error, or whatever lies there."""
     assert spec.range is not None
     low, end = spec.range

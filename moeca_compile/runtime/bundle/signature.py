@@ -39,7 +39,7 @@ def check_identity(spec: VariantSpec, manifest: Manifest, carried: Mapping[str, 
     """Raises:
     BundleError: the graph's metadata is of another bundle or row.
     """
-    wanted = {"moeca.id": manifest.data["id"], "moeca.row": spec.row}
+    wanted = {"moeca.id": manifest.id, "moeca.row": spec.row}
     if {name: carried.get(name) for name in wanted} != wanted:
         raise BundleError(f"{spec.file} isn't variant {spec.name} of this bundle: it carries another id or row")
 

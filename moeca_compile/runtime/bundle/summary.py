@@ -20,23 +20,23 @@ def visible(text: str) -> str:
 
 def facts(bundle: Bundle) -> dict[str, str]:
     """What is in it, by name; several lines where there are several."""
-    manifest, data = bundle.manifest, bundle.manifest.data
-    found = {
-        "model": f"{data['model']['name']}, {len(data['model']['regions'])} regions, {data['dtype']}",
+    manifest = bundle.manifest
+    lines = {
+        "model": f"{manifest.model.name}, {manifest.regions} regions, {manifest.dtype}",
         "inputs": "\n".join(map(str, manifest.inputs)),
         "outputs": "\n".join(map(str, manifest.outputs)),
-        "other sizes": "\n".join(", ".join(map(str, one.inputs)) for one in manifest.sizes),
-        "baked in": ", ".join(f"{k}={v}" for k, v in data["model"]["baked"].items()),
+        "other sizes": "\n".join(", ".join(map(str, size.inputs)) for size in manifest.sizes),
+        "baked in": ", ".join(f"{k}={v}" for k, v in manifest.model.baked.items()),
         "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows",
         "state": f"{len(manifest.state)} tensors",
-        "experts": data["expert_lowering"],
-        "for": ", ".join(data["targets"]),
-        "engines": "\n".join(sorted({one.folder for one in manifest.engines})),
-        "graphs": f"ONNX opset {data['opset']}" + (f", also {FUSED}" if data["fused"] else ""),
-        "made with": ", ".join(f"{k} {v}" for k, v in data["made_with"].items()),
+        "experts": manifest.expert_lowering,
+        "for": ", ".join(manifest.targets),
+        "engines": "\n".join(sorted({engine.folder for engine in manifest.engines})),
+        "graphs": f"ONNX opset {manifest.opset}" + (f", also {FUSED}" if manifest.fused else ""),
+        "made with": ", ".join(f"{k} {v}" for k, v in manifest.made_with.items()),
         "size": f"{bundle.bytes / 2**20:.1f} MiB",
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in lines.items() if value}
 
 
 def variants(bundle: Bundle) -> list[tuple[str, ...]]:

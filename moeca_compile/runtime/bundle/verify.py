@@ -63,11 +63,9 @@ def verify(session: Session | FusedSession) -> Verdict:
             records += trajectory.records
     ran = tuple(dict.fromkeys(record.variant for record in records))
     dropped = sum(record.dropped for record in records)
-    golden = session.manifest.data["golden"]
-    measured = [one["relative_error"] for one in golden["measured"] if one["provider"] == session.provider]
-    return Verdict(
-        session.provider, tuple(errors), ran, golden["tolerance"], measured[0] if measured else None, dropped
-    )
+    golden = session.manifest.golden
+    recorded = [run.relative_error for run in golden.measured if run.provider == session.provider]
+    return Verdict(session.provider, tuple(errors), ran, golden.tolerance, recorded[0] if recorded else None, dropped)
 
 
 def relative_error(found: Any, wanted: Any) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moeca_compile.dtypes import OF_ONNXRUNTIME
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bfloat16 import NAME, stored_dtype
 from moeca_compile.runtime.bundle.manifest import WEIGHTS, Manifest, VariantSpec
@@ -30,7 +31,6 @@ _OF_SIZES = {
 }  # fmt: skip
 _SWIGLU_SINCE = (1, 28)
 _BFLOAT16 = 16  # in ONNX's list of types
-_DTYPES = {"double": "float64", "float": "float32"}  # onnxruntime's names that aren't numpy's
 
 
 class OrtRuntime:
@@ -223,7 +223,7 @@ def library() -> Any:
 def said(values: Iterable[Any]) -> dict[str, tuple[str, list[Any]]]:
     """What onnxruntime says of inputs or outputs; a size that depends on the batch is a name, or None."""
     kinds = {one.name: (one.type.removeprefix("tensor(").removesuffix(")"), one.shape) for one in values}
-    return {name: (_DTYPES.get(kind, kind), shape) for name, (kind, shape) in kinds.items()}
+    return {name: (OF_ONNXRUNTIME.get(kind, kind), shape) for name, (kind, shape) in kinds.items()}
 
 
 def _first_line(error: Exception) -> str:
@@ -231,7 +231,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _about_halves(manifest: Manifest, provider: str) -> str:
-    dtype, experts = manifest.data["dtype"], manifest.data["expert_lowering"]
+    dtype, experts = manifest.dtype, manifest.expert_lowering
     if provider != CPU or dtype not in ("bfloat16", "float16"):
         return ""
     if dtype == "float16":

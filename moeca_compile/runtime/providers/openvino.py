@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moeca_compile.dtypes import OF_OPENVINO
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bfloat16 import NAME as NAME_OF_HALF
 from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
@@ -24,10 +25,6 @@ from moeca_compile.runtime.bundle.signature import (
 )  # fmt: skip
 
 NAME = "openvino"
-_DTYPES = {
-    "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
-    "i16": "int16", "i8": "int8", "u8": "uint8", "boolean": "bool",
-}  # fmt: skip
 
 
 class OpenvinoRuntime:
@@ -170,7 +167,7 @@ def said(ports: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:
     for port in ports:
         kind = port.get_element_type().get_type_name()
         sizes = [None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()]
-        found[port.get_any_name()] = _DTYPES.get(kind, kind), sizes
+        found[port.get_any_name()] = OF_OPENVINO.get(kind, kind), sizes
     return found
 
 

@@ -6,15 +6,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from moeca_compile.dtypes import OF_TENSORRT
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.manifest import EngineSpec, Manifest, VariantSpec
 from moeca_compile.runtime.bundle.signature import batch_of, check_shape, check_side, signature_of
 from moeca_compile.runtime.tensorrt.memory import DeviceTensor, Pool
-
-DTYPES = {
-    "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "int8": "INT8",
-    "uint8": "UINT8", "bool": "BOOL",
-}  # fmt: skip
 
 
 class EngineVariant:
@@ -79,7 +75,7 @@ class EngineVariant:
 
     def _check(self, api: Any) -> None:
         engine = self._engine
-        dtypes = {getattr(api.DataType, theirs): ours for ours, theirs in DTYPES.items()}
+        dtypes = {getattr(api.DataType, theirs): ours for theirs, ours in OF_TENSORRT.items()}
         said: dict[bool, dict[str, tuple[str, list[int | None]]]] = {True: {}, False: {}}
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             kind, sizes = engine.get_tensor_dtype(name), engine.get_tensor_shape(name)

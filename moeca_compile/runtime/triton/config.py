@@ -8,9 +8,9 @@ no batch dimension to take off.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+from moeca_compile.dtypes import DTYPES
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle import bfloat16
 from moeca_compile.runtime.bundle.manifest import TensorSpec
@@ -18,12 +18,6 @@ from moeca_compile.runtime.triton.pbtxt import Name
 
 BUNDLE, MODEL_FILE = "bundle", "model.onnx"
 START, END, READY, CORRID = CONTROLS = ("START", "END", "READY", "CORRID")
-TYPES = {
-    "float64": "TYPE_FP64", "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16",
-    "int64": "TYPE_INT64", "int32": "TYPE_INT32", "int16": "TYPE_INT16", "int8": "TYPE_INT8", "uint8": "TYPE_UINT8",
-    "bool": "TYPE_BOOL",
-}  # fmt: skip
-
 Config = dict[str, Any]
 
 
@@ -36,21 +30,21 @@ def python_config(
     Raises:
         BundleError: an input has the name of a control.
     """
-    if taken := sorted({one.name for one in inputs} & set(CONTROLS)):
-        raise BundleError(f"the model's inputs {taken} have names of Triton's controls: rename them and export again")
+    if clashes := sorted({spec.name for spec in inputs} & set(CONTROLS)):
+        raise BundleError(f"the model's inputs {clashes} have names of Triton's controls: rename them and export again")
     plain = {START: "CONTROL_SEQUENCE_START", END: "CONTROL_SEQUENCE_END", READY: "CONTROL_SEQUENCE_READY"}
-    flags = {one: {"kind": Name(kind), "int32_false_true": [0, 1]} for one, kind in plain.items()}
+    flags = {control: {"kind": Name(kind), "int32_false_true": [0, 1]} for control, kind in plain.items()}
     corrid = {"kind": Name("CONTROL_SEQUENCE_CORRID"), "data_type": Name("TYPE_UINT64")}
     return {
         "name": name,
         "backend": "python",
         "max_batch_size": 0,
-        "input": [_tensor(at_the_face(one), -1) for one in inputs],
-        "output": [_tensor(at_the_face(one), -1) for one in outputs],
+        "input": [_tensor(as_served(spec), -1) for spec in inputs],
+        "output": [_tensor(as_served(spec), -1) for spec in outputs],
         "sequence_batching": {
             "max_sequence_idle_microseconds": idle_seconds * 1_000_000,
             "control_input": [
-                *({"name": one, "control": flag} for one, flag in flags.items()),
+                *({"name": control, "control": flag} for control, flag in flags.items()),
                 {"name": CORRID, "control": corrid},
             ],
             "oldest": {"max_candidate_sequences": sequences},
@@ -77,27 +71,28 @@ def state_config(
         "backend": "onnxruntime",
         "max_batch_size": 0,
         "default_model_filename": MODEL_FILE,
-        "input": [_tensor(one, batch) for one in inputs],
-        "output": [_tensor(one, batch) for one in outputs],
+        "input": [_tensor(spec, batch) for spec in inputs],
+        "output": [_tensor(spec, batch) for spec in outputs],
         "sequence_batching": {
             "max_sequence_idle_microseconds": idle_seconds * 1_000_000,
             "oldest": {"max_candidate_sequences": sequences},
-            "state": [_state(one, spec, batch) for one, spec in sorted(state.items())],
+            # in the order of their names: Triton pairs sorted inputs with sorted outputs (server#8586)
+            "state": [_state(stem, spec, batch) for stem, spec in sorted(state.items())],
         },
     }
 
 
-def at_the_face(spec: TensorSpec) -> TensorSpec:
+def as_served(spec: TensorSpec) -> TensorSpec:
     """As a session takes and gives it: bfloat16 as float32."""
-    return replace(spec, dtype="float32") if spec.dtype == bfloat16.NAME else spec
+    return TensorSpec(spec.name, "float32", spec.shape) if spec.dtype == bfloat16.NAME else spec
 
 
 def _tensor(spec: TensorSpec, batch: int) -> Config:
-    return {"name": spec.name, "data_type": Name(TYPES[spec.dtype]), **sizes_of(spec, batch)}
+    return {"name": spec.name, "data_type": Name(DTYPES[spec.dtype].triton), **_sizes(spec, batch)}
 
 
 def _state(name: str, spec: TensorSpec, batch: int) -> Config:
-    sizes = {"data_type": Name(TYPES[spec.dtype]), **sizes_of(spec, batch)}
+    sizes = {"data_type": Name(DTYPES[spec.dtype].triton), **_sizes(spec, batch)}
     return {
         "input_name": f"{name}_in",
         "output_name": f"{name}_out",
@@ -106,9 +101,9 @@ def _state(name: str, spec: TensorSpec, batch: int) -> Config:
     }
 
 
-def sizes_of(spec: TensorSpec, batch: int) -> Config:
+def _sizes(spec: TensorSpec, batch: int) -> Config:
     """`dims` at a batch; with batch -1, -1 wherever they depend on it. Triton has no scalars: a single value stands for
     one, and is reshaped."""
     if not spec.shape:
         return {"dims": [1], "reshape": {"shape": []}}
-    return {"dims": [one if isinstance(one, int) else -1 for one in spec.shape] if batch < 0 else [*spec.sizes(batch)]}
+    return {"dims": [dim if isinstance(dim, int) else -1 for dim in spec.shape] if batch < 0 else [*spec.sizes(batch)]}

@@ -1,6 +1,7 @@
 """What Triton's python backend runs: a session over the bundle beside it, and a trajectory for each sequence.
 
-Triton's Python needs this package (`pip install --no-deps moeca-compile`), numpy and the runtime; torch isn't needed.
+Triton's Python needs this package (`pip install --no-deps moeca-compile`), msgspec, numpy and the
+runtime; torch isn't needed.
 """
 
 from __future__ import annotations

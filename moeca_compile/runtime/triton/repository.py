@@ -8,9 +8,9 @@ from pathlib import Path
 
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bundle import Bundle
-from moeca_compile.runtime.bundle.manifest import FUSED, MANIFEST, STEP, WEIGHTS, Manifest
+from moeca_compile.runtime.bundle.fused import fused_signature
+from moeca_compile.runtime.bundle.manifest import MANIFEST, STEP, WEIGHTS, Manifest
 from moeca_compile.runtime.tensorrt import runtime as trt
-from moeca_compile.runtime.triton.check import Specs, check_python, check_state, signature_of
 from moeca_compile.runtime.triton.config import BUNDLE, MODEL_FILE, python_config, state_config
 from moeca_compile.runtime.triton.pbtxt import dumps
 from moeca_compile.runtime.writing import building
@@ -30,8 +30,8 @@ def write_repository(
     """Write a bundle as models of a Triton server.
 
     `<name>`: the python backend over a copy of the bundle, each sequence a trajectory, any batch. If the bundle has a
-    fused graph, `<name>_fused` too: onnxruntime's backend, where Triton keeps the state. Each config is read back
-    and held against the ONNX files before this returns.
+    fused graph, `<name>_fused` too: onnxruntime's backend, where Triton keeps the state. The copy of
+    the bundle is verified before this returns.
 
     Args:
         bundle: what to serve, opened.
@@ -54,8 +54,8 @@ def write_repository(
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise OptionError(f"name={name!r}: expected letters, digits, '_', '.' and '-'")
     numbers = {"batch": batch, "sequences": sequences, "idle_seconds": idle_seconds, "threads": threads + 1}
-    if wrong := [key for key, value in numbers.items() if value < 1]:
-        raise OptionError(f"{', '.join(wrong)}: too small")
+    if small := [key for key, value in numbers.items() if value < 1]:
+        raise OptionError(f"{', '.join(small)}: too small")
     directory = Path(directory)
     if directory.resolve().is_relative_to(bundle.path.resolve()):
         raise BundleError(f"{str(directory)!r} is in the bundle, which holds its own files only: write it elsewhere")
@@ -66,21 +66,21 @@ def write_repository(
         name, manifest.inputs, manifest.outputs, sequences=sequences, idle_seconds=idle_seconds, provider=provider,
         threads=threads,
     )  # fmt: skip
-    made = [directory / name]
-    with building(made[0]) as folder:
+    models = [directory / name]
+    with building(models[0]) as folder:
         _copy(bundle, folder / "1" / BUNDLE, engines=provider == trt.NAME)
+        Bundle.open(folder / "1" / BUNDLE)  # verifies the copy
         (folder / "1" / "model.py").write_text(_MODEL)
         (folder / CONFIG).write_text(dumps(config))
-        check_python((folder / CONFIG).read_text(), Bundle.open(folder / "1" / BUNDLE).graphs)
         if bundle.fused is not None:
-            made.append(directory / f"{name}_fused")
-            weights = folder / "1" / BUNDLE / WEIGHTS  # verified just now
-            write_fused(bundle.fused, weights, manifest, made[-1], batch, sequences, idle_seconds)
-    return tuple(made)
+            models.append(directory / f"{name}_fused")
+            weights = folder / "1" / BUNDLE / WEIGHTS
+            write_fused(bundle.fused, weights, manifest, models[-1], batch, sequences, idle_seconds)
+    return tuple(models)
 
 
 def _copy(bundle: Bundle, folder: Path, engines: bool) -> None:
-    left_out = set() if engines else {one.file for one in bundle.manifest.engines}
+    left_out = set() if engines else {engine.file for engine in bundle.manifest.engines}
     try:
         for file in {MANIFEST, *bundle.manifest.files} - left_out:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -93,10 +93,9 @@ def write_fused(
     graph: bytes, weights: Path, manifest: Manifest, path: Path, batch: int, sequences: int, idle_seconds: int
 ) -> None:
     """A bundle's fused graph as a model of onnxruntime's backend."""
-    inputs, outputs = signature_of(graph)
-    names = [STEP, *(one.name for one in manifest.state)]
-    _demand_states(names, inputs, outputs)
-    state: Specs = {name: inputs.pop(f"{name}_in") for name in names}
+    inputs, outputs = fused_signature(manifest)
+    names = [STEP, *(spec.name for spec in manifest.state)]
+    state = {name: inputs.pop(f"{name}_in") for name in names}
     for name in names:
         del outputs[f"{name}_out"]
     config = state_config(
@@ -108,10 +107,3 @@ def write_fused(
         (folder / "1" / MODEL_FILE).write_bytes(graph)
         shutil.copyfile(weights, folder / "1" / WEIGHTS)
         (folder / CONFIG).write_text(dumps(config))
-        check_state((folder / CONFIG).read_text(), graph, batch)
-
-
-def _demand_states(names: list[str], inputs: Specs, outputs: Specs) -> None:
-    missing = [one for one in names if f"{one}_in" not in inputs or f"{one}_out" not in outputs]
-    if missing:
-        raise BundleError(f"{FUSED} doesn't take and give {', '.join(missing)}: it isn't this bundle's")

@@ -65,5 +65,5 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MoecaWarning)
         bundle = moeca.export(model, inputs, "uniform:3", tmp_path / "b", targets=("tensorrt",), engines=ONE)
-    assert bundle.manifest.data["dtype"] == str(dtype).removeprefix("torch.")
+    assert bundle.manifest.dtype == str(dtype).removeprefix("torch.")
     assert len(bundle.manifest.engines) == len(bundle.manifest.variants)

@@ -6,28 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
 
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bundle import Bundle
-from moeca_compile.runtime.bundle.manifest import EngineSpec
+from moeca_compile.runtime.bundle.manifest import EngineSpec, FileSpec
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.triton import write_repository
-from moeca_compile.runtime.triton.pbtxt import loads
 from tests.bundle.conftest import call_of, named
-from tests.bundle.triton.graphs import one_file
+from tests.bundle.triton.model_config import parse
 
 
 def test_a_repository(exported: Bundle, tmp_path: Path) -> None:
     folder, _ = write_repository(exported, tmp_path / "models", sequences=3, idle_seconds=5, threads=1)
     assert folder == tmp_path / "models" / "small"
-    config = loads((folder / "config.pbtxt").read_text())
+    config = parse((folder / "config.pbtxt").read_text())
     assert config["name"] == "small"
     assert config["sequence_batching"]["oldest"] == {"max_candidate_sequences": 3}
     assert config["sequence_batching"]["max_sequence_idle_microseconds"] == 5_000_000
-    assert Session.open(folder / "1" / "bundle", threads=1).bundle.manifest.data == exported.manifest.data
+    assert Session.open(folder / "1" / "bundle", threads=1).bundle.manifest == exported.manifest
     write_repository(exported, tmp_path / "models", "another")
     models = sorted(one.name for one in (tmp_path / "models").iterdir())
     assert models == ["another", "another_fused", "small", "small_fused"]
@@ -37,13 +37,14 @@ def test_the_fused_graph_runs_by_its_config_alone(exported: Bundle, tmp_path: Pa
     """What Triton does with implicit state, played with onnxruntime: twice, for the state begins as zeros each time."""
     _, folder = write_repository(exported, tmp_path / "models", "m", batch=2)
     assert sorted(one.name for one in (folder / "1").iterdir()) == ["model.onnx", "weights.bin"]
-    config = loads((folder / "config.pbtxt").read_text())
-    assert (config["name"], config["backend"], config["max_batch_size"]) == ("m_fused", "onnxruntime", 0)
+    config = parse((folder / "config.pbtxt").read_text())
+    assert (config["name"], config["backend"]) == ("m_fused", "onnxruntime")
+    assert "max_batch_size" not in config  # 0, and so the batch is a dimension like others
     backend = onnxruntime.InferenceSession(folder / "1" / config["default_model_filename"])
     states = config["sequence_batching"]["state"]
     reference = Session.open(exported.path, threads=1)
     for _ in range(2):
-        kept = {one["input_name"]: zeros(one["initial_state"]) for one in states}
+        kept = {one["input_name"]: zeros(one["initial_state"][0]) for one in states}
         with reference.trajectory() as trajectory:
             for step in range(9):
                 call = named(call_of(2, seed=step))
@@ -58,22 +59,10 @@ def zeros(config: dict[str, Any]) -> Any:
     return np.zeros(config["dims"], {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}[config["data_type"]])
 
 
-@pytest.mark.parametrize(
-    ("graph", "says"),
-    [(one_file("width"), "the size 'width'"), (one_file(states=1), r"doesn't take and give moeca_step, state_001")],
-)
-def test_a_fused_graph_that_cannot_be_served_leaves_nothing(
-    exported: Bundle, tmp_path: Path, graph: bytes, says: str
-) -> None:
-    with pytest.raises(BundleError, match=says):
-        write_repository(replace(exported, fused=graph), tmp_path / "models")
-    assert list((tmp_path / "models").iterdir()) == []
-
-
 def test_engines_come_along_for_tensorrt_only(exported: Bundle, tmp_path: Path) -> None:
     engines = (EngineSpec("v0", "engines/a/v0.plan", "tensorrt", "1", ("sm_90",), None),)
-    files = {**exported.manifest.files, "engines/a/v0.plan": ("0" * 64, 1)}
-    bundle = replace(exported, manifest=replace(exported.manifest, engines=engines, files=files))
+    files = {**exported.manifest.files, "engines/a/v0.plan": FileSpec("0" * 64, 1)}
+    bundle = replace(exported, manifest=msgspec.structs.replace(exported.manifest, engines=engines, files=files))
     write_repository(bundle, tmp_path / "models")
     with pytest.raises(BundleError, match=r"can't copy the bundle: .*v0\.plan"):
         write_repository(bundle, tmp_path / "others", provider="tensorrt")

@@ -1,0 +1,132 @@
+"""What must hold between a manifest's entries, and between a manifest and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moeca_compile.errors import BundleError
+from moeca_compile.graph.variant import SLOTS
+from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
+    COEFFICIENTS,
+    DROPPED,
+    FUSED,
+    MANIFEST,
+    SCHEDULE,
+    STEP,
+    WEIGHTS,
+    EngineSpec,
+    FusedSpec,
+    Manifest,
+    VariantSpec,
+    golden_file,
+    letters_of,
+)
+from moeca_compile.schedule import Action, Schedule
+
+
+def check_consistency(manifest: Manifest, schedule: Schedule) -> None:
+    """Check that the tables of a manifest and the schedule agree.
+
+    Raises:
+        BundleError: they don't.
+    """
+    sizes = [manifest, *manifest.further_sizes()]
+    for size in sizes:
+        _check_tables(size, schedule)
+        _demand(_names(size) == _names(manifest), "a further size has other names or dtypes")
+    shapes = {tuple(spec.shape for spec in size.inputs) for size in sizes}
+    _demand(len(shapes) == len(sizes), "two sizes are the same")
+    _distinct(manifest.targets, "target")
+    _check_engines(manifest)
+    _demand(len(sizes) == 1 or not manifest.engines, "engines are of one size, and there are several")
+    if manifest.fused is not None:
+        steps = None if schedule.period else len(schedule.rows)
+        _demand(manifest.fused == FusedSpec(FUSED, steps), "the fused graph is of another schedule")
+        _demand(len(sizes) == 1, "a fused graph is of one size, and there are several")
+    _check_files(manifest, sizes)
+
+
+def _check_files(manifest: Manifest, sizes: Sequence[Manifest]) -> None:
+    files = [SCHEDULE, WEIGHTS, *(engine.file for engine in manifest.engines)]
+    for i, size in enumerate(sizes):
+        files += [golden_file(i), *(variant.file for variant in size.variants)]
+    if manifest.fused is not None:
+        files.append(FUSED)
+    differing = set(manifest.files) ^ set(files)
+    _demand(not differing, f"files: {sorted(differing)} are missing or too many")
+    _demand(len(set(files)) == len(files), "two variants have the same file")
+
+
+def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
+    _demand(schedule.adaptive is None, "the schedule is adaptive, which a bundle can't be")
+    _demand(schedule.regions == manifest.model.regions, "the schedule is for other regions")
+    _demand(schedule.fingerprint == manifest.model.fingerprint, "the schedule is of another graph")
+    _distinct(manifest.model.regions, "region")
+    rows = [letters_of(row) for row in schedule.rows]
+    variant_rows = [variant.row for variant in manifest.variants]
+    _demand(len(set(variant_rows)) == len(variant_rows), "two variants have the same row")
+    _demand(sorted(variant_rows) == sorted(set(rows)), "the variants aren't the schedule's rows")
+    _demand([variant_rows.index(row) for row in rows] == list(manifest.steps), "steps and schedule differ")
+    inputs = [spec.name for spec in manifest.inputs]
+    states = [STEP, *(spec.name for spec in manifest.state)]
+    _distinct([*inputs, *(f"{name}_in" for name in states), COEFFICIENTS], "input")
+    _distinct([*(spec.name for spec in manifest.outputs), *(f"{name}_out" for name in states), DROPPED], "output")
+    timestep = manifest.timestep
+    _demand(timestep is None or timestep in inputs, f"the timestep {timestep!r} is no input")
+    _demand(not schedule.timesteps or timestep is not None, "a schedule with timesteps needs a timestep input")
+    _check_state(manifest, schedule)
+    for variant in manifest.variants:
+        _check_variant(variant, manifest)
+
+
+def _names(manifest: Manifest) -> list[tuple[str, str]]:
+    return [(spec.name, spec.dtype) for spec in (*manifest.inputs, *manifest.outputs, *manifest.state)]
+
+
+def _check_state(manifest: Manifest, schedule: Schedule) -> None:
+    outputs: dict[int, int] = {}  # by region: how many of its outputs have state
+    for spec in manifest.state:
+        outputs[spec.region] = max(outputs.get(spec.region, 0), spec.output + 1)
+    places = [
+        (region, output, slot)
+        for region in range(manifest.regions)
+        for output in range(outputs.get(region, 1 if schedule.depth(region) else 0))
+        for slot in SLOTS[: schedule.depth(region)]
+    ]
+    _demand([(s.region, s.output, s.slot) for s in manifest.state] == places, "state and schedule differ")
+    names = [f"state_{i:03d}" for i in range(len(manifest.state))]
+    _demand([spec.name for spec in manifest.state] == names, "state has other names than its places")
+
+
+def _check_engines(manifest: Manifest) -> None:
+    """Every set of engines, which has a folder of its own, is one engine for each variant."""
+    sets: dict[str, list[EngineSpec]] = {}
+    for engine in manifest.engines:
+        sets.setdefault(engine.folder, []).append(engine)
+        _distinct(engine.arch, f"architecture of {engine.file}")
+    names = sorted(variant.name for variant in manifest.variants)
+    for folder, engines in sets.items():
+        _demand(sorted(engine.variant for engine in engines) == names, f"{folder} isn't one engine for each variant")
+        kinds = {(engine.library, engine.version, engine.arch) for engine in engines}
+        _demand(len(kinds) == 1, f"{folder} has engines of several kinds")
+
+
+def _check_variant(variant: VariantSpec, manifest: Manifest) -> None:
+    computed = {region for region, letter in enumerate(variant.row) if letter == Action.COMPUTE.value}
+    writes = tuple(s.name for s in manifest.state if s.region in computed and s.slot == SLOTS[0])
+    readable = {s.name for s in manifest.state if s.region not in computed}
+    inputs = {spec.name for spec in manifest.inputs}
+    _demand(variant.writes == writes, f"variant {variant.name} doesn't write what its row computes")
+    _demand(readable.issuperset(variant.reads), f"variant {variant.name} reads state that its row computes")
+    _demand(inputs.issuperset(variant.takes), f"variant {variant.name} takes unknown inputs")
+    _distinct([*variant.takes, *variant.reads], f"variant {variant.name}: an input")
+
+
+def _demand(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise BundleError(f"{MANIFEST}: {otherwise}. Export again")
+
+
+def _distinct(names: Iterable[str], what: str) -> None:
+    listed = list(names)
+    _demand(len(set(listed)) == len(listed), f"{what}: a name appears twice")
