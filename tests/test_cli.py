@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_calibrate_and_then_plan_another_budget(tmp_path: Path) -> None:
+def test_calibrate_and_then_another_budget(tmp_path: Path) -> None:
     weights, kept = tmp_path / "w.safetensors", tmp_path / "kept"
     save_file(toy.model().state_dict(), weights)
     common = (
@@ -89,7 +89,7 @@ def test_calibrate_and_then_plan_another_budget(tmp_path: Path) -> None:
     )
     assert status == 0
     assert said.startswith("at most 2 experts are made stale, for about 4 uncached trajectories")
-    status, said = run("plan", *common, "--budget", "macs:0.4", "--out", str(tmp_path / "40.json"))
+    status, said = run("calibrate", *common, "--budget", "macs:0.4", "--out", str(tmp_path / "40.json"))
     assert status == 0
     assert "calibrated for macs:0.4" in said
     assert Schedule.load(tmp_path / "40.json").predicted["mac_fraction"] <= 0.4
@@ -129,8 +129,6 @@ def test_what_can_t_be_loaded_is_said(tmp_path: Path) -> None:
     assert "'tests.nowhere:model' can't be loaded" in refused("calibrate", "tests.nowhere:model", *sample, *rest)
     missing = ("--weights", str(tmp_path / "no.safetensors"))
     assert "can't be loaded into DiT" in refused("calibrate", "tests.toy:model", *sample, *missing, *rest)
-    kept = ("--resume", str(tmp_path))
-    assert "holds no calibration" in refused("plan", "tests.toy:model", *sample, *kept, *rest)
 
 
 def test_drift_of_a_folder_takes_no_options_of_sampling(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("calibrate", "tests.toy:model", *FIND, "--weights", "{}/no"), "can't be loaded into DiT"),
     (("calibrate", "tests.toy:model", *FIND, "--order", "7"), "order"),
     (("calibrate", "tests.toy:model", *FIND, "--granularity", "atoms"), "atoms"),
-    (("plan", "tests.toy:model", *FIND, "--resume", "{}/empty"), "holds no calibration"),
+    (("plan", "tests.toy:model", *FIND, "--resume", "{}/empty"), "with --resume: moeca calibrate tests.toy:model"),
     (("drift", "{}/empty"), "holds no calibration"),
     (("drift", "{}/empty", "--seeds", "0"), "--seeds"),
     (("drift", "{}/empty", "--gap", "2"), "add --sample"),

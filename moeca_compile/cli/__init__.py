@@ -19,6 +19,7 @@ try:
     import typer
 
     from moeca_compile.cli import bundles, deploy, drift, plans
+    from moeca_compile.cli.params import AsJson, Picture
     from moeca_compile.cli.say import print_json, say
     from moeca_compile.cli.say import show as show_parts
 except ModuleNotFoundError as error:
@@ -26,9 +27,7 @@ except ModuleNotFoundError as error:
         raise
     raise SystemExit("the command line needs typer and rich: pip install 'moeca-compile[cli]'") from None
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 ScheduleFile = Annotated[Path, typer.Argument(help="A schedule's JSON file, or a bundle's directory.")]
-Picture = Annotated[Path | None, typer.Option(help="Draw into this .png or .svg.")]
 
 TRACEBACK = "MOECA_TRACEBACK"
 MISTAKE, UNEXPECTED = 2, 70
@@ -41,8 +40,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         say(f"moeca-compile {__version__}")
         raise typer.Exit
 
@@ -59,24 +58,24 @@ def commands(
 @app.command()
 def show(schedule: ScheduleFile, json: AsJson = False, picture: Picture = None) -> None:
     """Print what a schedule says, and its grid of steps and regions."""
-    one = _schedule(schedule)
+    loaded = _schedule(schedule)
     if json:
-        print_json(schedules.facts(one))
+        print_json(schedules.facts(loaded))
     else:
-        show_parts(schedules.table_of_facts(one), "", schedules.grid(one))
+        show_parts(schedules.table_of_facts(loaded), "", schedules.grid(loaded))
     if picture is not None:
-        plots.save(plots.schedule_grid(one), picture)
+        plots.save(plots.schedule_grid(loaded), picture)
 
 
 @app.command()
 def diff(left: ScheduleFile, right: ScheduleFile, json: AsJson = False) -> None:
     """Print what differs between two schedules; exit status 1 if anything does."""
-    found = schedules.difference(_schedule(left), _schedule(right))
+    difference = schedules.difference(_schedule(left), _schedule(right))
     if json:
-        print_json(found.to_json())
+        print_json(difference.to_json())
     else:
-        show_parts(schedules.table_of_differences(found, left.name, right.name) if found else "the same")
-    raise typer.Exit(1 if found else 0)
+        show_parts(schedules.table_of_differences(difference, left.name, right.name) if difference else "the same")
+    raise typer.Exit(1 if difference else 0)
 
 
 def _schedule(path: Path) -> Schedule:

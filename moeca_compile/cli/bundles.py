@@ -13,6 +13,7 @@ from rich.table import Table
 
 from moeca_compile.cli import deploy
 from moeca_compile.cli.load import call
+from moeca_compile.cli.params import BATCHES, Arch, AsJson, Batches, BundlePath, Memory, Provider, Threads
 from moeca_compile.cli.say import print_json, say, show
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.lowering.experts.choose import FORMS
@@ -24,12 +25,6 @@ from moeca_compile.runtime.bundle.summary import VARIANT_COLUMNS, facts, variant
 from moeca_compile.runtime.bundle.verify import verify as verify_session
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.session import Session
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]
-Provider = deploy.Provider
-Memory = Annotated[str, typer.Option(help="speed, or shared: one copy of the weights for all variants.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of an operator; by default the runtime chooses.")]
 
 
 def mount(app: typer.Typer) -> None:
@@ -55,11 +50,11 @@ def export(
     opset: Annotated[int, typer.Option(help="The ONNX opset of the graphs, 18 to 22.")] = 20,
     fused: Annotated[bool, typer.Option("--fused", help="Also write fused.onnx, all variants in one graph.")] = False,
     fixed_batch: Annotated[bool, typer.Option(help="Only for the example's batch; by default for any.")] = False,
-    arch: deploy.Arch = "",
-    batches: deploy.Batches = deploy.BATCHES,
+    arch: Arch = "",
+    batches: Batches = BATCHES,
     triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository of it there too.")] = None,
 ) -> None:
-    """Write a model and a schedule as a bundle; for tensorrt with its engines, and the trtexec lines that make them."""
+    """Write a model and a schedule as a bundle; for tensorrt with its engines."""
     asked = deploy.request_of(arch=arch, batches=batches)
     _refuse_early(path, schedule, order, targets.split(","))
     model, inputs, *other_sizes = _load(source)
@@ -68,12 +63,11 @@ def export(
     bundle = export_model(
         model, inputs, schedule, path, other_sizes=other_sizes, targets=targets.split(","), opset=opset,
         experts=experts, order=order, granularity=granularity, fused=fused, dynamic_batch=not fixed_batch,
-        progress=True, engines=asked if arch or batches != deploy.BATCHES else None,
+        progress=True, engines=asked if arch or batches != BATCHES else None,
     )  # fmt: skip
     say(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
     if "tensorrt" in bundle.manifest.targets:
         deploy.show_engines(bundle)
-        deploy.show_commands(bundle, asked)
     if triton is not None:
         deploy.triton(bundle.path, triton)
 
@@ -89,8 +83,8 @@ def verify(
     """Checksums, then the golden steps on this machine; exit status 1 if they differ from what was recorded."""
     kind = FusedSession if fused else Session
     session = kind.open(path, provider, memory, threads)
-    for one in session.manifest.engines:  # those too that this machine has no use for
-        engine_file(path, one, session.manifest)
+    for engine in session.manifest.engines:  # those too that this machine has no use for
+        engine_file(path, engine, session.manifest)
     verdict = verify_session(session)
     if json:
         print_json({**asdict(verdict), "error": verdict.error, "passed": verdict.passed})
@@ -129,15 +123,15 @@ def run(
             arrays = {name: data[name] for name in data.files}
     except (OSError, ValueError) as error:
         raise BundleError(f"{inputs} can't be read: {error}") from error
-    lengths = {len(one) if one.ndim else 0 for one in arrays.values()}
+    lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise BundleError(f"{inputs}: every input needs the same number of steps, not {sorted(lengths)}")
     results: list[dict[str, Any]] = []
     with session.trajectory() as trajectory:
         for step in range(lengths.pop()):
-            results.append(trajectory.run({name: one[step] for name, one in arrays.items()}))  # noqa: PERF401
+            results.append(trajectory.run({name: array[step] for name, array in arrays.items()}))  # noqa: PERF401
         stats = trajectory.stats()
-    stacked: dict[str, Any] = {name: np.stack([one[name] for one in results]) for name in results[0]}
+    stacked: dict[str, Any] = {name: np.stack([outputs[name] for outputs in results]) for name in results[0]}
     with out.open("wb") as file:  # as it is called: numpy would add .npz
         np.savez(file, **stacked)
     say(stats)
@@ -154,21 +148,22 @@ def bench(
     json: AsJson = False,
 ) -> None:
     """Milliseconds of each variant, and of whole trajectories with and without the cache."""
-    found = [
+    figures = [
         bench_bundle(Session.open(path, provider, memory, threads), steps=steps, rounds=rounds, batch=batch)
         for provider in providers.split(",")
     ]
     if json:
-        print_json([asdict(one) for one in found])
+        print_json([asdict(figure) for figure in figures])
         return
-    for one in found:
-        table = Table("variant", "ms a step", title=one.provider, title_justify="left")
-        for name, ms in one.variant_ms.items():
+    for figure in figures:
+        table = Table("variant", "ms a step", title=figure.provider, title_justify="left")
+        for name, ms in figure.variant_ms.items():
             table.add_row(name, f"{ms:.2f}")
         show(table)
         say(
-            f"{steps} steps: {one.full_ms:.0f} ms full, {one.cached_ms:.0f} ms cached, {one.speedup:.2f} times faster "
-            f"at {one.mac_fraction:.1%} of the MACs ({one.speedup * one.mac_fraction:.0%} of what that allows)"
+            f"{steps} steps: {figure.full_ms:.0f} ms full, {figure.cached_ms:.0f} ms cached, "
+            f"{figure.speedup:.2f} times faster at {figure.mac_fraction:.1%} of the MACs "
+            f"({figure.speedup * figure.mac_fraction:.0%} of what that allows)"
         )
 
 
@@ -183,7 +178,7 @@ def _refuse_early(path: Path, schedule: str, order: int | None, targets: list[st
 
 def _load(source: str) -> tuple[Any, ...]:
     """The model and its example inputs, of one size or several, from `package.module:function`."""
-    found = call(source)
-    if not isinstance(found, tuple) or len(found) < 2:
+    returned = call(source)
+    if not isinstance(returned, tuple) or len(returned) < 2:
         raise OptionError(f"{source}: expected a function that returns (model, example_inputs)")
-    return found
+    return returned

@@ -7,20 +7,13 @@ from typing import Annotated
 
 import typer
 
+from moeca_compile.cli.params import BATCHES, Arch, Batches, BundlePath, Provider
 from moeca_compile.cli.say import say
 from moeca_compile.errors import OptionError
 from moeca_compile.inspect.progress import bar
 from moeca_compile.lowering.tensorrt.build import EngineRequest, build_engines
-from moeca_compile.lowering.tensorrt.command import trtexec_lines
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.triton import write_repository
-
-BundlePath = Annotated[Path, typer.Argument(help="A bundle's directory.")]
-Arch = Annotated[str, typer.Option(help="For which GPUs, by commas: sm_89,sm_120. TensorRT builds for the one here.")]
-Batches = Annotated[str, typer.Option(help="The least, the usual and the largest batch.")]
-Provider = Annotated[str, typer.Option(help="An execution provider of onnxruntime, openvino, or tensorrt.")]
-
-BATCHES = "1,2,8"
 
 
 def mount(app: typer.Typer) -> None:
@@ -36,12 +29,11 @@ def engines(
     batches: Batches = BATCHES,
     timing_cache: Annotated[Path | None, typer.Option(help="A file that keeps timings between builds.")] = None,
 ) -> None:
-    """Build a TensorRT engine of each variant into the bundle; prints the trtexec lines too."""
+    """Build a TensorRT engine of each variant into the bundle."""
     request = request_of(library, arch, batches, timing_cache)
     with bar(True) as tick:
         bundle = build_engines(Bundle.open(path), request, tick)
     show_engines(bundle)
-    show_commands(bundle, request)
 
 
 def triton(
@@ -54,12 +46,12 @@ def triton(
     provider: Provider = "CPUExecutionProvider",
     threads: Annotated[int, typer.Option(min=0, help="How many threads an operator uses; 0: the runtime chooses.")] = 0,
 ) -> None:
-    """Write a bundle as models of a Triton server; each config is held against the ONNX files."""
-    made = write_repository(
+    """Write a bundle as models of a Triton server."""
+    models = write_repository(
         Bundle.open(path), directory, name, batch=batch, sequences=sequences, idle_seconds=idle_seconds,
         provider=provider, threads=threads,
     )  # fmt: skip
-    for folder in made:
+    for folder in models:
         say(folder)
     say(f"serve with: tritonserver --model-repository={directory}")
 
@@ -78,11 +70,5 @@ def request_of(library: str = "", arch: str = "", batches: str = BATCHES, cache:
 
 
 def show_engines(bundle: Bundle) -> None:
-    for one in bundle.manifest.engines:
-        say(f"{one.file}: {bundle.manifest.files[one.file].bytes / 2**20:.1f} MiB, {one.range}")
-
-
-def show_commands(bundle: Bundle, request: EngineRequest) -> None:
-    """The same with TensorRT's own tool."""
-    for line in trtexec_lines(bundle, request.batch):
-        say(line)
+    for engine in bundle.manifest.engines:
+        say(f"{engine.file}: {bundle.manifest.files[engine.file].bytes / 2**20:.1f} MiB, {engine.range}")

@@ -11,24 +11,19 @@ import typer
 from rich.table import Table
 
 from moeca_compile.cli.load import load, model_of
-from moeca_compile.cli.say import print_json as _print_json
-from moeca_compile.cli.say import show
+from moeca_compile.cli.params import AsJson, Inner, Picture, Seeds, Weights
+from moeca_compile.cli.say import print_json, show
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.inspect import branch_plots, branches, plots
 from moeca_compile.inspect import drift as lines
 from moeca_compile.inspect.progress import bar
 
 Of = Annotated[str, typer.Argument(help="A folder that a calibration kept; with --sample, package.module:function.")]
-Sample = Annotated[
-    str | None, typer.Option(help="package.module:function; it takes (model, seed); runs the model now.")
+Sampled = Annotated[
+    str | None, typer.Option("--sample", help="package.module:function; it takes (model, seed); runs the model now.")
 ]
-Weights = Annotated[Path | None, typer.Option(help="A .safetensors file to load into the model.")]
-Seeds = Annotated[int, typer.Option(min=1, help="How many seeds are sampled: 0, 1, ...")]
 Gap = Annotated[int, typer.Option(min=1, help="How many steps back values are compared with.")]
-Inner = Annotated[str, typer.Option(help="inductor or eager.")]
-Picture = Annotated[Path | None, typer.Option(help="Draw drift by step into this .png or .svg.")]
 Experts = Annotated[Path | None, typer.Option(help="Draw drift by expert into this .png or .svg.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def mount(app: typer.Typer) -> None:
@@ -38,7 +33,7 @@ def mount(app: typer.Typer) -> None:
 
 def drift(
     of: Of,
-    sample: Sample = None,
+    sample: Sampled = None,
     weights: Weights = None,
     seeds: Seeds = 1,
     gap: Gap = 1,
@@ -74,7 +69,7 @@ def _sampled(
     if experts is not None:
         plots.save(branch_plots.by_expert(found, title), experts)
     if json:
-        _print_json(found)
+        print_json(found)
         return
     for table in branches.tables(found["regions"]):
         show(table, "")
@@ -104,7 +99,7 @@ def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) ->
     if experts is not None:
         plots.save(plots.drift_map(layers, "forecast drift of each expert's gated output", "expert"), experts)
     if json:
-        _print_json({"steps": steps, "experts": layers, "stale": stale})
+        print_json({"steps": steps, "experts": layers, "stale": stale})
         return
     for title, axis, found_lines in (
         ("drift by step", "step", steps),

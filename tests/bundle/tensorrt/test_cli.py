@@ -37,7 +37,6 @@ def test_engines(lowered: Bundle, tmp_path: Path) -> None:
     shutil.copytree(lowered.path, tmp_path / "b")
     said = run("engines", tmp_path / "b", "--arch", "sm_89", "--batches", "2,2,2").split("\n")
     assert sum(line.startswith("engines/sm_89-rtx") and line.endswith("batches 2 to 2") for line in said) == 4
-    assert sum(line.startswith("trtexec --onnx=") for line in said) == 4
     assert "engines/sm_89-rtx" in run("info", tmp_path / "b")
     (plan,) = (tmp_path / "b" / "engines").glob("sm_89-*/v0.plan")
     plan.write_bytes(b"")
@@ -74,7 +73,6 @@ def test_export(
 
     monkeypatch.setattr(exporting, "export", export)
     where = "--triton", tmp_path / "models"
-    said = run("export", f"{__name__}:nothing", tmp_path / "b", "--targets", "tensorrt", *where, *words)
+    run("export", f"{__name__}:nothing", tmp_path / "b", "--targets", "tensorrt", *where, *words)
     assert (given["targets"], given["engines"]) == (["tensorrt"], asked)
-    assert said.count("trtexec --onnx=") == len(lowered.manifest.variants)
     assert (tmp_path / "models" / "small" / "1" / "bundle" / "manifest.json").exists()
