@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from moeca_compile.expert_dispatch.proof.anatomy import ADAPTED, SAME
-from moeca_compile.expert_dispatch.proof.attempt import Rewrite
-from moeca_compile.expert_dispatch.proof.pins import fits
+from moeca_compile.expert_dispatch.proof.candidate import Pin, Rewrite
 from moeca_compile.expert_dispatch.routed import Experts
 
 _numbers = itertools.count()
@@ -103,6 +102,11 @@ def _patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return forms.original(self, *args, **kwargs)
 
 
+def _check_of(pins: tuple[Pin, ...]) -> Callable[..., bool] | None:
+    """Whether a call is one that was proven; None: every call is."""
+    return (lambda args, kwargs: all(pin.holds(args, kwargs) for pin in pins)) if pins else None
+
+
 # Equal patches are one function: modules of one class then share one compiled graph.
 @functools.lru_cache(maxsize=512)
 def _method(original: Callable[..., Any], note: Installed) -> Callable[..., Any]:
@@ -110,9 +114,9 @@ def _method(original: Callable[..., Any], note: Installed) -> Callable[..., Any]
     # Dynamo keeps graphs and recompile counts on code objects: each patch needs one of its own.
     mark = f"moeca patch {next(_numbers)}"
     _FORMS[mark] = _Forms(
-        rewrite.experts, rewrite.function(), rewrite.following().function(), original, fits(rewrite.pins)
+        rewrite.experts, rewrite.function(), rewrite.following().function(), original, _check_of(rewrite.pins)
     )
-    constants = tuple(mark if one == "mark" else one for one in _patched.__code__.co_consts)
+    constants = tuple(mark if constant == "mark" else constant for constant in _patched.__code__.co_consts)
     code = _patched.__code__.replace(co_consts=constants)
     method = types.FunctionType(code, _patched.__globals__, _patched.__name__)
     functools.update_wrapper(method, original)

@@ -11,95 +11,117 @@ Where experts themselves stand in such a branch they run on all rows, the price 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 
-from moeca_compile.expert_dispatch.families import inline
 from moeca_compile.expert_dispatch.families.family import Family
-from moeca_compile.expert_dispatch.families.method import Layout
-from moeca_compile.expert_dispatch.proof.attempt import Candidate, Entry, Harness, Rewrite, run
+from moeca_compile.expert_dispatch.module_code import ModuleCode
+from moeca_compile.expert_dispatch.proof.candidate import (
+    NOT_NEEDED,
+    Candidate,
+    Entry,
+    Proposal,
+    Rank,
+    Rewrite,
+    Unproven,
+    raised,
+)
 from moeca_compile.expert_dispatch.proof.entries import entries
+from moeca_compile.expert_dispatch.proof.harness import Harness, run
+from moeca_compile.expert_dispatch.proof.packed_experts import PackedHarness
 from moeca_compile.expert_dispatch.proof.probe import isolated
 from moeca_compile.expert_dispatch.proof.traceable import blocker
+from moeca_compile.expert_dispatch.rewrite.one_loop import one_loop
+from moeca_compile.expert_dispatch.rewrite.one_result import decorated
+from moeca_compile.expert_dispatch.rewrite.whole_method import packed_method
 from moeca_compile.expert_dispatch.source.loop import GUARDED, Loop
-from moeca_compile.expert_dispatch.source.method_source import rebuild
+from moeca_compile.expert_dispatch.source.method_source import Source, rebuild
 from moeca_compile.expert_dispatch.source.straighten import WATCH, guards, straighten, watched
 
 _SEEDS = (1, 2, 3)
 _REMEDY = "Compute it for all rows and keep the masked ones with torch.where(mask[:, None], new, old)"
 
 
-def propose(harness: Harness, loop: Loop, layouts: Sequence[Layout]) -> Candidate | str | None:
-    """The method without its branches, or why not, or None where inference meets none of them."""
-    bent = loop.source.bent
-    assert bent is not None
-    if loop.source.decorators:
-        return f"{loop.name} is decorated with {', '.join(loop.source.decorators)}, which a rewritten one would lose"
-    line = f"{bent.file.rsplit('/', 1)[-1]}:{guards(bent)[0]}"
-    reason = f"no way to run {loop.name}({', '.join(bent.parameters[1:])}) is known that fills and empties the mask of "
-    reason += f"the branch at {line}"
-    for entry, met in _telling(harness, loop):
-        if blocker(harness, bent, entry) == "":
-            return None
-        found = _rewritten(harness, loop, entry, met)
-        if isinstance(found, Candidate):
-            return found
-        reason = f"the branch at {line} can't be straightened: {found}"
-    return f"{reason}. {_REMEDY}"
+class MaskedBranches(Family):
+    """Branches on empty masks, in `forward` or in helpers that it calls."""
+
+    name = "masked_branches"
+
+    def match(self, code: ModuleCode) -> Iterable[Loop]:
+        return [loop for loop in code.combined if GUARDED in loop.evidence]
+
+    def propose(self, harness: Harness, loop: Loop) -> Iterator[Proposal]:
+        """The method without its branches."""
+        if isinstance(harness, PackedHarness):
+            yield from packed_method(harness, loop, ())
+            return
+        problem = decorated(loop)
+        if problem is not None:
+            yield problem
+            return
+        branched = _branched(loop)
+        for entry, lines in _telling(harness, loop):
+            if blocker(harness, branched, entry) == "":
+                yield NOT_NEEDED
+                return
+            yield from _straightened(harness, loop, entry, lines)
+        given = ", ".join(branched.parameters[1:])
+        reason = f"no way to run {loop.name}({given}) is known that fills and empties the mask"
+        yield Unproven(reason, Rank.NO_ENTRY)
+
+    def explain(self, loop: Loop, unproven: Unproven) -> str:
+        if unproven.rank is Rank.SETTLED:
+            return unproven.reason
+        branched = _branched(loop)
+        line = f"{branched.file.rsplit('/', 1)[-1]}:{guards(branched)[0]}"
+        return f"the branch at {line} can't be straightened: {unproven.reason}. {_REMEDY}"
 
 
-def _rewritten(harness: Harness, loop: Loop, entry: Entry, met: frozenset[int]) -> Candidate | str:
-    """`met`: lines of the branches that this entry comes to. The others stay: nothing is known of them."""
-    assert loop.source.bent is not None
-    passed_by = sorted(set(guards(loop.source.bent)) - met)
+def _branched(loop: Loop) -> Source:
+    """The method with its branches, which the loop's source has straightened."""
+    assert loop.source.branched is not None
+    return loop.source.branched
+
+
+def _straightened(harness: Harness, loop: Loop, entry: Entry, lines: frozenset[int]) -> Iterator[Proposal]:
+    """`lines`: of the branches that this entry comes to. The others stay: nothing is known of them."""
+    branched = _branched(loop)
+    passed_by = sorted(set(guards(branched)) - lines)
     if passed_by and loop.nest:
-        return f"the branch at line {passed_by[0]} wasn't reached"
+        yield Unproven(f"the branch at line {passed_by[0]} wasn't reached", Rank.NO_PARTS)
+        return
     if passed_by:
-        loop = replace(loop, source=straighten(loop.source.bent, met))
-    if loop.nest:
-        routed = inline.attempt(harness, loop, [entry])
-        if isinstance(routed, str):
-            return routed
-        if routed is not None:
-            return _checked(harness, loop, routed)
-    rewrite = Rewrite(loop.name, loop.source, "straightened", None, harness.experts, loop.source.tree)
-    candidate = Candidate(rewrite, entry)
-    problem = harness.disagreement(candidate)
-    if problem:
-        return problem.replace("the gate-weighted sum of each token's experts", "the same without the branch")
-    return _checked(harness, loop, candidate)
-
-
-def _checked(harness: Harness, loop: Loop, candidate: Candidate) -> Candidate | str:
-    left = blocker(harness, loop.source, candidate.entry, candidate.rewrite)
-    return f"{left} still reads a size or a value out of a tensor" if left else candidate
+        loop = replace(loop, source=straighten(branched, lines))
+    for proposal in one_loop(harness, loop, [entry]) if loop.nest else (NOT_NEEDED,):
+        if proposal is NOT_NEEDED:  # no loop, or none that this entry comes to: only the branches change
+            rewrite = Rewrite(loop.name, loop.source, "straightened", None, harness.experts, loop.source.tree)
+            yield Candidate(rewrite, entry, to_capture=True)
+        else:
+            yield replace(proposal, to_capture=True) if isinstance(proposal, Candidate) else proposal
 
 
 def _telling(harness: Harness, loop: Loop) -> Iterator[tuple[Entry, frozenset[int]]]:
     """Entries under which each branch that is reached sees a mask that picks nothing and one that picks all; and the
     lines of these branches."""
-    assert loop.source.bent is not None
-    tree = watched(loop.source.bent)
+    tree = watched(_branched(loop))
     for entry in entries(harness, loop):
-        seen: dict[int, set[str]] = {}
+        masks: dict[int, set[str]] = {}
 
-        def watch(line: int, mask: torch.Tensor, seen: dict[int, set[str]] = seen) -> None:
+        def watch(line: int, mask: torch.Tensor, masks: dict[int, set[str]] = masks) -> None:
             kind = "all" if bool(mask.all()) else "some" if bool(mask.any()) else "none"
-            seen.setdefault(line, set()).add(kind)
+            masks.setdefault(line, set()).add(kind)
 
         function = rebuild(loop.source, tree, {WATCH: watch})
         try:
-            for number in _SEEDS:
+            for seed in _SEEDS:
                 with isolated():
                     module = harness.copy()
                     module.__dict__[loop.name] = types.MethodType(function, module)
-                    run(module, entry, entry.arguments(harness, number, torch.float32))
-        except Exception:
+                    run(module, entry, entry.arguments(harness, seed, torch.float32))
+        except Exception as error:  # whatever somebody's method can raise for arguments that aren't its own
+            raised(f"{loop.name} was tried with other arguments than its own", error)
             continue
-        if seen and all({"all", "none"} <= kinds for kinds in seen.values()):
-            yield entry, frozenset(seen)
-
-
-FAMILY = Family("masked_branches", frozenset({GUARDED}), propose=propose)
+        if masks and all({"all", "none"} <= kinds for kinds in masks.values()):
+            yield entry, frozenset(masks)

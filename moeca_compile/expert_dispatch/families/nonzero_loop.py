@@ -9,8 +9,23 @@ inside the forward that also holds the router.
 
 from __future__ import annotations
 
-from moeca_compile.expert_dispatch.families.family import Family
-from moeca_compile.expert_dispatch.families.method import FLAT, PAIRED
-from moeca_compile.expert_dispatch.source.loop import MASKED
+from collections.abc import Iterable, Iterator
 
-FAMILY = Family("nonzero_loop", MASKED, PAIRED + FLAT)
+from moeca_compile.expert_dispatch.families.family import Family, method_or_loop
+from moeca_compile.expert_dispatch.module_code import ModuleCode
+from moeca_compile.expert_dispatch.proof.candidate import Proposal
+from moeca_compile.expert_dispatch.proof.harness import Harness
+from moeca_compile.expert_dispatch.proof.layouts import FLAT, PAIRED
+from moeca_compile.expert_dispatch.source.loop import MASKED, Loop
+
+
+class NonzeroLoop(Family):
+    """One mask per expert."""
+
+    name = "nonzero_loop"
+
+    def match(self, code: ModuleCode) -> Iterable[Loop]:
+        return [loop for loop in code.loops if loop.evidence & MASKED]
+
+    def propose(self, harness: Harness, loop: Loop) -> Iterator[Proposal]:
+        return method_or_loop(harness, loop, PAIRED + FLAT)

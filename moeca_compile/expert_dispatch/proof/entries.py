@@ -14,12 +14,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from moeca_compile.expert_dispatch.dispatch import methods
-from moeca_compile.expert_dispatch.families import method
-from moeca_compile.expert_dispatch.proof.attempt import Arguments, Entry, Harness, length, tokens_of
-from moeca_compile.expert_dispatch.proof.pins import optional
+from moeca_compile.expert_dispatch.proof.candidate import Arguments, Entry
+from moeca_compile.expert_dispatch.proof.harness import Harness, length, tokens_of
+from moeca_compile.expert_dispatch.proof.layouts import direct_entries
+from moeca_compile.expert_dispatch.proof.pinned import parameters
 from moeca_compile.expert_dispatch.source.loop import Loop
-from moeca_compile.expert_dispatch.source.method_source import Source, read
+from moeca_compile.expert_dispatch.source.method_source import Source, methods_of, read
 
 _BATCH = 2
 _EXTRA = ("vector", "labels", "tokens", "mask", "token mask")
@@ -28,25 +28,28 @@ _MOST_EXTRA = 2
 
 def entries(harness: Harness, loop: Loop) -> Iterator[Entry]:
     """Through `forward` first, then the loop's own method."""
-    own = methods(harness.module)
+    methods = methods_of(type(harness.module))
     for name in dict.fromkeys(("forward", loop.name)):
-        source = read(own[name]) if name in own else None
-        if source is None or not source.required:
+        source = read(methods[name]) if name in methods else None
+        if source is None or not source.required or len(source.required) - 1 > _MOST_EXTRA:
             continue
-        extra = len(source.required) - 1
-        if extra > _MOST_EXTRA:
-            continue
-        special = tuple(sorted(specials(harness, loop.source) | specials(harness, source)))
-        ways = [
-            _Maker(kinds, flat, special)
-            for flat, kinds in product((False, True), product(_EXTRA, repeat=extra))
-            if not (flat and extra)
-        ]
-        yield from (Entry(name, way) for way in ways)
+        makers = _makers(len(source.required) - 1, specials(harness, loop.source) | specials(harness, source))
+        for maker in makers:
+            yield Entry(name, maker)
         if name == loop.name:  # what its callers pass: then only calls that pass the same run the rewritten method
-            turned = [((one.name, not one.default),) for one in optional(source.function) if type(one.default) is bool]
-            yield from (Entry(name, way, flags) for flags in turned for way in ways)
-    yield from method.entries(harness, loop)
+            for parameter, _ in parameters(source.function):
+                if type(parameter.default) is bool:
+                    flags = ((parameter.name, not parameter.default),)
+                    yield from (Entry(name, maker, flags) for maker in makers)
+    yield from direct_entries(harness, loop)
+
+
+def _makers(extra: int, special: set[int]) -> list[_Maker]:
+    """Tokens alone come as [B, T, D] and as [T, D]; with `extra` arguments every kind of each is tried: no annotation
+    tells a label from a mask."""
+    values = tuple(sorted(special))
+    makers = [_Maker(kinds, False, values) for kinds in product(_EXTRA, repeat=extra)]
+    return makers if extra else [*makers, _Maker((), True, values)]
 
 
 def specials(harness: Harness, source: Source) -> set[int]:

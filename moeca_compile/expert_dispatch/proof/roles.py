@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from moeca_compile.expert_dispatch.proof.attempt import Harness
+from moeca_compile.expert_dispatch.proof.harness import Harness
 
 Key = TypeVar("Key")
 
@@ -31,28 +31,30 @@ class Roles(Generic[Key]):
 def roles(harness: Harness, names: Sequence[Key], values: Mapping[Key, Tensor]) -> Iterator[Roles[Key]]:
     """Every assignment that fits, routing for each token first."""
     width, num_experts = harness.experts.in_features, harness.num_experts
-    tokens = [n for n in names if _floats(values[n]) and values[n].shape[-1:] == (width,) and values[n].numel()]
+    floats = [n for n in names if values[n].is_floating_point() and values[n].dim()]
+    tokens = [n for n in floats if values[n].shape[-1:] == (width,) and values[n].numel()]
     ids = [n for n in names if _is_ids(values[n], num_experts)]
-    weights = [n for n in names if _floats(values[n])]
-    beside = [[n for n in names if _floats(values[n]) and values[n].shape[-1] == one] for one in harness.extra]
-    for per_sample, (x, idx, w, *extra) in product((False, True), product(tokens, ids, weights, *beside)):
-        count = values[x].shape[0] if per_sample else values[x].numel() // width
-        if per_sample and (values[x].dim() != 3 or values[idx].shape[0] != count or values[w].shape[:1] != (count,)):
-            continue
-        rows = values[x].numel() // width
-        if any(values[n].numel() // values[n].shape[-1] != rows for n in extra):
-            continue
-        chosen = values[idx].numel()
-        if chosen % count or not count <= chosen <= count * num_experts:
-            continue
-        if values[w].numel() == chosen:
-            yield Roles(x, idx, w, False, per_sample, tuple(extra))
-        elif values[w].numel() == count * num_experts:
-            yield Roles(x, idx, w, True, per_sample, tuple(extra))
+    extra = [[n for n in floats if values[n].shape[-1] == size] for size in harness.extra]
+    # Every choice: nothing but size and, for whoever asks, value tells which of several tensors it is.
+    for per_sample in (False, True):
+        for x, idx, w, *rest in product(tokens, ids, floats, *extra):
+            rows = values[x].numel() // width
+            if per_sample and not _are_per_sample(values[x], values[idx], values[w]):
+                continue
+            if any(values[n].numel() // values[n].shape[-1] != rows for n in rest):
+                continue
+            count = values[x].shape[0] if per_sample else rows
+            chosen = values[idx].numel()
+            if chosen % count or not count <= chosen <= count * num_experts:
+                continue
+            if values[w].numel() == chosen:
+                yield Roles(x, idx, w, False, per_sample, tuple(rest))
+            elif values[w].numel() == count * num_experts:
+                yield Roles(x, idx, w, True, per_sample, tuple(rest))
 
 
-def _floats(value: Tensor) -> bool:
-    return value.is_floating_point() and value.dim() > 0
+def _are_per_sample(x: Tensor, idx: Tensor, w: Tensor) -> bool:
+    return x.dim() == 3 and idx.shape[0] == x.shape[0] and w.shape[:1] == x.shape[:1]
 
 
 def _is_ids(value: Tensor, num_experts: int) -> bool:

@@ -8,7 +8,8 @@ import types
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from moeca_compile.expert_dispatch.proof.attempt import Entry, Harness, Rewrite
+from moeca_compile.expert_dispatch.proof.candidate import Entry, Rewrite, raised
+from moeca_compile.expert_dispatch.proof.harness import Harness
 from moeca_compile.expert_dispatch.proof.probe import isolated, seed, shadow
 from moeca_compile.expert_dispatch.source.method_source import Source
 
@@ -23,25 +24,23 @@ def blocker(harness: Harness, source: Source, entry: Entry, rewrite: Rewrite | N
             if rewrite is not None:
                 module.__dict__[rewrite.name] = types.MethodType(rewrite.fitting(module).function(), module)
             arguments = entry.arguments(harness, 1, harness.experts.dtype(harness.module))
-        except Exception:
-            return None
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, torch.no_grad():
-            fakes = [fake.from_tensor(a.to("meta") if harness.on_meta else a, static_shapes=True) for a in arguments]
-            seed()
-            try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+                values = [a.to("meta") if harness.on_meta else a for a in arguments]
+                fakes = [fake.from_tensor(value, static_shapes=True) for value in values]
+                seed()
                 getattr(module, entry.method)(*fakes, **dict(entry.flags))
-            except _BLOCKERS as error:
-                return _line(error, source)
-            except Exception:
-                return None
+        except _BLOCKERS as error:
+            return _line(error, source)
+        except Exception as error:  # whatever somebody's module can raise; the comparison of values is still there
+            raised(f"{entry.method} can't be run on fake tensors", error)
+            return None
     return ""
 
 
 def _line(error: BaseException, source: Source) -> str:
     """The innermost line of the method's file, or of any file that isn't torch's."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename == source.file]
-    others = [f for f in frames if "/torch/" not in f.filename and "moeca_compile/" not in f.filename]
-    frame = (own or others or frames)[-1]
+    of_method = [f for f in frames if f.filename == source.file]
+    of_model = [f for f in frames if "/torch/" not in f.filename and "moeca_compile/" not in f.filename]
+    frame = (of_method or of_model or frames)[-1]
     return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"

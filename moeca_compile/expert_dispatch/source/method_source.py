@@ -17,13 +17,13 @@ _HARMLESS_DECORATORS = {"no_grad", "inference_mode"}  # the canonical form is fo
 @dataclass(frozen=True, eq=False)
 class Source:
     """A function, what it was written as, and where. `helpers` are names that its tree uses and its globals lack,
-    `bent` is the source with the branches that this one has straightened."""
+    `branched` is the source with the branches that this one has straightened."""
 
     function: types.FunctionType
     tree: ast.FunctionDef
     file: str
     helpers: Mapping[str, object] = field(default_factory=dict)
-    bent: Source | None = None
+    branched: Source | None = None
 
     @property
     def self_name(self) -> str:
@@ -68,6 +68,18 @@ def read(function: types.FunctionType) -> Source | None:
         return None
     ast.increment_lineno(tree, start - 1 - shift)
     return Source(function, tree, inspect.getsourcefile(function) or function.__code__.co_filename)
+
+
+def methods_of(kind: type) -> dict[str, types.FunctionType]:
+    """The plain methods of a module's class that its author wrote, by name."""
+    methods: dict[str, types.FunctionType] = {}
+    for cls in kind.__mro__:
+        if cls.__module__.startswith("torch.nn"):
+            break
+        for name, value in vars(cls).items():
+            if isinstance(value, types.FunctionType):
+                methods.setdefault(name, value)
+    return methods
 
 
 def rebuild(source: Source, tree: ast.FunctionDef, helpers: Mapping[str, object]) -> types.FunctionType:

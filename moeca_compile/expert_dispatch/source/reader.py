@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from moeca_compile.expert_dispatch.source.loop import MASKED, SORTED, Loop, feeders, written
 from moeca_compile.expert_dispatch.source.method_source import Source, loads, read, stores, suites
@@ -28,11 +28,11 @@ class Reader:
         methods: Mapping[str, types.FunctionType],
         name: str,
         source: Source,
-        known: set[Path],
-        packed: set[Path],
+        stacks: Collection[Path],
+        packed: Collection[Path],
     ) -> None:
-        """`methods` are all of the class; `known` the paths of expert containers, `packed` of packed weights."""
-        self.methods, self.name, self.source, self.known, self.packed = methods, name, source, known, packed
+        """`methods` are all of the class; `stacks` the paths of expert containers, `packed` of packed weights."""
+        self.methods, self.name, self.source, self.stacks, self.packed = methods, name, source, stacks, packed
         self.parents = {child: node for node in ast.walk(source.tree) for child in ast.iter_child_nodes(node)}
         self.stack_names: dict[str, Path] = {}
         self.member_names: dict[str, Path] = {}
@@ -95,7 +95,7 @@ class Reader:
     def _stack(self, node: ast.AST) -> Path | None:
         path = self._path(node)
         if path is not None:
-            return path if path in self.known else None
+            return path if path in self.stacks else None
         return self.stack_names.get(node.id) if isinstance(node, ast.Name) else None
 
     def _member(self, node: ast.AST) -> Path | None:

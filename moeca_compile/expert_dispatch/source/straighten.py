@@ -35,7 +35,7 @@ def straighten(source: Source, lines: frozenset[int] | None = None) -> Source:
     if not change.lines:
         return source
     helpers = {**source.helpers, _WRITE: write}
-    return Source(source.function, ast.fix_missing_locations(tree), source.file, helpers, bent=source)
+    return Source(source.function, ast.fix_missing_locations(tree), source.file, helpers, branched=source)
 
 
 def watched(source: Source) -> ast.FunctionDef:

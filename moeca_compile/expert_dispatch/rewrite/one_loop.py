@@ -10,19 +10,27 @@ from __future__ import annotations
 import ast
 import copy
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeca_compile.expert_dispatch.families import collected, method
-from moeca_compile.expert_dispatch.families.method import Layout
-from moeca_compile.expert_dispatch.proof.attempt import Candidate, Entry, Harness, Rewrite, run
-from moeca_compile.expert_dispatch.proof.entries import entries
+from moeca_compile.expert_dispatch.proof.candidate import (
+    NOT_NEEDED,
+    Candidate,
+    Entry,
+    Proposal,
+    Rank,
+    Rewrite,
+    Unproven,
+    raised,
+)
+from moeca_compile.expert_dispatch.proof.harness import Harness, run
 from moeca_compile.expert_dispatch.proof.probe import close, isolated
-from moeca_compile.expert_dispatch.proof.roles import roles
+from moeca_compile.expert_dispatch.proof.roles import Roles, roles
+from moeca_compile.expert_dispatch.rewrite.one_result import decorated, one_result
 from moeca_compile.expert_dispatch.routed import NAME, Routed
 from moeca_compile.expert_dispatch.source.loop import Loop, feeders
 from moeca_compile.expert_dispatch.source.method_source import loads, rebuild, stores, suites
@@ -39,110 +47,110 @@ class _Locals:
     module: Any = None
 
 
-def whole_or_loop(harness: Harness, loop: Loop, layouts: Sequence[Layout]) -> Candidate | str | None:
-    """Rewrite the method as a whole where it is nothing but a dispatch, else only its loop."""
-    whole = method.attempt(harness, loop, layouts) if method.fits(loop) else None
-    if isinstance(whole, Candidate):
-        return whole if reaches(harness, loop, whole.entry) else None
-    part = attempt(harness, loop)
-    return whole if isinstance(part, str) and whole is not None else part
-
-
 def reaches(harness: Harness, loop: Loop, entry: Entry) -> bool:
     """Whether the loop itself runs in inference: the method may hold it for training and call another one."""
     return not loop.nest or bool(_observe(harness, loop, loop.nest[0], entry).before)
 
 
-def attempt(harness: Harness, loop: Loop, ways: Iterable[Entry] | None = None) -> Candidate | str | None:
-    """The rewritten method, why there is none, or None where inference doesn't reach the loop. `ways` to run it are
-    found where they aren't given."""
-    ways = entries(harness, loop) if ways is None else ways
-    if loop.source.decorators:
-        return f"{loop.name} is decorated with {', '.join(loop.source.decorators)}, which a rewritten one would lose"
+def one_loop(harness: Harness, loop: Loop, entries: Iterable[Entry]) -> Iterator[Proposal]:
+    """The method with its loop replaced, and where that can't be, with what is made of the loop's results replaced.
+
+    Args:
+        harness: the module.
+        loop: the loop; the inner loops of its nest are tried too.
+        entries: ways to run the method. The first under which it runs decides.
+    """
+    problem = decorated(loop)
+    if problem is not None:
+        yield problem
+        return
     if not loop.nest:
-        return collected.attempt(harness, loop, iter(ways))
-    reason, reached = "", False
-    for entry in ways:
-        for statement in loop.nest:
-            try:
-                seen = _observe(harness, loop, statement, entry)
-            except Exception as error:
-                reason = reason or f"it can't be run on random tokens ({type(error).__name__}: {error})"
-                break
-            if not seen.before:
-                continue
-            reached = True
-            found = _rewrite(harness, loop, statement, entry, seen)
-            if isinstance(found, Candidate):
-                return found
-            reason = found
-        else:
-            if not reached:
-                return None
-            gathered = collected.attempt(harness, loop, iter([entry]))
-            return gathered if isinstance(gathered, Candidate) else reason
-    return reason or f"{loop.name} takes ({', '.join(loop.source.parameters[1:])}): no way to run it is known"
+        yield from one_result(harness, loop, entries)
+        return
+    for entry in entries:
+        try:
+            observed = [(statement, _observe(harness, loop, statement, entry)) for statement in loop.nest]
+        except Exception as error:  # whatever somebody's method can raise for arguments that aren't its own
+            yield raised("it can't be run on random tokens", error)
+            continue
+        reached = [(statement, values) for statement, values in observed if values.before]
+        if not reached:
+            yield NOT_NEEDED
+            return
+        for statement, values in reached:
+            yield from _in_place_of(harness, loop, statement, entry, values)
+        yield from one_result(harness, loop, [entry])
+        return
+    given = ", ".join(loop.source.parameters[1:])
+    yield Unproven(f"{loop.name} takes ({given}): no way to run it is known", Rank.NO_ENTRY)
 
 
 def _observe(harness: Harness, loop: Loop, statement: ast.stmt, entry: Entry) -> _Locals:
-    seen = _Locals()
+    values = _Locals()
 
     def note(into: list[dict[str, Tensor]], scope: dict[str, object]) -> None:
         into.append({name: v.clone() for name, v in scope.items() if isinstance(v, Tensor)})
 
     hooks = {
-        _BEFORE: lambda scope: note(seen.before, scope),
-        _AFTER: lambda scope: note(seen.after, scope),
+        _BEFORE: lambda scope: note(values.before, scope),
+        _AFTER: lambda scope: note(values.after, scope),
     }
     around = ast.parse(f"if True:\n {_BEFORE}(locals())\n pass\n {_AFTER}(locals())").body[0]
     assert isinstance(around, ast.If)
     around.body[1] = statement
     function = rebuild(loop.source, _replaced(loop.source.tree, {statement: around}), hooks)
     with isolated():
-        seen.module = harness.copy()
-        seen.module.__dict__[loop.name] = types.MethodType(function, seen.module)
-        run(seen.module, entry, entry.arguments(harness, 1, torch.float32))
-    return seen
+        values.module = harness.copy()
+        values.module.__dict__[loop.name] = types.MethodType(function, values.module)
+        run(values.module, entry, entry.arguments(harness, 1, torch.float32))
+    return values
 
 
-def _rewrite(harness: Harness, loop: Loop, statement: ast.stmt, entry: Entry, seen: _Locals) -> Candidate | str:
-    if len(seen.before) != 1 or len(seen.after) != 1:
-        return "the loop runs more than once in a call"
-    before, after = seen.before[0], seen.after[0]
+def _in_place_of(
+    harness: Harness, loop: Loop, statement: ast.stmt, entry: Entry, values: _Locals
+) -> Iterator[Proposal]:
+    """The call in place of `statement`, for each choice of tokens, ids and weights that leaves the same tensors."""
+    if len(values.before) != 1 or len(values.after) != 1:
+        yield Unproven("the loop runs more than once in a call", Rank.NO_PARTS)
+        return
+    before, after = values.before[0], values.after[0]
     changed = [n for n, v in before.items() if n in after and v.is_floating_point() and not close(v, after[n])]
     if not changed:
-        return "its result is not collected in a tensor that exists before the loop"
-    feeding = feeders(loop.source.tree, statement)
-    used = loads(statement).union(*(loads(s) for s in feeding))
-    near = sorted((n for n in before if n in used), key=lambda n: (n not in loads(statement), n))
-    if not any(True for _ in roles(harness, near, before)):
-        return (
-            f"no tensors before the loop that fills {', '.join(changed)} can be tokens, expert ids [T, K] and gate "
-            "weights: experts that take a number of tokens read from the data (dynamic k) have no static form"
+        yield Unproven("its result is not collected in a tensor that exists before the loop", Rank.NO_PARTS)
+        return
+    read_by_loop = loads(statement)
+    used = read_by_loop.union(*(loads(feeder) for feeder in feeders(loop.source.tree, statement)))
+    near = sorted((n for n in before if n in used), key=lambda n: (n not in read_by_loop, n))
+    choices = list(roles(harness, near, before))
+    filled = ", ".join(changed)
+    if not choices:
+        reason = (
+            f"no tensors before the loop that fills {filled} can be tokens, expert ids [T, K] and gate weights: "
+            "experts that take a number of tokens read from the data (dynamic k) have no static form"
         )
-    reason = f"what the loop leaves in {', '.join(changed)} is not the gate-weighted sum of each token's experts"
+        yield Unproven(reason, Rank.NO_PARTS)
+        return
     for result in changed:  # several where one is a view of another
-        for found in roles(harness, near, before):
-            x, idx, w = found.x, found.idx, found.w
-            extra = [before[name] for name in found.extra]
-            accumulating = Routed(harness.experts, found.dense, found.per_sample, accumulate=True)
-            with isolated():
-                try:
-                    sums = harness.routed(accumulating)(
-                        seen.module, before[x], before[idx], before[w], before[result], *extra
-                    )  # fmt: skip
-                except (RuntimeError, ValueError):
-                    continue
-            if close(after[result], sums):
+        for choice in choices:
+            sums = _added(harness, values.module, before, result, choice)
+            if sums is not None and close(after[result], sums):
                 fresh = _starts_at_zero(loop.source.tree, statement, result)
-                routed = Routed(harness.experts, found.dense, found.per_sample, accumulate=not fresh)
-                tree = _with_call(loop, statement, (x, idx, w, result, *found.extra))
-                candidate = Candidate(Rewrite.of(loop, tree, routed), entry)
-                problem = harness.disagreement(candidate)
-                if not problem:
-                    return candidate
-                reason = problem
-    return reason
+                routed = Routed(harness.experts, choice.dense, choice.per_sample, accumulate=not fresh)
+                tree = _with_call(loop, statement, (choice.x, choice.idx, choice.w, result, *choice.extra))
+                yield Candidate(Rewrite.of(loop, tree, routed), entry)
+    reason = f"what the loop leaves in {filled} is not the gate-weighted sum of each token's experts"
+    yield Unproven(reason, Rank.DIFFERENT)
+
+
+def _added(harness: Harness, module: Any, before: dict[str, Tensor], result: str, choice: Roles[str]) -> Tensor | None:
+    """What `result` holds once the sum that `choice` reads is added to it; None where the shapes don't fit."""
+    routed = harness.routed(Routed(harness.experts, choice.dense, choice.per_sample, accumulate=True))
+    extra = [before[name] for name in choice.extra]
+    with isolated():
+        try:
+            return routed(module, before[choice.x], before[choice.idx], before[choice.w], before[result], *extra)
+        except (RuntimeError, ValueError):
+            return None
 
 
 def _starts_at_zero(tree: ast.FunctionDef, loop: ast.stmt, name: str) -> bool:

@@ -7,20 +7,18 @@ among the inputs: a dispatch with a capacity drops tokens there and doesn't pass
 
 from __future__ import annotations
 
-import ast
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.expert_dispatch.families.generic import AnyExperts, following
 from moeca_compile.expert_dispatch.proof import probe
-from moeca_compile.expert_dispatch.proof.anatomy import ADAPTED
+from moeca_compile.expert_dispatch.proof.any_experts import AnyExperts
+from moeca_compile.expert_dispatch.proof.candidate import Arguments, Candidate, Entry, Rank, Unproven, raised
 from moeca_compile.expert_dispatch.proof.experts import ModuleExperts, members
-from moeca_compile.expert_dispatch.proof.pins import Pin
 from moeca_compile.expert_dispatch.proof.probe import (
     close,
     compute_device,
@@ -29,64 +27,9 @@ from moeca_compile.expert_dispatch.proof.probe import (
     random_parameters,
     shadow,
 )
-from moeca_compile.expert_dispatch.routed import NAME, Experts, Routed
-from moeca_compile.expert_dispatch.source.loop import Loop
-from moeca_compile.expert_dispatch.source.method_source import Source, rebuild
+from moeca_compile.expert_dispatch.routed import Experts, Routed
 
-Arguments = tuple[Tensor, ...]
 CROWD = 10  # the seed of a run with many tokens, all to few experts: a capacity must show
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """A changed method: its code calls `routed` under the name `routed.NAME`; None where only branches were changed.
-
-    Equal code, equal rewrite.
-    """
-
-    name: str
-    source: Source
-    code: str
-    routed: Routed | None
-    experts: Experts
-    tree: ast.FunctionDef = field(compare=False, repr=False)
-    pins: tuple[Pin, ...] = ()  # other arguments than these run the original
-
-    @staticmethod
-    def of(loop: Loop, tree: ast.FunctionDef, routed: Routed) -> Rewrite:
-        return Rewrite(loop.name, loop.source, ast.unparse(tree), routed, routed.experts, tree)
-
-    def fitting(self, owner: nn.Module) -> Rewrite:
-        """The form for the experts as they are in `owner`."""
-        return self.following() if self.experts.condition(owner) == ADAPTED else self
-
-    def following(self) -> Rewrite:
-        """The same with experts that run by their own forward: adapters on them are followed."""
-        if self.routed is None or not isinstance(self.experts, ModuleExperts):
-            return self
-        experts = following(self.experts)
-        return replace(self, routed=replace(self.routed, experts=experts), experts=experts)
-
-    def function(self, routed: Routed | None = None) -> types.FunctionType:
-        return rebuild(self.source, self.tree, {NAME: routed or self.routed} if self.routed is not None else {})
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How to make a module run its dispatch: call `method` with what `arguments(harness, seed, dtype)` gives, and with
-    `flags` by name where they aren't its defaults."""
-
-    method: str
-    arguments: Callable[[Harness, int, torch.dtype], Arguments]
-    flags: tuple[tuple[str, bool], ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A rewrite, and the calls under which it is compared with the original."""
-
-    rewrite: Rewrite
-    entry: Entry
 
 
 class Harness(ABC):
@@ -99,6 +42,7 @@ class Harness(ABC):
 
     def __init__(self, module: nn.Module, experts: Experts) -> None:
         self.module, self.experts = module, experts
+        self.readings: Sequence[Experts] = (experts,)  # which experts it may be, where trying tells
         self.device = compute_device(module)
         self.num_experts = experts.count(module)
         self.extra = experts.extra if isinstance(experts, AnyExperts) else ()  # widths of what else experts take
@@ -119,22 +63,27 @@ class Harness(ABC):
         """What a rewritten copy calls."""
         return real
 
-    def disagreement(self, candidate: Candidate, seeds: Sequence[int] = (1, 2, 3, 4, CROWD)) -> str:
-        """Why original and rewritten method differ with stand-in experts, or ''."""
+    def holding(self, experts: Experts) -> Harness:
+        """The harness for another reading of the same experts."""
+        return self if experts is self.experts else type(self)(self.module, experts)
+
+    def disagreement(self, candidate: Candidate, seeds: Sequence[int] = (1, 2, 3, 4, CROWD)) -> Unproven | None:
+        """Why original and rewritten method differ with stand-in experts, in float32; None where they agree."""
         real = candidate.rewrite.routed
         function = candidate.rewrite.function(self.routed(real) if real is not None else None)
         return self._compare(candidate, function, self.copy, torch.float32, seeds)
 
-    def disagreement_on_own_weights(self, candidate: Candidate, seeds: Sequence[int] = (1, 2)) -> str:
-        """Why they differ with the module's own weights, in its own dtype and through the real operator, or ''.
+    def disagreement_on_own_weights(self, candidate: Candidate, seeds: Sequence[int] = (1, 2)) -> Unproven | None:
+        """Why they differ with the module's own weights, in its own dtype and through the real operator.
 
         Weights on the meta device can't be run: no difference is known then.
         """
         if self.on_meta:
-            return ""
+            return None
         dtype = self.experts.dtype(self.module)
         function = candidate.rewrite.fitting(self.module).function()
-        return self._compare(candidate, function, lambda: shadow(self.module), dtype, seeds)
+        difference = self._compare(candidate, function, lambda: shadow(self.module), dtype, seeds)
+        return Unproven(f"{difference.reason} (on its own weights)", Rank.OWN_WEIGHTS) if difference else None
 
     def _compare(
         self,
@@ -143,28 +92,38 @@ class Harness(ABC):
         copy: Callable[[], nn.Module],
         dtype: torch.dtype,
         seeds: Sequence[int],
-    ) -> str:
-        name, entry = candidate.rewrite.name, candidate.entry
+    ) -> Unproven | None:
+        name, entry, calls = candidate.rewrite.name, candidate.entry, list[str]()
+
+        def rewritten(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            return function(*args, **kwargs)
+
         for seed in seeds:
             with isolated():
-                trouble = "no copy of it can be tried out"
+                attempted = "no copy of it can be tried out"
                 try:
                     ours, theirs = copy(), copy()
-                    ours.__dict__[name] = types.MethodType(function, ours)
+                    ours.__dict__[name] = types.MethodType(rewritten, ours)
                     arguments = entry.arguments(self, seed, dtype)
-                    trouble = "the original can't be run on random tokens"
-                    wanted = run(theirs, entry, arguments)
-                    trouble = "the canonical form can't be run in its place"
-                    got = run(ours, entry, arguments)
-                    trouble = "results and state can't be compared"
-                    agree, changed = close(wanted, got), differing_state(theirs, ours)
+                    attempted = "the original can't be run on random tokens"
+                    expected = run(theirs, entry, arguments)
+                    attempted = "the canonical form can't be run in its place"
+                    result = run(ours, entry, arguments)
+                    attempted = "results and state can't be compared"
+                    agree, changed = close(expected, result), differing_state(theirs, ours)
                 except Exception as error:  # whatever somebody's module can raise
-                    return f"{trouble} ({type(error).__name__}: {error})"
+                    return raised(attempted, error)
+            if not calls:
+                return Unproven(f"{entry.method} doesn't call {name}, so nothing was compared", Rank.NOT_RUN)
+            if not agree and candidate.rewrite.routed is None:
+                return Unproven("its result is not the same without the branch", Rank.DIFFERENT)
             if not agree:
-                return "its result is not the gate-weighted sum of each token's experts"
+                return Unproven("its result is not the gate-weighted sum of each token's experts", Rank.DIFFERENT)
             if changed:
-                return f"it changes the module's own state ({changed}), which a compiled graph would drop"
-        return ""
+                reason = f"it changes the module's own state ({changed}), which a compiled graph would drop"
+                return Unproven(reason, Rank.DIFFERENT)
+        return None
 
 
 class ModuleHarness(Harness):
@@ -181,8 +140,9 @@ class ModuleHarness(Harness):
         return twin
 
     def parameters(self) -> dict[int, Tensor]:
-        own = {id(p) for expert in members(self.module, self.stack) for p in expert.parameters()}
-        return random_parameters(self.module, self.device, skip=own)
+        experts = members(self.module, self.stack)
+        stood_in_for = {id(p) for expert in experts for p in expert.parameters()}
+        return random_parameters(self.module, self.device, skip=stood_in_for)
 
     def routed(self, real: Routed) -> Routed:
         return _StandInRouted(*(getattr(real, f.name) for f in fields(real)))
@@ -194,8 +154,9 @@ class _StandInRouted(Routed):
         assert isinstance(self.experts, (ModuleExperts, AnyExperts))
         y = tokens.new_empty(*ids.shape, self.experts.out_features)
         for e, expert in enumerate(members(owner, self.experts.stack)):
-            mine = ids == e
-            y[mine] = expert(*(one.unsqueeze(1).expand(*ids.shape, -1)[mine] for one in (tokens, *extra)))
+            chosen = ids == e
+            rows = (value.unsqueeze(1).expand(*ids.shape, -1)[chosen] for value in (tokens, *extra))
+            y[chosen] = expert(*rows)
         return y
 
 
@@ -206,8 +167,8 @@ def stand_in(e: int, out_features: int, dtype: torch.dtype | None) -> Callable[.
     def forward(x: Tensor, *extra: Tensor) -> Tensor:
         columns = torch.arange(out_features, device=x.device)
         y = torch.sin(x[..., columns % x.shape[-1]] * (1.0 + 0.01 * e) + (e + columns))
-        for i, one in enumerate(extra):
-            y = y + torch.sin(one[..., columns % one.shape[-1]] * (0.7 + i) + (e - columns))
+        for i, value in enumerate(extra):
+            y = y + torch.sin(value[..., columns % value.shape[-1]] * (0.7 + i) + (e - columns))
         return y.to(dtype or x.dtype)
 
     return forward

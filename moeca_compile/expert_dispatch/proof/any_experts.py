@@ -84,7 +84,7 @@ class AnyExperts:
         return len(walk(owner, self.stack)._modules)
 
 
-def recognise(stack: tuple[str, ...], experts: Sequence[nn.Module]) -> AnyExperts | str:
+def recognize(stack: tuple[str, ...], experts: Sequence[nn.Module]) -> AnyExperts | str:
     """Experts that map each token by itself, deterministically, [n, D] to [n, D_out]; or what speaks against it."""
     first: AnyExperts | None = None
     for e, expert in enumerate(experts):

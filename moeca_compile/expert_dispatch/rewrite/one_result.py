@@ -10,24 +10,33 @@ from __future__ import annotations
 import ast
 import copy
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeca_compile.expert_dispatch.proof.attempt import Candidate, Entry, Harness, Rewrite, run
+from moeca_compile.expert_dispatch.proof.candidate import (
+    Candidate,
+    Entry,
+    Proposal,
+    Rank,
+    Rewrite,
+    Unproven,
+    raised,
+)
+from moeca_compile.expert_dispatch.proof.harness import Harness, run
 from moeca_compile.expert_dispatch.proof.probe import close, isolated
 from moeca_compile.expert_dispatch.proof.roles import Roles, roles
-from moeca_compile.expert_dispatch.proof.traceable import blocker
 from moeca_compile.expert_dispatch.routed import NAME, Routed
 from moeca_compile.expert_dispatch.source.loop import Loop
 from moeca_compile.expert_dispatch.source.method_source import in_order, rebuild, stores, suites
 from moeca_compile.expert_dispatch.source.prune import prune
 
 _NOTE = "_moeca_note"
-_MISSING = "no tensor that it makes is the gate-weighted sum of each token's experts"
+_LISTS = (ast.ListComp, ast.GeneratorExp)
+_DTYPES = ("x", "", "y")  # whose dtype the result may have: all the same in float32, the module's own weights tell
 
 
 @dataclass(frozen=True)
@@ -39,42 +48,54 @@ class _Value:
     tensor: Tensor = field(compare=False)
 
 
-def attempt(harness: Harness, loop: Loop, entries: Iterator[Entry]) -> Candidate | str:
-    """The rewritten method, or why there is none. `entries` are ways to run it."""
+def decorated(loop: Loop) -> Unproven | None:
+    """Why the method can't be rewritten in part: it has decorators."""
+    if not loop.source.decorators:
+        return None
+    reason = f"{loop.name} is decorated with {', '.join(loop.source.decorators)}, which a rewritten one would lose"
+    return Unproven(reason, Rank.SETTLED)
+
+
+def one_result(harness: Harness, loop: Loop, entries: Iterable[Entry]) -> Iterator[Proposal]:
+    """The method with the call in place of the statement that binds the gate-weighted sum, for each such statement.
+
+    Args:
+        harness: the module.
+        loop: the loop behind which the result is put together, or a comprehension.
+        entries: ways to run the method.
+    """
     anchor = loop.nest[0] if loop.nest else _holder(loop)
     if anchor is None:
-        return "it is a comprehension inside a larger method"
+        yield Unproven("it is a comprehension inside a larger method", Rank.SETTLED)
+        return
     tree, anchor = _with_named_result(loop.source.tree, anchor)
-    reason = _MISSING
     for entry in entries:
         try:
             module, before, after = _observe(harness, loop, tree, anchor, entry)
-        except Exception as error:
-            if reason is _MISSING:
-                reason = f"it can't be run on random tokens ({type(error).__name__}: {error})"
+        except Exception as error:  # whatever somebody's method can raise for arguments that aren't its own
+            yield raised("it can't be run on random tokens", error)
             continue
-        if not after:
-            continue
-        for target, found in _matches(harness, module, before, after):
-            for dtype in ("x", "", "y"):
-                routed = Routed(harness.experts, found.dense, found.per_sample, dtype=dtype)
-                changed = _with_call(
-                    loop, tree, target, [before[role] for role in (found.x, found.idx, found.w, *found.extra)]
-                )
-                candidate = Candidate(Rewrite.of(loop, changed, routed), entry)
-                problem = harness.disagreement(candidate) or harness.disagreement_on_own_weights(candidate, seeds=(1,))
-                left = "" if problem else blocker(harness, loop.source, entry, candidate.rewrite)
-                if not problem and not left:
-                    return candidate
-                reason = problem or f"without the dispatch, {left} still reads a size or a value out of a tensor"
-    return reason
+        for target, choice in _matches(harness, module, before, after):
+            parts = [before[role] for role in (choice.x, choice.idx, choice.w, *choice.extra)]
+            rewritten = _with_call(loop, tree, target, parts)
+            for dtype in _DTYPES:
+                routed = Routed(harness.experts, choice.dense, choice.per_sample, dtype=dtype)
+                yield Candidate(Rewrite.of(loop, rewritten, routed), entry, to_capture=True)
+        yield Unproven(
+            "no tensor that it makes is the gate-weighted sum of each token's experts",
+            Rank.NO_PARTS if after else Rank.NO_ENTRY,
+        )
 
 
 def _holder(loop: Loop) -> ast.stmt | None:
     """The statement that a comprehension is in."""
-    simple = (s for s in in_order(loop.source.tree) if not hasattr(s, "body"))
-    inside = (s for s in simple if any(getattr(n, "lineno", 0) == loop.line for n in ast.walk(s)))
-    return next((s for s in inside if any(isinstance(n, (ast.ListComp, ast.GeneratorExp)) for n in ast.walk(s))), None)
+    for statement in in_order(loop.source.tree):
+        if hasattr(statement, "body"):
+            continue
+        nodes = list(ast.walk(statement))
+        if any(getattr(n, "lineno", 0) == loop.line for n in nodes) and any(isinstance(n, _LISTS) for n in nodes):
+            return statement
+    return None
 
 
 def _with_named_result(tree: ast.FunctionDef, anchor: ast.stmt) -> tuple[ast.FunctionDef, ast.stmt]:
@@ -94,9 +115,12 @@ def _with_named_result(tree: ast.FunctionDef, anchor: ast.stmt) -> tuple[ast.Fun
 
 def _noted(tree: ast.FunctionDef) -> dict[ast.stmt, int]:
     """The assignments whose values are noted: those outside of loops."""
-    inside = {s for outer in in_order(tree) if isinstance(outer, (ast.For, ast.While)) for s in in_order(outer)}
-    plain = (s for s in in_order(tree) if isinstance(s, (ast.Assign, ast.AugAssign, ast.Expr)) and s not in inside)
-    return {s: i for i, s in enumerate(plain)}
+    inside: set[ast.stmt] = set()
+    for statement in in_order(tree):
+        if isinstance(statement, (ast.For, ast.While)):
+            inside.update(in_order(statement))
+    binding = [s for s in in_order(tree) if isinstance(s, (ast.Assign, ast.AugAssign, ast.Expr)) and s not in inside]
+    return {s: i for i, s in enumerate(binding)}
 
 
 def _observe(
@@ -110,9 +134,11 @@ def _observe(
     names = {i: tuple(sorted(stores(s))) for s, i in numbers.items()}
 
     def note(index: int, scope: dict[str, object]) -> None:
-        wanted = names[index] if index >= 0 else tuple(scope)
         into = after if passed else before
-        into.extend(_Value(index, n, v.clone()) for n in wanted if isinstance(v := scope.get(n), Tensor))
+        for name in names[index] if index >= 0 else tuple(scope):
+            value = scope.get(name)
+            if isinstance(value, Tensor):
+                into.append(_Value(index, name, value.clone()))
 
     def mark(index: int) -> list[ast.stmt]:
         return ast.parse(f"{_NOTE}({index}, locals())").body
@@ -153,34 +179,41 @@ def _matches(
 ) -> Iterator[tuple[_Value, Roles[int]]]:
     """(result, roles as positions in `before`) that agree in value."""
     values = {i: value.tensor for i, value in enumerate(before)}
-    for found in roles(harness, list(values), values):
-        routed = harness.routed(Routed(harness.experts, found.dense, found.per_sample, dtype=""))
-        with isolated():
-            try:
-                extra = (values[role] for role in found.extra)
-                sums = routed(module, values[found.x], values[found.idx], values[found.w], None, *extra)
-            except (RuntimeError, ValueError, IndexError):
-                continue
+    for choice in roles(harness, list(values), values) if after else ():
+        sums = _sums(harness, module, values, choice)
+        if sums is None:
+            continue
         for target in after:
             if target.tensor.shape == sums.shape and close(target.tensor.to(sums.dtype), sums):
-                yield target, found
+                yield target, choice
+
+
+def _sums(harness: Harness, module: Any, values: dict[int, Tensor], choice: Roles[int]) -> Tensor | None:
+    """The gate-weighted sum that `choice` reads; None where the shapes don't fit."""
+    routed = harness.routed(Routed(harness.experts, choice.dense, choice.per_sample))
+    extra = [values[role] for role in choice.extra]
+    with isolated():
+        try:
+            return routed(module, values[choice.x], values[choice.idx], values[choice.w], None, *extra)
+        except (RuntimeError, ValueError, IndexError):
+            return None
 
 
 def _with_call(loop: Loop, tree: ast.FunctionDef, target: _Value, parts: list[_Value]) -> ast.FunctionDef:
     numbers = _noted(tree)
     statements = {i: s for s, i in numbers.items()}
-    kept = ["_moeca_x", "_moeca_idx", "_moeca_w", *(f"_moeca_extra{i}" for i in range(len(parts) - 3))]
+    names = ["_moeca_x", "_moeca_idx", "_moeca_w", *(f"_moeca_extra{i}" for i in range(len(parts) - 3))]
     snapshots: dict[ast.stmt, list[ast.stmt]] = {}
     first: list[ast.stmt] = []
-    for local, part in zip(kept, parts, strict=True):
+    for local, part in zip(names, parts, strict=True):
         bound = ast.parse(f"{local} = {part.name}").body
         if part.index < 0:
             first.extend(bound)
         else:
             snapshots.setdefault(statements[part.index], []).extend(bound)
     result = statements[target.index]
-    given = ", ".join([*kept[:3], "None", *kept[3:]] if kept[3:] else kept)
-    call = ast.parse(f"{target.name} = {NAME}({loop.source.self_name}, {given})").body
+    passed = ", ".join([*names[:3], "None", *names[3:]] if names[3:] else names)
+    call = ast.parse(f"{target.name} = {NAME}({loop.source.self_name}, {passed})").body
     tree = _edited(tree, snapshots, {result: call})
     tree.body[:0] = [ast.copy_location(s, tree.body[0]) for s in first]
     return prune(ast.fix_missing_locations(tree))
