@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from moeca_compile.errors import InvariantError
 from moeca_compile.expert_dispatch.families.family import Family
 from moeca_compile.expert_dispatch.families.registry import families
 from moeca_compile.expert_dispatch.module_code import ModuleCode
@@ -118,7 +119,14 @@ def _claimed(code: ModuleCode) -> dict[Loop, Family]:
     """Each dispatch in a module, and the first family that matches it."""
     claimed: dict[Loop, Family] = {}
     for family in families():
-        for loop in family.match(code):
+        try:
+            loops = list(family.match(code))
+        except Exception as error:
+            raise InvariantError(
+                f"the dispatch family {family.name} raised while it matched {type(code.module).__name__} "
+                f"({type(error).__name__}: {error}). Mend its match, or leave it out: unregister({family.name!r})"
+            ) from error
+        for loop in loops:
             claimed.setdefault(loop, family)
     return claimed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,24 @@ class Rewrite:
     def of(loop: Loop, tree: ast.FunctionDef, routed: Routed) -> Rewrite:
         """The method of `loop` with the code of `tree`."""
         return Rewrite(loop.name, loop.source, ast.unparse(tree), routed, routed.experts, tree)
+
+    @staticmethod
+    def with_body(loop: Loop, code: str, routed: Routed) -> Rewrite:
+        """The method of `loop` with `code` for its body.
+
+        Args:
+            loop: the dispatch; errors in the new code then point at its line.
+            code: statements. They call `routed` as `_moeca_routed(self, tokens, ids, weights)`.
+            routed: what the call computes, and with which experts.
+        """
+        tree = copy.copy(loop.source.tree)
+        tree.body = ast.parse(code).body
+        place = loop.nest[0] if loop.nest else loop.source.tree
+        for statement in tree.body:
+            for node in ast.walk(statement):
+                if isinstance(node, (ast.stmt, ast.expr)):
+                    ast.copy_location(node, place)
+        return Rewrite.of(loop, tree, routed)
 
     def fitting(self, owner: nn.Module) -> Rewrite:
         """The form for the experts as they are in `owner`."""

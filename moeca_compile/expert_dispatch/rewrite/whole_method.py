@@ -6,8 +6,6 @@ trying: the original is run on each layout, and the one that gives the gate-weig
 
 from __future__ import annotations
 
-import ast
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -48,7 +46,8 @@ class _Trial:
 
     def candidate(self, loop: Loop, experts: Experts) -> Candidate:
         routed = Routed(experts, dense=self.layout.w == "TE", dtype="x")
-        return Candidate(Rewrite.of(loop, _call(loop, self.roles), routed), self.entry)
+        code = f"return {NAME}({', '.join((loop.source.self_name, *self.roles))})"
+        return Candidate(Rewrite.with_body(loop, code, routed), self.entry)
 
 
 def whole_method(harness: Harness, loop: Loop, layouts: Sequence[Layout]) -> Iterator[Proposal]:
@@ -157,23 +156,6 @@ def _passed_over(harness: PackedHarness, loop: Loop) -> bool:
             except Exception as error:  # what was called until then is what is asked for
                 raised(f"{loop.name} was looked for in a run on fake tensors, which stopped", error)
     return bool(called) and loop.name not in called
-
-
-def _call(loop: Loop, roles: tuple[str, ...]) -> ast.FunctionDef:
-    """`return _moeca_routed(self, x, idx, w)` in place of the body."""
-    return with_body(loop, f"return {NAME}({', '.join((loop.source.self_name, *roles))})")
-
-
-def with_body(loop: Loop, code: str) -> ast.FunctionDef:
-    """The method of `loop` with other code for its body, which errors then place at the loop's line."""
-    tree = copy.copy(loop.source.tree)
-    tree.body = ast.parse(code).body
-    place = loop.nest[0] if loop.nest else loop.source.tree
-    for statement in tree.body:
-        for node in ast.walk(statement):
-            if isinstance(node, (ast.stmt, ast.expr)):
-                ast.copy_location(node, place)
-    return tree
 
 
 def _with_dtype(harness: Harness, candidate: Candidate, trial: _Trial) -> Candidate:

@@ -25,16 +25,16 @@ class Loop:
     name: str
     source: Source
     stack: tuple[str, ...]
-    nest: tuple[ast.stmt, ...]
-    line: int
-    evidence: frozenset[str]
+    nest: tuple[ast.stmt, ...] = ()
+    line: int = 0  # where reports place it; 0: at the method
+    evidence: frozenset[str] = frozenset()
     packed: bool = False
 
     @property
     def calls(self) -> frozenset[str]:
         """Names of all functions and methods that its method calls."""
-        made = (n.func for n in ast.walk(self.source.tree) if isinstance(n, ast.Call))
-        return frozenset(f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in made)
+        called = [node.func for node in ast.walk(self.source.tree) if isinstance(node, ast.Call)]
+        return frozenset(f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called)
 
     @property
     def combined(self) -> bool:
@@ -43,7 +43,7 @@ class Loop:
 
     @property
     def where(self) -> str:
-        return f"{self.source.file.rsplit('/', 1)[-1]}:{self.line}"
+        return f"{self.source.file.rsplit('/', 1)[-1]}:{self.line or self.source.tree.lineno}"
 
 
 def feeders(tree: ast.FunctionDef, loop: ast.AST) -> list[ast.Assign]:
