@@ -20,7 +20,7 @@ from moeca_compile.passes.manager import Runner
 from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
 from moeca_compile.schedule import Control, Partial, Row, Schedule
-from moeca_compile.schedule.action import read
+from moeca_compile.schedule.action import parse_row
 
 UNHOISTED = ("hoist_step_only", "hoist_invariant")
 EAGER = Options(inner="eager", disable=UNHOISTED)  # one program a row, with nothing beside it
@@ -87,7 +87,7 @@ def find_in(gm: GraphModule, inputs: tuple[Input, ...]) -> Context:
 
 def row(text: str) -> Row:
     """`C`ompute, `R`euse, `F`orecast: one letter a region."""
-    return read(text, {})
+    return parse_row(text, {})
 
 
 def schedule_of(
@@ -95,7 +95,7 @@ def schedule_of(
 ) -> Schedule:
     """A schedule fitted to the analysis' regions from rows like `CRF`; `legend` says what other letters mean."""
     regions = analysis.context.regions
-    acts = tuple(read(text, legend or {}) for text in rows)
+    acts = tuple(parse_row(text, legend or {}) for text in rows)
     return fit(Schedule(acts, regions.keys, order=order, control=control or Control()), regions)
 
 

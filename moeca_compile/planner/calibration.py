@@ -17,7 +17,7 @@ from moeca_compile.inspect.progress import bar
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
-from moeca_compile.planner.search.search import RACED, Search
+from moeca_compile.planner.search.search import RACE_SEEDS, Search
 from moeca_compile.planner.study import Study
 from moeca_compile.planner.thin import Thinned, thinned
 from moeca_compile.schedule import Schedule
@@ -132,11 +132,15 @@ def _by_branches(found: _Found) -> _Found:
     limits = study.request.budget
     if limits.psnr_db is None and limits.latency is None and other.plan.caches:
         thin = thinned(study, other.plan)
-        other.search.found |= {f"{other.plan.predictor}, {way}": quality for way, quality in thin.tried.items()}
+        other.search.family_quality |= {
+            f"{other.plan.predictor}, {way}": quality for way, quality in thin.tried.items()
+        }
         if thin.ways:
             other = replace(other, thinned=thin)
-    found.search.found |= {f"branches, {name}": quality for name, quality in other.search.found.items()}
-    other.search.found = found.search.found
+    found.search.family_quality |= {
+        f"branches, {name}": quality for name, quality in other.search.family_quality.items()
+    }
+    other.search.family_quality = found.search.family_quality
     found.study.count("branches", study)
     if found.study.request.budget.psnr_db is not None:
         better = study.costs.fraction(other.plan) < found.study.costs.fraction(found.plan)
@@ -166,9 +170,9 @@ def _auto(study_of: Callable[[str], Study], request: Request) -> _Found:
         stack.borrow(regions)
     except CaptureError:  # no blocks that follow each other: nothing to try
         return found
-    race, raced = stack.race(), min(RACED, len(request.seeds))
+    race, raced = stack.race(), min(RACE_SEEDS, len(request.seeds))
     tried = race.run(found.plan, raced)
-    found.search.found["stack, the same plan"] = tried
+    found.search.family_quality["stack, the same plan"] = tried
     regions.count("stack", stack)
     if tried <= found.search.race.quality(found.plan, raced) or not stack.costs.allows(found.plan, request.budget):
         return found
@@ -194,9 +198,9 @@ def _schedule(found: _Found) -> Schedule:
     if held_out is not None:
         predicted["psnr_db_holdout"] = held_out
     predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
-    tried = sorted(found.search.found.items())
+    tried = sorted(found.search.family_quality.items())
     predicted |= {f"tried {name}": quality for name, quality in tried if math.isfinite(quality)}
-    rows = "".join(f", {letter}: {PARTIAL[letter].says}" for letter in sorted(plan.partial))
+    rows = "".join(f", {letter}: {PARTIAL[letter].description}" for letter in sorted(plan.partial))
     order = f"{plan.predictor}, granularity {study.granularity}{rows}"
     if study.sampled.by_branches:
         order += f", {request.branches:g} of the branches in every cheap row"

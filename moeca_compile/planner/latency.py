@@ -23,7 +23,7 @@ def costs(sampled: SampledModel, letters: str, predictors: Sequence[Predictor], 
     return Costs(
         macs={letter: float(program.variant(row).macs) for letter, row in rows.items()},
         ms=_milliseconds(sampled, letters, seed) if timed else {},
-        state_bytes={one.name: every if sampled.by_branches else once * one.keeps for one in predictors},
+        state_bytes={p.name: every if sampled.by_branches else once * p.terms for p in predictors},
     )
 
 

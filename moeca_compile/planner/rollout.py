@@ -29,7 +29,7 @@ from moeca_compile.frontend.entry import Entry
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.planner.origin import Origin, origin_of
 from moeca_compile.planner.search.predict import PREDICTORS
-from moeca_compile.planner.search.rows import FULL, Kinds, Plan, filled, row_kinds, row_of
+from moeca_compile.planner.search.rows import FULL, Kinds, Plan, row_kinds, row_of, with_partial
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.schedule import Schedule
@@ -172,7 +172,7 @@ class SampledModel:
 
     def _kinds(self, program: Program) -> Kinds:
         plain = kinds_of(program)
-        return filled(plain, self.caching.rows[-1]) if self.by_branches else plain
+        return with_partial(plain, self.caching.rows[-1]) if self.by_branches else plain
 
     def run(
         self, seed: int, plan: Plan | Schedule | None = None, watch: Watch | None = None,

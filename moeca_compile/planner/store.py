@@ -191,18 +191,18 @@ def _rollout(line: Entries) -> tuple[Plan, int, tuple[float, ...], float] | None
         return None
     if plan.predictor not in PREDICTORS:
         raise DecodeError(f"predictor is {short(plan.predictor)}, expected one of {', '.join(PREDICTORS)}")
-    return plan, line.whole("seed"), errors, line.number("seconds")
+    return plan, line.integer("seed"), errors, line.number("seconds")
 
 
 def _origin(line: Entries) -> tuple[int, Origin]:
     inputs = line.get("inputs")
     if not isinstance(inputs, list):
         raise DecodeError(f"inputs is {short(inputs)}, expected lists of numbers")
-    return line.whole("seed"), tuple(Entries({"inputs": one}).numbers("inputs") for one in inputs)
+    return line.integer("seed"), tuple(Entries({"inputs": one}).numbers("inputs") for one in inputs)
 
 
 def _harm(line: Entries) -> PerturbationResult:
-    whole = {name: line.whole(name) for name in ("layer", "expert", "seed")}
+    whole = {name: line.integer(name) for name in ("layer", "expert", "seed")}
     return PerturbationResult(region=line.text("region"), **whole, psnr_db=line.number("psnr_db"))
 
 

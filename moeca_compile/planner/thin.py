@@ -15,7 +15,7 @@ from typing import Any
 from moeca_compile.graph.regions import RegionMap
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan, schedule_of
-from moeca_compile.planner.search.search import RACED
+from moeca_compile.planner.search.search import RACE_SEEDS
 from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Action, Partial, Row, Schedule
 
@@ -103,7 +103,7 @@ def thinned(study: Study, plan: Plan) -> Thinned:
         return errors[schedule.rows, seed]
 
     before = sampled.seconds
-    found = thin(whole, ways_of(program.regions), rollout, seeds, min(RACED, len(seeds)), study.data_range)
+    found = thin(whole, ways_of(program.regions), rollout, seeds, min(RACE_SEEDS, len(seeds)), study.data_range)
     study.seconds["thin"] = sampled.seconds - before
     compiled = program.compiled(found.schedule)
     macs = [compiled.variants.variant(row).macs for row in found.schedule.rows]

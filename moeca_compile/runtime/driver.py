@@ -141,12 +141,12 @@ class StepDriver:
         schedule, timeline, before = self.schedule, self.schedule.timeline, state.place
         if before is None or state.last_step != step - 1:
             here = state.coming = timeline.begin(timestep)
-            if here.off or (step == 0 and here.row > 0):
+            if here.off_schedule or (step == 0 and here.row > 0):
                 self.warned.once(_not_calibrated_for(schedule, step, timestep, here.row))
             return Choice(self.full, schedule.rows[here.row] != self.full)
-        row, here = timeline.go_on(before, timestep)
+        row, here = timeline.advance(before, timestep)
         state.coming = here
-        if here.off and not before.off:
+        if here.off_schedule and not before.off_schedule:
             self.warned.once(_not_calibrated_for(schedule, step, timestep, before.row + 1))
         return Choice(row, False)
 

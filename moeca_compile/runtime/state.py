@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from moeca_compile.graph.variant import SLOTS, StateSlot
 from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Action, Row
-from moeca_compile.schedule.timeline import Place
+from moeca_compile.schedule.timeline import TimelinePosition
 
 
 class Answer(Protocol):
@@ -47,8 +47,8 @@ class StreamState:
     last_step: int = -1
     depths: list[int] = field(init=False)
     pace: Pace = field(default_factory=Pace)
-    place: Place | None = None
-    coming: Place | None = None
+    place: TimelinePosition | None = None
+    coming: TimelinePosition | None = None
     finite: bool | Answer = True
     finite_step: int = -1
 

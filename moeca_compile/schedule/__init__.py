@@ -1,4 +1,4 @@
-"""A schedule says for every step what each region does: all, nothing, a forecast, a part. Pure data, no torch."""
+"""Schedules: the action of each region at each step (COMPUTE, REUSE, FORECAST or PARTIAL). Pure data, no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import OptionError, ScheduleError
-from moeca_compile.schedule.action import Act, Action, Partial, Row, legend_from, legend_of, read, written
+from moeca_compile.schedule.action import Act, Action, Partial, Row, format_row, legend_from, legend_of, parse_row
 from moeca_compile.schedule.adaptive import Adaptive
 from moeca_compile.schedule.control import Control
 from moeca_compile.schedule.decode import DecodeError, Entries, numbers, parse, read_text, short
 from moeca_compile.schedule.granularity import Granularity
 from moeca_compile.schedule.grid import grid
-from moeca_compile.schedule.timeline import Timeline, one_way
+from moeca_compile.schedule.timeline import Timeline, is_monotonic
 
 FORMAT, VERSION = "moeca-schedule", 2
 MAX_ORDER = 2
-MAX_ROWS = 10_000  # far beyond any sampler's steps; what makes or reads a schedule stays quick and small
+MAX_ROWS = 10_000  # far beyond any sampler's steps; the limit keeps making and reading a schedule fast
 _ENTRIES = (
     "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
     "predicted", "control", "adaptive", "partials", "rows",
@@ -32,25 +32,23 @@ __all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rows x regions, immutable.
+    """A table of actions, [steps, regions]; immutable.
 
     Attributes:
-        rows: one row a step. With `regions` None a row holds one action, meant for every region of the graph.
-        regions: region keys, in graph order, one a column; None until `bind` fits the schedule to a graph.
-        order: of FORECAST: 1 (linear) or 2; 0 where no row forecasts.
-        period: the last `period` rows repeat for ever; 0: the schedule ends with its last row.
-        fingerprint: of the graph that the columns belong to ("" = any graph with these keys).
-        granularity: what the columns are, as in `Options` ("" = not said: older files, and schedules for any graph).
-        timesteps: the timestep of each row, as the model receives it, falling or rising; then a call takes the row
-            nearest to its own, and makes up what the rows computed that were passed (`timeline.py`).
+        rows: one row per step. With `regions` None a row holds one action, which applies to every region of the graph.
+        regions: region keys, in graph order, one per column; None until `bind` fits the schedule to a graph.
+        order: the order of FORECAST: 1 (linear) or 2 (quadratic); 0 if no row forecasts.
+        period: the last `period` rows repeat without end; 0: the schedule ends with its last row.
+        fingerprint: of the graph that the columns belong to; "" fits any graph with these keys.
+        granularity: what the columns are, as in `Options`; "" in older files and in schedules for any graph.
+        timesteps: one per row, as the model receives them, strictly falling or rising; then rows go by timestep.
         control: how PARTIAL rows choose what they recompute.
-        adaptive: then the rows, from dear to cheap, are what each step chooses from while it runs.
+        adaptive: if set, each step chooses one of the rows, which go from the most to the least expensive.
         made_by: how the schedule was made, for people.
-        predicted: figures its maker expected, such as `mac_fraction`.
+        predicted: what the maker expects, such as `mac_fraction` (see `moeca_compile.calibrate`).
 
     Raises:
-        ScheduleError: the first row doesn't compute everything, rows of unequal length, an order out of range, an
-            unknown granularity.
+        ScheduleError: the first row does not compute everything, or an attribute is out of range.
     """
 
     rows: tuple[Row, ...]
@@ -88,7 +86,7 @@ class Schedule:
             numbers(f"predicted {name}", (value,))
         if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
             raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
-        if not one_way(self.timesteps):
+        if not is_monotonic(self.timesteps):
             raise ScheduleError(
                 "timesteps must only fall or only rise from row to row. Leave them out where a solver "
                 "visits one twice: rows then go by the number of the call"
@@ -175,9 +173,9 @@ class Schedule:
         if head == "full" and not rest:
             return cls.full()
         if head == "uniform" and rest:
-            found = re.fullmatch(r"uniform:(\d{1,9})(?::warmup=(\d{1,9}))?", text)
-            if found:
-                return cls.uniform(int(found[1]), warmup=int(found[2] or 1), order=order)
+            match = re.fullmatch(r"uniform:(\d{1,9})(?::warmup=(\d{1,9}))?", text)
+            if match:
+                return cls.uniform(int(match[1]), warmup=int(match[2] or 1), order=order)
         elif head == "adaptive" and len(rest) == 1 and re.fullmatch(r"\d{0,9}\.?\d{1,20}", rest[0]):
             return cls.watching(float(rest[0]), order)
         elif text.endswith(".json"):
@@ -207,7 +205,7 @@ class Schedule:
 
     @functools.cached_property
     def timeline(self) -> Timeline:
-        """The rows by their recorded timesteps, for calls that come at others."""
+        """The rows by their recorded timesteps, for calls at other timesteps."""
         return Timeline(self.rows, self.timesteps)
 
     def depth(self, column: int) -> int:
@@ -305,8 +303,8 @@ class Schedule:
                 "predicted": dict(self.predicted),
                 "control": self.control.to_dict(),
                 "adaptive": None if self.adaptive is None else self.adaptive.to_dict(),
-                "partials": {letter: one.to_list() for letter, one in legend.items()},
-                "rows": [written(row, legend) for row in self.rows],
+                "partials": {letter: partial.to_list() for letter, partial in legend.items()},
+                "rows": [format_row(row, legend) for row in self.rows],
             },
             indent=1,
         )
@@ -325,28 +323,28 @@ class Schedule:
             ScheduleError: not a schedule, a newer version, a missing or malformed entry.
         """
         try:
-            return cls._of(parse(text))
+            return cls._from_entries(parse(text))
         except (ScheduleError, DecodeError) as error:
             raise ScheduleError(f"not a readable schedule: {error}") from error
 
     @classmethod
-    def _of(cls, data: Entries) -> Schedule:
+    def _from_entries(cls, data: Entries) -> Schedule:
         if data.text("format") != FORMAT:
             raise ScheduleError(f"format is {short(data.text('format'))}, expected {FORMAT!r}")
-        version = data.whole("version")
+        version = data.integer("version")
         if not 1 <= version <= VERSION:
             newer = f"newer than this package reads ({VERSION})" if version > VERSION else "no version there was"
             raise ScheduleError(f"version {short(version)} is {newer}")
-        data.only(_ENTRIES)
+        data.reject_unknown(_ENTRIES)
         partials = data.entries("partials", {})
         legend = legend_from({letter: partials.get(letter) for letter in partials.data})
         adaptive = None if data.get("adaptive", None) is None else Adaptive.from_entries(data.entries("adaptive"))
         predicted = data.entries("predicted")
         return cls(
-            rows=tuple(read(row, legend) for row in data.texts("rows")),
+            rows=tuple(parse_row(row, legend) for row in data.texts("rows")),
             regions=None if data.get("regions") is None else data.texts("regions"),
-            order=data.whole("order"),
-            period=data.whole("period"),
+            order=data.integer("order"),
+            period=data.integer("period"),
             fingerprint=data.text("fingerprint"),
             granularity=data.text("granularity", ""),
             timesteps=data.numbers("timesteps"),

@@ -1,4 +1,4 @@
-"""What a step can do with a region: all of it, none of it, or a part. Pure data."""
+"""Actions: what a step does with a region. Pure data."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from moeca_compile.schedule.decode import short
 
 
 class Action(enum.Enum):
-    """What one region does at one step, as a whole."""
+    """What a step does with a whole region."""
 
-    COMPUTE = "C"  # run it, and write its state
-    REUSE = "R"  # the output of the last step that computed it
-    FORECAST = "F"  # that output, extrapolated by the schedule's order
+    COMPUTE = "C"  # run the region, and write its state
+    REUSE = "R"  # copy the output of the last step that computed the region
+    FORECAST = "F"  # extrapolate the kept outputs with the schedule's order
 
-    __hash__ = object.__hash__  # members are their own only equals; Enum's, in Python, is slow for rows of many regions
+    __hash__ = (
+        object.__hash__
+    )  # members equal only themselves; Enum's own hash runs in Python and is slow for long rows
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Recompute a part of a region, forecast the rest.
+    """Recompute a part of a region and forecast the rest.
 
     Attributes:
-        rho: the fraction of each sample's tokens that is recomputed, in [0, 1].
-        tau: the fraction of each sample's routed branches (token, expert) that is computed beyond those: first the
-            ones whose expert the cache doesn't hold (transitions), then the ones that drifted most; in [0, 1].
-        shared: compute the shared experts for all tokens, not only for the recomputed ones.
+        rho: fraction of each sample's tokens that is recomputed, in [0, 1].
+        tau: fraction of each sample's expert branches, (token, expert) pairs, that is computed beyond those tokens, in
+            [0, 1]. Transitions (the cache does not hold the branch's expert) come first, then the branches with the
+            highest drift.
+        shared: compute the shared experts for all tokens, not only for the recomputed tokens.
 
     Raises:
         ScheduleError: a fraction outside [0, 1].
@@ -94,10 +97,10 @@ def name_of(act: Act) -> str:
 
 
 def legend_of(rows: Iterable[Row]) -> dict[str, Partial]:
-    """A small letter for each kind of PARTIAL in `rows`, in order of first use.
+    """A lowercase letter for each distinct PARTIAL action in `rows`, in order of first use.
 
     Raises:
-        ScheduleError: more kinds than letters.
+        ScheduleError: there are more of them than letters.
     """
     kinds = dict.fromkeys(act for row in rows for act in row if isinstance(act, Partial))
     if len(kinds) > len(_NAMES):
@@ -106,38 +109,38 @@ def legend_of(rows: Iterable[Row]) -> dict[str, Partial]:
 
 
 def legend_from(data: Mapping[str, object]) -> dict[str, Partial]:
-    """The legend of a schedule's JSON: by small letter, what `Partial.to_list` gave.
+    """Decode the legend of a schedule's JSON: lists as `Partial.to_list` returns them, by lowercase letter.
 
     Raises:
-        ScheduleError: another kind of name, or no list of two or three entries.
+        ScheduleError: a name is not a lowercase letter, or a value is not a list of two or three entries.
     """
-    for letter, pair in data.items():
+    for letter, fields in data.items():
         if len(letter) != 1 or letter not in _NAMES:
             raise ScheduleError(f"partials: {short(letter)} is no small letter")
-        if not isinstance(pair, list) or not 2 <= len(pair) <= 3:
-            raise ScheduleError(f"partials: {letter} is {short(pair)}, expected [rho, tau] or [rho, tau, shared]")
-    return {letter: Partial(*pair) for letter, pair in data.items() if isinstance(pair, list)}
+        if not isinstance(fields, list) or not 2 <= len(fields) <= 3:
+            raise ScheduleError(f"partials: {letter} is {short(fields)}, expected [rho, tau] or [rho, tau, shared]")
+    return {letter: Partial(*fields) for letter, fields in data.items() if isinstance(fields, list)}
 
 
-def written(row: Row, legend: Mapping[str, Partial]) -> str:
-    """A row as text, one letter a region."""
+def format_row(row: Row, legend: Mapping[str, Partial]) -> str:
+    """A row as text, one letter per region."""
     letters = {act: letter for letter, act in legend.items()}
     return "".join(letters[act] if isinstance(act, Partial) else act.value for act in row)
 
 
-def read(text: str, legend: Mapping[str, Partial]) -> Row:
-    """The row that `written` wrote.
+def parse_row(text: str, legend: Mapping[str, Partial]) -> Row:
+    """Read the text that `format_row` wrote.
 
     Raises:
-        ScheduleError: a letter that is no action and not in the legend.
+        ScheduleError: a letter is neither an action nor in the legend.
     """
-    known: dict[str, Act] = {**_LETTERS, **legend}
-    unknown = [letter for letter in text if letter not in known]
+    actions: dict[str, Act] = {**_LETTERS, **legend}
+    unknown = [letter for letter in text if letter not in actions]
     if unknown:
-        raise ScheduleError(f"row {short(text)}: {unknown[0]!r} is no action; known here: {', '.join(known)}")
-    return tuple(known[letter] for letter in text)
+        raise ScheduleError(f"row {short(text)}: {unknown[0]!r} is no action; known here: {', '.join(actions)}")
+    return tuple(actions[letter] for letter in text)
 
 
 def _share(fraction: float, of: int) -> int:
-    """The fraction of `of`, rounded up; what float arithmetic adds to a whole number doesn't count."""
+    """The fraction of `of`, rounded up; the tolerance keeps float error from adding one."""
     return min(of, math.ceil(fraction * of - 1e-9))

@@ -1,4 +1,4 @@
-"""Choosing rows while a trajectory runs: the thresholds of an adaptive schedule. Pure data."""
+"""Adaptive schedules: the thresholds that choose a row while a trajectory runs. Pure data."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from moeca_compile.schedule.decode import Entries, numbers
 
 @dataclass(frozen=True)
 class Adaptive:
-    """A step runs the first row whose threshold the drift has reached, the last row below all of them.
+    """A step runs the first row whose threshold the drift has reached; below all thresholds it runs the last row.
 
-    Every step's program hands out, for each sample, how far its signal (what enters the first cached region) is from
-    what a forecast would have given: ||x - forecast|| / ||x||, L1. Drift is the sum of that over the steps since the
-    last full one, for the worst sample of the batch, so that no sample is cached longer for its neighbours' sake. It is
-    known one step late: a step is chosen by what the steps before it showed.
+    Each variant outputs a drift metric per sample: ||x - forecast|| / ||x|| in the L1 norm, where x is the tensor that
+    enters the first cached region. The drift is the sum of that metric over the steps since the last full step, for the
+    sample of the batch with the largest sum: no sample is cached longer because of the others. The metric is available
+    one step late, so a step is chosen by the steps before it.
 
     Attributes:
-        thresholds: one for each row but the last, falling: rows[i] runs from thresholds[i] on.
-        warmup: so many full steps first, at least 1.
-        most: at most so many steps in a row that aren't full.
-        floor, ceiling: bounds of the share of full steps, counted from the trajectory's start. `most` comes before the
-            ceiling.
+        thresholds: one for each row but the last, falling; rows[i] runs if the drift is at least thresholds[i].
+            Relative, without unit.
+        warmup: full steps at the start, at least 1.
+        most: maximum number of consecutive steps that are not full.
+        floor: least fraction of full steps, counted from the start of the trajectory.
+        ceiling: greatest fraction of full steps; `most` takes precedence over it.
 
     Raises:
-        ScheduleError: thresholds that don't fall or aren't positive, a bound out of range.
+        ScheduleError: the thresholds do not fall or are not positive, or a bound is out of range.
     """
 
     thresholds: tuple[float, ...]
@@ -72,16 +73,17 @@ class Adaptive:
 
     @classmethod
     def from_entries(cls, data: Entries) -> Adaptive:
-        """What `to_dict` gave.
+        """Decode what `to_dict` returned.
 
         Raises:
-            DecodeError, ScheduleError: an entry that isn't known, isn't there or is of another type.
+            DecodeError: an entry is unknown, missing or of another type.
+            ScheduleError: a value is out of range.
         """
-        data.only(("thresholds", "warmup", "most", "floor", "ceiling"))
+        data.reject_unknown(("thresholds", "warmup", "most", "floor", "ceiling"))
         return cls(
             thresholds=data.numbers("thresholds"),
-            warmup=data.whole("warmup", cls.warmup),
-            most=data.whole("most", cls.most),
+            warmup=data.integer("warmup", cls.warmup),
+            most=data.integer("most", cls.most),
             floor=data.number("floor", cls.floor),
             ceiling=data.number("ceiling", cls.ceiling),
         )

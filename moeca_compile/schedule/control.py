@@ -1,4 +1,4 @@
-"""How a PARTIAL row chooses its tokens and branches: the expert-aware control, a part of the schedule. Pure data."""
+"""Expert-aware control: how a PARTIAL row chooses its tokens and expert branches. Pure data."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ Weights = Mapping[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Control:
-    """What is recomputed first: by gate weight x what `score` says x the sensitivity of the expert.
+    """Priorities of a PARTIAL row. Branches are ranked by gate weight x score x sensitivity of the expert.
 
     Attributes:
-        score: `drift`: how far the input moved since the value was computed; `error`: how wrong the forecast was when
-            the value was last computed, growing with its age.
-        sensitivity: by region key, for each expert how much the sample suffers when it is stale; any scale, >= 0.
-            A region that isn't named weighs all its experts alike.
-        threshold: by region key, for each expert the drift from which on its branches come before those of other
-            experts, after transitions: the mean of what `score` says over the branches of a sample that are routed to
-            it and cached. As many branches are computed as without. `moeca_compile.expert_thresholds` measures them.
-        quota: by region key, for each expert its share of the branches that a PARTIAL row may compute; they sum to at
-            most 1. An expert's branches beyond its quota come after all others. Not named: no quotas.
+        score: `drift`: how far the input has moved since the value was computed; `error`: the error of the forecast
+            when the value was last computed, growing with the age of the value.
+        sensitivity: by region key, one weight >= 0 per expert, on any scale: how much the sample suffers if the expert
+            is stale. A region without an entry weighs all its experts equally.
+        threshold: by region key, one score per expert. An expert whose mean score reaches its threshold comes before
+            the other experts, after transitions. The mean is over the branches of a sample that are routed to the
+            expert and cached. The number of computed branches does not change. `moeca_compile.expert_thresholds`
+            measures thresholds.
+        quota: by region key, for each expert its fraction of the branches that a PARTIAL row may compute; the sum is
+            at most 1. Branches of an expert beyond its quota come last. A region without an entry has no quotas.
 
     Raises:
-        ScheduleError: a negative number, or quotas that sum to more than 1.
+        ScheduleError: a number is negative, or quotas sum to more than 1.
     """
 
     score: str = "error"
@@ -69,12 +70,13 @@ class Control:
 
     @classmethod
     def from_entries(cls, data: Entries) -> Control:
-        """What `to_dict` gave.
+        """Decode what `to_dict` returned.
 
         Raises:
-            DecodeError, ScheduleError: an entry that isn't known or is of another type.
+            DecodeError: an entry is unknown or of another type.
+            ScheduleError: a value is out of range.
         """
-        data.only(("score", *TABLES))
+        data.reject_unknown(("score", *TABLES))
         tables = {name: data.entries(name, {}) for name in TABLES}
         lists = {name: {key: table.numbers(key) for key in table.data} for name, table in tables.items()}
         return cls(data.text("score", "error"), **lists)

@@ -1,4 +1,4 @@
-"""Reading JSON that others wrote: typed entries, or one error that names the entry. Pure data, no package needed."""
+"""Typed decoding of JSON: each error names the entry that is wrong. Pure data, standard library only."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 from moeca_compile.errors import ScheduleError
 
-LARGEST_TEXT = 1 << 26  # bytes; no schedule, manifest or record of ours comes near
+LARGEST_TEXT = 1 << 26  # bytes; far more than any file that this package writes
 
 
 class DecodeError(ValueError):
-    """What is wrong with a text, without the name of its file."""
+    """What is wrong with a text; the caller adds the name of the file."""
 
 
 class NoJson(DecodeError):
-    """A text that isn't JSON at all, such as a line that was cut short."""
+    """A text that is not JSON, such as a truncated line."""
 
 
 def read_text(path: Path) -> str:
-    """A text file of sane size.
+    """The contents of a UTF-8 text file of at most `LARGEST_TEXT` bytes.
 
     Raises:
-        DecodeError: it can't be read, or is no text.
+        DecodeError: the file can't be read, is too large, or is not text.
     """
     try:
         with path.open("rb") as file:
@@ -47,43 +47,44 @@ def parse(text: str) -> Entries:
     """The entries of a JSON object.
 
     Raises:
-        DecodeError: no JSON, no object, nested too deeply, or an entry given twice.
+        DecodeError: the text is not JSON, not an object, nested too deeply, or gives an entry twice.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
     except DecodeError:
         raise
     except RecursionError as error:
         raise DecodeError("it is nested too deeply") from error
-    except ValueError as error:  # no JSON, or a number of too many digits
+    except ValueError as error:  # not JSON, or a number with too many digits
         raise NoJson(f"it isn't JSON: {error}") from error
     if not isinstance(value, dict):
         raise DecodeError(f"it is {short(value)}, expected an object")
     return Entries(value)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name in found if sum(name == one for one, _ in pairs) > 1)
-        raise DecodeError(f"{short(twice)} is given twice")
-    return found
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise DecodeError(f"{short(name)} is given twice")
+        entries[name] = value
+    return entries
 
 
 def numbers(name: str, values: Iterable[Any]) -> tuple[float, ...]:
-    """Whatever stands for numbers (arrays' and tensors' too) as finite floats.
+    """Convert number-like values (elements of arrays and tensors too) to finite floats.
 
     Raises:
-        ScheduleError: one that isn't.
+        ScheduleError: a value is not a finite number; the message begins with `name`.
     """
     try:
-        return tuple(_number(name, float(one)) for one in values)
+        return tuple(_number(name, float(value)) for value in values)
     except (TypeError, ValueError, OverflowError):
         raise ScheduleError(f"{name}: {short(values)}, expected finite numbers") from None
 
 
 def short(value: object) -> str:
-    """A value, shortened for a message."""
+    """The representation of a value for a message, at most 60 characters."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):
@@ -92,15 +93,15 @@ def short(value: object) -> str:
 
 
 class Entries:
-    """An object's entries. Each reader gives an entry of one type, or the default where the entry isn't there."""
+    """The entries of a JSON object. Each method reads an entry of one type, or returns the default if it is missing."""
 
     def __init__(self, data: Mapping[str, Any], inside: str = "") -> None:
         self.data, self.inside = data, inside
 
-    def only(self, known: Collection[str]) -> None:
-        """Refuse entries that nobody reads."""
-        if unknown := [name for name in self.data if name not in known]:
-            raise DecodeError(f"{self.inside or 'it'} has unknown entries {short(unknown)}; known: {', '.join(known)}")
+    def reject_unknown(self, names: Collection[str]) -> None:
+        """Raise DecodeError if there is an entry that is not in `names`."""
+        if unknown := [name for name in self.data if name not in names]:
+            raise DecodeError(f"{self.inside or 'it'} has unknown entries {short(unknown)}; known: {', '.join(names)}")
 
     def get(self, name: str, default: Any = ...) -> Any:
         if name not in self.data and default is ...:
@@ -108,9 +109,9 @@ class Entries:
         return self.data.get(name, default)
 
     def text(self, name: str, default: Any = ...) -> str:
-        return str(self._of(str, "a text", name, default))
+        return str(self._typed(str, "a text", name, default))
 
-    def whole(self, name: str, default: Any = ...) -> int:
+    def integer(self, name: str, default: Any = ...) -> int:
         value = self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise DecodeError(f"{self._path(name)} is {short(value)}, expected a whole number")
@@ -121,22 +122,22 @@ class Entries:
 
     def numbers(self, name: str, default: Any = ...) -> tuple[float, ...]:
         """A list of finite numbers."""
-        found = self._of(list, "a list of numbers", name, default)
-        return tuple(_number(self._path(name), one) for one in found)
+        values = self._typed(list, "a list of numbers", name, default)
+        return tuple(_number(self._path(name), value) for value in values)
 
     def texts(self, name: str, default: Any = ...) -> tuple[str, ...]:
-        found = self._of(list, "a list of texts", name, default)
-        if wrong := [one for one in found if not isinstance(one, str)]:
+        values = self._typed(list, "a list of texts", name, default)
+        if wrong := [value for value in values if not isinstance(value, str)]:
             raise DecodeError(f"{self._path(name)} holds {short(wrong[0])}, expected texts")
-        return tuple(found)
+        return tuple(values)
 
     def entries(self, name: str, default: Any = ...) -> Entries:
-        return Entries(self._of(dict, "an object", name, default), self._path(name))
+        return Entries(self._typed(dict, "an object", name, default), self._path(name))
 
-    def _of(self, kind: type, wanted: str, name: str, default: Any) -> Any:
+    def _typed(self, kind: type, description: str, name: str, default: Any) -> Any:
         value = self.get(name, default)
         if not isinstance(value, kind):
-            raise DecodeError(f"{self._path(name)} is {short(value)}, expected {wanted}")
+            raise DecodeError(f"{self._path(name)} is {short(value)}, expected {description}")
         return value
 
     def _path(self, name: str) -> str:
@@ -147,6 +148,6 @@ def _number(name: str, value: object) -> float:
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer beyond the range of floats
         pass
     raise DecodeError(f"{name}: {short(value)} isn't a finite number")

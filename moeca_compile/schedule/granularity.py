@@ -1,4 +1,4 @@
-"""What a schedule's columns are: every region by itself, or one span of consecutive blocks."""
+"""Granularity: whether the columns of a schedule are single regions or one span of consecutive blocks."""
 
 from __future__ import annotations
 
@@ -12,34 +12,37 @@ FORMS = "'region', 'stack', 'blocks:START:STOP' (a Python slice of the blocks), 
 
 @dataclass(frozen=True, slots=True)
 class Granularity:
-    """`kind` is `region`, `blocks` or `skip`.
+    """What is cached as one unit.
 
-    `start` and `stop` slice the model's blocks. With `relative` what is kept is the change that the blocks make to what
-    enters them, so that the blocks before them go on to matter; else it is what leaves them. `kept` is how many outer
-    blocks on each side of a long skip stay computed: the span is what lies between that skip's ends (Skip-DiT,
-    arXiv 2411.17616).
+    Attributes:
+        kind: `region`, `blocks` or `skip`.
+        start, stop: slice of the model's blocks, for `blocks`.
+        relative: cache the change that the blocks make to their input, so that the blocks before the span still affect
+            the result. If False, the output of the blocks is cached.
+        outer: number of outer blocks on each side of a long skip connection that stay computed, for `skip`. The span
+            lies between the ends of that skip connection (Skip-DiT, arXiv 2411.17616).
     """
 
     kind: str
     start: int | None = None
     stop: int | None = None
     relative: bool = False
-    kept: int = 0
+    outer: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Granularity:
         """Read `region`, `stack`, `blocks:2:-2`, `skip:1`.
 
         Raises:
-            OptionError: another text.
+            OptionError: the text has another form.
         """
         if text == "region":
             return cls("region")
         if text == "stack":
             return cls("blocks")
-        if found := re.fullmatch(r"blocks:(-?\d+)?:(-?\d+)?", text):
-            start, stop = (int(one) if one else None for one in found.groups())
+        if match := re.fullmatch(r"blocks:(-?\d+)?:(-?\d+)?", text):
+            start, stop = (int(bound) if bound else None for bound in match.groups())
             return cls("blocks", start, stop, relative=True)
-        if found := re.fullmatch(r"skip:([1-9]\d*)", text):
-            return cls("skip", kept=int(found[1]))
+        if match := re.fullmatch(r"skip:([1-9]\d*)", text):
+            return cls("skip", outer=int(match[1]))
         raise OptionError(f"granularity={text!r} is not understood; use {FORMS}")

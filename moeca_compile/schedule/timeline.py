@@ -1,15 +1,17 @@
-"""Rows that belong to timesteps, met by calls at other timesteps: which row each call runs. Pure data, no torch.
+"""Which row a call runs when its timestep is not one that the schedule records. Pure data, no torch.
 
-A schedule says at which timesteps each region is computed. A sampler with fewer steps, or with another solver, passes
-some of them without a call there. Three rules say what a call computes:
+A schedule says at which timesteps each region is computed. A sampler with fewer steps, or with another solver, skips
+some of them. Three rules decide what a call computes:
 
-1. A row that was passed since the last call is made up: what it computes, this call computes.
-2. A row is computed once: a second call nearest to the same row runs the cheapest row.
-3. The time between two computations of a region is at most what it is in the schedule. Where the next call would come
-   too late, counted by the length of the last step, this call computes the region, in place of the next row that does.
+1. A call makes up for every row that was skipped since the previous call: it computes what those rows compute.
+2. A row is computed once. A second call that is nearest to the same row runs the cheapest row.
+3. The time between two computations of a region is at most the longest such time in the schedule. The next call is
+   expected after a step as long as the last one. If that would be too late for a region, the current call computes it,
+   in place of the next row that does.
 
-Regions that do the same in every row are one group. Only rows of the schedule are run: the cheapest one that computes
-all that a call has to, the full row at worst. So no call needs a variant that the schedule alone wouldn't need.
+Regions with the same action in every row form one group. A call runs only rows of the schedule: the cheapest row that
+computes everything that the call must compute, at worst the full row. So a call never needs a variant that the
+schedule by itself does not need.
 """
 
 from __future__ import annotations
@@ -21,48 +23,59 @@ from dataclasses import dataclass
 
 from moeca_compile.schedule.action import Act, Action, Partial, Row
 
-_LATE = 1 + 1e-6  # timesteps are floats
-_NEAR = 0.25  # of the distance to the next row's timestep: what rounding to bfloat16 stays within
+_LATE = 1 + 1e-6  # tolerance for timesteps, which are floats
+_NEAR = 0.25  # of the distance to the next row's timestep; rounding to bfloat16 stays within it
 
 
 @dataclass(slots=True)
-class Place:
-    """Where a stream is: `row` was nearest to its last call, which came at `time`.
+class TimelinePosition:
+    """Where a guidance stream is in the schedule. Times are timesteps with the sign that makes them rise.
 
-    `off` says that a call came elsewhere than the schedule's rows are. Before that there is nothing to keep but
-    where the stream began (`first`); afterwards, by group, when it was `computed` last, and the row whose computation
-    was done ahead (-1: none).
+    Attributes:
+        row: the row nearest to the last call.
+        time: of the last call.
+        first: the row of the stream's first call.
+        off_schedule: a call came at a time that no row records. Until then the two tuples are empty, because they
+            follow from `row` and `first`.
+        computed: for each group the time when it was last computed.
+        ahead: for each group the row whose computation was done ahead of its time; -1: none.
     """
 
     row: int
     time: float
     first: int
-    off: bool = False
+    off_schedule: bool = False
     computed: tuple[float, ...] = ()
     ahead: tuple[int, ...] = ()
 
 
 class Timeline:
-    """The rows of a schedule by their timesteps, which go one way."""
+    """The rows of a schedule by their timesteps, which strictly rise or strictly fall.
+
+    Args:
+        rows: of the schedule.
+        timesteps: one per row, as the model receives them.
+    """
 
     def __init__(self, rows: Sequence[Row], timesteps: Sequence[float]) -> None:
         self.rows = rows
         self.sign = -1.0 if len(timesteps) > 1 and timesteps[1] < timesteps[0] else 1.0
-        self.times = [self.sign * one for one in timesteps]  # rising
+        self.times = [self.sign * timestep for timestep in timesteps]  # rising
         self.end = self.times[-1] + (self.times[-1] - self.times[-2] if len(self.times) > 1 else 0.0)
-        alike: dict[tuple[Act, ...], int] = {}  # what a group does in every row, and its first column
+        first_columns: dict[tuple[Act, ...], int] = {}  # by the actions of a group in every row, its first column
         for column, acts in enumerate(zip(*rows, strict=True)):
-            alike.setdefault(acts, column)
-        self.groups = list(alike)
-        self.computed = [[i for i, act in enumerate(acts) if act is Action.COMPUTE] for acts in self.groups]
-        self.longest = [self._longest(found) for found in self.computed]
-        kinds = {row: number for number, row in enumerate(dict.fromkeys(rows))}
-        self.kinds = [_Kind(row, tuple(row[column] for column in alike.values()), _cost(row)) for row in kinds]
-        self.kind = [self.kinds[kinds[row]] for row in rows]
-        self.cheapest = sorted(self.kinds, key=lambda one: one.cost)
+            first_columns.setdefault(acts, column)
+        self.groups = list(first_columns)
+        self.computing_rows = [[i for i, act in enumerate(acts) if act is Action.COMPUTE] for acts in self.groups]
+        self.longest = [self._longest_gap(computing) for computing in self.computing_rows]
+        distinct = {
+            row: _DistinctRow(row, tuple(row[column] for column in first_columns.values()), _cost(row)) for row in rows
+        }
+        self.distinct_rows = [distinct[row] for row in rows]
+        self.by_cost = sorted(distinct.values(), key=lambda candidate: candidate.cost)
 
     def nearest(self, timestep: float) -> int:
-        """The row nearest to a timestep; the earlier one where two are as near."""
+        """The row nearest to a timestep; the earlier one of two that are equally near."""
         time = self.sign * timestep
         after = bisect_left(self.times, time)
         if after == len(self.times) or (after and time - self.times[after - 1] <= self.times[after] - time):
@@ -70,98 +83,104 @@ class Timeline:
         return after
 
     def is_at(self, row: int, timestep: float) -> bool:
-        """Whether a call is at a row's timestep, but for rounding."""
-        around = self.times[max(row - 1, 0) : row + 2]
-        room = min((b - a for a, b in itertools.pairwise(around)), default=0.0)
-        return abs(self.sign * timestep - self.times[row]) <= _NEAR * room
+        """Whether a timestep is that of a row, up to rounding."""
+        neighbors = self.times[max(row - 1, 0) : row + 2]
+        distance = min((b - a for a, b in itertools.pairwise(neighbors)), default=0.0)
+        return abs(self.sign * timestep - self.times[row]) <= _NEAR * distance
 
-    def begin(self, timestep: float) -> Place:
-        """A stream whose call at `timestep` computes everything."""
+    def begin(self, timestep: float) -> TimelinePosition:
+        """The position of a stream whose first call, at `timestep`, computes everything."""
         row = self.nearest(timestep)
-        return Place(row, self.sign * timestep, row, not self.is_at(row, timestep))
+        return TimelinePosition(row, self.sign * timestep, row, not self.is_at(row, timestep))
 
-    def go_on(self, place: Place, timestep: float) -> tuple[Row, Place]:
-        """The row of the stream's next call, and where the stream is then."""
+    def advance(self, position: TimelinePosition, timestep: float) -> tuple[Row, TimelinePosition]:
+        """The row of the stream's next call, and the position of the stream after it."""
         row, time = self.nearest(timestep), self.sign * timestep
-        if not place.off and row == place.row + 1 and self.is_at(row, timestep):
-            return self.rows[row], Place(row, time, place.first)
-        return self._make_up(place if place.computed else self._unrolled(place), row, time)
+        if not position.off_schedule and row == position.row + 1 and self.is_at(row, timestep):
+            return self.rows[row], TimelinePosition(row, time, position.first)
+        return self._make_up(position if position.computed else self._expanded(position), row, time)
 
-    def _make_up(self, place: Place, row: int, time: float) -> tuple[Row, Place]:
-        forward = time > place.time
-        passed = range(place.row + 1, row + 1) if forward else range(row, place.row)
-        coming = self._next_call(place.time, time)
-        ahead, wanted = list(place.ahead), list[set[Act]]()
+    def _make_up(self, position: TimelinePosition, row: int, time: float) -> tuple[Row, TimelinePosition]:
+        """Choose the row by the three rules; `row` is the one nearest to `time`."""
+        forward = time > position.time
+        passed = range(position.row + 1, row + 1) if forward else range(row, position.row)
+        next_time = self._expected_next_call(position.time, time)
+        ahead, required = list(position.ahead), list[set[Act]]()
         for group, acts in enumerate(self.groups):
-            due: set[Act] = {acts[one] for one in passed if one != ahead[group]}
+            due: set[Act] = {acts[passed_row] for passed_row in passed if passed_row != ahead[group]}
             if ahead[group] in passed:
                 ahead[group] = -1
-            late = abs(coming - place.computed[group]) > self.longest[group] * _LATE
+            late = abs(next_time - position.computed[group]) > self.longest[group] * _LATE
             if late and Action.COMPUTE not in due:
                 due.add(Action.COMPUTE)
-                ahead[group] = self._next(group, row, forward)
-            wanted.append(due)
-        run = self._covering(wanted, self.kind[row])
-        pairs = zip(run.acts, place.computed, strict=True)
-        computed = tuple(time if act is Action.COMPUTE else before for act, before in pairs)
-        return run.row, Place(row, time, place.first, True, computed, tuple(ahead))
+                ahead[group] = self._next_computing_row(group, row, forward)
+            required.append(due)
+        chosen = self._cheapest_that_covers(required, self.distinct_rows[row])
+        computed = tuple(
+            time if act is Action.COMPUTE else last for act, last in zip(chosen.acts, position.computed, strict=True)
+        )
+        return chosen.row, TimelinePosition(row, time, position.first, True, computed, tuple(ahead))
 
-    def _unrolled(self, place: Place) -> Place:
-        """A stream that has run the schedule's own rows so far, with what has to be known from here on."""
-        began, computed = place.time if place.row == place.first else self.times[place.first], []
-        for found in self.computed:
-            last = found[bisect_right(found, place.row) - 1]  # row 0 computes everything
-            computed.append(self.times[last] if last > place.first else began)
-        return Place(place.row, place.time, place.first, True, tuple(computed), (-1,) * len(self.groups))
+    def _expanded(self, position: TimelinePosition) -> TimelinePosition:
+        """The position of a stream that has run the schedule's own rows so far, with its two tuples filled in."""
+        start = position.time if position.row == position.first else self.times[position.first]
+        computed = []
+        for computing in self.computing_rows:
+            last = computing[bisect_right(computing, position.row) - 1]  # row 0 computes everything
+            computed.append(self.times[last] if last > position.first else start)
+        ahead = (-1,) * len(self.groups)
+        return TimelinePosition(position.row, position.time, position.first, True, tuple(computed), ahead)
 
-    def _covering(self, wanted: Sequence[set[Act]], nearest: _Kind) -> _Kind:
-        """The cheapest row that does what every group is to do; the nearest one where it is as cheap."""
-        fits = [one for one in self.cheapest if one.covers(wanted)]
-        return nearest if nearest in fits and nearest.cost == fits[0].cost else fits[0]
+    def _cheapest_that_covers(self, required: Sequence[set[Act]], nearest: _DistinctRow) -> _DistinctRow:
+        """The cheapest row that does what every group requires; the nearest row if it is equally cheap."""
+        covering = [candidate for candidate in self.by_cost if candidate.covers(required)]
+        return nearest if nearest in covering and nearest.cost == covering[0].cost else covering[0]
 
-    def _next_call(self, before: float, time: float) -> float:
-        """When the next call is to be expected: a step as long as the last one, but not past the schedule's end."""
-        coming = 2 * time - before
-        return max(min(coming, self.end), time) if time > before else min(max(coming, self.times[0]), time)
+    def _expected_next_call(self, previous: float, time: float) -> float:
+        """The time of the next call, if its step is as long as the last one; not past the ends of the schedule."""
+        expected = 2 * time - previous
+        return max(min(expected, self.end), time) if time > previous else min(max(expected, self.times[0]), time)
 
-    def _next(self, group: int, row: int, forward: bool) -> int:
+    def _next_computing_row(self, group: int, row: int, forward: bool) -> int:
         """The next row in the direction of travel that computes a group; -1: none."""
-        found = self.computed[group]
-        at = bisect_right(found, row) if forward else bisect_left(found, row) - 1
-        return found[at] if 0 <= at < len(found) else -1
+        computing = self.computing_rows[group]
+        index = bisect_right(computing, row) if forward else bisect_left(computing, row) - 1
+        return computing[index] if 0 <= index < len(computing) else -1
 
-    def _longest(self, found: Sequence[int]) -> float:
-        """The longest time that a group isn't computed."""
-        times = [self.times[one] for one in found]
+    def _longest_gap(self, computing: Sequence[int]) -> float:
+        """The longest time between two of these rows, or from the last one to the end."""
+        times = [self.times[row] for row in computing]
         return max((b - a for a, b in itertools.pairwise([*times, self.end])), default=0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Kind:
-    """One of the distinct rows: what it does by group, and what orders it among the others by how much it computes."""
+class _DistinctRow:
+    """A row, its action for each group, and its cost as a key to sort by."""
 
     row: Row
     acts: tuple[Act, ...]
     cost: tuple[int, float]
 
-    def covers(self, wanted: Sequence[set[Act]]) -> bool:
-        return all(_does(own, act) for own, acts in zip(self.acts, wanted, strict=True) for act in acts)
+    def covers(self, required: Sequence[set[Act]]) -> bool:
+        """Whether the row does all the actions that are required of each group."""
+        return all(_includes(act, needed) for act, group in zip(self.acts, required, strict=True) for needed in group)
 
 
 def _cost(row: Row) -> tuple[int, float]:
+    """Computed regions; then, between rows with as many, the fractions that PARTIAL computes."""
     return sum(act is Action.COMPUTE for act in row), sum(act.rho + act.tau for act in row if isinstance(act, Partial))
 
 
-def _does(act: Act, wanted: Act) -> bool:
-    """Whether an action computes at least what another one does."""
-    if act is Action.COMPUTE or wanted in (Action.REUSE, Action.FORECAST):
+def _includes(act: Act, needed: Act) -> bool:
+    """Whether an action computes at least what another action computes."""
+    if act is Action.COMPUTE or needed in (Action.REUSE, Action.FORECAST):
         return True
-    if not (isinstance(act, Partial) and isinstance(wanted, Partial)):
+    if not (isinstance(act, Partial) and isinstance(needed, Partial)):
         return False
-    return act.rho >= wanted.rho and act.tau >= wanted.tau and act.shared >= wanted.shared
+    return act.rho >= needed.rho and act.tau >= needed.tau and act.shared >= needed.shared
 
 
-def one_way(timesteps: Iterable[float]) -> bool:
-    """Whether timesteps only fall, or only rise."""
+def is_monotonic(timesteps: Iterable[float]) -> bool:
+    """Whether timesteps strictly rise or strictly fall."""
     pairs = list(itertools.pairwise(timesteps))
     return all(a < b for a, b in pairs) or all(a > b for a, b in pairs)

@@ -7,7 +7,7 @@ import pytest
 from moeca_compile.graph.regions import Region, RegionMap
 from moeca_compile.planner.thin import UNTOUCHED, thin, ways_of
 from moeca_compile.schedule import Action, Partial, Schedule
-from moeca_compile.schedule.action import legend_of, written
+from moeca_compile.schedule.action import format_row, legend_of
 
 C, F, P = Action.COMPUTE, Action.FORECAST, Partial(0, 0.1)
 
@@ -29,7 +29,7 @@ def schedule(layers: int) -> Schedule:
 
 
 def texts(one: Schedule) -> list[str]:
-    return [written(row, legend_of(one.rows)) for row in one.rows]
+    return [format_row(row, legend_of(one.rows)) for row in one.rows]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from moeca_compile.schedule.granularity import Granularity
         ("blocks:2:-2", Granularity("blocks", 2, -2, relative=True)),
         ("blocks::3", Granularity("blocks", None, 3, relative=True)),
         ("blocks:1:", Granularity("blocks", 1, None, relative=True)),
-        ("skip:4", Granularity("skip", kept=4)),
+        ("skip:4", Granularity("skip", outer=4)),
     ],
 )
 def test_texts(text: str, meant: Granularity) -> None:

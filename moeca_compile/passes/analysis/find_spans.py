@@ -37,7 +37,7 @@ def find_spans(gm: GraphModule, ctx: Context) -> Context:
     if wanted.kind == "region" or not len(ctx.regions):
         return ctx
     layout = _Blocks(fx.Cone(gm), ctx)
-    ends = layout.skip(wanted.kept) if wanted.kind == "skip" else layout.slice(wanted)
+    ends = layout.skip(wanted.outer) if wanted.kind == "skip" else layout.slice(wanted)
     span = ends if isinstance(ends, str) else layout.span(ends)
     if isinstance(span, str):
         rejected = (*ctx.rejected, Rejected(span))

@@ -1,1 +1,1 @@
-"""Numbers -> Schedule. No torch.fx here: what a graph costs and how it errs arrives as plain numbers."""
+"""The search over plans. The costs and errors of a graph arrive as plain numbers: nothing here imports torch.fx."""

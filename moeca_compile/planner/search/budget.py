@@ -1,5 +1,7 @@
-"""What a schedule may spend: `macs:0.26`, `latency:0.4`, `speedup:2`, `state:64MiB`, `psnr:45`, or several with commas
-between."""
+"""Budgets: the limits of a schedule, as in `macs:0.26`, `latency:0.4`, `speedup:2`, `state:64MiB`, `psnr:45`.
+
+Several limits are separated by commas.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of one schedule; None: no limit.
+    """The limits of one schedule; None: no limit.
 
     Attributes:
         macs: executed MACs / MACs of the uncached trajectory, in (0, 1].
-        latency: milliseconds of its variants, summed over the steps / of the uncached ones, in (0, 1]. `speedup:2` is
-            another way to write `latency:0.5`.
-        state_bytes: of all cache tensors of one stream.
-        psnr_db: not less than this against the uncached samples; then the cheapest schedule that holds it is wanted.
+        latency: time of the variants, summed over the steps / the same of the uncached trajectory, in (0, 1].
+            `speedup:2` is another way to write `latency:0.5`.
+        state_bytes: bytes of all cache tensors of one guidance stream.
+        psnr_db: least PSNR in dB against the uncached samples. With it, the search looks for the cheapest schedule.
     """
 
     macs: float | None = None
@@ -31,7 +33,7 @@ class Budget:
     psnr_db: float | None = None
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """The text that `parse` reads."""
         limits = {"macs": self.macs, "latency": self.latency, "state": self.state_bytes, "psnr": self.psnr_db}
         return ",".join(f"{kind}:{limit:.12g}" for kind, limit in limits.items() if limit is not None)
 
@@ -39,39 +41,46 @@ class Budget:
     def parse(cls, text: object) -> Budget:
         """Read a budget.
 
+        Args:
+            text: such as "macs:0.26,state:64MiB".
+
+        Returns:
+            The limits.
+
         Raises:
-            ScheduleError: an unknown kind, a number out of range, a limit given twice, or none at all.
+            ScheduleError: an unknown kind of limit, a number out of range, a limit given twice, or none on the work.
         """
         if not isinstance(text, str):
             raise ScheduleError(f"budget is {short(text)}, expected a text such as 'macs:0.26' or 'speedup:2'")
-        found: dict[str, float] = {}
+        limits: dict[str, float] = {}
         for part in text.split(","):
             kind, _, amount = part.strip().partition(":")
             if kind not in ("macs", "latency", "speedup", "state", "psnr"):
                 times = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[x×]", part.strip(), re.IGNORECASE)
-                meant = f"; did you mean speedup:{times[1]}?" if times else ""
+                suggestion = f"; did you mean speedup:{times[1]}?" if times else ""
                 raise ScheduleError(
                     f"budget {short(part.strip())}: expected macs:0.26, latency:0.4, speedup:2, state:64MiB or psnr:45"
-                    f"{meant}"
+                    f"{suggestion}"
                 )
             if kind == "speedup":
                 kind, amount = "latency", _latency(part, amount)
-            if kind in found:
+            if kind in limits:
                 raise ScheduleError(f"budget {text!r} limits {kind} twice")
-            found[kind] = _bytes(amount) if kind == "state" else _number(part, amount)
-            if kind in ("macs", "latency") and not 0 < found[kind] <= 1:
+            limits[kind] = _bytes(amount) if kind == "state" else _number(part, amount)
+            if kind in ("macs", "latency") and not 0 < limits[kind] <= 1:
                 raise ScheduleError(
                     f"budget {part.strip()!r}: a fraction of the uncached run, so above 0 and at most 1"
                 )
-        if not math.isfinite(found.get("psnr", 0.0)):
+        if not math.isfinite(limits.get("psnr", 0.0)):
             raise ScheduleError(f"budget {text!r}: psnr is a finite number of decibels")
-        if "psnr" not in found and not {"macs", "latency"} & found.keys():
+        if "psnr" not in limits and not {"macs", "latency"} & limits.keys():
             raise ScheduleError(f"budget {text!r} doesn't limit the work: add macs:, latency:, speedup: or psnr:")
-        state = int(found["state"]) if "state" in found else None
-        return cls(found.get("macs"), found.get("latency"), state, found.get("psnr"))
+        state = int(limits["state"]) if "state" in limits else None
+        return cls(limits.get("macs"), limits.get("latency"), state, limits.get("psnr"))
 
 
 def _latency(part: str, amount: str) -> str:
+    """The latency limit that is equivalent to a speedup, as text."""
     times = _number(part, amount)
     if not 1 <= times < math.inf:
         raise ScheduleError(f"budget {part.strip()!r}: how many times as fast as the uncached run, so at least 1")
@@ -86,7 +95,7 @@ def _number(part: str, amount: str) -> float:
 
 
 def _bytes(amount: str) -> int:
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", amount)
-    if found is None or found[2].lower() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", amount)
+    if match is None or match[2].lower() not in _UNITS:
         raise ScheduleError(f"budget state:{amount}: expected bytes such as 64MiB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return int(float(match[1]) * _UNITS[match[2].lower()])

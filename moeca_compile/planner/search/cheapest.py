@@ -1,4 +1,4 @@
-"""The other way round: a quality that must be held, and the cheapest plan that holds it."""
+"""The inverse search: the cheapest plan that reaches a quality."""
 
 from __future__ import annotations
 
@@ -11,50 +11,67 @@ from moeca_compile.planner.search.drift import full_plan
 from moeca_compile.planner.search.rows import Plan
 from moeca_compile.planner.search.search import Search
 
+SEARCHES = 5
+FIRST_FRACTION = 0.34  # of the MACs
+
 
 def cheapest(search: Search, budget: Budget) -> Plan:
-    """The cheapest plan that holds `budget.psnr_db` on every seed's mean: bisection over the share of the MACs.
+    """The cheapest plan that reaches `budget.psnr_db`, by bisection over the fraction of the MACs.
+
+    Args:
+        search: run `SEARCHES` times with a fifth of its effort each; it is left with the `family_quality` of the plan.
+        budget: with a limit on the quality (dB, mean over the samples of all seeds), and perhaps others.
+
+    Returns:
+        The plan. It has run on all seeds of the race.
 
     Raises:
-        ScheduleError: within the budget's other limits no plan holds it; says how near the best comes.
+        ScheduleError: no plan within the other limits reaches the quality. The message gives the best one reached.
     """
     assert budget.psnr_db is not None
-    wanted, most = budget.psnr_db, budget.macs or 1.0
+    target, most = budget.psnr_db, budget.macs or 1.0
     low, high = 0.0, most
-    holds: list[Plan] = []
-    missed: list[float] = []
-    told: dict[Plan, dict[str, float]] = {}  # what was tried beside a plan, at its cost
-    whole, everyone = search.effort, len(search.race.seeds)
-    fraction = min(most, 0.34)
-    for _ in range(5):
-        search.effort, search.found = search.race.spent + whole / 5, {}
+    reaching: list[Plan] = []
+    missed: list[float] = []  # qualities below the target
+    reports: dict[Plan, dict[str, float]] = {}  # the families that were tried at the cost of a plan
+    effort, all_seeds = search.effort, len(search.race.seeds)
+    fraction = min(most, FIRST_FRACTION)
+    for _ in range(SEARCHES):
+        search.effort, search.family_quality = search.race.spent + effort / SEARCHES, {}
         try:
             plan = search.best(replace(budget, macs=fraction, psnr_db=None))
-            quality = search.race.quality(plan, everyone)
-            told[plan] = search.found
-        except ScheduleError:  # nothing is that cheap
+            quality = search.race.quality(plan, all_seeds)
+            reports[plan] = search.family_quality
+        except ScheduleError:  # no plan is that cheap
             if fraction == most:
                 raise
             plan, quality = None, -math.inf
-        if plan is not None and quality >= wanted:
-            holds.append(plan)
+        if plan is not None and quality >= target:
+            reaching.append(plan)
             high = min(high, search.costs.fraction(plan))
         else:
             missed.append(quality)
             low = fraction
-        if fraction == most and not holds:
+        if fraction == most and not reaching:
             break
-        fraction = (low + high) / 2 if holds else most if fraction > 0.6 * most else min(most, 1.6 * fraction)
-    every = [p for p in search.race.seen if search.race.count(p) == everyone]
-    holds += [p for p in every if search.race.quality(p, everyone) >= wanted and search.costs.allows(p, budget)]
-    if not holds and search.costs.allows(full_plan(search.steps), budget):
-        search.race.run(full_plan(search.steps), everyone)
-        holds.append(full_plan(search.steps))
-    if not holds:
+        if reaching:
+            fraction = (low + high) / 2
+        elif fraction > 0.6 * most:
+            fraction = most
+        else:
+            fraction = min(most, 1.6 * fraction)
+    for plan in search.race.errors:
+        on_all_seeds = search.race.count(plan) == all_seeds
+        if on_all_seeds and search.race.quality(plan, all_seeds) >= target and search.costs.allows(plan, budget):
+            reaching.append(plan)
+    if not reaching and search.costs.allows(full_plan(search.steps), budget):
+        search.race.run(full_plan(search.steps), all_seeds)
+        reaching.append(full_plan(search.steps))
+    if not reaching:
         raise ScheduleError(
-            f"psnr:{wanted:g} can't be held within the other limits of the budget: the best plan found there reaches "
+            f"psnr:{target:g} can't be held within the other limits of the budget: the best plan found there reaches "
             f"{max(missed):.1f} dB"
         )
-    best = min(holds, key=search.costs.fraction)
-    search.found = told.get(best, {})
+    best = min(reaching, key=search.costs.fraction)
+    search.family_quality = reports.get(best, {})
     return best

@@ -1,4 +1,4 @@
-"""What a plan costs: sums of what its rows cost, over as many full steps."""
+"""The cost of a plan: the sum over its rows, relative to as many full steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from moeca_compile.planner.search.rows import FULL, Plan
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one row by letter: `macs` and, where measured, `ms`; and by predictor the bytes that one stream's cache holds.
+    """The cost of each row kind and predictor.
 
-    A row's MACs are its program's, so that what no region holds (embeddings, the last layer) is in every row.
+    Attributes:
+        macs: by letter, the MACs of one row. They are the MACs of its variant, so every row includes what lies outside
+            the regions (embeddings, the last layer).
+        ms: by letter, milliseconds of one row; empty if it was not measured.
+        state_bytes: by predictor, bytes of the cache of one guidance stream.
     """
 
     macs: Mapping[str, float]
@@ -21,16 +25,16 @@ class Costs:
     state_bytes: Mapping[str, int]
 
     def fraction(self, plan: Plan, kind: str = "macs") -> float:
-        """Cost of the plan / cost of as many full steps."""
-        each = self.macs if kind == "macs" else self.ms
-        return sum(each[letter] for letter in plan.letters) / (each[FULL] * len(plan.letters))
+        """The cost of the plan as a fraction of that of as many full steps; `kind`: `macs` or `ms`."""
+        row_costs = self.macs if kind == "macs" else self.ms
+        return sum(row_costs[letter] for letter in plan.letters) / (row_costs[FULL] * len(plan.letters))
 
     def state_of(self, plan: Plan) -> int:
-        """Bytes of the cache tensors of one stream."""
+        """Bytes of the cache tensors of one guidance stream."""
         return self.state_bytes[plan.predictor] if plan.caches else 0
 
     def allows(self, plan: Plan, budget: Budget) -> bool:
-        """Whether the plan keeps within what the budget limits of work and memory."""
+        """Whether the plan is within the limits of MACs, time and state."""
         return (
             (budget.macs is None or self.fraction(plan, "macs") <= budget.macs + 1e-9)
             and (budget.latency is None or self.fraction(plan, "ms") <= budget.latency + 1e-9)

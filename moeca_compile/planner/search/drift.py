@@ -1,12 +1,13 @@
-"""How far forecasts are off, as numbers, and from them what a plan would do to the samples.
+"""The errors of forecasts as numbers, and from them an estimate of a plan's quality.
 
-Measured are *pairs* (a, s): how far the latent is moved at step s when the regions' outputs are those of step a. A
-forecast is a weighted sum of earlier outputs and its weights add up to 1, so to first order its displacement is the
-same weighted sum of the pairs' displacements: one set of pairs serves every predictor. A plan's error is estimated as
-the sum over its steps of those displacements as *vectors*: errors of opposite sign cancel, which sums of norms miss.
+The measurements are *pairs* (a, s): the displacement of the latent at step s if the regions' outputs are those of step
+a. A forecast is a weighted sum of earlier outputs with weights that sum to 1, so to first order its displacement is the
+same weighted sum of the displacements of the pairs: one set of pairs serves every predictor. The error of a plan is
+estimated as the sum over its steps of these displacements as *vectors*: errors of opposite sign cancel, which a sum of
+norms would miss.
 
-It is an estimate: a step's displacement counts in full for the final sample, and a region that a partial row
-computes is taken to be right. Good enough to rank plans; `search` rolls the best out.
+The estimate assumes that the displacement of a step reaches the final sample unchanged, and that a region that a
+partial row computes is exact. It is good enough to rank plans; `search` rolls out the best of them.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from moeca_compile.planner.search.refresh import Errors
 from moeca_compile.planner.search.rows import FULL, NONE, Kinds, Plan
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-Terms = tuple[tuple[int, float], ...]
+Terms = tuple[tuple[int, float], ...]  # (row of a pair in `parts`, weight)
 SMALLEST = 1e-14
 
 
 @dataclass
 class Drift:
-    """Displacements by pair.
+    """Displacements of the latent, by pair.
 
     Attributes:
         steps: of the trajectory.
         pairs: (a, s) -> its row in `parts`.
-        atoms: the columns in groups that were displaced separately.
-        parts: [atoms, pairs, samples, numbers] float32: the displacements that each group alone makes, each sample's
-            as a random projection to a few numbers, which keeps norms and sums.
+        atoms: groups of columns that were displaced separately.
+        parts: [atoms, pairs, samples, numbers] float32: the displacement that each atom alone causes. Each sample's is
+            a random projection to a few numbers, which is linear and approximately preserves norms.
     """
 
     steps: int
@@ -48,91 +49,106 @@ class Drift:
 
     def __post_init__(self) -> None:
         self._flat = self.parts.reshape(*self.parts.shape[:2], -1)
-        self._whole = self._flat.sum(axis=0)
+        self._total = self._flat.sum(axis=0)  # of all atoms
 
     @cached_property
     def lookback(self) -> int:
+        """The greatest distance s - a of a pair, in steps."""
         return max((s - a for a, s in self.pairs), default=0)
 
-    def quality(self, plan: Plan, kinds: Kinds, beyond: bool = False) -> float:
-        """Estimated decibels, up to a constant: higher is better; -inf where a pair wasn't measured.
+    def quality(self, plan: Plan, kinds: Kinds, clamp: bool = False) -> float:
+        """The estimated quality of a plan.
 
-        beyond: outputs older than was measured count as the oldest measured: kinder to the plan than the truth is, as
-        a bound wants it.
+        Args:
+            plan: of `steps` letters.
+            kinds: the row kinds of the graph.
+            clamp: treat outputs older than `lookback` as the oldest measured ones. The estimate is then an upper bound.
+
+        Returns:
+            dB up to a constant, higher is better; -inf if a pair was not measured.
         """
-        together: list[tuple[int, float]] = []
-        apart: list[list[tuple[int, float]]] = [[] for _ in self.atoms]
-        seen: list[tuple[int, ...]] = [()] * len(self.atoms)
+        shared_terms: list[tuple[int, float]] = []  # of all atoms together
+        atom_terms: list[list[tuple[int, float]]] = [[] for _ in self.atoms]
+        histories: list[tuple[int, ...]] = [()] * len(self.atoms)
         for step, letter in enumerate(plan.letters):
             computed = [kinds[letter][atom[0]] is not None for atom in self.atoms]
-            alike = not any(computed) and len(set(seen)) == 1
-            for number, done in enumerate(computed):
-                if done:
-                    seen[number] = (step, *seen[number])[:3]
+            same_history = not any(computed) and len(set(histories)) == 1
+            for atom, is_computed in enumerate(computed):
+                if is_computed:
+                    histories[atom] = (step, *histories[atom])[:3]
                     continue
-                terms = self._terms(plan.predictor, seen[number], step, beyond)
+                terms = self._terms(plan.predictor, histories[atom], step, clamp)
                 if terms is None:
                     return -math.inf
-                (together if alike else apart[number]).extend(terms)
-                if alike:
+                (shared_terms if same_history else atom_terms[atom]).extend(terms)
+                if same_history:
                     break
-        moved = self._sum(self._whole, together)
-        for flat, found in zip(self._flat, apart, strict=True):
-            moved = moved + self._sum(flat, found)
-        squares = np.square(moved).reshape(self.parts.shape[2], -1).sum(axis=1)
+        displacement = self._weighted_sum(self._total, shared_terms)
+        for flat, terms_of_atom in zip(self._flat, atom_terms, strict=True):
+            displacement = displacement + self._weighted_sum(flat, terms_of_atom)
+        squares = np.square(displacement).reshape(self.parts.shape[2], -1).sum(axis=1)
         return float(-10 * np.log10(squares + SMALLEST).mean())
 
-    def _sum(self, flat: Array, terms: Sequence[tuple[int, float]]) -> Array:
+    def _weighted_sum(self, flat: Array, terms: Sequence[tuple[int, float]]) -> Array:
+        """Rows of `flat` [pairs, samples x numbers], weighted and summed."""
         if not terms:
             return np.zeros(flat.shape[1], np.float32)
         rows, weights = zip(*terms, strict=True)
         return np.asarray(np.asarray(weights, np.float32) @ flat[list(rows)])
 
-    def _terms(self, predictor: str, seen: tuple[int, ...], step: int, beyond: bool = False) -> Terms | None:
-        key = (predictor, seen, step, beyond)
+    def _terms(self, predictor: str, history: tuple[int, ...], step: int, clamp: bool = False) -> Terms | None:
+        """The weighted pairs of a forecast; None: one of them was not measured."""
+        key = (predictor, history, step, clamp)
         if key not in self._memo:
-            weights = PREDICTORS[predictor].weights(step, seen)
-            oldest = step - self.lookback if beyond else 0
+            weights = PREDICTORS[predictor].weights(step, history)
+            oldest = step - self.lookback if clamp else 0
             rows = [(self.pairs.get((max(a, oldest), step)), weight) for a, weight in weights]
-            known = tuple((row, weight) for row, weight in rows if row is not None)
-            self._memo[key] = known if len(known) == len(rows) else None
+            measured = tuple((row, weight) for row, weight in rows if row is not None)
+            self._memo[key] = measured if len(measured) == len(rows) else None
         return self._memo[key]
 
     def errors(self, predictor: str, max_gap: int) -> Errors:
-        """For the dynamic programme: the displacement's norm at s, forecast from a and p (-1: from a alone)."""
-        found = {}
+        """For the dynamic program (`refresh.py`): norms of the displacements of forecasts, by (p, a, s).
+
+        Args:
+            predictor: its name.
+            max_gap: s - a is below this, in steps; a - p is at most this.
+        """
+        errors = {}
         for a, s in self.pairs:
             if s - a < max_gap:
                 for p in [*range(max(0, a - max_gap), a), *([-1] if a == 0 else [])]:
                     terms = self._terms(predictor, (a,) if p < 0 else (a, p), s)
                     if terms is not None:
-                        found[p, a, s] = float(np.linalg.norm(self._sum(self._whole, terms)))
-        return found
+                        errors[p, a, s] = float(np.linalg.norm(self._weighted_sum(self._total, terms)))
+        return errors
 
 
-def extended(split: Drift, whole: Drift) -> Drift:
-    """`split` with the pairs that only `whole` has.
+def extended(split: Drift, total: Drift) -> Drift:
+    """`split` with the pairs that only `total` has.
 
-    Their displacements are taken to point where the oldest measured ones do, and to be as much larger as the whole is.
+    The displacement of such a pair takes its direction from the oldest pair of `split` for the same step. Its norm is
+    scaled by the ratio of the two pairs' norms in `total`.
     """
-    size = np.sqrt(np.square(whole.parts.sum(axis=0)).sum(axis=-1).mean(axis=-1))  # [pairs]
-    parts = np.empty((len(split.atoms), len(whole.pairs), *split.parts.shape[2:]), np.float32)
-    for (a, s), row in whole.pairs.items():
-        near = (max(a, s - split.lookback), s)
-        grown = size[row] / max(size[whole.pairs[near]], SMALLEST) if near != (a, s) else 1.0
-        parts[:, row] = split.parts[:, split.pairs[near]] * grown
-    return Drift(whole.steps, whole.pairs, split.atoms, parts)
+    norms = np.sqrt(np.square(total.parts.sum(axis=0)).sum(axis=-1).mean(axis=-1))  # [pairs]
+    parts = np.empty((len(split.atoms), len(total.pairs), *split.parts.shape[2:]), np.float32)
+    for (a, s), row in total.pairs.items():
+        oldest = (max(a, s - split.lookback), s)
+        scale = norms[row] / max(norms[total.pairs[oldest]], SMALLEST) if oldest != (a, s) else 1.0
+        parts[:, row] = split.parts[:, split.pairs[oldest]] * scale
+    return Drift(total.steps, total.pairs, split.atoms, parts)
 
 
 def pairs_of(steps: int, lookback: int) -> list[tuple[int, int]]:
-    """All pairs (a, s) with a at most `lookback` before s."""
+    """All pairs (a, s) with a at most `lookback` steps before s."""
     return [(a, s) for s in range(1, steps) for a in range(max(0, s - lookback), s)]
 
 
 def full_plan(steps: int) -> Plan:
+    """The plan that computes every step."""
     return Plan(FULL * steps, "order-0")
 
 
 def cheapest_plan(steps: int, predictor: str = "order-0") -> Plan:
-    """Computes the first step only."""
+    """The plan that computes the first step only."""
     return Plan(FULL + NONE * (steps - 1), predictor)

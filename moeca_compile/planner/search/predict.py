@@ -1,4 +1,4 @@
-"""Predictors: what a forecast makes of a region's last outputs. A schedule's order says which one it runs."""
+"""Predictors: how a forecast follows from the last outputs of a region. A schedule's order names its predictor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeca_compile.schedule.forecast import newton
 
 @dataclass(frozen=True)
 class Predictor:
-    """The polynomial of one order through the outputs computed last (`schedule/forecast.py`).
+    """The polynomial of one order through the last computed outputs (`schedule/forecast.py`).
 
     Attributes:
         name: in plans and reports.
@@ -22,23 +22,24 @@ class Predictor:
     order: int
 
     @property
-    def keeps(self) -> int:
-        """How many outputs of a region it takes."""
+    def terms(self) -> int:
+        """How many outputs of a region the forecast uses."""
         return self.order + 1
 
-    def weights(self, step: int, seen: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    def weights(self, step: int, history: Sequence[int]) -> tuple[tuple[int, float], ...]:
         """The forecast at `step` as a weighted sum of outputs.
 
         Args:
-            seen: the steps that computed the region, latest first.
+            step: of the forecast.
+            history: the steps that computed the region, latest first.
 
         Returns:
-            (step of an output, its weight) for each output that counts; the weights add up to 1.
+            (step of an output, weight) for each output whose weight is not 0; the weights sum to 1.
         """
-        seen = tuple(seen)[: self.keeps]
-        c0, c1 = newton(step, seen)
+        history = tuple(history)[: self.terms]
+        c0, c1 = newton(step, history)
         weights = (1.0 + c0, c1 - c0, -c1)
-        return tuple((at, weight) for at, weight in zip(seen, weights, strict=False) if weight)
+        return tuple((computed, weight) for computed, weight in zip(history, weights, strict=False) if weight)
 
 
 ORDERS = tuple(Predictor(f"order-{order}", order) for order in range(3))
@@ -46,10 +47,10 @@ PREDICTORS = {predictor.name: predictor for predictor in ORDERS}
 
 
 def predictors_of(order: int | str) -> tuple[Predictor, ...]:
-    """`auto`: all orders; a number: that one.
+    """The predictors for an order: all of them for `auto`, or the one of that number.
 
     Raises:
-        ScheduleError: neither.
+        ScheduleError: the order is neither.
     """
     if order == "auto":
         return ORDERS

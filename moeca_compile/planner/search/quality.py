@@ -1,6 +1,6 @@
-"""Decibels of errors. Errors come as one mean square a sample; quality is the mean of the samples' PSNR.
+"""Quality: the mean over samples of the PSNR in dB, from one mean squared error per sample.
 
-The mean of decibels, and not the decibels of the mean: else the one sample that took another turn decides alone.
+The mean of the PSNRs is used, not the PSNR of the mean error: otherwise a single diverging sample decides the result.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-CEILING_DB = 150.0  # of float32 rounding; an exact sample is taken for that, so that means stay finite
-FLOOR_DB = -150.0  # what a sample that isn't finite is taken for
+CEILING_DB = 150.0  # about float32 rounding; the PSNR of an exact sample, so that means stay finite
+FLOOR_DB = -150.0  # the PSNR of a sample that is not finite
 
 
 def psnr(mse: float, data_range: float) -> float:
-    """Decibels of a mean squared error against a signal of this range, from `FLOOR_DB` to `CEILING_DB`."""
+    """10 log10(data_range^2 / mse), in dB, clamped to [`FLOOR_DB`, `CEILING_DB`]."""
     if mse <= 0:
         return CEILING_DB
     ratio = data_range**2 / mse
@@ -22,5 +22,5 @@ def psnr(mse: float, data_range: float) -> float:
 
 
 def mean_psnr(errors: Iterable[Sequence[float]], data_range: float) -> float:
-    """Mean PSNR over the samples of all seeds; `errors`: of each seed the samples' mean squares."""
+    """Mean PSNR in dB over the samples of all seeds; `errors`: for each seed the mean squared error of each sample."""
     return fmean(psnr(mse, data_range) for samples in errors for mse in samples)

@@ -1,6 +1,7 @@
-"""Who is rolled out on which seeds: many plans on few seeds, few plans on all (successive halving).
+"""Which plan is rolled out on which seeds: many plans on few seeds, few plans on all (successive halving).
 
-Comparisons are paired: two plans are judged on seeds that both have seen, so that a hard seed hurts both alike.
+Source: Jamieson & Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, AISTATS 2016.
+Comparisons are paired: two plans are compared on seeds that both have run on, so a hard seed affects both alike.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from dataclasses import dataclass, field
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan
 
-Rollout = Callable[[Plan, int], Sequence[float]]  # plan, seed -> of each sample the mean squared error
+Rollout = Callable[[Plan, int], Sequence[float]]  # plan, seed -> mean squared error of each sample
 
 
 @dataclass
 class Race:
-    """Every rollout made, and what they cost.
+    """All rollouts so far, and their cost.
 
     Attributes:
-        rollout: samples one seed with a plan; called once a pair.
+        seeds: in the order in which plans run on them.
+        rollout: samples one seed with a plan; called once per pair.
         price: of one rollout of a plan, in uncached trajectories.
-        spent: so far, in the same unit.
-        progress: told of each rollout: the plan, its quality in dB on the seeds seen, how many these are.
+        data_range: of the samples, for the PSNR.
+        progress: called after each rollout with the plan, its quality in dB so far, and its number of seeds.
+        spent: the cost so far, in uncached trajectories.
+        errors: of each plan, by seed, the mean squared error of each sample.
     """
 
     seeds: Sequence[int]
@@ -31,11 +35,11 @@ class Race:
     data_range: float
     progress: Callable[[Plan, float, int], None] = lambda plan, quality, seeds: None
     spent: float = 0.0
-    seen: dict[Plan, dict[int, Sequence[float]]] = field(default_factory=dict)
+    errors: dict[Plan, dict[int, Sequence[float]]] = field(default_factory=dict)
 
     def run(self, plan: Plan, seeds: int) -> float:
-        """Roll the plan out on the first so many seeds, unless it has been; its quality there, in dB."""
-        done = self.seen.setdefault(plan, {})
+        """Roll the plan out on the first `seeds` seeds, except where it has run already; its quality there, in dB."""
+        done = self.errors.setdefault(plan, {})
         for seed in self.seeds[:seeds]:
             if seed not in done:
                 done[seed] = self.rollout(plan, seed)
@@ -44,21 +48,22 @@ class Race:
         return self.quality(plan, seeds)
 
     def quality(self, plan: Plan, seeds: int) -> float:
-        """Mean PSNR in dB on the first so many seeds, all of which the plan has seen."""
-        return mean_psnr((self.seen[plan][seed] for seed in self.seeds[:seeds]), self.data_range)
+        """Mean PSNR in dB on the first `seeds` seeds; the plan must have run on them."""
+        return mean_psnr((self.errors[plan][seed] for seed in self.seeds[:seeds]), self.data_range)
 
     def count(self, plan: Plan) -> int:
-        """How many of the seeds, in order, the plan has seen."""
-        return len(self.seen.get(plan, {}))
+        """On how many of the seeds, in order, the plan has run."""
+        return len(self.errors.get(plan, {}))
 
     def halve(self, plans: Sequence[Plan], first: int, last: int, keep: int) -> list[Plan]:
-        """The `keep` best: all on `first` seeds, then the better half on twice as many, up to `last`; best first."""
-        left, seeds = list(dict.fromkeys(plans)), min(first, len(self.seeds))
+        """The `keep` best plans, best first: all run on `first` seeds, then the better half on twice as many, up to
+        `last` seeds."""
+        remaining, seeds = list(dict.fromkeys(plans)), min(first, len(self.seeds))
         while True:
-            for plan in left:
+            for plan in remaining:
                 self.run(plan, seeds)
-            left.sort(key=lambda plan: -self.quality(plan, seeds))
+            remaining.sort(key=lambda plan: -self.quality(plan, seeds))
             if seeds >= min(last, len(self.seeds)):
-                return left[:keep]
-            left = left[: max(keep, (len(left) + 1) // 2)]
+                return remaining[:keep]
+            remaining = remaining[: max(keep, (len(remaining) + 1) // 2)]
             seeds = min(2 * seeds, last, len(self.seeds))

@@ -1,8 +1,8 @@
 """Plans, and what their letters mean for the regions of one graph.
 
-A plan is a letter a step and a predictor. A letter names a kind of row: `C` computes every region, `F` forecasts all of
-them; between them are the partial rows of `ROW_TYPES`, each a sensible part of the regions. To add one is to add an
-entry there: what it costs is counted on its program, and whether it wins is decided by rollouts.
+A plan is one letter per step and a predictor. A letter names a kind of row: `C` computes every region, `F` forecasts
+every region, and each partial row of `ROW_TYPES` computes some of the regions. To add a kind of partial row, add an
+entry there: its cost is counted on its variant, and rollouts decide whether it is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moeca_compile.planner.search.predict import PREDICTORS
 from moeca_compile.schedule import Act, Action, Partial, Row, Schedule
 
 FULL, NONE = "C", "F"
-Cells = tuple[Act | None, ...]  # a row before it has an order; None: kept, by copy or forecast
+Cells = tuple[Act | None, ...]  # a row without an order; None: not computed, so reused or forecast
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class RowType:
     """A kind of partial row.
 
     Attributes:
-        letter: of it in plans.
-        says: what it does, for people.
-        does: (a region's kind, its layer, the number of layers) -> the action; None: its kept outputs serve. The
-            estimate takes whatever isn't kept to be right (`planner/search/drift.py`).
+        letter: in plans.
+        description: what the row computes, for people.
+        action: (kind of a region, its layer, number of layers) -> the action; None: the region is reused or forecast.
+            The estimate assumes that every other action is exact (`planner/search/drift.py`).
     """
 
     letter: str
-    says: str
-    does: Callable[[str, int, int], Act | None]
+    description: str
+    action: Callable[[str, int, int], Act | None]
 
 
 def _computes(test: Callable[[str, int, int], bool]) -> Callable[[str, int, int], Act | None]:
@@ -42,21 +42,21 @@ def _third(layer: int, depth: int) -> int:
 
 
 ROW_TYPES = (
-    # a small share of a DiT-MoE's work, and much of a forecast's error
+    # attention is a small fraction of a DiT-MoE's MACs, and causes much of the error of a forecast
     RowType("A", "attention only", _computes(lambda kind, layer, depth: kind == "attention")),
     RowType("X", "all but attention", _computes(lambda kind, layer, depth: kind != "attention")),
-    # spans of the layers: thirds, for each finer part would have to be measured apart
+    # thirds of the layers: every finer part would need measurements of its own
     RowType("H", "first third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) == 0)),
     RowType("M", "middle third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) == 1)),
     RowType("T", "last third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) == 2)),
     RowType("E", "first and last third of the layers", _computes(lambda kind, layer, depth: _third(layer, depth) != 1)),
 )
-PARTIAL = {one.letter: one for one in ROW_TYPES}
+PARTIAL = {row_type.letter: row_type for row_type in ROW_TYPES}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One letter a step, and the name of the predictor that its forecasts use."""
+    """One letter per step, and the name of the predictor of its forecasts."""
 
     letters: str
     predictor: str = "order-1"
@@ -66,39 +66,48 @@ class Plan:
 
     @property
     def caches(self) -> bool:
+        """Whether some row does not compute everything."""
         return set(self.letters) != {FULL}
 
     @property
     def partial(self) -> frozenset[str]:
-        """The kinds of partial row in it."""
+        """The letters of its partial rows."""
         return frozenset(self.letters) - {FULL, NONE}
 
 
-Kinds = Mapping[str, Cells]  # letter -> what its row does with each column
+Kinds = Mapping[str, Cells]  # letter -> the action of its row for each column
 
 
 def row_kinds(kinds: Sequence[str], layers: Sequence[int]) -> dict[str, Cells]:
-    """The row kinds of a graph, given each region's kind and layer. Those that say nothing new are left out."""
+    """The row kinds of a graph.
+
+    Args:
+        kinds: of each region, as in `Region.kind`.
+        layers: the layer of each region.
+
+    Returns:
+        The actions of each row kind, by letter. A row kind with the same actions as an earlier one is left out.
+    """
     depth = 1 + max(layers, default=0)
-    found: dict[str, Cells] = {FULL: (Action.COMPUTE,) * len(kinds), NONE: (None,) * len(kinds)}
-    for one in ROW_TYPES:
-        cells = tuple(one.does(kind, layer, depth) for kind, layer in zip(kinds, layers, strict=True))
-        if cells not in found.values():
-            found[one.letter] = cells
-    return found
+    rows: dict[str, Cells] = {FULL: (Action.COMPUTE,) * len(kinds), NONE: (None,) * len(kinds)}
+    for row_type in ROW_TYPES:
+        cells = tuple(row_type.action(kind, layer, depth) for kind, layer in zip(kinds, layers, strict=True))
+        if cells not in rows.values():
+            rows[row_type.letter] = cells
+    return rows
 
 
-def filled(kinds: Kinds, cheap: Row) -> dict[str, Cells]:
-    """The row kinds where a region that isn't computed does what it does in the row `cheap`, if that is PARTIAL."""
-    parts = [act if isinstance(act, Partial) else None for act in cheap]
-    return {
-        letter: tuple(part if act is None else act for act, part in zip(cells, parts, strict=True))
-        for letter, cells in kinds.items()
-    }
+def with_partial(kinds: Kinds, row: Row) -> dict[str, Cells]:
+    """The row kinds in which a region that is not computed takes its action from `row`, if that action is PARTIAL."""
+    changed = {}
+    for letter, cells in kinds.items():
+        pairs = zip(cells, row, strict=True)
+        changed[letter] = tuple(act if cell is None and isinstance(act, Partial) else cell for cell, act in pairs)
+    return changed
 
 
 def atoms_of(kinds: Kinds, letters: str) -> tuple[tuple[int, ...], ...]:
-    """The columns in groups that every one of these letters treats alike."""
+    """The columns in groups (atoms) with equal actions in the row kinds `letters`."""
     groups: dict[Cells, list[int]] = {}
     for column in range(len(kinds[FULL])):
         groups.setdefault(tuple(kinds[letter][column] for letter in letters), []).append(column)
@@ -106,13 +115,13 @@ def atoms_of(kinds: Kinds, letters: str) -> tuple[tuple[int, ...], ...]:
 
 
 def row_of(cells: Cells, order: int) -> Row:
-    """The actions of one row kind."""
-    kept = Action.FORECAST if order else Action.REUSE
-    return tuple(kept if action is None else action for action in cells)
+    """The actions of one row kind with a forecast of this order."""
+    cached = Action.FORECAST if order else Action.REUSE
+    return tuple(cached if action is None else action for action in cells)
 
 
 def schedule_of(plan: Plan, keys: Sequence[str], kinds: Kinds, made_by: str = "") -> Schedule:
-    """The plan as a schedule with exactly its rows."""
+    """The plan as a schedule, one row per step, over the regions `keys`."""
     order = PREDICTORS[plan.predictor].order
     return Schedule(
         rows=tuple(row_of(kinds[letter], order) for letter in plan.letters),
@@ -123,5 +132,5 @@ def schedule_of(plan: Plan, keys: Sequence[str], kinds: Kinds, made_by: str = ""
 
 
 def uniform_letters(steps: int, interval: int, warmup: int) -> str:
-    """What `Schedule.uniform` computes."""
+    """The letters of `Schedule.uniform(interval, warmup)`."""
     return "".join(FULL if s < warmup or (s - warmup + 1) % interval == 0 else NONE for s in range(steps))

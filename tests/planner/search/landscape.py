@@ -18,7 +18,7 @@ KINDS = row_kinds(("attention", "experts"), (0, 0))
 COSTS = Costs(
     {"C": 100.0, "A": 20.0, "F": 2.0, "X": 80.0},
     {"C": 10.0, "A": 4.0, "F": 1.0, "X": 8.0},
-    {name: 1000 * one.keeps for name, one in PREDICTORS.items()},
+    {name: 1000 * predictor.terms for name, predictor in PREDICTORS.items()},
 )
 
 

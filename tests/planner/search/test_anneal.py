@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from moeca_compile.planner.search.anneal import anneal, neighbours, polish
+from moeca_compile.planner.search.anneal import anneal, neighbors, polish
 from moeca_compile.planner.search.rows import Plan
 
 STEPS = 9
@@ -44,8 +44,8 @@ def test_polishing_spends_what_is_left() -> None:
     assert polish(plan, quality, lambda plan: plan.letters.count("C") <= 3) == plan
 
 
-def test_neighbours_are_one_move_away() -> None:
-    found = {plan.letters for plan in neighbours(Plan("CFFCF"), "CFA")}
+def test_neighbors_are_one_move_away() -> None:
+    found = {plan.letters for plan in neighbors(Plan("CFFCF"), "CFA")}
     assert {"CFCFF", "CFFFC", "CCFFF", "CAFCF", "CFFAF", "CFFFF"} <= found
     assert "CFFCF" not in found
     assert all(one[0] == "C" for one in found)

@@ -85,6 +85,6 @@ def test_a_bound_takes_what_was_not_measured_for_the_oldest_that_was() -> None:
     assert short.quality(plan, KINDS) == -math.inf
     oldest = sum(y[:, max(0, s - 3)] - y[:, s] for s in range(1, 6)).sum(axis=0)
     by_hand = float(-10 * np.log10(np.square(oldest).sum(axis=1)).mean())
-    assert short.quality(plan, KINDS, beyond=True) == pytest.approx(by_hand, abs=1e-3)
+    assert short.quality(plan, KINDS, clamp=True) == pytest.approx(by_hand, abs=1e-3)
     known = Plan("CFFFCFFCF", "order-0")
-    assert short.quality(known, KINDS, beyond=True) == short.quality(known, KINDS)
+    assert short.quality(known, KINDS, clamp=True) == short.quality(known, KINDS)

@@ -16,7 +16,7 @@ PASTS = st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(la
 @given(PASTS, st.integers(1, 8), st.tuples(*[st.integers(-3, 3)] * 3))
 def test_order_n_forecasts_polynomials_of_degree_n(seen: list[int], ahead: int, factors: tuple[int, ...]) -> None:
     for predictor in ORDERS:
-        degree = min(predictor.keeps, len(seen)) - 1
+        degree = min(predictor.terms, len(seen)) - 1
 
         def value(step: int, degree: int = degree) -> float:
             return sum(factor * step**power for power, factor in enumerate(factors[: degree + 1]))
@@ -31,7 +31,7 @@ def test_order_n_forecasts_polynomials_of_degree_n(seen: list[int], ahead: int, 
 def test_weights_add_up_to_one(predictor: predict.Predictor, seen: list[int], ahead: int) -> None:
     weights = predictor.weights(seen[0] + ahead, seen)
     assert sum(weight for _, weight in weights) == pytest.approx(1)
-    assert {at for at, _ in weights} <= set(seen[: predictor.keeps])
+    assert {at for at, _ in weights} <= set(seen[: predictor.terms])
 
 
 def test_which_orders_are_tried() -> None:

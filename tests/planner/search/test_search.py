@@ -40,8 +40,8 @@ def test_all_uniform_plans_are_candidates() -> None:
 def test_what_did_not_win_is_reported() -> None:
     one = search(1)
     one.best(Budget(macs=0.34))
-    assert {"order-0", "order-1", "order-2"} <= {name.removesuffix(", by estimate") for name in one.found}
-    assert {f"uniform order-{order}" for order in range(3)} <= set(one.found)
+    assert {"order-0", "order-1", "order-2"} <= {name.removesuffix(", by estimate") for name in one.family_quality}
+    assert {f"uniform order-{order}" for order in range(3)} <= set(one.family_quality)
 
 
 def test_partial_rows_are_used_where_they_pay() -> None:
@@ -65,7 +65,7 @@ def test_kinds_of_partial_row_are_mixed_only_while_there_are_variants() -> None:
 def test_partial_rows_that_did_not_win_are_reported() -> None:
     one = search(1, letters="CFAX")
     plan = one.best(Budget(macs=0.34))
-    told = {name.removesuffix(", by estimate") for name in one.found if " with " in name}
+    told = {name.removesuffix(", by estimate") for name in one.family_quality if " with " in name}
     assert any(name.endswith(" with A") for name in told)
     assert not plan.partial or any("".join(f" with {x}" for x in sorted(plan.partial)) in name for name in told)
 
@@ -97,7 +97,7 @@ def test_a_quality_budget_gives_the_cheapest_that_holds_it() -> None:
     plan = cheapest(other, Budget(psnr_db=middle - 0.5))
     assert other.race.quality(plan, SEEDS) >= middle - 0.5
     assert COSTS.fraction(plan) <= 0.45
-    reached = {name: quality for name, quality in other.found.items() if "estimate" not in name}
+    reached = {name: quality for name, quality in other.family_quality.items() if "estimate" not in name}
     assert reached["uniform order-1"] < middle, "what is told was tried at that cost, not at others"
     easier = search(1, effort=60)
     assert COSTS.fraction(cheapest(easier, Budget(psnr_db=middle - 12))) < COSTS.fraction(plan)
