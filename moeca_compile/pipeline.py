@@ -1,9 +1,10 @@
 """THE PAGE: every stage and every pass, in order.
 
-    prepare -> capture -> find -> (measure -> plan) -> rewrite -> lower -> run
+    prepare -> capture -> normalize -> find -> (measure -> plan) -> rewrite -> lower -> run
 
 `prepare` is `expert_dispatch/`, capture is `graph/capture.py`, a plan is a `Schedule`, run is `engine/`. What lies
-between is here.
+between is here. A pass takes a graph and what its stage knows beside it, and gives the graph; a finder gives facts.
+`passes/manager.py` runs them all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Capture, Input, capture
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.fold_linear import fold_linear
+from moeca_compile.lowering.inductor.lower import Executable, lower_inductor
 from moeca_compile.lowering.inductor.repeat_blocks import repeat_blocks
+from moeca_compile.lowering.inductor.split_table import split_table
+from moeca_compile.lowering.inductor.straight_stream import straight_stream
+from moeca_compile.lowering.onnx.batch import any_batch
+from moeca_compile.lowering.onnx.complex_pairs import without_complex
+from moeca_compile.lowering.onnx.constants import bind_weights, drop_unread, fold_constants, transpose_linears
+from moeca_compile.lowering.onnx.request import OnnxRequest
+from moeca_compile.lowering.onnx.small_forms import drop_squeezes, loosen_views, write_experts
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.count_macs import count_macs, node_macs
 from moeca_compile.passes.analysis.find_attention import find_attention
@@ -36,12 +45,15 @@ from moeca_compile.passes.analysis.find_routers import find_routers
 from moeca_compile.passes.analysis.find_signal import find_signal
 from moeca_compile.passes.analysis.find_spans import find_spans
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.manager import Finder, PassRecord, Rewriter, Runner
+from moeca_compile.passes.dump import Dump
+from moeca_compile.passes.manager import Finder, Pass, PassManager, PassRecord
 from moeca_compile.passes.partial.find_tokens import find_tokens
+from moeca_compile.passes.partial.insert_partial import insert_partial
 from moeca_compile.passes.registry import is_registered, with_registered
 from moeca_compile.passes.transform.drop_dead import drop_dead
 from moeca_compile.passes.transform.drop_noops import drop_noops
 from moeca_compile.passes.transform.hoist import hand_out, hoist_invariant, hoist_step_only, name_of
+from moeca_compile.passes.transform.insert_signal import insert_signal
 from moeca_compile.passes.transform.insert_state import insert_state
 from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.passes.transform.plain_einsum import plain_einsum
@@ -52,7 +64,7 @@ from moeca_compile.passes.transform.verify_variant import verify_variant
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.schedule.granularity import Granularity
 
-NORMALISE: tuple[Rewriter, ...] = (
+NORMALIZE: tuple[Pass[Context], ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
     plain_einsum,  # an einsum that sums nothing is no matmul
     separate_rows,  # text tokens that are packed beside the latent's don't depend on it
@@ -72,55 +84,90 @@ FIND: tuple[Finder, ...] = (
     find_hoisted,  # what doesn't change with the latent
 )
 
-REWRITE: tuple[Rewriter, ...] = (
+REWRITE: tuple[Pass[Context], ...] = (
     tag_row,  # decide: one mark per region output
-    insert_state,  # act: read, extrapolate, write state
-    drop_dead,  # NOTE: after insert_state; only now are the skipped regions dead
+    insert_state,  # act: read, extrapolate, write the state of whole regions
+    insert_partial,  # the same for regions whose tokens and branches age one by one
+    insert_signal,  # what an adaptive schedule decides by
+    drop_dead,  # NOTE: after those that insert; only now are the skipped regions dead
     hoist_step_only,  # NOTE: after drop_dead; what depends on the timestep and not on the latent comes in from outside
     hoist_invariant,  # NOTE: after hoist_step_only; and what is left that stays the same in a trajectory
     verify_variant,  # NOTE: last; lowering must get what the row promises
 )
 
-PROLOGUE: dict[str, tuple[Rewriter, ...]] = {  # how the hoisted values are computed, by their level
-    "invariant": (hand_out, drop_dead),
-    "step": (hand_out, drop_dead, hoist_invariant),
-}
+PROLOGUE: tuple[Pass[Context], ...] = (  # how hoisted values are computed
+    hand_out,
+    drop_dead,
+    hoist_invariant,  # NOTE: last; what a timestep's values are made of may be shared too
+)
 
-HOIST: tuple[Rewriter, ...] = (hoist_step_only, hoist_invariant)
-LOWER = (  # on the way to Inductor
+LOWER_INDUCTOR: tuple[Pass[Variant], ...] = (
+    split_table,  # an input for each region's coefficients
     fold_linear,  # a linear over a slice of the channels is one product
+    straight_stream,  # NOTE: before repeat_blocks; what goes from body to body comes in order
     repeat_blocks,  # NOTE: last; equal blocks are compiled once
 )
 
+LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
+    any_batch,  # NOTE: first; it compares the graph with the captures at other batches
+    drop_squeezes,  # ONNX refuses to squeeze a dimension that isn't 1
+    write_experts,  # the form that the targets run
+    bind_weights,  # NOTE: after any_batch; weights become constants
+    fold_constants,  # NOTE: after bind_weights
+    transpose_linears,  # NOTE: after fold_constants; a transposed weight is computed here, once
+    drop_unread,  # what was folded
+    without_complex,  # NOTE: after bind_weights; ONNX runtimes have no complex numbers
+    loosen_views,  # NOTE: last; a rewrite may have changed strides
+)
+
+HOIST: tuple[Pass[Context], ...] = (hoist_step_only, hoist_invariant)
 # may be disabled: results stay right without them
-OPTIONAL = frozenset(one.__name__ for one in (*NORMALISE, *HOIST, *LOWER))
+OPTIONAL = frozenset(one.__name__ for one in (*NORMALIZE, *HOIST, fold_linear, straight_stream, repeat_blocks))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Which passes of the page make a program."""
+
+    normalize: tuple[Pass[Context], ...] = NORMALIZE
+    rewrite: tuple[Pass[Context], ...] = REWRITE
+
+
+WITH_PROLOGUES = Pipeline()
+# Programs that stand by themselves: no prologue beside them, and no operator that looks at a call's indices.
+STANDALONE = Pipeline(
+    normalize=tuple(one for one in NORMALIZE if one is not separate_rows),
+    rewrite=tuple(one for one in REWRITE if one not in HOIST),
+)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """One captured graph and all facts about it."""
+    """One captured graph, all facts about it, and the passes that its programs are made by."""
 
     gm: GraphModule
     context: Context
     records: tuple[PassRecord, ...]
+    pipeline: Pipeline = WITH_PROLOGUES
 
 
-def analyse(
-    gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, captured: Capture | None = None
-) -> Analysis:
-    """capture (unless `captured`) -> find, for the shapes and dtypes of `args`.
+def analyze(
+    gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options, captured: Capture | None = None,
+    pipeline: Pipeline = WITH_PROLOGUES,
+) -> Analysis:  # fmt: skip
+    """capture (unless `captured`) -> normalize -> find, for the shapes and dtypes of `args`.
 
     Raises:
         CaptureError: the graph can't be made functional.
         OptionError: `disable` names a pass that doesn't exist or can't be left out.
     """
-    runner = _runner(options)
+    manager = manager_of(options)
     captured = captured or capture(gm, args, inputs)
     context = Context(captured.inputs, Granularity.parse(options.granularity))
     first = replace(context, indices=_indices(captured.inputs, inputs, args))
-    normal = runner.rewrite(with_registered("normalize", NORMALISE), captured.gm, first)
-    context = runner.find(with_registered("find", FIND), normal, context)
-    return Analysis(normal, context, tuple(runner.records))
+    normal = manager.rewrite(_with_registered("normalize", NORMALIZE, pipeline.normalize), captured.gm, first)
+    context = manager.find(with_registered("find", FIND), normal, context)
+    return Analysis(normal, context, tuple(manager.records), pipeline)
 
 
 _INDICES = (torch.bool, torch.int32, torch.int64)
@@ -146,21 +193,46 @@ def build_variant(
     """
     layout = state_layout(analysis.context.regions, schedule)
     context = replace(analysis.context, row=row, layout=layout, order=schedule.order, control=schedule.control)
-    runner = _runner(options)
-    passes = [one for one in with_registered("rewrite", REWRITE) if layout or one not in HOIST]
-    gm = runner.rewrite(passes, analysis.gm, context, label=f"{name} ")
-    return _variant(name, gm, context), tuple(runner.records)
+    manager = manager_of(options)
+    passes = _with_registered("rewrite", REWRITE, analysis.pipeline.rewrite)
+    if not layout:
+        passes = [one for one in passes if one not in HOIST]
+    variant = _variant(name, manager.rewrite(passes, analysis.gm, context, label=f"{name} "), context)
+    if manager.dump is not None:
+        dump = Dump(manager.dump)
+        dump.schedule(schedule)
+        dump.variant(variant, layout, [one.name for one in context.inputs])
+    return variant, tuple(manager.records)
 
 
 def build_prologue(
     analysis: Analysis, gives: tuple[int, ...], options: Options, name: str
 ) -> tuple[Variant, tuple[PassRecord, ...]]:
     """The program of these hoisted values (positions in the context's list, all of one level)."""
-    (level,) = {analysis.context.hoisted[position].level for position in gives}
     context = replace(analysis.context, gives=gives)
-    runner = _runner(options)
-    gm = runner.rewrite(PROLOGUE[level], analysis.gm, context, label=f"{name} ")
-    return _variant(name, gm, context), tuple(runner.records)
+    manager = manager_of(options)
+    variant = _variant(name, manager.rewrite(PROLOGUE, analysis.gm, context, label=f"{name} "), context)
+    if manager.dump is not None:
+        Dump(manager.dump).variant(variant, (), [one.name for one in context.inputs])
+    return variant, tuple(manager.records)
+
+
+def lower(variant: Variant, args: Sequence[Any], options: Options) -> tuple[Executable, tuple[PassRecord, ...]]:
+    """lower: a variant or prologue, compiled by Inductor for tensors like `args`.
+
+    Raises:
+        LoweringError: Inductor refused the graph, the mode, or an option.
+    """
+    manager = manager_of(options)
+    run = lower_inductor(variant, args, options.mode, options.inner_options, LOWER_INDUCTOR, manager)
+    return run, tuple(manager.records)
+
+
+def _with_registered(
+    stage: str, page: tuple[Pass[Context], ...], passes: tuple[Pass[Context], ...]
+) -> list[Pass[Context]]:
+    """The passes of a stage that make a program, and people's own: those have their place by the whole page."""
+    return [one for one in with_registered(stage, page) if one in passes or one not in page]
 
 
 def _variant(name: str, gm: GraphModule, context: Context) -> Variant:
@@ -197,9 +269,18 @@ def _in_order(gm: GraphModule, order: list[str]) -> GraphModule:
     return gm
 
 
-def _runner(options: Options) -> Runner:
+def manager_of(options: Options) -> PassManager:
+    """The pass manager that these options and the environment ask for.
+
+    Raises:
+        OptionError: `disable` names a pass that doesn't exist or can't be left out.
+    """
     fixed = [name for name in options.disable if name not in OPTIONAL and not is_registered(name)]
     if fixed:
         raise OptionError(f"disable={fixed}: only {sorted(OPTIONAL)} can be left out")
+    return PassManager(dump_folder(options), options.disable)
+
+
+def dump_folder(options: Options) -> Path | None:
     folder = options.dump or os.environ.get("MOECA_DUMP")
-    return Runner(Path(folder) if folder else None, options.disable)
+    return Path(folder) if folder else None

@@ -26,6 +26,8 @@ torch_once.measure_no_guards()
 torch_once.trace_for_nobody()
 torch_once.read_onnx_functions_once()
 
+os.environ.setdefault("MOECA_VERIFY", "1")  # every pass is checked after it ran
+
 FOUND: facts.Facts = {}
 
 

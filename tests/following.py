@@ -13,7 +13,7 @@ from moeca_compile.graph.capture import Capture, capture
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.lower import Executable, lower_eager
 from moeca_compile.passes.context import Context
-from moeca_compile.pipeline import Analysis, analyse
+from moeca_compile.pipeline import Analysis, analyze
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.schedule.forecast import coefficients, newton
@@ -51,7 +51,7 @@ class Subject:
 def subject_of(model: Callable[..., Any], inputs: Callable[[int], dict[str, Tensor]]) -> Subject:
     traced = trace_module(model, *inputs(0).values())
     captured = capture(traced.gm, traced.args, traced.inputs)
-    return Subject(model, inputs, captured, analyse(traced.gm, traced.args, traced.inputs, EAGER), traced.args)
+    return Subject(model, inputs, captured, analyze(traced.gm, traced.args, traced.inputs, EAGER), traced.args)
 
 
 class Runner:

@@ -22,7 +22,7 @@ import moeca_compile as moeca
 from moeca_compile.graph import fx
 from moeca_compile.pipeline import Analysis
 from tests.models import DiT
-from tests.tools import analyse_module, variant_of
+from tests.tools import analyze_module, variant_of
 
 FOLDER = Path(__file__).parent / "golden"
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32", "bool": "b8"}
@@ -41,7 +41,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def analysis() -> Analysis:
     model = tiny()
     moeca.prepare(model)
-    return analyse_module(model, *inputs())
+    return analyze_module(model, *inputs())
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def report_text() -> str:
 
 
 TEXTS = {
-    "normalised": lambda: graph_text(analysis().gm),
+    "normalized": lambda: graph_text(analysis().gm),
     "compute": lambda: graph_text(variant_of(analysis(), "CC", 2, ("FF",)).gm),
     "forecast": lambda: graph_text(variant_of(analysis(), "FF", 2).gm),
     "attention_only": lambda: graph_text(variant_of(analysis(), "CR", 1, ("FF",)).gm),

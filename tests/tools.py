@@ -16,9 +16,9 @@ from moeca_compile.graph.fit import fit
 from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.options import Options
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.manager import Runner
+from moeca_compile.passes.manager import PassManager
 from moeca_compile.passes.transform.layout import state_layout
-from moeca_compile.pipeline import FIND, NORMALISE, Analysis, analyse, build_variant
+from moeca_compile.pipeline import FIND, NORMALIZE, Analysis, analyze, build_variant
 from moeca_compile.schedule import Control, Partial, Row, Schedule
 from moeca_compile.schedule.action import parse_row
 
@@ -72,17 +72,17 @@ def capture_module(module: Any, *inputs: Any) -> tuple[Capture, tuple[Any, ...]]
     return capture(traced.gm, traced.args, traced.inputs), traced.args
 
 
-def analyse_module(module: Any, *inputs: Any, options: Options = EAGER) -> Analysis:
-    """The normalised graph of `module(*inputs)` and all facts about it."""
+def analyze_module(module: Any, *inputs: Any, options: Options = EAGER) -> Analysis:
+    """The normalized graph of `module(*inputs)` and all facts about it."""
     traced = trace_module(module, *inputs)
-    return analyse(traced.gm, traced.args, traced.inputs, options)
+    return analyze(traced.gm, traced.args, traced.inputs, options)
 
 
 def find_in(gm: GraphModule, inputs: tuple[Input, ...]) -> Context:
     """All facts about a functional graph that is there already."""
-    runner = Runner()
+    runner = PassManager()
     context = Context(inputs)
-    return runner.find(FIND, runner.rewrite(NORMALISE, gm, context), context)
+    return runner.find(FIND, runner.rewrite(NORMALIZE, gm, context), context)
 
 
 def row(text: str) -> Row:

@@ -15,11 +15,11 @@ from moeca_compile.graph.autocast import autocast_is, without_autocast
 from moeca_compile.graph.capture import Input
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
-from moeca_compile.lowering.inductor.lower import Executable, lower_eager, lower_inductor
+from moeca_compile.lowering.inductor.lower import Executable, lower_eager
 from moeca_compile.lowering.inductor.replay import RECORDERS, Record, Replayed
 from moeca_compile.options import Options
 from moeca_compile.passes.manager import PassRecord
-from moeca_compile.pipeline import LOWER
+from moeca_compile.pipeline import lower
 
 
 class Compiler:
@@ -60,14 +60,14 @@ class Compiler:
             LoweringError: the inner compiler refused it.
         """
         begin = time.perf_counter()
+        records: Sequence[PassRecord] = ()
         if self.options.inner == "eager" or not often:
             run = lower_eager(variant)
         else:
             with autocast_is(()):
-                passes = [one for one in LOWER if one.__name__ not in self.options.disable]
-                compiled = lower_inductor(variant, args, self.options.mode, self.options.inner_options, passes)
+                compiled, records = lower(variant, args, self.options)
             run = without_autocast(compiled)
-        self.note(variant.name, begin)
+        self.note(variant.name, begin, records)
         if self.record is None or not often:
             return run
         return Replayed(run, variant.name, self._moving(variant, len(args)), self.record, variant.outputs)

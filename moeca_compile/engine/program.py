@@ -20,7 +20,7 @@ from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.buffers import Buffers
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.packable import why_not_packed
-from moeca_compile.pipeline import Analysis, analyse
+from moeca_compile.pipeline import WITH_PROLOGUES, Analysis, Pipeline, analyze
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row, Schedule
 
@@ -32,6 +32,7 @@ class Program:
         schedule: what the options' schedule said when it was read; default: it is read now.
         warned: where its warnings are counted; default: its own.
         captured: of `gm`, for such arguments; default: it is captured now.
+        pipeline: the passes that make its programs.
 
     Attributes:
         analysis: the graph and what was found in it.
@@ -47,11 +48,12 @@ class Program:
     def __init__(
         self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options,
         schedule: Schedule | None = None, warned: Warned | None = None, captured: Capture | None = None,
+        pipeline: Pipeline = WITH_PROLOGUES,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
         self.options, self.warned = options, warned or Warned()
         self.compiler = Compiler(options, args)
-        self.analysis: Analysis = analyse(gm, args, inputs, options, captured)
+        self.analysis: Analysis = analyze(gm, args, inputs, options, captured, pipeline)
         context = self.analysis.context
         self.regions = context.regions
         self.compiler.inputs = context.inputs

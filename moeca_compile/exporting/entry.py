@@ -29,7 +29,7 @@ from moeca_compile.lowering.tensorrt import build as tensorrt
 from moeca_compile.lowering.tensorrt.build import EngineRequest
 from moeca_compile.lowering.tensorrt.operators import refuse_unsupported
 from moeca_compile.options import Options
-from moeca_compile.pipeline import HOIST
+from moeca_compile.pipeline import LOWER_ONNX, manager_of
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.dims import Dim
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, FUSED, GOLDEN, golden_file, letters_of
@@ -98,8 +98,7 @@ def export(
     refuse_request(model, targets, opset)
     choose(experts, targets)  # raises; what the model's own experts need comes when it is captured
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
-    whole = ("separate_rows", *(one.__name__ for one in HOIST))  # a graph of a bundle stands by itself
-    options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager", disable=whole)
+    options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager")
     refuse_schedule(options.resolved_schedule())
     examples = (example_inputs, *other_sizes)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
@@ -213,7 +212,9 @@ def _lower(
             *(f"{main.program.layout[slot].name}_out" for slot in variant.writes),
         ]
         alike = [variant, *(one.program.variant(row) for one in twins)]
-        model, signature = lower_onnx(alike, BATCHES, main.weights, names, outputs, opset, experts)
+        model, signature = lower_onnx(
+            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.program.options)
+        )
         models[file_of(variant, size)] = letters_of(row), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
     return {"opset": opset, **describe(captured, size, shapes, BATCHES, experts)}, models

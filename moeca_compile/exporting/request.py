@@ -18,6 +18,7 @@ from moeca_compile.errors import CaptureError, LoweringError
 from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwargs
 from moeca_compile.graph.desugar import desugar
 from moeca_compile.options import Options
+from moeca_compile.pipeline import STANDALONE
 
 Arguments = Sequence[Any] | Mapping[str, Any]
 
@@ -110,7 +111,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
             raise LoweringError(f"{one.label} reaches the graph as {type(arg).__name__}; pass it as a tensor")
         if arg.device.type != "cpu":
             raise LoweringError(f"{one.label} is on {arg.device}: move model and inputs to the CPU for the export")
-    program = Program(gm, args, inputs, options)
+    program = Program(gm, args, inputs, options, pipeline=STANDALONE)
     given = {id(one): place for place, one in enumerate(tensors(arguments))}
     names = [one.name for one in program.analysis.context.inputs]
     places = {name: given[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in given}

@@ -55,7 +55,7 @@ def without_autocast(run: Callable[..., Any], unpack: bool = False) -> Callable[
     return runs
 
 
-def materialise_casts(gm: GraphModule, ambient: Casts) -> None:
+def materialize_casts(gm: GraphModule, ambient: Casts) -> None:
     """Write the conversions of the ambient autocast, and of autocast regions inside the model, into the graph."""
     if not ambient and not any(node.target is _enter_autocast for node in gm.graph.nodes):
         return

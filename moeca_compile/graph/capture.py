@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 from moeca_compile.errors import CaptureError
 from moeca_compile.graph import fx
-from moeca_compile.graph.autocast import ambient_autocast, autocast_is, materialise_casts
+from moeca_compile.graph.autocast import ambient_autocast, autocast_is, materialize_casts
 from moeca_compile.graph.constants import constants_of, takes_sizes
 
 _RESERVED = re.compile(r"coefficients|now|(state|hoisted)_\d+")  # what variants call their own inputs
@@ -130,7 +130,7 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
                 fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
                 graph = make_fx(functional, pre_dispatch=True)(*fakes)
             with autocast_is(()):
-                materialise_casts(graph, casts)
+                materialize_casts(graph, casts)
         except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
             what = getattr(error, "func", None) or str(error).partition("\n")[0]
             raise CaptureError(

@@ -21,6 +21,7 @@ from moeca_compile.errors import InvariantError
 from moeca_compile.schedule import Act
 
 aten = torch.ops.aten
+MARK = "moeca"  # the entry of a node's meta that holds our mark
 
 # Ops that only rename, reshape or recast a value: what lies behind them is still the same data.
 VIEWS = frozenset(
@@ -238,7 +239,7 @@ class Mark:
 
 
 def set_mark(node: Node, mark: Mark) -> None:
-    node.meta["moeca"] = mark
+    node.meta[MARK] = mark
 
 
 def marked(gm: GraphModule) -> list[tuple[Node, Mark]]:
@@ -247,7 +248,7 @@ def marked(gm: GraphModule) -> list[tuple[Node, Mark]]:
     Raises:
         InvariantError: two nodes carry the same mark (some pass copied our meta).
     """
-    found = [(node, node.meta["moeca"]) for node in gm.graph.nodes if "moeca" in node.meta]
+    found = [(node, node.meta[MARK]) for node in gm.graph.nodes if MARK in node.meta]
     roles = [(mark.region, mark.output) for _, mark in found]
     if len(set(roles)) != len(roles):
         raise InvariantError(f"marks appear twice: {sorted(r for r in roles if roles.count(r) > 1)}")

@@ -1,140 +1,141 @@
-"""Runs a pass list on a copy: times each pass, checks it, dumps before and after, names what failed.
+"""The one pass manager: runs passes on a copy, times, checks and dumps each, and names the one that failed.
 
 Passes know nothing of this; so a pass is a plain function, and timing or dumping is written once.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import re
-import sys
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.fx import GraphModule
 
 from moeca_compile.errors import InvariantError, MoecaError
 from moeca_compile.graph import fx
 from moeca_compile.passes.context import Context
+from moeca_compile.passes.dump import Dump, does_nothing
+from moeca_compile.passes.verify import GraphState
 
-T = TypeVar("T")
+C = TypeVar("C")
 log = logging.getLogger(__name__)
 
-INDEX = "index.md"
-_HEAD = """# Passes, in the order in which they ran
-
-| pass | nodes | ms | what it did | graphs |
-|---|---|---|---|---|
-"""
+VERIFY = "MOECA_VERIFY"  # environment variable
 
 Finder = Callable[[GraphModule, Context], Context]
-Rewriter = Callable[[GraphModule, Context], GraphModule]
+# What a pass may know beside the graph depends on its stage: the facts, a row to build, an ONNX model to write.
+Pass = Callable[[GraphModule, C], GraphModule]
 
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """What one pass did: milliseconds, and the graph's node count before and after."""
+    """What one pass did: milliseconds, the graph's node count before and after, and whether it changed anything: the
+    graph, or for a finder the facts."""
 
     name: str
     ms: float
     nodes_before: int
     nodes_after: int
+    modified: bool
 
 
 @dataclass
-class Runner:
-    """`dump`: a folder for the graphs, numbered in order of the passes, and an index of what each pass did. `disable`:
-    names of passes to leave out."""
+class PassManager:
+    """Runs passes.
+
+    Attributes:
+        dump: a folder for the graphs, numbered in order of the passes, and an index of what each pass did.
+        disable: names of passes to leave out.
+        verify: after each pass check that the graph still says what its nodes compute (`passes/verify.py`); by default
+            as the environment variable MOECA_VERIFY says.
+        records: one for each pass that ran.
+    """
 
     dump: Path | None = None
     disable: tuple[str, ...] = ()
+    verify: bool = field(default_factory=lambda: os.environ.get(VERIFY, "") not in ("", "0"))
     records: list[PassRecord] = field(default_factory=list)
 
-    def find(self, finders: Sequence[Finder], gm: GraphModule, ctx: Context) -> Context:
-        """Run read-only passes in order; each adds its facts to the context."""
-        for finder in finders:
-            size, start = len(gm.graph.nodes), time.perf_counter()
-            ctx = self._guard(finder, gm, ctx)
-            self._record(finder.__name__, start, size, len(gm.graph.nodes))
-            self._note(finder.__name__, "", "facts only")
-        return ctx
+    def find(self, finders: Sequence[Finder], gm: GraphModule, facts: Context) -> Context:
+        """Run read-only passes in order; each adds to the facts.
 
-    def rewrite(self, rewriters: Sequence[Rewriter], gm: GraphModule, ctx: Context, label: str = "") -> GraphModule:
-        """Run graph passes in order, on a copy: the given graph stays as it is."""
+        Raises:
+            InvariantError: one failed.
+        """
+        size = len(gm.graph.nodes)
+        for finder in finders:
+            start = time.perf_counter()
+            with self._named(finder.__name__):
+                after = finder(gm, facts)
+            added = [one.name for one in fields(facts) if getattr(facts, one.name) != getattr(after, one.name)]
+            self._record(finder.__name__, start, size, size, bool(added))
+            if self.dump is not None:
+                Dump(self.dump).found(self.records[-1], added, does_nothing(finder))
+            facts = after
+        return facts
+
+    def rewrite(self, passes: Sequence[Pass[C]], gm: GraphModule, context: C, label: str = "") -> GraphModule:
+        """Run graph passes in order, on a copy: the given graph stays as it is.
+
+        Args:
+            context: what these passes know beside the graph.
+            label: goes before the passes' names in records and dumps.
+
+        Raises:
+            InvariantError: one failed, or left a graph that is none.
+        """
         gm = fx.copied(gm)
-        for rewriter in rewriters:
-            name = label + rewriter.__name__
-            if rewriter.__name__ in self.disable:
-                log.info("pass %s is disabled", rewriter.__name__)
+        for one in passes:
+            if one.__name__ in self.disable:
+                log.info("pass %s is disabled", one.__name__)
                 continue
-            size, before, start = len(gm.graph.nodes), self._text(gm), time.perf_counter()
-            gm = self._guard(_checked(rewriter), gm, ctx)
-            self._record(name, start, size, len(gm.graph.nodes))
-            self._dump(name, rewriter, before, self._text(gm))
+            gm = self._run(one, gm, context, label)
         gm.recompile()
         return gm
 
-    def _guard(self, step: Callable[[GraphModule, Context], T], gm: GraphModule, ctx: Context) -> T:
+    def _run(self, one: Pass[C], gm: GraphModule, context: C, label: str) -> GraphModule:
+        name, before = label + one.__name__, calls_of(gm)
+        dump = None if self.dump is None else Dump(self.dump).begin(name, gm)
+        state = GraphState(gm) if self.verify else None
+        start = time.perf_counter()
+        with self._named(one.__name__):
+            after = one(gm, context)
+            if dump is not None:
+                dump.write(after)
+            after.graph.lint()
+        self._record(name, start, len(before), len(after.graph.nodes), calls_of(after) != before)
+        if state is not None and (problem := state.problem_of(after, one, context)):
+            raise InvariantError(f"pass {one.__name__} broke the graph: {problem}{self._around(1)}")
+        if dump is not None:
+            dump.note(self.records[-1], does_nothing(one))
+        return after
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Says which pass it was, where one fails."""
         try:
-            return step(gm, ctx)
+            yield
         except MoecaError:
             raise
         except Exception as error:
-            done = ", ".join(record.name for record in self.records[-6:]) or "none"
-            raise InvariantError(f"pass {step.__name__} failed: {error!r}; passes before it: {done}") from error
+            raise InvariantError(f"pass {name} failed: {error!r}{self._around(0)}") from error
 
-    def _record(self, name: str, start: float, before: int, after: int) -> None:
-        self.records.append(PassRecord(name, (time.perf_counter() - start) * 1e3, before, after))
+    def _around(self, own: int) -> str:
+        """What helps to find a fault: the passes before, and where their graphs are. `own` records are of the pass."""
+        names = [record.name for record in self.records[: len(self.records) - own]]
+        graphs = f"the graphs are in {self.dump}" if self.dump else "MOECA_DUMP=folder writes the graphs there"
+        return f"; passes before it: {', '.join(names[-6:]) or 'none'}; {graphs}"
+
+    def _record(self, name: str, start: float, before: int, after: int, modified: bool) -> None:
+        self.records.append(PassRecord(name, (time.perf_counter() - start) * 1e3, before, after, modified))
         log.debug("%s: %d -> %d nodes, %.1f ms", name, before, after, self.records[-1].ms)
 
-    def _text(self, gm: GraphModule) -> str:
-        """The graph to read, where it is wanted."""
-        if self.dump is None:
-            return ""
-        gm.recompile()
-        return str(gm.print_readable(print_output=False))
 
-    def _dump(self, name: str, rewriter: Rewriter, before: str, after: str) -> None:
-        if self.dump is None:
-            return
-        self.dump.mkdir(parents=True, exist_ok=True)
-        number = len(list(self.dump.glob("*.before.txt")))
-        stem = f"{number:03d}_{name.replace(' ', '_')}"
-        for when, text in (("before", before), ("after", after)):
-            (self.dump / f"{stem}.{when}.txt").write_text(text)
-        self._note(name, stem, "changed" if before != after else f"nothing to do. {_does_nothing(rewriter)}".strip())
-
-    def _note(self, name: str, stem: str, what: str) -> None:
-        """A line of the index: which graphs belong to the pass, and what it did."""
-        if self.dump is None:
-            return
-        self.dump.mkdir(parents=True, exist_ok=True)
-        index, last = self.dump / INDEX, self.records[-1]
-        head = "" if index.exists() else _HEAD
-        files = f"[before]({stem}.before.txt) [after]({stem}.after.txt)" if stem else ""
-        nodes = f"{last.nodes_before} -> {last.nodes_after}"
-        with index.open("a") as file:
-            file.write(f"{head}| {name} | {nodes} | {last.ms:.1f} | {what} | {files} |\n")
-
-
-def _checked(rewriter: Rewriter) -> Rewriter:
-    """The pass, and whether its graph is still one: a broken graph is that pass's failure."""
-
-    @functools.wraps(rewriter)
-    def run(gm: GraphModule, ctx: Context) -> GraphModule:
-        after = rewriter(gm, ctx)
-        after.graph.lint()
-        return after
-
-    return run
-
-
-def _does_nothing(rewriter: Rewriter) -> str:
-    """What a pass, or its file, says of graphs that it leaves as they are."""
-    text = " ".join((rewriter.__doc__ or getattr(sys.modules.get(rewriter.__module__), "__doc__", None) or "").split())
-    found = re.search(r"Does nothing[^.]*\.", text)
-    return found.group(0) if found else ""
+def calls_of(gm: GraphModule) -> list[tuple[Any, ...]]:
+    """What the nodes are, to compare a graph with itself after a pass: FX replaces arguments, it never changes them."""
+    return [(node, node.op, node.target, node.args, node.kwargs, node.meta.get(fx.MARK)) for node in gm.graph.nodes]

@@ -74,7 +74,7 @@ class QKNorm(nn.Module):
 def heads_of(
     parts: Parts, q_norm: QKNorm, k_norm: QKNorm, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,T,H*d) -> (N,H,T,d), queries and keys normalised and rotated."""
+    """(N,T,H*d) -> (N,H,T,d), queries and keys normalized and rotated."""
     q, k, v = (one.unflatten(-1, (-1, HEAD)).transpose(1, 2) for one in (q, k, v))
     q, k = q_norm(q), k_norm(k)
     return (q, k, v) if parts.rope == "none" else (rotate(parts.rope, q), rotate(parts.rope, k), v)

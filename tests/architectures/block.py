@@ -60,7 +60,7 @@ class Block(nn.Module):
         attention, mlp = matrices(prefix, ("attn", self.attn)), matrices(prefix, ("mlp", self.mlp))
         maybe = frozenset(
             name for name in mlp if name.endswith("router.weight")
-        )  # normalised ones aren't multiplied by
+        )  # normalized ones aren't multiplied by
         heads = ("head", HEADS, HEADS // 2) if self.parts.mixture_of_heads else None
         router = routing(self.parts) if self.routed else None
         alone = "self" if self.parts.layout == "one stream" else ""  # joined streams: as one sees it

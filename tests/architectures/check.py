@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import moeca_compile as moeca
 from moeca_compile.graph.capture import capture
 from moeca_compile.graph.regions import RegionMap
-from moeca_compile.pipeline import Analysis, analyse
+from moeca_compile.pipeline import Analysis, analyze
 from tests.architectures.expected import Expected, differences
 from tests.architectures.generate import Inputs, build
 from tests.architectures.model import Model
@@ -52,9 +52,9 @@ class Finding:
 
 
 def find(parts: Parts) -> Finding:
-    """Prepare, trace and analyse the model of these parts; nothing is compiled."""
+    """Prepare, trace and analyze the model of these parts; nothing is compiled."""
     model, inputs, expected = build(parts)
     moeca.prepare(model)
     traced = trace_module(model, *inputs(0).values())
-    analysis = analyse(traced.gm, traced.args, traced.inputs, EAGER)
+    analysis = analyze(traced.gm, traced.args, traced.inputs, EAGER)
     return Finding(parts, model, inputs, expected, traced, analysis)

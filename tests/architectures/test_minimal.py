@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import DIM, Attention, Routed, Timed, latent, times
-from tests.tools import analyse_module
+from tests.tools import analyze_module
 
 Core = Callable[[Tensor, Tensor], Tensor]
 W, V = torch.randn(DIM, DIM), torch.randn(DIM, DIM)
@@ -31,7 +31,7 @@ def mlp(x: Tensor) -> Tensor:
 
 def test_a_residual_added_in_float32() -> None:
     """Wan and others: `(hidden.float() + y * gate).type_as(hidden)`."""
-    analysis = analyse_module(lambda x: (x.float() + mlp(x).float()).to(x.dtype), latent().bfloat16())
+    analysis = analyze_module(lambda x: (x.float() + mlp(x).float()).to(x.dtype), latent().bfloat16())
     assert kinds(analysis) == ["mlp"]
 
 
@@ -39,12 +39,12 @@ def test_the_cut_of_a_residual_added_in_float32_is_in_the_branch_s_dtype() -> No
     def model(x: Tensor, t: Tensor) -> Tensor:
         return (x.float() + t.sin().sum() * mlp(x).float()).to(x.dtype)
 
-    (region,) = analyse_module(model, latent().bfloat16(), times()).context.regions
+    (region,) = analyze_module(model, latent().bfloat16(), times()).context.regions
     assert region.dtypes == ("bfloat16",)
 
 
 def test_a_residual_added_in_another_shape() -> None:
-    analysis = analyse_module(lambda x: (x.flatten(0, 1) + mlp(x).flatten(0, 1)).view(x.shape), latent())
+    analysis = analyze_module(lambda x: (x.flatten(0, 1) + mlp(x).flatten(0, 1)).view(x.shape), latent())
     assert kinds(analysis) == ["mlp"]
 
 
@@ -54,7 +54,7 @@ def test_an_added_long_skip_between_views_is_a_residual_around_others() -> None:
         late = (early.flatten(0, 1) + mlp(early).flatten(0, 1)).view(x.shape)
         return late + early
 
-    analysis = analyse_module(model, latent())
+    analysis = analyze_module(model, latent())
     assert kinds(analysis) == ["mlp", "mlp"]
     (reason,) = reasons(analysis)
     assert reason.startswith("a residual around")
@@ -65,7 +65,7 @@ def test_two_gated_branches_summed_first_are_cut_before_their_gates() -> None:
         g, h = t.sin().view(-1, 1, 1), t.cos().view(-1, 1, 1)
         return x + (g * F.scaled_dot_product_attention(x @ W, x, x) + h * mlp(x))
 
-    assert kinds(analyse_module(model, latent(), times())) == ["attention", "mlp"]
+    assert kinds(analyze_module(model, latent(), times())) == ["attention", "mlp"]
 
 
 def test_a_residual_around_the_whole_model_is_a_miss() -> None:
@@ -77,7 +77,7 @@ def test_a_residual_around_the_whole_model_is_a_miss() -> None:
         h = h + F.scaled_dot_product_attention(h, h, h)
         return x + (h + (h @ out).tanh() @ into) @ out
 
-    assert kinds(analyse_module(model, latent())) == ["attention", "mlp"]
+    assert kinds(analyze_module(model, latent())) == ["attention", "mlp"]
 
 
 class FastPath(nn.Module):
@@ -95,7 +95,7 @@ class FastPath(nn.Module):
 
 def test_a_small_residual_inside_a_branch_is_a_part_of_it() -> None:
     shortcut = FastPath()
-    analysis = analyse_module(lambda x: x + shortcut(x), latent())
+    analysis = analyze_module(lambda x: x + shortcut(x), latent())
     (region,) = analysis.context.regions
     assert len(region.parameters) == 6
     assert reasons(analysis) == []
@@ -103,7 +103,7 @@ def test_a_small_residual_inside_a_branch_is_a_part_of_it() -> None:
 
 def test_a_small_residual_inside_a_branch_that_is_a_miss_is_no_region() -> None:
     shortcut = FastPath()
-    analysis = analyse_module(lambda x: torch.add(x, shortcut(x), alpha=0.5), latent())
+    analysis = analyze_module(lambda x: torch.add(x, shortcut(x), alpha=0.5), latent())
     assert kinds(analysis) == []
 
 
@@ -129,7 +129,7 @@ def test_attention_and_a_traceable_moe_layer_in_one_branch_are_a_span() -> None:
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
             return x + (self.attn(x) + self.moe(x))
 
-    assert kinds(analyse_module(Timed(Parallel()), latent(), times())) == ["span"]
+    assert kinds(analyze_module(Timed(Parallel()), latent(), times())) == ["span"]
 
 
 def in_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_a_mixture_of_heads_is_one_however_it_is_written(choose: Core, core: Cal
             return self.proj(choose(self.core(*self.heads(x)), gates).transpose(1, 2).flatten(2))
 
     heads = Heads()
-    (region,) = analyse_module(lambda x: x + heads(x), latent()).context.regions
+    (region,) = analyze_module(lambda x: x + heads(x), latent()).context.regions
     assert [router.choice for router in region.routers] == ["head"]
 
 
@@ -181,5 +181,5 @@ def test_a_choice_in_groups_is_token_choice() -> None:
             return weights, ids
 
     layer = Grouped(experts=4)
-    (region,) = analyse_module(lambda x: x + layer(x), latent()).context.regions
+    (region,) = analyze_module(lambda x: x + layer(x), latent()).context.regions
     assert [(router.choice, router.num_experts, router.top_k) for router in region.routers] == [("token", 4, 2)]

@@ -21,6 +21,7 @@ from moeca_compile.lowering.experts.moe import why_not
 from moeca_compile.lowering.experts.segments import _activate
 from moeca_compile.lowering.onnx.lower import lower_onnx
 from moeca_compile.ops import experts as ops
+from moeca_compile.pipeline import LOWER_ONNX
 from moeca_compile.runtime.providers.onnxruntime import CPU, refuse_swiglu
 from moeca_compile.schedule import Action
 
@@ -63,7 +64,7 @@ def exported(call: Call, weights: list[Tensor], lowering: str) -> Callable[[Tens
     outputs = [f"y{i}" for i in range(variants[0].outputs)]
     model, _ = lower_onnx(
         variants, (2, 3, 7), dict(zip(names[2:], weights, strict=True)), dict(zip(names, ("x", "idx"), strict=False)),
-        outputs, 20, choose(lowering, ("onnx",))[0],
+        outputs, 20, choose(lowering, ("onnx",))[0], LOWER_ONNX,
     )  # fmt: skip
     session = ort.InferenceSession(
         ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from moeca_compile.errors import InvariantError, LoweringError
 from moeca_compile.graph import fx
 from moeca_compile.lowering.onnx.batch import any_batch, dims
 from moeca_compile.lowering.onnx.complex_pairs import without_complex
-from moeca_compile.lowering.onnx.constants import bind
-from moeca_compile.lowering.onnx.lower import _drop_squeezes
+from moeca_compile.lowering.onnx.lower import SEGMENTS
+from moeca_compile.lowering.onnx.request import OnnxRequest
+from moeca_compile.lowering.onnx.small_forms import drop_squeezes
+from moeca_compile.passes.manager import PassManager
+from moeca_compile.pipeline import LOWER_ONNX
+from tests.graphs import assert_becomes, assert_unchanged, graph_of
 
 aten = torch.ops.aten
 
 
-def traced(function: Callable[..., Tensor], *args: Tensor) -> GraphModule:
-    return make_fx(function, tracing_mode="fake", pre_dispatch=True)(*args)
+def lowered(gm: GraphModule, weights: Mapping[str, Tensor] | None = None) -> GraphModule:
+    """What the passes of the page make of a graph for one batch."""
+    return PassManager().rewrite(LOWER_ONNX, gm, OnnxRequest((gm,), (2,), weights or {}, SEGMENTS))
 
 
 def at_three(function: Callable[[Tensor], Tensor]) -> GraphModule:
-    return any_batch([traced(function, torch.zeros(batch, 4, 6)) for batch in (2, 3, 7)], (2, 3, 7))
+    graphs = tuple(graph_of(function, torch.zeros(batch, 4, 6)) for batch in (2, 3, 7))
+    return PassManager().rewrite((any_batch,), graphs[0], OnnxRequest(graphs, (2, 3, 7), {}, SEGMENTS))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ def at_three(function: Callable[[Tensor], Tensor]) -> GraphModule:
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_sizes_follow_the_batch(function: Callable[[Tensor], Tensor], batch: int) -> None:
     x = torch.randn(batch, 4, 6)
-    assert torch.equal(at_three(function)(x), function(x))
+    assert torch.equal(at_three(function)(x)[0], function(x))
 
 
 @pytest.mark.parametrize(
@@ -94,14 +99,14 @@ def test_weights_are_folded_and_transposed_once() -> None:
         return aten.linear(x, first, bias) + aten.linear(x, second) + aten.linear(x, first)
 
     x = torch.randn(2, 5, 6)
-    gm = traced(function, x, weight, bias)
+    gm = graph_of(function, x, weight, bias)
     _, w, b = fx.placeholders(gm)
-    bind(gm, {w.name: weight, b.name: bias})
+    gm = lowered(gm, {w.name: weight, b.name: bias})
     targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
     assert targets.count(aten.matmul.default) == 3
     assert not {aten.linear.default, aten.t.default, aten.split.Tensor} & set(targets)
     assert [tuple(one.shape) for one in gm.buffers() if one.dim() == 2].count((6, 4)) == 2
-    torch.testing.assert_close(gm(x), function(x, weight, bias))
+    torch.testing.assert_close(gm(x)[0], function(x, weight, bias))
 
 
 def rotary(x: Tensor, freqs: Tensor, places: Tensor) -> Tensor:
@@ -118,36 +123,33 @@ def test_complex_numbers_become_pairs() -> None:
     x = torch.randn(2, 4, 3, 10, generator=generator)
     freqs = torch.polar(torch.ones(8, 5), torch.randn(8, 5, generator=generator))
     places = torch.tensor([1, 3])
-    gm = traced(rotary, x, freqs, places)
-    bind(gm, {fx.placeholders(gm)[1].name: freqs})
-    without_complex(gm)
+    gm = graph_of(rotary, x, freqs, places)
+    gm = lowered(gm, {fx.placeholders(gm)[1].name: freqs})
     assert not [
         node for node in gm.graph.nodes if node.target in (aten.view_as_complex.default, aten.view_as_real.default)
     ]
     assert not any(one.is_complex() for one in gm.buffers() if one is getattr(gm, "freqs_real", None))
-    torch.testing.assert_close(gm(x, places), rotary(x, freqs, places))
+    torch.testing.assert_close(gm(x, places)[0], rotary(x, freqs, places))
 
 
 def test_complex_operators_without_a_form_are_named() -> None:
     def function(x: Tensor) -> Tensor:
         return torch.view_as_complex(x).angle()
 
-    gm = traced(function, torch.zeros(3, 2))
+    gm = graph_of(function, torch.zeros(3, 2))
     with pytest.raises(LoweringError, match=r"aten.angle.* on complex numbers has no ONNX form"):
-        without_complex(gm)
+        lowered(gm)
 
 
 def test_a_graph_without_complex_numbers_stays() -> None:
-    gm = traced(lambda x: x * 2, torch.zeros(3))
-    before = [node.name for node in gm.graph.nodes]
-    without_complex(gm)
-    assert [node.name for node in gm.graph.nodes] == before
+    gm = graph_of(lambda x: x * 2, torch.zeros(3))
+    assert_unchanged(without_complex, gm, OnnxRequest((gm,), (2,), {}, SEGMENTS))
 
 
 def test_what_grows_is_not_folded() -> None:
     bias = torch.randn(1, 1, 6)
-    gm = traced(lambda x, bias: x + bias.expand(500, 50, 6), torch.zeros(500, 50, 6), bias)
-    bind(gm, {fx.placeholders(gm)[1].name: bias})
+    gm = graph_of(lambda x, bias: x + bias.expand(500, 50, 6), torch.zeros(500, 50, 6), bias)
+    gm = lowered(gm, {fx.placeholders(gm)[1].name: bias})
     assert max(one.numel() for one in gm.buffers()) == 6
 
 
@@ -155,9 +157,15 @@ def test_squeezes_of_what_is_no_one() -> None:
     def function(x: Tensor) -> Tensor:
         return aten.squeeze.dims(aten.squeeze.dim(aten.squeeze.dim(x, 1), 0), [0, 1, 2])
 
-    x = torch.randn(1, 4, 1, 6)
-    gm = traced(function, x)
-    _drop_squeezes(gm)
-    assert [n.target for n in gm.graph.nodes].count(aten.squeeze.dims) == 1
-    assert aten.squeeze.dim in {n.target for n in gm.graph.nodes}
-    assert torch.equal(gm(x), function(x))
+    def legal(x: Tensor) -> Tensor:
+        return aten.squeeze.dims(aten.squeeze.dim(x, 0), [1])
+
+    request = OnnxRequest((), (2,), {}, SEGMENTS)
+    assert_becomes(drop_squeezes, request, function, legal, torch.randn(1, 4, 1, 6))
+
+
+def test_what_draws_random_numbers_is_not_folded() -> None:
+    bias = torch.randn(6)
+    gm = graph_of(lambda x, bias: x + torch.rand_like(bias), torch.zeros(6), bias)
+    gm = lowered(gm, {fx.placeholders(gm)[1].name: bias})
+    assert not torch.equal(gm(torch.zeros(6))[0], gm(torch.zeros(6))[0])

@@ -17,7 +17,7 @@ import moeca_compile as moeca
 import moeca_compile.ops.experts
 from moeca_compile.errors import CaptureError
 from moeca_compile.graph import fx
-from moeca_compile.graph.autocast import ambient_autocast, autocast_is, materialise_casts
+from moeca_compile.graph.autocast import ambient_autocast, autocast_is, materialize_casts
 from moeca_compile.graph.capture import Capture, capture
 from tests.tools import capture_module, ops, same, trace_module
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_told_is_refused_and_not_guessed() -> None:
     matmul = next(n for n in gm.graph.nodes if n.target is fx.aten.matmul.default)
     matmul.meta["val"] = fx.need(matmul).to(F64)  # nothing that autocast does gives this
     with pytest.raises(CaptureError, match=r"matmul \(aten\.matmul\.default, test_autocast\.py:\d+\).*enabled=False"):
-        materialise_casts(gm, (("cpu", BF16),))
+        materialize_casts(gm, (("cpu", BF16),))
 
 
 def test_a_weight_that_two_ops_share_is_cast_for_each(x: Tensor) -> None:

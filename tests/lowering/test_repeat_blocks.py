@@ -15,13 +15,16 @@ import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning
 from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Variant
-from moeca_compile.lowering.inductor.lower import _split_table, lower_inductor
+from moeca_compile.lowering.inductor.lower import lower_inductor
 from moeca_compile.lowering.inductor.repeat_blocks import repeat_blocks
+from moeca_compile.lowering.inductor.straight_stream import straight_stream
 from moeca_compile.options import Options
-from moeca_compile.pipeline import Analysis, build_variant
+from moeca_compile.passes.manager import PassManager
+from moeca_compile.pipeline import LOWER_INDUCTOR, Analysis, build_variant
+from tests.graphs import assert_unchanged
 from tests.models import DiT
 from tests.sampling import compiled, plain, run
-from tests.tools import analyse_module, ops, row, schedule_of, trace_module
+from tests.tools import analyze_module, ops, row, schedule_of, trace_module
 
 DEPTH = 5
 
@@ -39,7 +42,7 @@ def analysis_of(change: Callable[[DiT], Any] = lambda model: None) -> Analysis:
     model = dit()
     change(model)
     moeca.prepare(model)
-    return analyse_module(model, *inputs())
+    return analyze_module(model, *inputs())
 
 
 @cache
@@ -54,7 +57,9 @@ def variant_of(analysis: Analysis, text: str) -> Variant:
 
 def lowered(variant: Variant) -> tuple[GraphModule, GraphModule]:
     """The graph that Inductor would get without bodies, and with them."""
-    return _split_table(variant)[0], repeat_blocks(_split_table(variant)[0])
+    without = [one for one in LOWER_INDUCTOR if one not in (straight_stream, repeat_blocks)]
+    whole, repeated = (PassManager().rewrite(passes, variant.gm, variant) for passes in (without, LOWER_INDUCTOR))
+    return whole, repeated
 
 
 def calls(gm: GraphModule) -> int:
@@ -125,14 +130,11 @@ def test_what_has_no_equal_blocks_is_given_back_unchanged(case: str) -> None:
                 kept.append(part if case == "a view leaves" else part.sum())
             return x + sum(one.sum() for one in kept)
 
-    gm = analyse_gm(Model())
-    before = len(gm.graph.nodes)
-    again = repeat_blocks(gm)
-    assert calls(again) == 0
-    assert len(again.graph.nodes) == before
+    gm = analyze_gm(Model())
+    assert_unchanged(repeat_blocks, gm, variant_of(plain_analysis(), "C" * 2 * DEPTH))
 
 
-def analyse_gm(model: nn.Module) -> GraphModule:
+def analyze_gm(model: nn.Module) -> GraphModule:
     from moeca_compile.graph.capture import capture
 
     traced = trace_module(model.requires_grad_(False), torch.randn(2, 8))
@@ -156,7 +158,7 @@ def test_a_body_that_inductor_refuses_is_told_and_done_without(monkeypatch: pyte
     monkeypatch.setattr(torch._inductor, "standalone_compile", picky)
     variant = variant_of(plain_analysis(), "C" * 2 * DEPTH)
     with pytest.warns(MoecaWarning, match=r"with one body for equal blocks \(no bodies here\)"):
-        run_compiled = lower_inductor(variant, arguments(variant.gm))
+        run_compiled = lower_inductor(variant, arguments(variant.gm), passes=LOWER_INDUCTOR)
     with torch.no_grad():
         result = run_compiled(arguments(variant.gm))
     assert len(result) == variant.outputs + len(variant.writes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import moeca_compile.ops.experts  # noqa: F401 - defines moeca::experts
 from moeca_compile.pipeline import Analysis
-from tests.tools import analyse_module
+from tests.tools import analyze_module
 
 DIM = 8
 
@@ -231,10 +231,10 @@ class Stack(nn.Module):
 
 
 @cache
-def analysed(way: str = "gate left") -> Analysis:
-    """A timed block of this way, analysed once for all tests: they only read it."""
+def analyzed(way: str = "gate left") -> Analysis:
+    """A timed block of this way, analyzed once for all tests: they only read it."""
     torch.manual_seed(0)
-    return analyse_module(Timed(Block(way)), latent(), times())
+    return analyze_module(Timed(Block(way)), latent(), times())
 
 
 @cache
@@ -242,11 +242,11 @@ def routed() -> Analysis:
     """Two blocks, attention and routed experts each, the second without a shared expert; only read."""
     torch.manual_seed(0)
     blocks = Stack(Block("gate left", mlp=Routed()), Block("gate left", mlp=Routed(shared=False)))
-    return analyse_module(Timed(blocks), latent(), times())
+    return analyze_module(Timed(blocks), latent(), times())
 
 
 @cache
 def two_streams() -> Analysis:
     """One attention with two outputs, and two feed-forwards; only read."""
     torch.manual_seed(0)
-    return analyse_module(Timed(TwoStreams()), latent(), times())
+    return analyze_module(Timed(TwoStreams()), latent(), times())

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moeca_compile.graph import fx
 from moeca_compile.passes.analysis.count_macs import node_macs
 from tests.passes.blocks import DIM, Block, Routed, Stack, Timed, latent, routed, times
-from tests.tools import analyse_module
+from tests.tools import analyze_module
 
 X = torch.randn(2, 4, 8)
 W = torch.randn(8, 6)
@@ -55,7 +55,7 @@ COSTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 def test_every_operator_costs_what_its_shapes_say() -> None:
     """All in one graph: the lines of the model's source tell them apart."""
-    analysis = analyse_module(lambda x: tuple(op(x) for op, _ in COSTS.values()), X)
+    analysis = analyze_module(lambda x: tuple(op(x) for op, _ in COSTS.values()), X)
     found: dict[str, int] = {}
     for node in analysis.gm.graph.nodes:
         if node.op == "call_function":
@@ -88,7 +88,7 @@ def test_experts_cost_their_routed_tokens_and_not_all_experts(gate: bool) -> Non
         return torch.ops.moeca.experts(x, ids, up, down, up if gate else [], [], [], [], "silu")
 
     inputs = torch.randn(tokens, DIM), torch.zeros(tokens, top_k, dtype=torch.int64)
-    (cost,) = dict(analyse_module(model, *inputs).context.macs).values()
+    (cost,) = dict(analyze_module(model, *inputs).context.macs).values()
     assert cost == tokens * top_k * hidden * DIM * (3 if gate else 2)
 
 
@@ -97,7 +97,7 @@ def test_a_model_costs_half_of_the_flops_that_torch_counts() -> None:
     x, t = latent(), times()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it doesn't know the CPU's kernel
         model(x, t)
-    total = analyse_module(model, x, t).context.regions.total_macs
+    total = analyze_module(model, x, t).context.regions.total_macs
     assert total == counter.get_total_flops() / 2
 
 

@@ -12,7 +12,7 @@ from moeca_compile.graph.fx import aten
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.transform.drop_dead import drop_dead
 from tests.passes.blocks import Block, Mlp, Timed, latent, routed, times, two_streams
-from tests.tools import analyse_module, ops, variant_of
+from tests.tools import analyze_module, ops, variant_of
 
 
 def weights(gm: GraphModule) -> set[str]:
@@ -57,7 +57,7 @@ def test_a_dead_random_draw_goes() -> None:
             h = F.dropout(self.mlp(x) + torch.randn_like(x), 0.5, training=True)
             return F.scaled_dot_product_attention(h, h, h, dropout_p=0.3)
 
-    analysis = analyse_module(Timed(Block(mlp=Noisy())), latent(), times())
+    analysis = analyze_module(Timed(Block(mlp=Noisy())), latent(), times())
     assert {"aten.dropout.default", "aten.randn_like.default"} <= set(ops(variant_of(analysis, "CC").gm))
     left = ops(variant_of(analysis, "CF").gm)
     assert not {"aten.dropout.default", "aten.randn_like.default"} & set(left)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moeca_compile.graph import fx
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.manager import Runner
+from moeca_compile.passes.manager import PassManager
 from moeca_compile.passes.transform.drop_noops import drop_noops
-from moeca_compile.pipeline import NORMALISE
-from tests.passes.blocks import Block, Routed, Timed, analysed, latent, times
-from tests.tools import EAGER, Options, analyse_module, capture_module, ops, run_graph, same
+from moeca_compile.pipeline import NORMALIZE
+from tests.passes.blocks import Block, Routed, Timed, analyzed, latent, times
+from tests.tools import EAGER, Options, analyze_module, capture_module, ops, run_graph, same
 
 W = torch.randn(8, 8)
 Model = Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ KEPT: dict[str, tuple[Model, str]] = {
 def test_what_computes_nothing_is_dropped(model: Model) -> None:
     captured, args = capture_module(model, latent())
     before = run_graph(captured.gm, args)
-    gm = Runner().rewrite(NORMALISE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
     assert ops(gm) == {"aten.matmul.default": 1, "aten.sin.default": 1}
     assert same(run_graph(gm, args)[0], before[0])
 
@@ -50,7 +50,7 @@ def test_what_computes_nothing_is_dropped(model: Model) -> None:
 @pytest.mark.parametrize(("model", "kept"), KEPT.values(), ids=KEPT)
 def test_what_computes_something_stays(model: Model, kept: str) -> None:
     captured, _ = capture_module(model, latent())
-    gm = Runner().rewrite(NORMALISE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
     assert ops(gm)[kept] == ops(captured.gm)[kept] >= 1
 
 
@@ -68,14 +68,14 @@ def test_dead_code_is_dropped_and_placeholders_stay() -> None:
 
 
 def test_a_graph_without_them_stays_as_it_is() -> None:
-    gm = analysed().gm
-    again = Runner().rewrite(NORMALISE, gm, analysed().context)
+    gm = analyzed().gm
+    again = PassManager().rewrite(NORMALIZE, gm, analyzed().context)
     assert [n.format_node() for n in again.graph.nodes] == [n.format_node() for n in gm.graph.nodes]
 
 
 def test_a_residual_behind_them_is_seen() -> None:
     """Why the pass is there: x + detach(dropout(f(x))) is x + f(x)."""
-    context = analyse_module(lambda x: x + F.dropout((x @ W).detach(), 0.5, training=False).float(), latent()).context
+    context = analyze_module(lambda x: x + F.dropout((x @ W).detach(), 0.5, training=False).float(), latent()).context
     (branch,) = context.branches
     assert (branch.trunk, branch.cut) == ("x", "matmul")
 
@@ -84,9 +84,9 @@ def test_without_the_pass_results_are_the_same() -> None:
     """`disable` may leave it out: less may be found, nothing may change."""
     model = Timed(Block("gate left", mlp=Routed())).eval()
     x, t = latent(), times()
-    left_out = analyse_module(model, x, t, options=Options(inner="eager", disable=("drop_noops",)))
+    left_out = analyze_module(model, x, t, options=Options(inner="eager", disable=("drop_noops",)))
     _, args = capture_module(model, x, t)
-    with_it = analyse_module(model, x, t, options=EAGER)
+    with_it = analyze_module(model, x, t, options=EAGER)
     assert len(left_out.gm.graph.nodes) >= len(with_it.gm.graph.nodes)
     assert same(run_graph(left_out.gm, args)[0], run_graph(with_it.gm, args)[0])
 
@@ -94,6 +94,6 @@ def test_without_the_pass_results_are_the_same() -> None:
 def test_an_output_that_was_a_copy_stays_a_copy() -> None:
     """The caller may change what it gets in place; the input must not change with it."""
     captured, args = capture_module(lambda x: x.to(torch.float32, copy=True), latent())
-    gm = Runner().rewrite(NORMALISE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
     (result,) = run_graph(gm, args)
     assert result.data_ptr() != args[0].data_ptr()

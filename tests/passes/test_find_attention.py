@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeca_compile.graph import fx
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import DIM, Attention, Block, OneStream, Stack, Timed, TwoStreams, latent, times
-from tests.tools import analyse_module, node
+from tests.tools import analyze_module, node
 
 MASK = torch.ones(4, 4).tril().bool()
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,13 +69,13 @@ WRITINGS: dict[str, Core] = {
 
 
 def found(core: Core) -> Analysis:
-    return analyse_module(Timed(Block(mixer=Attention(core))), latent(), times())
+    return analyze_module(Timed(Block(mixer=Attention(core))), latent(), times())
 
 
 def test_every_writing_is_one_attention_and_one_region() -> None:
     """A stack of blocks, each with its own writing."""
     blocks = Stack(*(Block(mixer=Attention(core)) for core in WRITINGS.values()))
-    analysis = analyse_module(Timed(blocks), latent(), times())
+    analysis = analyze_module(Timed(blocks), latent(), times())
     regions = {region.key: region for region in analysis.context.regions}
     assert len(analysis.context.attention) == len(WRITINGS)
     for i, (name, info) in enumerate(zip(WRITINGS, analysis.context.attention, strict=True)):
@@ -88,7 +88,7 @@ def test_every_writing_is_one_attention_and_one_region() -> None:
 def test_in_half_precision_too() -> None:
     writings = [WRITINGS[name] for name in ("matmul", "softmax in float32", "softmax by dtype", "dropout")]
     blocks = Timed(Stack(*(Block(mixer=Attention(core)) for core in writings))).bfloat16()
-    analysis = analyse_module(blocks, latent().bfloat16(), times().bfloat16())
+    analysis = analyze_module(blocks, latent().bfloat16(), times().bfloat16())
     assert [r.kind for r in analysis.context.regions] == ["attention", "mlp"] * len(writings)
 
 
@@ -122,7 +122,7 @@ def test_cross_attention_is_attention() -> None:
             k, v = self.kv(c.unsqueeze(1).sin()).chunk(2, dim=-1)
             return x + F.scaled_dot_product_attention(self.q(x), k, v)
 
-    context = analyse_module(Timed(Cross()), latent(), times()).context
+    context = analyze_module(Timed(Cross()), latent(), times()).context
     assert [(r.key, r.kind) for r in context.regions] == [("body.q", "attention")]
 
 
@@ -137,7 +137,7 @@ def test_cross_attention_is_attention() -> None:
     ids=["two streams", "one stream", "two blocks", "two written out"],
 )
 def test_each_attention_is_found_once(body: nn.Module, count: int) -> None:
-    assert len(analyse_module(Timed(body), latent(), times()).context.attention) == count
+    assert len(analyze_module(Timed(body), latent(), times()).context.attention) == count
 
 
 NOT_ATTENTION: dict[str, Core] = {
@@ -151,7 +151,7 @@ NOT_ATTENTION: dict[str, Core] = {
 
 
 def test_what_only_looks_like_attention_is_none() -> None:
-    analysis = analyse_module(
+    analysis = analyze_module(
         Timed(Stack(*(Block(mixer=Attention(core)) for core in NOT_ATTENTION.values()))), latent(), times()
     )
     assert analysis.context.attention == ()
@@ -169,7 +169,7 @@ def test_a_dense_mixture_is_no_attention() -> None:
             weights = self.router(x).softmax(-1).unsqueeze(-2)
             return x + (weights @ self.experts(x).unflatten(-1, (3, DIM))).squeeze(-2)
 
-    context = analyse_module(Dense(), latent()).context
+    context = analyze_module(Dense(), latent()).context
     assert context.attention == ()
     assert [region.kind for region in context.regions] == ["mlp"]
 
@@ -215,17 +215,17 @@ KINDS: dict[str, tuple[Callable[..., Tensor], str, bool]] = {
 @pytest.mark.parametrize("name", KINDS)
 def test_where_the_keys_come_from_and_whether_they_change(name: str) -> None:
     keys, kind, invariant = KINDS[name]
-    analysis = analyse_module(Attending(keys), latent(), times(), torch.randn(2, 3, 6))
+    analysis = analyze_module(Attending(keys), latent(), times(), torch.randn(2, 3, 6))
     assert {(one.kind, one.invariant) for one in analysis.context.attention} == {(kind, invariant)}
     assert len(analysis.context.attention) == 2
 
 
 def test_joint_queries_too() -> None:
     model = Attending(lambda self, x, h, text: torch.cat([text, h], dim=1), joint=True)
-    analysis = analyse_module(model, latent(), times(), torch.randn(2, 3, 6))
+    analysis = analyze_module(model, latent(), times(), torch.randn(2, 3, 6))
     assert [one.kind for one in analysis.context.attention] == ["joint"] * 2
 
 
 def test_a_sequence_of_both_is_one_stream() -> None:
-    found = analyse_module(Timed(OneStream()), latent(), times()).context.attention
+    found = analyze_module(Timed(OneStream()), latent(), times()).context.attention
     assert [(one.kind, one.invariant) for one in found] == [("self", False)]

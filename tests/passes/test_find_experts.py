@@ -16,7 +16,7 @@ from moeca_compile.passes.context import Context
 from moeca_compile.pipeline import Analysis
 from tests.facts import Recorder, named_by_docstring
 from tests.passes.blocks import DIM, Block, Grouped, Routed, Stack, Timed, latent, routed, times
-from tests.tools import analyse_module, node, ops
+from tests.tools import analyze_module, node, ops
 
 NO_ROUTER = "no router found for its expert ids: no branch cache for it"
 
@@ -69,8 +69,8 @@ class Dense(Routed):
         return sum(share[..., e : e + 1] * (x @ self.up[e].t() @ self.down[e].t()) for e in range(3))
 
 
-def analyse(*moes: nn.Module) -> Analysis:
-    return analyse_module(Timed(Stack(*(Block(mlp=moe) for moe in moes))), latent(), times())
+def analyze(*moes: nn.Module) -> Analysis:
+    return analyze_module(Timed(Stack(*(Block(mlp=moe) for moe in moes))), latent(), times())
 
 
 def reasons(context: Context) -> list[str]:
@@ -79,7 +79,7 @@ def reasons(context: Context) -> list[str]:
 
 @pytest.mark.parametrize("kind", [Softmax, Sigmoid, Grouped, Sorted])
 def test_the_router_is_the_top_k_that_gives_the_ids(kind: Callable[[], Routed], fact: Recorder) -> None:
-    analysis = analyse(kind())
+    analysis = analyze(kind())
     (info,) = analysis.context.experts
     assert info.router is not None
     topk, call = node(analysis.gm, info.router.topk), node(analysis.gm, info.node)
@@ -96,7 +96,7 @@ def test_the_router_is_the_top_k_that_gives_the_ids(kind: Callable[[], Routed], 
 
 
 def test_of_two_top_ks_the_last_is_the_router() -> None:
-    analysis = analyse(Grouped())
+    analysis = analyze(Grouped())
     (info,) = analysis.context.experts
     topks = [n.name for n in analysis.gm.graph.nodes if n.target is fx.aten.topk.default]
     assert len(topks) == 2
@@ -105,7 +105,7 @@ def test_of_two_top_ks_the_last_is_the_router() -> None:
 
 
 def test_every_layer_has_its_own_router() -> None:
-    analysis = analyse(Softmax(), Sigmoid(), Grouped())
+    analysis = analyze(Softmax(), Sigmoid(), Grouped())
     routers = [info.router.topk for info in analysis.context.experts if info.router]
     assert len(set(routers)) == len(routers) == 3
     for info, region in zip(analysis.context.experts, analysis.context.regions.regions[1::2], strict=True):
@@ -115,14 +115,14 @@ def test_every_layer_has_its_own_router() -> None:
 
 
 def test_a_maximum_is_a_top_1() -> None:
-    (info,) = analyse(First(top_k=1)).context.experts
+    (info,) = analyze(First(top_k=1)).context.experts
     assert info.router is not None
     assert (info.router.top_k, info.router.num_experts) == (1, 3)
 
 
 @pytest.mark.parametrize("before", [(), (Softmax,)], ids=["alone", "behind a routed layer"])
 def test_ids_that_nothing_routed_are_a_miss(before: tuple[Callable[[], Routed], ...]) -> None:
-    analysis = analyse(*(one() for one in before), Hashed())
+    analysis = analyze(*(one() for one in before), Hashed())
     info = analysis.context.experts[-1]
     assert info.router is None
     (miss,) = [miss for miss in analysis.context.rejected if miss.reason == NO_ROUTER]
@@ -132,7 +132,7 @@ def test_ids_that_nothing_routed_are_a_miss(before: tuple[Callable[[], Routed], 
 
 
 def test_experts_in_another_form_have_a_router_and_no_call() -> None:
-    analysis = analyse(Dense(shared=False))
+    analysis = analyze(Dense(shared=False))
     assert "moeca.experts.default" not in ops(analysis.gm)
     assert analysis.context.experts == analysis.context.rejected == ()
     region = analysis.context.regions.regions[-1]
@@ -140,7 +140,7 @@ def test_experts_in_another_form_have_a_router_and_no_call() -> None:
 
 
 def test_misses_are_shown_with_the_regions() -> None:
-    context = analyse(Dense(), Hashed()).context
+    context = analyze(Dense(), Hashed()).context
     assert reasons(context) == [NO_ROUTER]
     assert context.regions.rejected == context.rejected
 
@@ -151,7 +151,7 @@ def test_misses_of_earlier_passes_are_kept() -> None:
 
 
 def test_a_model_without_experts_has_none_and_misses_none() -> None:
-    context = analyse_module(Timed(Block()), latent(), times()).context
+    context = analyze_module(Timed(Block()), latent(), times()).context
     assert (context.experts, context.rejected) == ((), ())
 
 
@@ -161,6 +161,6 @@ def test_experts_directly_on_an_input_are_found() -> None:
     def model(x: Tensor, ids: Tensor) -> Tensor:
         return x + torch.ops.moeca.experts(x, ids, up, down, [], [], [], [], "silu").sum(1)
 
-    context = analyse_module(model, torch.randn(5, DIM), torch.zeros(5, 2, dtype=torch.int64)).context
+    context = analyze_module(model, torch.randn(5, DIM), torch.zeros(5, 2, dtype=torch.int64)).context
     assert context.experts[0].ids == "ids"
     assert reasons(context) == [NO_ROUTER]

@@ -27,12 +27,12 @@ from tests.passes.blocks import (
     Stack,
     Timed,
     TwoStreams,
-    analysed,
+    analyzed,
     latent,
     routed,
     two_streams,
 )
-from tests.tools import analyse_module, node
+from tests.tools import analyze_module, node
 
 W = torch.randn(DIM, DIM)
 STEP_ONLY = "doesn't depend on the latent: hoisted, not cached"
@@ -40,7 +40,7 @@ STEP_ONLY = "doesn't depend on the latent: hoisted, not cached"
 
 def timed(body: Any, dtype: torch.dtype = torch.float32, x: Tensor | None = None) -> Analysis:
     x = latent() if x is None else x
-    return analyse_module(Timed(body).to(dtype), x.to(dtype), torch.full((x.shape[0],), 0.5, dtype=dtype))
+    return analyze_module(Timed(body).to(dtype), x.to(dtype), torch.full((x.shape[0],), 0.5, dtype=dtype))
 
 
 def named(analysis: Analysis) -> list[tuple[str, str, int]]:
@@ -56,7 +56,7 @@ def reasons(analysis: Analysis) -> list[str]:
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
 def test_a_block_is_an_attention_and_an_mlp_however_it_is_written(way: str) -> None:
-    analysis = analysed(way)
+    analysis = analyzed(way)
     assert sorted(named(analysis)) == [("body.attn", "attention", 0), ("body.mlp", "mlp", 1)]
     assert reasons(analysis) == []
 
@@ -100,7 +100,7 @@ def test_attention_and_experts_in_one_branch_are_a_span() -> None:
 
 
 def test_attention_and_mlp_in_one_branch_are_an_attention() -> None:
-    (region,) = analysed("parallel, one sum").context.regions
+    (region,) = analyzed("parallel, one sum").context.regions
     assert region.kind == "attention"
 
 
@@ -134,7 +134,7 @@ def test_regions_without_weights_are_named_after_their_module_or_kind() -> None:
             return x
 
     assert named(timed(Holder())) == [("body.blocks.0", "attention", 0), ("body.blocks.1", "attention", 1)]
-    analysis = analyse_module(lambda x: x + (x @ W) + F.scaled_dot_product_attention(x, x, x), latent())
+    analysis = analyze_module(lambda x: x + (x @ W) + F.scaled_dot_product_attention(x, x, x), latent())
     assert named(analysis) == [("mlp", "mlp", 0), ("attention", "attention", 1)]
 
 
@@ -195,7 +195,7 @@ def test_parameters_have_names_and_shapes() -> None:
 def test_parameters_are_seen_through_casts() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         analysis = timed(Block())
-    assert named(analysis) == named(analysed("plain"))
+    assert named(analysis) == named(analyzed("plain"))
     assert {r.dtypes for r in analysis.context.regions} == {("bfloat16",)}
     assert [r.state_bytes for r in analysis.context.regions] == [2 * 4 * DIM * 2] * 2
 
@@ -204,14 +204,14 @@ def test_parameters_are_seen_through_casts() -> None:
 
 
 def test_the_fingerprint_is_that_of_the_weights_not_of_batch_or_dtype() -> None:
-    first = analysed("plain").context.regions.fingerprint
+    first = analyzed("plain").context.regions.fingerprint
     assert first == timed(Block(), x=torch.randn(3, 6, DIM)).context.regions.fingerprint
     assert first == timed(Block(), dtype=torch.bfloat16).context.regions.fingerprint
-    assert first == analysed().context.regions.fingerprint
+    assert first == analyzed().context.regions.fingerprint
 
 
 def test_the_fingerprint_tells_other_shapes_and_other_layers_apart() -> None:
-    first = analysed("plain").context.regions.fingerprint
+    first = analyzed("plain").context.regions.fingerprint
     assert first != timed(Block(mlp=Mlp(hidden=16))).context.regions.fingerprint
     assert first != timed(Stack(Block())).context.regions.fingerprint
 
@@ -382,11 +382,11 @@ def test_a_miss_says_where_and_why(miss: Rejected, text: str) -> None:
 
 
 def test_an_empty_graph_has_no_regions() -> None:
-    analysis = analyse_module(lambda x: x * 2, latent())
+    analysis = analyze_module(lambda x: x * 2, latent())
     assert isinstance(analysis.context, Context)
     assert (len(analysis.context.regions), analysis.context.regions.total_macs) == (0, 0)
 
 
 def test_a_written_out_attention_is_a_region_too() -> None:
     core = lambda q, k, v: (q @ k.mT).softmax(-1) @ v  # noqa: E731
-    assert named(timed(Block(mixer=Attention(core)))) == named(analysed("plain"))
+    assert named(timed(Block(mixer=Attention(core)))) == named(analyzed("plain"))

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import DIM, Attention, Mlp, Stack, Timed, latent, times
-from tests.tools import analyse_module
+from tests.tools import analyze_module
 
 
-def analyse(body: nn.Module) -> Analysis:
-    return analyse_module(Timed(body), latent(), times())
+def analyze(body: nn.Module) -> Analysis:
+    return analyze_module(Timed(body), latent(), times())
 
 
 class Leaping(nn.Module):
@@ -29,7 +29,7 @@ class Leaping(nn.Module):
 
 
 def test_what_comes_after_an_inner_add_is_a_region_of_its_own() -> None:
-    analysis = analyse(Stack(Leaping(), Leaping()))
+    analysis = analyze(Stack(Leaping(), Leaping()))
     assert [region.kind for region in analysis.context.regions] == ["attention", "mlp"] * 2
     assert not analysis.context.rejected
     bodies = [set(region.body) for region in analysis.context.regions]
@@ -54,7 +54,7 @@ class OneMlpForBoth(nn.Module):
 
 
 def test_streams_that_share_a_feed_forward_are_one_region_whose_macs_count_once() -> None:
-    analysis = analyse(OneMlpForBoth())
+    analysis = analyze(OneMlpForBoth())
     regions = analysis.context.regions
     assert [(r.kind, len(r.outputs)) for r in regions] == [("attention", 2), ("mlp", 2)]
     assert sum(r.macs for r in regions) <= regions.total_macs

@@ -23,12 +23,12 @@ from tests.passes.blocks import (
     TextOfItsOwn,
     Timed,
     TwoStreams,
-    analysed,
+    analyzed,
     latent,
     routed,
     times,
 )
-from tests.tools import analyse_module, node, ops
+from tests.tools import analyze_module, node, ops
 
 W, V = torch.randn(DIM, DIM), torch.randn(DIM, DIM)
 
@@ -46,7 +46,7 @@ def cuts(analysis: Analysis) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 def test_both_branches_are_found_and_cut_before_the_gate(way: str) -> None:
     """The cut is the branch's own last node, not the product with a gate, a layer scale or a number."""
-    analysis = analysed(way)
+    analysis = analyzed(way)
     last = {"sandwich": "aten.layer_norm.default", "gate behind a view": "aten.view.default"}
     assert cuts(analysis) == [last.get(way, "aten.linear.default")] * 2
     cone = fx.Cone(analysis.gm)
@@ -61,19 +61,19 @@ def test_both_branches_are_found_and_cut_before_the_gate(way: str) -> None:
 
 def test_parallel_branches_share_their_trunk() -> None:
     for way in ("parallel", "parallel, gated", "parallel, branches first"):
-        attention, mlp = heavy(analysed(way))
+        attention, mlp = heavy(analyzed(way))
         assert attention.trunk == mlp.trunk == "x"
         assert not set(attention.body) & {mlp.cut}
 
 
 def test_parallel_branches_summed_first_are_one_branch() -> None:
-    (branch,) = heavy(analysed("parallel, one sum"))
+    (branch,) = heavy(analyzed("parallel, one sum"))
     assert branch.trunk == "x"
     assert any(name.startswith("scaled_dot") for name in branch.body)
 
 
 def test_one_after_the_other_has_one_trunk_after_the_other() -> None:
-    first, second = heavy(analysed("plain"))
+    first, second = heavy(analyzed("plain"))
     assert (first.trunk, second.trunk) == ("x", first.join)
 
 
@@ -87,7 +87,7 @@ def test_two_streams_have_a_trunk_each(last: bool) -> None:
         def forward(self, x: Tensor, text: Tensor, c: Tensor) -> Tensor:
             return self.block(x, c, text)
 
-    analysis = analyse_module(Both(), latent(), torch.randn(2, 3, DIM), torch.randn(2, DIM))
+    analysis = analyze_module(Both(), latent(), torch.randn(2, 3, DIM), torch.randn(2, DIM))
     trunks = [branch.trunk for branch in heavy(analysis)]
     assert trunks.count("x") == 1
     assert trunks.count("text") == (0 if last else 1)
@@ -95,7 +95,7 @@ def test_two_streams_have_a_trunk_each(last: bool) -> None:
 
 
 def test_a_block_with_one_linear_out_is_one_branch() -> None:
-    assert cuts(analyse_module(Timed(OneStream()), latent(), times())) == ["aten.linear.default"]
+    assert cuts(analyze_module(Timed(OneStream()), latent(), times())) == ["aten.linear.default"]
 
 
 def test_routed_and_shared_are_one_branch() -> None:
@@ -107,7 +107,7 @@ def test_routed_and_shared_are_one_branch() -> None:
 
 
 def test_a_residual_around_blocks_is_a_branch_of_its_own() -> None:
-    analysis = analyse_module(Timed(Stack(Block(), Block(), around=True)), latent(), times())
+    analysis = analyze_module(Timed(Stack(Block(), Block(), around=True)), latent(), times())
     found = heavy(analysis)
     assert len(found) == 5
     outer = max(found, key=lambda branch: len(branch.body))
@@ -121,18 +121,18 @@ def test_the_embedding_of_the_step_is_a_branch_if_it_is_a_residual() -> None:
         c = c + F.silu(c @ W) @ V
         return x * c.unsqueeze(1)
 
-    (branch,) = heavy(analyse_module(model, latent(), times()))
+    (branch,) = heavy(analyze_module(model, latent(), times()))
     assert branch.trunk == "slice_1"
 
 
 def test_a_cut_never_moves_into_the_trunk() -> None:
     """In x + (x @ W) * x both factors come from the trunk: neither is a gate."""
-    (branch,) = heavy(analyse_module(lambda x: x + (x @ W) * x, latent()))
+    (branch,) = heavy(analyze_module(lambda x: x + (x @ W) * x, latent()))
     assert branch.cut == "mul"
 
 
 def test_a_gate_made_from_the_trunk_is_part_of_the_branch() -> None:
-    (branch,) = heavy(analyse_module(lambda x: x + (x @ W) * (x @ V).sigmoid(), latent()))
+    (branch,) = heavy(analyze_module(lambda x: x + (x @ W) * (x @ V).sigmoid(), latent()))
     assert branch.cut == "mul"
 
 
@@ -143,7 +143,7 @@ def test_a_broadcast_operand_is_no_trunk() -> None:
         mean = x.mean(1, keepdim=True)
         return mean + (mean * x) @ W
 
-    assert heavy(analyse_module(model, latent())) == []
+    assert heavy(analyze_module(model, latent())) == []
 
 
 class Layers(nn.Module):
@@ -167,7 +167,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("position", [False, True])
 def test_what_is_added_to_the_stream_in_every_layer_is_no_trunk(position: bool) -> None:
     """From the second layer on it is an ancestor of the stream, with the stream's shape."""
-    analysis = analyse_module(Timed(Layers(position)), latent(), times())
+    analysis = analyze_module(Timed(Layers(position)), latent(), times())
     assert [region.kind for region in analysis.context.regions] == ["attention", "mlp"] * 3
     assert analysis.context.rejected == ()
     depends = dict(analysis.context.dependence)
@@ -176,7 +176,7 @@ def test_what_is_added_to_the_stream_in_every_layer_is_no_trunk(position: bool) 
 
 def test_a_text_of_one_sample_is_the_trunk_of_a_whole_batch() -> None:
     one, two = (
-        analyse_module(TextOfItsOwn(), latent(), torch.randn(batch, 3, DIM), torch.randn(2, DIM)) for batch in (1, 2)
+        analyze_module(TextOfItsOwn(), latent(), torch.randn(batch, 3, DIM), torch.randn(2, DIM)) for batch in (1, 2)
     )
     assert [branch.trunk for branch in heavy(one)][:2] == ["x", "text"]
     joint, mlp = one.context.regions
@@ -194,12 +194,12 @@ def test_a_sum_that_is_read_elsewhere_too_is_a_trunk_of_its_own() -> None:
         first = x + (x @ W).relu()
         return first + (x @ V).relu(), first.sin()
 
-    (branch,) = heavy(analyse_module(model, latent()))
+    (branch,) = heavy(analyze_module(model, latent()))
     assert branch.trunk == "x"
 
 
 def test_an_identity_is_no_branch() -> None:
-    analysis = analyse_module(lambda x: x + x * 2, latent())
+    analysis = analyze_module(lambda x: x + x * 2, latent())
     assert analysis.context.branches == ()
 
 
@@ -271,7 +271,7 @@ UNRELATED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def test_adds_of_unrelated_values_give_no_region() -> None:
-    analysis = analyse_module(lambda x: tuple(model(x) for model in UNRELATED.values()), latent())
+    analysis = analyze_module(lambda x: tuple(model(x) for model in UNRELATED.values()), latent())
     assert ops(analysis.gm)["aten.add.Tensor"] > len(UNRELATED)
     wrong = [fx.where(node(analysis.gm, branch.join)) for branch in heavy(analysis)]
     assert wrong == []
@@ -288,7 +288,7 @@ def test_inside_a_branch_they_add_nothing() -> None:
             x = x + one(x.tanh())
         return x
 
-    analysis = analyse_module(model, latent())
+    analysis = analyze_module(model, latent())
     assert len(heavy(analysis)) == len(analysis.context.regions) == len(inside)
     assert analysis.context.rejected == ()
 
@@ -308,10 +308,10 @@ OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("way", OTHERWISE)
 def test_a_residual_written_with_another_op_is_a_miss_that_names_it(way: str) -> None:
-    (miss,) = (m for m in analyse_module(OTHERWISE[way], latent()).context.rejected if "written as" in m.reason)
+    (miss,) = (m for m in analyze_module(OTHERWISE[way], latent()).context.rejected if "written as" in m.reason)
     assert way in miss.reason
     assert "x + f(x)" in miss.reason
 
 
 def test_centring_is_no_residual() -> None:
-    assert not analyse_module(lambda x: (x - x.mean(-1, keepdim=True)) @ V, latent()).context.rejected
+    assert not analyze_module(lambda x: (x - x.mean(-1, keepdim=True)) @ V, latent()).context.rejected

@@ -14,7 +14,7 @@ from moeca_compile.graph.regions import RouterInfo
 from moeca_compile.pipeline import Analysis
 from tests.facts import Recorder, named_by_docstring
 from tests.passes.blocks import DIM, Attention, Block, Grouped, Mlp, Stack, Timed, latent, times
-from tests.tools import analyse_module, node
+from tests.tools import analyze_module, node
 
 E, K = 3, 2  # experts and choices; latent() is [2, 4, DIM]
 
@@ -175,8 +175,8 @@ class ByTimestep(nn.Module):
         return x + (y * weights[:, :, None, None]).sum(1)
 
 
-def analyse(mlp: nn.Module) -> Analysis:
-    return analyse_module(Timed(Stack(Block("gate left", mlp=mlp), Block("gate left"))), latent(), times())
+def analyze(mlp: nn.Module) -> Analysis:
+    return analyze_module(Timed(Stack(Block("gate left", mlp=mlp), Block("gate left"))), latent(), times())
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def analyse(mlp: nn.Module) -> Analysis:
 def test_the_axis_of_the_choice_says_who_chooses(
     make: Callable[[], nn.Module], choice: str, top_k: int, fact: Recorder
 ) -> None:
-    analysis = analyse(make())
+    analysis = analyze(make())
     (router,) = analysis.context.routers
     assert (router.choice, router.num_experts, router.top_k) == (choice, E, top_k)
     assert node(analysis.gm, router.topk).args[0] is node(analysis.gm, router.scores)
@@ -208,7 +208,7 @@ def test_the_axis_of_the_choice_says_who_chooses(
 
 
 def test_what_it_steers_is_in_its_layer() -> None:
-    analysis = analyse(ExpertChoiceIndexed())
+    analysis = analyze(ExpertChoiceIndexed())
     (router,) = analysis.context.routers
     assert router.steers
     assert set(router.steers) <= set(analysis.context.regions.regions[1].body)
@@ -216,7 +216,7 @@ def test_what_it_steers_is_in_its_layer() -> None:
 
 def test_heads_that_are_mixed_make_no_experts_region(fact: Recorder) -> None:
     fact("routing", named_by_docstring(Heads), choice="head", cached="whole, as attention")
-    analysis = analyse_module(Timed(Block("gate left", mixer=Heads())), latent(), times())
+    analysis = analyze_module(Timed(Block("gate left", mixer=Heads())), latent(), times())
     (router,) = analysis.context.routers
     assert (router.choice, router.num_experts, router.top_k) == ("head", 2, 1)
     assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
@@ -227,7 +227,7 @@ def test_heads_whose_gates_are_scaled_by_other_gates_are_heads(
     core: Callable[[Tensor, Tensor, Tensor], Tensor], fact: Recorder
 ) -> None:
     fact("routing", named_by_docstring(SharedHeads), choice="head", cached="whole, as attention")
-    analysis = analyse_module(Timed(Block("gate left", mixer=SharedHeads(core))), latent(), times())
+    analysis = analyze_module(Timed(Block("gate left", mixer=SharedHeads(core))), latent(), times())
     (router,) = analysis.context.routers
     assert (router.choice, router.num_experts, router.top_k) == ("head", 3, 2)
     assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
@@ -235,7 +235,7 @@ def test_heads_whose_gates_are_scaled_by_other_gates_are_heads(
 
 def test_a_routing_by_the_timestep_is_a_constant_of_the_step(fact: Recorder) -> None:
     """The router lies outside the region that it steers: it doesn't see the latent."""
-    analysis = analyse_module(Timed(ByTimestep()), latent(), times())
+    analysis = analyze_module(Timed(ByTimestep()), latent(), times())
     (router,) = analysis.context.routers
     assert (router.choice, router.num_experts, router.top_k) == ("step", E, K)
     experts = analysis.context.regions.regions[1]
@@ -245,7 +245,7 @@ def test_a_routing_by_the_timestep_is_a_constant_of_the_step(fact: Recorder) -> 
 
 
 def test_the_choice_of_groups_is_no_router() -> None:
-    analysis = analyse(Grouped())
+    analysis = analyze(Grouped())
     assert len(analysis.context.routers) == 1
     assert analysis.context.experts[0].router == analysis.context.routers[0]
 
@@ -283,7 +283,7 @@ class Reported(nn.Module):
 
 @pytest.mark.parametrize("make", [Pruned, Stable, Reported])
 def test_a_choice_that_routes_nothing_is_no_router(make: Callable[[], nn.Module]) -> None:
-    context = analyse(make()).context
+    context = analyze(make()).context
     assert context.routers == context.rejected == ()
     assert "experts" not in [region.kind for region in context.regions]
 

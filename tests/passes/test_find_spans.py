@@ -17,7 +17,7 @@ from moeca_compile.options import Options
 from moeca_compile.pipeline import Analysis
 from tests.following import Runner, Subject, assert_follows_the_oracle
 from tests.passes.blocks import DIM, Block, Mlp, Stack, TextOfItsOwn, Timed, TwoStreams, latent, times
-from tests.tools import analyse_module, capture_module, node, ops, row, schedule_of, trace_module, variant_of
+from tests.tools import analyze_module, capture_module, node, ops, row, schedule_of, trace_module, variant_of
 
 
 class LongSkips(nn.Module):
@@ -88,12 +88,12 @@ def module_of(body: str) -> nn.Module:
 
 
 @cache
-def analysed(body: str, granularity: str) -> Analysis:
-    return analyse_module(module_of(body), latent(), times(), options=Options(inner="eager", granularity=granularity))
+def analyzed(body: str, granularity: str) -> Analysis:
+    return analyze_module(module_of(body), latent(), times(), options=Options(inner="eager", granularity=granularity))
 
 
 def span_of(body: str, granularity: str) -> Region:
-    (span,) = analysed(body, granularity).context.regions
+    (span,) = analyzed(body, granularity).context.regions
     return span
 
 
@@ -140,13 +140,13 @@ def test_its_state_is_what_is_read_outside(body: str, granularity: str, values: 
     [("plain", "stack", 0), ("plain", "blocks:1:-1", 2), ("concat", "skip:1", 2), ("two streams", "blocks:0:2", 1)],
 )
 def test_a_reuse_runs_no_attention_of_the_span(body: str, granularity: str, left: int) -> None:
-    variant = variant_of(analysed(body, granularity), "R", order=0)
+    variant = variant_of(analyzed(body, granularity), "R", order=0)
     assert ops(variant.gm)["aten.scaled_dot_product_attention.default"] == left
 
 
 def test_a_reuse_still_runs_the_merge_with_the_fresh_skip() -> None:
     """Skip-Cache: the late blocks get what the early ones hand over now, and only the span between is old."""
-    variant = variant_of(analysed("concat", "skip:1"), "R", order=0)
+    variant = variant_of(analyzed("concat", "skip:1"), "R", order=0)
     (merge,) = (n for n in variant.gm.graph.nodes if str(n.target) == "aten.cat.default" and fx.shape(n)[-1] == 2 * DIM)
     late, early = merge.args[0]
     assert late.op == "placeholder"
@@ -157,7 +157,7 @@ def test_a_reuse_still_runs_the_merge_with_the_fresh_skip() -> None:
 def test_a_slice_keeps_the_change_of_each_stream(body: str) -> None:
     """Each output is kept relative to what its own stream was before: image to image, text to text."""
     span = span_of(body, "blocks:0:2")
-    gm = analysed(body, "blocks:0:2").gm
+    gm = analyzed(body, "blocks:0:2").gm
     pairs = [(node(gm, out), node(gm, base)) for out, base in zip(span.outputs, span.bases, strict=True)]
     assert pairs
     assert all(fx.shape(out) == fx.shape(base) for out, base in pairs)
@@ -169,14 +169,14 @@ def test_the_blocks_before_a_slice_go_on_to_matter_and_those_before_a_stack_s_en
     module = module_of("plain")
     for granularity, matters in (("stack", False), ("blocks:1:", True)):
         options = Options(inner="eager", granularity=granularity)
-        analysis = analyse_module(module, latent(), times(), options=options)
+        analysis = analyze_module(module, latent(), times(), options=options)
         variant = variant_of(analysis, "R", order=0)
         depends = "x" in {analysis.context.inputs[i].label for i in variant.takes}
         assert depends is matters
 
 
 def test_the_fingerprint_tells_granularities_apart() -> None:
-    prints = {analysed("plain", g).context.regions.fingerprint for g in ("region", "stack", "blocks:1:-1")}
+    prints = {analyzed("plain", g).context.regions.fingerprint for g in ("region", "stack", "blocks:1:-1")}
     assert len(prints) == 3
 
 
@@ -207,7 +207,7 @@ def test_spans_follow_the_oracle(case: tuple[str, str], order: int) -> None:
     traced = trace_module(module, *inputs(0).values())
     captured, _ = capture_module(module, *inputs(0).values())
     options = Options(inner="eager", granularity=granularity)
-    analysis = analyse_module(module, *inputs(0).values(), options=options)
+    analysis = analyze_module(module, *inputs(0).values(), options=options)
     one = Subject(module, inputs, captured, analysis, traced.args)
     rows = ["C", "C", "C", "F" if order else "R", "C", "R", "R", "C", "F" if order else "R"]
     schedule = schedule_of(analysis, *rows, order=order)
@@ -258,6 +258,6 @@ def test_a_span_of_which_an_index_is_read_outside_is_refused() -> None:
             best = x.argmax(dim=-1)
             return x + self.second(x) * best.unsqueeze(-1), best
 
-    analysis = analyse_module(Timed(Counting()), latent(), times(), options=Options(inner="eager", granularity="stack"))
+    analysis = analyze_module(Timed(Counting()), latent(), times(), options=Options(inner="eager", granularity="stack"))
     assert not len(analysis.context.regions)
     assert "isn't a floating-point tensor of known size" in analysis.context.rejected[-1].reason

@@ -16,7 +16,7 @@ from moeca_compile.options import Options
 from moeca_compile.passes.analysis.count_macs import node_macs
 from moeca_compile.pipeline import Analysis, build_prologue, build_variant
 from tests.passes.blocks import DIM, Attention, Mlp, latent, times
-from tests.tools import UNHOISTED, analyse_module, ops, row, schedule_of
+from tests.tools import UNHOISTED, analyze_module, ops, row, schedule_of
 
 SEQUENCE = 5
 
@@ -49,7 +49,7 @@ def prompt() -> Tensor:
 @cache
 def analysis() -> Analysis:
     torch.manual_seed(0)
-    return analyse_module(Prompted().eval(), latent(), times(), prompt())
+    return analyze_module(Prompted().eval(), latent(), times(), prompt())
 
 
 def built(text: str, disable: tuple[str, ...] = ()) -> Any:
@@ -58,7 +58,7 @@ def built(text: str, disable: tuple[str, ...] = ()) -> Any:
 
 
 def hoisted_of(forward: Callable[..., Any], *inputs: Tensor) -> tuple[HoistedValue, ...]:
-    return analyse_module(forward, *inputs).context.hoisted
+    return analyze_module(forward, *inputs).context.hoisted
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_block_over_the_prompt_alone_is_computed_once_a_trajectory() -> None:
         p = p + refine(p)
         return x + c[:, None] * F.scaled_dot_product_attention(x, key(p), key(p))
 
-    analysis = analyse_module(forward, latent(), times(), torch.randn(2, 3, DIM))
+    analysis = analyze_module(forward, latent(), times(), torch.randn(2, 3, DIM))
     variant = build_variant(analysis, schedule_of(analysis, "C", "R"), row("C"), Options(inner="eager"), "v")[0]
     assert {one.level for one in analysis.context.hoisted} == {"step", "invariant"}
     assert ops(variant.gm)["aten.scaled_dot_product_attention.default"] == 1

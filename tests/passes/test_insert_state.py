@@ -18,8 +18,8 @@ from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.passes.transform.ports import COEFFICIENTS
 from moeca_compile.pipeline import Analysis
 from moeca_compile.schedule import Schedule
-from tests.passes.blocks import analysed, latent, routed, two_streams
-from tests.tools import analyse_module, layout_of, ops, row, run_graph, schedule_of, variant_of, with_row
+from tests.passes.blocks import analyzed, latent, routed, two_streams
+from tests.tools import analyze_module, layout_of, ops, row, run_graph, schedule_of, variant_of, with_row
 
 W = torch.randn(8, 8)
 
@@ -36,17 +36,17 @@ def slots(analysis: Analysis, *rows: str, order: int = 1) -> list[tuple[int, int
 
 
 def test_a_full_schedule_keeps_nothing() -> None:
-    assert slots(analysed(), "CC", "CC") == []
+    assert slots(analyzed(), "CC", "CC") == []
 
 
 def test_only_regions_that_are_ever_skipped_are_kept() -> None:
-    assert slots(analysed(), "CC", "CR") == [(1, 0, "y0")]
-    assert slots(analysed(), "CC", "FC") == [(0, 0, "y0"), (0, 0, "y1")]
+    assert slots(analyzed(), "CC", "CR") == [(1, 0, "y0")]
+    assert slots(analyzed(), "CC", "FC") == [(0, 0, "y0"), (0, 0, "y1")]
 
 
 def test_as_many_outputs_are_kept_as_the_order_asks() -> None:
-    assert [slot for _, _, slot in slots(analysed(), "CC", "FR", order=1)] == ["y0", "y1", "y0"]
-    assert [slot for _, _, slot in slots(analysed(), "CC", "FR", order=2)] == ["y0", "y1", "y2", "y0"]
+    assert [slot for _, _, slot in slots(analyzed(), "CC", "FR", order=1)] == ["y0", "y1", "y0"]
+    assert [slot for _, _, slot in slots(analyzed(), "CC", "FR", order=2)] == ["y0", "y1", "y2", "y0"]
 
 
 def test_each_output_has_its_own_slots() -> None:
@@ -55,8 +55,8 @@ def test_each_output_has_its_own_slots() -> None:
 
 def test_outputs_keep_their_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        half = analyse_module(lambda x: x + x @ W, latent())
-    double = analyse_module(lambda x: x + x @ W.double(), latent().double())
+        half = analyze_module(lambda x: x + x @ W, latent())
+    double = analyze_module(lambda x: x + x @ W.double(), latent().double())
     assert {(slot.dtype, slot.bytes) for slot in layout(half, "C", "F", order=2)} == {("bfloat16", 64 * 2)}
     assert {(slot.dtype, slot.bytes) for slot in layout(double, "C", "F", order=2)} == {("float64", 64 * 8)}
 
@@ -125,8 +125,8 @@ def test_an_action_reads_what_it_needs_and_writes_what_it_changes(
 ) -> None:
     """In a schedule that also skips the second region, so that its state is kept."""
     skip = "CF" if order else "CR"
-    kept = layout(analysed(), "CC", text, skip, order=order)
-    assert traffic(variant_of(analysed(), text, order, (skip,)), kept) == (reads, writes, coefficients)
+    kept = layout(analyzed(), "CC", text, skip, order=order)
+    assert traffic(variant_of(analyzed(), text, order, (skip,)), kept) == (reads, writes, coefficients)
 
 
 def test_a_variant_s_inputs_are_the_model_s_then_state_then_coefficients() -> None:
@@ -152,14 +152,14 @@ def test_outputs_are_the_model_s_and_then_the_written_slots_in_layout_order() ->
 
 def test_a_reuse_costs_no_arithmetic() -> None:
     """One placeholder takes the region's place."""
-    reused, full = ops(variant_of(analysed(), "CR").gm), ops(analysed().gm)
+    reused, full = ops(variant_of(analyzed(), "CR").gm), ops(analyzed().gm)
     assert not reused - full
-    assert variant_of(analysed(), "CR").node_count < variant_of(analysed(), "CF").node_count
+    assert variant_of(analyzed(), "CR").node_count < variant_of(analyzed(), "CF").node_count
 
 
 def test_an_empty_layout_leaves_the_graph_as_it_is() -> None:
-    context = with_row(analysed(), "CC")
-    assert insert_state(analysed().gm, context) is analysed().gm
+    context = with_row(analyzed(), "CC")
+    assert insert_state(analyzed().gm, context) is analyzed().gm
 
 
 def test_building_variants_leaves_the_analysed_graph_as_it_is() -> None:
@@ -187,7 +187,7 @@ def test_a_model_may_have_inputs_that_are_called_like_state() -> None:
     def model(x: Tensor, state_000: Tensor, coefficients: Tensor) -> Tensor:
         return x + (x @ W) * state_000 * coefficients
 
-    analysis = analyse_module(model, latent(), torch.rand(1), torch.rand(1))
+    analysis = analyze_module(model, latent(), torch.rand(1), torch.rand(1))
     variant = variant_of(analysis, "F", 2)
     names = [node.name for node in fx.placeholders(variant.gm)]
     assert len(names) == len(set(names)) == len(variant.takes) + len(variant.reads) + 1
@@ -209,7 +209,7 @@ def call(variant: Variant, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
 
 def test_a_state_that_is_also_an_output_is_written_as_a_copy() -> None:
     """The caller may change an output in place."""
-    analysis, x = analyse_module(lambda x: returns_its_branch(x), latent()), latent()
+    analysis, x = analyze_module(lambda x: returns_its_branch(x), latent()), latent()
     variant = variant_of(analysis, "C", 0, ("R",))
     takes = [one.name for one in analysis.context.inputs]
     args = [W if name == "W" else x for name in (takes[i] for i in variant.takes)]
@@ -219,7 +219,7 @@ def test_a_state_that_is_also_an_output_is_written_as_a_copy() -> None:
 
 
 def test_a_state_that_a_variant_hands_out_is_a_copy() -> None:
-    analysis, x = analyse_module(lambda x: returns_its_branch(x), latent()), latent()
+    analysis, x = analyze_module(lambda x: returns_its_branch(x), latent()), latent()
     state = latent()
     _, h = call(variant_of(analysis, "R", 0), x, state)
     assert torch.equal(h, state)
@@ -228,7 +228,7 @@ def test_a_state_that_a_variant_hands_out_is_a_copy() -> None:
 
 def test_a_state_is_written_contiguous_whatever_the_region_gives() -> None:
     """One memory format for all variants, so that any may follow any."""
-    analysis = analyse_module(lambda x: x + (x.mT @ W[:4, :4]).mT, latent())
+    analysis = analyze_module(lambda x: x + (x.mT @ W[:4, :4]).mT, latent())
     variant = variant_of(analysis, "C", 2, ("F",))
     for node in list(fx.nodes_of(fx.output_node(variant.gm).args[0]))[variant.outputs :]:
         assert fx.need(node).is_contiguous()

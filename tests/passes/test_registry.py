@@ -16,8 +16,8 @@ from moeca_compile.graph.fx import aten
 from moeca_compile.options import Options
 from moeca_compile.passes import register, unregister
 from moeca_compile.passes.context import Context
-from moeca_compile.pipeline import FIND, NORMALISE
-from tests.tools import analyse_module, ops
+from moeca_compile.pipeline import FIND, NORMALIZE
+from tests.tools import analyze_module, ops
 
 W = torch.randn(4, 4)
 X = torch.randn(2, 4)
@@ -57,14 +57,14 @@ def leaves_none() -> Iterator[None]:
 
 
 def names(options: Options | None = None) -> list[str]:
-    return [record.name for record in analyse_module(model, X, options=options or Options(inner="eager")).records]
+    return [record.name for record in analyze_module(model, X, options=options or Options(inner="eager")).records]
 
 
 def test_a_registered_pass_runs_in_its_place_until_it_is_taken_out() -> None:
     plain = names()
     assert register(drop_second_relu, stage="normalize", after="drop_noops") is drop_second_relu
     register(find_nothing, stage="find", after=FIND[-1].__name__)
-    found = analyse_module(model, X, options=Options(inner="eager"))
+    found = analyze_module(model, X, options=Options(inner="eager"))
     assert ops(found.gm)["aten.relu.default"] == 1
     place = plain.index("drop_noops") + 1
     assert [record.name for record in found.records] == [
@@ -82,7 +82,7 @@ def test_without_a_place_it_is_the_first_of_its_stage_and_may_be_left_out() -> N
 
 
 def test_a_pass_that_breaks_the_graph_is_named() -> None:
-    register(breaks_the_graph, stage="normalize", after=NORMALISE[-1].__name__)
+    register(breaks_the_graph, stage="normalize", after=NORMALIZE[-1].__name__)
     with pytest.raises(InvariantError, match="pass breaks_the_graph failed"):
         names()
 

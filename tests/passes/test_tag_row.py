@@ -9,15 +9,15 @@ import pytest
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import RegionMap
-from moeca_compile.passes.manager import Runner
+from moeca_compile.passes.manager import PassManager
 from moeca_compile.passes.transform.tag_row import tag_row
 from moeca_compile.pipeline import Analysis
-from tests.passes.blocks import analysed, routed, two_streams
+from tests.passes.blocks import analyzed, routed, two_streams
 from tests.tools import row, with_row
 
 
 def tagged(analysis: Analysis, text: str) -> list[tuple[str, fx.Mark]]:
-    gm = Runner().rewrite((tag_row,), analysis.gm, with_row(analysis, text))
+    gm = PassManager().rewrite((tag_row,), analysis.gm, with_row(analysis, text))
     return [(node.name, mark) for node, mark in fx.marked(gm)]
 
 
@@ -35,8 +35,8 @@ def test_each_output_of_a_region_is_marked() -> None:
 
 
 def test_nothing_but_the_marks_changes() -> None:
-    analysis = analysed()
-    gm = Runner().rewrite((tag_row,), analysis.gm, with_row(analysis, "CF"))
+    analysis = analyzed()
+    gm = PassManager().rewrite((tag_row,), analysis.gm, with_row(analysis, "CF"))
     assert [n.format_node() for n in gm.graph.nodes] == [n.format_node() for n in analysis.gm.graph.nodes]
     assert fx.marked(analysis.gm) == []
 
@@ -44,11 +44,11 @@ def test_nothing_but_the_marks_changes() -> None:
 @pytest.mark.parametrize("text", ["C", "CCC"])
 def test_a_row_of_another_length_is_refused_by_the_pass_s_name(text: str) -> None:
     with pytest.raises(InvariantError, match="pass tag_row failed"):
-        tagged(analysed(), text)
+        tagged(analyzed(), text)
 
 
 def test_a_region_of_another_graph_is_refused_by_the_node_s_name() -> None:
-    foreign = replace(analysed().context.regions.regions[0], outputs=("nowhere",))
-    context = replace(with_row(analysed(), "F"), regions=RegionMap((foreign,)))
+    foreign = replace(analyzed().context.regions.regions[0], outputs=("nowhere",))
+    context = replace(with_row(analyzed(), "F"), regions=RegionMap((foreign,)))
     with pytest.raises(InvariantError, match=r"no node named \['nowhere'\]"):
-        tag_row(analysed().gm, context)
+        tag_row(analyzed().gm, context)

@@ -14,7 +14,7 @@ from moeca_compile.graph.fx import copied
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.transform.verify_variant import verify_variant
 from moeca_compile.pipeline import Analysis
-from tests.passes.blocks import analysed, routed, two_streams
+from tests.passes.blocks import analyzed, routed, two_streams
 from tests.tools import layout_of, row, schedule_of, variant_of
 
 
@@ -36,14 +36,14 @@ def test_a_good_variant_passes_unchanged(text: str) -> None:
 
 @pytest.mark.parametrize("action", ["REUSE", "FORECAST"])
 def test_a_region_that_should_be_skipped_and_is_still_there_is_refused(action: str) -> None:
-    gm, context = built(analysed(), "CC")
+    gm, context = built(analyzed(), "CC")
     context = replace(context, row=row(f"C{action[0]}"))
     with pytest.raises(InvariantError, match=rf"region body\.mlp: {action}, but its output linear_\d+ is still there"):
         verify_variant(gm, context)
 
 
 def test_a_region_that_should_run_and_is_gone_is_refused() -> None:
-    gm, context = built(analysed(), "FC")
+    gm, context = built(analyzed(), "FC")
     with pytest.raises(InvariantError, match=r"region body\.attn: COMPUTE, but its output linear_\d+ is gone"):
         verify_variant(gm, replace(context, row=row("CC")))
 
@@ -80,14 +80,14 @@ def node_of(gm: GraphModule, name: str) -> torch.fx.Node:
 
 @pytest.mark.parametrize("change", [{"shape": (9,)}, {"dtype": "bfloat16"}])
 def test_a_state_written_otherwise_than_laid_out_is_refused(change: dict[str, object]) -> None:
-    gm, context = built(analysed(), "CC", "FF")
+    gm, context = built(analyzed(), "CC", "FF")
     wrong = tuple(replace(slot, **change) for slot in context.layout)  # type: ignore[arg-type]
     with pytest.raises(InvariantError, match=r"state_000: written as .*, the layout says"):
         verify_variant(gm, replace(context, layout=wrong))
 
 
 def test_a_broken_graph_is_refused() -> None:
-    gm, context = built(analysed(), "CC")
+    gm, context = built(analyzed(), "CC")
     first, last = fx.placeholders(gm)[0], fx.output_node(gm)
     last.append(first)
     with pytest.raises(RuntimeError, match=r"topological|before"):

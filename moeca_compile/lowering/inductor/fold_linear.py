@@ -3,6 +3,7 @@
 Before: Inductor decomposes a linear whose input isn't contiguous into a batch of products (`bmm`), although the rows of
 a slice lie evenly spaced. The shared experts of DiT-MoE read such slices.  After: `view`, linear, `view`, as eager does
 it; `mm` reads the rows where they are.
+Does nothing where every linear reads a contiguous value.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
+from moeca_compile.graph.variant import Variant
 
 _LINEAR, _VIEW = torch.ops.aten.linear.default, torch.ops.aten.view.default
 
 
-def fold_linear(gm: GraphModule) -> GraphModule:
-    """The same graph, changed in place."""
+def fold_linear(gm: GraphModule, variant: Variant) -> GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is not _LINEAR or fx.has_unknown_size(node):
             continue
@@ -33,7 +34,6 @@ def fold_linear(gm: GraphModule) -> GraphModule:
             result = fx.call(gm, _VIEW, (flat, list(fx.shape(node))), like=node)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
-    gm.recompile()
     return gm
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import LoweringError, MoecaWarning
-from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.variant import Variant
-from moeca_compile.lowering.inductor.fold_linear import fold_linear
 from moeca_compile.lowering.inductor.repeat_blocks import has_bodies, repeat_blocks
+from moeca_compile.lowering.inductor.split_table import arguments_of
+from moeca_compile.lowering.inductor.straight_stream import straight_stream
+from moeca_compile.passes.manager import Pass, PassManager
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-Rewrite = Callable[[torch.fx.GraphModule], torch.fx.GraphModule]
 
 MANY_STATES = 16  # that a variant reads
 IN_ONE_KERNEL = 8  # of Inductor's nodes on a GPU, each of about as many states
@@ -28,23 +28,30 @@ def lower_eager(variant: Variant) -> Executable:
 
 
 def lower_inductor(
-    variant: Variant,
-    args: Sequence[Any],
-    mode: str | None = None,
-    inner_options: Mapping[str, Any] | None = None,
-    passes: Sequence[Rewrite] = (fold_linear, repeat_blocks),
-) -> Executable:
+    variant: Variant, args: Sequence[Any], mode: str | None = None, inner_options: Mapping[str, Any] | None = None,
+    passes: Sequence[Pass[Variant]] = (), manager: PassManager | None = None,
+) -> Executable:  # fmt: skip
     """Compile for tensors like `args`, after these passes. Weights stay inputs, so all variants share one copy;
     Inductor's on-disk cache serves a second process.
+
+    Args:
+        variant: what to compile.
+        args: its arguments, for their shapes, dtypes, devices and strides.
+        mode: torch.compile's.
+        inner_options: Inductor's config keys.
+        passes: graph passes on the way to Inductor.
+        manager: runs them.
 
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
     """
     from torch._inductor import config, list_mode_options, standalone_compile
 
-    gm, regions = _split_table(variant)
-    for one in passes:
-        gm = one(gm)
+    manager = manager or PassManager()
+    if repeat_blocks.__name__ in manager.disable:
+        passes = _without_bodies(passes)
+    gm = manager.rewrite(passes, variant.gm, variant, label=f"{variant.name} ")
+    split = arguments_of(gm)
     try:
         options = {**_for_device(variant, args), **(list_mode_options(mode) if mode else {}), **(inner_options or {})}
         unknown = [name for name in options if name not in config.get_config_copy()]
@@ -52,13 +59,6 @@ def lower_inductor(
             raise LoweringError(
                 f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
             )
-
-        def split(given: Sequence[Any]) -> Sequence[Any]:
-            if not regions:
-                return given
-            rows = given[-1].unbind(0)
-            return [*given[:-1], *(rows[region] for region in regions)]
-
         for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
             node.meta.pop("unbacked_bindings", None)
         with torch.inference_mode(False), torch.no_grad():
@@ -75,13 +75,17 @@ def lower_inductor(
                 MoecaWarning,
                 stacklevel=2,
             )
-            others = [one for one in passes if one is not repeat_blocks]
-            return lower_inductor(variant, args, mode, inner_options, others)
+            return lower_inductor(variant, args, mode, inner_options, _without_bodies(passes), manager)
         raise LoweringError(
             f"Inductor refused variant {variant.name} ({variant.node_count} nodes): {error}. "
             "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"
         ) from error
     return lambda given: compiled(*split(given))
+
+
+def _without_bodies(passes: Sequence[Pass[Variant]]) -> Sequence[Pass[Variant]]:
+    """Where blocks have no bodies, Inductor orders what goes between them by itself."""
+    return [one for one in passes if one not in (straight_stream, repeat_blocks)]
 
 
 def _for_device(variant: Variant, args: Sequence[Any]) -> dict[str, Any]:
@@ -94,28 +98,3 @@ def _for_device(variant: Variant, args: Sequence[Any]) -> dict[str, Any]:
     """
     on_gpu = any(isinstance(one, torch.Tensor) and one.device.type == "cuda" for one in args)
     return {"max_fusion_size": IN_ONE_KERNEL} if on_gpu and len(variant.reads) > MANY_STATES else {}
-
-
-def _split_table(variant: Variant) -> tuple[torch.fx.GraphModule, list[int]]:
-    """One input for each region's coefficients in place of the table; which regions, in order.
-
-    An index into the table would be a constant in the generated code: then equal blocks give kernels that differ in it,
-    and each is compiled for itself.
-    """
-    gm = fx.copied(variant.gm)
-    if not variant.wants_coefficients:
-        return gm, []
-    table = fx.placeholders(gm)[-1]
-    readers: dict[int, list[torch.fx.Node]] = {}
-    for select in table.users:
-        readers.setdefault(int(str(select.args[2])), []).append(select)
-    for region in sorted(readers):
-        with gm.graph.inserting_before(table):
-            row = gm.graph.placeholder(f"{table.name}_{region:03d}")
-        row.meta["val"] = readers[region][0].meta["val"]
-        for select in readers[region]:
-            select.replace_all_uses_with(row)
-            gm.graph.erase_node(select)
-    gm.graph.erase_node(table)
-    gm.recompile()
-    return gm, sorted(readers)

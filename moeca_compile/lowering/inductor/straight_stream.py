@@ -4,6 +4,7 @@ Before: a patch embedding's output is its convolution's, channels first in memor
 keeps that order, so that each block is compiled for a stream whose channels lie far apart.  After: it is copied into
 order once, ahead of the first block. Without bodies for equal blocks Inductor chooses so by itself; across their
 borders it keeps the order that was traced.
+Does nothing where no blocks are equal, or where what they read is in order.
 """
 
 from __future__ import annotations
@@ -14,16 +15,24 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
+from moeca_compile.graph.variant import Variant
+from moeca_compile.lowering.inductor.equal_blocks import equal_blocks, runs
 
 
-def straighten(gm: GraphModule, borders: Iterable[Node]) -> bool:
-    """Copy what crosses a border of blocks into order, in place in the graph; False where all of it is.
+def straight_stream(gm: GraphModule, variant: Variant) -> GraphModule:
+    if equal_blocks(gm):
+        copy_into_order(gm, {source for block in runs(gm) for source in block.reads})
+    return gm
+
+
+def copy_into_order(gm: GraphModule, borders: Iterable[Node]) -> None:
+    """Copy what crosses a border of blocks into the order of its axes, in place in the graph.
 
     Args:
         borders: nodes that one block gives and another reads.
     """
     if any(fx.has_unknown_size(node) for node in gm.graph.nodes):
-        return False
+        return
     wanted = {node for node in borders if node.op == "call_function" and not _is_an_inputs(node)}
     moved: set[Node] = set()
     for node in list(gm.graph.nodes):
@@ -38,7 +47,6 @@ def straighten(gm: GraphModule, borders: Iterable[Node]) -> bool:
                 )
             node.replace_all_uses_with(straight, delete_user_cb=lambda user, own=straight: user is not own)
             moved.add(straight)
-    return bool(moved)
 
 
 def _is_an_inputs(node: Node) -> bool:

@@ -3,6 +3,7 @@
 Captures hold sizes as numbers. Where the same graph has different numbers at different batches, they must be a * batch
 + b at all of them, of which there are three or more: two numbers lie on some line whatever they are. Each becomes an
 expression of the batch that an input brings. Whatever else differs can't be said, and is refused.
+Does nothing where there is one capture.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.errors import InvariantError, LoweringError
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
+from moeca_compile.lowering.onnx.request import OnnxRequest
 from moeca_compile.runtime.bundle.dims import Dim, expression
 
 Batches = tuple[int, ...]  # one capture at each
@@ -34,14 +36,16 @@ def dims(shapes: Sequence[Sequence[int]], batches: Batches) -> tuple[Dim, ...]:
     return tuple(expression(*_line(sizes, batches)) for sizes in zip(*shapes, strict=True))
 
 
-def any_batch(graphs: Sequence[GraphModule], batches: Batches) -> GraphModule:
-    """A copy of the first graph that takes any batch; `graphs` are the same one, captured at each of `batches`.
+def any_batch(gm: GraphModule, request: OnnxRequest) -> GraphModule:
+    """Make the first of the request's graphs, which `gm` is a copy of, take any batch.
 
     Raises:
         LoweringError: the graphs differ in more than in sizes that are linear in the batch.
     """
-    gm = fx.copied(graphs[0])
-    sides = [list(one.graph.nodes) for one in (gm, *graphs[1:])]
+    batches, others = request.batches, request.graphs[1:]
+    if not others:
+        return gm
+    sides = [list(one.graph.nodes) for one in (gm, *others)]
     for batch, other in zip(batches[1:], sides[1:], strict=True):
         pairs = zip(sides[0], other, strict=False)
         different = next((n for n, o in pairs if (n.op, n.target) != (o.op, o.target)), None)
@@ -55,8 +59,6 @@ def any_batch(graphs: Sequence[GraphModule], batches: Batches) -> GraphModule:
     rewrite = _Rewrite(gm, rows, batches)
     for row in rows:
         rewrite.node(row)
-    gm.graph.lint()
-    gm.recompile()
     return gm
 
 

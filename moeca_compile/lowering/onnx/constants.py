@@ -6,7 +6,7 @@ variant. What is computed from weights alone is computed here, so that it lies i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
 from typing import Any
 
 import torch
@@ -15,48 +15,55 @@ from torch.utils._pytree import tree_leaves
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
+from moeca_compile.lowering.onnx.request import OnnxRequest
 
 SMALL = 1 << 16  # elements: as many may come out of less
 
 
-def bind(gm: GraphModule, weights: Mapping[str, torch.Tensor]) -> None:
-    """Turn the placeholders that are weights into attributes, in place, and fold what follows from them alone."""
+def bind_weights(gm: GraphModule, request: OnnxRequest) -> GraphModule:
+    """Placeholders that are weights become attributes of the graph. Does nothing where the model has no weights."""
     body = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    known: dict[Node, Any] = {}
     for node in fx.placeholders(gm):
-        if node.name in weights:
+        if node.name in request.weights:
             # NOTE: buffers, not the parameters themselves: those may carry attributes and hooks of the model's
-            known[_attribute(gm, node, weights[node.name].detach(), body)] = weights[node.name].detach()
-    _fold(gm, known)
-    _transpose(gm)
-    _tidy(gm)
+            _attribute(gm, node, request.weights[node.name].detach(), body)
+    return gm
 
 
-def _fold(gm: GraphModule, known: dict[Node, Any]) -> None:
+def fold_constants(gm: GraphModule, request: OnnxRequest) -> GraphModule:
+    """What follows from constants alone becomes a constant. Does nothing where no operator reads constants alone."""
+    known: dict[Node, Any] = {
+        node: operator.attrgetter(str(node.target))(gm) for node in gm.graph.nodes if node.op == "get_attr"
+    }
     run = torch.fx.Interpreter(gm, garbage_collect_values=False)
-    run.env = known
+    run.env = dict(known)
     for node in list(gm.graph.nodes):
         sources = node.all_input_nodes
-        if node.op == "call_function" and sources and known.keys() >= set(sources) and _stays_small(node):
-            known[node] = run.run_node(node)
+        if node.op == "call_function" and sources and known.keys() >= set(sources) and _may_fold(node):
+            known[node] = run.env[node] = run.run_node(node)
     for node in list(known):
         used = [user for user in node.users if user not in known]
         if used and node.op == "call_function" and isinstance(known[node], torch.Tensor):
             _attribute(gm, node, known[node].detach().clone(memory_format=torch.contiguous_format), node)
+    return gm
 
 
-def _stays_small(node: Node) -> bool:
-    """Whether the result isn't larger than what it is made of: a mask or an expand may be a whole image's."""
-    return _elements(fx.value(node)) <= max(_elements([fx.value(one) for one in node.all_input_nodes]), SMALL)
+def _may_fold(node: Node) -> bool:
+    """Whether the result is always the same, and not larger than what it is made of: a mask or an expand may be a whole
+    image's."""
+    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not drawn and _elements(fx.value(node)) <= max(
+        _elements([fx.value(one) for one in node.all_input_nodes]), SMALL
+    )
 
 
 def _elements(values: Any) -> int:
     return sum(one.numel() for one in tree_leaves(values) if isinstance(one, torch.Tensor))
 
 
-def _transpose(gm: GraphModule) -> None:
+def transpose_linears(gm: GraphModule, request: OnnxRequest) -> GraphModule:
     """linear(x, W, b) -> x @ W^T + b with W^T in the file, where ONNX has no operator that transposes by itself (Gemm
-    does, for two dimensions)."""
+    does, for two dimensions). Does nothing where every linear reads two dimensions."""
     for node in list(gm.graph.nodes):
         if node.target is not aten.linear.default or len(fx.shape(fx.arg(node, 0))) == 2:
             continue
@@ -73,6 +80,7 @@ def _transpose(gm: GraphModule) -> None:
                 product = gm.graph.call_function(aten.add.Tensor, (product, bias))
         node.replace_all_uses_with(product)
         gm.graph.erase_node(node)
+    return gm
 
 
 def _attribute(gm: GraphModule, node: Node, value: torch.Tensor, before: Node) -> Node:
@@ -88,10 +96,10 @@ def _attribute(gm: GraphModule, node: Node, value: torch.Tensor, before: Node) -
     return read
 
 
-def _tidy(gm: GraphModule) -> None:
+def drop_unread(gm: GraphModule, request: OnnxRequest) -> GraphModule:
+    """Drop operators and constants that nothing reads. Does nothing where there are none."""
     for node in reversed(list(gm.graph.nodes)):
         if not node.users and node.op in ("call_function", "get_attr") and not fx.has_effect(node):
             gm.graph.erase_node(node)
     gm.delete_all_unused_submodules()
-    gm.graph.lint()
-    gm.recompile()
+    return gm

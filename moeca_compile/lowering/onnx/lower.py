@@ -10,18 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
-from moeca_compile.graph.fx import aten
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.experts.choose import Lowering
-from moeca_compile.lowering.experts.rewrite import rewrite_experts
 from moeca_compile.lowering.experts.segments import segments
-from moeca_compile.lowering.onnx.batch import Batches, any_batch, dims
-from moeca_compile.lowering.onnx.complex_pairs import without_complex
-from moeca_compile.lowering.onnx.constants import bind
+from moeca_compile.lowering.onnx.batch import Batches, dims
+from moeca_compile.lowering.onnx.request import OnnxRequest
+from moeca_compile.passes.manager import Pass, PassManager
 from moeca_compile.runtime.bundle.dims import Dim, parts
 from moeca_compile.runtime.bundle.manifest import DROPPED
 
@@ -41,7 +39,8 @@ class Signature:
 
 def lower_onnx(
     variants: Sequence[Variant], batches: Batches, weights: Mapping[str, torch.Tensor], names: Mapping[str, str],
-    outputs: Sequence[str], opset: int, experts: Lowering = SEGMENTS,
+    outputs: Sequence[str], opset: int, experts: Lowering = SEGMENTS, passes: Sequence[Pass[OnnxRequest]] = (),
+    manager: PassManager | None = None,
 ) -> tuple[Any, Signature]:  # fmt: skip
     """Translate one variant.
 
@@ -52,6 +51,8 @@ def lower_onnx(
         outputs: ONNX names of all outputs.
         opset: of the standard ONNX domain.
         experts: the form of the routed experts. With a capacity, the graph has one more output, `DROPPED`.
+        passes: graph passes on the way to ONNX.
+        manager: runs them.
 
     Returns:
         An onnx_ir.Model, and its signature.
@@ -60,14 +61,11 @@ def lower_onnx(
         LoweringError: an operator has no ONNX form, or the graph isn't linear in the batch.
     """
     variant, *twins = variants
-    gm = any_batch([one.gm for one in variants], batches) if twins else fx.copied(variant.gm)
-    _drop_squeezes(gm)
     signature = _signature(variants, weights, names, outputs, batches)
-    if rewrite_experts(gm, experts):
+    request = OnnxRequest(tuple(one.gm for one in variants), batches, weights, experts)
+    gm = (manager or PassManager()).rewrite(passes, variant.gm, request, label=f"{variant.name} ")
+    if len(list(fx.nodes_of(fx.output_node(gm).args[0]))) > len(signature.outputs):
         signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))
-    bind(gm, weights)
-    without_complex(gm)
-    _loosen_views(gm)
     placeholders = fx.placeholders(gm)
     example = tuple(_example(node) for node in placeholders)
     batch = torch.export.Dim("batch", min=1)
@@ -114,33 +112,6 @@ def _signature(
     )
 
 
-def _loosen_views(gm: GraphModule) -> None:
-    """A view was legal for the strides of the capture. What was rewritten since may give others; ONNX has none."""
-    for node in gm.graph.nodes:
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default
-    gm.recompile()
-
-
-def _drop_squeezes(gm: GraphModule) -> None:
-    """torch's squeeze leaves a dimension that isn't 1 as it is; ONNX's refuses the model."""
-    for node in list(gm.graph.nodes):
-        if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
-            continue
-        source, named = fx.arg(node, 0), node.args[1]
-        sizes = fx.shape(source)
-        wanted = [named] if isinstance(named, int) else list(named)
-        kept = [dim for dim in wanted if sizes[dim] == 1]
-        if len(kept) == len(wanted):
-            continue
-        if kept:
-            node.target, node.args = aten.squeeze.dims, (source, kept)
-        else:
-            node.replace_all_uses_with(source)
-            gm.graph.erase_node(node)
-    gm.recompile()
-
-
 def _symbol(dim: str, batch: Any) -> Any:
     """A dimension for torch.export: it knows a * batch + b as we do."""
     factor, offset = parts(dim)
@@ -156,31 +127,24 @@ def _example(node: Node) -> torch.Tensor:
 def _finish(model: Any, signature: Signature) -> None:
     """Plain inputs and outputs with our names and sizes, and nothing of the machine that made them."""
     import onnx_ir as ir
+    from onnx_ir.passes import Sequential
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, OutputFixPass
 
-    seen: set[Any] = set()
     graph = model.graph
-    for i, value in enumerate(list(graph.outputs)):
-        # one value may be an output once, and neither an input nor a constant
-        if value in seen or value.producer() is None:
+    for i, value in enumerate(graph.outputs):
+        if value.is_initializer():  # OutputFixPass looks at inputs and at values that are given twice
             node = ir.node("Identity", [value])
             node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
             graph.append(node)
             graph.outputs[i] = node.outputs[0]
-        seen.add(graph.outputs[i])
-    for values, wanted in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
-        for value, (name, shape) in zip(values, wanted, strict=True):
+    Sequential(OutputFixPass(), ClearMetadataAndDocStringPass())(model)
+    for values, named in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
+        for value, (name, shape) in zip(values, named, strict=True):
             value.name = name
             value.shape = ir.Shape(shape)
-            value.metadata_props.clear()
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    model.metadata_props.clear()
-    graph.metadata_props.clear()
-    for value in graph.initializers.values():
-        value.metadata_props.clear()
+    results = [value for node in ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs]
+    for one in (model, graph, *graph.inputs, *graph.initializers.values(), *results):
+        one.metadata_props.clear()
     graph.name, graph.doc_string, model.doc_string = "moeca", None, None
 
 

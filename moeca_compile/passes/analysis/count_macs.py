@@ -1,4 +1,7 @@
-"""Multiply-accumulates of every node, from shapes alone. Elementwise work counts nothing."""
+"""Multiply-accumulates of every node, from shapes alone. Elementwise work counts nothing.
+
+Does nothing where there is no matmul.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 Before: functional ATen with SDPA whole, what depends on what.  After: one `AttentionInfo` each, which says where its
 keys come from (the stream of the queries, another one, or several joined) and whether they change in a trajectory.
 A stream is what flows along one residual: what a projection reads and its trunk have in common.
+Does nothing where no attention is found.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Before: routers.  After: one `ExpertsInfo` a call; branches can be told apart there. Experts in another form (einsum,
 grouped_mm, all on all tokens) have a router and no call: their layer is cached as a whole.
+Does nothing where the graph has no such call.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ parts and sums with a number: these cost nothing, and one tensor serves the six 
 
 Left where they are: values without a matmul or a wave behind them (reading them back would cost as much), random and
 complex ones, those whose size depends on data, and those that the model hands out (the caller may write to them).
+Does nothing where every value of any cost follows from the latent.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ inputs are the condition: prompts, labels, masks, positions, which stay the same
 
 Every node is `const`, `condition` (depends on the condition only, so it is the same in every step of a trajectory),
 `step` (depends on the timestep, not on the latent) or `latent`.
+Does nothing where the graph has no input but weights.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Before: branches, attention and expert anchors, MACs.  After: a `RegionMap`. Bra
 of two streams, a feed-forward on both) are one region with several outputs. A shortcut within a feed-forward, or within
 experts side by side, is a part of it; a residual around several others, or one that doesn't depend on the latent, is a
 miss. One without a matmul isn't worth a word.
+Does nothing where there are no residual branches.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Before: who depends on what.  After: one `RouterInfo` for each choice, whatever form its experts have. Who chooses is
 read off the axes: the one that the projection's outputs lie along is the experts' (or heads'). A top-k along it is
 token choice, along another one expert choice. A top-k that only prepares another one (groups) isn't a router.
+Does nothing where no choice steers anything.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Before: the regions.  After: `regions.signal`, where there is one. It is computed in every row, for it costs no matmul,
 and unlike the latent it holds what the timestep does to the stream.
+Does nothing where no stream with a batch enters the first region.
 """
 
 from __future__ import annotations

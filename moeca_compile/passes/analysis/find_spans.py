@@ -6,6 +6,7 @@ outputs are those of them that are read outside. A slice of the blocks gives the
 them by its ends: what lies between the early feature and the late one that it joins (Skip-Cache, arXiv 2411.17616).
 What is outside the span is no region: it is computed at every step. A slice of the blocks is kept as the change that
 it makes to each stream (as in Delta-DiT, arXiv 2406.01125): what left it last time would hide the blocks before it.
+Does nothing where each region is a column of its own.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Before: the regions.  After: each has `tokens`, or its reason in `whole`. An att
 tokens: everything between what enters it and its output must treat each token for itself, but for the attention proper.
 An experts region is taken apart by branches: the router stays, the branches are kept one by one, what lies beside them
 (shared experts) token by token.
+Does nothing where there are no regions.
 """
 
 from __future__ import annotations

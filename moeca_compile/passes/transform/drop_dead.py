@@ -1,6 +1,7 @@
 """Drop what nothing reads any more, inputs too: only now, after `insert_state`, are the skipped regions dead.
 
 Before: a graph with state in and out.  After: the nodes that the row really needs. Nothing after lowering may do this.
+Does nothing where everything is read.
 """
 
 from __future__ import annotations

@@ -15,18 +15,24 @@ from moeca_compile.graph.fx import aten
 from moeca_compile.passes.analysis.count_macs import node_macs
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.transform.drop_dead import drop_dead
+from moeca_compile.passes.verify import changes_outputs
 
 HOISTED = "hoisted_"
 
 
 def hoist_step_only(gm: GraphModule, ctx: Context) -> GraphModule:
+    """Does nothing where no value depends on the timestep alone."""
     return _hoist(gm, ctx, "step")
 
 
 def hoist_invariant(gm: GraphModule, ctx: Context) -> GraphModule:
+    """Does nothing in the prologue that computes the invariant values, or where there are none."""
+    if any(ctx.hoisted[position].level == "invariant" for position in ctx.gives):
+        return gm
     return _hoist(gm, ctx, "invariant")
 
 
+@changes_outputs
 def hand_out(gm: GraphModule, ctx: Context) -> GraphModule:
     """Before: the captured graph.  After: it gives the hoisted values `ctx.gives`, contiguous, and nothing else."""
     output = fx.output_node(gm)

@@ -2,32 +2,40 @@
 
 The forecast is the one that cached regions get, from the full steps before: the figure says how wrong they may be, by a
 value that is known.
+Does nothing where the schedule isn't adaptive.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.context import Context
 from moeca_compile.passes.partial.kept import State, forecast, refreshed
-from moeca_compile.passes.partial.parts import Parts
+from moeca_compile.passes.transform.inline import inline
 from moeca_compile.passes.transform.layout import MODEL
+from moeca_compile.passes.transform.ports import Ports
 from moeca_compile.schedule import Action
 
 
-def insert_signal(parts: Parts, ctx: Context) -> None:
+def insert_signal(gm: GraphModule, ctx: Context) -> GraphModule:
     signal = ctx.regions.signal
-    if signal is None or not parts.ports.has(MODEL, 0, Slot.FIGURE):
-        return
+    if signal is None or not any(slot.slot is Slot.FIGURE for slot in ctx.layout):
+        return gm
+    ports = Ports(gm, ctx.layout, len(ctx.regions))
     full = all(act is Action.COMPUTE for act in ctx.row)
-    state = {name: slot for name, slot in parts.ports.of(MODEL, 0).items() if name is not Slot.FIGURE}
-    after = parts.inline(
-        measure, signal=parts.nodes[signal.node], now=parts.ports.now(), order=parts.order, full=full, state=state
-    )
+    state = {slot: node for slot, node in ports.of(MODEL, 0).items() if slot is not Slot.FIGURE}
+    (watched,) = fx.resolve(gm, [signal.node])
+    with gm.graph.inserting_before(fx.output_node(gm)):
+        after = inline(gm, measure, signal=watched, now=ports.now(), order=ctx.order, full=full, state=state)
     for name, node in after.items():
-        parts.ports.write(MODEL, 0, Slot(name), node)
+        ports.write(MODEL, 0, Slot(name), node)
+    ports.finish()
+    fx.resort(gm)
+    return gm
 
 
 def measure(signal: Tensor, now: Tensor, order: int, full: bool, state: State) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Marked regions -> state: a REUSE reads its region's last output, a FORECAST extrapolates it, a COMPUTE writes it.
 
-Before: a marked graph.  After: placeholders for the state slots that this row reads, for `now` and `coefficients`
-[regions, 2] float32 where it needs them; outputs grow by the slots that it writes. The graph stays functional. With an
-empty layout (nothing is ever reused) it does nothing. A region output with a base is kept as its change from the base.
-Regions that some row recomputes in part keep their tokens and branches one by one: `insert_tokens`, `insert_branches`.
+Before: a marked graph.  After: placeholders for the state slots that this row reads, and where it forecasts for
+`coefficients` [regions, 2] float32; outputs grow by the slots that it writes. The graph stays functional. A region
+output with a base is kept as its change from the base. Regions whose tokens or branches are kept one by one are left
+to `insert_partial`.
+Does nothing where the schedule keeps no state of whole regions.
 
 A forecast is Newton's interpolating polynomial on the step index (Stoer & Bulirsch, Introduction to Numerical
 Analysis, 2.1.3) through the last outputs: y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences
@@ -22,10 +23,6 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.variant import SLOTS, Slot
 from moeca_compile.passes.context import Context
-from moeca_compile.passes.partial.insert_branches import insert_branches
-from moeca_compile.passes.partial.insert_tokens import insert_tokens
-from moeca_compile.passes.partial.parts import Parts
-from moeca_compile.passes.transform.insert_signal import insert_signal
 from moeca_compile.passes.transform.ports import Ports
 from moeca_compile.schedule import Action
 
@@ -34,29 +31,23 @@ def insert_state(gm: GraphModule, ctx: Context) -> GraphModule:
     if not ctx.layout:
         return gm
     ports = Ports(gm, ctx.layout, len(ctx.regions))
-    parts = Parts(gm, ctx, ports)
     nodes = {node.name: node for node in gm.graph.nodes}
     for node, mark in fx.marked(gm):
         region = ctx.regions.regions[mark.region]
         base = nodes[region.bases[mark.output]] if region.bases else None
-        if ports.has(mark.region, 0, Slot.HELD):
-            insert_branches(parts, mark)
-        elif ports.has(mark.region, 0, Slot.AT):
-            insert_tokens(parts, mark)
-        elif mark.action is Action.COMPUTE:
+        if not ports.has(mark.region, mark.output, Slot.Y0):
+            continue
+        if mark.action is Action.COMPUTE:
             _write(ports, node, mark, base)
         else:
             _read(ports, node, mark, base)
-        if mark.action is not Action.COMPUTE:
-            node.meta.pop("moeca")
-    insert_signal(parts, ctx)
+            node.meta.pop(fx.MARK)
     ports.finish()
-    fx.resort(gm)
     return gm
 
 
 def _write(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
-    if base is not None and ports.has(mark.region, mark.output, Slot.Y0):
+    if base is not None:
         with ports.gm.graph.inserting_before(fx.output_node(ports.gm)):
             node = fx.call(ports.gm, aten.sub.Tensor, (node, base), like=node)
     ports.write(mark.region, mark.output, Slot.Y0, node)

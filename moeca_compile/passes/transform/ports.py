@@ -29,7 +29,8 @@ class Ports:
         self.slots = {(one.region, one.output, one.slot): one for one in layout}
         self._first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         self._like = next(node for node in gm.graph.nodes if fx.tensor(node) is not None)
-        self._inputs: dict[str, Node] = {}
+        names = {*(one.name for one in layout), COEFFICIENTS, NOW}
+        self._inputs = {node.name: node for node in fx.placeholders(gm) if node.name in names}
         self._written: list[tuple[str, Node]] = []
 
     def has(self, region: int, output: int, slot: Slot) -> bool:
@@ -66,8 +67,12 @@ class Ports:
         self._written.append((one.name, node))
 
     def finish(self) -> None:
+        """Hand the writes out behind the model's results, together with those of passes before, in order of names."""
         output = fx.output_node(self.gm)
         own = list(output.args[0])  # type: ignore[arg-type]
+        names: tuple[str, ...] = self.gm.meta.get("moeca_writes", ())
+        self._written += zip(names, own[len(own) - len(names) :], strict=True)
+        own = own[: len(own) - len(names)]
         outside = set(self._inputs.values())
         with self.gm.graph.inserting_before(output):
             # a state handed out as it came in could be changed by whoever gets it

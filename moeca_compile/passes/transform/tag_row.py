@@ -1,6 +1,6 @@
 """Write the row's decision on the node at each region's cut: one mark, which later passes only read.
 
-Before: a normalised graph.  After: the same graph with marks, so that what will happen can be printed first.
+Before: a normalized graph.  After: the same graph with marks, so that what will happen can be printed first.
 """
 
 from __future__ import annotations

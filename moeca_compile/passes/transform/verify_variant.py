@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from moeca_compile.errors import InvariantError
-from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.context import Context
+from moeca_compile.passes.verify import state_problems
 from moeca_compile.schedule import Action
 from moeca_compile.schedule.action import name_of
 
@@ -31,11 +31,6 @@ def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
         heavy = {a.node for a in region.attention} | {e.node for e in region.experts}
         if action is not Action.COMPUTE and (left := heavy & alive - needed):
             raise InvariantError(f"region {region.key}: {label}, but {sorted(left)} would still run")
-    slots = {slot.name: slot for slot in ctx.layout}
-    outputs = list(fx.nodes_of(fx.output_node(gm).args[0]))
-    names = gm.meta.get("moeca_writes", ())
-    for name, node in zip(names, outputs[len(outputs) - len(names) :], strict=True):
-        val, slot = fx.tensor(node), slots[name]
-        if val is None or tuple(val.shape) != slot.shape or str(val.dtype) != f"torch.{slot.dtype}":
-            raise InvariantError(f"{name}: written as {val}, the layout says {slot.shape} {slot.dtype}")
+    if problem := next(state_problems(gm, ctx.layout), ""):
+        raise InvariantError(problem)
     return gm

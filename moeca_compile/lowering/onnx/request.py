@@ -1,0 +1,27 @@
+"""What the passes on the way to ONNX know beside the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from moeca_compile.lowering.experts.choose import Lowering
+
+
+@dataclass(frozen=True)
+class OnnxRequest:
+    """One variant to be written.
+
+    Attributes:
+        graphs: the same variant, captured at each of `batches`; a single one gives a graph for its one batch only.
+        weights: by placeholder name: these become constants.
+        experts: the form of the routed experts.
+    """
+
+    graphs: tuple[GraphModule, ...]
+    batches: tuple[int, ...]
+    weights: Mapping[str, Tensor]
+    experts: Lowering
