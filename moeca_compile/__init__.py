@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moeca_compile.api import compile, explain, prepare, reset, stats, trajectory, unprepare, warmup
     from moeca_compile.errors import MoecaError
     from moeca_compile.exporting import export
-    from moeca_compile.frontend.doors import disable
+    from moeca_compile.frontend.model_arguments import disable
     from moeca_compile.options import Options
     from moeca_compile.planner import calibrate, expert_thresholds
     from moeca_compile.schedule import Schedule
@@ -23,7 +23,7 @@ _HOMES = {
     "Schedule": "schedule",
     "calibrate": "planner",
     "compile": "api",
-    "disable": "frontend.doors",
+    "disable": "frontend.model_arguments",
     "expert_thresholds": "planner",
     "explain": "api",
     "export": "exporting",

@@ -1,4 +1,7 @@
-"""What people call: compile, prepare, warmup, trajectory, reset, stats, explain. `doors` says what they take."""
+"""The public functions: compile, prepare, warmup, trajectory, reset, stats, explain.
+
+`frontend/model_arguments.py` resolves the `model` argument of each function.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from moeca_compile import backend
-from moeca_compile import expert_dispatch as canonical
+from moeca_compile import backend, expert_dispatch
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import Interceptor, intercepting
@@ -22,21 +24,21 @@ from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.expert_dispatch import PrepareReport
 from moeca_compile.expert_dispatch.isolate import isolate, share_again
 from moeca_compile.frontend.calls import gate_of
-from moeca_compile.frontend.doors import (
-    compiled_parts,
-    inputs_and_options,
-    models_of,
-    not_in_place,
-    one_model,
-    parts_of,
-    past_handle,
-    plain_module,
-)
 from moeca_compile.frontend.entry import Entry
 from moeca_compile.frontend.handles import HandleState, states_of
 from moeca_compile.frontend.methods import route_methods
+from moeca_compile.frontend.model_arguments import (
+    compiled_parts,
+    inputs_and_options,
+    models_of,
+    no_call_warning,
+    parts_of,
+    plain_module,
+    remove_in_place_compilation,
+    single_model,
+)
 from moeca_compile.frontend.owner import handle_of, parameters_of
-from moeca_compile.frontend.totals import stats_of
+from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
@@ -64,12 +66,16 @@ def prepare(model: Any) -> PrepareReport:
         StateError: neither a module nor a pipeline with a `transformer`.
     """
     reports = []
-    for one in models_of(model, "prepare"):
-        isolate(plain_module(one))
-        reports.append(canonical.prepare(plain_module(one)))
+    for part in models_of(model, "prepare"):
+        module = plain_module(part)
+        isolate(module)
+        reports.append(expert_dispatch.prepare(module))
     if len(reports) == 1:
         return reports[0]
-    return PrepareReport(*(sum((getattr(one, f.name) for one in reports), ()) for f in fields(PrepareReport)))
+    merged = {}
+    for field in fields(PrepareReport):
+        merged[field.name] = tuple(entry for report in reports for entry in getattr(report, field.name))
+    return PrepareReport(**merged)
 
 
 def unprepare(model: Any) -> None:
@@ -81,9 +87,10 @@ def unprepare(model: Any) -> None:
     Raises:
         StateError: neither a module nor a pipeline with a `transformer`.
     """
-    for one in models_of(model, "unprepare"):
-        canonical.unprepare(plain_module(one))
-        share_again(plain_module(one))
+    for part in models_of(model, "unprepare"):
+        module = plain_module(part)
+        expert_dispatch.unprepare(module)
+        share_again(module)
 
 
 def compile(
@@ -118,23 +125,23 @@ def compile(
     """
     parsed = Options.from_backend_options(options, mode)
     compiler = backend.Backend(parsed)
-    modules = [plain_module(one) for one in models_of(model, "compile")]
-    if parsed.inner == "inductor" and any(compiles_on_cpu(one.parameters()) for one in modules):
+    modules = [plain_module(part) for part in models_of(model, "compile")]
+    if parsed.inner == "inductor" and any(compiles_on_cpu(module.parameters()) for module in modules):
         ask_compiler()
-    found: list[Any] = []
-    for one in modules:
-        not_in_place(one)
-        prepare(one)
-        compiled: Any = torch.compile(
-            one, backend=compiler, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
+    handles: list[Any] = []
+    for module in modules:
+        remove_in_place_compilation(module)
+        prepare(module)
+        handle: Any = torch.compile(
+            module, backend=compiler, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
         )
-        gate_of(compiled.dynamo_ctx)
-        route_methods(compiled)
-        found.append(compiled)
+        gate_of(handle.dynamo_ctx)
+        route_methods(handle)
+        handles.append(handle)
     parts = parts_of(model)
-    for name, compiled in zip(parts, found, strict=False):
-        setattr(model, name, compiled)
-    return model if parts else found[0]
+    for name, handle in zip(parts, handles, strict=False):
+        setattr(model, name, handle)
+    return model if parts else handles[0]
 
 
 def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
@@ -153,7 +160,7 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     Raises:
         StateError: the model isn't compiled with moeca, or the pipeline has two transformers.
     """
-    model = one_model(model, "warmup")
+    model = single_model(model, "warmup")
 
     def warm(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
         try:
@@ -164,8 +171,8 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
             return program.own.warm(args)
 
     with torch.no_grad():
-        result, seen = _intercept(model, inputs, keywords, warm)
-    if not seen and not any(state.parts for state in states_of(model)):
+        result, intercepted = _intercept(model, inputs, keywords, warm)
+    if not intercepted and not any(state.parts for state in states_of(model)):
         raise StateError('warmup: nothing was compiled. Is this torch.compile(model, backend="moeca")?')
     return result
 
@@ -193,10 +200,9 @@ def trajectory(
             trajectory on, if its timesteps are those of the first. A call with another timestep computes its own
             values. In a named stream on an accelerator, timesteps aren't read on the host: the device compares
             them, and a difference is an error when the block is left.
-        frozen: your promise that no weight, attribute, hook or submodule of the model changes until the trajectory is
-            left for the last time. From the second call of a kind (shapes, dtypes, other arguments) on, Dynamo's
-            guards are skipped, which for a model of many weights take longer than a reused step. A broken promise
-            isn't noticed.
+        frozen: you guarantee that no weight, attribute, hook or submodule of the model changes until the last exit.
+            This isn't checked. From the second call of a kind (shapes, dtypes, other arguments) on, Dynamo's guards
+            are skipped; for a model of many weights the guards take longer than a reused step.
 
     Returns:
         A context manager.
@@ -206,13 +212,13 @@ def trajectory(
             compiled module. On leaving the block: other timesteps came than were declared.
     """
     if frozen:
-        model = one_model(model, "trajectory")
+        model = single_model(model, "trajectory")
         install_fast_path(model)
-    found = compiled_parts(model, "trajectory")
-    weights = [id(weight) for one in found for weight in parameters_of(one)]
-    made = Trajectory(weights, steps, stream, timesteps, model if frozen else None)
-    made.if_empty = past_handle(found)
-    return made
+    handles = compiled_parts(model, "trajectory")
+    weights = [id(weight) for handle in handles for weight in parameters_of(handle)]
+    context = Trajectory(weights, steps, stream, timesteps, model if frozen else None)
+    context.if_empty = no_call_warning(handles)
+    return context
 
 
 def reset(model: Any) -> None:
@@ -244,7 +250,8 @@ def stats(model: Any) -> Stats:
 
 
 def _states(model: Any, what: str) -> list[HandleState]:
-    return list(dict.fromkeys(state for one in compiled_parts(model, what) for state in states_of(one)))
+    """The states of all handles of the model, each once. `what`: the public function, for the message."""
+    return list(dict.fromkeys(state for handle in compiled_parts(model, what) for state in states_of(handle)))
 
 
 def explain(
@@ -252,7 +259,7 @@ def explain(
     *inputs: Any,
     keywords: Mapping[str, Any] | None = None,
     schedule: Schedule | str | Path | None = None,
-    **given: Any,
+    **named: Any,
 ) -> Report:
     """Capture the model for these inputs and report what was found and what would be built. Nothing is compiled.
 
@@ -264,7 +271,7 @@ def explain(
         *inputs: inputs of one call, as the model takes them.
         keywords: inputs by name that are named like options.
         schedule: the schedule to explain, as in `Options`.
-        **given: inputs that the model takes by name, and fields of `Options`.
+        **named: inputs that the model takes by name, and fields of `Options`.
 
     Returns:
         Regions, rejected candidates with their reasons, passes and variants. It prints as a table.
@@ -275,24 +282,25 @@ def explain(
         OptionError: a keyword that is neither an option nor an input of the model.
         ScheduleError: a schedule that can't be read, or doesn't fit the model.
     """
-    model = one_model(model, "explain")
-    named, options = inputs_and_options(model, given)
-    given = {**options, **({} if schedule is None else {"schedule": schedule})}
-    if not (inputs or named or keywords):
-        return _last_call(model, given)
-    Options.from_backend_options(given)
+    model = single_model(model, "explain")
+    named_inputs, overrides = inputs_and_options(model, named)
+    if schedule is not None:
+        overrides["schedule"] = schedule
+    if not (inputs or named_inputs or keywords):
+        return _last_call(model, overrides)
+    Options.from_backend_options(overrides)
     if isinstance(model, torch.nn.Module) and not _is_compiled(model):
         prepare(model)
-        model = torch.compile(model, backend=backend.moeca, options=given)
+        model = torch.compile(model, backend=backend.moeca, options=overrides)
     programs: list[Program] = []
 
-    def look(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
-        read = None if given.keys() & {"schedule", "order"} else runtime.schedule
-        programs.append(Program(entry.gm, args, entry.inputs, replace(runtime.options, **given), read))
+    def analyze(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+        handle_schedule = None if overrides.keys() & {"schedule", "order"} else runtime.schedule
+        programs.append(Program(entry.gm, args, entry.inputs, replace(runtime.options, **overrides), handle_schedule))
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
-        _intercept(model, inputs, {**named, **(keywords or {})}, look)
+        _intercept(model, inputs, {**named_inputs, **(keywords or {})}, analyze)
     broken = [state for state in states_of(model) if state.parts]
     parts, breaks = sum(state.parts for state in broken), "\n".join(state.uncached for state in broken)
     if programs:
@@ -305,12 +313,13 @@ def explain(
     )
 
 
-def _last_call(model: Any, given: Mapping[str, Any]) -> Report:
+def _last_call(model: Any, options: Mapping[str, Any]) -> Report:
+    """The report of the last call of a compiled model."""
     states = states_of(model)
     programs = [program for state in states for program in state.runtime.programs.values()]
     uncached = [state for state in states if state.uncached]
-    if given or not (programs or uncached):
-        reason = "options are explained for inputs" if given else "no call of the compiled model was made yet"
+    if options or not (programs or uncached):
+        reason = "options are explained for inputs" if options else "no call of the compiled model was made yet"
         raise StateError(f"explain: {reason}. Pass inputs as the model takes them: explain(model, *inputs)")
     if programs:
         return replace(_report(programs[-1:]), graphs=len(programs))
@@ -320,19 +329,23 @@ def _last_call(model: Any, given: Mapping[str, Any]) -> Report:
 def _intercept(
     model: Any, inputs: Sequence[Any], keywords: dict[str, Any], interceptor: Interceptor
 ) -> tuple[Any, bool]:
-    """Call the model with `interceptor` in place of running its graphs; twice, if the first call only prepared it."""
-    seen = False
+    """Call the model with `interceptor` in place of its graphs; a second time if the first call only prepared it.
+
+    Returns:
+        The model's result, and whether any graph reached `interceptor`.
+    """
+    intercepted = False
 
     def note(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
-        nonlocal seen
-        seen = True
+        nonlocal intercepted
+        intercepted = True
         return interceptor(entry, args, runtime)
 
     with intercepting(note, handle_of(model)):
         result = model(*inputs, **keywords)
-        if not seen:
+        if not intercepted:
             result = model(*inputs, **keywords)
-    return result, seen
+    return result, intercepted
 
 
 def _is_compiled(model: torch.nn.Module) -> bool:
@@ -340,9 +353,11 @@ def _is_compiled(model: torch.nn.Module) -> bool:
 
 
 def _report(programs: Sequence[Program]) -> Report:
+    """The report of the program with the most regions."""
     main = max(programs, key=lambda program: len(program.regions))
     variants = [main.variant(row) for row in main.schedule.distinct_rows()]
-    serves = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
+    row_counts = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
+    hoisted = sorted({position for variant in variants for position in variant.hoists})
     return Report(
         graphs=len(programs),
         nodes=len(main.analysis.gm.graph.nodes),
@@ -356,7 +371,8 @@ def _report(programs: Sequence[Program]) -> Report:
         state_bytes=sum(slot.bytes for slot in main.layout),
         passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),
         variants=tuple(
-            VariantReport(v.name, serves[v.row], v.node_count, v.macs, len(v.reads), len(v.writes)) for v in variants
+            VariantReport(v.name, row_counts[v.row], v.node_count, v.macs, len(v.reads), len(v.writes))
+            for v in variants
         ),
-        hoisted=tuple(main.prologues.hoisted[i] for i in sorted({i for v in variants for i in v.hoists})),
+        hoisted=tuple(main.prologues.hoisted[position] for position in hoisted),
     )

@@ -19,7 +19,7 @@ from moeca_compile.exporting.refuse import refuse_request, refuse_schedule, refu
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.exporting.steps import step_table
 from moeca_compile.exporting.write import write_fused, write_golden, write_graphs
-from moeca_compile.frontend.doors import one_model, plain_module
+from moeca_compile.frontend.model_arguments import plain_module, single_model
 from moeca_compile.inspect.progress import StepPlacement, bar
 from moeca_compile.lowering.experts.choose import Lowering, choose
 from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
@@ -93,7 +93,7 @@ def export(
         BundleError: the path is taken, what was written can't be run, or the schedule is adaptive or has PARTIAL rows.
         ScheduleError, OptionError: as for `compile`.
     """
-    model = plain_module(one_model(model, "export"))
+    model = plain_module(single_model(model, "export"))
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     refuse_request(model, targets, opset)
     choose(experts, targets)  # raises; what the model's own experts need comes when it is captured

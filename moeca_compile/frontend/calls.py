@@ -23,7 +23,7 @@ from torch.nn import Module
 
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import RAN_EAGERLY
-from moeca_compile.frontend.breaks import GraphBreak, break_after
+from moeca_compile.frontend.graph_breaks import GraphBreak, break_after
 from moeca_compile.frontend.owner import WRAPPER, modules_of, parameters_of
 from moeca_compile.runtime.warned import Warned
 

@@ -16,8 +16,8 @@ from torch._dynamo.eval_frame import innermost_backend
 from torch.nn import Module
 
 from moeca_compile.engine.handle_runtime import HandleRuntime
-from moeca_compile.frontend.breaks import GraphBreak, in_words
 from moeca_compile.frontend.calls import gate_of
+from moeca_compile.frontend.graph_breaks import GraphBreak, in_words
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.graph.regions import Rejected
 from moeca_compile.options import Options

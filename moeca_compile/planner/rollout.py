@@ -24,8 +24,8 @@ from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.errors import ScheduleError
-from moeca_compile.frontend.doors import one_model, plain_module, standing_in
 from moeca_compile.frontend.entry import Entry
+from moeca_compile.frontend.model_arguments import plain_module, single_model, swapped_in
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.planner.origin import Origin, origin_of
 from moeca_compile.planner.search.predict import PREDICTORS
@@ -145,7 +145,7 @@ class SampledModel:
     ) -> None:
         self.sample, self.granularity = sample, granularity
         self.caching = caching or Schedule.uniform(2, order=2)
-        self._given, plain = model, plain_module(one_model(model, "calibrate"))
+        self._given, plain = model, plain_module(single_model(model, "calibrate"))
         in_place = getattr(plain, "_compiled_call_impl", None)
         self.model = moeca_compile_model(plain, schedule=self.caching, inner=inner, granularity=granularity)
         if in_place is not None:  # of the caller's
@@ -248,7 +248,11 @@ class SampledModel:
             self.seconds += self.clock() - begin
 
     def _call(self, seed: int, interceptor: Interceptor) -> torch.Tensor:
-        with standing_in(self.model, self._given), intercepting(interceptor, handle_of(self.model)), torch.no_grad():
+        with (
+            swapped_in(self.model, self._given),
+            intercepting(interceptor, handle_of(self.model)),
+            torch.no_grad(),
+        ):
             samples = self.sample(self.model, seed)
         if not isinstance(samples, torch.Tensor):
             raise ScheduleError(

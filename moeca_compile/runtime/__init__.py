@@ -1,4 +1,4 @@
-"""What exists while images are being made. Importable without torch; only `dispatch.py` and `probe.py` need it."""
+"""Everything that runs steps without torch: the clock, the step rule, `Session` and the runtimes of bundles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.bundle.bundle import Bundle
     from moeca_compile.runtime.session import Session
 
-_HOMES = {"Bundle": "bundle.bundle", "Session": "session"}
+_MODULES = {"Bundle": "bundle.bundle", "Session": "session"}
 __all__ = ["Bundle", "Session"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'moeca_compile.runtime' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"moeca_compile.runtime.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"moeca_compile.runtime.{_MODULES[name]}"), name)

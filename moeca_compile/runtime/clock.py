@@ -1,10 +1,12 @@
-"""Which step and which stream is this call? Decided outside the graph, from what a call shows. No torch here.
+"""The clocks of a trajectory: they decide which step and which guidance stream a call is. No torch here.
 
-A call goes on with the trajectory if its timestep moves on in the same direction and its latent is near the last one;
-else it starts cold. Calls that share a timestep are streams (conditional, unconditional), told apart by their
-conditioning; the first step fixes how many there are. What doesn't fit is computed in full and changes nothing.
+A call continues the trajectory if its timestep moves on in the same direction and its latent is near the last one;
+otherwise the call starts a new trajectory. Calls that share a timestep are guidance streams (conditional,
+unconditional). Their conditioning identifies them, and the first step fixes their number. A call that fits no stream
+is computed in full and changes no state.
 
-What it can't see: a trajectory whose latents, conditioning and timesteps all look like the next step of another one.
+Limitation: a trajectory whose latents, conditioning and timesteps all look like the next step of another trajectory
+isn't recognized as a new one.
 """
 
 from __future__ import annotations
@@ -15,14 +17,21 @@ from dataclasses import dataclass, field
 
 MAX_STREAMS = 4
 
-_NAME_IT = "tell the calls apart with moeca_compile.trajectory(model, steps, stream=...)"
+_USE_STREAM = "tell the calls apart with moeca_compile.trajectory(model, steps, stream=...)"
 
 
 @dataclass(frozen=True, slots=True)
 class CallObservation:
-    """What one call shows: its timestep (None: unreadable, and `trouble` says why), what its conditioning inputs
-    hold, the latent's relative change since the last call of its kind in this trajectory, else since any call (0 where
-    there was none, negative where they can't be compared), and its `kind`: calls of one signature are of one."""
+    """What the clock is told about one call.
+
+    Attributes:
+        timestep: as the model received it. None: it can't be read, and `trouble` says why.
+        condition: for each conditioning input, a number that identifies its contents.
+        jump: relative change of the latent since the last call of this kind in the trajectory, or else since any call.
+            0: there was no earlier call. Negative: the latents can't be compared.
+        trouble: why `timestep` is None.
+        kind: identifies the input signature; calls of one signature have the same kind.
+    """
 
     timestep: float | None
     condition: tuple[Hashable, ...] = ()
@@ -33,8 +42,16 @@ class CallObservation:
 
 @dataclass(frozen=True, slots=True)
 class StepPlacement:
-    """Where a call belongs. `stream` None: nowhere, compute in full and keep nothing. `restart`: forget all streams.
-    `broken_off`: it restarts because the call doesn't look like the next one; the sampling loop may be the same."""
+    """Which step and stream a call is.
+
+    Attributes:
+        step: its number in the trajectory, from 0.
+        stream: None: the call fits no stream; compute it in full and keep nothing.
+        restart: the call begins a trajectory; drop the state of all streams.
+        warning: a text for the user; "" for none.
+        broken_off: `restart` is set because the call doesn't look like the next one. The sampling loop may still be
+            the same.
+    """
 
     step: int
     stream: Hashable | None
@@ -45,22 +62,33 @@ class StepPlacement:
 
 @dataclass(slots=True)
 class Clock:
-    """One trajectory at a time. `latent_jump` is the largest change between calls of one trajectory; inf: any.
+    """The clock for calls whose stream has no name; it follows one trajectory at a time.
 
-    Calls of another kind (another batch, a keyword more) may come at any step: the streams of a kind are fixed in the
-    step in which its first call comes."""
+    Calls of another kind (another batch, one more keyword) may come at any step. The streams of a kind are fixed in the
+    step of its first call.
+
+    Attributes:
+        latent_jump: the largest relative change of the latent between two calls of one trajectory; inf: any.
+        step: the current step; -1 before the first call.
+        timestep: of the current step.
+        direction: 1 where timesteps increase, -1 where they decrease, 0 before the second step.
+        streams: kind and condition of each stream.
+        since: by kind, the step of its first call.
+        placed: numbers of the streams whose call of the current step has come.
+        broken_off: consecutive trajectories that were broken off after one step.
+    """
 
     latent_jump: float = 0.7
     step: int = -1
     timestep: float = 0.0
     direction: int = 0
-    streams: list[tuple[Hashable, Hashable]] = field(default_factory=list)  # kind and condition
-    since: dict[Hashable, int] = field(default_factory=dict)  # the step of a kind's first call
-    seen: set[int] = field(default_factory=set)
-    broken_off: int = 0  # starts in a row that were cut short after one step
+    streams: list[tuple[Hashable, Hashable]] = field(default_factory=list)
+    since: dict[Hashable, int] = field(default_factory=dict)
+    placed: set[int] = field(default_factory=set)
+    broken_off: int = 0
 
     def observe(self, call: CallObservation) -> StepPlacement:
-        """Place one call, and move on."""
+        """Place one call, and advance the clock."""
         if call.timestep is None:
             return StepPlacement(max(self.step, 0), None, warning=call.trouble)
         if self.step < 0:
@@ -74,22 +102,23 @@ class Clock:
             return self._same_timestep(call)
         self.direction, self.timestep = forward, call.timestep
         self.step += 1
-        self.seen = set()
+        self.placed = set()
         self.broken_off = 0
         return self._place(call)
 
     def miss(self) -> None:
-        """A call wasn't seen: with one stream it was a step; with several, the next timestep will tell."""
+        """Count a call that didn't reach the clock. With one stream the call was a step. With several streams the next
+        call's timestep shows whether a step passed."""
         self.step += self.step >= 0 and len(self.streams) == 1
 
     def _is_elsewhere(self, call: CallObservation) -> bool:
         if math.isinf(self.latent_jump) or (call.kind not in self.since and call.timestep == self.timestep):
-            return False  # streams may have latents of their own
-        return not 0 <= call.jump <= self.latent_jump  # NOTE: not `>`: a latent that isn't finite is near nothing
+            return False  # each stream may have its own latent
+        return not 0 <= call.jump <= self.latent_jump  # NOTE: not `>`: a jump that is NaN must start a new trajectory
 
     def _interrupted(self, call: CallObservation) -> str:
-        """The warning for a start that breaks a trajectory off. A lone call may have been anything, a warm-up for
-        instance; but one after the other are trajectories that take turns, or steps that are too far apart."""
+        """The warning for a start that breaks a trajectory off. A single call may be a warm-up, for instance. Several
+        in a row are interleaved trajectories, or steps that are too far apart."""
         self.broken_off += call.timestep != self.timestep and self.step == 0
         resized = call.jump < 0
         if self.broken_off < 2 and (self.step == 0 or resized):
@@ -97,40 +126,40 @@ class Clock:
         what = "the latent's shape changed" if resized else f"the latent changed by {call.jump:.2f} of its norm"
         return (
             f"{what} between two calls: taken for another trajectory, so this step is computed in full; with "
-            f"interleaved trajectories {_NAME_IT}"
+            f"interleaved trajectories {_USE_STREAM}"
         )
 
     def _start(self, call: CallObservation, warning: str = "", broken_off: bool = False) -> StepPlacement:
         assert call.timestep is not None
         self.step, self.timestep, self.direction = 0, call.timestep, 0
-        self.streams, self.since, self.seen = [(call.kind, call.condition)], {call.kind: 0}, {0}
+        self.streams, self.since, self.placed = [(call.kind, call.condition)], {call.kind: 0}, {0}
         return StepPlacement(0, 0, True, warning, broken_off)
 
     def _same_timestep(self, call: CallObservation) -> StepPlacement:
         if self.step == 0 and (call.kind, call.condition) in self.streams:
-            return self._start(call)  # the first step again: another image, or a repeated first call
+            return self._start(call)  # the first step once more: a new trajectory, or a repeated first call
         return self._place(call)
 
     def _place(self, call: CallObservation) -> StepPlacement:
-        one = call.kind, call.condition
-        if one not in self.streams and self.since.setdefault(call.kind, self.step) == self.step:
+        identity = call.kind, call.condition
+        if identity not in self.streams and self.since.setdefault(call.kind, self.step) == self.step:
             if sum(kind == call.kind for kind, _ in self.streams) == MAX_STREAMS:
                 return StepPlacement(
-                    self.step, None, warning=f"more than {MAX_STREAMS} calls share a timestep; {_NAME_IT}"
+                    self.step, None, warning=f"more than {MAX_STREAMS} calls share a timestep; {_USE_STREAM}"
                 )
-            self.streams.append(one)
+            self.streams.append(identity)
         for number, stream in enumerate(self.streams):
-            if number not in self.seen and stream == one:
-                self.seen.add(number)
+            if number not in self.placed and stream == identity:
+                self.placed.add(number)
                 return StepPlacement(self.step, number)
-        again = one in self.streams
-        what = "a timestep was visited again" if again else "the conditioning isn't that of the first step"
-        return StepPlacement(self.step, None, warning=f"{what}: computed in full, nothing kept; {_NAME_IT}")
+        is_repeated = identity in self.streams
+        what = "a timestep was visited again" if is_repeated else "the conditioning isn't that of the first step"
+        return StepPlacement(self.step, None, warning=f"{what}: computed in full, nothing kept; {_USE_STREAM}")
 
 
 @dataclass(slots=True)
 class Counter:
-    """The exact clock of a named stream: every call is the next step."""
+    """The clock of a named stream: every call is the next step."""
 
     step: int = -1
 
@@ -139,5 +168,5 @@ class Counter:
         return StepPlacement(self.step, "named", restart=self.step == 0)
 
     def miss(self) -> None:
-        """A call wasn't seen."""
+        """Count a call that didn't reach the clock."""
         self.step += 1

@@ -1,7 +1,8 @@
-"""The rule of a step, once for torch's engine and for the bundle's session. No torch here.
+"""The step rule, shared by the torch engine and the bundle's session. No torch here.
 
-Which row a call runs, whether its cache is cold, what happens past the schedule's end, what is kept of the call, and
-when kept state is dropped. Who executes a step asks `choose` before it, and hands what the variant wrote to `keep`.
+The rule says which row a call runs, whether the cache is cold, what happens past the schedule's end, what is kept of
+the call, and when state is dropped. An executor calls `choose` before a step, and passes what the variant wrote to
+`keep` after it.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ _COUNTED = (
 
 
 class Choice(NamedTuple):
-    """What a step runs. `cold`: a full row, because the stream's cache can't serve the schedule's."""
+    """What a step runs.
+
+    Attributes:
+        row: of the schedule.
+        cold: `row` is the full row, because the stream's cache can't serve the scheduled row.
+    """
 
     row: Row
     cold: bool
 
 
 class StepDriver:
-    """The steps of all streams that run one schedule.
+    """The step rule of one schedule, for all streams that run it.
 
     Args:
         schedule: bound to the graph's regions.
-        warned: where its warnings are counted.
-        order: of forecasts; default: the schedule's.
+        warned: counts the warnings.
+        order: order of forecasts; default: the schedule's.
 
     Attributes:
         full: the row that computes everything.
@@ -44,11 +50,18 @@ class StepDriver:
         self.schedule, self.warned, self.full = schedule, warned, schedule.rows[0]
         self._terms = 1 + (schedule.order if order is None else order)
         self._computes = {row: Action.COMPUTE in row for row in schedule.rows}
-        self._repeated: dict[int, Row] = {}  # rows of steps past those that the schedule lists
+        self._repeated: dict[int, Row] = {}  # by step, for steps past the listed rows of an open-ended schedule
 
     def refuse_surplus(self, step: int, steps: int | None, stream: str = "") -> None:
-        """Raises:
-        StateError: the trajectory was declared with `steps` calls, and `step` (from 0) is one more.
+        """Refuse a call past the declared number of calls.
+
+        Args:
+            step: number of the call, from 0.
+            steps: how many calls were declared; None: any number.
+            stream: name for the message.
+
+        Raises:
+            StateError: `step` is past `steps`.
         """
         if steps is not None and step >= steps:
             raise StateError(
@@ -57,11 +70,15 @@ class StepDriver:
             )
 
     def choose(self, state: StreamState | None, step: int, timestep: float | None) -> Choice:
-        """The row of `step`; state that can't serve it is dropped.
+        """Choose the row of `step`, and drop state that can't serve it.
 
         Args:
-            state: the stream's; None: the call belongs to no stream, so that all is computed and nothing kept.
-            timestep: of the call. None: it wasn't read, and the row goes by counting.
+            state: of the stream. None: the call belongs to no stream; everything is computed and nothing kept.
+            step: number of the call, from 0.
+            timestep: of the call. None: it wasn't read; calls are counted to find the row.
+
+        Returns:
+            The row, and whether the step is cold.
         """
         if state is None:
             return Choice(self.full, True)
@@ -85,12 +102,15 @@ class StepDriver:
         self, state: StreamState, step: int, row: Row, writes: Sequence[int], values: Sequence[Any],
         finite: bool | Answer = True,
     ) -> None:  # fmt: skip
-        """Take what the variant of `row` wrote, unless the state that it came from turns out not to be finite.
+        """Commit what the variant of `row` wrote, unless the state that it read turns out not to be finite.
 
         Args:
-            writes: the slots that it wrote.
-            values: of each of these slots.
-            finite: whether the model's output is. A step that isn't is kept until the next one asks.
+            state: of the stream.
+            step: number of the call, from 0.
+            row: what ran.
+            writes: numbers of the slots that the variant wrote.
+            values: one for each of these slots.
+            finite: whether the model's output is finite. It is checked before the next step that writes state.
         """
         if writes:
             if state.finite is not True and self._drop_if_not_finite(state, wait=True):
@@ -104,11 +124,13 @@ class StepDriver:
             state.pace.ran(row == self.full)
 
     def coefficients(self, state: StreamState, step: int) -> Coefficients:
-        """c0 and c1 of each region's forecast at `step`: 0 where history is missing, so a lower order then."""
+        """The coefficients (c0, c1) of each region's forecast at `step`. A coefficient is 0 where history is missing,
+        which lowers the order."""
         return coefficients(step, state.history, [min(depth, self._terms) for depth in state.depths])
 
     def warn_of_counted(self, step: int, timestep: float | None) -> None:
-        """Say what to know of a step whose row was found by counting alone, by a graph that can do nothing else."""
+        """Warn for a step of a fused graph, which finds its row by counting calls alone: the step is past the
+        schedule's end, or at another timestep than its row was made for."""
         schedule = self.schedule
         if schedule.row_index(step) is None:
             self.warned.once(_past_end(schedule, step))
@@ -133,7 +155,7 @@ class StepDriver:
         return self._repeated[step]
 
     def _adaptive(self, state: StreamState, step: int) -> Row:
-        """By what the stream's last step showed."""
+        """The row for the drift that the stream's last step measured."""
         assert self.schedule.adaptive is not None
         return self.schedule.rows[state.pace.choose(self.schedule.adaptive, step, state.drift())]
 
@@ -151,8 +173,15 @@ class StepDriver:
         return Choice(row, False)
 
     def _drop_if_not_finite(self, state: StreamState, wait: bool) -> bool:
-        """NaN must not live on in a cache: the last computed step's output is looked at as soon as it is there, and
-        waited for (`wait`) before another step is kept. True: the state was dropped."""
+        """Drop the state if the output of the last computed step isn't finite, so that NaN doesn't stay in the cache.
+
+        Args:
+            state: of the stream.
+            wait: wait for the device's answer. False: do nothing while the answer is pending.
+
+        Returns:
+            Whether the state was dropped.
+        """
         finite = state.finite
         if not isinstance(finite, bool):
             if not (wait or finite.ready()):
@@ -177,7 +206,7 @@ def _past_end(schedule: Schedule, step: int) -> str:
 
 
 def _not_calibrated_for(schedule: Schedule, step: int, timestep: float, row: int) -> str:
-    """`row`: the one that the schedule's own sampler would be at."""
+    """The warning for a call whose timestep isn't the schedule's. `row`: where the schedule's own sampler would be."""
     times = schedule.timesteps
     there = f"has {times[row]:g} there" if step and row < len(times) else f"goes from {times[0]:g} to {times[-1]:g}"
     return (

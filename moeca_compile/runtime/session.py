@@ -35,15 +35,15 @@ from moeca_compile.schedule import Row
 
 
 class Session:
-    """A bundle, loaded: every variant on one provider. Any number of trajectories may use it, in any threads.
+    """A loaded bundle, with every variant on one provider. Any number of trajectories may use it, in any threads.
 
     Attributes:
         bundle: the verified directory.
-        provider: the one that was asked for.
-        runtime: what runs it.
-        inputs, outputs: what a call takes and gives.
-        driver: the rule of its steps.
-        sizes: a session for each further size (resolution) of the bundle; calls find theirs by their shapes.
+        provider: name of the provider that was asked for.
+        runtime: runs the variants.
+        inputs, outputs: names, shapes and dtypes of what a call takes and returns.
+        driver: the step rule.
+        sizes: a session for each further size (resolution) of the bundle; the shapes of a call select its session.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Session:
             path: the directory that `moeca_compile.export` made.
             provider: an execution provider of onnxruntime, "openvino", or "tensorrt" for the bundle's engines. No other
                 one is ever taken in its place.
-            memory: "speed", or "shared": all variants (and processes) use the one mapped copy of the weights, at the
+            memory: "speed", or "shared": all variants (and processes) use one mapped copy of the weights, at the
                 price of slower matrix multiplies on the CPU.
-            threads: of one operator; None: the runtime's choice.
-            provider_options: the provider's own, such as {"device_id": 1}; properties of the device for OpenVINO,
+            threads: threads of one operator; None: the runtime's choice.
+            provider_options: options of the provider, such as {"device_id": 1}; properties of the device for OpenVINO,
                 {"library": "tensorrt-rtx"} for engines.
 
         Returns:
@@ -90,26 +90,28 @@ class Session:
         warned = warned or Warned()
         pairs = zip(bundle.graphs, bundle.manifest.variants, strict=True)
         variants = tuple(runtime.load(graph, spec, bundle.manifest, bundle.path) for graph, spec in pairs)
-        return cls(bundle, runtime, variants, tuple(cls._load(one, runtime, warned) for one in bundle.sizes), warned)
+        sizes = tuple(cls._load(sized_bundle, runtime, warned) for sized_bundle in bundle.sizes)
+        return cls(bundle, runtime, variants, sizes, warned)
 
     def sized(self, inputs: Mapping[str, Any]) -> Session:
-        """This session at the size that the inputs have.
+        """The session for the size (resolution) of these inputs.
 
         Raises:
-            BundleError: it is none of the bundle's.
+            BundleError: the bundle wasn't exported for that size.
         """
         if not self.sizes:
             return self
-        every = (self, *self.sizes)
-        for one in every:
-            if all(spec.batch_of(np.shape(inputs[spec.name])) for spec in one.inputs if spec.name in inputs):
-                return one
-        known = "; or ".join(", ".join(map(str, one.inputs)) for one in every)
-        given = ", ".join(f"{name} {list(np.shape(array))}" for name, array in inputs.items())
-        raise BundleError(f"the inputs have the shapes {given}; the bundle was exported for {known}")
+        sessions = (self, *self.sizes)
+        for session in sessions:
+            specs = [spec for spec in session.inputs if spec.name in inputs]
+            if all(spec.batch_of(np.shape(inputs[spec.name])) for spec in specs):
+                return session
+        exported = "; or ".join(", ".join(map(str, session.inputs)) for session in sessions)
+        shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in inputs.items())
+        raise BundleError(f"the inputs have the shapes {shapes}; the bundle was exported for {exported}")
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Make one call by itself: everything is computed, nothing is kept.
+        """Make one call outside any trajectory: everything is computed, nothing is kept.
 
         Args:
             inputs: arrays by input name, with the shapes and dtypes of `inputs`; float32 stands for bfloat16.
@@ -148,25 +150,27 @@ class Session:
         return Trajectory(self, steps, stream)
 
     def variant_of(self, row: Row) -> Loaded:
+        """The variant that runs `row`."""
         return self.variants[self.manifest.variant_of(row)]
 
     def named(self, values: list[Any]) -> Arrays:
-        """The model's outputs among a variant's; bfloat16 as float32."""
-        pairs = zip(self.outputs, values, strict=False)
+        """The model's outputs by name, from the values of a variant; bfloat16 as float32."""
+        pairs = zip(self.outputs, values, strict=False)  # state follows the outputs
         return {spec.name: bfloat16.from_stored(self.runtime.numpy(value), spec.dtype) for spec, value in pairs}
 
     def dropped(self, variant: Loaded, values: list[Any]) -> int:
-        """How many branches a variant says that it dropped; its count is the last of its values."""
+        """The number of expert branches that a variant left out; the last of its values, where it counts them."""
         return int(self.runtime.numpy(values[-1])) if variant.spec.counts_dropped else 0
 
 
 class Trajectory:
-    """One stream of one denoising loop: it owns its cached state. A context manager; leaving it drops the state."""
+    """One guidance stream of one denoising loop, with its cached state. A context manager; leaving it drops the
+    state."""
 
     def __init__(self, session: Session, steps: int | None, stream: str) -> None:
         if steps is not None and steps < 1:
             raise StateError(f"trajectory: steps={steps}, expected a whole number from 1 on")
-        self.session, self.stream, self._whole = session, stream, session
+        self.session, self.stream, self._all_sizes = session, stream, session
         self.steps = steps
         self._records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
         self._lock = threading.Lock()
@@ -176,7 +180,7 @@ class Trajectory:
 
     @property
     def records(self) -> list[StepRecord]:
-        """What ran so far, a record a step."""
+        """One record for each step so far."""
         return list(self._records)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
@@ -200,27 +204,28 @@ class Trajectory:
             self._lock.release()
 
     def reset(self) -> None:
-        """Begin again: the next call is the first step."""
+        """Drop the state and the records: the next call is the first step."""
         with self._lock:
             self._step, self._state = -1, None
             self._records.clear()
 
     def close(self) -> None:
-        """Drop the state; further calls are refused."""
+        """Drop the state and refuse further calls."""
         self.reset()
         self._closed = True
 
     def stats(self) -> Stats:
-        """Report what ran so far, and what is held.
+        """Report what ran so far, and the memory held.
 
         Returns:
             One record for each call, and the bytes of the cached state.
         """
         records = tuple(self._records)
-        full = self.session.variant_of(self.session.schedule.rows[0]).spec.macs * len(records)
+        full_macs = self.session.variant_of(self.session.schedule.rows[0]).spec.macs * len(records)
+        macs = sum(record.macs for record in records)
         slots = zip(self._state.layout, self._state.tensors, strict=True) if self._state else ()
-        held = sum(slot.bytes for slot, tensor in slots if tensor is not None)
-        return Stats(records, held, sum(r.macs for r in records) / full if full else 1.0, 1, {})
+        state_bytes = sum(slot.bytes for slot, tensor in slots if tensor is not None)
+        return Stats(records, state_bytes, macs / full_macs if full_macs else 1.0, 1, {})
 
     def __enter__(self) -> Trajectory:
         if self._closed:
@@ -238,7 +243,7 @@ class Trajectory:
         session.driver.refuse_surplus(step, self.steps, self.stream)
         arrays = arrays_of(session.manifest, inputs)
         if self._state is None:
-            session = self.session = self._whole.sized(arrays)
+            session = self.session = self._all_sizes.sized(arrays)
         feeds, batch = admit(session.manifest, arrays)
         if self._state is None:
             self._batch = batch
@@ -248,17 +253,17 @@ class Trajectory:
         state, driver = self._state, session.driver
         row, cold = driver.choose(state, step, timestep_of(session.manifest, feeds))
         variant = session.variant_of(row)
-        for slot in variant.spec.reads:
-            tensor = state.tensors[_number(slot)]
-            spec = session.manifest.state[_number(slot)]
-            feeds[f"{slot}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if tensor is None else tensor
+        for name in variant.spec.reads:
+            tensor = state.tensors[_slot_number(name)]
+            spec = session.manifest.state[_slot_number(name)]
+            feeds[f"{name}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if tensor is None else tensor
         if variant.spec.coefficients:
             table = np.asarray(driver.coefficients(state, step), np.float32)
             feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, 2)
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()
-        outputs, writes = session.named(values), [_number(name) for name in variant.spec.writes]
+        outputs, writes = session.named(values), [_slot_number(name) for name in variant.spec.writes]
         finite = not writes or all(_finite(array) for array in outputs.values())
         driver.keep(state, step, row, writes, values[len(outputs) : len(outputs) + len(writes)], finite)
         if dropped := session.dropped(variant, values):
@@ -273,7 +278,7 @@ class Trajectory:
 
 
 def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:
-    """The call's timestep; None: it has none, or not one for the whole batch."""
+    """The call's timestep; None: the model takes none, it isn't finite, or it differs within the batch."""
     times = np.asarray(feeds.get(manifest.timestep or "", ()), np.float64).reshape(-1)
     if not times.size or not math.isfinite(times[0]) or (times != times[0]).any():
         return None
@@ -281,22 +286,23 @@ def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:
 
 
 def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
-    found = []
-    for one in session.manifest.state:
-        sizes = one.sizes(batch)
-        size = math.prod(sizes) * bfloat16.stored_dtype(one.dtype).itemsize
-        found.append(StateSlot(one.name, one.region, one.output, Slot(one.slot), sizes, one.dtype, "", size))
-    return tuple(found)
+    """The state's slots, for this batch."""
+    layout = []
+    for spec in session.manifest.state:
+        shape = spec.sizes(batch)
+        size = math.prod(shape) * bfloat16.stored_dtype(spec.dtype).itemsize
+        layout.append(StateSlot(spec.name, spec.region, spec.output, Slot(spec.slot), shape, spec.dtype, "", size))
+    return tuple(layout)
 
 
-def _number(slot: str) -> int:
-    return int(slot.removeprefix("state_"))
+def _slot_number(name: str) -> int:
+    return int(name.removeprefix("state_"))
 
 
 def _left_out(what: str, dropped: int) -> str:
     return (
-        f"{what} left out {dropped} branches, whose experts' rows were taken: it isn't exact. Export with a larger "
-        "capacity, or experts='dense'"
+        f"{what} left out {dropped} branches: these (token, expert) pairs exceeded their expert's capacity, so the "
+        "result is approximate. Export with a larger capacity, or experts='dense'"
     )
 
 

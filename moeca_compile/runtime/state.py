@@ -1,4 +1,5 @@
-"""The cache of one stream: outputs by slot, and when each region computed them. No torch: tensors are opaque."""
+"""The cached state of one stream: a tensor for each slot, and the steps at which each region was computed. No torch
+here: tensors are opaque."""
 
 from __future__ import annotations
 
@@ -6,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moeca_compile.graph.variant import SLOTS, StateSlot
+from moeca_compile.graph.variant import SLOTS, Slot, StateSlot
 from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Action, Row
 from moeca_compile.schedule.timeline import TimelinePosition
 
 
 class Answer(Protocol):
-    """A yes or no that may still be on its way from a device."""
+    """A boolean that a device may still be computing."""
 
     def ready(self) -> bool:
-        """Whether `holds` answers without waiting."""
+        """Whether `holds` returns without waiting for the device."""
 
     def holds(self) -> bool:
-        """The answer."""
+        """The boolean; waits for the device."""
 
 
 @dataclass(slots=True)
@@ -27,17 +28,17 @@ class StreamState:
     """State of one stream of a trajectory.
 
     Attributes:
-        layout: the slots; y0, y1, y2 of one region output stand together, in this order.
-        regions: how many columns the schedule has.
-        tensors: by slot; None: never written.
-        history: by region, the steps whose outputs are kept, latest first.
-        last_step: the last step that was kept; -1: none.
-        depths: by region, how many of its outputs the layout keeps.
-        pace: what an adaptive schedule knows of the stream.
-        place: where the stream is in a schedule with timesteps; None: nowhere yet.
-        coming: `place` once the step that runs now is kept.
-        finite: whether the output of the step that wrote here last is finite.
-        finite_step: that step.
+        layout: the slots; y0, y1, y2 of one region output are adjacent, in this order.
+        regions: number of columns of the schedule.
+        tensors: one for each slot of `layout`; None: never written.
+        history: for each region, the steps whose outputs are cached, latest first.
+        last_step: the last step that was committed; -1: none.
+        depths: for each region, how many of its outputs the layout holds.
+        pace: the adaptive schedule's state of the stream.
+        place: position in a schedule with timesteps; None: before the first step.
+        coming: becomes `place` when the current step is committed.
+        finite: whether the model's output at `finite_step` is finite.
+        finite_step: the last step that wrote state.
     """
 
     layout: tuple[StateSlot, ...]
@@ -60,7 +61,7 @@ class StreamState:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything: the next call is cold."""
+        """Drop everything: the next call is cold."""
         self.tensors = [None] * len(self.layout)
         self.history = [()] * self.regions
         self.last_step = -1
@@ -69,8 +70,16 @@ class StreamState:
         self.finite = True
 
     def commit(self, step: int, row: Row, writes: Sequence[int], values: Sequence[Any]) -> None:
-        """Take what a variant wrote at `step`: a new y0 pushes its region's older outputs one slot on, any other value
-        takes the place of the one before."""
+        """Store what a variant wrote.
+
+        A new y0 moves the region's older outputs one slot on. Any other value replaces the one before.
+
+        Args:
+            step: number of the call, from 0.
+            row: what ran.
+            writes: numbers of the slots that the variant wrote.
+            values: one tensor for each of these slots.
+        """
         if writes:
             self._push(writes, values)
         for region, action in enumerate(row):
@@ -79,20 +88,21 @@ class StreamState:
         self.last_step, self.place = step, self.coming
 
     def drift(self) -> float | None:
-        """How far the last step's drift metric was from its forecast, for the worst sample; None: not known. One
-        read."""
-        slot = next((i for i, one in enumerate(self.layout) if one.slot == "figure"), None)
-        metric = None if slot is None else self.tensors[slot]
-        return None if metric is None else float(metric.max())
+        """The last step's drift metric, for the worst sample; None: none was measured. Reads one tensor on the
+        host."""
+        for spec, metric in zip(self.layout, self.tensors, strict=True):
+            if spec.slot == Slot.FIGURE:
+                return None if metric is None else float(metric.max())
+        return None
 
     def _push(self, slots: Sequence[int], values: Sequence[Any]) -> None:
         for slot, value in zip(slots, values, strict=True):
-            moved = self._run_of(slot)
-            self.tensors[slot : moved.stop] = [value, *self.tensors[slot : moved.stop - 1]]
+            end = self._moved_by(slot).stop
+            self.tensors[slot:end] = [value, *self.tensors[slot : end - 1]]
 
-    def _run_of(self, slot: int) -> range:
+    def _moved_by(self, slot: int) -> range:
         """The slots that a new value of `slot` moves on: its own and those of its older values."""
-        last = slot
-        while last + 1 < len(self.layout) and self.layout[last + 1].slot in SLOTS[1:]:
-            last += 1
-        return range(slot, last + 1)
+        end = slot + 1
+        while end < len(self.layout) and self.layout[end].slot in SLOTS[1:]:
+            end += 1
+        return range(slot, end)

@@ -1,4 +1,4 @@
-"""What ran: one record a call of the last trajectory. No torch here."""
+"""Statistics of the last trajectory: one record for each call, and totals. No torch here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PAST = (
+NO_CALL = (
     "Methods of the original model run past what torch.compile gave: use moeca_compile.compile(model), or compile "
     'the method, as in torch.compile(model.forward_with_cfg, backend="moeca")'
 )
 
-MAX_RECORDS = 4096  # of one trajectory; older ones go
+MAX_RECORDS = 4096  # of one trajectory; the oldest are dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +20,16 @@ class StepRecord:
 
     Attributes:
         step: its number in the trajectory, from 0.
-        stream: its guidance stream, by name or by number from "0"; "None" for a call that couldn't be placed. In
-            sessions "" where none was named.
+        stream: its guidance stream, by name or by number from "0". "None": the call fits no stream. In a session "":
+            the stream has no name.
         variant: the program that ran.
-        ms: milliseconds on the host of the variant and of looking up hoisted values, without compiling.
-        overhead_ms: milliseconds of the call outside the variant, without compiling.
+        ms: host milliseconds of the variant and of the hoisted values, without compiling.
+        overhead_ms: host milliseconds of the rest of the call, without compiling.
         macs: multiply-accumulates that ran.
-        cold: whether state was missing, so that everything was computed.
-        dropped: expert branches without a row, where experts have a capacity.
-        full_macs: multiply-accumulates of the same call, everything computed; 0 where that isn't known.
-        timestep: as the model received it; None where it wasn't read.
+        cold: state was missing, so that everything was computed.
+        dropped: expert branches past the experts' capacity, which were left out.
+        full_macs: multiply-accumulates of the same call with everything computed; 0: not known.
+        timestep: as the model received it; None: it wasn't read.
     """
 
     step: int
@@ -46,18 +46,18 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Stats:
-    """`stats(model)`: the last trajectory's calls, and what is held now.
+    """What `stats(model)` returns: the calls of the last trajectory, and the memory held now.
 
     Attributes:
-        steps: one record a call, in order.
-        state_bytes: of all cache tensors held for this model.
-        mac_fraction: MACs executed / MACs of the same calls all computed (1.0 before the first call).
-        graphs: how many graphs make up a call of this model (1: no graph break).
-        compile_seconds: spent in capturing, rewriting and compiling, by variant name; `kernels`: in waiting for the
-            C++ compiler, for all variants of a `warmup` together.
-        hoisted_bytes: of values that are kept because they don't depend on the latent.
-        uncached: where and why calls ran uncached, and what helps: graph breaks, or a whole graph that isn't cached.
-        warnings: what this handle warned of, each text shown once, and how often it came up.
+        steps: one record for each call, in order.
+        state_bytes: bytes of all cached state of this model.
+        mac_fraction: MACs that ran / MACs of the same calls with everything computed (1.0 before the first call).
+        graphs: number of graphs that a call of this model runs (1: no graph break).
+        compile_seconds: seconds of capturing, rewriting and compiling, by variant name. `kernels`: seconds of waiting
+            for the C++ compiler, for all variants of a `warmup` together.
+        hoisted_bytes: bytes of hoisted values, which don't depend on the latent.
+        uncached: where and why calls ran uncached, and the remedy: graph breaks, or a graph that isn't cached.
+        warnings: how often each warning of this handle came up; each text is shown once.
     """
 
     steps: tuple[StepRecord, ...]
@@ -71,10 +71,11 @@ class Stats:
 
     def __str__(self) -> str:
         ran = Counter(record.variant for record in self.steps)
+        variants = ", ".join(f"{count} x {name}" for name, count in ran.items())
         cold = sum(record.cold for record in self.steps)
-        none = "" if self.graphs or self.uncached else f"; no call came through this handle. {PAST}"
+        none = "" if self.graphs or self.uncached else f"; no call came through this handle. {NO_CALL}"
         totals = (
-            f"{len(self.steps)} calls ({', '.join(f'{n} x {v}' for v, n in ran.items()) or 'none'}, {cold} cold), "
+            f"{len(self.steps)} calls ({variants or 'none'}, {cold} cold), "
             f"{self.mac_fraction:.1%} of the MACs, {self.state_bytes / 2**20:.2f} MiB of state, "
             f"{self.graphs} graph(s){none}"
         )

@@ -1,6 +1,7 @@
-"""Warnings of one compiled handle, or of one session: each cause once, counted from then on. No torch here.
+"""Warnings of one compiled handle, or of one session: each cause is shown once and then counted. No torch here.
 
-Python's own filter shows a text once a process and place, so that the second model that runs into it would be silent.
+Python's own filter shows a text once for each process and place, so that a second model with the same problem would
+stay silent.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from types import FrameType
 
 from moeca_compile.errors import MoecaWarning
 
-_OURS = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[1])
 _TORCH = f"{Path('/torch/')}"
 
 
 class Warned:
-    """What the user of one handle, or session, was told.
+    """The warnings that one handle, or session, has shown.
 
     Attributes:
-        counts: how often each cause came up, by the text that was shown.
+        counts: by the text that was shown, how often its cause came up.
     """
 
     def __init__(self) -> None:
@@ -31,28 +32,32 @@ class Warned:
         self._lock = threading.Lock()
 
     def once(self, text: str, cause: str = "") -> None:
-        """Warn, if it is the first time for this cause (default: the text, whatever numbers are in it)."""
+        """Warn the first time that a cause comes up; later only count it.
+
+        Args:
+            text: the warning.
+            cause: identifies the warning; default: the text without its digits.
+        """
         cause = cause or "".join(letter for letter in text if not letter.isdigit())
         with self._lock:
             shown = self._texts.setdefault(cause, text)
             self.counts[shown] += 1
             if self.counts[shown] > 1:
                 return
-        frame = _callers(sys._getframe(1))
+        frame = _caller_outside(sys._getframe(1))
         warnings.warn_explicit(
             text, MoecaWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals["__name__"]
         )
 
     def clear(self) -> None:
-        """Forget all: each cause is told again."""
+        """Forget all causes: each is shown again."""
         with self._lock:
             self.counts.clear()
             self._texts.clear()
 
 
-def _callers(frame: FrameType) -> FrameType:
-    """The nearest code that is neither ours nor torch's: the call of the model."""
-    here = frame
-    while here.f_back is not None and (_OURS in here.f_code.co_filename or _TORCH in here.f_code.co_filename):
-        here = here.f_back
-    return here
+def _caller_outside(frame: FrameType) -> FrameType:
+    """The nearest frame outside this package and torch: the call of the model."""
+    while frame.f_back is not None and (_PACKAGE in frame.f_code.co_filename or _TORCH in frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame

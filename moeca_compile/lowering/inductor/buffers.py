@@ -45,7 +45,7 @@ class _Fixed(StreamState):  # no __slots__: it can be referred to weakly
             one.zero_()
 
     def _push(self, slots: Sequence[int], values: Sequence[Any]) -> None:
-        moved = [self._run_of(slot) for slot in slots]
+        moved = [self._moved_by(slot) for slot in slots]
         for back in range(max(map(len, moved), default=0) - 1, 0, -1):  # the oldest first: it is written over
             to = [run[back] for run in moved if len(run) > back]
             copy_all([self.fixed[slot] for slot in to], [self.fixed[slot - 1] for slot in to])

@@ -24,7 +24,7 @@ from moeca_compile.frontend.calls import Gate
 from moeca_compile.frontend.handles import backend_of, states_of
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.options import Options
-from moeca_compile.runtime.stats import PAST
+from moeca_compile.runtime.stats import NO_CALL
 
 PARTS = ("transformer", "transformer_2")  # of a pipeline, as diffusers calls them
 
@@ -37,7 +37,7 @@ def parts_of(pipeline: object) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in found.items() if isinstance(part, torch.nn.Module)}
 
 
-def one_model(given: Any, what: str) -> Any:
+def single_model(given: Any, what: str) -> Any:
     """The model to use: the transformer of a pipeline, where it has one.
 
     Raises:
@@ -113,18 +113,18 @@ def plain_module(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def not_in_place(model: torch.nn.Module) -> None:
+def remove_in_place_compilation(model: torch.nn.Module) -> None:
     """Undo `model.compile()`."""
     model.__dict__.pop("_compiled_call_impl", None)
 
 
 @contextmanager
-def standing_in(handle: Any, given: Any) -> Iterator[None]:
+def swapped_in(handle: Any, given: Any) -> Iterator[None]:
     """`handle` in the place of what it was compiled from: set on the pipeline, where `given` is one, and with no
     compilation of the model in place in effect."""
     plain, parts = plain_module(handle), parts_of(given)
     held = plain._compiled_call_impl
-    not_in_place(plain)
+    remove_in_place_compilation(plain)
     for name in parts:
         setattr(given, name, handle)
     try:
@@ -153,7 +153,7 @@ def disable(model: Any) -> Any:
             setattr(model, name, plain)
     if isinstance(model, torch.nn.Module):
         model = plain_module(model)
-        not_in_place(model)
+        remove_in_place_compilation(model)
         canonical.unprepare(model)
         share_again(model)
     elif handle_of(model) is not None:
@@ -188,7 +188,7 @@ def inputs_and_options(model: Any, given: Mapping[str, Any]) -> tuple[dict[str, 
     return inputs, options
 
 
-def past_handle(found: Sequence[Any]) -> Callable[[], str | None]:
+def no_call_warning(found: Sequence[Any]) -> Callable[[], str | None]:
     """For a trajectory's end: what to say if no call came since now."""
     handles = [weakref.ref(one) for one in found]
     before = _marks(found)
@@ -201,7 +201,7 @@ def past_handle(found: Sequence[Any]) -> Callable[[], str | None]:
             return None
         if len(alive) < len(handles) or _marks(alive) != before:  # calls of a trajectory inside it
             return None
-        return f"no call of the compiled model came in this trajectory. {PAST}"
+        return f"no call of the compiled model came in this trajectory. {NO_CALL}"
 
     return say
 

@@ -1,4 +1,4 @@
-"""The state bytes that `explain` tells before a run are those that the run holds: by the books, and in memory."""
+"""The state bytes that `explain` reports before a run are those that the run holds: by its records, and in memory."""
 
 from __future__ import annotations
 
