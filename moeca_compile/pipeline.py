@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ from moeca_compile.passes.analysis.find_residuals import find_residuals
 from moeca_compile.passes.analysis.find_routers import find_routers
 from moeca_compile.passes.analysis.find_signal import find_signal
 from moeca_compile.passes.analysis.find_spans import find_spans
-from moeca_compile.passes.context import Context
 from moeca_compile.passes.dump import Dump
+from moeca_compile.passes.facts import Facts, RewriteRequest
 from moeca_compile.passes.manager import Finder, Pass, PassManager, PassRecord
 from moeca_compile.passes.partial.find_tokens import find_tokens
 from moeca_compile.passes.partial.insert_partial import insert_partial
@@ -64,7 +64,9 @@ from moeca_compile.passes.transform.verify_variant import verify_variant
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.schedule.granularity import Granularity
 
-NORMALIZE: tuple[Pass[Context], ...] = (
+C = TypeVar("C")
+
+NORMALIZE: tuple[Pass[Facts], ...] = (
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
     plain_einsum,  # an einsum that sums nothing is no matmul
     separate_rows,  # text tokens that are packed beside the latent's don't depend on it
@@ -84,7 +86,7 @@ FIND: tuple[Finder, ...] = (
     find_hoisted,  # what doesn't change with the latent
 )
 
-REWRITE: tuple[Pass[Context], ...] = (
+REWRITE: tuple[Pass[RewriteRequest], ...] = (
     tag_row,  # decide: one mark per region output
     insert_state,  # act: read, extrapolate, write the state of whole regions
     insert_partial,  # the same for regions whose tokens and branches age one by one
@@ -95,7 +97,7 @@ REWRITE: tuple[Pass[Context], ...] = (
     verify_variant,  # NOTE: last; lowering must get what the row promises
 )
 
-PROLOGUE: tuple[Pass[Context], ...] = (  # how hoisted values are computed
+PROLOGUE: tuple[Pass[RewriteRequest], ...] = (  # how hoisted values are computed
     hand_out,
     drop_dead,
     hoist_invariant,  # NOTE: last; what a timestep's values are made of may be shared too
@@ -120,7 +122,7 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
     loosen_views,  # NOTE: last; a rewrite may have changed strides
 )
 
-HOIST: tuple[Pass[Context], ...] = (hoist_step_only, hoist_invariant)
+HOIST: tuple[Pass[RewriteRequest], ...] = (hoist_step_only, hoist_invariant)
 # may be disabled: results stay right without them
 OPTIONAL = frozenset(one.__name__ for one in (*NORMALIZE, *HOIST, fold_linear, straight_stream, repeat_blocks))
 
@@ -129,8 +131,8 @@ OPTIONAL = frozenset(one.__name__ for one in (*NORMALIZE, *HOIST, fold_linear, s
 class Pipeline:
     """Which passes of the page make a program."""
 
-    normalize: tuple[Pass[Context], ...] = NORMALIZE
-    rewrite: tuple[Pass[Context], ...] = REWRITE
+    normalize: tuple[Pass[Facts], ...] = NORMALIZE
+    rewrite: tuple[Pass[RewriteRequest], ...] = REWRITE
 
 
 WITH_PROLOGUES = Pipeline()
@@ -146,7 +148,7 @@ class Analysis:
     """One captured graph, all facts about it, and the passes that its programs are made by."""
 
     gm: GraphModule
-    context: Context
+    facts: Facts
     records: tuple[PassRecord, ...]
     pipeline: Pipeline = WITH_PROLOGUES
 
@@ -163,11 +165,11 @@ def analyze(
     """
     manager = manager_of(options)
     captured = captured or capture(gm, args, inputs)
-    context = Context(captured.inputs, Granularity.parse(options.granularity))
-    first = replace(context, indices=_indices(captured.inputs, inputs, args))
+    facts = Facts(captured.inputs, Granularity.parse(options.granularity))
+    first = replace(facts, indices=_indices(captured.inputs, inputs, args))
     normal = manager.rewrite(_with_registered("normalize", NORMALIZE, pipeline.normalize), captured.gm, first)
-    context = manager.find(with_registered("find", FIND), normal, context)
-    return Analysis(normal, context, tuple(manager.records), pipeline)
+    facts = manager.find(with_registered("find", FIND), normal, facts)
+    return Analysis(normal, facts, tuple(manager.records), pipeline)
 
 
 _INDICES = (torch.bool, torch.int32, torch.int64)
@@ -191,29 +193,29 @@ def build_variant(
     A schedule that keeps nothing hoists nothing either: each call's results are those of its own inputs and weights,
     whatever was written to between calls, and nobody has to look.
     """
-    layout = state_layout(analysis.context.regions, schedule)
-    context = replace(analysis.context, row=row, layout=layout, order=schedule.order, control=schedule.control)
+    layout = state_layout(analysis.facts.regions, schedule)
+    request = RewriteRequest(analysis.facts, row, layout, schedule.order, schedule.control)
     manager = manager_of(options)
     passes = _with_registered("rewrite", REWRITE, analysis.pipeline.rewrite)
     if not layout:
         passes = [one for one in passes if one not in HOIST]
-    variant = _variant(name, manager.rewrite(passes, analysis.gm, context, label=f"{name} "), context)
+    variant = _variant(name, manager.rewrite(passes, analysis.gm, request, label=f"{name} "), request)
     if manager.dump is not None:
         dump = Dump(manager.dump)
         dump.schedule(schedule)
-        dump.variant(variant, layout, [one.name for one in context.inputs])
+        dump.variant(variant, layout, [one.name for one in analysis.facts.inputs])
     return variant, tuple(manager.records)
 
 
 def build_prologue(
     analysis: Analysis, gives: tuple[int, ...], options: Options, name: str
 ) -> tuple[Variant, tuple[PassRecord, ...]]:
-    """The program of these hoisted values (positions in the context's list, all of one level)."""
-    context = replace(analysis.context, gives=gives)
+    """The program of these hoisted values (positions in the facts' list, all of one level)."""
+    request = RewriteRequest(analysis.facts, gives=gives)
     manager = manager_of(options)
-    variant = _variant(name, manager.rewrite(PROLOGUE, analysis.gm, context, label=f"{name} "), context)
+    variant = _variant(name, manager.rewrite(PROLOGUE, analysis.gm, request, label=f"{name} "), request)
     if manager.dump is not None:
-        Dump(manager.dump).variant(variant, (), [one.name for one in context.inputs])
+        Dump(manager.dump).variant(variant, (), [one.name for one in analysis.facts.inputs])
     return variant, tuple(manager.records)
 
 
@@ -228,23 +230,21 @@ def lower(variant: Variant, args: Sequence[Any], options: Options) -> tuple[Exec
     return run, tuple(manager.records)
 
 
-def _with_registered(
-    stage: str, page: tuple[Pass[Context], ...], passes: tuple[Pass[Context], ...]
-) -> list[Pass[Context]]:
+def _with_registered(stage: str, page: tuple[Pass[C], ...], passes: tuple[Pass[C], ...]) -> list[Pass[C]]:
     """The passes of a stage that make a program, and people's own: those have their place by the whole page."""
     return [one for one in with_registered(stage, page) if one in passes or one not in page]
 
 
-def _variant(name: str, gm: GraphModule, context: Context) -> Variant:
-    layout = context.layout
-    positions = {one.name: i for i, one in enumerate(context.inputs)}
-    hoisted = {name_of(i): i for i in range(len(context.hoisted))}
+def _variant(name: str, gm: GraphModule, request: RewriteRequest) -> Variant:
+    layout = request.layout
+    positions = {one.name: i for i, one in enumerate(request.facts.inputs)}
+    hoisted = {name_of(i): i for i in range(len(request.facts.hoisted))}
     slots = {slot.name: i for i, slot in enumerate(layout)}
     names = [node.name for node in fx.placeholders(gm)]
     writes = tuple(slots[name] for name in gm.meta.get("moeca_writes", ()))
     return Variant(
         name=name,
-        row=context.row,
+        row=request.row,
         gm=_in_order(gm, [*positions, *hoisted, *slots, NOW, COEFFICIENTS]),
         takes=tuple(sorted(positions[name] for name in names if name in positions)),
         hoists=tuple(sorted(hoisted[name] for name in names if name in hoisted)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeca_compile.graph.capture import Capture, capture
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.lower import Executable, lower_eager
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 from moeca_compile.pipeline import Analysis, analyze
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
@@ -35,8 +35,8 @@ class Subject:
     args: tuple[Any, ...]
 
     @property
-    def context(self) -> Context:
-        return self.analysis.context
+    def facts(self) -> Facts:
+        return self.analysis.facts
 
     def call(self, step: int) -> list[Any]:
         """The arguments of a step, in the order of the captured graph."""
@@ -108,7 +108,7 @@ def gathered(history: Sequence[Computed], step: int, order: int) -> Tensor:
 def assert_follows_the_oracle(one: Subject, runner: Runner, rows: Sequence[Row]) -> None:
     runner.start()
     plain, exact = (
-        Reference(one.captured.gm, one.context.regions, runner.schedule, form) for form in (forecast, gathered)
+        Reference(one.captured.gm, one.facts.regions, runner.schedule, form) for form in (forecast, gathered)
     )
     for step, wanted in enumerate(rows):
         args = one.call(step)

@@ -55,7 +55,7 @@ def subject() -> Subject:
 
 
 def test_it_is_found_as_a_choice_over_the_batch(subject: Subject, fact: Recorder) -> None:
-    layers = [region for region in subject.context.regions if region.kind == "experts"]
+    layers = [region for region in subject.facts.regions if region.kind == "experts"]
     assert [router.choice for region in layers for router in region.routers] == ["batch", "batch"]
     assert [(router.num_experts, router.top_k) for region in layers for router in region.routers] == [(4, 0)] * 2
     fact("routing", DynamicK.__doc__ or "", choice="batch", cached="whole")
@@ -63,7 +63,7 @@ def test_it_is_found_as_a_choice_over_the_batch(subject: Subject, fact: Recorder
 
 def test_its_cost_is_that_of_the_call_that_was_captured(subject: Subject) -> None:
     """Tokens taken are counted where they were: between no expert's work and all experts' on all tokens."""
-    layer = subject.context.regions.regions[1]
+    layer = subject.facts.regions.regions[1]
     expert, tokens = 3 * 16 * 12, 2 * 4
     fixed = tokens * (4 * 16 + 3 * 16 * 12 + 4 * 16 + expert)  # router, capacity, shared
     assert fixed < layer.macs <= fixed + 4 * tokens * expert
@@ -89,7 +89,7 @@ def test_every_token_of_a_split_by_data_is_counted() -> None:
     for block in built.blocks:
         block.moe = Segments(16, 12, 4, 2, shared=False).double()
     one = subject_of(built.eval().requires_grad_(False), inputs)
-    layers = [region for region in one.context.regions if region.kind == "experts"]
+    layers = [region for region in one.facts.regions if region.kind == "experts"]
     assert [layer.macs for layer in layers] == [2 * 4 * (4 * 16 + 2 * 3 * 16 * 12)] * 2
 
 
@@ -137,8 +137,8 @@ class Growing(nn.Module):
 
 def test_a_region_of_unknown_size_is_a_miss() -> None:
     one = subject_of(Growing(), lambda step: {"x": latent()})
-    assert not len(one.context.regions)
-    assert "the size of its output depends on data" in one.context.rejected[0].reason
+    assert not len(one.facts.regions)
+    assert "the size of its output depends on data" in one.facts.rejected[0].reason
 
 
 def doubled_if_large(x: Tensor, n: int) -> Tensor:

@@ -106,7 +106,7 @@ def test_the_oracle_s_forecast_is_rounded_once() -> None:
 
 def test_the_oracle_computes_everything_at_a_full_row() -> None:
     one = subject("float32")
-    oracle = Reference(one.captured.gm, one.context.regions, schedule_of(one.analysis, "CCCC"))
+    oracle = Reference(one.captured.gm, one.facts.regions, schedule_of(one.analysis, "CCCC"))
     assert same(oracle(row("CCCC"), one.call(0))[0], one.eager(0))
 
 
@@ -118,7 +118,7 @@ def test_the_oracle_computes_everything_at_a_full_row() -> None:
 @given(data=st.data(), order=st.integers(0, 2))
 def test_any_schedule_is_run_as_the_oracle_says(dtype: str, data: st.DataObject, order: int) -> None:
     one = subject(dtype)
-    texts = data.draw(random_rows(len(one.context.regions), order))
+    texts = data.draw(random_rows(len(one.facts.regions), order))
     schedule = schedule_of(one.analysis, *texts, order=order)
     runner = Runner(one, schedule)
     assert_follows_the_oracle(one, runner, schedule.rows)
@@ -216,7 +216,7 @@ def test_every_architecture_follows_the_oracle(name: str, autocast: bool) -> Non
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         one = subject_of(ARCHITECTURES[name](), slowly)
-    width = len(one.context.regions)
+    width = len(one.facts.regions)
     assert width > 0
     turns = ["C", "C", "CF", "FC", "F", "C", "R", "FR", "CFF", "F"]
     texts = [(turn * width)[:width] for turn in turns]
@@ -271,18 +271,18 @@ def test_a_variant_holds_the_operators_of_its_computed_regions_and_no_others(tex
     variant = build(one.analysis, schedule_of(one.analysis, "CCCC", text), row(text))
     count = ops(variant.gm)
     for kind, operator in ANCHORS.items():
-        computed = [a for region, a in zip(one.context.regions, row(text), strict=True) if region.kind == kind]
+        computed = [a for region, a in zip(one.facts.regions, row(text), strict=True) if region.kind == kind]
         assert count[operator] == computed.count(Action.COMPUTE)
     skipped = sum(
-        region.macs for region, a in zip(one.context.regions, row(text), strict=True) if a is not Action.COMPUTE
+        region.macs for region, a in zip(one.facts.regions, row(text), strict=True) if a is not Action.COMPUTE
     )
-    assert variant.macs == one.context.regions.total_macs - skipped
+    assert variant.macs == one.facts.regions.total_macs - skipped
 
 
 def test_the_model_under_test_is_what_the_tests_say() -> None:
     one = subject()
-    assert [region.kind for region in one.context.regions] == ["attention", "experts"] * 2
-    assert one.context.rejected == ()
+    assert [region.kind for region in one.facts.regions] == ["attention", "experts"] * 2
+    assert one.facts.rejected == ()
     assert ops(one.captured.gm)["moeca.experts.default"] == 2
 
 
@@ -311,7 +311,7 @@ def test_the_compiled_model_in_a_trajectory_is_what_the_oracle_says(
     schedule = schedule_of(one.analysis, *texts, order=order)
     torch._dynamo.reset()
     model = moeca.compile(small(dtype), schedule=schedule, inner="eager")
-    oracle = Reference(one.captured.gm, one.context.regions, schedule, gathered)
+    oracle = Reference(one.captured.gm, one.facts.regions, schedule, gathered)
     with torch.no_grad(), moeca.trajectory(model, steps=len(texts)):
         for step, wanted in enumerate(schedule.rows):
             found = model(**inputs(step, dtype))
@@ -321,4 +321,4 @@ def test_the_compiled_model_in_a_trajectory_is_what_the_oracle_says(
     assert stats.state_bytes == sum(slot.bytes for slot in layout_of(one.analysis, schedule))
     assert stats.graphs == 1
     executed = sum(record.macs for record in stats.steps)
-    assert stats.mac_fraction == executed / (one.context.regions.total_macs * len(texts)) < 1
+    assert stats.mac_fraction == executed / (one.facts.regions.total_macs * len(texts)) < 1

@@ -71,7 +71,7 @@ def subject(style: str = "numpy", top_k: int = 2, speed: float = WILD, shared: b
 
 def follow(one: Subject, schedule: Schedule) -> int:
     """Run the schedule's rows beside the oracle; how many transitions there were."""
-    runner, oracle = Runner(one, schedule), Reference(one.captured.gm, one.context.regions, schedule)
+    runner, oracle = Runner(one, schedule), Reference(one.captured.gm, one.facts.regions, schedule)
     runner.start()
     flips, last = 0, None
     for step, row in enumerate(schedule.rows):

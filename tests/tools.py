@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from moeca_compile.graph.capture import Capture, Input, capture, inputs_of
 from moeca_compile.graph.fit import fit
 from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.options import Options
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts, RewriteRequest
 from moeca_compile.passes.manager import PassManager
 from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.pipeline import FIND, NORMALIZE, Analysis, analyze, build_variant
@@ -78,10 +78,10 @@ def analyze_module(module: Any, *inputs: Any, options: Options = EAGER) -> Analy
     return analyze(traced.gm, traced.args, traced.inputs, options)
 
 
-def find_in(gm: GraphModule, inputs: tuple[Input, ...]) -> Context:
+def find_in(gm: GraphModule, inputs: tuple[Input, ...]) -> Facts:
     """All facts about a functional graph that is there already."""
     runner = PassManager()
-    context = Context(inputs)
+    context = Facts(inputs)
     return runner.find(FIND, runner.rewrite(NORMALIZE, gm, context), context)
 
 
@@ -94,14 +94,14 @@ def schedule_of(
     analysis: Analysis, *rows: str, order: int = 1, legend: Mapping[str, Partial] | None = None, control: Any = None
 ) -> Schedule:
     """A schedule fitted to the analysis' regions from rows like `CRF`; `legend` says what other letters mean."""
-    regions = analysis.context.regions
+    regions = analysis.facts.regions
     acts = tuple(parse_row(text, legend or {}) for text in rows)
     return fit(Schedule(acts, regions.keys, order=order, control=control or Control()), regions)
 
 
 def layout_of(analysis: Analysis, schedule: Schedule) -> tuple[StateSlot, ...]:
     """The state that a bound schedule keeps."""
-    return state_layout(analysis.context.regions, schedule)
+    return state_layout(analysis.facts.regions, schedule)
 
 
 def build(analysis: Analysis, schedule: Schedule, wanted: Row) -> Variant:
@@ -112,13 +112,13 @@ def build(analysis: Analysis, schedule: Schedule, wanted: Row) -> Variant:
 
 def variant_of(analysis: Analysis, text: str, order: int = 1, among: tuple[str, ...] = ()) -> Variant:
     """The program of one row, in a schedule of a full row, that row, and those `among` which it is."""
-    full = "C" * len(analysis.context.regions)
+    full = "C" * len(analysis.facts.regions)
     return build(analysis, schedule_of(analysis, full, text, *among, order=order), row(text))
 
 
-def with_row(analysis: Analysis, text: str) -> Context:
-    """The context that rewriters get for this row, without a layout."""
-    return replace(analysis.context, row=row(text))
+def with_row(analysis: Analysis, text: str) -> RewriteRequest:
+    """What rewriters get for this row, without a layout."""
+    return RewriteRequest(analysis.facts, row(text))
 
 
 def node(gm: GraphModule, name: str) -> Node:

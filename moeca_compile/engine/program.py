@@ -54,7 +54,7 @@ class Program:
         self.options, self.warned = options, warned or Warned()
         self.compiler = Compiler(options, args)
         self.analysis: Analysis = analyze(gm, args, inputs, options, captured, pipeline)
-        context = self.analysis.context
+        context = self.analysis.facts
         self.regions = context.regions
         self.compiler.inputs = context.inputs
         self.packs_experts = options.pack_experts and self._can_pack()
@@ -104,17 +104,17 @@ class Program:
     def settle(self, args: Sequence[Any]) -> None:
         """Before the first call: move the weights among `args` to where `pack_experts` wants them."""
         if self.packs_experts:
-            put_side_by_side(expert_weights(self.analysis.gm, self.analysis.context.inputs, args))
+            put_side_by_side(expert_weights(self.analysis.gm, self.analysis.facts.inputs, args))
 
     def _can_pack(self) -> bool:
-        reason = why_not_packed(self.analysis.gm, self.analysis.context.inputs)
+        reason = why_not_packed(self.analysis.gm, self.analysis.facts.inputs)
         if reason:
             self.warned.once(f"pack_experts is left out: {reason}", "pack_experts")
         return not reason
 
 
 def _nothing_found(analysis: Analysis) -> str:
-    near = "; ".join(map(str, analysis.context.rejected[:5])) or "no residual add around a matmul"
+    near = "; ".join(map(str, analysis.facts.rejected[:5])) or "no residual add around a matmul"
     count = len(analysis.gm.graph.nodes)
     return (
         f"nothing to cache was found in this graph ({count} nodes). Rejected candidates: {near}. "

@@ -33,7 +33,7 @@ class Prologues:
     """
 
     def __init__(self, analysis: Analysis, compiler: Compiler) -> None:
-        context = analysis.context
+        context = analysis.facts
         positions = {one.name: i for i, one in enumerate(context.inputs)}
         self.hoisted = context.hoisted
         self.of_step = tuple(p for p, value in enumerate(self.hoisted) if value.level == "step")

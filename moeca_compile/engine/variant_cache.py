@@ -30,7 +30,7 @@ class VariantCache:
     """
 
     def __init__(self, analysis: Analysis, compiler: Compiler, kept: Schedule) -> None:
-        self.layout: tuple[StateSlot, ...] = state_layout(analysis.context.regions, kept)
+        self.layout: tuple[StateSlot, ...] = state_layout(analysis.facts.regions, kept)
         self.built: dict[Row, Variant] = {}
         self.executables: dict[Row, Executable] = {}
         self._analysis, self._compiler, self._kept = analysis, compiler, kept

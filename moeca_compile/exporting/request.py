@@ -36,7 +36,7 @@ class Captured:
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return self.program.analysis.context.inputs
+        return self.program.analysis.facts.inputs
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -113,7 +113,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
             raise LoweringError(f"{one.label} is on {arg.device}: move model and inputs to the CPU for the export")
     program = Program(gm, args, inputs, options, pipeline=STANDALONE)
     given = {id(one): place for place, one in enumerate(tensors(arguments))}
-    names = [one.name for one in program.analysis.context.inputs]
+    names = [one.name for one in program.analysis.facts.inputs]
     places = {name: given[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in given}
     by_id = {id(value): name for name, value in bound_arguments(model, arguments).items() if torch.is_tensor(value)}
     called = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}

@@ -279,7 +279,7 @@ class Entry:
         found = runtime.find(known)
         assert found is not None
         program = found[0]
-        context = program.analysis.context
+        context = program.analysis.facts
         if captured is None:
             how = arrangement(context.inputs, self.inputs)
         else:

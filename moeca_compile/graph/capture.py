@@ -174,7 +174,7 @@ class _Eager(Interpreter):
         return super().run_node(n)
 
     def map_nodes_to_values(self, args: Any, n: Node) -> Any:
-        if not takes_sizes(n):
+        if not self.constants or not takes_sizes(n):
             return super().map_nodes_to_values(args, n)
         return map_arg(args, lambda source: self.constants.get(source, self.env[source]))
 

@@ -100,15 +100,17 @@ def need(node: Node) -> torch.Tensor:
 
 
 def tensor(node: Node) -> torch.Tensor | None:
-    val = value(node)
+    val = node.meta.get("val")
     return val if isinstance(val, torch.Tensor) else None
 
 
 def shape(node: Node) -> tuple[int, ...]:
     """The sizes at `node`; those that depend on data as they were when the graph was captured."""
-    val = tensor(node)
     noted: tuple[int, ...] | None = node.meta.get("moeca_shape")
-    return noted or (tuple(int(size) for size in val.shape) if val is not None else ())
+    if noted:
+        return noted
+    val = node.meta.get("val")
+    return tuple(map(int, val.shape)) if isinstance(val, torch.Tensor) else ()
 
 
 def fills(part: Node, whole: Node) -> bool:

@@ -92,7 +92,7 @@ class _Teller:
 
 
 def _kind(node: Node, strides: bool) -> tuple[object, ...]:
-    value = fx.value(node)
+    value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ()
     at = tuple(map(int, value.stride())) if strides else ()

@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 
 from moeca_compile.errors import InvariantError, MoecaError
 from moeca_compile.graph import fx
-from moeca_compile.passes.context import Context
 from moeca_compile.passes.dump import Dump, does_nothing
+from moeca_compile.passes.facts import Facts
 from moeca_compile.passes.verify import GraphState
 
 C = TypeVar("C")
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 VERIFY = "MOECA_VERIFY"  # environment variable
 
-Finder = Callable[[GraphModule, Context], Context]
+Finder = Callable[[GraphModule, Facts], Facts]
 # What a pass may know beside the graph depends on its stage: the facts, a row to build, an ONNX model to write.
 Pass = Callable[[GraphModule, C], GraphModule]
 
@@ -61,7 +61,7 @@ class PassManager:
     verify: bool = field(default_factory=lambda: os.environ.get(VERIFY, "") not in ("", "0"))
     records: list[PassRecord] = field(default_factory=list)
 
-    def find(self, finders: Sequence[Finder], gm: GraphModule, facts: Context) -> Context:
+    def find(self, finders: Sequence[Finder], gm: GraphModule, facts: Facts) -> Facts:
         """Run read-only passes in order; each adds to the facts.
 
         Raises:

@@ -17,8 +17,9 @@ def register(one: Pass, stage: str, after: str = "") -> Pass:
     """Run a pass of your own in all models that are compiled or explained from now on.
 
     Args:
-        one: `(gm: GraphModule, ctx: Context) -> GraphModule`, for the stage "find" `-> Context`. It may change `gm`,
-            which is a copy, and must not change `ctx`. Its name is that of the function.
+        one: `(gm, facts: Facts) -> GraphModule`, for the stage "find" `-> Facts`, for the stage "rewrite"
+            `(gm, request: RewriteRequest) -> GraphModule` (`passes/facts.py`). It may change `gm`, which is a copy. Its
+            name is that of the function.
         stage: "normalize" (the captured graph), "find" (its facts) or "rewrite" (each variant).
         after: the name of the pass that it runs after; "" puts it first in its stage.
 

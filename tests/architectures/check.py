@@ -29,13 +29,13 @@ class Finding:
 
     @property
     def regions(self) -> RegionMap:
-        return self.analysis.context.regions
+        return self.analysis.facts.regions
 
     @property
     def differences(self) -> list[str]:
         """How what was found isn't what was expected; empty if it is."""
         found = differences(self.expected, self.regions.regions, self.regions.rejected)
-        roles = self.analysis.context.roles
+        roles = self.analysis.facts.roles
         if (roles.timestep, roles.latent) != ("t", "x"):
             found.append(f"timestep and latent are called {roles.timestep!r} and {roles.latent!r}, not 't' and 'x'")
         return found

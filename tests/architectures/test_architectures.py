@@ -70,7 +70,7 @@ def test_a_skipped_region_saves_what_it_says_it_costs(running: tuple[Finding, Su
     runner = Runner(one, schedule(finding, "uniform:2"))
     skipped, _ = runner.variant((Action.FORECAST,) * len(finding.regions))
     bodies = {name for region in finding.regions for name in region.body}
-    macs = dict(finding.analysis.context.macs)
+    macs = dict(finding.analysis.facts.macs)
     assert skipped.macs <= finding.regions.total_macs - sum(macs.get(name, 0) for name in bodies)
 
 

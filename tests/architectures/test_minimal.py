@@ -18,11 +18,11 @@ W, V = torch.randn(DIM, DIM), torch.randn(DIM, DIM)
 
 
 def kinds(analysis: Analysis) -> list[str]:
-    return [region.kind for region in analysis.context.regions]
+    return [region.kind for region in analysis.facts.regions]
 
 
 def reasons(analysis: Analysis) -> list[str]:
-    return [miss.reason for miss in analysis.context.rejected]
+    return [miss.reason for miss in analysis.facts.rejected]
 
 
 def mlp(x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def test_the_cut_of_a_residual_added_in_float32_is_in_the_branch_s_dtype() -> No
     def model(x: Tensor, t: Tensor) -> Tensor:
         return (x.float() + t.sin().sum() * mlp(x).float()).to(x.dtype)
 
-    (region,) = analyze_module(model, latent().bfloat16(), times()).context.regions
+    (region,) = analyze_module(model, latent().bfloat16(), times()).facts.regions
     assert region.dtypes == ("bfloat16",)
 
 
@@ -96,7 +96,7 @@ class FastPath(nn.Module):
 def test_a_small_residual_inside_a_branch_is_a_part_of_it() -> None:
     shortcut = FastPath()
     analysis = analyze_module(lambda x: x + shortcut(x), latent())
-    (region,) = analysis.context.regions
+    (region,) = analysis.facts.regions
     assert len(region.parameters) == 6
     assert reasons(analysis) == []
 
@@ -165,7 +165,7 @@ def test_a_mixture_of_heads_is_one_however_it_is_written(choose: Core, core: Cal
             return self.proj(choose(self.core(*self.heads(x)), gates).transpose(1, 2).flatten(2))
 
     heads = Heads()
-    (region,) = analyze_module(lambda x: x + heads(x), latent()).context.regions
+    (region,) = analyze_module(lambda x: x + heads(x), latent()).facts.regions
     assert [router.choice for router in region.routers] == ["head"]
 
 
@@ -181,5 +181,5 @@ def test_a_choice_in_groups_is_token_choice() -> None:
             return weights, ids
 
     layer = Grouped(experts=4)
-    (region,) = analyze_module(lambda x: x + layer(x), latent()).context.regions
+    (region,) = analyze_module(lambda x: x + layer(x), latent()).facts.regions
     assert [(router.choice, router.num_experts, router.top_k) for router in region.routers] == [("token", 4, 2)]

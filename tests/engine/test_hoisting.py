@@ -187,7 +187,7 @@ def test_an_operator_that_can_not_be_mapped_is_told_once_and_computed_by_itself(
 
 def _inputs(model: nn.Module, variant: Any) -> list[torch.Tensor]:
     known = dict(model._orig_mod.named_parameters())
-    labels = [program_of(model).analysis.context.inputs[i].label for i in variant.takes]
+    labels = [program_of(model).analysis.facts.inputs[i].label for i in variant.takes]
     own = {"t": torch.tensor([1.0]), "y": torch.tensor([1])}
     return [own.get(label, known.get(label, torch.ones(1))) for label in labels]
 

@@ -74,7 +74,7 @@ def test_placeholders_and_outputs_cost_nothing() -> None:
 
 def test_the_facts_name_only_what_costs() -> None:
     analysis = routed()
-    macs = dict(analysis.context.macs)
+    macs = dict(analysis.facts.macs)
     assert all(cost > 0 for cost in macs.values())
     assert macs == {node.name: cost for node in analysis.gm.graph.nodes if (cost := node_macs(node))}
 
@@ -88,7 +88,7 @@ def test_experts_cost_their_routed_tokens_and_not_all_experts(gate: bool) -> Non
         return torch.ops.moeca.experts(x, ids, up, down, up if gate else [], [], [], [], "silu")
 
     inputs = torch.randn(tokens, DIM), torch.zeros(tokens, top_k, dtype=torch.int64)
-    (cost,) = dict(analyze_module(model, *inputs).context.macs).values()
+    (cost,) = dict(analyze_module(model, *inputs).facts.macs).values()
     assert cost == tokens * top_k * hidden * DIM * (3 if gate else 2)
 
 
@@ -97,7 +97,7 @@ def test_a_model_costs_half_of_the_flops_that_torch_counts() -> None:
     x, t = latent(), times()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it doesn't know the CPU's kernel
         model(x, t)
-    total = analyze_module(model, x, t).context.regions.total_macs
+    total = analyze_module(model, x, t).facts.regions.total_macs
     assert total == counter.get_total_flops() / 2
 
 

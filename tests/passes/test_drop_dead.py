@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts, RewriteRequest
 from moeca_compile.passes.transform.drop_dead import drop_dead
 from tests.passes.blocks import Block, Mlp, Timed, latent, routed, times, two_streams
 from tests.tools import analyze_module, ops, variant_of
@@ -70,7 +70,7 @@ def test_what_has_an_effect_stays() -> None:
     dead = graph.call_function(aten.sin.default, (x,))
     graph.call_function(aten.cos.default, (dead,))
     graph.output((x,))
-    gm = drop_dead(GraphModule({}, graph), Context(()))
+    gm = drop_dead(GraphModule({}, graph), RewriteRequest(Facts(())))
     assert ops(gm) == {"aten.add_.Tensor": 1}
     assert fx.placeholders(gm) == [x]
     assert unread.name not in {n.name for n in gm.graph.nodes}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.graph import fx
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 from moeca_compile.passes.manager import PassManager
 from moeca_compile.passes.transform.drop_noops import drop_noops
 from moeca_compile.pipeline import NORMALIZE
@@ -42,7 +42,7 @@ KEPT: dict[str, tuple[Model, str]] = {
 def test_what_computes_nothing_is_dropped(model: Model) -> None:
     captured, args = capture_module(model, latent())
     before = run_graph(captured.gm, args)
-    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Facts(captured.inputs))
     assert ops(gm) == {"aten.matmul.default": 1, "aten.sin.default": 1}
     assert same(run_graph(gm, args)[0], before[0])
 
@@ -50,32 +50,32 @@ def test_what_computes_nothing_is_dropped(model: Model) -> None:
 @pytest.mark.parametrize(("model", "kept"), KEPT.values(), ids=KEPT)
 def test_what_computes_something_stays(model: Model, kept: str) -> None:
     captured, _ = capture_module(model, latent())
-    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Facts(captured.inputs))
     assert ops(gm)[kept] == ops(captured.gm)[kept] >= 1
 
 
 def test_assertions_of_the_tracer_are_dropped() -> None:
     captured, _ = capture_module(lambda x: (x @ W).double(), latent())
     assert ops(captured.gm)["aten._assert_tensor_metadata.default"] == 1
-    assert "aten._assert_tensor_metadata.default" not in ops(drop_noops(captured.gm, Context(captured.inputs)))
+    assert "aten._assert_tensor_metadata.default" not in ops(drop_noops(captured.gm, Facts(captured.inputs)))
 
 
 def test_dead_code_is_dropped_and_placeholders_stay() -> None:
     captured, _ = capture_module(lambda x, y: (x @ W, y.sin())[0], latent(), latent())
-    gm = drop_noops(captured.gm, Context(captured.inputs))
+    gm = drop_noops(captured.gm, Facts(captured.inputs))
     assert ops(gm) == {"aten.matmul.default": 1}
     assert len(fx.placeholders(gm)) == len(captured.inputs)
 
 
 def test_a_graph_without_them_stays_as_it_is() -> None:
     gm = analyzed().gm
-    again = PassManager().rewrite(NORMALIZE, gm, analyzed().context)
+    again = PassManager().rewrite(NORMALIZE, gm, analyzed().facts)
     assert [n.format_node() for n in again.graph.nodes] == [n.format_node() for n in gm.graph.nodes]
 
 
 def test_a_residual_behind_them_is_seen() -> None:
     """Why the pass is there: x + detach(dropout(f(x))) is x + f(x)."""
-    context = analyze_module(lambda x: x + F.dropout((x @ W).detach(), 0.5, training=False).float(), latent()).context
+    context = analyze_module(lambda x: x + F.dropout((x @ W).detach(), 0.5, training=False).float(), latent()).facts
     (branch,) = context.branches
     assert (branch.trunk, branch.cut) == ("x", "matmul")
 
@@ -94,6 +94,6 @@ def test_without_the_pass_results_are_the_same() -> None:
 def test_an_output_that_was_a_copy_stays_a_copy() -> None:
     """The caller may change what it gets in place; the input must not change with it."""
     captured, args = capture_module(lambda x: x.to(torch.float32, copy=True), latent())
-    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Facts(captured.inputs))
     (result,) = run_graph(gm, args)
     assert result.data_ptr() != args[0].data_ptr()

@@ -17,7 +17,7 @@ def dumped(folder: Path) -> Path:
     torch.manual_seed(0)
     options = Options(inner="eager", dump=folder)
     analysis = analyze_module(Timed(Block()), latent(), times(), options=options)
-    schedule = schedule_of(analysis, *("C" * len(analysis.context.regions), "F" * len(analysis.context.regions)))
+    schedule = schedule_of(analysis, *("C" * len(analysis.facts.regions), "F" * len(analysis.facts.regions)))
     for number, one in enumerate(schedule.distinct_rows()):
         build_variant(analysis, schedule, one, options, f"v{number}")
     return folder
@@ -48,7 +48,7 @@ def test_another_schedule_gets_a_file_of_its_own(tmp_path: Path) -> None:
     dumped(tmp_path)
     options = Options(inner="eager", dump=tmp_path)
     analysis = analyze_module(Timed(Block()), latent(), times(), options=options)
-    letters = "C" * len(analysis.context.regions)
+    letters = "C" * len(analysis.facts.regions)
     build_variant(analysis, schedule_of(analysis, letters, letters), row(letters), options, "v0")
     assert {path.name for path in tmp_path.glob("[sv]*.txt")} == {
         "schedule.txt", "schedule.1.txt", "variant_v0.txt", "variant_v0.1.txt", "variant_v1.txt",

@@ -76,9 +76,9 @@ def test_every_writing_is_one_attention_and_one_region() -> None:
     """A stack of blocks, each with its own writing."""
     blocks = Stack(*(Block(mixer=Attention(core)) for core in WRITINGS.values()))
     analysis = analyze_module(Timed(blocks), latent(), times())
-    regions = {region.key: region for region in analysis.context.regions}
-    assert len(analysis.context.attention) == len(WRITINGS)
-    for i, (name, info) in enumerate(zip(WRITINGS, analysis.context.attention, strict=True)):
+    regions = {region.key: region for region in analysis.facts.regions}
+    assert len(analysis.facts.attention) == len(WRITINGS)
+    for i, (name, info) in enumerate(zip(WRITINGS, analysis.facts.attention, strict=True)):
         region = regions[f"body.blocks.{i}.attn"]
         assert (region.kind, region.layer, region.attention) == ("attention", i, (info,)), name
         for one in fx.resolve(analysis.gm, (info.query, info.key, info.value, info.node)):
@@ -89,7 +89,7 @@ def test_in_half_precision_too() -> None:
     writings = [WRITINGS[name] for name in ("matmul", "softmax in float32", "softmax by dtype", "dropout")]
     blocks = Timed(Stack(*(Block(mixer=Attention(core)) for core in writings))).bfloat16()
     analysis = analyze_module(blocks, latent().bfloat16(), times().bfloat16())
-    assert [r.kind for r in analysis.context.regions] == ["attention", "mlp"] * len(writings)
+    assert [r.kind for r in analysis.facts.regions] == ["attention", "mlp"] * len(writings)
 
 
 def test_query_key_and_value_are_those_of_the_call() -> None:
@@ -97,7 +97,7 @@ def test_query_key_and_value_are_those_of_the_call() -> None:
         return F.scaled_dot_product_attention(q.sin(), k.cos(), v.tanh())
 
     analysis = found(core)
-    (info,) = analysis.context.attention
+    (info,) = analysis.facts.attention
     assert (info.query, info.key, info.value) == ("sin_1", "cos_1", "tanh")
     assert node(analysis.gm, info.node).target is fx.SDPA
 
@@ -107,7 +107,7 @@ def test_query_key_and_value_are_those_of_the_products() -> None:
         return (q.sin() @ k.cos().mT * 0.5).softmax(-1) @ v.tanh()
 
     analysis = found(core)
-    (info,) = analysis.context.attention
+    (info,) = analysis.facts.attention
     query, key, value = (fx.strip(node(analysis.gm, n), fx.is_view) for n in (info.query, info.key, info.value))
     assert (query.target, key.target, value.target) == (fx.aten.sin.default, fx.aten.cos.default, fx.aten.tanh.default)
 
@@ -122,7 +122,7 @@ def test_cross_attention_is_attention() -> None:
             k, v = self.kv(c.unsqueeze(1).sin()).chunk(2, dim=-1)
             return x + F.scaled_dot_product_attention(self.q(x), k, v)
 
-    context = analyze_module(Timed(Cross()), latent(), times()).context
+    context = analyze_module(Timed(Cross()), latent(), times()).facts
     assert [(r.key, r.kind) for r in context.regions] == [("body.q", "attention")]
 
 
@@ -137,7 +137,7 @@ def test_cross_attention_is_attention() -> None:
     ids=["two streams", "one stream", "two blocks", "two written out"],
 )
 def test_each_attention_is_found_once(body: nn.Module, count: int) -> None:
-    assert len(analyze_module(Timed(body), latent(), times()).context.attention) == count
+    assert len(analyze_module(Timed(body), latent(), times()).facts.attention) == count
 
 
 NOT_ATTENTION: dict[str, Core] = {
@@ -154,8 +154,8 @@ def test_what_only_looks_like_attention_is_none() -> None:
     analysis = analyze_module(
         Timed(Stack(*(Block(mixer=Attention(core)) for core in NOT_ATTENTION.values()))), latent(), times()
     )
-    assert analysis.context.attention == ()
-    regions = analysis.context.regions
+    assert analysis.facts.attention == ()
+    regions = analysis.facts.regions
     assert [(r.kind, r.layer) for r in regions] == [x for i in range(len(NOT_ATTENTION)) for x in (("mlp", i),) * 2]
 
 
@@ -169,7 +169,7 @@ def test_a_dense_mixture_is_no_attention() -> None:
             weights = self.router(x).softmax(-1).unsqueeze(-2)
             return x + (weights @ self.experts(x).unflatten(-1, (3, DIM))).squeeze(-2)
 
-    context = analyze_module(Dense(), latent()).context
+    context = analyze_module(Dense(), latent()).facts
     assert context.attention == ()
     assert [region.kind for region in context.regions] == ["mlp"]
 
@@ -216,16 +216,16 @@ KINDS: dict[str, tuple[Callable[..., Tensor], str, bool]] = {
 def test_where_the_keys_come_from_and_whether_they_change(name: str) -> None:
     keys, kind, invariant = KINDS[name]
     analysis = analyze_module(Attending(keys), latent(), times(), torch.randn(2, 3, 6))
-    assert {(one.kind, one.invariant) for one in analysis.context.attention} == {(kind, invariant)}
-    assert len(analysis.context.attention) == 2
+    assert {(one.kind, one.invariant) for one in analysis.facts.attention} == {(kind, invariant)}
+    assert len(analysis.facts.attention) == 2
 
 
 def test_joint_queries_too() -> None:
     model = Attending(lambda self, x, h, text: torch.cat([text, h], dim=1), joint=True)
     analysis = analyze_module(model, latent(), times(), torch.randn(2, 3, 6))
-    assert [one.kind for one in analysis.context.attention] == ["joint"] * 2
+    assert [one.kind for one in analysis.facts.attention] == ["joint"] * 2
 
 
 def test_a_sequence_of_both_is_one_stream() -> None:
-    found = analyze_module(Timed(OneStream()), latent(), times()).context.attention
+    found = analyze_module(Timed(OneStream()), latent(), times()).facts.attention
     assert [(one.kind, one.invariant) for one in found] == [("self", False)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeca_compile.passes.context import Roles
+from moeca_compile.passes.facts import Roles
 from moeca_compile.pipeline import FIND
 from tests.passes.blocks import DIM, Block, Timed, latent, times
 from tests.tools import analyze_module
@@ -37,7 +37,7 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def roles_and_dependence() -> tuple[Roles, dict[str, str]]:
     inputs = (torch.randn(2, 7, 6), torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([1, 2]))
-    context = analyze_module(Model(), *inputs).context
+    context = analyze_module(Model(), *inputs).facts
     return context.roles, dict(context.dependence)
 
 
@@ -60,7 +60,7 @@ def test_every_node_is_const_condition_step_or_latent(roles_and_dependence: tupl
 
 
 def roles(function: Any, *inputs: Any) -> Roles:
-    return analyze_module(function, *inputs).context.roles
+    return analyze_module(function, *inputs).facts.roles
 
 
 def sinusoid(t: Tensor) -> Tensor:
@@ -124,14 +124,14 @@ def test_a_model_without_a_timestep_has_none() -> None:
 
 
 def test_without_a_latent_everything_is_condition_or_const() -> None:
-    context = analyze_module(lambda y: y * 2, torch.tensor([1, 2])).context
+    context = analyze_module(lambda y: y * 2, torch.tensor([1, 2])).facts
     assert context.roles == Roles("", "", ("y",))
     assert set(dict(context.dependence).values()) == {"condition"}
 
 
 def test_what_the_prompt_and_the_timestep_make_together_is_step() -> None:
     context = analyze_module(lambda x, t, y: x + (y * 2 + sinusoid(t).sum()), latent(), times(), torch.rand(4, DIM))
-    depends = dict(context.context.dependence)
+    depends = dict(context.facts.dependence)
     assert [depends[name] for name in ("mul", "sum_1", "add", "add_1")] == ["condition", "step", "step", "latent"]
 
 
@@ -155,7 +155,7 @@ def test_a_list_of_latents_is_given_back_as_a_list() -> None:
         return [x * p.mean() + sinusoid(t).sum() for x, p in zip(images, prompts, strict=True)]
 
     images = [torch.randn(4, DIM), torch.randn(4, DIM)]
-    context = analyze_module(model, images, times(), [torch.randn(6, DIM), torch.randn(6, DIM)]).context
+    context = analyze_module(model, images, times(), [torch.randn(6, DIM), torch.randn(6, DIM)]).facts
     assert context.roles == Roles("t", "images_0", ("prompts_0", "prompts_1"))
     assert dict(context.dependence)["images_1"] == "latent"
 
@@ -169,7 +169,7 @@ def test_one_output_means_one_latent_however_many_inputs_look_like_it() -> None:
 def test_no_finder_changes_the_graph() -> None:
     analysis = analyze_module(Timed(Block("gate left")), latent(), times())
     before = [(n.name, n.target, n.args) for n in analysis.gm.graph.nodes]
-    context = analysis.context
+    context = analysis.facts
     for finder in FIND:
         context = finder(analysis.gm, context)
     assert [(n.name, n.target, n.args) for n in analysis.gm.graph.nodes] == before

@@ -14,7 +14,7 @@ from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Region, RegionMap, Rejected, fingerprint
 from moeca_compile.passes.analysis.find_regions import find_regions
-from moeca_compile.passes.context import Branch, Context
+from moeca_compile.passes.facts import Branch, Facts
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import (
     DIM,
@@ -44,11 +44,11 @@ def timed(body: Any, dtype: torch.dtype = torch.float32, x: Tensor | None = None
 
 
 def named(analysis: Analysis) -> list[tuple[str, str, int]]:
-    return [(r.key, r.kind, r.layer) for r in analysis.context.regions]
+    return [(r.key, r.kind, r.layer) for r in analysis.facts.regions]
 
 
 def reasons(analysis: Analysis) -> list[str]:
-    return [miss.reason for miss in analysis.context.rejected]
+    return [miss.reason for miss in analysis.facts.rejected]
 
 
 # -- kind, key, layer -------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_keys_are_the_modules_of_the_weights_and_layers_their_numbers() -> None:
 
 def test_two_streams_that_share_an_attention_are_one_region_with_two_outputs() -> None:
     analysis = two_streams()
-    both, image, text = analysis.context.regions
+    both, image, text = analysis.facts.regions
     assert (both.kind, len(both.outputs), both.shapes) == ("attention", 2, ((2, 4, DIM), (2, 3, DIM)))
     assert both.state_bytes == 2 * 7 * DIM * 4
     assert len(both.attention) == 1
@@ -82,7 +82,7 @@ def test_two_streams_that_share_an_attention_are_one_region_with_two_outputs() -
 
 
 def test_the_last_block_of_two_streams_has_one_output() -> None:
-    both, image = timed(TwoStreams(last=True)).context.regions
+    both, image = timed(TwoStreams(last=True)).facts.regions
     assert len(both.outputs) == len(image.outputs) == 1
 
 
@@ -94,13 +94,13 @@ def test_a_block_with_one_linear_out_is_one_attention() -> None:
 
 
 def test_attention_and_experts_in_one_branch_are_a_span() -> None:
-    (region,) = timed(Block("parallel, one sum", mlp=Routed())).context.regions
+    (region,) = timed(Block("parallel, one sum", mlp=Routed())).facts.regions
     assert (region.key, region.kind) == ("body", "span")
     assert (len(region.attention), len(region.experts)) == (1, 1)
 
 
 def test_attention_and_mlp_in_one_branch_are_an_attention() -> None:
-    (region,) = analyzed("parallel, one sum").context.regions
+    (region,) = analyzed("parallel, one sum").facts.regions
     assert region.kind == "attention"
 
 
@@ -149,7 +149,7 @@ def test_keys_do_not_come_from_norms_or_biases() -> None:
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
             return x + self.ffn(self.norm(x))
 
-    (region,) = timed(Shared()).context.regions
+    (region,) = timed(Shared()).facts.regions
     assert region.key == "body.ffn"
     assert "body.norm.weight" in {name for name, _ in region.parameters}
 
@@ -159,19 +159,19 @@ def test_keys_do_not_come_from_norms_or_biases() -> None:
 
 def test_body_is_in_graph_order_and_ends_in_the_outputs() -> None:
     names = [n.name for n in routed().gm.graph.nodes]
-    for region in routed().context.regions:
+    for region in routed().facts.regions:
         assert list(region.body) == sorted(region.body, key=names.index)
         assert region.body[-1] == region.outputs[-1]
 
 
 def test_no_node_belongs_to_two_regions() -> None:
-    bodies = [name for region in routed().context.regions for name in region.body]
+    bodies = [name for region in routed().facts.regions for name in region.body]
     assert len(set(bodies)) == len(bodies)
 
 
 def test_cost_and_bytes_are_those_of_the_body() -> None:
-    macs = dict(routed().context.macs)
-    regions = routed().context.regions
+    macs = dict(routed().facts.macs)
+    regions = routed().facts.regions
     for region in regions:
         assert region.macs == sum(macs.get(name, 0) for name in region.body) > 0
         assert region.state_bytes == 2 * 4 * DIM * 4
@@ -180,7 +180,7 @@ def test_cost_and_bytes_are_those_of_the_body() -> None:
 
 
 def test_parameters_have_names_and_shapes() -> None:
-    _, with_shared, _, without = routed().context.regions
+    _, with_shared, _, without = routed().facts.regions
     assert dict(with_shared.parameters) == {
         "body.blocks.0.norm2.weight": (DIM,), "body.blocks.0.norm2.bias": (DIM,),
         "body.blocks.0.mlp.router.weight": (3, DIM),
@@ -196,24 +196,24 @@ def test_parameters_are_seen_through_casts() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         analysis = timed(Block())
     assert named(analysis) == named(analyzed("plain"))
-    assert {r.dtypes for r in analysis.context.regions} == {("bfloat16",)}
-    assert [r.state_bytes for r in analysis.context.regions] == [2 * 4 * DIM * 2] * 2
+    assert {r.dtypes for r in analysis.facts.regions} == {("bfloat16",)}
+    assert [r.state_bytes for r in analysis.facts.regions] == [2 * 4 * DIM * 2] * 2
 
 
 # -- the fingerprint --------------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_is_that_of_the_weights_not_of_batch_or_dtype() -> None:
-    first = analyzed("plain").context.regions.fingerprint
-    assert first == timed(Block(), x=torch.randn(3, 6, DIM)).context.regions.fingerprint
-    assert first == timed(Block(), dtype=torch.bfloat16).context.regions.fingerprint
-    assert first == analyzed().context.regions.fingerprint
+    first = analyzed("plain").facts.regions.fingerprint
+    assert first == timed(Block(), x=torch.randn(3, 6, DIM)).facts.regions.fingerprint
+    assert first == timed(Block(), dtype=torch.bfloat16).facts.regions.fingerprint
+    assert first == analyzed().facts.regions.fingerprint
 
 
 def test_the_fingerprint_tells_other_shapes_and_other_layers_apart() -> None:
-    first = analyzed("plain").context.regions.fingerprint
-    assert first != timed(Block(mlp=Mlp(hidden=16))).context.regions.fingerprint
-    assert first != timed(Stack(Block())).context.regions.fingerprint
+    first = analyzed("plain").facts.regions.fingerprint
+    assert first != timed(Block(mlp=Mlp(hidden=16))).facts.regions.fingerprint
+    assert first != timed(Stack(Block())).facts.regions.fingerprint
 
 
 def region(key: str = "a", kind: str = "mlp", **changes: Any) -> Region:
@@ -241,8 +241,8 @@ def test_the_fingerprint_depends_on_the_order() -> None:
 
 def test_a_residual_around_others_is_a_miss_and_they_are_regions() -> None:
     analysis = timed(Stack(Block(), Block(), around=True))
-    assert len(analysis.context.regions) == 4
-    (miss,) = analysis.context.regions.rejected
+    assert len(analysis.facts.regions) == 4
+    (miss,) = analysis.facts.regions.rejected
     assert miss.reason == "a residual around 4 others: each of them is a region of its own"
     assert miss.where.startswith("blocks.py:")
     assert node(analysis.gm, miss.node).target is fx.aten.add.Tensor
@@ -308,10 +308,10 @@ def test_router_logits_among_the_outputs_leave_the_experts_a_region() -> None:
 
 def test_an_output_that_is_no_tensor_is_a_miss() -> None:
     analysis = timed(Block())
-    pair = node(analysis.gm, analysis.context.regions.regions[0].body[0])
-    branch = Branch("add_1", "x", pair.name, analysis.context.regions.regions[0].body)
+    pair = node(analysis.gm, analysis.facts.regions.regions[0].body[0])
+    branch = Branch("add_1", "x", pair.name, analysis.facts.regions.regions[0].body)
     pair.meta["val"] = (fx.value(pair), fx.value(pair))
-    context = find_regions(analysis.gm, replace(analysis.context, branches=(branch,), rejected=()))
+    context = find_regions(analysis.gm, replace(analysis.facts, branches=(branch,), rejected=()))
     assert [miss.reason for miss in context.rejected] == ["its output isn't one tensor"]
     assert len(context.regions) == 0
 
@@ -319,7 +319,7 @@ def test_an_output_that_is_no_tensor_is_a_miss() -> None:
 def test_a_branch_without_a_matmul_is_not_worth_a_word() -> None:
     analysis = timed(lambda x, c: x + c.unsqueeze(1) * x.tanh())
     assert (named(analysis), reasons(analysis)) == ([], [])
-    assert len(analysis.context.branches) == 1
+    assert len(analysis.facts.branches) == 1
 
 
 # -- branches that share --------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_one_branch_that_joins_two_trunks_is_one_region_with_one_output(core: st
         h = F.scaled_dot_product_attention(x @ W, x, x) if core == "attention" else (x @ W).relu() @ W
         return x + h, x + c.unsqueeze(1) * h
 
-    (only,) = timed(model).context.regions
+    (only,) = timed(model).facts.regions
     assert (only.kind, len(only.outputs)) == (core, 1)
     assert only.state_bytes == 2 * 4 * DIM * 4
 
@@ -341,12 +341,12 @@ def test_a_branch_that_reads_another_is_a_region_of_its_own() -> None:
         a = x @ W
         return x + a + a.relu() @ W
 
-    inner, outer = timed(model).context.regions
+    inner, outer = timed(model).facts.regions
     assert set(inner.body) < set(outer.body)
 
 
 def test_two_experts_calls_in_one_branch_are_one_region() -> None:
-    (_, both) = timed(Block(mlp=nn.Sequential(Routed(), Routed()))).context.regions
+    (_, both) = timed(Block(mlp=nn.Sequential(Routed(), Routed()))).facts.regions
     assert (both.kind, len(both.experts)) == ("experts", 2)
 
 
@@ -383,8 +383,8 @@ def test_a_miss_says_where_and_why(miss: Rejected, text: str) -> None:
 
 def test_an_empty_graph_has_no_regions() -> None:
     analysis = analyze_module(lambda x: x * 2, latent())
-    assert isinstance(analysis.context, Context)
-    assert (len(analysis.context.regions), analysis.context.regions.total_macs) == (0, 0)
+    assert isinstance(analysis.facts, Facts)
+    assert (len(analysis.facts.regions), analysis.facts.regions.total_macs) == (0, 0)
 
 
 def test_a_written_out_attention_is_a_region_too() -> None:

@@ -30,9 +30,9 @@ class Leaping(nn.Module):
 
 def test_what_comes_after_an_inner_add_is_a_region_of_its_own() -> None:
     analysis = analyze(Stack(Leaping(), Leaping()))
-    assert [region.kind for region in analysis.context.regions] == ["attention", "mlp"] * 2
-    assert not analysis.context.rejected
-    bodies = [set(region.body) for region in analysis.context.regions]
+    assert [region.kind for region in analysis.facts.regions] == ["attention", "mlp"] * 2
+    assert not analysis.facts.rejected
+    bodies = [set(region.body) for region in analysis.facts.regions]
     assert not any(a & b for a, b in itertools.combinations(bodies, 2))
 
 
@@ -55,6 +55,6 @@ class OneMlpForBoth(nn.Module):
 
 def test_streams_that_share_a_feed_forward_are_one_region_whose_macs_count_once() -> None:
     analysis = analyze(OneMlpForBoth())
-    regions = analysis.context.regions
+    regions = analysis.facts.regions
     assert [(r.kind, len(r.outputs)) for r in regions] == [("attention", 2), ("mlp", 2)]
     assert sum(r.macs for r in regions) <= regions.total_macs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from moeca_compile.graph import fx
-from moeca_compile.passes.context import Branch
+from moeca_compile.passes.facts import Branch
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import (
     DIM,
@@ -35,8 +35,8 @@ W, V = torch.randn(DIM, DIM), torch.randn(DIM, DIM)
 
 def heavy(analysis: Analysis) -> list[Branch]:
     """The branches with a matmul in them: those that can become regions."""
-    costly = dict(analysis.context.macs)
-    return [branch for branch in analysis.context.branches if any(name in costly for name in branch.body)]
+    costly = dict(analysis.facts.macs)
+    return [branch for branch in analysis.facts.branches if any(name in costly for name in branch.body)]
 
 
 def cuts(analysis: Analysis) -> list[str]:
@@ -168,9 +168,9 @@ class Layers(nn.Module):
 def test_what_is_added_to_the_stream_in_every_layer_is_no_trunk(position: bool) -> None:
     """From the second layer on it is an ancestor of the stream, with the stream's shape."""
     analysis = analyze_module(Timed(Layers(position)), latent(), times())
-    assert [region.kind for region in analysis.context.regions] == ["attention", "mlp"] * 3
-    assert analysis.context.rejected == ()
-    depends = dict(analysis.context.dependence)
+    assert [region.kind for region in analysis.facts.regions] == ["attention", "mlp"] * 3
+    assert analysis.facts.rejected == ()
+    depends = dict(analysis.facts.dependence)
     assert {depends[branch.trunk] for branch in heavy(analysis)} == {"latent"}
 
 
@@ -179,11 +179,11 @@ def test_a_text_of_one_sample_is_the_trunk_of_a_whole_batch() -> None:
         analyze_module(TextOfItsOwn(), latent(), torch.randn(batch, 3, DIM), torch.randn(2, DIM)) for batch in (1, 2)
     )
     assert [branch.trunk for branch in heavy(one)][:2] == ["x", "text"]
-    joint, mlp = one.context.regions
+    joint, mlp = one.facts.regions
     assert (joint.kind, joint.shapes) == ("attention", ((2, 4, DIM), (2, 3, DIM)))
     assert (mlp.kind, mlp.shapes) == ("mlp", ((2, 3, DIM),))
-    assert one.context.rejected == ()
-    assert one.context.regions.fingerprint == two.context.regions.fingerprint
+    assert one.facts.rejected == ()
+    assert one.facts.regions.fingerprint == two.facts.regions.fingerprint
 
 
 def test_a_sum_that_is_read_elsewhere_too_is_a_trunk_of_its_own() -> None:
@@ -200,7 +200,7 @@ def test_a_sum_that_is_read_elsewhere_too_is_a_trunk_of_its_own() -> None:
 
 def test_an_identity_is_no_branch() -> None:
     analysis = analyze_module(lambda x: x + x * 2, latent())
-    assert analysis.context.branches == ()
+    assert analysis.facts.branches == ()
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -275,8 +275,8 @@ def test_adds_of_unrelated_values_give_no_region() -> None:
     assert ops(analysis.gm)["aten.add.Tensor"] > len(UNRELATED)
     wrong = [fx.where(node(analysis.gm, branch.join)) for branch in heavy(analysis)]
     assert wrong == []
-    assert len(analysis.context.regions) == 0
-    assert analysis.context.rejected == ()
+    assert len(analysis.facts.regions) == 0
+    assert analysis.facts.rejected == ()
 
 
 def test_inside_a_branch_they_add_nothing() -> None:
@@ -289,8 +289,8 @@ def test_inside_a_branch_they_add_nothing() -> None:
         return x
 
     analysis = analyze_module(model, latent())
-    assert len(heavy(analysis)) == len(analysis.context.regions) == len(inside)
-    assert analysis.context.rejected == ()
+    assert len(heavy(analysis)) == len(analysis.facts.regions) == len(inside)
+    assert analysis.facts.rejected == ()
 
 
 # -- near misses ------------------------------------------------------------------------------------------------------
@@ -308,10 +308,10 @@ OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("way", OTHERWISE)
 def test_a_residual_written_with_another_op_is_a_miss_that_names_it(way: str) -> None:
-    (miss,) = (m for m in analyze_module(OTHERWISE[way], latent()).context.rejected if "written as" in m.reason)
+    (miss,) = (m for m in analyze_module(OTHERWISE[way], latent()).facts.rejected if "written as" in m.reason)
     assert way in miss.reason
     assert "x + f(x)" in miss.reason
 
 
 def test_centring_is_no_residual() -> None:
-    assert not analyze_module(lambda x: (x - x.mean(-1, keepdim=True)) @ V, latent()).context.rejected
+    assert not analyze_module(lambda x: (x - x.mean(-1, keepdim=True)) @ V, latent()).facts.rejected

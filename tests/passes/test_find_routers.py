@@ -198,28 +198,28 @@ def test_the_axis_of_the_choice_says_who_chooses(
     make: Callable[[], nn.Module], choice: str, top_k: int, fact: Recorder
 ) -> None:
     analysis = analyze(make())
-    (router,) = analysis.context.routers
+    (router,) = analysis.facts.routers
     assert (router.choice, router.num_experts, router.top_k) == (choice, E, top_k)
     assert node(analysis.gm, router.topk).args[0] is node(analysis.gm, router.scores)
-    kinds = [(region.kind, region.routers) for region in analysis.context.regions]
+    kinds = [(region.kind, region.routers) for region in analysis.facts.regions]
     assert kinds == [("attention", ()), ("experts", (router,)), ("attention", ()), ("mlp", ())]
-    assert analysis.context.rejected == ()
+    assert analysis.facts.rejected == ()
     fact("routing", named_by_docstring(make), choice=choice, cached="whole")
 
 
 def test_what_it_steers_is_in_its_layer() -> None:
     analysis = analyze(ExpertChoiceIndexed())
-    (router,) = analysis.context.routers
+    (router,) = analysis.facts.routers
     assert router.steers
-    assert set(router.steers) <= set(analysis.context.regions.regions[1].body)
+    assert set(router.steers) <= set(analysis.facts.regions.regions[1].body)
 
 
 def test_heads_that_are_mixed_make_no_experts_region(fact: Recorder) -> None:
     fact("routing", named_by_docstring(Heads), choice="head", cached="whole, as attention")
     analysis = analyze_module(Timed(Block("gate left", mixer=Heads())), latent(), times())
-    (router,) = analysis.context.routers
+    (router,) = analysis.facts.routers
     assert (router.choice, router.num_experts, router.top_k) == ("head", 2, 1)
-    assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
+    assert [(r.kind, r.routers) for r in analysis.facts.regions] == [("attention", (router,)), ("mlp", ())]
 
 
 @pytest.mark.parametrize("core", [F.scaled_dot_product_attention, lambda q, k, v: (q @ k.mT).softmax(-1) @ v])
@@ -228,17 +228,17 @@ def test_heads_whose_gates_are_scaled_by_other_gates_are_heads(
 ) -> None:
     fact("routing", named_by_docstring(SharedHeads), choice="head", cached="whole, as attention")
     analysis = analyze_module(Timed(Block("gate left", mixer=SharedHeads(core))), latent(), times())
-    (router,) = analysis.context.routers
+    (router,) = analysis.facts.routers
     assert (router.choice, router.num_experts, router.top_k) == ("head", 3, 2)
-    assert [(r.kind, r.routers) for r in analysis.context.regions] == [("attention", (router,)), ("mlp", ())]
+    assert [(r.kind, r.routers) for r in analysis.facts.regions] == [("attention", (router,)), ("mlp", ())]
 
 
 def test_a_routing_by_the_timestep_is_a_constant_of_the_step(fact: Recorder) -> None:
     """The router lies outside the region that it steers: it doesn't see the latent."""
     analysis = analyze_module(Timed(ByTimestep()), latent(), times())
-    (router,) = analysis.context.routers
+    (router,) = analysis.facts.routers
     assert (router.choice, router.num_experts, router.top_k) == ("step", E, K)
-    experts = analysis.context.regions.regions[1]
+    experts = analysis.facts.regions.regions[1]
     assert (experts.kind, experts.routers) == ("experts", (router,))
     assert router.topk not in experts.body
     fact("routing", named_by_docstring(ByTimestep), choice="step", cached="whole")
@@ -246,8 +246,8 @@ def test_a_routing_by_the_timestep_is_a_constant_of_the_step(fact: Recorder) -> 
 
 def test_the_choice_of_groups_is_no_router() -> None:
     analysis = analyze(Grouped())
-    assert len(analysis.context.routers) == 1
-    assert analysis.context.experts[0].router == analysis.context.routers[0]
+    assert len(analysis.facts.routers) == 1
+    assert analysis.facts.experts[0].router == analysis.facts.routers[0]
 
 
 class Pruned(nn.Module):
@@ -283,7 +283,7 @@ class Reported(nn.Module):
 
 @pytest.mark.parametrize("make", [Pruned, Stable, Reported])
 def test_a_choice_that_routes_nothing_is_no_router(make: Callable[[], nn.Module]) -> None:
-    context = analyze(make()).context
+    context = analyze(make()).facts
     assert context.routers == context.rejected == ()
     assert "experts" not in [region.kind for region in context.regions]
 

@@ -93,7 +93,7 @@ def analyzed(body: str, granularity: str) -> Analysis:
 
 
 def span_of(body: str, granularity: str) -> Region:
-    (span,) = analyzed(body, granularity).context.regions
+    (span,) = analyzed(body, granularity).facts.regions
     return span
 
 
@@ -171,12 +171,12 @@ def test_the_blocks_before_a_slice_go_on_to_matter_and_those_before_a_stack_s_en
         options = Options(inner="eager", granularity=granularity)
         analysis = analyze_module(module, latent(), times(), options=options)
         variant = variant_of(analysis, "R", order=0)
-        depends = "x" in {analysis.context.inputs[i].label for i in variant.takes}
+        depends = "x" in {analysis.facts.inputs[i].label for i in variant.takes}
         assert depends is matters
 
 
 def test_the_fingerprint_tells_granularities_apart() -> None:
-    prints = {analyzed("plain", g).context.regions.fingerprint for g in ("region", "stack", "blocks:1:-1")}
+    prints = {analyzed("plain", g).facts.regions.fingerprint for g in ("region", "stack", "blocks:1:-1")}
     assert len(prints) == 3
 
 
@@ -259,5 +259,5 @@ def test_a_span_of_which_an_index_is_read_outside_is_refused() -> None:
             return x + self.second(x) * best.unsqueeze(-1), best
 
     analysis = analyze_module(Timed(Counting()), latent(), times(), options=Options(inner="eager", granularity="stack"))
-    assert not len(analysis.context.regions)
-    assert "isn't a floating-point tensor of known size" in analysis.context.rejected[-1].reason
+    assert not len(analysis.facts.regions)
+    assert "isn't a floating-point tensor of known size" in analysis.facts.rejected[-1].reason

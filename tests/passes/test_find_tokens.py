@@ -58,7 +58,7 @@ def subject(part: Part) -> Subject:
 
 
 def only(one: Subject) -> Region:
-    (region,) = one.context.regions
+    (region,) = one.facts.regions
     return region
 
 
@@ -79,7 +79,7 @@ def test_a_part_is_what_the_whole_gives_for_these_tokens(name: str) -> None:
     assert only(one).tokens is not None, only(one).whole
     legend = {"a": Partial(0.5), "b": Partial(0.2)}
     schedule = schedule_of(one.analysis, "C", "a", "F", "b", "C", "a", "a", legend=legend)
-    runner, oracle = Runner(one, schedule), Reference(one.captured.gm, one.context.regions, schedule)
+    runner, oracle = Runner(one, schedule), Reference(one.captured.gm, one.facts.regions, schedule)
     runner.start()
     for step, row in enumerate(schedule.rows):
         args = one.call(step)
@@ -115,6 +115,6 @@ def test_two_streams_in_one_region() -> None:
         return {"x": torch.ones(2, 6, DIM), "t": torch.full((2,), 9.0 - step)}
 
     one = subject_of(Clocked(TwoStreams()), inputs)
-    assert any("it serves several streams at once" in region.whole for region in one.context.regions)
+    assert any("it serves several streams at once" in region.whole for region in one.facts.regions)
     one = subject_of(Clocked(Block("gate left")), inputs)
-    assert all(region.tokens is not None for region in one.context.regions)
+    assert all(region.tokens is not None for region in one.facts.regions)

@@ -58,14 +58,14 @@ def built(text: str, disable: tuple[str, ...] = ()) -> Any:
 
 
 def hoisted_of(forward: Callable[..., Any], *inputs: Tensor) -> tuple[HoistedValue, ...]:
-    return analyze_module(forward, *inputs).context.hoisted
+    return analyze_module(forward, *inputs).facts.hoisted
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_value_stands_for_all_parts_of_an_adaln_and_keys_and_values_for_their_prompt() -> None:
-    found = {one.value: (one.level, one.bytes) for one in analysis().context.hoisted}
+    found = {one.value: (one.level, one.bytes) for one in analysis().facts.hoisted}
     heads = 2 * SEQUENCE * DIM * 4
     assert sorted(found.values()) == [("invariant", heads), ("invariant", heads), ("step", 2 * 3 * DIM * 4)]
 
@@ -111,7 +111,7 @@ def test_a_block_over_the_prompt_alone_is_computed_once_a_trajectory() -> None:
 
     analysis = analyze_module(forward, latent(), times(), torch.randn(2, 3, DIM))
     variant = build_variant(analysis, schedule_of(analysis, "C", "R"), row("C"), Options(inner="eager"), "v")[0]
-    assert {one.level for one in analysis.context.hoisted} == {"step", "invariant"}
+    assert {one.level for one in analysis.facts.hoisted} == {"step", "invariant"}
     assert ops(variant.gm)["aten.scaled_dot_product_attention.default"] == 1
     assert not ops(variant.gm)["aten.linear.default"]
 
@@ -127,7 +127,7 @@ def test_a_schedule_that_keeps_nothing_hoists_nothing() -> None:
 def test_a_variant_takes_what_it_needs_from_outside_and_keeps_its_macs() -> None:
     for text, waits in (("CCC", (0, 1, 2)), ("RRR", ())):
         plain, lean = built(text, UNHOISTED), built(text)
-        names = {analysis().context.inputs[i].label for i in lean.takes}
+        names = {analysis().facts.inputs[i].label for i in lean.takes}
         assert lean.macs == plain.macs
         assert lean.hoists == tuple(i for i in (0, 1, 2) if i in waits or (text == "RRR" and i == 0))
         assert not names & {"t", "prompt", "time.weight", "ada.weight", "key.weight", "value.weight", "text.weight"}
@@ -137,7 +137,7 @@ def test_a_variant_takes_what_it_needs_from_outside_and_keeps_its_macs() -> None
 
 @pytest.mark.parametrize("off", UNHOISTED)
 def test_each_pass_can_be_left_out(off: str) -> None:
-    levels = [one.level for one in analysis().context.hoisted]
+    levels = [one.level for one in analysis().facts.hoisted]
     lean = built("CCC", (off,))
     assert {levels[i] for i in lean.hoists} == ({"invariant"} if off == "hoist_step_only" else {"step"})
 
@@ -148,12 +148,12 @@ def test_prologues_and_variant_together_are_the_graph(off: tuple[str, ...]) -> N
     by_name = {"x": latent(), "t": times(), "prompt": prompt()}
     model = Prompted().eval()
     weights = dict(model.named_parameters())
-    args = [by_name.get(one.label, weights.get(one.label)) for one in analysis().context.inputs]
+    args = [by_name.get(one.label, weights.get(one.label)) for one in analysis().facts.inputs]
     variant = built("CCC", off)
     options = Options(inner="eager", disable=off)
     values: dict[int, Tensor] = {}
     for level in ("invariant", "step"):
-        gives = tuple(i for i in variant.hoists if analysis().context.hoisted[i].level == level)
+        gives = tuple(i for i in variant.hoists if analysis().facts.hoisted[i].level == level)
         if gives:
             prologue = build_prologue(analysis(), gives, options, level)[0]
             assert prologue.outputs == len(gives)

@@ -132,7 +132,7 @@ def test_an_action_reads_what_it_needs_and_writes_what_it_changes(
 def test_a_variant_s_inputs_are_the_model_s_then_state_then_coefficients() -> None:
     variant = variant_of(routed(), "CFRF", 2)
     names = [node.name for node in fx.placeholders(variant.gm)]
-    inputs = routed().context.inputs
+    inputs = routed().facts.inputs
     kept = layout(routed(), "CCCC", "CFRF", order=2)
     expected = [inputs[i].name for i in variant.takes] + [kept[i].name for i in variant.reads] + [COEFFICIENTS]
     assert names == expected
@@ -162,7 +162,7 @@ def test_an_empty_layout_leaves_the_graph_as_it_is() -> None:
     assert insert_state(analyzed().gm, context) is analyzed().gm
 
 
-def test_building_variants_leaves_the_analysed_graph_as_it_is() -> None:
+def test_building_variants_leaves_the_analyzed_graph_as_it_is() -> None:
     before = [node.format_node() for node in routed().gm.graph.nodes]
     for text in ("CCCC", "FFFF", "CFRC"):
         variant_of(routed(), text, 2)
@@ -211,7 +211,7 @@ def test_a_state_that_is_also_an_output_is_written_as_a_copy() -> None:
     """The caller may change an output in place."""
     analysis, x = analyze_module(lambda x: returns_its_branch(x), latent()), latent()
     variant = variant_of(analysis, "C", 0, ("R",))
-    takes = [one.name for one in analysis.context.inputs]
+    takes = [one.name for one in analysis.facts.inputs]
     args = [W if name == "W" else x for name in (takes[i] for i in variant.takes)]
     y, h, kept = run_graph(variant.gm, tuple(args))
     assert torch.equal(h, kept)
@@ -232,7 +232,7 @@ def test_a_state_is_written_contiguous_whatever_the_region_gives() -> None:
     variant = variant_of(analysis, "C", 2, ("F",))
     for node in list(fx.nodes_of(fx.output_node(variant.gm).args[0]))[variant.outputs :]:
         assert fx.need(node).is_contiguous()
-    (cut,) = fx.resolve(analysis.gm, analysis.context.regions.regions[0].outputs)
+    (cut,) = fx.resolve(analysis.gm, analysis.facts.regions.regions[0].outputs)
     assert not fx.need(cut).is_contiguous(), "the region gives a contiguous value: this test shows nothing"
 
 

@@ -17,7 +17,7 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.lowering.inductor.split_table import split_table
 from moeca_compile.options import Options
-from moeca_compile.passes.context import Context, Roles
+from moeca_compile.passes.facts import Facts, Roles
 from moeca_compile.passes.manager import PassManager, PassRecord
 from moeca_compile.passes.transform.plain_einsum import plain_einsum
 from moeca_compile.pipeline import FIND, HOIST, LOWER_INDUCTOR, NORMALIZE, OPTIONAL, REWRITE
@@ -35,11 +35,11 @@ def gm() -> GraphModule:
     return capture_module(model, torch.randn(2, 4))[0].gm
 
 
-CONTEXT = Context(())
+CONTEXT = Facts(())
 NOTHING = "nothing to do. Does nothing where an axis is summed, repeated or left to an ellipsis."
 
 
-def add_sine(gm: GraphModule, ctx: Context) -> GraphModule:
+def add_sine(gm: GraphModule, ctx: Facts) -> GraphModule:
     output = fx.output_node(gm)
     with gm.graph.inserting_before(output):
         (value,) = fx.nodes_of(output.args)
@@ -47,7 +47,7 @@ def add_sine(gm: GraphModule, ctx: Context) -> GraphModule:
     return gm
 
 
-def drop_detach(gm: GraphModule, ctx: Context) -> GraphModule:
+def drop_detach(gm: GraphModule, ctx: Facts) -> GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -55,38 +55,38 @@ def drop_detach(gm: GraphModule, ctx: Context) -> GraphModule:
     return gm
 
 
-def mark_all(gm: GraphModule, ctx: Context) -> GraphModule:
+def mark_all(gm: GraphModule, ctx: Facts) -> GraphModule:
     for node in gm.graph.nodes:
         node.meta["seen"] = True
     return gm
 
 
-def name_roles(gm: GraphModule, ctx: Context) -> Context:
+def name_roles(gm: GraphModule, ctx: Facts) -> Facts:
     return replace(ctx, roles=Roles(latent="x"))
 
 
-def count_again(gm: GraphModule, ctx: Context) -> Context:
+def count_again(gm: GraphModule, ctx: Facts) -> Facts:
     return replace(ctx, macs=((ctx.roles.latent, len(gm.graph.nodes)),))
 
 
-def finds_nothing_new(gm: GraphModule, ctx: Context) -> Context:
+def finds_nothing_new(gm: GraphModule, ctx: Facts) -> Facts:
     """Does nothing, ever."""
     return ctx
 
 
-def divides_by_zero(gm: GraphModule, ctx: Context) -> GraphModule:
+def divides_by_zero(gm: GraphModule, ctx: Facts) -> GraphModule:
     raise ZeroDivisionError("oops")
 
 
-def finds_nothing(gm: GraphModule, ctx: Context) -> Context:
+def finds_nothing(gm: GraphModule, ctx: Facts) -> Facts:
     raise KeyError("missing")
 
 
-def refuses(gm: GraphModule, ctx: Context) -> GraphModule:
+def refuses(gm: GraphModule, ctx: Facts) -> GraphModule:
     raise CaptureError("not this model")
 
 
-def turns_the_graph_round(gm: GraphModule, ctx: Context) -> GraphModule:
+def turns_the_graph_round(gm: GraphModule, ctx: Facts) -> GraphModule:
     fx.output_node(gm).append(fx.placeholders(gm)[0])
     return gm
 
@@ -112,7 +112,7 @@ def test_a_pass_gets_names_values_and_graph_facts(gm: GraphModule) -> None:
     gm.meta["fact"] = 1
     seen: list[GraphModule] = []
 
-    def look(twin: GraphModule, ctx: Context) -> GraphModule:
+    def look(twin: GraphModule, ctx: Facts) -> GraphModule:
         seen.append(twin)
         return twin
 

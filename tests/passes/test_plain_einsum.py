@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 from moeca_compile.passes.manager import PassManager
 from moeca_compile.pipeline import NORMALIZE
 from tests.tools import capture_module, ops, run_graph, same
@@ -35,7 +35,7 @@ def operands(equation: str) -> list[torch.Tensor]:
 def test_what_sums_nothing_is_written_out_bit_for_bit(equation: str, left: dict[str, int]) -> None:
     captured, args = capture_module(lambda *given: torch.einsum(equation, *given).sin(), *operands(equation))
     before = run_graph(captured.gm, args)
-    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Facts(captured.inputs))
     assert ops(gm) == {"aten.sin.default": 1, **left}
     assert same(run_graph(gm, args)[0], before[0])
 
@@ -43,5 +43,5 @@ def test_what_sums_nothing_is_written_out_bit_for_bit(equation: str, left: dict[
 @pytest.mark.parametrize("equation", ["bse->be", "bb->b", "...e->e...", "bse,ed->bsd", "bs,bs", "bs,bs,bs->bs"])
 def test_what_sums_or_leaves_axes_unnamed_stays(equation: str) -> None:
     captured, _ = capture_module(lambda *given: torch.einsum(equation, *given).sin(), *operands(equation))
-    gm = PassManager().rewrite(NORMALIZE, captured.gm, Context(captured.inputs))
+    gm = PassManager().rewrite(NORMALIZE, captured.gm, Facts(captured.inputs))
     assert ops(gm)["aten.einsum.default"] == 1

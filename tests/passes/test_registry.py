@@ -15,7 +15,7 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.options import Options
 from moeca_compile.passes import register, unregister
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 from moeca_compile.pipeline import FIND, NORMALIZE
 from tests.tools import analyze_module, ops
 
@@ -27,7 +27,7 @@ def model(x: Tensor) -> Tensor:
     return x + torch.relu(torch.relu(x @ W))
 
 
-def drop_second_relu(gm: GraphModule, ctx: Context) -> GraphModule:
+def drop_second_relu(gm: GraphModule, ctx: Facts) -> GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is aten.relu.default and fx.arg(node, 0).target is aten.relu.default:
             node.replace_all_uses_with(fx.arg(node, 0))
@@ -35,15 +35,15 @@ def drop_second_relu(gm: GraphModule, ctx: Context) -> GraphModule:
     return gm
 
 
-def no_op(gm: GraphModule, ctx: Context) -> GraphModule:
+def no_op(gm: GraphModule, ctx: Facts) -> GraphModule:
     return gm
 
 
-def find_nothing(gm: GraphModule, ctx: Context) -> Context:
+def find_nothing(gm: GraphModule, ctx: Facts) -> Facts:
     return ctx
 
 
-def breaks_the_graph(gm: GraphModule, ctx: Context) -> GraphModule:
+def breaks_the_graph(gm: GraphModule, ctx: Facts) -> GraphModule:
     fx.output_node(gm).append(fx.placeholders(gm)[0])
     return gm
 

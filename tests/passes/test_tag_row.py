@@ -9,6 +9,7 @@ import pytest
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import RegionMap
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.manager import PassManager
 from moeca_compile.passes.transform.tag_row import tag_row
 from moeca_compile.pipeline import Analysis
@@ -23,13 +24,13 @@ def tagged(analysis: Analysis, text: str) -> list[tuple[str, fx.Mark]]:
 
 @pytest.mark.parametrize("text", ["CCCC", "CRFC", "FFFF", "RRCF"])
 def test_every_region_s_output_gets_its_action(text: str) -> None:
-    regions = routed().context.regions
+    regions = routed().facts.regions
     expected = [(r.outputs[0], fx.Mark(i, 0, a)) for i, (r, a) in enumerate(zip(regions, row(text), strict=True))]
     assert tagged(routed(), text) == expected
 
 
 def test_each_output_of_a_region_is_marked() -> None:
-    both, _, _ = two_streams().context.regions
+    both, _, _ = two_streams().facts.regions
     found = dict(tagged(two_streams(), "FCC"))
     assert [found[name] for name in both.outputs] == [fx.Mark(0, 0, row("F")[0]), fx.Mark(0, 1, row("F")[0])]
 
@@ -48,7 +49,8 @@ def test_a_row_of_another_length_is_refused_by_the_pass_s_name(text: str) -> Non
 
 
 def test_a_region_of_another_graph_is_refused_by_the_node_s_name() -> None:
-    foreign = replace(analyzed().context.regions.regions[0], outputs=("nowhere",))
-    context = replace(with_row(analyzed(), "F"), regions=RegionMap((foreign,)))
+    foreign = replace(analyzed().facts.regions.regions[0], outputs=("nowhere",))
+    facts = replace(analyzed().facts, regions=RegionMap((foreign,)))
+    context = RewriteRequest(facts, row("F"))
     with pytest.raises(InvariantError, match=r"no node named \['nowhere'\]"):
         tag_row(analyzed().gm, context)

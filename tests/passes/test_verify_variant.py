@@ -11,19 +11,19 @@ from torch.fx import GraphModule
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import copied
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.transform.verify_variant import verify_variant
 from moeca_compile.pipeline import Analysis
 from tests.passes.blocks import analyzed, routed, two_streams
 from tests.tools import layout_of, row, schedule_of, variant_of
 
 
-def built(analysis: Analysis, text: str, *among: str, order: int = 1) -> tuple[GraphModule, Context]:
+def built(analysis: Analysis, text: str, *among: str, order: int = 1) -> tuple[GraphModule, RewriteRequest]:
     """A good variant and the context that it was made with."""
     full = "C" * len(text)
     layout = layout_of(analysis, schedule_of(analysis, full, text, *among, order=order))
     variant = variant_of(analysis, text, order, among)
-    return copied(variant.gm), replace(analysis.context, row=row(text), layout=layout)
+    return copied(variant.gm), RewriteRequest(analysis.facts, row(text), layout)
 
 
 @pytest.mark.parametrize("text", ["CCCC", "FFFF", "CRCF", "RCFC"])
@@ -50,7 +50,7 @@ def test_a_region_that_should_run_and_is_gone_is_refused() -> None:
 
 def test_one_output_of_two_that_is_still_there_is_refused() -> None:
     gm, context = built(two_streams(), "CCC")
-    both = context.regions.regions[0]
+    both = context.facts.regions.regions[0]
     (second,) = fx.resolve(gm, both.outputs[1:])
     (first,) = fx.resolve(gm, both.outputs[:1])
     first.replace_all_uses_with(fx.placeholders(gm)[0])  # any value will do
@@ -63,7 +63,7 @@ def test_one_output_of_two_that_is_still_there_is_refused() -> None:
 def test_an_anchor_that_would_still_run_is_refused(text: str, kind: str) -> None:
     """The region's output is replaced, but something else keeps its heavy operator alive."""
     gm, context = built(routed(), "CCCC", order=0)
-    region = next(r for r, a in zip(context.regions, row(text), strict=True) if a.name == "FORECAST")
+    region = next(r for r, a in zip(context.facts.regions, row(text), strict=True) if a.name == "FORECAST")
     (cut,) = fx.resolve(gm, region.outputs)
     anchor = node_of(gm, kind)
     output = fx.output_node(gm)

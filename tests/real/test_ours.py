@@ -64,12 +64,12 @@ def test_found_cached_and_exported(name: str, fact: Recorder) -> None:
     wanted = [model(**inputs(step)) for step in range(3)]
     moeca.prepare(model)
     one: Any = subject_of(model, inputs)
-    found = Counter(region.kind for region in one.context.regions)
+    found = Counter(region.kind for region in one.facts.regions)
     assert found == kinds
-    assert not one.context.rejected
-    assert {f"{router.choice} choice" for router in one.context.routers} == ({routing} if routing else set())
+    assert not one.facts.rejected
+    assert {f"{router.choice} choice" for router in one.facts.routers} == ({routing} if routing else set())
 
-    width = len(one.context.regions)
+    width = len(one.facts.regions)
     schedule = schedule_of(one.analysis, "C" * width, "F" * width)
     full, between = schedule.rows
     assert_follows_the_oracle(one, Runner(one, schedule), [full, full, between, between, full, between])

@@ -132,8 +132,8 @@ def test_one_graph_and_no_recompile(name: str) -> None:
 @named(*WHOLE)
 def test_timestep_and_latent_are_told_apart_from_the_condition(name: str) -> None:
     one = run(name)
-    roles = one.program.analysis.context.roles
-    labels = {known.name: known.label.rpartition("kwargs.")[2] for known in one.program.analysis.context.inputs}
+    roles = one.program.analysis.facts.roles
+    labels = {known.name: known.label.rpartition("kwargs.")[2] for known in one.program.analysis.facts.inputs}
     found = [labels[role].removeprefix("kwargs_") for role in (roles.timestep, roles.latent)]
     assert [text.replace(".", "_") for text in found] == [one.case.timestep, one.case.latent]
 
@@ -141,7 +141,7 @@ def test_timestep_and_latent_are_told_apart_from_the_condition(name: str) -> Non
 @named(*WHOLE)
 def test_every_block_is_found_and_misses_have_their_reasons(name: str, fact: Recorder) -> None:
     one = run(name)
-    context = one.program.analysis.context
+    context = one.program.analysis.facts
     assert shown(context.regions) == list(one.case.regions)
     reasons = [miss.reason for miss in context.rejected]
     assert len(reasons) == len(one.case.rejected), reasons
@@ -155,7 +155,7 @@ def test_every_block_is_found_and_misses_have_their_reasons(name: str, fact: Rec
 @named(*WHOLE)
 def test_every_attention_is_found_with_the_stream_of_its_keys(name: str, fact: Recorder) -> None:
     one = run(name)
-    context = one.program.analysis.context
+    context = one.program.analysis.facts
     kinds = [info.kind + (", fixed" if info.invariant else "") for info in context.attention]
     assert kinds == list(one.case.attention)
     in_regions = {info.node for region in context.regions for info in region.attention}

@@ -8,27 +8,31 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 from torch.fx import GraphModule, Node
 
+import moeca_compile.ops.experts  # noqa: F401  (defines moeca::experts)
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 _CONVOLUTIONS = (
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
 )  # fmt: skip
+_EXPERTS = torch.ops.moeca.experts.default
+_COUNTED = frozenset({*fx.MATMULS, fx.SDPA, *_CONVOLUTIONS, _EXPERTS})
 
 
-def count_macs(gm: GraphModule, ctx: Context) -> Context:
-    return replace(ctx, macs=tuple((node.name, macs) for node in gm.graph.nodes if (macs := node_macs(node))))
+def count_macs(gm: GraphModule, facts: Facts) -> Facts:
+    return replace(facts, macs={node.name: macs for node in gm.graph.nodes if (macs := node_macs(node))})
 
 
 def node_macs(node: Node) -> int:
     """MACs of one call of `node`."""
-    if node.op != "call_function":
+    if node.target not in _COUNTED:
         return 0
-    if fx.is_experts(node):
+    if node.target is _EXPERTS:
         groups = [list(fx.nodes_of(group)) for group in node.args[2:5]]  # up, down, gate
         one_expert = sum(math.prod(fx.shape(group[0])) for group in groups if group)
         return math.prod(fx.shape(fx.arg(node, 1))) * one_expert

@@ -8,7 +8,7 @@ Does nothing where no attention is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from torch.fx import GraphModule, Node
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import AttentionInfo
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -29,7 +29,7 @@ _BETWEEN = fx.VIEWS | {
 }  # fmt: skip
 
 
-def find_attention(gm: GraphModule, ctx: Context) -> Context:
+def find_attention(gm: GraphModule, facts: Facts) -> Facts:
     found = []
     for node in gm.graph.nodes:
         if node.target is fx.SDPA:
@@ -37,13 +37,13 @@ def find_attention(gm: GraphModule, ctx: Context) -> Context:
             found.append(AttentionInfo(node.name, query, key, val))
         elif node.target in _PRODUCTS and (written_out := _written_out(node)):
             found.append(written_out)
-    streams = _Streams(gm, ctx)
-    depends = dict(ctx.dependence)
+    streams = _Streams(gm, facts)
+    depends = facts.dependence
     told = [replace(one, kind=streams.kind(one), invariant=is_invariant(one, depends)) for one in found]
-    return replace(ctx, attention=tuple(told))
+    return replace(facts, attention=tuple(told))
 
 
-def is_invariant(attention: AttentionInfo, depends: dict[str, str]) -> bool:
+def is_invariant(attention: AttentionInfo, depends: Mapping[str, str]) -> bool:
     """Whether keys and values are the same in every step of a trajectory: they depend on the prompt alone."""
     return all(depends.get(name) in ("const", "condition") for name in (attention.key, attention.value))
 
@@ -51,10 +51,10 @@ def is_invariant(attention: AttentionInfo, depends: dict[str, str]) -> bool:
 class _Streams:
     """Which streams queries and keys are projected from."""
 
-    def __init__(self, gm: GraphModule, ctx: Context) -> None:
+    def __init__(self, gm: GraphModule, facts: Facts) -> None:
         self.nodes = {node.name: node for node in gm.graph.nodes}
-        self.depends = dict(ctx.dependence)
-        self.weights = {one.name for one in ctx.inputs if one.is_weight}
+        self.depends = facts.dependence
+        self.weights = {one.name for one in facts.inputs if one.is_weight}
 
     def kind(self, attention: AttentionInfo) -> str:
         asking, asked = (self._of(self.nodes[name]) for name in (attention.query, attention.key))

@@ -13,20 +13,20 @@ from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import ExpertsInfo, Rejected
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 
-def find_experts(gm: GraphModule, ctx: Context) -> Context:
+def find_experts(gm: GraphModule, facts: Facts) -> Facts:
     found: list[ExpertsInfo] = []
-    rejected = list(ctx.rejected)
+    rejected = list(facts.rejected)
     for node in gm.graph.nodes:
         if not fx.is_experts(node):
             continue
         ids = fx.arg(node, 1)
-        router = next((one for one in ctx.routers if node.name in one.steers), None)
+        router = next((one for one in facts.routers if node.name in one.steers), None)
         found.append(ExpertsInfo(node.name, ids.name, router))
         if router is None:
             rejected.append(
                 Rejected("no router found for its expert ids: no branch cache for it", node.name, fx.where(node))
             )
-    return replace(ctx, experts=tuple(found), rejected=tuple(rejected))
+    return replace(facts, experts=tuple(found), rejected=tuple(rejected))

@@ -21,23 +21,22 @@ from torch.fx import GraphModule, Node
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import HoistedValue
-from moeca_compile.passes.analysis.count_macs import node_macs
 from moeca_compile.passes.analysis.find_inputs import CONDITION, LATENT, LEVELS, STEP
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 _NAMES = {CONDITION: "invariant", STEP: "step"}
 _WAVES = frozenset({aten.sin.default, aten.cos.default, aten.polar.default})
 _WITH_NUMBER = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
 
 
-def find_hoisted(gm: GraphModule, ctx: Context) -> Context:
+def find_hoisted(gm: GraphModule, facts: Facts) -> Facts:
     # constants are hoisted with what depends on the condition
-    level = {name: max(LEVELS.index(word), CONDITION) for name, word in ctx.dependence}
+    level = {name: max(LEVELS.index(word), CONDITION) for name, word in facts.dependence.items()}
     costly, random = set[Node](), set[Node]()
     for node in gm.graph.nodes:
         sources = node.all_input_nodes
         same = [source for source in sources if level[source.name] == level[node.name]]
-        if node_macs(node) or node.target in _WAVES or not costly.isdisjoint(same):
+        if node.name in facts.macs or node.target in _WAVES or not costly.isdisjoint(same):
             costly.add(node)
         if _is_random(node) or not random.isdisjoint(sources):
             random.add(node)
@@ -53,7 +52,7 @@ def find_hoisted(gm: GraphModule, ctx: Context) -> Context:
         for node in sorted(found, key=place.__getitem__)
         if node in costly and node not in random and _can_wait(node)
     ]
-    return replace(ctx, hoisted=tuple(values))
+    return replace(facts, hoisted=tuple(values))
 
 
 def _source(node: Node, level: dict[str, int]) -> Node:

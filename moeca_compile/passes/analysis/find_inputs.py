@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.passes.context import Context, Roles
+from moeca_compile.passes.facts import Facts, Roles
 
 LEVELS = ("const", "condition", "step", "latent")
 CONDITION, STEP, LATENT = 1, 2, 3
@@ -31,13 +31,13 @@ _LATENT = r"x|z|x_?t|latents?|hidden_states|samples?"
 _WAVES = ({aten.sin.default}, {aten.cos.default})
 
 
-def find_inputs(gm: GraphModule, ctx: Context) -> Context:
+def find_inputs(gm: GraphModule, facts: Facts) -> Facts:
     own = [
         node
-        for node, one in zip(fx.placeholders(gm), ctx.inputs, strict=True)
+        for node, one in zip(fx.placeholders(gm), facts.inputs, strict=True)
         if not one.is_weight and fx.tensor(node) is not None
     ]
-    labels = {one.name: one.label for one in ctx.inputs}
+    labels = {one.name: one.label for one in facts.inputs}
     clocks = [node for node in own if fx.need(node).dim() <= 1 and _reaches_waves(node)]
     timestep = max(clocks, key=lambda node: _is_called(_TIME, labels[node.name]), default=None)  # the first of equals
     latents = _latents(gm, [node for node in own if node is not timestep], labels)
@@ -48,7 +48,7 @@ def find_inputs(gm: GraphModule, ctx: Context) -> Context:
         roles.timestep: STEP,
         **{node.name: LATENT for node in latents},
     }
-    return replace(ctx, roles=roles, dependence=_dependence(gm, levels))
+    return replace(facts, roles=roles, dependence=_dependence(gm, levels))
 
 
 def _is_called(names: str, label: str) -> bool:
@@ -84,11 +84,11 @@ def _latents(gm: GraphModule, own: list[Node], labels: dict[str, str]) -> list[N
     return [best, *like_it[: max(0, outputs.count(fx.shape(best)) - 1)]]
 
 
-def _dependence(gm: GraphModule, levels: dict[str, int]) -> tuple[tuple[str, str], ...]:
+def _dependence(gm: GraphModule, levels: dict[str, int]) -> dict[str, str]:
     level: dict[Node, int] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             level[node] = levels.get(node.name, 0)
         else:
             level[node] = max((level[source] for source in node.all_input_nodes), default=0)
-    return tuple((node.name, LEVELS[rank]) for node, rank in level.items())
+    return {node.name: LEVELS[rank] for node, rank in level.items()}

@@ -18,18 +18,18 @@ from torch.fx import GraphModule, Node
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Region, RegionMap, Rejected
 from moeca_compile.passes.analysis.region_of import region_of
-from moeca_compile.passes.context import Branch, Context
+from moeca_compile.passes.facts import Branch, Facts
 
 
-def find_regions(gm: GraphModule, ctx: Context) -> Context:
+def find_regions(gm: GraphModule, facts: Facts) -> Facts:
     cone = fx.Cone(gm)
     nodes = {node.name: node for node in cone.nodes}
-    depends, macs = dict(ctx.dependence), dict(ctx.macs)
-    rejected = list(ctx.rejected)
+    depends, macs = facts.dependence, facts.macs
+    rejected = list(facts.rejected)
     kept: list[Branch] = []
-    heavy = [b for b in ctx.branches if any(name in macs for name in b.body)]
+    heavy = [b for b in facts.branches if any(name in macs for name in b.body)]
     joined = {b.join: b for b in heavy}
-    anchors = {a.node for a in ctx.attention} | {e.node for e in ctx.experts}
+    anchors = {a.node for a in facts.attention} | {e.node for e in facts.experts}
     shortcuts = {short.join for b in heavy for short in _shortcuts(b, joined, anchors)}
     for whole in heavy:
         if whole.join in shortcuts:
@@ -53,16 +53,16 @@ def find_regions(gm: GraphModule, ctx: Context) -> Context:
             kept.append(branch)
     regions = []
     for group in _groups(kept, macs):
-        reader = _outside_reader(group, nodes, ctx)
+        reader = _outside_reader(group, nodes, facts)
         if reader is None:
             inside = {name for branch in group for name in branch.body}
             cuts = [nodes[name] for name in dict.fromkeys(branch.cut for branch in group)]
-            regions.append(region_of([node for name, node in nodes.items() if name in inside], cuts, ctx))
+            regions.append(region_of([node for name, node in nodes.items() if name in inside], cuts, facts))
         else:
             reason = f"its attention or experts are read outside it too, by {reader.name}, and would run all the same"
             rejected.append(Rejected(reason, group[0].join, fx.where(nodes[group[0].join])))
     total = sum(macs.values())
-    return replace(ctx, rejected=tuple(rejected), regions=RegionMap(_unique_keys(regions), tuple(rejected), total))
+    return replace(facts, rejected=tuple(rejected), regions=RegionMap(_unique_keys(regions), tuple(rejected), total))
 
 
 def _shortcuts(branch: Branch, joined: Mapping[str, Branch], anchors: set[str]) -> list[Branch]:
@@ -101,11 +101,11 @@ def _belong(a: Branch, b: Branch, macs: Mapping[str, int]) -> bool:
     return not nested and any(name in macs for name in set(a.body).intersection(b.body))
 
 
-def _outside_reader(group: list[Branch], nodes: dict[str, Node], ctx: Context) -> Node | None:
+def _outside_reader(group: list[Branch], nodes: dict[str, Node], facts: Facts) -> Node | None:
     """What reads an attention or expert call of this group other than through its cuts."""
     inside = {name for branch in group for name in branch.body}
     cuts = {branch.cut for branch in group}
-    anchors = [a.node for a in ctx.attention] + [e.node for e in ctx.experts]
+    anchors = [a.node for a in facts.attention] + [e.node for e in facts.experts]
     front = [name for name in anchors if name in inside]
     seen = set(front)
     while front:

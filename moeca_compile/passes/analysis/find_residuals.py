@@ -13,14 +13,14 @@ reason why it can't be taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.passes.context import Branch, Context
+from moeca_compile.passes.facts import Branch, Facts
 
 _OTHER_JOINS = (
     aten.sub.Tensor, aten.lerp.Tensor, aten.lerp.Scalar, aten.addcmul.default, aten.addmm.default,
@@ -28,14 +28,14 @@ _OTHER_JOINS = (
 )  # fmt: skip
 
 
-def find_residuals(gm: GraphModule, ctx: Context) -> Context:
-    finder = _Finder(fx.Cone(gm), dict(ctx.dependence))
+def find_residuals(gm: GraphModule, facts: Facts) -> Facts:
+    finder = _Finder(fx.Cone(gm), facts.dependence)
     found = [branch for node in finder.cone.nodes for branch in (*finder.otherwise(node), *finder.added(node))]
-    return replace(ctx, branches=tuple(found))
+    return replace(facts, branches=tuple(found))
 
 
 class _Finder:
-    def __init__(self, cone: fx.Cone, depends: dict[str, str]) -> None:
+    def __init__(self, cone: fx.Cone, depends: Mapping[str, str]) -> None:
         self.cone, self.depends = cone, depends
         self.trunk_of: dict[Node, Node] = {}  # join -> the value that its branch started from
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import RouterInfo
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 _CHOICES = {aten.topk.default, aten.max.dim, aten.argmax.default}
 _FIRST = {aten.max.dim, aten.argmax.default}  # the largest one: top-1
@@ -36,8 +36,8 @@ _OTHER_VALUES = {
 }  # fmt: skip
 
 
-def find_routers(gm: GraphModule, ctx: Context) -> Context:
-    depends = dict(ctx.dependence)
+def find_routers(gm: GraphModule, facts: Facts) -> Facts:
+    depends = facts.dependence
     found: dict[tuple[str, str], RouterInfo] = {}
     for node in gm.graph.nodes:
         if node.target not in _CHOICES or (node.target is aten.max.dim and not _reads_index(node)):
@@ -46,19 +46,19 @@ def find_routers(gm: GraphModule, ctx: Context) -> Context:
         steers = None if path is None else _steered(node, path[0])
         if path is None or not steers:
             continue
-        info = _info(node, path, depends, steers, {one.node for one in ctx.attention})
+        info = _info(node, path, depends, steers, {one.node for one in facts.attention})
         known = found.get((path[0].name, info.choice))
         if known is not None:  # one top-k for each expert, over the same scores
             info = replace(known, steers=(*known.steers, *(one for one in info.steers if one not in known.steers)))
         found[path[0].name, info.choice] = info
-    return replace(ctx, routers=tuple(found.values()))
+    return replace(facts, routers=tuple(found.values()))
 
 
 def _reads_index(node: Node) -> bool:
     return any(user.args[1] == 1 for user in node.users if len(user.args) > 1)
 
 
-def _to_projection(choice: Node, depends: dict[str, str]) -> list[Node] | None:
+def _to_projection(choice: Node, depends: Mapping[str, str]) -> list[Node] | None:
     """From the projection down to the scores that are chosen from; None where something else made them."""
     path = [fx.arg(choice, 0)]
     while path[-1].target not in fx.MATMULS:
@@ -119,7 +119,7 @@ def _heavy(node: Node) -> Node | None:
 
 
 def _info(
-    choice: Node, path: list[Node], depends: dict[str, str], steers: list[Node], attention: set[str]
+    choice: Node, path: list[Node], depends: Mapping[str, str], steers: list[Node], attention: set[str]
 ) -> RouterInfo:
     scores = path[-1]
     rank = len(fx.shape(scores))

@@ -20,7 +20,7 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import Region, RegionMap, Rejected
 from moeca_compile.passes.analysis.region_of import region_of
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 from moeca_compile.schedule.granularity import Granularity
 
 
@@ -33,31 +33,31 @@ class _Ends:
     relative: bool = False
 
 
-def find_spans(gm: GraphModule, ctx: Context) -> Context:
-    wanted = ctx.granularity
-    if wanted.kind == "region" or not len(ctx.regions):
-        return ctx
-    layout = _Blocks(fx.Cone(gm), ctx)
+def find_spans(gm: GraphModule, facts: Facts) -> Facts:
+    wanted = facts.granularity
+    if wanted.kind == "region" or not len(facts.regions):
+        return facts
+    layout = _Blocks(fx.Cone(gm), facts)
     ends = layout.skip(wanted.outer) if wanted.kind == "skip" else layout.slice(wanted)
     span = ends if isinstance(ends, str) else layout.span(ends)
     if isinstance(span, str):
-        rejected = (*ctx.rejected, Rejected(span))
-        return replace(ctx, rejected=rejected, regions=RegionMap((), rejected, ctx.regions.total_macs))
-    return replace(ctx, regions=RegionMap((span,), ctx.rejected, ctx.regions.total_macs))
+        rejected = (*facts.rejected, Rejected(span))
+        return replace(facts, rejected=rejected, regions=RegionMap((), rejected, facts.regions.total_macs))
+    return replace(facts, regions=RegionMap((span,), facts.rejected, facts.regions.total_macs))
 
 
 class _Blocks:
     """The blocks of a graph: regions under one numbered module, `blocks.3`, in graph order."""
 
-    def __init__(self, cone: fx.Cone, ctx: Context) -> None:
-        self.cone, self.ctx = cone, ctx
+    def __init__(self, cone: fx.Cone, facts: Facts) -> None:
+        self.cone, self.facts = cone, facts
         self.nodes = {node.name: node for node in cone.nodes}
         self.cuts: dict[str, set[str]] = {}
-        for region in ctx.regions:
+        for region in facts.regions:
             self.cuts.setdefault(_block(region.key), set()).update(region.outputs)
         self.names = list(self.cuts)
         self.joins = {
-            name: [self.nodes[branch.join] for branch in ctx.branches if branch.cut in cuts]
+            name: [self.nodes[branch.join] for branch in facts.branches if branch.cut in cuts]
             for name, cuts in self.cuts.items()
         }
 
@@ -67,7 +67,7 @@ class _Blocks:
             text = f"{wanted.start}:{wanted.stop} are none of the {len(self.names)} blocks"
             return f"blocks {text}, {self.names[0]} to {self.names[-1]}"
         joins = [join for name in chosen for join in self.joins[name]]
-        trunks = [self.nodes[branch.trunk] for branch in self.ctx.branches if self.nodes[branch.join] in joins]
+        trunks = [self.nodes[branch.trunk] for branch in self.facts.branches if self.nodes[branch.join] in joins]
         inside = set(joins)
         entries = [t for t in trunks if t not in inside and not any(self.cone.feeds(join, t) for join in joins)]
         exits = [join for join in joins if not any(self.cone.feeds(join, other) for other in joins)]
@@ -89,7 +89,7 @@ class _Blocks:
 
     def _long_skips(self) -> Iterator[tuple[Node, Node]]:
         """(early, late), from the outermost on."""
-        pairs = [(self.nodes[branch.trunk], self.nodes[branch.cut]) for branch in self.ctx.branches]
+        pairs = [(self.nodes[branch.trunk], self.nodes[branch.cut]) for branch in self.facts.branches]
         for node in self.cone.nodes:
             parts = list(fx.nodes_of(node.args[0])) if node.target is aten.cat.default else []
             if len(parts) == 2 and fx.shape(parts[0]) == fx.shape(parts[1]):
@@ -120,7 +120,7 @@ class _Blocks:
             )
         names = self._within(reached)
         key = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-        return region_of(body, cuts, self.ctx, kind="span", key=key, bases=found)
+        return region_of(body, cuts, self.facts, kind="span", key=key, bases=found)
 
     def _base(self, cut: Node, entries: Sequence[Node]) -> Node | None:
         """The entry that `cut`'s stream began at: the nearest of its shape, for residual adds are the shortest way."""

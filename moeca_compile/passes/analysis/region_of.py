@@ -9,22 +9,22 @@ from torch.fx import Node
 from moeca_compile.dtypes import name_of
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Region
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 
 def region_of(
-    body: Sequence[Node], cuts: Sequence[Node], ctx: Context, kind: str = "", key: str = "", bases: Sequence[Node] = ()
+    body: Sequence[Node], cuts: Sequence[Node], facts: Facts, kind: str = "", key: str = "", bases: Sequence[Node] = ()
 ) -> Region:
     """The region of the nodes `body`, in graph order, with its outputs at `cuts`.
 
     Kind and key are found if not given. `bases`: the nodes that the outputs are kept relative to, one each or none.
     """
-    macs = dict(ctx.macs)
-    weights = {one.name: one.label for one in ctx.inputs if one.is_weight}
+    macs = facts.macs
+    weights = {one.name: one.label for one in facts.inputs if one.is_weight}
     inside = {node.name for node in body}
-    attention = tuple(a for a in ctx.attention if a.node in inside)
-    experts = tuple(e for e in ctx.experts if e.node in inside)
-    routers = tuple(r for r in ctx.routers if inside.intersection(r.steers))
+    attention = tuple(a for a in facts.attention if a.node in inside)
+    experts = tuple(e for e in facts.experts if e.node in inside)
+    routers = tuple(r for r in facts.routers if inside.intersection(r.steers))
     routed = experts or any(r.choice != "head" for r in routers)
     found = "span" if attention and routed else "attention" if attention else "experts" if routed else "mlp"
     key = key or _key(body, weights) or fx.module_path(cuts[0]) or found

@@ -19,22 +19,22 @@ from moeca_compile.dtypes import name_of
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import Region, TokensInfo, Value
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 from moeca_compile.passes.partial.token_axes import MixesTokens, TokenAxes
 
 
-def find_tokens(gm: GraphModule, ctx: Context) -> Context:
-    finder = _Finder(gm, ctx)
-    regions = tuple(finder.told(region) for region in ctx.regions)
-    return replace(ctx, regions=replace(ctx.regions, regions=regions))
+def find_tokens(gm: GraphModule, facts: Facts) -> Facts:
+    finder = _Finder(gm, facts)
+    regions = tuple(finder.told(region) for region in facts.regions)
+    return replace(facts, regions=replace(facts.regions, regions=regions))
 
 
 class _Finder:
-    def __init__(self, gm: GraphModule, ctx: Context) -> None:
+    def __init__(self, gm: GraphModule, facts: Facts) -> None:
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.cone = fx.Cone(gm)
-        self.latent = {name for name, level in ctx.dependence if level == "latent"}
-        self.macs = dict(ctx.macs)
+        self.latent = {name for name, level in facts.dependence.items() if level == "latent"}
+        self.macs = facts.macs
 
     def told(self, region: Region) -> Region:
         try:

@@ -80,7 +80,7 @@ def _some(
     x, _, *weights = experts.args
     assert isinstance(x, Node)
     count = act.branches(info.tokens * info.branches.shape[2])
-    control, key = parts.ctx.control, region.key
+    control, key = parts.request.control, region.key
     quota = control.quota.get(key)
 
     def table(values: tuple[float, ...] | None, dtype: torch.dtype = torch.float32) -> Node | None:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Slot
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.partial.insert_branches import insert_branches
 from moeca_compile.passes.partial.insert_tokens import insert_tokens
 from moeca_compile.passes.partial.parts import Parts
@@ -20,12 +20,14 @@ from moeca_compile.passes.transform.ports import Ports
 from moeca_compile.schedule import Action
 
 
-def insert_partial(gm: GraphModule, ctx: Context) -> GraphModule:
-    aging = {slot.region: slot.slot for slot in ctx.layout if slot.slot in (Slot.AT, Slot.HELD) and slot.region >= 0}
+def insert_partial(gm: GraphModule, request: RewriteRequest) -> GraphModule:
+    aging = {
+        slot.region: slot.slot for slot in request.layout if slot.slot in (Slot.AT, Slot.HELD) and slot.region >= 0
+    }
     if not aging:
         return gm
-    ports = Ports(gm, ctx.layout, len(ctx.regions))
-    parts = Parts(gm, ctx, ports)
+    ports = Ports(gm, request.layout, len(request.facts.regions))
+    parts = Parts(gm, request, ports)
     for node, mark in fx.marked(gm):
         if mark.region not in aging:
             continue

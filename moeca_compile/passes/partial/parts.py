@@ -17,7 +17,7 @@ from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Region, TokensInfo
 from moeca_compile.graph.variant import KEYS, Slot
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.partial.branches import due, moved
 from moeca_compile.passes.partial.kept import State, forecast, overdue, refreshed
 from moeca_compile.passes.transform.inline import constant, inline
@@ -28,15 +28,15 @@ from moeca_compile.schedule import Act, Action, Partial
 class Parts:
     """One graph's rewrite in progress. New nodes go before the output; `fx.resort` puts them where they belong."""
 
-    def __init__(self, gm: GraphModule, ctx: Context, ports: Ports) -> None:
-        self.gm, self.ctx, self.ports = gm, ctx, ports
-        self.order = ctx.order
+    def __init__(self, gm: GraphModule, request: RewriteRequest, ports: Ports) -> None:
+        self.gm, self.request, self.ports = gm, request, ports
+        self.order = request.order
         self.nodes = {node.name: node for node in gm.graph.nodes}
-        self.columns = {region.key: column for column, region in enumerate(ctx.regions)}
+        self.columns = {region.key: column for column, region in enumerate(request.facts.regions)}
         self._chosen: dict[tuple[str, int], Node] = {}
 
     def info(self, column: int) -> tuple[Region, TokensInfo]:
-        region = self.ctx.regions.regions[column]
+        region = self.request.facts.regions.regions[column]
         if region.tokens is None:
             raise InvariantError(f"region {region.key} can't be taken apart: {region.whole}")
         return region, region.tokens
@@ -87,9 +87,9 @@ class Parts:
             branches = None if experts is None else self.ports.of(experts, 0)
             weights = None
             if experts is not None:
-                key = self.ctx.regions.regions[experts].key
+                key = self.request.facts.regions.regions[experts].key
                 like = self.nodes[region.outputs[0]]
-                weights = self.constant(self.ctx.control.sensitivity.get(key), torch.float32, like)
+                weights = self.constant(self.request.control.sensitivity.get(key), torch.float32, like)
             found = self.inline(
                 choose, count=count, now=self.ports.now(), order=self.order, own=own, branches=branches,
                 entering=self._entering(column) if own is not None and Slot.ENTERED in own else None,

@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 
 
-def drop_dead(gm: GraphModule, ctx: Context) -> GraphModule:
+def drop_dead(gm: GraphModule, request: RewriteRequest) -> GraphModule:
     gm.graph.eliminate_dead_code(fx.has_effect)
     for node in fx.placeholders(gm):
         if not node.users:

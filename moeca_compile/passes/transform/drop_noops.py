@@ -10,14 +10,14 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 _PASS_ON = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default)
 _COPIES = (aten._to_copy.default, aten.lift_fresh_copy.default)
 _CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg)
 
 
-def drop_noops(gm: GraphModule, ctx: Context) -> GraphModule:
+def drop_noops(gm: GraphModule, facts: Facts) -> GraphModule:
     for node in list(gm.graph.nodes):
         if node.target in _CHECKS:
             gm.graph.erase_node(node)

@@ -13,30 +13,30 @@ from torch.fx import GraphModule
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.passes.analysis.count_macs import node_macs
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.transform.drop_dead import drop_dead
 from moeca_compile.passes.verify import changes_outputs
 
 HOISTED = "hoisted_"
 
 
-def hoist_step_only(gm: GraphModule, ctx: Context) -> GraphModule:
+def hoist_step_only(gm: GraphModule, request: RewriteRequest) -> GraphModule:
     """Does nothing where no value depends on the timestep alone."""
-    return _hoist(gm, ctx, "step")
+    return _hoist(gm, request, "step")
 
 
-def hoist_invariant(gm: GraphModule, ctx: Context) -> GraphModule:
+def hoist_invariant(gm: GraphModule, request: RewriteRequest) -> GraphModule:
     """Does nothing in the prologue that computes the invariant values, or where there are none."""
-    if any(ctx.hoisted[position].level == "invariant" for position in ctx.gives):
+    if any(request.facts.hoisted[position].level == "invariant" for position in request.gives):
         return gm
-    return _hoist(gm, ctx, "invariant")
+    return _hoist(gm, request, "invariant")
 
 
 @changes_outputs
-def hand_out(gm: GraphModule, ctx: Context) -> GraphModule:
-    """Before: the captured graph.  After: it gives the hoisted values `ctx.gives`, contiguous, and nothing else."""
+def hand_out(gm: GraphModule, request: RewriteRequest) -> GraphModule:
+    """Before: the captured graph.  After: it gives the hoisted values `request.gives`, contiguous, and nothing else."""
     output = fx.output_node(gm)
-    nodes = fx.resolve(gm, (ctx.hoisted[position].value for position in ctx.gives))
+    nodes = fx.resolve(gm, (request.facts.hoisted[position].value for position in request.gives))
     with gm.graph.inserting_before(output):
         output.args = (tuple(node if fx.need(node).is_contiguous() else _contiguous(gm, node) for node in nodes),)
     return gm
@@ -46,11 +46,11 @@ def name_of(position: int) -> str:
     return f"{HOISTED}{position:03d}"
 
 
-def _hoist(gm: GraphModule, ctx: Context, level: str) -> GraphModule:
+def _hoist(gm: GraphModule, request: RewriteRequest, level: str) -> GraphModule:
     before = sum(map(node_macs, gm.graph.nodes))
     nodes = {node.name: node for node in gm.graph.nodes}
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    for position, one in enumerate(ctx.hoisted):
+    for position, one in enumerate(request.facts.hoisted):
         if one.level == level and one.value in nodes:
             node, val = nodes[one.value], fx.need(nodes[one.value])
             with gm.graph.inserting_before(first):
@@ -58,7 +58,7 @@ def _hoist(gm: GraphModule, ctx: Context, level: str) -> GraphModule:
             with fx.fake_mode_of(val):
                 shared.meta["val"] = torch.empty(val.shape, dtype=val.dtype, device=val.device)
             node.replace_all_uses_with(shared)
-    gm = drop_dead(gm, ctx)
+    gm = drop_dead(gm, request)
     # these multiplications are done all the same, if not by this program
     gm.meta["moeca_hoisted_macs"] = gm.meta.get("moeca_hoisted_macs", 0) + before - sum(map(node_macs, gm.graph.nodes))
     return gm

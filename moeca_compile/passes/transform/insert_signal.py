@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Slot
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.partial.kept import State, forecast, refreshed
 from moeca_compile.passes.transform.inline import inline
 from moeca_compile.passes.transform.layout import MODEL
@@ -21,16 +21,16 @@ from moeca_compile.passes.transform.ports import Ports
 from moeca_compile.schedule import Action
 
 
-def insert_signal(gm: GraphModule, ctx: Context) -> GraphModule:
-    signal = ctx.regions.signal
-    if signal is None or not any(slot.slot is Slot.FIGURE for slot in ctx.layout):
+def insert_signal(gm: GraphModule, request: RewriteRequest) -> GraphModule:
+    signal = request.facts.regions.signal
+    if signal is None or not any(slot.slot is Slot.FIGURE for slot in request.layout):
         return gm
-    ports = Ports(gm, ctx.layout, len(ctx.regions))
-    full = all(act is Action.COMPUTE for act in ctx.row)
+    ports = Ports(gm, request.layout, len(request.facts.regions))
+    full = all(act is Action.COMPUTE for act in request.row)
     state = {slot: node for slot, node in ports.of(MODEL, 0).items() if slot is not Slot.FIGURE}
     (watched,) = fx.resolve(gm, [signal.node])
     with gm.graph.inserting_before(fx.output_node(gm)):
-        after = inline(gm, measure, signal=watched, now=ports.now(), order=ctx.order, full=full, state=state)
+        after = inline(gm, measure, signal=watched, now=ports.now(), order=request.order, full=full, state=state)
     for name, node in after.items():
         ports.write(MODEL, 0, Slot(name), node)
     ports.finish()

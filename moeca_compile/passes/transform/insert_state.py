@@ -22,18 +22,18 @@ from torch.fx import GraphModule, Node
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.variant import SLOTS, Slot
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.transform.ports import Ports
 from moeca_compile.schedule import Action
 
 
-def insert_state(gm: GraphModule, ctx: Context) -> GraphModule:
-    if not ctx.layout:
+def insert_state(gm: GraphModule, request: RewriteRequest) -> GraphModule:
+    if not request.layout:
         return gm
-    ports = Ports(gm, ctx.layout, len(ctx.regions))
+    ports = Ports(gm, request.layout, len(request.facts.regions))
     nodes = {node.name: node for node in gm.graph.nodes}
     for node, mark in fx.marked(gm):
-        region = ctx.regions.regions[mark.region]
+        region = request.facts.regions.regions[mark.region]
         base = nodes[region.bases[mark.output]] if region.bases else None
         if not ports.has(mark.region, mark.output, Slot.Y0):
             continue

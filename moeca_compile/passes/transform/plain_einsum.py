@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 
-def plain_einsum(gm: GraphModule, ctx: Context) -> GraphModule:
+def plain_einsum(gm: GraphModule, facts: Facts) -> GraphModule:
     for node in list(gm.graph.nodes):
         operands, result = _axes(node)
         if result:

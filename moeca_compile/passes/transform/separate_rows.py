@@ -18,19 +18,19 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.ops import rows as row_ops
 from moeca_compile.passes.analysis.find_inputs import find_inputs
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import Facts
 
 
-def separate_rows(gm: GraphModule, ctx: Context) -> GraphModule:
+def separate_rows(gm: GraphModule, facts: Facts) -> GraphModule:
     found = [node for node in gm.graph.nodes if _written_rows(node) is not None]
     if not found:
         return gm
-    latent = {name for name, level in find_inputs(gm, ctx).dependence if level == "latent"}
+    latent = {name for name, level in find_inputs(gm, facts).dependence.items() if level == "latent"}
     for node in found:  # grows: a buffer may have been written several times
         put = fx.arg(node, 0)
         buffer, rows, tokens = fx.arg(put, 0), _written_rows(node), fx.arg(put, 2)
         start, end = _range(node)
-        index = ctx.indices.get(rows.name) if rows is not None else None
+        index = facts.indices.get(rows.name) if rows is not None else None
         if index is None or row_ops.points_at(index, start, end, fx.shape(put)[0]):
             continue
         if tokens.name not in latent or buffer.name in latent:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 
 
-def tag_row(gm: GraphModule, ctx: Context) -> GraphModule:
-    for column, (region, action) in enumerate(zip(ctx.regions, ctx.row, strict=True)):
+def tag_row(gm: GraphModule, request: RewriteRequest) -> GraphModule:
+    for column, (region, action) in enumerate(zip(request.facts.regions, request.row, strict=True)):
         for output, node in enumerate(fx.resolve(gm, region.outputs)):
             fx.set_mark(node, fx.Mark(column, output, action))
     return gm

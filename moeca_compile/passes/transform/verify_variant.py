@@ -9,17 +9,17 @@ from torch.fx import GraphModule
 
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph.variant import Slot
-from moeca_compile.passes.context import Context
+from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.verify import state_problems
 from moeca_compile.schedule import Action
 from moeca_compile.schedule.action import name_of
 
 
-def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
+def verify_variant(gm: GraphModule, request: RewriteRequest) -> GraphModule:
     gm.graph.lint()
     alive = {node.name for node in gm.graph.nodes}
-    actions = list(zip(ctx.regions, ctx.row, strict=True))
-    branched = {ctx.regions.keys[slot.region] for slot in ctx.layout if slot.slot is Slot.HELD}
+    actions = list(zip(request.facts.regions, request.row, strict=True))
+    branched = {request.facts.regions.keys[slot.region] for slot in request.layout if slot.slot is Slot.HELD}
     needed = {name for region, action in actions if action is Action.COMPUTE for name in region.body}
     for region, action in actions:
         label = name_of(action)
@@ -31,6 +31,6 @@ def verify_variant(gm: GraphModule, ctx: Context) -> GraphModule:
         heavy = {a.node for a in region.attention} | {e.node for e in region.experts}
         if action is not Action.COMPUTE and (left := heavy & alive - needed):
             raise InvariantError(f"region {region.key}: {label}, but {sorted(left)} would still run")
-    if problem := next(state_problems(gm, ctx.layout), ""):
+    if problem := next(state_problems(gm, request.layout), ""):
         raise InvariantError(problem)
     return gm

@@ -106,7 +106,7 @@ def values_of(program: Program, args: Sequence[Any], wanted: Iterable[torch.fx.N
 
 def in_graph_order(program: Program, args: Sequence[Any]) -> list[Any]:
     """A call's `args` as the graph's placeholders stand."""
-    positions = {one.name: i for i, one in enumerate(program.analysis.context.inputs)}
+    positions = {one.name: i for i, one in enumerate(program.analysis.facts.inputs)}
     return [args[positions[node.name]] for node in fx.placeholders(program.analysis.gm)]
 
 

@@ -1,4 +1,4 @@
-"""What passes know beside the graph. Finders return a context with their facts added; rewriters only read it."""
+"""What passes know beside the graph: the facts that finders learn, and for rewrites which row to build."""
 
 from __future__ import annotations
 
@@ -41,24 +41,53 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Context:
-    """Facts about one capture, and for rewriters what they need of the schedule: the row to build and the state that it
-    keeps, the order of its forecast and the control of its PARTIAL rows; of a prologue the hoisted values that it
-    gives. `indices`: while the captured graph is put in order, the call's one-dimensional indices and masks."""
+class Facts:
+    """What is known of one capture. A finder returns the facts with its own added.
+
+    Attributes:
+        inputs: what each placeholder is, in order.
+        granularity: what the schedule's columns are, as the options say.
+        indices: the call's one-dimensional indices and masks, by placeholder; only while the captured graph is
+            normalized.
+        roles: what the model's own inputs mean.
+        dependence: for each node what it depends on: `const`, `condition`, `step` or `latent`.
+        attention, routers, experts: the anchors of regions.
+        branches: the residual branches, in graph order.
+        rejected: what looked like something to cache and was left alone.
+        macs: multiply-accumulates of each node that has any.
+        regions: what a schedule may reuse.
+        hoisted: values that calls may share.
+    """
 
     inputs: tuple[Input, ...]
     granularity: Granularity = Granularity("region")
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     roles: Roles = Roles()
-    dependence: tuple[tuple[str, str], ...] = ()
+    dependence: Mapping[str, str] = field(default_factory=dict)
     attention: tuple[AttentionInfo, ...] = ()
     routers: tuple[RouterInfo, ...] = ()
     experts: tuple[ExpertsInfo, ...] = ()
     branches: tuple[Branch, ...] = ()
     rejected: tuple[Rejected, ...] = ()
-    macs: tuple[tuple[str, int], ...] = ()
+    macs: Mapping[str, int] = field(default_factory=dict)
     regions: RegionMap = RegionMap(())
     hoisted: tuple[HoistedValue, ...] = ()
+
+
+@dataclass(frozen=True)
+class RewriteRequest:
+    """Which program a rewrite makes of the captured graph.
+
+    Attributes:
+        facts: of that graph.
+        row: what each region does; () for a prologue.
+        layout: the state that the schedule keeps.
+        order: of the schedule's forecasts, 0 to 2.
+        control: how PARTIAL rows choose what they recompute.
+        gives: for a prologue, the positions in `facts.hoisted` of the values that it computes.
+    """
+
+    facts: Facts
     row: Row = ()
     layout: tuple[StateSlot, ...] = ()
     order: int = 1
