@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from examples.samplers import euler, guided, model_of
 from moeca_compile.runtime import Session
 from moeca_compile.runtime.providers.onnxruntime import CPU
-from moeca_compile.runtime.samplers import euler, guided, model_of
 
 SCHEDULE = "uniform:3"
 GUIDANCE = 2.0

@@ -19,7 +19,7 @@ assert all(importlib.util.find_spec(name) is None for name in ("torch", "onnx", 
 import numpy as np, onnxruntime
 from moeca_compile.runtime import Session
 from moeca_compile.runtime.bundle.fused import FusedSession
-from moeca_compile.runtime.samplers import euler, guided, model_of
+from examples.samplers import euler, guided, model_of
 from moeca_compile.runtime.bundle.verify import verify
 found = {"version": onnxruntime.__version__}
 for memory in ("speed", "shared"):

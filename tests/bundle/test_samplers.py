@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.samplers import euler, guided, model_of
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.samplers import ddim, euler, guided, model_of
 from moeca_compile.runtime.session import Session
 
 NOISE = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
@@ -34,22 +34,6 @@ def test_euler_scales_times_and_takes_channels() -> None:
     end = euler(model, NOISE, LABELS, (1.0, 0.5, 0.0), time_scale=1000, channels=4)
     assert seen == [1000, 500]
     np.testing.assert_allclose(end, NOISE * 0.25, rtol=1e-6)
-
-
-def test_ddim_with_the_true_noise_gives_the_clean_sample() -> None:
-    alphas = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    clean, noise = NOISE * 0.3, NOISE[::-1].copy()
-    timesteps = list(range(999, -1, -111))
-    start = np.sqrt(alphas[999]) * clean + np.sqrt(1 - alphas[999]) * noise
-    seen = []
-
-    def model(x: Any, t: float, y: Any) -> Any:
-        seen.append(t)
-        return noise
-
-    end = ddim(model, start.astype(np.float32), LABELS, timesteps, list(alphas), channels=4)
-    assert seen == timesteps
-    np.testing.assert_allclose(end, clean, atol=2e-4)
 
 
 def test_guidance_in_one_call_and_in_two() -> None:

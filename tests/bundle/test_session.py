@@ -288,7 +288,7 @@ import sys
 sys.modules["torch"] = None  # importing it fails
 import numpy as np
 from moeca_compile.runtime import Session
-from moeca_compile.runtime.samplers import euler, guided, model_of
+from examples.samplers import euler, guided, model_of
 from moeca_compile.runtime.bundle.verify import verify
 session = Session.open(sys.argv[1], sys.argv[2], threads=1)
 assert verify(session).passed

@@ -19,7 +19,6 @@ ROOMS = (
     "moeca_compile.errors",
     "moeca_compile.passes",
     "moeca_compile.runtime",
-    "moeca_compile.runtime.samplers",
     "moeca_compile.runtime.triton",
     "moeca_compile.schedule",
 )

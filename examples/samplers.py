@@ -33,11 +33,11 @@ def model_of(trajectory: Trajectory, x: str = "x", t: str = "t", condition: str 
     Raises:
         BundleError: a name that the bundle doesn't have.
     """
-    specs = {one.name: one for one in trajectory.session.inputs}
+    specs = {spec.name: spec for spec in trajectory.session.inputs}
     result = output or trajectory.session.outputs[0].name
-    known = {*specs, *(one.name for one in trajectory.session.outputs)}
-    if unknown := {x, t, condition, result} - known:
-        raise BundleError(f"the bundle has nothing named {sorted(unknown)}; it has {sorted(known)}")
+    names = {*specs, *(spec.name for spec in trajectory.session.outputs)}
+    if unknown := {x, t, condition, result} - names:
+        raise BundleError(f"the bundle has nothing named {sorted(unknown)}; it has {sorted(names)}")
 
     def model(latent: Any, time: float, given: Any) -> Any:
         sizes = () if not specs[t].shape else (len(latent),)
@@ -92,32 +92,3 @@ def euler(
         velocity = model(x, time_scale * now, condition)[:, :channels]
         x = x + np.asarray(after - now, x.dtype) * velocity
     return x
-
-
-def ddim(
-    model: Model, x: Any, condition: Any, timesteps: Sequence[int], alphas: Sequence[float], channels: int | None = None
-) -> Any:
-    """Sample by deterministic DDIM (Song, Meng & Ermon 2020, arXiv 2010.02502, equation 12 with sigma = 0).
-
-    Args:
-        model: predicts the noise.
-        x: the start, [N, C, ...], noise.
-        condition: what the model is called with, [N, ...].
-        timesteps: descending indices into `alphas`; the last step goes to the clean sample.
-        alphas: the cumulative products of 1 - beta by timestep.
-        channels: how many of the output's channels are noise (a model may add a variance); None: all.
-
-    Returns:
-        The clean sample, like `x`.
-    """
-    for position, t in enumerate(timesteps):
-        now = alphas[t]
-        after = alphas[timesteps[position + 1]] if position + 1 < len(timesteps) else 1.0
-        noise = model(x, float(t), condition)[:, :channels]
-        clean = (x - _root(1 - now, x) * noise) / _root(now, x)
-        x = _root(after, x) * clean + _root(1 - after, x) * noise
-    return x
-
-
-def _root(value: float, like: Any) -> Any:
-    return np.asarray(np.sqrt(value), like.dtype)
