@@ -14,8 +14,9 @@ from moeca_compile.cli.load import load, model_of
 from moeca_compile.cli.params import AsJson, Inner, Picture, Seeds, Weights
 from moeca_compile.cli.say import print_json, show
 from moeca_compile.errors import OptionError, ScheduleError
-from moeca_compile.inspect import branch_plots, branches, plots
-from moeca_compile.inspect import drift as lines
+from moeca_compile.inspect import plots
+from moeca_compile.inspect.drift import lines, tables
+from moeca_compile.inspect.drift import plots as drift_plots
 from moeca_compile.inspect.progress import bar
 
 Of = Annotated[str, typer.Argument(help="A folder that a calibration kept; with --sample, package.module:function.")]
@@ -65,15 +66,15 @@ def _sampled(
         found = branch_drift(model, sampler, range(seeds), gap, inner, tick)
     title = f"{source}, {found['steps']} steps, gap {gap}"
     if picture is not None:
-        plots.save(branch_plots.by_layer(found, title), picture)
+        plots.save(drift_plots.by_layer(found, title), picture)
     if experts is not None:
-        plots.save(branch_plots.by_expert(found, title), experts)
+        plots.save(drift_plots.by_expert(found, title), experts)
     if json:
         print_json(found)
         return
-    for table in branches.tables(found["regions"]):
+    for table in tables.tables(found["regions"]):
         show(table, "")
-    apart = branches.not_told_apart(found["regions"])
+    apart = tables.not_told_apart(found["regions"])
     if apart:
         show(f"as a whole only, for their branches can't be told apart: {', '.join(apart)}")
 

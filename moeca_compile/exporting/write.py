@@ -9,31 +9,83 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeca_compile.exporting.golden import Step
+from moeca_compile.exporting.golden import Step, golden_steps
+from moeca_compile.exporting.lower import Lowered
+from moeca_compile.exporting.request import Captured
+from moeca_compile.exporting.steps import step_table
+from moeca_compile.lowering.onnx.fused import fuse
 from moeca_compile.lowering.onnx.weights import externalise
+from moeca_compile.lowering.tensorrt.operators import refuse_unsupported
 from moeca_compile.runtime.bundle.bfloat16 import to_stored
-from moeca_compile.runtime.bundle.manifest import FUSED, SCHEDULE, WEIGHTS, bundle_id
+from moeca_compile.runtime.bundle.manifest import FUSED, SCHEDULE, WEIGHTS, bundle_id, golden_file
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
 
 
-def write_graphs(folder: Path, models: Mapping[str, tuple[str, Any]], schedule: Schedule) -> str:
-    """Write weights, schedule and graphs; `models`: (row, onnx_ir.Model) by file name. Returns the bundle's id."""
+def write_graphs(
+    folder: Path, models: Mapping[str, tuple[str, Any]], schedule: Schedule, targets: Sequence[str]
+) -> str:
+    """Write weights, schedule and graphs.
+
+    Args:
+        models: by file name, the letters of the row and the onnx_ir.Model.
+
+    Returns:
+        The bundle's id.
+
+    Raises:
+        LoweringError: TensorRT is a target, and a graph has an operator that it doesn't take.
+    """
     externalise([model for _, model in models.values()], folder)
     schedule.save(folder / SCHEDULE)
     identity = bundle_id(checksum(folder / SCHEDULE), checksum(folder / WEIGHTS))
     for name, (row, model) in models.items():
         model.metadata_props["moeca.row"] = row
         _write_graph(folder / name, model, identity)
+        if "tensorrt" in targets:
+            refuse_unsupported((folder / name).read_bytes(), name)
     return identity
 
 
-def write_fused(folder: Path, model: Any, identity: str) -> None:
-    """Write the fused graph; its weights are in the weights file already."""
-    _write_graph(folder / FUSED, model, identity)
+def write_fused(folder: Path, main: Captured, lowered: Lowered, identity: str) -> dict[str, Any]:
+    """Write the fused graph out of the variants' models, which are used up. Its weights are in the file already.
+
+    Returns:
+        What the manifest says of it.
+
+    Raises:
+        LoweringError: the schedule has no table of steps.
+    """
+    program = main.program
+    table = step_table(program.schedule, program.layout, len(program.regions))
+    entries = list(zip(table.variants, table.coefficients, strict=True))
+    variants = [model for _, model in lowered.models.values()]
+    _write_graph(folder / FUSED, fuse(variants, lowered.entries, entries, table.period), identity)
+    return {"file": FUSED, "steps": table.steps}
 
 
-def write_golden(path: Path, steps: Sequence[Step]) -> None:
+def write_golden_steps(folder: Path, mains: Sequence[Captured], model: torch.nn.Module) -> list[int]:
+    """Run and write the golden steps of each size.
+
+    Args:
+        mains: of each size the capture that was written.
+        model: the one captured.
+
+    Returns:
+        How many steps each size has.
+
+    Raises:
+        LoweringError: a captured graph computes something else than the model.
+    """
+    counts = []
+    for i, main in enumerate(mains):
+        steps = golden_steps(main, model)
+        _write_golden(folder / golden_file(i), steps)
+        counts.append(len(steps))
+    return counts
+
+
+def _write_golden(path: Path, steps: Sequence[Step]) -> None:
     arrays: dict[str, Any] = {}
     for side, name in enumerate(("input", "output")):
         for i in range(len(steps[0][side])):

@@ -18,7 +18,8 @@ from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, MoecaError, MoecaWarning, OptionError
-from moeca_compile.exporting import entry
+from moeca_compile.exporting import entry, write
+from moeca_compile.exporting.lower import Lowered
 from moeca_compile.exporting.request import Captured
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.fused import FusedSession
@@ -262,7 +263,7 @@ def test_what_differs_from_the_model_at_another_batch_is_refused(
         def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return self.inner(x, t, y) * (3.0 if x.shape[0] == 1 else 1.0)
 
-    monkeypatch.setattr(entry, "golden_steps", lambda captured, _: _one_step(captured))
+    monkeypatch.setattr(write, "golden_steps", lambda captured, _: _one_step(captured))
     with pytest.raises(LoweringError, match="a step at batch 1 in onnxruntime"):
         moeca.export(Lone().eval(), call_of(2), "full", tmp_path / "no")
     assert list(tmp_path.iterdir()) == []
@@ -290,19 +291,19 @@ def _one_step(captured: Captured) -> list[Any]:
     return [([args[i] for i in own], [captured.program.own.warm(args)[0]])]
 
 
-@pytest.mark.parametrize("what", ["write_golden", "write_manifest", "check_export", "write_graphs"])
+@pytest.mark.parametrize("what", ["write_golden_steps", "write_manifest", "check_export", "write_graphs"])
 def test_an_export_that_fails_leaves_nothing(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: Schedule, model: DiT
 ) -> None:
-    def lower(*args: Any) -> Any:
-        return {"model": {}, "dtype": "float32", "sizes": []}, {}
+    def lower(*args: Any) -> Lowered:
+        return Lowered({}, {"model": {}, "dtype": "float32", "sizes": []})
 
     def fail(*args: Any) -> Any:
         raise OSError("no space left on device")
 
-    for name in ("write_golden", "write_manifest", "check_export", "write_graphs"):
-        monkeypatch.setattr(entry, name, fail if name == what else lambda *args: None)
-    monkeypatch.setattr(entry, "_lower_all", lower)
+    for name in ("write_golden_steps", "write_manifest", "check_export", "write_graphs"):
+        monkeypatch.setattr(entry, name, fail if name == what else lambda *args: [1])
+    monkeypatch.setattr(entry, "lower_sizes", lower)
     with pytest.raises(OSError, match="no space"):
         moeca.export(model, call_of(2), schedule, tmp_path / "bundle", dynamic_batch=False)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moeca_compile.errors import UserError
-from moeca_compile.inspect import branch_plots, branches
+from moeca_compile.inspect.drift import plots as branch_plots
+from moeca_compile.inspect.drift import tables as branches
 
 NAN = math.nan
 WHOLE = {"reuse": 0.125, "forecast": 0.0625, "worst 10%": 0.25, "worst 25%": 0.5}

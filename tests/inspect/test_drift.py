@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from moeca_compile.inspect import drift
+from moeca_compile.inspect.drift import lines as drift
 
 PAIRS = {(0, 1): 0, (1, 2): 1, (0, 2): 2}
 PARTS = np.array([[[[3.0, 0.0]], [[0.0, 0.0]], [[6.0, 0.0]]], [[[0.0, 4.0]], [[0.0, 1.0]], [[0.0, 8.0]]]])

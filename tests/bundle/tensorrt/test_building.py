@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 import moeca_compile as moeca
 from moeca_compile.errors import BundleError, LoweringError, MoecaWarning, OptionError
-from moeca_compile.exporting import entry
+from moeca_compile.exporting.engines import add_engines
 from moeca_compile.lowering.tensorrt import build as tensorrt
 from moeca_compile.lowering.tensorrt.build import EngineRequest, build, build_engines, profile, targets
 from moeca_compile.lowering.tensorrt.operators import operators_of, refuse_unsupported
@@ -220,9 +220,9 @@ def test_an_export_where_no_tensorrt_is(lowered: Bundle, monkeypatch: pytest.Mon
         pytest.fail("nothing can be built")
 
     with pytest.warns(MoecaWarning, match=r"no engines were built: this needs .*: moeca engines b\.moeca$"):
-        entry._build_engines(lowered.path, Path("b.moeca"), None, tick)
+        add_engines(lowered.path, Path("b.moeca"), None, tick)
     with pytest.raises(BundleError, match="this needs tensorrt"):
-        entry._build_engines(lowered.path, Path("b.moeca"), EngineRequest(), tick)
+        add_engines(lowered.path, Path("b.moeca"), EngineRequest(), tick)
 
 
 def test_an_opset_that_tensorrt_was_not_tried_with(schedule: Schedule, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeca_compile.errors import UserError
-from moeca_compile.inspect.branches import Regions, routed
+from moeca_compile.inspect.drift.tables import Regions, routed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

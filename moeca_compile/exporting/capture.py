@@ -1,0 +1,69 @@
+"""The captures of an export: each size of the example inputs, each at the batches that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moeca_compile.api import prepare
+from moeca_compile.errors import CaptureError, LoweringError
+from moeca_compile.exporting import request
+from moeca_compile.exporting.request import Arguments, Captured
+from moeca_compile.options import Options
+
+BATCHES = (2, 3, 7)  # what a graph for any batch is captured at: not 1, which torch takes for a size of its own
+
+
+def capture_sizes(
+    model: torch.nn.Module, examples: Sequence[Arguments], options: Options, dynamic_batch: bool
+) -> list[list[Captured]]:
+    """Prepare the model and capture it.
+
+    Args:
+        model: prepared in place.
+        examples: what one call gets, one for each size.
+        dynamic_batch: at each of `BATCHES`; False: at the example's own.
+
+    Returns:
+        For each size its captures, one for each batch. The first is the one that is written.
+
+    Raises:
+        CaptureError: the model can't be called so, or isn't one graph, or has nothing to cache.
+        LoweringError: its regions depend on the batch, or on the size.
+    """
+    report = prepare(model)
+    for example in examples:
+        request.try_call(model, example)
+    try:
+        sizes = [_capture(model, example, options, dynamic_batch) for example in examples]
+    except CaptureError as error:
+        if not report.rejected:
+            raise
+        reasons = "; ".join(map(str, report.rejected[:3]))
+        raise CaptureError(
+            f"{error}. {len(report.rejected)} expert dispatches are left as they are: {reasons}"
+        ) from error
+    main = sizes[0][0]
+    for i, (other, *_) in enumerate(sizes[1:]):
+        if _shape_of(other) != _shape_of(main):
+            raise LoweringError(
+                f"other_sizes[{i}]: the model has other regions, inputs or outputs at this size. Export a bundle for it"
+            )
+    return sizes
+
+
+def _shape_of(captured: Captured) -> tuple[object, ...]:
+    return captured.program.regions.fingerprint, captured.called, captured.results
+
+
+def _capture(model: torch.nn.Module, example: Arguments, options: Options, dynamic_batch: bool) -> list[Captured]:
+    if not dynamic_batch:
+        return [request.capture(model, example, options)]
+    try:
+        captures = [request.capture(model, request.rebatched(example, batch), options) for batch in BATCHES]
+    except CaptureError as error:
+        raise CaptureError(f"{error} (at another batch; dynamic_batch=False takes the example as it is)") from error
+    if len({captured.program.regions.fingerprint for captured in captures}) > 1:
+        raise LoweringError("the model's regions depend on its batch: export it with dynamic_batch=False")
+    return captures

@@ -1,0 +1,88 @@
+"""Captures -> ONNX models, one for each distinct row at each size, and what the manifest says of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeca_compile.errors import MoecaWarning
+from moeca_compile.exporting.capture import BATCHES
+from moeca_compile.exporting.describe import describe, file_of
+from moeca_compile.exporting.request import Captured
+from moeca_compile.inspect.progress import StepPlacement
+from moeca_compile.lowering.experts.choose import Lowering, choose
+from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
+from moeca_compile.lowering.onnx.lower import lower_onnx
+from moeca_compile.pipeline import LOWER_ONNX, manager_of
+from moeca_compile.runtime.bundle.dims import Dim
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, letters_of
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Attributes:
+    models: by file name, the letters of the row and the onnx_ir.Model.
+    entries: the manifest's, as far as they follow from the graphs.
+    """
+
+    models: dict[str, tuple[str, Any]]
+    entries: dict[str, Any]
+
+
+def expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Lowering:
+    """The form of the routed experts; warns where some target would be faster with another.
+
+    Raises:
+        LoweringError: a target, or the model, doesn't take the form that `experts` names.
+    """
+    gm = main.program.variant(main.program.schedule.rows[0]).gm
+    chosen, slower = choose(experts, targets, why_no_moe(gm))
+    if slower and calls(gm):
+        warnings.warn(
+            f"a bundle has one form of the experts, here {str(chosen)!r}: {slower}. A bundle a target is fastest",
+            MoecaWarning,
+            stacklevel=3,
+        )
+    return chosen
+
+
+def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Lowering, tick: StepPlacement) -> Lowered:
+    """All graphs of all sizes.
+
+    Args:
+        sizes: for each size its captures, as `capture_sizes` gives them.
+
+    Raises:
+        LoweringError: an operator has no ONNX form, or a size isn't linear in the batch.
+    """
+    main, *others = [_lower(captures, i, opset, experts, tick) for i, captures in enumerate(sizes)]
+    models, entries = main.models, main.entries | {"sizes": []}
+    for other in others:
+        models |= other.models
+        entries["sizes"].append({name: other.entries[name] for name in ("inputs", "outputs", "state", "variants")})
+    return Lowered(models, entries)
+
+
+def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: StepPlacement) -> Lowered:
+    """Every distinct row's graph at one size."""
+    main, *twins = captures
+    rows = main.program.schedule.distinct_rows()
+    names = main.names | {slot.name: f"{slot.name}_in" for slot in main.program.layout} | {COEFFICIENTS: COEFFICIENTS}
+    models: dict[str, tuple[str, Any]] = {}
+    shapes: dict[str, tuple[Dim, ...]] = {}
+    for i, row in enumerate(rows):
+        tick(f"variant {i + 1} of {len(rows)} to ONNX", 0.1 + 0.6 * i / len(rows))
+        variant = main.program.variant(row)
+        outputs = [
+            *(name for name, _ in main.results),
+            *(f"{main.program.layout[slot].name}_out" for slot in variant.writes),
+        ]
+        alike = [variant, *(one.program.variant(row) for one in twins)]
+        model, signature = lower_onnx(
+            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.program.options)
+        )
+        models[file_of(variant, size)] = letters_of(row), model
+        shapes |= dict(signature.inputs) | dict(signature.outputs)
+    return Lowered(models, {"opset": opset, **describe(captures, size, shapes, BATCHES, experts)})
