@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.protocol import when
+
 Rows = Iterable[tuple[object, ...]]
 OURS = ("each", "moeca")  # contenders of compile_seconds.py
 COMPILING = ("blocks", "", "torch.compile", "each block for itself", "equal blocks once")
@@ -15,9 +17,9 @@ def page(data: Mapping[str, Any]) -> str:
     where = (
         f"{data['model']}, random weights; one thread of {machine['cores']} cores of {machine['processor']} "
         f"({machine['vectors']}), load "
-        f"{machine['load_1min']} at the end; torch {machine['packages']['torch']}, {machine['date']}"
+        f"{machine['load_1min']} at the end; torch {machine['packages']['torch']}, {when(machine)}"
     )
-    return f"""# The exact optimisations
+    return f"""# The exact optimizations
 
 What moeca does that changes no result, each by itself, and what a cache then gives end to end. Written by
 `python -m benchmarks.exact --report` from [these figures](../benchmarks/results/exact.json): {where}. What

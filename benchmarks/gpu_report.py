@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.protocol import when
+
 BASELINE, GRAPHS = "torch.compile", ", CUDA graphs"
 STEPS = 50
 BANDWIDTH = 4.8e12  # bytes a second, of an H200 by its datasheet
@@ -25,7 +27,10 @@ multiply-accumulates: what is short of 1 goes into reused steps, state and launc
 
 
 def page(found: Mapping[str, Any]) -> str:
-    return "\n".join([INTRO, *(f"- {one}" for one in found["remarks"]), *_runs(found["runs"]), *_experts(found), ""])
+    recorded = f"\nRecorded {when(found['machine'])}.\n"
+    return "\n".join(
+        [INTRO + recorded, *(f"- {one}" for one in found["remarks"]), *_runs(found["runs"]), *_experts(found), ""]
+    )
 
 
 def _runs(runs: Mapping[str, Any]) -> Iterator[str]:

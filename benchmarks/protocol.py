@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -128,7 +129,22 @@ def machine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "command": " ".join(["python", "-m", "benchmarks." + _program(Path(sys.argv[0])), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
     }
+
+
+def when(machine: Mapping[str, Any]) -> str:
+    """The date of a measurement, and the commit of the code, or of its record where that is all that is known."""
+    commit = machine.get("commit")
+    return f"{machine['date']}, commit {commit}" if commit else str(machine["date"])
+
+
+def _commit() -> str | None:
+    """The commit that is checked out, with a plus sign where files were changed since."""
+    folder = Path(__file__).parent
+    told = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    found = subprocess.run(told, cwd=folder, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def as_json(timings: Mapping[str, Timing], baseline: str) -> dict[str, dict[str, float]]:

@@ -12,6 +12,7 @@ from benchmarks.peers import speed, tables
 from benchmarks.peers.picture import draw
 from benchmarks.peers.verdict import judge, points_of
 from benchmarks.peers.workloads import WORKLOADS
+from benchmarks.protocol import when
 
 PAGE, PICTURE, README = Path("docs/benchmarks.md"), Path("docs/peers.svg"), Path("README.md")
 BEGIN, END = "<!-- peers: written by python -m benchmarks.peers --report -->", "<!-- peers: end -->"
@@ -160,7 +161,7 @@ def _intro(payload: Payload) -> str:
 - Without the family "one span" the lead at 4x is {tables.lead_without_span(points_of(payload), 4.0)} dB.
 {_listed(payload.get("remarks", ()))}
 - {machine["processor"]}, {machine["cores"]} cores that others used too (load {min(loads):.1f} to {max(loads):.1f}),
-  Python {machine["python"]}, {packages}; {machine["date"]}.
+  Python {machine["python"]}, {packages}; {when(machine)}.
 """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.peers import plain
 from benchmarks.peers.tables import UNCACHED, markdown, spread
 from benchmarks.peers.verdict import Point, points_of
+from benchmarks.protocol import when
 
 Payload = Mapping[str, Any]
 
@@ -40,7 +41,7 @@ def section(payload: Payload) -> str:
     size, heats = payload["size"], payload["heats"].values()
     loads = [load for heat in heats for load in heat["load_1min"]]
     machine = payload.get("machine")
-    told = f"`{machine['command']}`, {machine['date']}; " if machine else ""
+    told = f"`{machine['command']}`, {when(machine)}; " if machine else ""
     return f"""{payload["model"]};
 {size["steps"]} Euler steps with guidance, {2 * size["digits"]} samples a call, float32.
 {told}load {min(loads):.1f} to {max(loads):.1f}, the median of {size["rounds"]} rounds.
