@@ -24,7 +24,7 @@ MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the 
     "empty": "no call of the compiled model came in this trajectory",
     "placement.warning": "a timestep was visited again",
     "runtime.refused": "nothing to cache was found in this graph",
-    "self.too_tight": "can't be kept: the nearest that can is",
+    "self._too_tight": "can't be kept: the nearest that can is",
     "self.uncached": "the model runs uncached, as plain torch.compile runs it: …",
     "text": "the bundle is written but couldn't be tried here",
 }

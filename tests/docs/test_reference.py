@@ -73,3 +73,11 @@ def test_the_architecture_has_every_room_in_the_order_of_imports() -> None:
     assert [one for one in [*re.findall(r"`(\w+)`", told[1]), "cli"] if one in rooms] == [
         n for n in names if n in rooms
     ]
+
+
+def test_the_graphs_on_the_page_are_those_of_its_model() -> None:
+    from docs.worked_example import graphs
+
+    shown = [block.text for block in blocks_of("docs/explanation/how-it-works.md") if block.language == "text"]
+    for name, text in graphs().items():
+        assert text in shown, f"python -m docs.worked_example prints another graph {name}"
