@@ -98,7 +98,7 @@ class Contender:
         """Bind the schedule. Variants stay compiled; a layout of the state has its own."""
         for state in states_of(self.model) if self.schedule else ():
             for program in state.runtime.programs.values():
-                program.own = program.compiled(Schedule.parse(self.schedule or ""))
+                program.compiled_schedule = program.compiled(Schedule.parse(self.schedule or ""))
 
     @torch.no_grad()
     def sample(self, work: Work) -> Tensor:

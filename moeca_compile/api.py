@@ -168,7 +168,7 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
         except CaptureError as error:
             return entry.run_uncached(args, str(error))
         with runtime.packs.active() if program.packs_experts else nullcontext():
-            return program.own.warm(args)
+            return program.compiled_schedule.warm(args)
 
     with torch.no_grad():
         result, intercepted = _intercept(model, inputs, keywords, warm)

@@ -109,7 +109,7 @@ def test_timesteps_that_were_told_are_computed_together_and_nobody_waits(options
 
 def test_other_timesteps_than_those_that_were_told_are_an_error() -> None:
     called = compiled(model(), inner="inductor")
-    with pytest.raises(StateError, match=f"call 3 came with timestep {TIMES[2]:g}, but the trajectory was told 1 "):
+    with pytest.raises(StateError, match=f"call 3 came with timestep {TIMES[2]:g}, but the trajectory declared 1 "):
         walk(called, named=True, told=[*TIMES[:2], 1.0, *TIMES[3:]])
 
 

@@ -1,1 +1,1 @@
-"""The torch executor: programs of a captured graph, the state of trajectories, and one step of them."""
+"""The torch executor: programs of captured graphs, the state of trajectories, and the run of one step."""

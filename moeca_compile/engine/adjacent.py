@@ -1,7 +1,8 @@
-"""Expert weights side by side in one storage, so that a GPU's grouped matrix multiply reads them where they lie.
+"""Moves expert weights side by side into one storage, so that a GPU's grouped matrix multiply reads them in place.
 
-`moeca::experts` gets one tensor an expert, as models keep them; a grouped multiply wants all of a layer as one. Where
-they don't lie evenly spaced they are stacked at every call, which reads and writes each weight once more.
+`moeca::experts` takes one tensor for each expert, as models store them. A grouped multiply takes all experts of a layer
+as one tensor. Weights that aren't evenly spaced are stacked at every call, which reads and writes each weight once
+more.
 """
 
 from __future__ import annotations
@@ -20,30 +21,42 @@ DEVICES = {"cuda"}  # where experts run as grouped multiplies
 
 
 def expert_weights(gm: GraphModule, inputs: Sequence[Input], args: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
-    """For each list of weights that a `moeca::experts` of the graph gets: the tensors, if all are parameters that a
-    grouped multiply takes. `args` are the call's arguments, by position of `inputs`."""
-    positions = {one.name: i for i, one in enumerate(inputs) if one.is_weight}
+    """The weights of the graph's experts, in groups that a grouped multiply takes.
+
+    Args:
+        gm: the captured graph.
+        inputs: of the graph.
+        args: of a call, one for each of `inputs`.
+
+    Yields:
+        For each `moeca::experts` node whose weights are all parameters: the tensors of each of its weight lists.
+    """
+    positions = {source.name: i for i, source in enumerate(inputs) if source.is_weight}
     for node in gm.graph.nodes:
         if not fx.is_experts(node):
             continue
         groups = [list(fx.nodes_of(group)) for group in node.args[2:]]
-        if not all(one.name in positions for group in groups for one in group):
+        names = [weight.name for group in groups for weight in group]
+        if not all(name in positions for name in names):
             continue
-        found = [[args[positions[one.name]] for one in group] for group in groups]
-        up, down = found[:2]
+        tensors = [[args[positions[weight.name]] for weight in group] for group in groups]
+        up, down = tensors[:2]
         if up[0].device.type in DEVICES and can_group(up[0], up, down):
-            yield from filter(None, found)
+            yield from filter(None, tensors)
 
 
 def put_side_by_side(groups: Iterator[Sequence[torch.Tensor]]) -> None:
-    """Move each group's tensors into one storage, in place and a group at a time; values and objects stay. What lies
-    so already, shares its storage, or is an inference tensor is left alone."""
+    """Move the tensors of each group into one storage, in place and one group at a time.
+
+    Values and tensor objects stay. A group is left as it is if one of its tensors shares its storage (as it does once
+    moved) or is an inference tensor.
+    """
     with torch.inference_mode(False), torch.no_grad():
         for group in groups:
-            if all(_is_free(one) for one in group):
-                for tensor, place in zip(group, stacked(group), strict=True):
-                    tensor.data = place
+            if all(map(_owns_storage, group)):
+                for tensor, moved in zip(group, stacked(group), strict=True):
+                    tensor.data = moved
 
 
-def _is_free(tensor: torch.Tensor) -> bool:
+def _owns_storage(tensor: torch.Tensor) -> bool:
     return not tensor.is_inference() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

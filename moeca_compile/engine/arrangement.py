@@ -1,4 +1,4 @@
-"""One program for several of Dynamo's graphs: where its arguments are among those of another, and in which strides."""
+"""Lets one program serve several of Dynamo's graphs: maps the order and strides of the arguments."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ Strides = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Between the callers of a graph and a program that was made for another one.
+    """From the arguments of a graph to those of a program that was made for another graph.
 
     Attributes:
-        places: where the program's arguments are among the graph's (None: a number, not read); None: in the same ones.
-        inputs: arguments of the program that must lie in other strides than the graph's, by position.
-        outputs: for those, the strides of what the graph gives; a program for other strides may give others.
+        places: for each argument of the program, its position among the graph's (None: a number that the program
+            doesn't read). None: the order is the same.
+        inputs: position and strides of each argument of the program whose strides differ from the graph's.
+        outputs: strides of each of the graph's outputs (None: no tensor); empty: they are the program's.
     """
 
     places: tuple[int | None, ...] | None
@@ -38,44 +39,50 @@ class Arrangement:
                 args[i] = _laid_out(args[i], strides)
         return args
 
-    def given_back(self, results: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The program's results as the graph gives them."""
+    def results(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The program's results as the graph returns them."""
         if not self.outputs:
-            return results
-        pairs = zip(results, self.outputs, strict=True)
-        return tuple(one if strides is None else _laid_out(one, strides) for one, strides in pairs)
+            return values
+        results = []
+        for value, strides in zip(values, self.outputs, strict=True):
+            results.append(value if strides is None else _laid_out(value, strides))
+        return tuple(results)
 
 
-def arrangement(wanted: Sequence[Input], given: Sequence[Input]) -> Arrangement | None:
-    """Where the `wanted` inputs are among the `given` ones, by label; None: in the same places."""
-    places = {one.label: i for i, one in enumerate(given)}
-    order = tuple([places.get(one.label) for one in wanted])
-    return None if order == tuple(range(len(given))) else Arrangement(order)
+def reordered(program: Sequence[Input], graph: Sequence[Input]) -> Arrangement | None:
+    """The arrangement of a program's inputs among those of a graph, by label; None: they are in the same order."""
+    positions = {source.label: i for i, source in enumerate(graph)}
+    places = tuple([positions.get(source.label) for source in program])
+    return None if places == tuple(range(len(graph))) else Arrangement(places)
 
 
-def other_strides(wanted: Capture, given: Capture) -> Arrangement:
-    """For a graph, as captured, that computes the same as another from inputs of the same sizes in other strides."""
-    at = arrangement(wanted.inputs, given.inputs)
-    kinds = {one.label: fx.value(node) for node, one in zip(fx.placeholders(given.gm), given.inputs, strict=True)}
+def restrided(program: Capture, graph: Capture) -> Arrangement:
+    """The arrangement for a captured graph that computes the same as a program, from inputs in other strides."""
+    order = reordered(program.inputs, graph.inputs)
+    values = {}
+    for node, source in zip(fx.placeholders(graph.gm), graph.inputs, strict=True):
+        values[source.label] = fx.value(node)
     inputs = []
-    for i, (node, one) in enumerate(zip(fx.placeholders(wanted.gm), wanted.inputs, strict=True)):
-        old, new = fx.value(node), kinds.get(one.label)
+    for i, (node, source) in enumerate(zip(fx.placeholders(program.gm), program.inputs, strict=True)):
+        old, new = fx.value(node), values.get(source.label)
         if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.stride() != new.stride():
             inputs.append((i, tuple(map(int, old.stride()))))
-    given_back = fx.output_node(given.gm).args[0]
-    assert isinstance(given_back, (tuple, list))
-    results = [fx.value(one) if isinstance(one, torch.fx.Node) else None for one in given_back]
-    outputs = tuple([tuple(map(int, one.stride())) if isinstance(one, torch.Tensor) else None for one in results])
-    return Arrangement(None if at is None else at.places, tuple(inputs), outputs)
+    graph_outputs = fx.output_node(graph.gm).args[0]
+    assert isinstance(graph_outputs, (tuple, list))
+    outputs: list[Strides | None] = []
+    for output in graph_outputs:
+        value = fx.value(output) if isinstance(output, torch.fx.Node) else None
+        outputs.append(tuple(map(int, value.stride())) if isinstance(value, torch.Tensor) else None)
+    return Arrangement(None if order is None else order.places, tuple(inputs), tuple(outputs))
 
 
 def overlaps(value: Any) -> bool:
-    """Whether elements of a tensor lie, or may lie, in one place, as after `expand`: nothing can be copied there."""
+    """Whether elements of a tensor share memory, or may share it, as after `expand`; no copy can be made there."""
     return isinstance(value, torch.Tensor) and torch._debug_has_internal_overlap(value) != 0
 
 
 def reads_strides(gm: torch.fx.GraphModule) -> bool:
-    """Whether a graph of Dynamo's says itself how elements lie, so that other strides give other values."""
+    """Whether the graph uses strides explicitly, so that other strides of its inputs give other values."""
     return any("as_strided" in str(getattr(node.target, "__name__", node.target)) for node in gm.graph.nodes)
 
 

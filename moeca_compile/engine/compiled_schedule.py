@@ -1,4 +1,4 @@
-"""A schedule for one captured graph, ready to run: its state's layout, its variants, its step rule. Immutable."""
+"""A schedule compiled for one captured graph: the layout of its state, its variants and its step rule. Immutable."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ MAX_TABLES = 512
 
 
 class CompiledSchedule:
-    """What `run_step` runs.
+    """A schedule that `run_step` runs.
 
     Args:
-        program: the graph.
-        schedule: fitted to its regions.
+        program: of the graph.
+        schedule: fitted to the graph's regions.
         variants: of the graph, with the state that the schedule reads.
-        order: of forecasts, at most what the state holds; default: the schedule's.
+        order: order of forecasts, at most what the state holds; default: the schedule's.
 
     Attributes:
-        driver: the rule of its steps.
-        layout: the state's slots.
+        driver: the step rule.
+        layout: slots of the state.
+        device: of the state; the CPU without state.
     """
 
     def __init__(self, program: Program, schedule: Schedule, variants: VariantCache, order: int | None = None) -> None:
@@ -47,25 +48,33 @@ class CompiledSchedule:
         self._zeros: dict[Hashable, torch.Tensor] = {}
 
     def state(self) -> StreamState:
-        """A new stream's, empty."""
+        """The empty state of a new stream."""
         regions = len(self.driver.full)
         buffers = self.program.buffers
         return StreamState(self.layout, regions) if buffers is None else buffers.state(self.layout, regions)
 
     def zeros(self, slot: int) -> torch.Tensor:
-        """What an unwritten slot reads as; one tensor serves all slots of a kind, for variants never write in place."""
-        one = self.layout[slot]
-        kind = (one.shape, one.dtype, one.device)
+        """The value of an unwritten slot. Slots of one shape, dtype and device share a tensor, for variants never write
+        in place."""
+        spec = self.layout[slot]
+        kind = (spec.shape, spec.dtype, spec.device)
         if kind not in self._zeros:
-            self._zeros[kind] = zeros_of(one)
+            self._zeros[kind] = zeros_of(spec)
         return self._zeros[kind]
 
     def arguments(
         self, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int,
         hoisted: Sequence[torch.Tensor] | None = None,
     ) -> list[Any]:  # fmt: skip
-        """What `variant` takes for a call with `args` at `step`: inputs, hoisted values (None: computed for it), state
-        (zeros where unwritten), coefficients."""
+        """The arguments of a variant: inputs, hoisted values, state, coefficients.
+
+        Args:
+            variant: that runs.
+            args: of the call.
+            state: of the stream; a slot that wasn't written reads as zeros. None: the call is in no stream.
+            step: number of the call, from 0.
+            hoisted: one for each of `variant.hoists`; None: they are computed for this call.
+        """
         arguments = list(map(args.__getitem__, variant.takes))
         if hoisted is None:
             hoisted = Hoisted().of(self.program.prologues, variant.hoists, args, None)
@@ -77,17 +86,21 @@ class CompiledSchedule:
             now = self._tables.get(step)
             arguments.append(self._upload(step, float(step + 1)) if now is None else now)
         if variant.wants_coefficients:
-            assert state is not None  # without state every row is full, and a full row forecasts nothing
+            assert state is not None  # without state the row is full, and a full row has no forecast
             key = step, tuple(state.history)
             table = self._tables.get(key)
             arguments.append(self._upload(key, self.driver.coefficients(state, step)) if table is None else table)
         return arguments
 
     def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Compile every distinct row for inputs like `args`; returns the all-COMPUTE outputs. No state is kept."""
+        """Compile every distinct row for inputs like `args`. No state is kept.
+
+        Returns:
+            The outputs of the full row for `args`.
+        """
         rows, hoisted = self.schedule.distinct_rows(), Hoisted()
 
-        @cache  # asked for twice, and what is hoisted would be computed twice
+        @cache  # called twice for each row, and hoisted values are computed once
         def example(row: Row) -> tuple[Variant, list[Any]]:
             variant = self.variants.variant(row)
             return variant, self._examples(variant, args, hoisted)
@@ -100,7 +113,7 @@ class CompiledSchedule:
         return outputs
 
     def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Hoisted) -> list[Any]:
-        """Arguments for `variant` as a step has them, for inputs like `args`."""
+        """Example arguments of a variant, for inputs like `args`."""
         examples = [
             *(args[i] for i in variant.takes),
             *hoisted.of(self.program.prologues, variant.hoists, args, None),
@@ -113,8 +126,8 @@ class CompiledSchedule:
         return examples
 
     def _upload(self, key: Hashable, values: Coefficients | float) -> torch.Tensor:
-        """What depends on the step and on which steps were computed, as float32 on the device: once, without waiting
-        for a GPU."""
+        """Copy values to the device as float32, and cache the tensor under `key` (the step, and the steps of the
+        history). The host doesn't wait for the device."""
         if len(self._tables) >= MAX_TABLES:
             self._tables.clear()
         table = self._tables[key] = upload(torch.tensor(values, dtype=torch.float32), self.device)

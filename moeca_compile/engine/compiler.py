@@ -1,4 +1,4 @@
-"""From a variant to what runs it, for one captured graph: through Inductor or as it stands, recorded for a GPU."""
+"""Compiles the variants of one captured graph: with Inductor or without, and recorded as CUDA graphs on request."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ class Compiler:
     """Compiles the variants and prologues of one graph.
 
     Args:
+        options: of the handle.
         args: of the call that the graph was captured for.
 
     Attributes:
-        inputs: of the captured graph; set once it is captured.
-        writes_kernels: whether Inductor writes C++ for these tensors.
-        records: what the passes did.
-        seconds: spent by variant name; `capture` and `kernels` beside them.
+        inputs: of the captured graph; set after the capture.
+        writes_kernels: whether Inductor generates C++ for these tensors.
+        records: one for each pass that ran.
+        seconds: seconds by name of a variant; also `capture` and `kernels`.
         spent: their sum.
-        replaying: held from a run until what it gave is kept.
+        record: records a program as a CUDA graph; None: nothing is recorded.
+        replaying: a lock that is held from the start of a replay until its results are committed.
 
     Raises:
         OptionError: `cuda_graphs` for tensors that aren't on one GPU.
@@ -53,8 +55,12 @@ class Compiler:
         self.replaying: AbstractContextManager[Any] = nullcontext() if self.record is None else threading.RLock()
 
     def lower(self, variant: Variant, args: Sequence[Any], often: bool = True) -> Executable:
-        """Make `variant` run for tensors like `args`. `often`: it runs at many steps of a trajectory, so that compiling
-        and recording it pays.
+        """Compile a variant for tensors like `args`.
+
+        Args:
+            variant: to compile.
+            args: of the variant.
+            often: the variant runs at many steps of a trajectory. False: it runs in the interpreter, unrecorded.
 
         Raises:
             LoweringError: the inner compiler refused it.
@@ -73,21 +79,21 @@ class Compiler:
         return Replayed(run, variant.name, self._moving(variant, len(args)), self.record, variant.outputs)
 
     def note(self, name: str, begin: float, records: Sequence[PassRecord] = ()) -> None:
-        """Work on `name` began at `begin` (`time.perf_counter`) and ends now."""
+        """Add the time since `begin` (`time.perf_counter`) to the seconds of `name`."""
         seconds = time.perf_counter() - begin
         self.records += records
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.spent += seconds
 
     def _moving(self, variant: Variant, count: int) -> set[int]:
-        """Which of a variant's `count` arguments are other tensors at each call: all but weights and state."""
+        """Positions of a variant's `count` arguments that are other tensors at each call: all but weights and state."""
         inputs = [position for position, i in enumerate(variant.takes) if not self.inputs[i].is_weight]
         first = len(variant.takes) + len(variant.hoists)
         return {*inputs, *range(len(variant.takes), first), *range(first + len(variant.reads), count)}
 
 
 def _recorder(args: Sequence[Any]) -> Record:
-    devices = {one.device.type for one in args if isinstance(one, torch.Tensor)}
+    devices = {arg.device.type for arg in args if isinstance(arg, torch.Tensor)}
     recorder = RECORDERS.get(next(iter(devices))) if len(devices) == 1 else None
     if recorder is None:
         raise OptionError(

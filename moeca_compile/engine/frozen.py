@@ -1,9 +1,9 @@
-"""Calls of a frozen trajectory: past Dynamo, whose guards and argument lists take longer than many a reused step.
+"""The fast path of a frozen trajectory: its calls skip Dynamo's guards, which may take longer than a reused step.
 
-Dynamo proves at every call that the model is still the one it traced, weight by weight, and gathers the weights again.
-Where the caller promises that nothing touches the model until the trajectory ends, the first call of each kind shows
-all there is to know: which of the graph's arguments came from the call, and which of its results the call gave. The
-next ones of that kind go from there. A call of another kind, or one that can't be traced back so, takes Dynamo's way.
+At every call Dynamo checks that the model is still the one it traced, weight by weight, and collects the weights again.
+If the caller guarantees that the model doesn't change until the trajectory ends, the first call of each kind is
+recorded: which of the graph's arguments came from the call, and which of the call's results came from the graph. Later
+calls of that kind run the graph directly. Any other call goes through Dynamo.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class GraphRun:
-    """One run of a whole model's graph. `others`: positions of the arguments that neither are weights nor follow from
-    the kind of call."""
+    """One run of a full model's graph.
+
+    Attributes:
+        step: runs the graph again, for arguments and a trajectory.
+        args: of the graph.
+        others: positions of the arguments that are no weights and aren't determined by the kind of call.
+        results: of the graph.
+    """
 
     step: Step
     args: Sequence[Any]
@@ -44,15 +50,15 @@ class GraphRun:
 
 
 class _Observed(threading.local):
-    runs: list[GraphRun] | None = None  # graphs that ran in this thread, where someone wants to know
+    runs: list[GraphRun] | None = None  # graphs that ran in this thread; None: nothing is recorded
 
 
 OBSERVED = _Observed()
 
 
 def follows_from_call(placeholder: Node) -> bool:
-    """Of a number that Dynamo hands over: whether it is one of the call's, or of the model's, or the size of a tensor
-    of theirs. Calls of one kind have the same."""
+    """Whether a number that Dynamo passes is an argument of the call, an attribute of the model, or a size of one of
+    their tensors. Such a number is equal for all calls of one kind."""
     source: Any = getattr(placeholder, "_dynamo_source", None)
     while getattr(source, "base", None) is not None:
         source = source.base
@@ -60,7 +66,12 @@ def follows_from_call(placeholder: Node) -> bool:
 
 
 class FastPath:
-    """In place of a handle's way into Dynamo, which all other calls take as before."""
+    """Replaces a handle's entry into Dynamo. Calls that can't use the fast path go on to Dynamo as before.
+
+    Attributes:
+        handle: the compiled module (a weak reference).
+        call: the handle's own entry into Dynamo.
+    """
 
     def __init__(self, handle: torch.nn.Module, call: Callable[..., Any]) -> None:
         self.handle, self.call = weakref.ref(handle), call
@@ -72,37 +83,45 @@ class FastPath:
         leaves: Sequence[Any] = args
         spec: Hashable = len(args)
         kind = None if kwargs else _kind(args)
-        if kind is None:  # something among them has leaves of its own
+        if kind is None:  # an argument is a container
             leaves, spec = tree_flatten((args, kwargs))
             kind = _kind(leaves)
         if kind is None or OBSERVED.runs is not None or INTERCEPTORS.get():
             return self.call(*args, **kwargs)
-        way: _Way | None = trajectory.ways.get((spec, kind))
-        if way is not None:
-            return way.go(leaves, trajectory)
+        fast_call: _FastCall | None = trajectory.fast_calls.get((spec, kind))
+        if fast_call is not None:
+            return fast_call.run(leaves, trajectory)
         runs: list[GraphRun] = []
         OBSERVED.runs = runs
         try:
             result = self.call(*args, **kwargs)
         finally:
             OBSERVED.runs = None
-        found = _way(runs[0], leaves, result) if len(runs) == 1 else None
-        if found is not None:
-            trajectory.ways[spec, kind] = found
+        recorded = _record(runs[0], leaves, result) if len(runs) == 1 else None
+        if recorded is not None:
+            trajectory.fast_calls[spec, kind] = recorded
         return result
 
 
 @dataclass(frozen=True)
-class _Way:
-    """From a call's leaves to its result. `takes`: positions among the graph's arguments, and of the leaf there."""
+class _FastCall:
+    """The recorded path from a call's leaves to its result.
+
+    Attributes:
+        step: runs the graph.
+        args: of the graph, with None at the positions that `takes` fills.
+        takes: pairs of a position among `args` and a position among the call's leaves.
+        gives: for each leaf of the call's result, its position among the graph's results, or None and a constant.
+        spec: of the call's result.
+    """
 
     step: Step
     args: list[Any]
     takes: tuple[tuple[int, int], ...]
-    gives: tuple[tuple[int | None, Any], ...]  # which of the results; None: a constant
+    gives: tuple[tuple[int | None, Any], ...]
     spec: TreeSpec
 
-    def go(self, leaves: Sequence[Any], trajectory: Trajectory) -> Any:
+    def run(self, leaves: Sequence[Any], trajectory: Trajectory) -> Any:
         args = list(self.args)
         for position, leaf in self.takes:
             args[position] = leaves[leaf]
@@ -110,51 +129,55 @@ class _Way:
         return tree_unflatten([value if i is None else results[i] for i, value in self.gives], self.spec)
 
 
-def _way(seen: GraphRun, leaves: Sequence[Any], result: Any) -> _Way | None:
-    """None: an argument that isn't the call's, or a result that isn't the graph's."""
-    leaf_of = {id(one): i for i, one in enumerate(leaves) if isinstance(one, Tensor)}
-    result_of = {id(one): i for i, one in enumerate(seen.results) if isinstance(one, Tensor)}
-    given, spec = tree_flatten(result)
-    if not all(one is None or isinstance(one, Tensor) for one in seen.results):  # a number may change from call to call
-        return None
-    if any(id(seen.args[position]) not in leaf_of for position in seen.others):
-        return None
-    if any(id(one) not in result_of and not isinstance(one, _PLAIN) for one in given):
-        return None
-    args = list(seen.args)
-    for position in seen.others:
-        args[position] = None  # nobody's input is kept
-    return _Way(
-        seen.step,
-        args,
-        tuple((position, leaf_of[id(seen.args[position])]) for position in seen.others),
-        tuple((result_of.get(id(one)), None if id(one) in result_of else one) for one in given),
-        spec,
-    )
+def _record(run: GraphRun, leaves: Sequence[Any], result: Any) -> _FastCall | None:
+    """The path of a call that ran one graph. None: an argument of the graph that isn't one of the call's leaves, or a
+    result of the call that isn't one of the graph's."""
+    if not all(output is None or isinstance(output, Tensor) for output in run.results):
+        return None  # a number may change from call to call
+    leaf_of = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    result_of = {id(output): i for i, output in enumerate(run.results) if isinstance(output, Tensor)}
+    args, takes = list(run.args), []
+    for position in run.others:
+        leaf = leaf_of.get(id(args[position]))
+        if leaf is None:
+            return None
+        takes.append((position, leaf))
+    for position in run.others:
+        args[position] = None  # no reference to an input is kept
+    gives: list[tuple[int | None, Any]] = []
+    result_leaves, spec = tree_flatten(result)
+    for value in result_leaves:
+        if id(value) in result_of:
+            gives.append((result_of[id(value)], None))
+        elif isinstance(value, _PLAIN):
+            gives.append((None, value))
+        else:
+            return None
+    return _FastCall(run.step, args, tuple(takes), tuple(gives), spec)
 
 
 def _kind(leaves: Sequence[Any]) -> Hashable | None:
-    """What Dynamo may have built a graph for, and the modes that it runs in; None: something that can't be told."""
-    found: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), ambient_autocast()]
-    first: dict[int, int] = {}  # where a tensor comes first: one given twice has a graph of its own
-    for i, one in enumerate(leaves):
-        if isinstance(one, Tensor):
-            found.append(
-                (first.setdefault(id(one), i), type(one), one.shape, one.stride(), one.dtype, one.device,
-                 one.requires_grad, one.is_inference())
+    """Everything about a call's leaves and the current modes that Dynamo may guard on; None: a leaf of another type."""
+    kind: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), ambient_autocast()]
+    first: dict[int, int] = {}  # by id of a tensor, its first position: a tensor passed twice has another graph
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            kind.append(
+                (first.setdefault(id(leaf), i), type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device,
+                 leaf.requires_grad, leaf.is_inference())
             )  # fmt: skip
-        elif isinstance(one, _PLAIN):
-            found.append((type(one), one))
+        elif isinstance(leaf, _PLAIN):
+            kind.append((type(leaf), leaf))
         else:
             return None
-    return tuple(found)
+    return tuple(kind)
 
 
 def install_fast_path(model: object) -> None:
-    """Give a compiled model its shortcut, for frozen trajectories of it.
+    """Install the fast path in a compiled module.
 
     Raises:
-        StateError: it is no compiled module.
+        StateError: the model isn't a compiled module.
     """
     name = "forward" if isinstance(model, OptimizedModule) else "_compiled_call_impl"
     call = getattr(model, name, None)

@@ -1,4 +1,4 @@
-"""What one handle runs: programs, the weights that they are called with, the trajectories that are under way."""
+"""The run-time state of one handle: its programs, the weights that they are called with, and its trajectories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.arrangement import Arrangement
-from moeca_compile.engine.hoisted import Past
+from moeca_compile.engine.hoisted import TimestepHistory
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
@@ -22,19 +22,21 @@ from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Schedule
 
 Lock = AbstractContextManager[Any]
-Stamp = tuple[int, int, int]  # of one weight: its id, where it lies, its version
+Stamp = tuple[int, int, int]  # of one weight: id, data pointer, version counter
 
 _version = attrgetter("_version")
 
 
 class WeightBinding:
-    """The weights that a graph was last called with, as they were.
+    """The weights that a graph was last called with, and their stamps at that time.
 
     Attributes:
-        gone: filled when one of them is collected.
-        ids: of the tensors.
-        kinds: shape, dtype and device of each.
-        kind: a number for `kinds`, given by the graph.
+        gone: gets an element when one of the weights is collected.
+        order: ids of the weights, in the graph's order.
+        stamp: data pointers and version counters, in the same order.
+        ids: of the weights.
+        kinds: shape, dtype and device of each weight.
+        kind: the graph's number for `kinds`; None: not assigned yet.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
@@ -47,19 +49,26 @@ class WeightBinding:
         self.kinds = tuple((tuple(weight.shape), weight.dtype, weight.device) for weight in weights)
 
     def stamps(self) -> list[Stamp]:
-        """Of each weight."""
+        """One stamp for each weight."""
         return list(zip(self.order, *self.stamp, strict=True))
 
 
 class HandleRuntime:
-    """What one handle runs.
+    """The run-time state of one handle.
 
     Attributes:
-        handle: its compile context (a weak reference).
-        programs: by what they compute, the latest used last.
-        latest: what `stats` shows.
-        all: of every trajectory that lives.
+        handle: the compile context (a weak reference); None: a call without torch.compile.
+        options, schedule: as they were read for the handle.
+        warned: counts the handle's warnings.
+        lock: protects all containers below.
+        programs: by a key that says what they compute, the latest used last.
         ids: of the weights.
+        timestep_history: timesteps of the last trajectory.
+        outside: state of calls outside any trajectory.
+        latest: state of the latest trajectory, which `stats` reports.
+        trajectories: states of all trajectories that are alive.
+        packs: packed expert weights.
+        refused: by key of a call, why its graph runs uncached.
     """
 
     def __init__(self, handle: object | None, options: Options, schedule: Schedule, warned: Warned, lock: Lock) -> None:
@@ -67,106 +76,114 @@ class HandleRuntime:
         self.options, self.schedule, self.warned, self.lock = options, schedule, warned, lock
         self.programs: OrderedDict[Hashable, Program] = OrderedDict()
         self.ids: frozenset[int] = frozenset()
-        self.past = Past()
-        self.plain = TrajectoryState(latent_jump=options.latent_jump, past=self.past)  # of calls outside any trajectory
-        self.latest = self.plain
-        self.all: weakref.WeakSet[TrajectoryState] = weakref.WeakSet((self.plain,))
+        self.timestep_history = TimestepHistory()
+        self.outside = TrajectoryState(latent_jump=options.latent_jump, timestep_history=self.timestep_history)
+        self.latest = self.outside
+        self.trajectories: weakref.WeakSet[TrajectoryState] = weakref.WeakSet((self.outside,))
         self.packs = Packs()
-        self.refused: dict[Hashable, str] = {}  # why graphs for such calls run uncached
-        self._placed: dict[Hashable, tuple[Hashable, Arrangement | None]] = {}
-        self._weights: dict[int, WeightBinding] = {}  # by graph
-        self._stamps: dict[str, Stamp] = {}
+        self.refused: dict[Hashable, str] = {}
+        self._placed: dict[Hashable, tuple[Hashable, Arrangement | None]] = {}  # by key of a call, a key of `programs`
+        self._weights: dict[int, WeightBinding] = {}  # by number of the graph
+        self._stamps: dict[str, Stamp] = {}  # by label of the weight
 
     def invalidate_if_weights_changed(
         self, graph: int, labels: Sequence[str], weights: Sequence[torch.Tensor]
     ) -> WeightBinding:
-        """What `graph` is called with. All state of the handle is dropped if a weight was replaced, changed in place,
-        or had its storage swapped."""
-        known = self._weights.get(graph)
+        """Bind `graph` (a number) to the weights of a call.
+
+        All state of the handle is dropped if a weight was replaced, changed in place, or had its storage swapped.
+
+        Args:
+            graph: number of Dynamo's graph.
+            labels: names of the weights.
+            weights: one for each label.
+        """
+        bound = self._weights.get(graph)
         if (
-            known is not None
-            and not known.gone
-            and known.order == list(map(id, weights))
-            and known.stamp == _stamp(weights)
+            bound is not None
+            and not bound.gone
+            and bound.order == list(map(id, weights))
+            and bound.stamp == _stamp(weights)
         ):
-            return known
+            return bound
         with self.lock:
             binding = self._weights[graph] = WeightBinding(weights)
             stamps = dict(zip(labels, binding.stamps(), strict=True))
-            died = any(one.gone for one in self._weights.values())
-            if died or any(self._stamps.get(label, stamp) != stamp for label, stamp in stamps.items()):
+            collected = [number for number, other in self._weights.items() if other.gone]
+            if collected or any(self._stamps.get(label, stamp) != stamp for label, stamp in stamps.items()):
                 self.packs = Packs()
-                for running in list(self.all):
+                for running in list(self.trajectories):
                     running.forget()
-            for number in [number for number, one in self._weights.items() if one.gone]:
+            for number in collected:
                 del self._weights[number]
             self._stamps.update(stamps)
-            self.ids = frozenset().union(*(one.ids for one in self._weights.values()))
+            self.ids = frozenset().union(*(other.ids for other in self._weights.values()))
         return binding
 
     def running(self, trajectory: Trajectory | None) -> TrajectoryState:
         """The handle's state in `trajectory`; None: outside any."""
         with self.lock:
             if trajectory is None:
-                self.latest = self.plain
+                self.latest = self.outside
             else:
                 if self not in trajectory.states:
-                    trajectory.states[self] = TrajectoryState(trajectory, past=self.past)
+                    trajectory.states[self] = TrajectoryState(trajectory, timestep_history=self.timestep_history)
                 self.latest = trajectory.states[self]
-                self.all.add(self.latest)
+                self.trajectories.add(self.latest)
             return self.latest
 
     def find(self, key: Hashable) -> tuple[Program, Arrangement | None] | None:
-        """The program that was placed under `key`, if it is still kept, and how its arguments are arranged."""
+        """The program that was placed under `key`, if it is still there, and how its arguments are arranged."""
         with self.lock:
             placed = self._placed.get(key)
             if placed is None:
                 return None
-            what, how = placed
-            self.programs.move_to_end(what)
-            return self.programs[what], how
+            program_key, arrangement = placed
+            self.programs.move_to_end(program_key)
+            return self.programs[program_key], arrangement
 
     def place(self, keys: Sequence[Hashable], program: Program) -> None:
-        """Keep a program under `keys`, the last of which says what it computes; the least recently used program goes,
-        and with it all its state."""
-        what = keys[-1]
+        """Store a program under `keys`, the last of which says what it computes. Past `max_signatures` programs, the
+        least recently used one is dropped with all its state."""
+        program_key = keys[-1]
         with self.lock:
-            self.programs[what] = program
-            self._placed.update(dict.fromkeys(keys, (what, None)))
+            self.programs[program_key] = program
+            self._placed.update(dict.fromkeys(keys, (program_key, None)))
             while len(self.programs) > self.options.max_signatures:
-                gone, _ = self.programs.popitem(last=False)
-                self._placed = {key: one for key, one in self._placed.items() if one[0] != gone}
+                dropped, _ = self.programs.popitem(last=False)
+                self._placed = {key: placed for key, placed in self._placed.items() if placed[0] != dropped}
 
-    def place_beside(self, key: Hashable, known: Hashable, how: Arrangement | None) -> None:
-        """Let the program under `known` serve the calls of `key`, with its arguments arranged."""
+    def place_beside(self, key: Hashable, placed_key: Hashable, arrangement: Arrangement | None) -> None:
+        """Let the program under `placed_key` serve the calls of `key` too, with its arguments arranged."""
         with self.lock:
-            self._placed[key] = (self._placed[known][0], how)
+            self._placed[key] = (self._placed[placed_key][0], arrangement)
 
     def keys_of(self, graph: int) -> list[tuple[Any, ...]]:
-        """Of the calls of one of Dynamo's graphs."""
+        """The keys of calls of one of Dynamo's graphs."""
         with self.lock:
             return [key for key in self._placed if isinstance(key, tuple) and key[0] == graph]
 
     def serving(self, graph: int) -> dict[Hashable, Program]:
         """The programs that serve the calls of one of Dynamo's graphs."""
         with self.lock:
-            whats = {self._placed[key][0] for key in self.keys_of(graph)}
-            return {what: program for what, program in self.programs.items() if what in whats}
+            program_keys = {self._placed[key][0] for key in self.keys_of(graph)}
+            return {key: program for key, program in self.programs.items() if key in program_keys}
 
-    def knows(self, graph: int) -> bool:
-        """Whether it has been called through this graph."""
+    def has_run(self, graph: int) -> bool:
+        """Whether the handle was called through this graph."""
         return graph in self._weights
 
     def reset(self) -> None:
-        """Forget all state, in every trajectory."""
+        """Drop all state, in every trajectory."""
         with self.lock:
-            for running in list(self.all):
+            for running in list(self.trajectories):
                 running.reset()
 
 
 def _stamp(weights: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
-    try:  # hundreds, at every step: nothing slower will do
+    """Data pointers and version counters of the weights."""
+    try:  # hundreds of weights at every step: `map` is the fastest way
         versions = list(map(_version, weights))
-    except RuntimeError:  # inference tensors have none
+    except RuntimeError:  # inference tensors have no version counter
         versions = [-1 if weight.is_inference() else weight._version for weight in weights]
     return list(map(torch.Tensor.data_ptr, weights)), versions

@@ -1,10 +1,10 @@
-"""Hoisted values while images are made: what doesn't change with the latent, kept for one stream of a trajectory.
+"""Hoisted values of one stream of a trajectory: values that don't depend on the latent.
 
-Nothing outlives its trajectory: everything is computed from the weights again when the next one starts. Within one it
-is kept with what it came from, and computed again where that changed: inputs are looked at in every call, weights in
-those that compute everything anew, where a look costs little beside them. Where the timesteps are known ahead
-(from the schedule, or because the last trajectory had them), the values of many steps are computed at once: one
-matrix multiplication reads each weight once, and not once a step.
+No value outlives its trajectory. Within a trajectory a value is stored with the contents that it was computed from, and
+computed again when they change. Inputs are compared in every call. Weights are compared in calls that compute
+everything, where the comparison is cheap beside the rest. Where the timesteps are known in advance (from the schedule
+or the last trajectory), the values of many steps are computed at once, so that each weight is read once and not once a
+step.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from moeca_compile.graph.nowait import upload
 from moeca_compile.graph.regions import HoistedValue
 from moeca_compile.graph.variant import Variant
 
-TABLE_BYTES = 256 * 2**20  # of values for steps to come
-MAX_CHANGES = 2  # an input that changed more often in a trajectory makes what came from it serve one call only
+TABLE_BYTES = 256 * 2**20  # limit for the values of later steps
+MAX_CHANGES = 2  # if the inputs change more often in a trajectory, values serve one call only
 
 Run = Callable[[Sequence[Any]], Sequence[Any]]
-Contents = Mapping[int, Hashable]  # numbers of what inputs hold, by position among the call's arguments
-Values = dict[int, torch.Tensor]  # by position in the program's list
+Contents = Mapping[
+    int, Hashable
+]  # by position among the call's arguments, a number that identifies an input's contents
+Values = dict[int, torch.Tensor]  # by position in the graph's list of hoisted values
 
 
 class HasPrologues(Protocol):
-    """What is needed of a graph's prologues (`engine/prologues.py`)."""
+    """The part of `engine/prologues.py` that is used here."""
 
     hoisted: tuple[HoistedValue, ...]
     of_step: tuple[int, ...]
@@ -47,142 +49,164 @@ class HasPrologues(Protocol):
 
 
 @dataclass
-class Past:
-    """What is known of earlier trajectories of a handle: `walked` are the timesteps of the last whole one."""
+class TimestepHistory:
+    """Timesteps of a handle's earlier trajectories. `last`: of the last complete one."""
 
-    walked: Sequence[float] = ()
+    last: Sequence[float] = ()
 
 
 @dataclass
-class Ahead:
-    """Which timesteps a trajectory will have (`known`, as far as one can know) and had (`walked`). `past`: of the
-    handle's earlier trajectories."""
+class TimestepPlan:
+    """The timesteps of a trajectory.
 
-    known: tuple[float, ...] = ()
-    past: Past = field(default_factory=Past)
-    walked: list[float] = field(default_factory=list)
+    Attributes:
+        expected: timesteps that it is expected to have; empty: not known.
+        history: of the handle's earlier trajectories.
+        visited: timesteps that it has had.
+    """
+
+    expected: tuple[float, ...] = ()
+    history: TimestepHistory = field(default_factory=TimestepHistory)
+    visited: list[float] = field(default_factory=list)
 
     def after(self, timestep: float) -> tuple[float, ...]:
-        """The known ones from `timestep` on."""
-        return self.known[self.known.index(timestep) :] if timestep in self.known else ()
+        """The expected timesteps from `timestep` on."""
+        return self.expected[self.expected.index(timestep) :] if timestep in self.expected else ()
 
-    def walk(self, timestep: float) -> None:
-        """Note where the trajectory is; a longer one than the last, or one that goes elsewhere, is what the next one
-        will be."""
-        if not self.walked or self.walked[-1] != timestep:
-            self.walked.append(timestep)
-        new = self.known and timestep not in self.known
-        if new or len(self.walked) >= len(self.past.walked):
-            self.past.walked = self.walked
+    def visit(self, timestep: float) -> None:
+        """Record a timestep. If the trajectory gets as long as the last one, or leaves the expected timesteps, the next
+        trajectory is expected to be like this one."""
+        if not self.visited or self.visited[-1] != timestep:
+            self.visited.append(timestep)
+        is_unexpected = self.expected and timestep not in self.expected
+        if is_unexpected or len(self.visited) >= len(self.history.last):
+            self.history.last = self.visited
 
 
 class Hoisted:
-    """The values of one stream, for as long as its trajectory lasts.
+    """The hoisted values of one stream in one trajectory.
 
     Args:
-        ahead: the trajectory's timesteps, as far as they are known.
-        number: a number for what a tensor holds; needed where values are kept for a second call.
+        plan: the trajectory's timesteps.
+        number: identifies the contents of a tensor; needed where values serve more than one call.
+
+    Attributes:
+        inputs: by position among the call's arguments, a number for the contents of each input that values came from.
+        weights: by position, a stamp of each weight that values came from.
+        changes: how often those inputs have changed.
+        fixed: values that don't depend on the timestep.
+        last: the last timestep that was computed by itself, and its values.
+        table: values of many timesteps, each tensor of shape [timesteps, ...].
+        rows: by timestep, its row in `table`.
     """
 
-    def __init__(self, ahead: Ahead | None = None, number: Callable[[Any], Hashable] | None = None) -> None:
-        self.ahead, self._number = ahead or Ahead(), number
-        self.inputs: dict[int, Hashable] = {}  # numbers of their contents, by position among the call's arguments
+    def __init__(self, plan: TimestepPlan | None = None, number: Callable[[Any], Hashable] | None = None) -> None:
+        self.plan, self._number = plan or TimestepPlan(), number
+        self.inputs: dict[int, Hashable] = {}
         self.weights: dict[int, Stamp] = {}
         self.changes = 0
-        # of the values that a variant takes: those of a step, and the others
+        # by the positions that a variant reads: those that depend on the timestep, and the others
         self._levels: dict[tuple[int, ...], tuple[tuple[int, ...], frozenset[int]]] = {}
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self.inputs.clear()
         self.weights.clear()
         self.fixed: Values = {}
         self.last: tuple[float, Values] = (0.0, {})
-        self.table: Values = {}  # [steps, ...]
-        self.rows: dict[float, int] = {}  # by timestep
+        self.table: Values = {}
+        self.rows: dict[float, int] = {}
 
     @property
     def bytes(self) -> int:
-        """Of all values that are kept."""
-        kept = [*self.fixed.values(), *self.last[1].values(), *self.table.values()]
-        return sum(one.numel() * one.element_size() for one in kept)
+        """Bytes of all stored values."""
+        tensors = [*self.fixed.values(), *self.last[1].values(), *self.table.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def weights_changed(self, args: Sequence[Any]) -> bool:
-        """Whether weights that came into the values aren't what they were; then nothing is kept any more."""
-        self.last = (0.0, {})  # no stamp of its weights was taken, for it serves one step
+        """Whether weights that values came from have changed; if so, all values are dropped."""
+        self.last = (0.0, {})  # no stamp of its weights was taken, for these values serve one step
         if all(stamp.matches(args[i]) for i, stamp in self.weights.items()):
             return False
-        self._forget()
+        self._clear()
         return True
 
     def of(
-        self, prologues: HasPrologues, wanted: tuple[int, ...], args: Sequence[Any], timestep: float | None,
+        self, prologues: HasPrologues, positions: tuple[int, ...], args: Sequence[Any], timestep: float | None,
         contents: Contents | None = None,
     ) -> list[torch.Tensor]:  # fmt: skip
-        """The values at positions `wanted` for a call with `args`.
+        """The values that a variant reads in a call, stored or computed.
 
         Args:
+            prologues: of the call's graph.
+            positions: of the values, in the graph's list of hoisted values.
+            args: of the call.
             timestep: None: not known on the host.
-            contents: what tells the contents of the inputs that values came from before. None: the values serve this
-                call only.
+            contents: numbers for the contents of the inputs in `self.inputs`. None: the values serve this call only.
+
+        Returns:
+            One tensor for each of `positions`.
         """
-        if not wanted:
+        if not positions:
             return []
         if contents is not None and any(map(ne, map(contents.get, self.inputs), self.inputs.values())):
             self.changes += 1
-            self._forget()
+            self._clear()
         elif self.changes > MAX_CHANGES:
-            self._forget()
-        if wanted not in self._levels:
-            steps = tuple(p for p in wanted if prologues.hoisted[p].level == "step")
-            self._levels[wanted] = steps, frozenset(wanted) - frozenset(steps)
-        steps, lasting = self._levels[wanted]
-        if not lasting <= self.fixed.keys():
-            self._compute_invariant(prologues, lasting, args, contents)
+            self._clear()
+        if positions not in self._levels:
+            of_step = tuple(position for position in positions if prologues.hoisted[position].level == "step")
+            self._levels[positions] = of_step, frozenset(positions) - frozenset(of_step)
+        of_step, invariant = self._levels[positions]
+        if not invariant <= self.fixed.keys():
+            self._compute_invariant(prologues, invariant, args, contents)
         values = self.fixed
-        if steps:
-            values = values | self._at(prologues, steps, args, timestep, contents)
-        return list(map(values.__getitem__, wanted))
+        if of_step:
+            values = values | self._at(prologues, of_step, args, timestep, contents)
+        return list(map(values.__getitem__, positions))
 
     def _compute_invariant(
-        self, prologues: HasPrologues, wanted: Iterable[int], args: Sequence[Any], contents: Contents | None
+        self, prologues: HasPrologues, positions: Iterable[int], args: Sequence[Any], contents: Contents | None
     ) -> None:
-        missing = tuple(sorted(p for p in wanted if p not in self.fixed))
+        missing = tuple(sorted(position for position in positions if position not in self.fixed))
         variant, run = prologues.ready.get(missing) or prologues.prologue(missing, args)
         values = run(self._inputs(prologues, variant, args, contents))
         self.fixed = self.fixed | dict(zip(missing, values, strict=True))
 
     def _at(
-        self, prologues: HasPrologues, wanted: tuple[int, ...], args: Sequence[Any], timestep: float | None,
+        self, prologues: HasPrologues, positions: tuple[int, ...], args: Sequence[Any], timestep: float | None,
         contents: Contents | None,
     ) -> Values:  # fmt: skip
+        """Values that depend on the timestep: of the last call, from the table, or computed for this step alone."""
         if timestep is not None:
-            if self.last[0] == timestep and self.last[1].keys() >= set(wanted):
+            if self.last[0] == timestep and self.last[1].keys() >= set(positions):
                 return self.last[1]
             if timestep not in self.rows and not (prologues.by_step or self.changes > MAX_CHANGES):
                 self._fill(prologues, args, timestep, contents)
             if timestep in self.rows:
                 row = self.rows[timestep]
-                return {position: self.table[position][row] for position in wanted}
-        variant, run = prologues.ready.get(wanted) or prologues.prologue(wanted, args)
+                return {position: self.table[position][row] for position in positions}
+        variant, run = prologues.ready.get(positions) or prologues.prologue(positions, args)
         values = run(self._inputs(prologues, variant, args, contents, lasting=False))
-        by_position = dict(zip(wanted, values, strict=True))
+        by_position = dict(zip(positions, values, strict=True))
         if timestep is not None:
             self.last = timestep, by_position
         return by_position
 
     def _fill(self, prologues: HasPrologues, args: Sequence[Any], timestep: float, contents: Contents | None) -> None:
-        """Compute the values of this step and those to come, where that can be done."""
-        count = TABLE_BYTES // max(1, prologues.step_bytes)
-        coming = tuple(dict.fromkeys(self.ahead.after(timestep)))[:count]
+        """Compute the values of this timestep and the expected ones after it, where the prologue can be mapped over
+        timesteps."""
+        limit = TABLE_BYTES // max(1, prologues.step_bytes)
+        coming = tuple(dict.fromkeys(self.plan.after(timestep)))[:limit]
         mapped = prologues.over_steps(prologues.of_step) if len(coming) > 1 else None
         if mapped is None or prologues.timestep is None:
             return
         variant, run = mapped
         inputs = self._inputs(prologues, variant, args, contents)
-        own = args[prologues.timestep]
-        times = upload(torch.tensor(coming, dtype=torch.float64).to(own.dtype), own.device)
-        inputs[variant.takes.index(prologues.timestep)] = times.reshape(-1, *[1] * own.dim()).expand(-1, *own.shape)
+        current = args[prologues.timestep]
+        times = upload(torch.tensor(coming, dtype=torch.float64).to(current.dtype), current.device)
+        times = times.reshape(-1, *[1] * current.dim()).expand(-1, *current.shape)
+        inputs[variant.takes.index(prologues.timestep)] = times
         try:
             values = run(inputs)
         except LoweringError as error:
@@ -195,7 +219,8 @@ class Hoisted:
         self, prologues: HasPrologues, variant: Variant, args: Sequence[Any], contents: Contents | None,
         lasting: bool = True,
     ) -> list[Any]:  # fmt: skip
-        """What a prologue takes; it is remembered what inputs and (if what it gives is `lasting`) weights hold."""
+        """The arguments of a prologue. The contents of the inputs among them are recorded, and a stamp of the weights
+        if the prologue's values serve more than one step (`lasting`)."""
         if not self.fixed.keys() >= set(variant.hoists):
             self._compute_invariant(prologues, variant.hoists, args, contents)
         if contents is not None and self.changes <= MAX_CHANGES:
@@ -210,7 +235,7 @@ class Hoisted:
 
 
 def uniform_timestep(value: Any) -> float | None:
-    """The one timestep of a call, where it can be read without waiting for an accelerator."""
+    """The timestep of a call, if it is the same for the whole batch and can be read without waiting for a device."""
     if not isinstance(value, torch.Tensor) or needs_device_sync(value) or not value.numel():
         return None
     low, high = value.detach().double().aminmax()

@@ -1,5 +1,5 @@
-"""Calls of a compiled handle, handed to other code in place of running its graphs: for `warmup`, `explain` and the
-planner's rollouts."""
+"""Passes the calls of a compiled handle to other code instead of its graphs: for `warmup`, `explain` and the planner's
+rollouts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import Any
 
 Interceptor = Callable[[Any, Sequence[Any], Any], tuple[Any, ...]]  # entry, arguments, the handle's runtime
 
-# of this thread (or task): the innermost last, each with the compile context of the handle that it is for (None: any)
+# of this thread (or task), the innermost last; each with the compile context of its handle (None: any handle)
 INTERCEPTORS: ContextVar[tuple[tuple[object, Interceptor], ...]] = ContextVar("moeca_interceptors", default=())
 
 
 @contextmanager
 def intercepting(interceptor: Interceptor, context: object = None) -> Iterator[None]:
-    """In this thread (or task), hand every call of this handle's graphs to `interceptor`, but for what another one
-    takes inside."""
+    """Pass every call of a handle's graphs to `interceptor`, in this thread or task. An interceptor that is installed
+    inside the block takes precedence.
+
+    Args:
+        interceptor: takes the entry, the graph's arguments and the handle's runtime; returns the graph's outputs.
+        context: compile context of the handle; None: any handle.
+    """
     before = INTERCEPTORS.get()
     INTERCEPTORS.set((*before, (context, interceptor)))
     try:
@@ -27,7 +32,7 @@ def intercepting(interceptor: Interceptor, context: object = None) -> Iterator[N
 
 
 def interceptor_of(context: object) -> Interceptor | None:
-    """Who takes this handle's calls in this thread or task."""
+    """The interceptor of a handle's calls in this thread or task; None: there is none."""
     for target, interceptor in reversed(INTERCEPTORS.get()):
         if target is None or target is context:
             return interceptor

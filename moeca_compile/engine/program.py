@@ -29,16 +29,23 @@ class Program:
     """One captured graph.
 
     Args:
-        schedule: what the options' schedule said when it was read; default: it is read now.
-        warned: where its warnings are counted; default: its own.
-        captured: of `gm`, for such arguments; default: it is captured now.
+        gm: Dynamo's graph.
+        args: of a call of the graph.
+        inputs: of the graph.
+        options: of the handle.
+        schedule: the options' schedule as it was read for the handle; default: it is read now.
+        warned: counts the warnings; default: a new one.
+        captured: `gm` captured for such arguments; default: it is captured now.
         pipeline: the passes that make its programs.
 
     Attributes:
-        analysis: the graph and what was found in it.
-        own: the handle's schedule for it.
-        timestep, latent, condition: positions among a call's arguments.
-        packs_experts: whether the experts' weights lie side by side.
+        analysis: the captured graph, with its regions and inputs.
+        compiler: of the graph's variants.
+        compiled_schedule: the handle's schedule for the graph.
+        prologues: programs of the hoisted values.
+        timestep, latent, condition: positions of these inputs among a call's arguments.
+        buffers: for CUDA graphs, the state tensors at fixed addresses; else None.
+        packs_experts: whether the experts' weights are moved side by side.
 
     Raises:
         CaptureError: the graph can't be captured, or has no region to cache.
@@ -54,55 +61,60 @@ class Program:
         self.options, self.warned = options, warned or Warned()
         self.compiler = Compiler(options, args)
         self.analysis: Analysis = analyze(gm, args, inputs, options, captured, pipeline)
-        context = self.analysis.facts
-        self.regions = context.regions
-        self.compiler.inputs = context.inputs
+        facts = self.analysis.facts
+        self.regions = facts.regions
+        self.compiler.inputs = facts.inputs
         self.packs_experts = options.pack_experts and self._can_pack()
         self.prologues = Prologues(self.analysis, self.compiler)
         self.timestep, self.condition = self.prologues.timestep, self.prologues.condition
-        self.latent = {one.name: i for i, one in enumerate(context.inputs)}.get(context.roles.latent)
+        positions = {source.name: i for i, source in enumerate(facts.inputs)}
+        self.latent = positions.get(facts.roles.latent)
         self.buffers = Buffers() if self.compiler.record is not None else None
         self._variants: dict[Hashable, VariantCache] = {}
-        wanted = schedule or options.resolved_schedule()
+        schedule = schedule or options.resolved_schedule()
         if not len(self.regions):
-            if any(wanted.depth(column) for column in range(len(wanted.rows[0]))):
+            if any(schedule.depth(column) for column in range(len(schedule.rows[0]))):
                 raise CaptureError(_nothing_found(self.analysis))
-            wanted = Schedule.full()
-        self.own = self.compiled(wanted)
+            schedule = Schedule.full()
+        self.compiled_schedule = self.compiled(schedule)
         self.compiler.note("capture", begin, self.analysis.records)
 
-    def compiled(self, schedule: Schedule, kept: Schedule | None = None, order: int | None = None) -> CompiledSchedule:
-        """A schedule for this graph. Variants are shared by all schedules with the same state.
+    def compiled(
+        self, schedule: Schedule, state_schedule: Schedule | None = None, order: int | None = None
+    ) -> CompiledSchedule:
+        """Compile a schedule for this graph. All schedules with the same state share their variants.
 
         Args:
-            schedule: of this graph's regions, or for any graph.
-            kept: whose state is kept; default: `schedule`'s.
-            order: of forecasts, at most what that state holds; default: the schedule's.
+            schedule: for this graph's regions, or for any graph.
+            state_schedule: the schedule whose state is cached; default: `schedule`.
+            order: order of forecasts, at most what that state holds; default: the schedule's.
 
         Raises:
-            ScheduleError: it is for another graph or granularity.
+            ScheduleError: the schedule is for another graph or granularity.
         """
-        fitted, kept = (fit(one, self.regions, self.options.granularity) for one in (schedule, kept or schedule))
-        cache = VariantCache(self.analysis, self.compiler, kept)
-        cache = self._variants.setdefault((cache.layout, kept.order, kept.control), cache)
+        fitted = fit(schedule, self.regions, self.options.granularity)
+        state_schedule = fit(state_schedule or schedule, self.regions, self.options.granularity)
+        cache = VariantCache(self.analysis, self.compiler, state_schedule)
+        cache = self._variants.setdefault((cache.layout, state_schedule.order, state_schedule.control), cache)
         return CompiledSchedule(self, fitted, cache, order)
 
     @property
     def schedule(self) -> Schedule:
-        """The handle's, fitted to this graph."""
-        return self.own.schedule
+        """The handle's schedule, fitted to this graph."""
+        return self.compiled_schedule.schedule
 
     @property
     def layout(self) -> tuple[StateSlot, ...]:
         """The state's slots under the handle's schedule."""
-        return self.own.layout
+        return self.compiled_schedule.layout
 
     def variant(self, row: Row) -> Variant:
         """The graph of a row under the handle's schedule."""
-        return self.own.variants.variant(row)
+        return self.compiled_schedule.variants.variant(row)
 
-    def settle(self, args: Sequence[Any]) -> None:
-        """Before the first call: move the weights among `args` to where `pack_experts` wants them."""
+    def place_weights(self, args: Sequence[Any]) -> None:
+        """Move the expert weights among `args` side by side, if `pack_experts` asks for it; called before the first
+        call."""
         if self.packs_experts:
             put_side_by_side(expert_weights(self.analysis.gm, self.analysis.facts.inputs, args))
 
@@ -114,9 +126,9 @@ class Program:
 
 
 def _nothing_found(analysis: Analysis) -> str:
-    near = "; ".join(map(str, analysis.facts.rejected[:5])) or "no residual add around a matmul"
+    rejected = "; ".join(map(str, analysis.facts.rejected[:5])) or "no residual add around a matmul"
     count = len(analysis.gm.graph.nodes)
     return (
-        f"nothing to cache was found in this graph ({count} nodes). Rejected candidates: {near}. "
+        f"nothing to cache was found in this graph ({count} nodes). Rejected candidates: {rejected}. "
         "A plain torch.compile(model) is the right tool for it; options={'schedule': 'full'} runs it uncached"
     )

@@ -1,4 +1,4 @@
-"""The programs of a graph's hoisted values: built when they are first needed, for one step or for many."""
+"""The prologues of a graph: programs that compute its hoisted values for one or many steps, built on first use."""
 
 from __future__ import annotations
 
@@ -22,33 +22,38 @@ from moeca_compile.pipeline import Analysis, build_prologue
 
 
 class Prologues:
-    """Those of one captured graph.
+    """The prologues of one captured graph.
 
     Attributes:
-        hoisted: the values; all positions are in this list.
-        of_step: positions of those that change with the timestep, and the bytes of one step's.
-        timestep, condition: positions of the inputs among a call's arguments.
-        ready: by the positions that it gives, each prologue that can run.
+        hoisted: the hoisted values; all positions refer to this list.
+        of_step: positions of the values that depend on the timestep.
+        step_bytes: bytes of those values, for one step.
+        timestep, condition: positions of these inputs among a call's arguments.
+        ready: each compiled prologue, by the positions of the values that it computes.
         by_step: values can't be computed for many timesteps at once.
     """
 
     def __init__(self, analysis: Analysis, compiler: Compiler) -> None:
-        context = analysis.facts
-        positions = {one.name: i for i, one in enumerate(context.inputs)}
-        self.hoisted = context.hoisted
-        self.of_step = tuple(p for p, value in enumerate(self.hoisted) if value.level == "step")
-        self.step_bytes = sum(self.hoisted[p].bytes for p in self.of_step)
-        self.timestep = positions.get(context.roles.timestep)
-        self.condition = tuple(positions[name] for name in context.roles.condition)
+        facts = analysis.facts
+        positions = {source.name: i for i, source in enumerate(facts.inputs)}
+        self.hoisted = facts.hoisted
+        self.of_step = tuple(position for position, value in enumerate(self.hoisted) if value.level == "step")
+        self.step_bytes = sum(self.hoisted[position].bytes for position in self.of_step)
+        self.timestep = positions.get(facts.roles.timestep)
+        self.condition = tuple(positions[name] for name in facts.roles.condition)
         self.ready: dict[tuple[int, ...], tuple[Variant, Executable]] = {}
         self._analysis, self._compiler = analysis, compiler
         self._built: dict[tuple[int, ...], Variant] = {}
         self._mapped: dict[tuple[int, ...], Executable] = {}
-        # in the interpreter every value is bitwise that of a call by itself
+        # in the interpreter each value must be bitwise that of one step computed alone
         self.by_step = compiler.options.inner == "eager" or self.timestep is None
 
     def prologue(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Executable]:
-        """The program of these hoisted values (positions in `hoisted`, all of one level), made to run for such calls.
+        """The compiled program of some hoisted values.
+
+        Args:
+            gives: positions of the values, all of one level.
+            args: of a call, for which the program is compiled.
 
         Raises:
             LoweringError: the inner compiler refused it.
@@ -57,12 +62,14 @@ class Prologues:
             with under_compile_lock():
                 if gives not in self.ready:
                     variant = self._variant(gives)
-                    given = [*(args[i] for i in variant.takes), *self._examples(variant.hoists)]
-                    self.ready[gives] = variant, self._compiler.lower(variant, given, self._often(gives, given))
+                    examples = [*(args[i] for i in variant.takes), *self._examples(variant.hoists)]
+                    often = self._runs_at_every_step(gives, examples)
+                    self.ready[gives] = variant, self._compiler.lower(variant, examples, often)
         return self.ready[gives]
 
     def over_steps(self, gives: tuple[int, ...]) -> tuple[Variant, Executable] | None:
-        """The same for many timesteps at once, the timestep and the results with a leading axis; None: not possible."""
+        """The program of some hoisted values for many timesteps at once. The timestep and the results have a leading
+        axis [timesteps]. None: values are computed for each step by itself."""
         if self.by_step or self.timestep is None:
             return None
         variant = self._variant(gives)
@@ -71,6 +78,7 @@ class Prologues:
         return variant, self._mapped[gives]
 
     def give_up_steps(self, error: LoweringError) -> None:
+        """Compute each step by itself from now on, because the mapped program failed."""
         self.by_step = True
         warnings.warn(f"{error}. They are computed at each step, which is slower", MoecaWarning, stacklevel=2)
 
@@ -82,12 +90,16 @@ class Prologues:
                 self._compiler.note(name, begin, records)
         return self._built[gives]
 
-    def _often(self, gives: tuple[int, ...], args: Sequence[Any]) -> bool:
-        """Whether they are computed at every step: those of a timestep, where nobody waits to read it. Elsewhere they
-        are computed once a trajectory, for all steps together once the timesteps are known."""
+    def _runs_at_every_step(self, gives: tuple[int, ...], args: Sequence[Any]) -> bool:
+        """Whether the program runs at every step: it depends on the timestep, which the host doesn't read. Any other
+        program runs once a trajectory; for all steps together if the timesteps are known."""
         unread = self._compiler.options.cuda_graphs or any(map(needs_device_sync, args))
         return unread and any(self.hoisted[position].level == "step" for position in gives)
 
     def _examples(self, hoists: tuple[int, ...]) -> list[torch.Tensor]:
-        nodes = fx.resolve(self._analysis.gm, (self.hoisted[position].value for position in hoists))
-        return [torch.empty(fx.shape(node), dtype=fx.need(node).dtype, device=fx.need(node).device) for node in nodes]
+        """Tensors like the hoisted values at these positions."""
+        examples = []
+        for node in fx.resolve(self._analysis.gm, (self.hoisted[position].value for position in hoists)):
+            value = fx.need(node)
+            examples.append(torch.empty(fx.shape(node), dtype=value.dtype, device=value.device))
+        return examples

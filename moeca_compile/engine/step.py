@@ -1,4 +1,4 @@
-"""One call of a compiled model: which step, which row, which state; run the variant; keep what it wrote."""
+"""One call of a compiled model: find its step, row and state, run the variant, and commit what it wrote."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ def run_step(
 
     Args:
         compiled: the schedule for the call's graph.
-        running: of `trajectory`; it moves on.
+        running: the state of `trajectory`; it is advanced.
         args: of the captured graph.
-        trajectory: None: the call is in none.
-        at_start: called where the call begins a trajectory, or belongs to none that is known.
+        trajectory: None: the call is in no trajectory.
+        at_start: called if the call begins a trajectory, or fits no stream.
+
+    Returns:
+        The graph's outputs.
 
     Raises:
         StateError: two threads share `running`, or a trajectory got more calls than it declared.
@@ -61,7 +64,7 @@ def _run(
     compiler = program.compiler
     graph = running.by_schedule.get(compiled) or running.of(compiled)
     if running.counts and not compiled.schedule.timesteps:
-        observation = CallObservation(None, kind=graph.kind)  # nothing needs to be read
+        observation = CallObservation(None, kind=graph.kind)  # the counter needs no input
     else:
         observation = _observe(compiled, running, graph, args)
     placement = running.clock.observe(observation)
@@ -79,7 +82,7 @@ def _run(
     if placement.stream is not None:
         stream = graph.streams.get(placement.stream) or running.stream(compiled, graph, placement.stream)
     elif observation.timestep is None:
-        running.forget()  # nobody knows how far the trajectory went with this call
+        running.forget()  # the call's step isn't known, so the state may be of an older step than the last
     contents: dict[int, Hashable] = {}
     if observation.condition:
         contents = dict(zip(program.condition, observation.condition, strict=True))
@@ -97,20 +100,20 @@ def _run(
     if stream is not None and variant.hoists:
         timestep = observation.timestep
         if running.counts and not compiled.schedule.timesteps:
-            timestep = _unseen_timestep(compiled, running, step, args)
+            timestep = _timestep_of_counted(compiled, running, step, args)
         if timestep is not None:
-            running.ahead.walk(timestep)
+            running.timestep_plan.visit(timestep)
         hoisted = stream.hoisted.of(program.prologues, variant.hoists, args, timestep, contents)
     compiling = compiler.spent - compiled_before
-    begin, sharing = begin + compiling, time.perf_counter() - start - compiling
+    begin, hoisting = begin + compiling, time.perf_counter() - start - compiling
     arguments = compiled.arguments(variant, args, state, step, hoisted)
     run = variants.executables.get(row)
     if run is None:
-        outside = time.perf_counter()
+        compile_start = time.perf_counter()
         run = variants.compile(variant, arguments)
-        run(arguments)  # the first run of a compiled program isn't typical: it isn't timed
-        begin += time.perf_counter() - outside
-    with compiler.replaying:  # what a recording gave is kept before another replay writes over it
+        run(arguments)  # a first run is slower than later ones: it isn't timed
+        begin += time.perf_counter() - compile_start
+    with compiler.replaying:  # a replay's results are committed before another replay overwrites them
         start = time.perf_counter()
         results = run(arguments)
         end = time.perf_counter()
@@ -119,7 +122,7 @@ def _run(
             finite = _finite(results[0]) if variant.writes else True
             driver.keep(state, step, row, variant.writes, results[variant.outputs :], finite)
     full = variants.built.get(driver.full) or variants.variant(driver.full)
-    ms = (end - start + sharing) * 1e3
+    ms = (end - start + hoisting) * 1e3
     overhead = (time.perf_counter() - begin) * 1e3 - ms
     running.records.append(
         StepRecord(
@@ -131,7 +134,7 @@ def _run(
 
 
 def _finite(output: Any) -> bool | Flag:
-    """Whether the model's output is finite: at once on the host, later on an accelerator."""
+    """Whether the model's output is finite; on an accelerator a flag that is read later."""
     if not isinstance(output, torch.Tensor) or not output.is_floating_point():
         return True
     finite = torch.isfinite(output).all()
@@ -141,20 +144,23 @@ def _finite(output: Any) -> bool | Flag:
 def _observe(
     compiled: CompiledSchedule, running: TrajectoryState, graph: GraphState, args: Sequence[Any]
 ) -> CallObservation:
+    """Read what the clock needs from the call's inputs."""
     program = compiled.program
     timestep = None if program.timestep is None else args[program.timestep]
     if running.counts:
-        return running.probe.look(timestep, None, (), graph.kind)
+        return running.probe.observe(timestep, None, (), graph.kind)
     latent = None if program.latent is None else args[program.latent]
-    return running.probe.look(timestep, latent, [*map(args.__getitem__, program.condition)], graph.kind)
+    return running.probe.observe(timestep, latent, [*map(args.__getitem__, program.condition)], graph.kind)
 
 
 def _likely_contents(
     compiled: CompiledSchedule, running: TrajectoryState, stream: Stream, args: Sequence[Any]
 ) -> dict[int, Hashable]:
-    """What tells the contents of the inputs that hoisted values came from, by position. In a named stream nobody waits
-    for an accelerator: what was written to there past its version counter is noticed late, and the state that came from
-    it dropped then."""
+    """By position, numbers for the contents of the inputs that hoisted values came from.
+
+    In a named stream the host doesn't wait for an accelerator. So a write past an input's version counter is noticed
+    some calls later; then the stream's state is dropped.
+    """
     contents = dict[int, Hashable]()
     for i in stream.hoisted.inputs:
         contents[i], was_wrong = running.probe.contents.likely_number(args[i])
@@ -169,7 +175,8 @@ def _likely_contents(
 
 
 def _start_cold_if_weights_changed(graph: GraphState, stream: Stream, args: Sequence[Any]) -> None:
-    """Weights that were written to past their version counters, among those that hoisted values came from."""
+    """Drop the state of all streams if weights that hoisted values came from were written past their version
+    counters."""
     if stream.hoisted.weights_changed(args):
         for name, other in list(graph.streams.items()):
             other.state.clear()
@@ -177,10 +184,10 @@ def _start_cold_if_weights_changed(graph: GraphState, stream: Stream, args: Sequ
                 del graph.streams[name]
 
 
-def _unseen_timestep(
+def _timestep_of_counted(
     compiled: CompiledSchedule, running: TrajectoryState, step: int, args: Sequence[Any]
 ) -> float | None:
-    """The timestep of a call whose inputs nobody waits for: read where that costs nothing, else as it was told."""
+    """The timestep of a call in a named stream: read where the host needn't wait for it, else as declared."""
     if compiled.program.timestep is None:
         return None
     value = args[compiled.program.timestep]

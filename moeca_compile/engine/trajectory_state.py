@@ -1,4 +1,4 @@
-"""One trajectory of a handle while it runs: its clock, and for each compiled schedule the state of each stream."""
+"""The state of one trajectory of a handle: its clock, and for each compiled schedule the state of each stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
-from moeca_compile.engine.hoisted import Ahead, Hoisted, Past
+from moeca_compile.engine.hoisted import Hoisted, TimestepHistory, TimestepPlan
 from moeca_compile.engine.probe import Probe
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.runtime.clock import CallObservation, Clock, Counter, StepPlacement
@@ -22,7 +22,7 @@ from moeca_compile.runtime.stats import MAX_RECORDS, StepRecord
 
 @dataclass(slots=True)
 class Stream:
-    """What one guidance stream keeps: its cache, and its hoisted values."""
+    """State of one guidance stream: its cached outputs, and its hoisted values."""
 
     state: StreamState
     hoisted: Hoisted
@@ -30,8 +30,12 @@ class Stream:
 
 @dataclass(slots=True)
 class GraphState:
-    """The state of one compiled schedule in one trajectory. `kind`: which of the trajectory's input signatures it
-    serves, by the order in which they came."""
+    """State of one compiled schedule in one trajectory.
+
+    Attributes:
+        kind: number of its input signature, in the order in which the trajectory met them.
+        streams: by the clock's name or number of the stream.
+    """
 
     kind: int
     streams: dict[Hashable, Stream] = field(default_factory=dict)
@@ -40,47 +44,57 @@ class GraphState:
 class TrajectoryState:
     """State of one trajectory of a handle.
 
-    Its schedules differ in the input signature. A trajectory may change it on its way: its clock goes on, and what
-    was kept under another signature serves that one alone, and only at the step after.
+    The compiled schedules of a trajectory differ in their input signature. The signature may change during a
+    trajectory: the clock goes on, and the state of another signature is kept for calls of that signature, where it
+    serves the next step only.
 
     Args:
-        trajectory: None: all calls outside any.
-        latent_jump: the clock's, for calls outside any trajectory.
+        trajectory: None: the state of all calls outside any trajectory.
+        latent_jump: of the clock, for calls outside any trajectory.
+        timestep_history: of the handle.
 
     Attributes:
-        exact: the caller says where it begins and ends.
-        counts: every call is the next step, and nothing is read from it.
-        declared: the timesteps that the caller told of a stream on an accelerator.
-        by_schedule: the state of each schedule that has run.
+        exact: the caller marks where the trajectory begins and ends.
+        counts: every call is the next step, and no input is read on the host.
+        declared: the caller's timesteps for a named stream.
+        by_schedule: state of each compiled schedule that has run.
+        clock: finds step and stream of each call.
+        probe: reads the inputs for the clock.
+        timestep_plan: the timesteps that the trajectory has and will have.
+        records: one for each call.
     """
 
     def __init__(
-        self, trajectory: Trajectory | None = None, latent_jump: float = math.inf, past: Past | None = None
+        self,
+        trajectory: Trajectory | None = None,
+        latent_jump: float = math.inf,
+        timestep_history: TimestepHistory | None = None,
     ) -> None:
         self.exact = trajectory is not None
         self.counts = trajectory is not None and trajectory.stream is not None
-        self._clock = Counter if self.counts else partial(Clock, math.inf if self.exact else latent_jump)
-        self.declared = None if trajectory is None else trajectory.told()
-        self.past = past or Past()
+        self._new_clock = Counter if self.counts else partial(Clock, math.inf if self.exact else latent_jump)
+        self.declared = None if trajectory is None else trajectory.declared()
+        self.timestep_history = timestep_history or TimestepHistory()
         self.by_schedule: weakref.WeakKeyDictionary[CompiledSchedule, GraphState] = weakref.WeakKeyDictionary()
         self.lock = threading.Lock()
         self._kinds = itertools.count()
         self.reset()
 
     def of(self, compiled: CompiledSchedule) -> GraphState:
-        """Its state here; empty at first."""
+        """The state of a compiled schedule; empty at first."""
         graph = self.by_schedule.get(compiled)
         if graph is None:
             graph = self.by_schedule[compiled] = GraphState(next(self._kinds))
         return graph
 
     def stream(self, compiled: CompiledSchedule, graph: GraphState, name: Hashable) -> Stream:
-        """A new stream, empty."""
-        made = graph.streams[name] = Stream(compiled.state(), Hoisted(self.ahead, self.probe.contents.number))
-        return made
+        """Add an empty stream."""
+        hoisted = Hoisted(self.timestep_plan, self.probe.contents.number)
+        stream = graph.streams[name] = Stream(compiled.state(), hoisted)
+        return stream
 
     def graphs(self) -> list[tuple[CompiledSchedule, GraphState]]:
-        """Those that have run, each with its state."""
+        """The compiled schedules that have run, each with its state."""
         return list(self.by_schedule.items())
 
     def forget(self) -> None:
@@ -89,38 +103,39 @@ class TrajectoryState:
             graph.streams.clear()
 
     def miss(self) -> None:
-        """A call came that ran no graph: the stream missed a step, so its next one is cold."""
+        """Count a call that ran no graph: its step is missing from the state, so the next step is cold."""
         self.forget()
         self.clock.miss()
 
     def reset(self) -> None:
-        """Forget everything: the next call is the first."""
+        """Drop everything: the next call is the first of a trajectory."""
         self.forget()
-        self.clock: Clock | Counter = self._clock()
+        self.clock: Clock | Counter = self._new_clock()
         self.probe = Probe()
-        self.ahead = Ahead(past=self.past)
+        self.timestep_plan = TimestepPlan(history=self.timestep_history)
         self.records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
 
     def begin(self, placement: StepPlacement, observation: CallObservation, timesteps: Sequence[float]) -> None:
-        """A trajectory starts; `timesteps`: those that it will have, if they are known."""
+        """Begin a trajectory with this call. `timesteps`: those it will have; empty: the last trajectory's."""
         self.forget()
         self.probe.start(observation.kind, observation.condition)
-        self.ahead = Ahead(tuple(timesteps or self.past.walked), self.past)
+        self.timestep_plan = TimestepPlan(tuple(timesteps or self.timestep_history.last), self.timestep_history)
         if not (self.exact or placement.broken_off):
             self.records.clear()
 
-    def shown(self) -> list[StepRecord]:
-        """The calls of the last trajectory. Where nobody says when one begins, calls whose timesteps move in one
-        direction are of one, even if the clock lost it on the way."""
+    def last_trajectory(self) -> list[StepRecord]:
+        """The calls of the last trajectory. Outside a `with` block, consecutive calls whose timesteps move in one
+        direction are one trajectory, even if the clock started anew in between."""
         records = list(self.records)
         if self.exact:
             return records
         first, direction, later = len(records), 0, None
-        for i, now in reversed([(i, record.timestep) for i, record in enumerate(records)]):
-            if now is not None and later is not None and now != later:
-                moved = 1 if later > now else -1
+        for i in reversed(range(len(records))):
+            timestep = records[i].timestep
+            if timestep is not None and later is not None and timestep != later:
+                moved = 1 if later > timestep else -1
                 if moved == -direction:
                     break
                 direction = moved
-            first, later = i, later if now is None else now
+            first, later = i, later if timestep is None else timestep
         return records[first:]

@@ -1,4 +1,4 @@
-"""The variants of one graph that keep the same state: each built and compiled when a row first needs it."""
+"""The variants of one graph that share one state layout, each built and compiled when a row first needs it."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ from moeca_compile.schedule import Row, Schedule
 
 
 class VariantCache:
-    """Any schedule may take variants from it whose state is that of `kept`.
+    """The variants with the state of one schedule. Any schedule with the same state may use them.
 
     Args:
-        kept: the schedule, fitted to the graph, that says what is kept of each region.
+        analysis: of the graph.
+        compiler: of the graph.
+        state_schedule: the schedule, fitted to the graph, that says which outputs of each region are cached.
 
     Attributes:
-        layout: the state's slots.
-        built: by row, without being compiled.
-        executables: by row, what runs.
+        layout: slots of the state.
+        built: by row, the variant's graph.
+        executables: by row, the compiled variant.
     """
 
-    def __init__(self, analysis: Analysis, compiler: Compiler, kept: Schedule) -> None:
-        self.layout: tuple[StateSlot, ...] = state_layout(analysis.facts.regions, kept)
+    def __init__(self, analysis: Analysis, compiler: Compiler, state_schedule: Schedule) -> None:
+        self.layout: tuple[StateSlot, ...] = state_layout(analysis.facts.regions, state_schedule)
         self.built: dict[Row, Variant] = {}
         self.executables: dict[Row, Executable] = {}
-        self._analysis, self._compiler, self._kept = analysis, compiler, kept
+        self._analysis, self._compiler, self._state_schedule = analysis, compiler, state_schedule
 
     def variant(self, row: Row) -> Variant:
-        """The graph of `row`, built on first use; nothing is compiled yet."""
+        """The graph of `row`, built on first use and not compiled."""
         if row not in self.built:
             with under_compile_lock():
                 begin, name = time.perf_counter(), f"v{len(self.built)}"
-                variant, records = build_variant(self._analysis, self._kept, row, self._compiler.options, name)
+                options = self._compiler.options
+                variant, records = build_variant(self._analysis, self._state_schedule, row, options, name)
                 self.built[row] = variant
                 self._compiler.note(name, begin, records)
         return self.built[row]
 
     def compile(self, variant: Variant, args: Sequence[Any]) -> Executable:
-        """Compile `variant` for tensors like `args`.
+        """Compile `variant` for tensors like `args`, on first use.
 
         Raises:
             LoweringError: the inner compiler refused it.
@@ -56,17 +59,22 @@ class VariantCache:
                 self.executables[variant.row] = self._compiler.lower(variant, args)
         return self.executables[variant.row]
 
-    def compile_together(self, wanted: Iterable[tuple[Variant, Sequence[Any]]]) -> None:
-        """Compile variants, each for tensors like those beside it, so that the C++ compiler works on the kernels of one
-        while the next is lowered. If anything is refused none is kept: compiled by itself, each says what is wrong."""
+    def compile_together(self, variants: Iterable[tuple[Variant, Sequence[Any]]]) -> None:
+        """Compile several variants; the C++ compiler works on the kernels of one while the next is lowered.
+
+        If one of them fails, none is stored. `compile` then raises the error of the failed variant.
+
+        Args:
+            variants: each with example arguments.
+        """
         if not self._compiler.writes_kernels:
             return
-        made: dict[Row, Executable] = {}
+        executables: dict[Row, Executable] = {}
         with under_compile_lock(), suppress(Exception), kernels_later() as wait:
-            for variant, args in wanted:
+            for variant, args in variants:
                 if variant.row not in self.executables:
-                    made[variant.row] = self._compiler.lower(variant, args)
+                    executables[variant.row] = self._compiler.lower(variant, args)
             begin = time.perf_counter()
             wait()
             self._compiler.note("kernels", begin)
-            self.executables.update(made)  # not before: other threads run what they find there
+            self.executables.update(executables)  # only now: other threads run what is stored there

@@ -40,7 +40,7 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
     program = captured.program
     schedule = program.schedule
     trajectory = Trajectory([], stream="golden")
-    compiled, running = program.own, TrajectoryState(trajectory)
+    compiled, running = program.compiled_schedule, TrajectoryState(trajectory)
     own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
     steps: list[Step] = []
     missing = set(schedule.distinct_rows())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.engine.arrangement import Arrangement, arrangement, other_strides, overlaps, reads_strides
+from moeca_compile.engine.arrangement import Arrangement, overlaps, reads_strides, reordered, restrided
 from moeca_compile.engine.frozen import OBSERVED, GraphRun, follows_from_call
 from moeca_compile.engine.handle_runtime import HandleRuntime, WeightBinding
 from moeca_compile.engine.intercept import INTERCEPTORS, interceptor_of
@@ -172,17 +172,17 @@ class Entry:
             args = how.arranged(args)
         running = runtime.running(trajectory)
         if trajectory is not None:
-            trajectory.seen += 1
+            trajectory.calls += 1
         try:
             if not program.packs_experts:
-                results = run_step(program.own, running, args, trajectory)
+                results = run_step(program.compiled_schedule, running, args, trajectory)
             else:
                 packs = runtime.packs
                 with packs.active():
-                    results = run_step(program.own, running, args, trajectory, packs.mark_unverified)
+                    results = run_step(program.compiled_schedule, running, args, trajectory, packs.mark_unverified)
         except CaptureError as error:
             return self.run_uncached(given, str(error))
-        return results if how is None else how.given_back(results)
+        return results if how is None else how.results(results)
 
     def place(self, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Program, Sequence[Any]]:
         """The program for arguments like these, and they as it takes them.
@@ -197,7 +197,7 @@ class Entry:
     @property
     def runtimes(self) -> dict[int, HandleRuntime]:
         """Of all handles that this graph has run for."""
-        return {id(runtime): runtime for state in all_states() if (runtime := state.runtime).knows(self.number)}
+        return {id(runtime): runtime for state in all_states() if (runtime := state.runtime).has_run(self.number)}
 
     @property
     def programs(self) -> dict[Hashable, Program]:
@@ -267,9 +267,9 @@ class Entry:
         read = runtime.options, runtime.schedule, runtime.warned
         program = Program(gm, args, self.inputs, *read, captured)
         runtime.place((key, as_given, unstrided, known), program)
-        program.settle(args)
-        args = [args[i] for i in self._weights]
-        runtime.invalidate_if_weights_changed(self.number, self._labels, args)  # some may have been moved
+        program.place_weights(args)
+        weights = [args[i] for i in self._weights]
+        runtime.invalidate_if_weights_changed(self.number, self._labels, weights)  # some may have been moved
         return program, None
 
     def _beside(
@@ -281,9 +281,9 @@ class Entry:
         program = found[0]
         context = program.analysis.facts
         if captured is None:
-            how = arrangement(context.inputs, self.inputs)
+            how = reordered(context.inputs, self.inputs)
         else:
-            how = other_strides(Capture(program.analysis.gm, context.inputs), captured)
+            how = restrided(Capture(program.analysis.gm, context.inputs), captured)
         runtime.place_beside(key, known, how)
         return program, how
 

@@ -212,4 +212,4 @@ def _marks(found: Sequence[Any]) -> list[tuple[int, int]]:
     gates = [hook for context in contexts for hook in context.enter_exit_hooks if isinstance(hook, Gate)]
     runtimes = [state.runtime for one in found for state in states_of(one)]
     graphs = [(id(gate), gate.graphs) for gate in gates]
-    return graphs + [(id(runtime.latest), len(runtime.latest.shown())) for runtime in runtimes]
+    return graphs + [(id(runtime.latest), len(runtime.latest.last_trajectory())) for runtime in runtimes]

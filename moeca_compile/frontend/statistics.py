@@ -17,8 +17,8 @@ def stats_of(states: Sequence[HandleState]) -> Stats:
     state_bytes = hoisted_bytes = 0
     for runtime in [state.runtime for state in states]:
         with runtime.lock:
-            programs, trajectories = list(runtime.programs.values()), list(runtime.all)
-            steps += runtime.latest.shown()
+            programs, trajectories = list(runtime.programs.values()), list(runtime.trajectories)
+            steps += runtime.latest.last_trajectory()
         warned |= runtime.warned.counts.copy()
         for program in programs:
             for name, spent in list(program.compiler.seconds.items()):

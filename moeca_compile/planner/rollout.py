@@ -267,12 +267,12 @@ class SampledModel:
         if isinstance(plan, Schedule) and program is self.program:
             return program.compiled(plan)
         if not isinstance(plan, Plan):
-            return program.compiled(Schedule.full(), kept=self.caching)
+            return program.compiled(Schedule.full(), state_schedule=self.caching)
         kinds = self._kinds(program)
         rows = tuple(row_of(kinds.get(letter, kinds[FULL]), order=1) for letter in plan.letters)
         schedule = Schedule(rows, regions=program.regions.keys, order=1)
         order = None if self.by_branches else PREDICTORS[plan.predictor].order
-        return program.compiled(schedule, kept=self.caching, order=order)
+        return program.compiled(schedule, state_schedule=self.caching, order=order)
 
     @property
     def _compiling(self) -> float:

@@ -64,7 +64,7 @@ def test_a_trajectory_equals_torch(session: Session, torch_side: Captured) -> No
             args = list(torch_side.args)
             for name, one in zip("xty", call, strict=True):
                 args[places[name]] = one
-            (wanted,) = run_step(torch_side.program.own, running, args, torch_trajectory)
+            (wanted,) = run_step(torch_side.program.compiled_schedule, running, args, torch_trajectory)
             assert relative_error(trajectory.run(named(call))["output"], wanted) < 1e-4
         ran = [record.variant for record in trajectory.records]
         stats = trajectory.stats()
@@ -288,7 +288,7 @@ def test_a_graph_that_is_not_what_the_model_computes_is_refused(tmp_path: Path) 
 def _one_step(captured: Captured) -> list[Any]:
     args = captured.args
     own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
-    return [([args[i] for i in own], [captured.program.own.warm(args)[0]])]
+    return [([args[i] for i in own], [captured.program.compiled_schedule.warm(args)[0]])]
 
 
 @pytest.mark.parametrize("what", ["write_golden_steps", "write_manifest", "check_export", "write_graphs"])

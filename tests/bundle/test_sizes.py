@@ -70,7 +70,7 @@ def test_a_trajectory_at_each_size_equals_torch(session: Session, model: DiT, si
             call, args = call_of(3, seed=step, size=size), list(side.args)
             for name, one in zip("xty", call, strict=True):
                 args[places[name]] = one
-            (wanted,) = run_step(side.program.own, running, args, torch_trajectory)
+            (wanted,) = run_step(side.program.compiled_schedule, running, args, torch_trajectory)
             assert relative_error(trajectory.run(named(call))["output"], wanted) < 1e-4
         stats = trajectory.stats()
     records = running.records

@@ -16,7 +16,7 @@ QUOTES = 8  # letters of its own, up to which a text only quotes another message
 MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the page lists for them
     "_COUNTED": "no finite timestep that holds for its whole batch",
     "_RAN_BY_THEIR_OWN": "every expert runs on every token, by its own forward",
-    "_difference": "but the trajectory was told",
+    "_difference": "but the trajectory declared",
     "_left_out": "it isn't exact. Export with a larger capacity",
     "_not_calibrated_for": "it was made for another sampler or number",
     "_nothing_found": "nothing to cache was found in this graph",

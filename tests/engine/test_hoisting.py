@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
-from moeca_compile.engine.hoisted import Past
+from moeca_compile.engine.hoisted import TimestepHistory
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.prologues import Prologues
 from moeca_compile.errors import MoecaWarning, StateError
@@ -58,10 +58,10 @@ def program_of(model: nn.Module) -> Program:
     return program
 
 
-def past_of(model: nn.Module) -> Past:
+def timestep_history_of(model: nn.Module) -> TimestepHistory:
     (state,) = states_of(model)
     runtime = state.runtime
-    return runtime.past
+    return runtime.timestep_history
 
 
 def mapped(model: nn.Module) -> list[int]:
@@ -70,7 +70,7 @@ def mapped(model: nn.Module) -> list[int]:
     moeca.reset(model)
     program, counts = program_of(model), list[int]()
     program.prologues.by_step = False
-    past_of(model).walked = ()
+    timestep_history_of(model).last = ()
     over_steps = program.prologues.over_steps
 
     def watched(gives: tuple[int, ...]) -> Any:
@@ -160,7 +160,7 @@ def test_a_wrong_word_is_an_error() -> None:
     model = compiled(dit())
     wrong = [*TIMES[:3], TIMES[3] - 1, *TIMES[4:]]
     told = moeca.trajectory(model, stream="a", timesteps=wrong)
-    with pytest.raises(StateError, match=f"call 4 came with timestep {TIMES[3]:g}, but the trajectory was told"), told:
+    with pytest.raises(StateError, match=f"call 4 came with timestep {TIMES[3]:g}, but the trajectory declared"), told:
         run(plain(model))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.engine import hoisted
-from moeca_compile.engine.hoisted import Ahead, Hoisted, uniform_timestep
+from moeca_compile.engine.hoisted import Hoisted, TimestepPlan, uniform_timestep
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph.regions import HoistedValue
 from moeca_compile.graph.variant import Variant
@@ -63,9 +63,9 @@ def _variant(takes: tuple[int, ...], hoists: tuple[int, ...] = ()) -> Variant:
     return Variant("prologue", (), None, takes, (), (), False, False, outputs=1, hoists=hoists)
 
 
-def keeping(ahead: tuple[float, ...] = ()) -> Hoisted:
+def keeping(plan: tuple[float, ...] = ()) -> Hoisted:
     """Values of a trajectory whose timesteps are known to be these."""
-    return Hoisted(Ahead(ahead), number=lambda tensor: tuple(tensor.tolist()))
+    return Hoisted(TimestepPlan(plan), number=lambda tensor: tuple(tensor.tolist()))
 
 
 def call(kept: Hoisted, program: Program, t: float, prompt: Tensor, wanted: Sequence[int] = (STEP, FIXED)) -> bool:
@@ -181,9 +181,9 @@ def test_the_timestep_of_a_call(value: Any, expected: float | None) -> None:
 
 
 def test_what_lies_ahead() -> None:
-    ahead = Ahead((3.0, 2.0, 1.0))
-    assert ahead.after(2.0) == (2.0, 1.0)
-    assert ahead.after(2.5) == ()
+    plan = TimestepPlan((3.0, 2.0, 1.0))
+    assert plan.after(2.0) == (2.0, 1.0)
+    assert plan.after(2.5) == ()
     for timestep in (3.0, 3.0, 2.0):
-        ahead.walk(timestep)
-    assert ahead.walked == [3.0, 2.0]
+        plan.visit(timestep)
+    assert plan.visited == [3.0, 2.0]

@@ -14,7 +14,7 @@ from moeca_compile.engine.probe import Probe
 
 
 def condition_of(probe: Probe, *tensors: object) -> Hashable:
-    return probe.look(torch.tensor([1.0]), None, tensors).condition
+    return probe.observe(torch.tensor([1.0]), None, tensors).condition
 
 
 # -- the conditioning of a call ---------------------------------------------------------------------------------------
@@ -79,24 +79,24 @@ def test_inputs_keep_their_places() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32])
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 1)])
 def test_one_timestep_in_any_form_is_read(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert Probe().look(torch.full(shape, 248, dtype=dtype), None, ()).timestep == 248.0
+    assert Probe().observe(torch.full(shape, 248, dtype=dtype), None, ()).timestep == 248.0
 
 
 def test_timesteps_that_differ_in_the_last_bit_differ() -> None:
     times = [0.1, math.nextafter(0.1, 1.0)]
-    seen = [Probe().look(torch.tensor([t], dtype=torch.float64), None, ()).timestep for t in times]
+    seen = [Probe().observe(torch.tensor([t], dtype=torch.float64), None, ()).timestep for t in times]
     assert seen == times
 
 
 @pytest.mark.parametrize("rows", [[1.0, 2.0], [math.nan, math.nan], [1.0, math.nan]])
 def test_timesteps_that_differ_within_the_batch_are_trouble(rows: list[float]) -> None:
-    observation = Probe().look(torch.tensor(rows), None, ())
+    observation = Probe().observe(torch.tensor(rows), None, ())
     assert observation.timestep is None
     assert "differ within the batch" in observation.trouble
 
 
 def test_a_missing_timestep_is_trouble_that_names_the_remedy() -> None:
-    observation = Probe().look(None, torch.zeros(2), ())
+    observation = Probe().observe(None, torch.zeros(2), ())
     assert observation.timestep is None
     assert "stream=" in observation.trouble
 
@@ -106,7 +106,7 @@ def test_a_missing_timestep_is_trouble_that_names_the_remedy() -> None:
 
 def jumps(*latents: Tensor) -> list[float]:
     probe, t = Probe(), torch.tensor([1.0])
-    return [probe.look(t, latent, ()).jump for latent in latents]
+    return [probe.observe(t, latent, ()).jump for latent in latents]
 
 
 def test_the_first_latent_is_no_jump() -> None:
@@ -154,9 +154,9 @@ def test_a_latent_that_is_not_finite_gives_no_finite_jump() -> None:
 
 def test_the_latent_is_copied_so_that_a_sampler_may_work_in_place() -> None:
     probe, t, x = Probe(), torch.tensor([1.0]), torch.ones(1, 2, 2)
-    probe.look(t, x, ())
+    probe.observe(t, x, ())
     x.mul_(3)
-    assert probe.look(t, x, ()).jump == pytest.approx(2.0)
+    assert probe.observe(t, x, ()).jump == pytest.approx(2.0)
 
 
 def test_a_latent_of_zeros_is_survived() -> None:

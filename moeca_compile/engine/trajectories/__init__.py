@@ -1,1 +1,1 @@
-"""A trajectory: where it begins and ends, and whose calls are its own."""
+"""Trajectories: where each begins and ends, and which calls belong to it."""

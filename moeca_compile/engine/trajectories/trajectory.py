@@ -1,4 +1,4 @@
-"""`trajectory(model, steps, stream)`: says where a trajectory begins and ends, so that nothing has to be guessed."""
+"""The context manager that `trajectory(model, steps, stream)` returns: it marks where a trajectory begins and ends."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class Trajectory:
 
     Attributes:
         weights: ids of the model's parameters and buffers; empty: any model.
-        steps: calls that are expected (per stream); one more is refused.
-        timesteps: those of the calls, where they are known.
-        frozen: the model's handle, if it isn't touched while the trajectory lasts.
-        states: of each handle that it runs, by the handle's runtime.
-        ways: where it is frozen, what is known of each kind of call.
-        seen: calls of the model's graphs in it.
-        unseen: calls of the model that ran none.
-        if_empty: asked when it is left without any call: what to warn of, if anything.
+        steps: expected number of calls of each stream; one more is refused. None: any number.
+        stream: name of the guidance stream; None: the clock finds the streams.
+        timesteps: of the calls, as declared; empty: not declared.
+        frozen: the model's handle, if the caller guarantees that the model doesn't change; else None.
+        states: the TrajectoryState of each handle that has run, by its HandleRuntime.
+        fast_calls: for a frozen trajectory, the recorded path of each kind of call.
+        calls: number of calls that ran a graph of the model.
+        uncached_calls: number of calls that ran no graph of the model.
+        if_empty: called when the trajectory is left without any call; returns a warning, or None.
     """
 
     def __init__(
@@ -50,27 +51,28 @@ class Trajectory:
         self.weights = frozenset(weights)
         self.steps = steps
         self.stream = stream
-        self.timesteps = tuple(float(one) for one in timesteps)
+        self.timesteps = tuple(map(float, timesteps))
         self.frozen = frozen
-        self.ways: dict[Any, Any] = {}
+        self.fast_calls: dict[Any, Any] = {}
         self.states: dict[Any, Any] = {}
-        self.seen = self.unseen = 0
+        self.calls = self.uncached_calls = 0
         self.if_empty: Callable[[], str | None] | None = None
-        self._says_so = False
-        self._told: list[DeclaredTimesteps] = []
+        self._warns_of_uncached = False
+        self._declared: list[DeclaredTimesteps] = []
         self._open: list[Block] = []
 
-    def told(self) -> DeclaredTimesteps | None:
-        """For one set of weights: the timesteps of its calls, where a named stream was told one for each call."""
+    def declared(self) -> DeclaredTimesteps | None:
+        """The declared timesteps, for the calls of one handle; None: not a named stream with one timestep a call."""
         if not self.timesteps or self.stream is None or self.steps not in (None, len(self.timesteps)):
             return None
-        self._told.append(DeclaredTimesteps(self.timesteps))
-        return self._told[-1]
+        self._declared.append(DeclaredTimesteps(self.timesteps))
+        return self._declared[-1]
 
-    def miss(self, says_so: bool) -> None:
-        """A call of the model ran no graph: it was a step that the cache didn't see. `says_so`: when it is left."""
-        self.unseen += 1
-        self._says_so |= says_so
+    def miss(self, warn: bool) -> None:
+        """Count a call of the model that ran no graph: a step that the cache missed. `warn`: warn when the trajectory
+        is left."""
+        self.uncached_calls += 1
+        self._warns_of_uncached |= warn
         for running in list(self.states.values()):
             running.miss()
 
@@ -90,13 +92,13 @@ class Trajectory:
         frame = acting(sys._getframe(1))
         block = self._open[-1]
         if block.key != id(frame):
-            block = next((one for one in reversed(self._open) if one.key == id(frame)), block)
+            block = next((entered for entered in reversed(self._open) if entered.key == id(frame)), block)
         self._open.remove(block)
         is_here = block.is_in_context()
-        later = close_block(block)
+        overlapping = close_block(block)
         if kind is not None:
             return
-        if any(one.trajectory is not self and one.trajectory.serves(self.weights) for one in later):
+        if any(other.trajectory is not self and other.trajectory.serves(self.weights) for other in overlapping):
             raise StateError(
                 "trajectories overlap: this one was left while one entered later is still open, so calls since then "
                 "went to that one. Enter a trajectory around each call of its loop, or around the whole loop"
@@ -108,17 +110,18 @@ class Trajectory:
                 MoecaWarning,
                 stacklevel=2,
             )
-        if self._says_so and not self._open:
-            self._says_so = False
-            calls = f"{self.unseen} of {self.seen + self.unseen} calls of the model in this trajectory"
-            warnings.warn(f"{calls} {RAN_EAGERLY}", MoecaWarning, stacklevel=2)
-        if self.if_empty is not None and is_here and not (self._open or self.seen + self.unseen):
-            empty, self.if_empty = self.if_empty(), None
-            if empty is not None:
-                warnings.warn(empty, MoecaWarning, stacklevel=2)
-        for told in self._told:
-            told.settle()
+        all_calls = self.calls + self.uncached_calls
+        if self._warns_of_uncached and not self._open:
+            self._warns_of_uncached = False
+            count = f"{self.uncached_calls} of {all_calls} calls of the model in this trajectory"
+            warnings.warn(f"{count} {RAN_EAGERLY}", MoecaWarning, stacklevel=2)
+        if self.if_empty is not None and is_here and not (self._open or all_calls):
+            warning, self.if_empty = self.if_empty(), None
+            if warning is not None:
+                warnings.warn(warning, MoecaWarning, stacklevel=2)
+        for timesteps in self._declared:
+            timesteps.check()
 
     def serves(self, weights: Collection[int]) -> bool:
-        """Whether a graph with these weights is the model's; a part of a broken graph may have none at all."""
+        """Whether a graph with these weights is the model's; a part of a broken graph may have no weights at all."""
         return not self.weights or not weights or not self.weights.isdisjoint(weights)
