@@ -66,12 +66,14 @@ def check_export(
             arguments = request.rebatched(example, batch)
             errors[f"a step at batch {batch}{of}"] = _error_at(session, model, arguments, main)
     worst = max(errors, key=lambda name: errors[name])
-    said = f"{worst} in {session.runtime.version()} differ from torch by {errors[worst]:.1e} of the largest value"
+    difference = f"{worst} in {session.runtime.version()} differ from torch by {errors[worst]:.1e} of the largest value"
     if not errors[worst] <= WRONG * TOLERANCE[dtype]:
-        raise LoweringError(f"{said}: the export is wrong. dynamic_batch=False may work; please report it")
+        raise LoweringError(f"{difference}: the export is wrong. dynamic_batch=False may work; please report it")
     if errors[worst] > TOLERANCE[dtype]:
         warnings.warn(
-            f"{said}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that", MoecaWarning, stacklevel=3
+            f"{difference}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that",
+            MoecaWarning,
+            stacklevel=3,
         )
     return [
         {"runtime": runtime.version(), "provider": runtime.provider, "relative_error": error}
@@ -100,12 +102,12 @@ def _opened(folder: Path, dtype: str) -> Session | None:
 
 def _error_at(session: Session, model: torch.nn.Module, arguments: Arguments, main: Captured) -> float:
     """A whole step of the bundle against the model as it is, at a batch that no graph was captured at."""
-    given = request.tensors(arguments)
+    tensors = request.tensors(arguments)
     places = {name: main.places[placeholder] for placeholder, name in main.names.items()}
     try:
-        arrays = {one.name: to_numpy(given[places[one.name]]) for one in session.inputs}
-        found = session.run({one.name: from_stored(arrays[one.name], one.dtype) for one in session.inputs})
+        arrays = {spec.name: to_numpy(tensors[places[spec.name]]) for spec in session.inputs}
+        results = session.run({spec.name: from_stored(arrays[spec.name], spec.dtype) for spec in session.inputs})
     except BundleError as error:
         raise LoweringError(f"the export can't run another batch: {error}. Use dynamic_batch=False") from error
-    wanted = tree_leaves(request.call(model, arguments))
-    return max(relative_error(found[name], wanted[place].double().numpy()) for name, place in main.results)
+    expected = tree_leaves(request.call(model, arguments))
+    return max(relative_error(results[name], expected[place].double().numpy()) for name, place in main.results)

@@ -34,7 +34,7 @@ def describe(
     rows = program.schedule.distinct_rows()
     variants = [program.variant(row) for row in rows]
     results = [fx.need(node) for node in fx.nodes_of(fx.output_node(variants[0].gm).args[0])]
-    inputs = {one.name: arg for one, arg in zip(main.inputs, main.args, strict=True) if one.name in names}
+    inputs = {entry.name: arg for entry, arg in zip(main.inputs, main.args, strict=True) if entry.name in names}
     ranges = _ranges(captured)
     timestep = None if program.timestep is None else names[main.inputs[program.timestep].name]
     return {
@@ -52,7 +52,7 @@ def describe(
         "outputs": [_tensor(name, val.dtype, shapes) for (name, _), val in zip(main.results, results, strict=False)],
         "state": _state(captured, batches),
         "timestep": timestep if timestep in shapes else None,
-        "variants": [_variant(one, size, main, experts) for one in variants],
+        "variants": [_variant(variant, size, main, experts) for variant in variants],
         "steps": [rows.index(row) for row in program.schedule.rows],
     }
 
@@ -80,21 +80,24 @@ def _state(captured: Sequence[Captured], batches: Batches) -> list[dict[str, Any
     return [
         {
             "name": slots[0].name, "region": slots[0].region, "output": slots[0].output, "slot": slots[0].slot,
-            "dtype": slots[0].dtype, "shape": list(dims([one.shape for one in slots], batches)),
+            "dtype": slots[0].dtype, "shape": list(dims([slot.shape for slot in slots], batches)),
         }
-        for slots in zip(*(one.program.layout for one in captured), strict=True)
+        for slots in zip(*(capture.program.layout for capture in captured), strict=True)
     ]  # fmt: skip
 
 
 def _ranges(captured: Sequence[Captured]) -> dict[str, dict[str, list[int]]]:
     """Of inputs that index a table of the same size at every batch."""
-    found = []
-    for one in captured:
-        full = one.program.variant(one.program.schedule.rows[0])
-        found.append([(node.name, index_range(node)) for node in fx.placeholders(full.gm) if node.name in one.names])
-    return {
-        name: {"range": list(one)} for name, one in found[0] if one and all((name, one) in other for other in found)
-    }
+    by_capture = []
+    for capture in captured:
+        full = capture.program.variant(capture.program.schedule.rows[0])
+        inputs = [node for node in fx.placeholders(full.gm) if node.name in capture.names]
+        by_capture.append({node.name: index_range(node) for node in inputs})
+    ranges = {}
+    for name, limits in by_capture[0].items():
+        if limits is not None and all(other.get(name) == limits for other in by_capture):
+            ranges[name] = {"range": list(limits)}
+    return ranges
 
 
 def _tensor(name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[Dim, ...]]) -> dict[str, Any]:
@@ -111,10 +114,10 @@ def _dtype(main: Captured) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+            versions[name] = "not installed as a package"
+    return versions

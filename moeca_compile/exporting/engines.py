@@ -6,14 +6,14 @@ import warnings
 from pathlib import Path
 
 from moeca_compile.errors import BundleError, MoecaWarning
-from moeca_compile.inspect.progress import StepPlacement
+from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.lowering.tensorrt import build as tensorrt
 from moeca_compile.lowering.tensorrt.build import EngineRequest
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.tensorrt.library import find
 
 
-def add_engines(folder: Path, path: Path, request: EngineRequest | None, tick: StepPlacement) -> None:
+def add_engines(folder: Path, path: Path, request: EngineRequest | None, tick: ProgressCallback) -> None:
     """Build an engine of each variant into the bundle in `folder`, which will be called `path`.
 
     Args:

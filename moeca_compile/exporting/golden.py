@@ -41,7 +41,7 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
     schedule = program.schedule
     trajectory = Trajectory([], stream="golden")
     compiled, running = program.compiled_schedule, TrajectoryState(trajectory)
-    own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
+    arguments = [i for i, entry in enumerate(captured.inputs) if entry.name in captured.places]
     steps: list[Step] = []
     missing = set(schedule.distinct_rows())
     generator = torch.Generator().manual_seed(0)
@@ -51,37 +51,37 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
             args = _arguments(captured, index, generator)
             streams = running.of(compiled).streams.values()
             tables = [compiled.driver.coefficients(stream.state, index) for stream in streams]
-            known = any(any(pair) for table in tables for pair in table)
+            has_history = any(any(pair) for table in tables for pair in table)
             outputs = run_step(compiled, running, args, trajectory)
             at = schedule.row_index(index, schedule.timesteps[index] if schedule.timesteps else None)
             row = schedule.rows[at or 0]
-            if known or not program.variant(row).wants_coefficients:
+            if has_history or not program.variant(row).wants_coefficients:
                 missing.discard(row)
-            found = [one for one in outputs if isinstance(one, torch.Tensor)]
+            results = [output for output in outputs if isinstance(output, torch.Tensor)]
             if all(action is Action.COMPUTE for action in row):
-                found = _eager(captured, model, args, found)
-            steps.append(([args[i] for i in own], found))
+                results = _eager(captured, model, args, results)
+            steps.append(([args[i] for i in arguments], results))
     return steps
 
 
 def _eager(
-    captured: Captured, model: torch.nn.Module, args: Sequence[Any], found: Sequence[torch.Tensor]
+    captured: Captured, model: torch.nn.Module, args: Sequence[Any], results: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """What the model gives for these arguments of its graph, which gave `found`."""
-    places = ((captured.places.get(one.name), i) for i, one in enumerate(captured.inputs))
-    given = {place: args[i] for place, i in places if place is not None}
-    leaves = tree_leaves(request.call(model, request.with_tensors(captured.example, given)))
-    wanted = [leaves[place] for _, place in captured.results]
-    for (name, _), mine, own in zip(captured.results, found, wanted, strict=True):
-        error = relative_error(mine.double().numpy(), own.double().numpy())
-        limit = WRONG * TOLERANCE.get(name_of(own.dtype), 1.0)
+    """What the model gives for these arguments of its graph, which gave `results`."""
+    places = ((captured.places.get(entry.name), i) for i, entry in enumerate(captured.inputs))
+    tensors = {place: args[i] for place, i in places if place is not None}
+    leaves = tree_leaves(request.call(model, request.with_tensors(captured.example, tensors)))
+    expected = [leaves[place] for _, place in captured.results]
+    for (name, _), mine, expected_value in zip(captured.results, results, expected, strict=True):
+        error = relative_error(mine.double().numpy(), expected_value.double().numpy())
+        limit = WRONG * TOLERANCE.get(name_of(expected_value.dtype), 1.0)
         if not error <= limit:
             raise LoweringError(
                 f"the captured graph gives another {name} than the model itself, by {error:.1e} of the largest value. "
                 "Take off hooks and adapters (merge them into the weights), prepare the model again, and if the figure "
                 "stays please report it"
             )
-    return wanted
+    return expected
 
 
 def _arguments(captured: Captured, step: int, generator: torch.Generator) -> list[Any]:
@@ -104,6 +104,6 @@ def _time(example: torch.Tensor, step: int, timesteps: Sequence[float]) -> torch
 
 def _largest(captured: Captured) -> int | None:
     """The position of the floating input with the most dimensions, where no latent was found."""
-    own = [i for i, one in enumerate(captured.inputs) if one.name in captured.places]
-    found = [i for i in own if captured.args[i].is_floating_point()]
-    return max(found, key=lambda i: captured.args[i].dim(), default=None)
+    positions = [i for i, entry in enumerate(captured.inputs) if entry.name in captured.places]
+    floating = [i for i in positions if captured.args[i].is_floating_point()]
+    return max(floating, key=lambda i: captured.args[i].dim(), default=None)

@@ -11,7 +11,7 @@ from moeca_compile.errors import MoecaWarning
 from moeca_compile.exporting.capture import BATCHES
 from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.request import Captured
-from moeca_compile.inspect.progress import StepPlacement
+from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.lowering.experts.choose import Lowering, choose
 from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
 from moeca_compile.lowering.onnx.lower import lower_onnx
@@ -48,7 +48,7 @@ def expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Low
     return chosen
 
 
-def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Lowering, tick: StepPlacement) -> Lowered:
+def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Lowering, tick: ProgressCallback) -> Lowered:
     """All graphs of all sizes.
 
     Args:
@@ -65,7 +65,7 @@ def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Loweri
     return Lowered(models, entries)
 
 
-def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: StepPlacement) -> Lowered:
+def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: ProgressCallback) -> Lowered:
     """Every distinct row's graph at one size."""
     main, *twins = captures
     rows = main.program.schedule.distinct_rows()
@@ -79,7 +79,7 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
             *(name for name, _ in main.results),
             *(f"{main.program.layout[slot].name}_out" for slot in variant.writes),
         ]
-        alike = [variant, *(one.program.variant(row) for one in twins)]
+        alike = [variant, *(twin.program.variant(row) for twin in twins)]
         model, signature = lower_onnx(
             alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.program.options)
         )

@@ -16,12 +16,12 @@ _ALL_OF_IT = {
 
 
 def index_range(node: Node) -> tuple[int, int] | None:
-    """The least value of `node` that every table takes which it indexes, and the one after the largest; None: it isn't
-    seen to index one."""
+    """The least value of `node` that every table takes which it indexes, and the one after the largest; None: it
+    indexes none that is known."""
     if fx.need(node).dtype not in (torch.int64, torch.int32):
         return None
-    found = [one for user in node.users if (one := _through(node, user)) is not None]
-    return (max(low for low, _ in found), min(end for _, end in found)) if found else None
+    limits = [limit for user in node.users if (limit := _through(node, user)) is not None]
+    return (max(low for low, _ in limits), min(end for _, end in limits)) if limits else None
 
 
 def _through(node: Node, user: Node) -> tuple[int, int] | None:
@@ -33,8 +33,8 @@ def _through(node: Node, user: Node) -> tuple[int, int] | None:
         return 0, fx.shape(fx.arg(user, 0))[_number(user.args[1])]
     if user.target is aten.index.Tensor:
         sizes = fx.shape(fx.arg(user, 0))
-        own = [sizes[i] for i, one in enumerate(user.args[1]) if one is node]  # type: ignore[arg-type]
-        return (-min(own), min(own)) if own else None
+        indexed = [sizes[i] for i, index in enumerate(user.args[1]) if index is node]  # type: ignore[arg-type]
+        return (-min(indexed), min(indexed)) if indexed else None
     return None
 
 

@@ -55,13 +55,13 @@ def refuse_sizes(
     if other_sizes and (fused or "tensorrt" in targets):
         what = f"{FUSED} is" if fused else "the engines of the target 'tensorrt' are"
         raise OptionError(f"other_sizes: {what} of one size; export a bundle for each")
-    seen: list[list[torch.Size]] = []
-    for one in (example, *other_sizes) if other_sizes else ():
-        alike = request.rebatched(one, 1) if dynamic_batch else one
+    earlier: list[list[torch.Size]] = []
+    for call in (example, *other_sizes) if other_sizes else ():
+        alike = request.rebatched(call, 1) if dynamic_batch else call
         shapes = [tensor.shape for tensor in request.tensors(alike)]
-        if shapes in seen:
+        if shapes in earlier:
             raise OptionError("other_sizes: the same sizes twice" + (", but for the batch" if dynamic_batch else ""))
-        seen.append(shapes)
+        earlier.append(shapes)
 
 
 def _is_call(example: Any) -> bool:

@@ -41,17 +41,19 @@ class Captured:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """What the model brings itself, by placeholder: parameters, buffers, and tensors that it merely holds."""
-        return {one.name: arg for one, arg in zip(self.inputs, self.args, strict=True) if one.name not in self.places}
+        return {
+            entry.name: arg for entry, arg in zip(self.inputs, self.args, strict=True) if entry.name not in self.places
+        }
 
     @property
     def names(self) -> dict[str, str]:
         """The names that people see, by placeholder: those of the model's arguments, or where Dynamo found it."""
-        found: dict[str, str] = {}
-        for one in self.inputs:
-            if one.name in self.places:
-                name = re.sub(r"[\s/\\]+", "_", self.called.get(one.name, one.label))
-                found[one.name] = one.name if name in found.values() else name
-        return found
+        names: dict[str, str] = {}
+        for entry in self.inputs:
+            if entry.name in self.places:
+                name = re.sub(r"[\s/\\]+", "_", self.called.get(entry.name, entry.label))
+                names[entry.name] = entry.name if name in names.values() else name
+        return names
 
 
 def call(model: Any, arguments: Arguments) -> Any:
@@ -69,9 +71,10 @@ def try_call(model: torch.nn.Module, arguments: Arguments) -> None:
     try:
         call(model, arguments)
     except Exception as error:
-        given = ", ".join(map(str, arguments)) if isinstance(arguments, Mapping) else f"{len(arguments)} positional"
+        described = ", ".join(map(str, arguments)) if isinstance(arguments, Mapping) else f"{len(arguments)} positional"
         raise CaptureError(
-            f"{type(model).__name__} can't be called with the example inputs ({given}): {type(error).__name__}: {error}"
+            f"{type(model).__name__} can't be called with the example inputs ({described}): "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -82,7 +85,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
         CaptureError: it isn't one graph, or has nothing to cache.
         LoweringError: its weights aren't on the CPU, or an argument isn't a plain tensor.
     """
-    seen: list[tuple[Any, tuple[Input, ...], tuple[Any, ...], tuple[Any, ...]]] = []
+    runs: list[tuple[Any, tuple[Input, ...], tuple[Any, ...], tuple[Any, ...]]] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         plain, flatten = desugar(gm, example_inputs)
@@ -90,7 +93,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
 
         def run(*args: Any) -> Any:
             outputs = tuple(gm(*args))
-            seen.append((plain, inputs, tuple(flatten(args)), outputs))
+            runs.append((plain, inputs, tuple(flatten(args)), outputs))
             return outputs
 
         return run
@@ -103,18 +106,18 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
     except TorchDynamoException as error:
         text = " ".join(str(error).split("\n")[:4])
         raise CaptureError(f"the model doesn't trace as one graph, which an export needs: {text}") from error
-    if len(seen) != 1:
-        raise CaptureError(f"the model ran {len(seen)} graphs in one call, an export needs exactly one")
-    gm, inputs, args, outputs = seen[0]
-    for one, arg in zip(inputs, args, strict=True):
+    if len(runs) != 1:
+        raise CaptureError(f"the model ran {len(runs)} graphs in one call, an export needs exactly one")
+    gm, inputs, args, outputs = runs[0]
+    for entry, arg in zip(inputs, args, strict=True):
         if not isinstance(arg, torch.Tensor):
-            raise LoweringError(f"{one.label} reaches the graph as {type(arg).__name__}; pass it as a tensor")
+            raise LoweringError(f"{entry.label} reaches the graph as {type(arg).__name__}; pass it as a tensor")
         if arg.device.type != "cpu":
-            raise LoweringError(f"{one.label} is on {arg.device}: move model and inputs to the CPU for the export")
+            raise LoweringError(f"{entry.label} is on {arg.device}: move model and inputs to the CPU for the export")
     program = Program(gm, args, inputs, options, pipeline=STANDALONE)
-    given = {id(one): place for place, one in enumerate(tensors(arguments))}
-    names = [one.name for one in program.analysis.facts.inputs]
-    places = {name: given[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in given}
+    place_of = {id(tensor): place for place, tensor in enumerate(tensors(arguments))}
+    names = [entry.name for entry in program.analysis.facts.inputs]
+    places = {name: place_of[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in place_of}
     by_id = {id(value): name for name, value in bound_arguments(model, arguments).items() if torch.is_tensor(value)}
     called = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
     return Captured(program, arguments, args, places, called, _results(result, outputs))
@@ -127,10 +130,10 @@ def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]
         CaptureError: an output isn't among the results.
     """
     leaves = tree_leaves(result)
-    known = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves))) if torch.is_tensor(leaf)}
-    if any(id(one) not in known for one in outputs):
+    place_of = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves))) if torch.is_tensor(leaf)}
+    if any(id(output) not in place_of for output in outputs):
         raise CaptureError("the model computes on what its graph gave; an export needs the graph's outputs as they are")
-    places = [known[id(one)] for one in outputs]
+    places = [place_of[id(output)] for output in outputs]
     if isinstance(result, Mapping) and len(set(places)) == len(places) and all(map(_is_name, result)):
         keys = {id(value): str(key) for key, value in result.items()}
         if all(id(leaves[place]) in keys for place in places):
@@ -167,12 +170,12 @@ def batch_of(arguments: Arguments) -> int:
 
 def rebatched(arguments: Arguments, batch: int) -> Any:
     """The example with another batch: the samples of every tensor that has the example's batch, taken in turn."""
-    own = batch_of(arguments)
+    example_batch = batch_of(arguments)
 
-    def take(one: torch.Tensor) -> torch.Tensor:
-        if not one.dim() or one.shape[0] != own:
-            return one
-        return one[torch.arange(batch, device=one.device) % own]
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dim() or tensor.shape[0] != example_batch:
+            return tensor
+        return tensor[torch.arange(batch, device=tensor.device) % example_batch]
 
     return tree_map_only(torch.Tensor, take, arguments)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-StepPlacement = Callable[[str, float], None]  # what is being done, and how far: 0 to 1
+ProgressCallback = Callable[[str, float], None]  # what is being done, and how far: 0 to 1
 
 
 @contextmanager
-def bar(show: bool) -> Iterator[StepPlacement]:
+def bar(show: bool) -> Iterator[ProgressCallback]:
     try:
         from rich.progress import Progress
     except ImportError:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.inspect.progress import StepPlacement
+from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.planner.drift.experts import ExpertWatch
 from moeca_compile.planner.drift.measure import measure
 from moeca_compile.planner.drift.mixing import CallRecording, Mixing, find_mixing
@@ -49,7 +49,7 @@ class Study:
     granularity: str
     inner: str
     request: Request
-    tick: StepPlacement
+    tick: ProgressCallback
     caching: Schedule | None = None  # as in `SampledModel`
 
     def __post_init__(self) -> None:

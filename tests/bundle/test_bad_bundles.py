@@ -93,7 +93,10 @@ def variant(**change: Any) -> Edit:
 
 EDITS: dict[str, tuple[Edit, str]] = {
     "a newer format": (lambda d: d.update(version=3), "version 3, this package reads up to 2: update moeca-compile"),
-    "an older format": (lambda d: d.update(version=1), "version 1, this package reads 2: export it again"),
+    "an older format": (
+        lambda d: d.update(version=1),
+        r"this package reads 2: export it again with moeca_compile\.export",
+    ),
     "another format": (lambda d: d.update(format="zip"), "isn't of a moeca bundle"),
     "an unknown entry": (lambda d: d.update(plugin="x.so"), r"unknown field `plugin`"),
     "a missing entry": (lambda d: d.pop("state"), r"missing required field `state`"),

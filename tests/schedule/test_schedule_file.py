@@ -49,6 +49,10 @@ def test_the_unchanged_json_is_read() -> None:
     assert Schedule.from_json(changed()).regions == KEYS
 
 
+def test_the_earlier_format_is_read() -> None:
+    assert Schedule.from_json(changed(version=1)) == Schedule.from_json(changed())
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_missing_entry_is_refused_by_name(name: str) -> None:
     with pytest.raises(ScheduleError, match=f"not a readable schedule: {name} is missing"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from moeca_compile.engine.program import Program
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph import fx
-from moeca_compile.inspect.progress import StepPlacement
+from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.planner.drift.changes import Found, forecasts, load, routing, whole
 from moeca_compile.planner.drift.ratios import Ratios
 from moeca_compile.planner.drift.routed import Reading, RoutedLayer, values_of
@@ -153,7 +153,7 @@ def branch_drift(
     seeds: Sequence[int] = (0,),
     gap: int = 1,
     inner: str = "eager",
-    tick: StepPlacement = lambda text, share: None,
+    tick: ProgressCallback = lambda text, share: None,
 ) -> dict[str, Any]:
     """Sample a model uncached and say how it changes from step to step.
 

@@ -63,11 +63,11 @@ def _run(session: Session, inputs: Arrays, steps: int) -> tuple[float, float, St
     cached = full = 0.0
     with session.trajectory() as trajectory:
         for step in range(steps):
-            given = _at(session, inputs, step)
+            feeds = _at(session, inputs, step)
             begin = time.perf_counter()
-            trajectory.run(given)
+            trajectory.run(feeds)
             middle = time.perf_counter()
-            session.run(given)
+            session.run(feeds)
             cached += middle - begin
             full += time.perf_counter() - middle
         return cached * 1e3, full * 1e3, trajectory.stats()

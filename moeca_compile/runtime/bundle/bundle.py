@@ -111,12 +111,12 @@ class Bundle:
         steps = manifest.golden.steps
         sides = []
         for side, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
-            found = [arrays.get(f"{side}_{i:03d}") for i in range(len(specs))]
-            if any(one is None or one.ndim < 1 or len(one) != steps for one in found):
+            recorded = [arrays.get(f"{side}_{i:03d}") for i in range(len(specs))]
+            if any(array is None or array.ndim < 1 or len(array) != steps for array in recorded):
                 raise BundleError(f"{self.golden_name} doesn't hold {steps} steps of every {side}")
-            pairs = [(spec, one) for spec, one in zip(specs, found, strict=True) if one is not None]
+            pairs = [(spec, array) for spec, array in zip(specs, recorded, strict=True) if array is not None]
             sides.append(
-                [{spec.name: from_stored(one[step], spec.dtype) for spec, one in pairs} for step in range(steps)]
+                [{spec.name: from_stored(array[step], spec.dtype) for spec, array in pairs} for step in range(steps)]
             )
         return sides[0], sides[1]
 

@@ -28,7 +28,7 @@ def arrays_of(manifest: Manifest, inputs: Mapping[str, Any]) -> Arrays:
         raise BundleError(
             f"inputs: expected arrays by name, got {type(inputs).__name__}; the model takes {_said(manifest)}"
         )
-    if set(inputs) != {one.name for one in manifest.inputs}:
+    if set(inputs) != {spec.name for spec in manifest.inputs}:
         raise BundleError(f"inputs {sorted(map(str, inputs))}: the model takes {_said(manifest)}")
     return {spec.name: _array(spec, inputs[spec.name]) for spec in manifest.inputs}
 
@@ -42,11 +42,11 @@ def admit(manifest: Manifest, arrays: Arrays) -> tuple[Arrays, int]:
     feeds, batch = {}, -1
     for spec in manifest.inputs:
         array = arrays[spec.name]
-        found = spec.batch_of(array.shape)
-        if found is None or (found != -1 and batch not in (-1, found)):
-            others = f" (the other inputs have batch {batch})" if found is not None else ""
+        own_batch = spec.batch_of(array.shape)
+        if own_batch is None or (own_batch != -1 and batch not in (-1, own_batch)):
+            others = f" (the other inputs have batch {batch})" if own_batch is not None else ""
             raise BundleError(f"input {spec.name} has shape {list(array.shape)}, the model takes {spec}{others}")
-        batch = max(batch, found)
+        batch = max(batch, own_batch)
         if spec.range is not None:
             _refuse_outside(spec, array)
         feeds[spec.name] = array

@@ -32,10 +32,12 @@ Specs = dict[str, TensorSpec]
 
 def fused_signature(manifest: Manifest) -> tuple[Specs, Specs]:
     """Inputs and outputs of the fused graph: the model's, the number of the step, and all states."""
-    state = {f"{STEP}": TensorSpec(STEP, "int64", (1,))} | {one.name: one for one in manifest.state}
-    takes: Specs = {one.name: one for one in manifest.inputs} | {f"{name}_in": one for name, one in state.items()}
-    gives: Specs = {one.name: one for one in manifest.outputs} | {f"{name}_out": one for name, one in state.items()}
-    if any(one.counts_dropped for one in manifest.variants):
+    state = {f"{STEP}": TensorSpec(STEP, "int64", (1,))} | {spec.name: spec for spec in manifest.state}
+    takes: Specs = {spec.name: spec for spec in manifest.inputs} | {f"{name}_in": spec for name, spec in state.items()}
+    gives: Specs = {spec.name: spec for spec in manifest.outputs} | {
+        f"{name}_out": spec for name, spec in state.items()
+    }
+    if any(variant.counts_dropped for variant in manifest.variants):
         gives[DROPPED] = TensorSpec(DROPPED, "int64", ())
     return takes, gives
 
@@ -110,12 +112,12 @@ class FusedTrajectory:
         feeds, batch = admit(session.manifest, arrays_of(session.manifest, inputs))
         session.driver.warn_of_counted(step, timestep_of(session.manifest, feeds))
         begin = time.perf_counter()
-        found = self._run(feeds, batch)
+        results = self._run(feeds, batch)
         ms = (time.perf_counter() - begin) * 1e3
-        dropped = int(found.pop(DROPPED, 0))
+        dropped = int(results.pop(DROPPED, 0))
         self.records.append(StepRecord(step, "", "fused", ms, 0.0, 0, False, dropped))
         outputs = session.manifest.outputs
-        return {one.name: bfloat16.from_stored(found[one.name], one.dtype) for one in outputs}
+        return {spec.name: bfloat16.from_stored(results[spec.name], spec.dtype) for spec in outputs}
 
     def __enter__(self) -> FusedTrajectory:
         return self
@@ -131,8 +133,8 @@ class _OnOrt:
         self.session = runtime.session(bundle.fused, FUSED, bundle.path, bundle.manifest)
         check_identity(spec, bundle.manifest, self.session.get_modelmeta().custom_metadata_map)
         self.takes, self.gives = fused_signature(bundle.manifest)
-        check_side(FUSED, "inputs", self.takes, ort.said(self.session.get_inputs()))
-        check_side(FUSED, "outputs", self.gives, ort.said(self.session.get_outputs()))
+        check_side(FUSED, "inputs", self.takes, ort.signature_reported(self.session.get_inputs()))
+        check_side(FUSED, "outputs", self.gives, ort.signature_reported(self.session.get_outputs()))
 
     def start(self) -> Any:
         states: dict[str, Any] = {}
@@ -142,12 +144,12 @@ class _OnOrt:
                 if name.endswith("_in") and name not in states and name not in feeds:
                     states[name] = self.runtime.zeros(spec.sizes(batch), spec.dtype)
             values = ort.bound_run(self.runtime, self.session, FUSED, self.takes, self.gives, feeds | states)
-            found = dict(zip(self.gives, values, strict=True))
-            given = {one.name for one in self.manifest.outputs}
-            for name, value in found.items():
-                if name not in given and name != DROPPED:
+            results = dict(zip(self.gives, values, strict=True))
+            outputs = {spec.name for spec in self.manifest.outputs}
+            for name, value in results.items():
+                if name not in outputs and name != DROPPED:
                     states[f"{name.removesuffix('_out')}_in"] = value
-            host = {name: value for name, value in found.items() if name in given or name == DROPPED}
+            host = {name: value for name, value in results.items() if name in outputs or name == DROPPED}
             return {name: self.runtime.numpy(value) for name, value in host.items()}
 
         return run
@@ -159,19 +161,19 @@ class _OnOpenvino:
         model = runtime.read(bundle.fused, FUSED, bundle.path)
         check_identity(spec, bundle.manifest, openvino.metadata(model))
         self.takes, self.gives = fused_signature(bundle.manifest)
-        check_side(FUSED, "inputs", self.takes, openvino.said(model.inputs))
-        check_side(FUSED, "outputs", self.gives, openvino.said(model.outputs))
+        check_side(FUSED, "inputs", self.takes, openvino.signature_reported(model.inputs))
+        check_side(FUSED, "outputs", self.gives, openvino.signature_reported(model.outputs))
         self.runtime, self.manifest = runtime, bundle.manifest
-        names = [STEP, *(one.name for one in bundle.manifest.state)]
+        names = [STEP, *(spec.name for spec in bundle.manifest.state)]
         openvino.make_stateful(model, {f"{name}_in": f"{name}_out" for name in names})
         self.compiled = runtime.compile(model, FUSED)
 
     def start(self) -> Any:
         request = self.compiled.create_infer_request()
         request.reset_state()  # all variables are zero: step 0
-        library, dtypes = self.runtime.library, {one.name: one.dtype for one in self.manifest.inputs}
-        given = {one.name: bfloat16.stored_dtype(one.dtype) for one in self.manifest.outputs}
-        given |= {DROPPED: np.dtype(np.int64)} if DROPPED in self.gives else {}
+        library, dtypes = self.runtime.library, {spec.name: spec.dtype for spec in self.manifest.inputs}
+        stored_dtypes = {spec.name: bfloat16.stored_dtype(spec.dtype) for spec in self.manifest.outputs}
+        stored_dtypes |= {DROPPED: np.dtype(np.int64)} if DROPPED in self.gives else {}
 
         def run(feeds: Arrays, batch: int) -> Arrays:
             try:
@@ -180,9 +182,9 @@ class _OnOpenvino:
                 request.infer()
             except Exception as error:
                 raise BundleError(f"OpenVINO failed in {FUSED}: {openvino.last_lines(error)}") from error
-            found = {name: request.get_tensor(name) for name in given}
-            for name, tensor in found.items():
+            tensors = {name: request.get_tensor(name) for name in stored_dtypes}
+            for name, tensor in tensors.items():
                 check_shape(FUSED, name, tensor.shape, self.gives[name].sizes(batch))
-            return {name: found[name].data.copy().view(stored) for name, stored in given.items()}
+            return {name: tensors[name].data.copy().view(stored) for name, stored in stored_dtypes.items()}
 
         return run

@@ -16,13 +16,13 @@ Specs = dict[str, TensorSpec]
 def signature_of(spec: VariantSpec, manifest: Manifest) -> tuple[Specs, Specs]:
     """A variant's inputs and outputs by their names in its graph; the outputs in order: the model's, what is written,
     the count of dropped branches."""
-    state = {one.name: one for one in manifest.state}
-    inputs = {one.name: one for one in manifest.inputs}
+    state = {spec.name: spec for spec in manifest.state}
+    inputs = {spec.name: spec for spec in manifest.inputs}
     takes: Specs = {name: inputs[name] for name in spec.takes}
     takes |= {f"{name}_in": state[name] for name in spec.reads}
     if spec.coefficients:
         takes[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, 2))
-    gives: Specs = {one.name: one for one in manifest.outputs}
+    gives: Specs = {output.name: output for output in manifest.outputs}
     gives |= {f"{name}_out": state[name] for name in spec.writes}
     if spec.counts_dropped:
         gives[DROPPED] = TensorSpec(DROPPED, "int64", ())
@@ -39,39 +39,39 @@ def check_identity(spec: VariantSpec, manifest: Manifest, carried: Mapping[str, 
     """Raises:
     BundleError: the graph's metadata is of another bundle or row.
     """
-    wanted = {"moeca.id": manifest.id, "moeca.row": spec.row}
-    if {name: carried.get(name) for name in wanted} != wanted:
+    expected = {"moeca.id": manifest.id, "moeca.row": spec.row}
+    if {name: carried.get(name) for name in expected} != expected:
         raise BundleError(f"{spec.file} isn't variant {spec.name} of this bundle: it carries another id or row")
 
 
 def check_side(
-    file: str, side: str, wanted: Mapping[str, TensorSpec], found: Mapping[str, tuple[str, Sequence[Any]]]
+    file: str, side: str, expected: Mapping[str, TensorSpec], reported: Mapping[str, tuple[str, Sequence[Any]]]
 ) -> None:
     """Hold what a runtime says of a graph against the manifest.
 
     Args:
         side: "inputs" or "outputs".
-        found: dtype and sizes by name; a size that depends on the batch is its expression, or None where the runtime
+        reported: dtype and sizes by name; a size that depends on the batch is its expression, or None where the runtime
             doesn't say more.
 
     Raises:
         BundleError: they differ.
     """
-    if set(found) != set(wanted):
-        raise BundleError(f"{file} has the {side} {sorted(found)}, the manifest says {sorted(wanted)}")
-    for name, spec in wanted.items():
-        dtype, sizes = found[name]
+    if set(reported) != set(expected):
+        raise BundleError(f"{file} has the {side} {sorted(reported)}, the manifest says {sorted(expected)}")
+    for name, spec in expected.items():
+        dtype, sizes = reported[name]
         fits = dtype == spec.dtype and len(sizes) == len(spec.shape)
         pairs = zip(sizes, spec.shape, strict=True) if fits else ()
         if not fits or not all(isinstance(b, str) if a is None else a == b for a, b in pairs):
             raise BundleError(f"{file}: {name} is {dtype} {list(sizes)}, the manifest says {spec}")
 
 
-def check_shape(file: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+def check_shape(file: str, name: str, sizes: Sequence[int], expected: Sequence[int]) -> None:
     """Hold what a run gave against the manifest: not every runtime tells expressions of the batch before.
 
     Raises:
         BundleError: they differ.
     """
-    if tuple(found) != tuple(wanted):
-        raise BundleError(f"{file} gives {name} with shape {list(found)}, the manifest says {list(wanted)}")
+    if tuple(sizes) != tuple(expected):
+        raise BundleError(f"{file} gives {name} with shape {list(sizes)}, the manifest says {list(expected)}")

@@ -15,7 +15,7 @@ VARIANT_COLUMNS = ("variant", "computes", "reads", "writes", "MACs", "of the ful
 def visible(text: str) -> str:
     """The text with what a terminal would obey instead of showing (control characters, escapes, marks that turn the
     direction of writing) spelt out; line ends stay."""
-    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def facts(bundle: Bundle) -> dict[str, str]:
@@ -42,13 +42,14 @@ def facts(bundle: Bundle) -> dict[str, str]:
 def variants(bundle: Bundle) -> list[tuple[str, ...]]:
     """A line for each, under `VARIANT_COLUMNS`."""
     every = bundle.manifest.variants
-    full = max(one.macs for one in every) or 1
+    full = max(variant.macs for variant in every) or 1
     return [
         (
-            one.name, f"{one.row.count('C')} of {len(one.row)}", str(len(one.reads)), str(len(one.writes)),
-            f"{one.macs / 1e6:.1f} M", f"{one.macs / full:.1%}",
+            variant.name, f"{variant.row.count('C')} of {len(variant.row)}",
+            str(len(variant.reads)), str(len(variant.writes)),
+            f"{variant.macs / 1e6:.1f} M", f"{variant.macs / full:.1%}",
         )
-        for one in every
+        for variant in every
     ]  # fmt: skip
 
 

@@ -34,10 +34,10 @@ class Verdict:
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
-        said = "as recorded" if self.passed else "NOT as recorded"
+        outcome = "as recorded" if self.passed else "NOT as recorded"
         where = f" ({self.recorded:.1e} where it was exported)" if self.recorded is not None else ""
         return (
-            f"{said}: {len(self.errors)} golden steps on {self.provider}, variants {', '.join(self.variants)}, "
+            f"{outcome}: {len(self.errors)} golden steps on {self.provider}, variants {', '.join(self.variants)}, "
             f"largest relative error {self.error:.1e}{where}, tolerance {self.tolerance:.0e}"
         )
 
@@ -53,13 +53,13 @@ def verify(session: Session | FusedSession) -> Verdict:
     for bundle in (session.bundle, *session.bundle.sizes):
         inputs, outputs = bundle.golden()
         with session.trajectory() as trajectory:
-            for step, (given, wanted) in enumerate(zip(inputs, outputs, strict=True)):
-                found = trajectory.run(given)
-                for name, array in wanted.items():
-                    if array.shape != found[name].shape:
-                        shape = found[name].shape
+            for step, (call, expected) in enumerate(zip(inputs, outputs, strict=True)):
+                results = trajectory.run(call)
+                for name, array in expected.items():
+                    if array.shape != results[name].shape:
+                        shape = results[name].shape
                         raise BundleError(f"golden step {step}: {name} has shape {array.shape}, not {shape}")
-                errors.append(max(relative_error(found[name], array) for name, array in wanted.items()))
+                errors.append(max(relative_error(results[name], array) for name, array in expected.items()))
             records += trajectory.records
     ran = tuple(dict.fromkeys(record.variant for record in records))
     dropped = sum(record.dropped for record in records)
@@ -68,11 +68,11 @@ def verify(session: Session | FusedSession) -> Verdict:
     return Verdict(session.provider, tuple(errors), ran, golden.tolerance, recorded[0] if recorded else None, dropped)
 
 
-def relative_error(found: Any, wanted: Any) -> float:
-    """max |found - wanted| / max |wanted|, in float64; infinite where either isn't finite."""
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    if not (np.isfinite(found).all() and np.isfinite(wanted).all()):
+def relative_error(result: Any, recorded: Any) -> float:
+    """max |result - recorded| / max |recorded|, in float64; infinite where either isn't finite."""
+    result, recorded = np.asarray(result, np.float64), np.asarray(recorded, np.float64)
+    if not (np.isfinite(result).all() and np.isfinite(recorded).all()):
         return float("inf")
-    if not wanted.size:
+    if not recorded.size:
         return 0.0
-    return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+    return float(np.abs(result - recorded).max() / max(np.abs(recorded).max(), 1e-30))

@@ -11,7 +11,8 @@ import numpy as np
 
 from moeca_compile.dtypes import OF_ONNXRUNTIME
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.bundle.bfloat16 import NAME, stored_dtype
+from moeca_compile.runtime.bundle.bfloat16 import NAME as BFLOAT16
+from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
 from moeca_compile.runtime.bundle.manifest import WEIGHTS, Manifest, VariantSpec
 from moeca_compile.runtime.bundle.signature import Specs, batch_of, check_identity, check_side, signature_of
 
@@ -30,7 +31,7 @@ _OF_SIZES = {
     "Range", "Reshape", "Constant", "ConstantOfShape", "Identity", "Less", "Equal", "Where", "And", "Neg", "Min", "Max",
 }  # fmt: skip
 _SWIGLU_SINCE = (1, 28)
-_BFLOAT16 = 16  # in ONNX's list of types
+_ONNX_BFLOAT16 = 16  # in ONNX's list of types
 
 
 class OrtRuntime:
@@ -56,10 +57,10 @@ class OrtRuntime:
         if memory not in MEMORY:
             raise OptionError(f"memory={memory!r}: expected one of {MEMORY}")
         self.library = library()
-        known = self.library.get_available_providers()
-        if provider not in known:
+        available = self.library.get_available_providers()
+        if provider not in available:
             raise BundleError(
-                f"this onnxruntime has no {provider!r}; it has {known}. Nothing else is taken in its place"
+                f"this onnxruntime has no {provider!r}; it has {available}. Nothing else is taken in its place"
             )
         self.provider, self.memory, self.threads = provider, memory, threads
         self.options = {name: str(value) for name, value in (provider_options or {}).items()}
@@ -110,7 +111,7 @@ class OrtRuntime:
     def zeros(self, sizes: tuple[int, ...], dtype: str) -> Any:
         """A state that was never written, where this provider keeps its tensors."""
         array = np.zeros(sizes, stored_dtype(dtype))
-        if dtype == NAME:
+        if dtype == BFLOAT16:
             return array
         return self.library.OrtValue.ortvalue_from_numpy(array, self.device, self.device_id)
 
@@ -127,8 +128,8 @@ class OrtVariant:
     def __init__(self, runtime: OrtRuntime, session: Any, spec: VariantSpec, manifest: Manifest) -> None:
         self.runtime, self.session, self.spec = runtime, session, spec
         takes, gives = signature_of(spec, manifest)
-        check_side(spec.file, "inputs", takes, said(session.get_inputs()))
-        check_side(spec.file, "outputs", gives, said(session.get_outputs()))
+        check_side(spec.file, "inputs", takes, signature_reported(session.get_inputs()))
+        check_side(spec.file, "outputs", gives, signature_reported(session.get_outputs()))
         self._takes, self._gives = takes, gives
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
@@ -147,12 +148,12 @@ def bound_run(
     """Values of `gives`: what is called `..._out` stays on the device, the rest comes to the host. OrtValues, or for
     bfloat16 on the host an array of its bits, which an OrtValue wouldn't hand out."""
     binding = session.io_binding()
-    kept = []  # an OrtValue over an array's memory doesn't keep it
+    held = []  # an OrtValue over an array's memory doesn't keep it
     for name, spec in takes.items():
         value = feeds[name]
-        if spec.dtype == NAME and not hasattr(value, "_ortvalue"):
-            value = runtime.library.OrtValue.ortvalue_from_numpy_with_onnx_type(value, _BFLOAT16)
-            kept.append(value)
+        if spec.dtype == BFLOAT16 and not hasattr(value, "_ortvalue"):
+            value = runtime.library.OrtValue.ortvalue_from_numpy_with_onnx_type(value, _ONNX_BFLOAT16)
+            held.append(value)
         if hasattr(value, "_ortvalue"):
             binding.bind_ortvalue_input(name, value)
         else:
@@ -161,9 +162,9 @@ def bound_run(
     for name, spec in gives.items():
         if name.endswith("_out"):
             binding.bind_output(name, runtime.device, runtime.device_id)
-        elif spec.dtype == NAME:
+        elif spec.dtype == BFLOAT16:
             array = hosted[name] = np.empty(spec.sizes(batch), np.uint16)
-            binding.bind_output(name, "cpu", 0, _BFLOAT16, array.shape, array.ctypes.data)
+            binding.bind_output(name, "cpu", 0, _ONNX_BFLOAT16, array.shape, array.ctypes.data)
         else:
             binding.bind_output(name)
     try:
@@ -220,9 +221,9 @@ def library() -> Any:
         raise BundleError(f"running a bundle needs onnxruntime: pip install onnxruntime ({error})") from None
 
 
-def said(values: Iterable[Any]) -> dict[str, tuple[str, list[Any]]]:
+def signature_reported(values: Iterable[Any]) -> dict[str, tuple[str, list[Any]]]:
     """What onnxruntime says of inputs or outputs; a size that depends on the batch is a name, or None."""
-    kinds = {one.name: (one.type.removeprefix("tensor(").removesuffix(")"), one.shape) for one in values}
+    kinds = {value.name: (value.type.removeprefix("tensor(").removesuffix(")"), value.shape) for value in values}
     return {name: (OF_ONNXRUNTIME.get(kind, kind), shape) for name, (kind, shape) in kinds.items()}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from moeca_compile.dtypes import OF_OPENVINO
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.runtime.bundle.bfloat16 import NAME as NAME_OF_HALF
+from moeca_compile.runtime.bundle.bfloat16 import NAME as BFLOAT16
 from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
 from moeca_compile.runtime.bundle.manifest import Manifest, VariantSpec
 from moeca_compile.runtime.bundle.signature import (
@@ -95,8 +95,8 @@ class OpenvinoVariant:
     def __init__(self, runtime: OpenvinoRuntime, model: Any, spec: VariantSpec, manifest: Manifest) -> None:
         self.spec = spec
         self._takes, self._gives = signature_of(spec, manifest)
-        check_side(spec.file, "inputs", self._takes, said(model.inputs))
-        check_side(spec.file, "outputs", self._gives, said(model.outputs))
+        check_side(spec.file, "inputs", self._takes, signature_reported(model.inputs))
+        check_side(spec.file, "outputs", self._gives, signature_reported(model.outputs))
         self._library, self._compiled = runtime.library, runtime.compile(model, spec.file)
         self._requests = threading.local()
         self._proven: set[int] = set()  # batches at which the results have the manifest's sizes
@@ -132,11 +132,11 @@ class OpenvinoVariant:
         request = self._compiled.create_infer_request()
         self._set(request, self._takes, feeds)
         request.infer()
-        found = {name: request.get_tensor(name) for name in self._gives}
-        for name, tensor in found.items():
+        tensors = {name: request.get_tensor(name) for name in self._gives}
+        for name, tensor in tensors.items():
             check_shape(self.spec.file, name, tensor.shape, sizes[name])
         self._proven.add(batch)
-        return [found[name].data.copy().view(stored_dtype(spec.dtype)) for name, spec in self._gives.items()]
+        return [tensors[name].data.copy().view(stored_dtype(spec.dtype)) for name, spec in self._gives.items()]
 
     def _set(self, request: Any, specs: Specs, arrays: Mapping[str, Any]) -> None:
         for name, spec in specs.items():
@@ -156,19 +156,19 @@ def make_stateful(model: Any, pairs: Mapping[str, str]) -> None:
 
 def tensor_of(library: Any, array: Any, dtype: str) -> Any:
     """An OpenVINO tensor over the array's memory."""
-    if dtype == NAME_OF_HALF:
+    if dtype == BFLOAT16:
         return library.Tensor(array, library.Shape(array.shape), library.Type.bf16)
     return library.Tensor(array, shared_memory=True)
 
 
-def said(ports: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:
+def signature_reported(ports: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:
     """What OpenVINO says of inputs or outputs; a size that depends on the batch is None."""
-    found = {}
+    reported = {}
     for port in ports:
         kind = port.get_element_type().get_type_name()
         sizes = [None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()]
-        found[port.get_any_name()] = OF_OPENVINO.get(kind, kind), sizes
-    return found
+        reported[port.get_any_name()] = OF_OPENVINO.get(kind, kind), sizes
+    return reported
 
 
 def version() -> str:

@@ -46,25 +46,25 @@ class EngineVariant:
         """
         with self._lock:
             # held until the end: memory that is given back too soon would be taken for an output
-            given = {name: self._on_device(feeds[name], spec.dtype) for name, spec in self._inputs.items()}
-            for name, tensor in given.items():
+            tensors = {name: self._on_device(feeds[name], spec.dtype) for name, spec in self._inputs.items()}
+            for name, tensor in tensors.items():
                 if not self._context.set_input_shape(name, tensor.shape):
                     raise BundleError(
                         f"{self.engine.file} doesn't take {name} of shape {list(tensor.shape)}: it was built for "
                         f"{self.engine.range}"
                     )
                 self._bind(name, tensor)
-            found = []
+            results = []
             batch = batch_of(self._inputs, feeds)
             for name, spec in self._outputs.items():
                 sizes = tuple(self._context.get_tensor_shape(name))
                 check_shape(self.engine.file, name, sizes, spec.sizes(batch))
-                found.append(self.pool.take(sizes, spec.dtype))
-                self._bind(name, found[-1])
+                results.append(self.pool.take(sizes, spec.dtype))
+                self._bind(name, results[-1])
             if not self._context.execute_async_v3(int(self.pool.device.stream)):
                 raise BundleError(f"TensorRT failed in {self.engine.file}")
             self.pool.device.wait()
-            return found
+            return results
 
     def _on_device(self, value: Any, dtype: str) -> DeviceTensor:
         return value if isinstance(value, DeviceTensor) else self.pool.put(value, dtype)
@@ -76,10 +76,10 @@ class EngineVariant:
     def _check(self, api: Any) -> None:
         engine = self._engine
         dtypes = {getattr(api.DataType, theirs): ours for theirs, ours in OF_TENSORRT.items()}
-        said: dict[bool, dict[str, tuple[str, list[int | None]]]] = {True: {}, False: {}}
+        reported: dict[bool, dict[str, tuple[str, list[int | None]]]] = {True: {}, False: {}}
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             kind, sizes = engine.get_tensor_dtype(name), engine.get_tensor_shape(name)
             is_input = engine.get_tensor_mode(name) == api.TensorIOMode.INPUT
-            said[is_input][name] = dtypes.get(kind, str(kind)), [None if size == -1 else size for size in sizes]
-        check_side(self.engine.file, "inputs", self._inputs, said[True])
-        check_side(self.engine.file, "outputs", self._outputs, said[False])
+            reported[is_input][name] = dtypes.get(kind, str(kind)), [None if size == -1 else size for size in sizes]
+        check_side(self.engine.file, "inputs", self._inputs, reported[True])
+        check_side(self.engine.file, "outputs", self._outputs, reported[False])

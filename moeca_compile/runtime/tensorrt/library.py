@@ -36,21 +36,21 @@ def find(*names: str) -> Library:
         BundleError: none is installed, or can be loaded.
     """
     reasons = []
-    for one in names or tuple(MODULES):
-        for module in MODULES[one]:
+    for name in names or tuple(MODULES):
+        for module in MODULES[name]:
             try:
                 api = importlib.import_module(module)
             except (ImportError, OSError) as error:  # OSError: of a shared library
                 reasons.append(f"{module}: {error}")
             else:
-                return Library(one, api.__version__, api)
-    wanted = names or tuple(MODULES)
+                return Library(name, api.__version__, api)
+    asked = names or tuple(MODULES)
     raise BundleError(
-        f"this needs {' or '.join(wanted)}: pip install 'moeca-compile[{wanted[0]}]' ({'; '.join(reasons)})"
+        f"this needs {' or '.join(asked)}: pip install 'moeca-compile[{asked[0]}]' ({'; '.join(reasons)})"
     )
 
 
-def logger(api: Any, said: list[str]) -> Any:
+def logger(api: Any, errors: list[str]) -> Any:
     """A logger of `api` that collects what goes wrong, latest last."""
 
     class Log(api.ILogger):  # type: ignore[misc] # known at run time only
@@ -59,6 +59,6 @@ def logger(api: Any, said: list[str]) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (api.ILogger.Severity.ERROR, api.ILogger.Severity.INTERNAL_ERROR):
-                said.append(message.strip())
+                errors.append(message.strip())
 
     return Log()

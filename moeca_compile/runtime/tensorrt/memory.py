@@ -29,7 +29,7 @@ class Device:
             raise BundleError(f"running an engine needs cuda-bindings: pip install cuda-bindings ({error})") from None
         kind = self._cuda.cudaDeviceAttr
         numbers = (kind.cudaDevAttrComputeCapabilityMajor, kind.cudaDevAttrComputeCapabilityMinor)
-        self.arch = "sm_" + "".join(str(self._call("cudaDeviceGetAttribute", one, 0)) for one in numbers)
+        self.arch = "sm_" + "".join(str(self._call("cudaDeviceGetAttribute", number, 0)) for number in numbers)
         self.stream: Any = self._call("cudaStreamCreate")
 
     def allocate(self, size: int) -> int:
@@ -52,11 +52,11 @@ class Device:
         self._call("cudaMemcpyAsync", to, source, size, getattr(self._cuda.cudaMemcpyKind, way), self.stream)
 
     def _call(self, name: str, *args: Any) -> Any:
-        error, *found = getattr(self._cuda, name)(*args)
+        error, *results = getattr(self._cuda, name)(*args)
         if error != self._cuda.cudaError_t.cudaSuccess:
-            said = self._cuda.cudaGetErrorString(error)[1]
-            raise BundleError(f"CUDA: {name} failed: {said.decode() if isinstance(said, bytes) else said}")
-        return found[0] if found else None
+            reason = self._cuda.cudaGetErrorString(error)[1]
+            raise BundleError(f"CUDA: {name} failed: {reason.decode() if isinstance(reason, bytes) else reason}")
+        return results[0] if results else None
 
 
 class DeviceTensor:
@@ -102,9 +102,9 @@ class Pool:
 
     def put(self, array: Any, dtype: str) -> DeviceTensor:
         """The host's array on the device."""
-        found = self.take(array.shape, dtype)
-        self.device.upload(found.address, array)
-        return found
+        tensor = self.take(array.shape, dtype)
+        self.device.upload(tensor.address, array)
+        return tensor
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
         return self.put(np.zeros(shape, stored_dtype(dtype)), dtype)

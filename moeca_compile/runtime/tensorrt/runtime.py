@@ -32,9 +32,9 @@ class TensorrtRuntime:
     def __init__(self, memory: str = "speed", options: Mapping[str, Any] | None = None) -> None:
         if memory != "speed":
             raise OptionError(f"memory={memory!r}: each engine of TensorRT has its own copy of the weights")
-        given = dict(options or {})
-        self._wanted = given.pop("library", "")
-        if given or self._wanted not in ("", *MODULES):
+        rest = dict(options or {})
+        self._wanted = rest.pop("library", "")
+        if rest or self._wanted not in ("", *MODULES):
             raise OptionError(f"provider_options={options}: expected {{'library': one of {tuple(MODULES)}}}")
         self._ready: tuple[Library, Any, Pool, Any, list[str]] | None = None
 
@@ -48,11 +48,11 @@ class TensorrtRuntime:
             raise BundleError(f"the bundle has no engines: build them with `moeca engines {folder}`")
         if self._ready is None:
             self._ready = self._start(manifest)
-        library, device, pool, runtime, said = self._ready
+        library, device, pool, runtime, errors = self._ready
         engine = fitting(spec, manifest, library, device.arch, folder)
         loaded = runtime.deserialize_cuda_engine(engine_file(folder, engine, manifest))
         if loaded is None:
-            raise BundleError(f"{library} refuses {engine.file}: {' '.join(said[-2:])[:600]}. Build it again here")
+            raise BundleError(f"{library} refuses {engine.file}: {' '.join(errors[-2:])[:600]}. Build it again here")
         return EngineVariant(loaded, engine, spec, manifest, library.api, pool)
 
     def zeros(self, sizes: tuple[int, ...], dtype: str) -> DeviceTensor:
@@ -67,12 +67,12 @@ class TensorrtRuntime:
         return str(self._ready[0]) if self._ready else NAME
 
     def _start(self, manifest: Manifest) -> tuple[Library, Any, Pool, Any, list[str]]:
-        names = {one.library for one in manifest.engines}
+        names = {engine.library for engine in manifest.engines}
         # classic TensorRT first; a library without engines here comes last, to say for which there are some
         order = sorted(MODULES, key=lambda name: (name not in names, list(MODULES).index(name)))
         library = find(self._wanted) if self._wanted else find(*order)
-        device, said = Device(), list[str]()
-        return library, device, Pool(device), library.api.Runtime(logger(library.api, said)), said
+        device, errors = Device(), list[str]()
+        return library, device, Pool(device), library.api.Runtime(logger(library.api, errors)), errors
 
 
 def fitting(spec: VariantSpec, manifest: Manifest, library: Library, arch: str, folder: Path) -> EngineSpec:
@@ -81,11 +81,11 @@ def fitting(spec: VariantSpec, manifest: Manifest, library: Library, arch: str, 
     Raises:
         BundleError: there is none.
     """
-    for one in manifest.engines:
-        made_with = (one.library, one.version) == (library.name, library.version)
-        if one.variant == spec.name and made_with and arch in one.arch:
-            return one
-    there = sorted({f"{', '.join(one.arch)} with {one.library} {one.version}" for one in manifest.engines})
+    for engine in manifest.engines:
+        made_with = (engine.library, engine.version) == (library.name, library.version)
+        if engine.variant == spec.name and made_with and arch in engine.arch:
+            return engine
+    there = sorted({f"{', '.join(engine.arch)} with {engine.library} {engine.version}" for engine in manifest.engines})
     raise BundleError(
         f"no engines for {arch} with {library.name} {library.version}; the bundle has them for {'; '.join(there)}. "
         f"An engine runs on what it was built for only: build here with `moeca engines {folder}`"

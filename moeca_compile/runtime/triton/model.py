@@ -25,11 +25,11 @@ class TritonPythonModel:
         """Open the bundle; what is wrong with it becomes the model's load error."""
         self._pb: Any = importlib.import_module("triton_python_backend_utils")
         config = json.loads(args["model_config"])
-        given = {name: one["string_value"] for name, one in config["parameters"].items()}
+        parameters = {name: parameter["string_value"] for name, parameter in config["parameters"].items()}
         batching = config["sequence_batching"]
         folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
         try:
-            session = Session.open(folder, given["provider"], threads=int(given["threads"]) or None)
+            session = Session.open(folder, parameters["provider"], threads=int(parameters["threads"]) or None)
         except MoecaError as error:
             raise self._pb.TritonModelException(str(error)) from error
         self.sequences = Sequences(
@@ -53,8 +53,8 @@ class TritonPythonModel:
         if not control(READY):  # padding, not a request of anybody
             return pb.InferenceResponse(output_tensors=[])
         try:
-            inputs = {one.name: pb.get_input_tensor_by_name(request, one.name).as_numpy() for one in session.inputs}
-            found = self.sequences.call(control(CORRID), bool(control(START)), bool(control(END)), inputs)
+            inputs = {spec.name: pb.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in session.inputs}
+            outputs = self.sequences.call(control(CORRID), bool(control(START)), bool(control(END)), inputs)
         except MoecaError as error:
             return pb.InferenceResponse(output_tensors=[], error=pb.TritonError(str(error)))
-        return pb.InferenceResponse(output_tensors=[pb.Tensor(name, array) for name, array in found.items()])
+        return pb.InferenceResponse(output_tensors=[pb.Tensor(name, array) for name, array in outputs.items()])
