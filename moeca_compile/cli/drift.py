@@ -94,7 +94,7 @@ def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) ->
         groups = [f"regions {', '.join(map(str, atom))}" for atom in one.atoms]
         steps |= lines.by_step(one.steps, one.pairs, one.parts, groups)
     layers = lines.by_expert(noted.get("experts", ()))
-    stale = lines.by_harm(map(asdict, store.harms()))
+    stale = lines.by_harm(map(asdict, store.perturbations()))
     if picture is not None:
         plots.save(plots.drift_map(steps, "how far the latent is moved by older outputs"), picture)
     if experts is not None:

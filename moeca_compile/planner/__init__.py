@@ -1,4 +1,4 @@
-"""The planner on a real model: sample it, measure it, search, and hand out a schedule."""
+"""The planner: sample a model, measure its drift and costs, search, and return a schedule."""
 
 from __future__ import annotations
 

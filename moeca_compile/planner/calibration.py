@@ -1,7 +1,7 @@
-"""`calibrate`: a budget in, a schedule out, found on the user's own model, sampler and machine.
+"""`calibrate`: find a schedule within a budget for the caller's own model, sampler and machine.
 
-Sample the seeds uncached (the truth), measure how far forecasts are off, then search: propose by estimate, decide by
-sampling. What is found is sampled once more with seeds that the search hasn't seen.
+It samples the seeds uncached, measures the errors of forecasts, and searches: estimates propose plans, and rollouts
+decide. The resulting schedule is rolled out once more on held-out seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
 from moeca_compile.planner.search.search import RACE_SEEDS, Search
 from moeca_compile.planner.study import Study
-from moeca_compile.planner.thin import Thinned, thinned
+from moeca_compile.planner.thin import ThinnedSchedule, thinned
 from moeca_compile.schedule import Schedule
 
 
@@ -42,61 +42,65 @@ def calibrate(
     branches: float = 0.0,
     progress: bool = True,
 ) -> Schedule:
-    """Find the best schedule that a budget allows.
+    """Find the best schedule within a budget.
 
     Args:
-        model: as `moeca_compile.compile` takes it; its weights are only read. While a pipeline is sampled, the compiled
-            transformer is set on it: `sample` may call the pipeline.
-        sample: the user's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`.
-        budget: `macs:0.26` (fraction of the uncached multiply-accumulates), `latency:0.4` (of the uncached time of
-            the variants, measured here), `speedup:2` (the same as `latency:0.5`), `psnr:45` (the cheapest that holds
-            it), and `state:64MiB` beside them; several with commas between.
-        order: of the forecasts: 0, 1, 2, or `auto`: whichever wins.
-        granularity: what the schedule's columns are, as in `Options`; `auto`: `region`, or `stack` if that wins or if
-            the state of `region` doesn't fit. The schedule says which, and compiling with another one is refused.
-        max_variants: distinct rows allowed, at least 2; above 2 partial rows are tried.
-        seeds: what the search sees; a number n is short for 0 to n - 1. 8 to 16 seeds are better than 4: a schedule can
-            be made to measure for a few samples.
-        holdout: what only the final check sees; a number n is short for 1000 to 999 + n, and 0 leaves the check out. No
-            seed is in both.
-        effort: what the search may sample, in uncached trajectories; default 1.25 a seed. The last round
-            comes on top.
-        data_range: of the samples, for the PSNR; None: what the uncached samples span.
+        model: as `moeca_compile.compile` takes it; its weights are only read. For a pipeline, the compiled transformer
+            is set on it during sampling, so `sample` may call the pipeline.
+        sample: the caller's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`.
+        budget: `macs:0.26` (fraction of the uncached MACs), `latency:0.4` (fraction of the uncached time of the
+            variants, measured on this machine), `speedup:2` (the same as `latency:0.5`) or `psnr:45` (the cheapest
+            schedule with at least 45 dB); also `state:64MiB` beside one of them. Separate several by commas.
+        order: of the forecasts: 0, 1, 2, or `auto` for the best of them.
+        granularity: what the columns of the schedule are, as in `Options`. `auto` is `region`, or `stack` if that is
+            better or if the state of `region` exceeds the budget. The schedule records its granularity, and compiling
+            with another one is an error.
+        max_variants: distinct rows of the schedule, at least 2; above 2, partial rows are tried.
+        seeds: that the search uses; a number n means 0 to n - 1. With 8 to 16 seeds the schedule overfits less than
+            with 4.
+        holdout: seeds of the final check alone; a number n means 1000 to 999 + n, and 0 skips the check. No seed may be
+            in both sets.
+        effort: what the search may sample, in uncached trajectories; default 1.25 per seed. The last round is extra.
+        data_range: of the samples, for the PSNR; None: the range of the uncached samples.
         inner: `inductor` or `eager`, as in `Options`.
-        resume: a folder that keeps what was found, so that an interrupted calibration goes on where it was, and
-            another budget or order reuses it.
-        memory: bytes of region outputs held at once while measuring; more go to a temporary folder.
-        perturb: how many experts to make stale, one by one, on the first seed, to see what the sample suffers: those
-            that drift most first. Each costs about two uncached trajectories. Kept in `resume`; `moeca drift` shows it.
-        branches: 0, or which share of the branches (token, expert) a row computes that doesn't compute the experts, as
-            `Partial(0, branches)`; 0.02 to 0.05 holds the transitions. Schedules of such rows are searched beside those
-            of whole regions, for about as much again, and returned if they are better. With a budget of MACs the best
-            of them is then thinned where that makes it better: some layers cached as whole regions, some cheap steps
-            without branches computed. Bundles can't hold them yet.
-        progress: show a progress bar where `rich` is installed.
+        resume: a folder for the results, so that an interrupted calibration resumes and another budget or order reuses
+            them.
+        memory: bytes of region outputs in memory at once while measuring; the rest goes to a temporary folder.
+        perturb: number of experts to make stale, one at a time, on the first seed, to measure the effect on the sample;
+            the experts with the highest drift come first. Each costs about two uncached trajectories. The results are
+            stored in `resume`; `moeca drift` shows them.
+        branches: fraction of the expert branches, (token, expert) pairs, to compute in rows that do not compute the
+            experts region, as `Partial(0, branches)`; 0 disables it. 0.02 to 0.05 covers the transitions. Schedules of
+            such rows are searched in addition to those of whole regions, at about the same cost, and returned if they
+            are better. With a budget of MACs the best one is then thinned if that improves it: some layers are cached
+            as whole regions, or some cheap steps compute no branches. Bundles do not support these schedules.
+        progress: show a progress bar if `rich` is installed.
 
     Returns:
-        A closed schedule, one row a step, with the timesteps it was made for where these go one way. `predicted`
-        holds `mac_fraction`, `state_bytes`, `psnr_db` (mean over the samples of the search's seeds),
-        `psnr_db_holdout`, `trajectories` (what calibrating cost, in uncached ones, without compiling), and of each
-        family of schedules the best PSNR that it reached on the seeds it got to (`tried uniform order-2`, ...).
+        A schedule with one row per step and without repeats, and with the timesteps of the sampler if they strictly
+        rise or fall. `predicted` has `mac_fraction`, `state_bytes`, `psnr_db` (dB, mean over the samples of the
+        search's seeds), `psnr_db_holdout`, `latency_fraction` (with a latency budget), `trajectories` (the cost of the
+        calibration, in uncached trajectories, without compiling), and for each family of schedules the best PSNR that
+        it reached on the seeds it ran on (`tried uniform order-2`, ...).
 
     Raises:
-        ScheduleError: a budget that can't be read or kept (with the nearest that can), seeds in both sets or twice, a
-            sampler that isn't deterministic, never calls the model, ignores its seed or gives NaN, a `resume` folder
-            of something else.
-        CaptureError: the model can't be captured, or holds nothing to cache.
+        ScheduleError: the budget can't be read, or no schedule fits it (the message gives the nearest budget that one
+            fits); a seed is in both sets or twice; the sampler is not deterministic, never calls the model, ignores its
+            seed or returns NaN; or the `resume` folder belongs to another calibration.
+        CaptureError: the model can't be captured, or has nothing to cache.
     """
     request = Request.read(
         budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches
     )
     try:
-        with bar(progress) as tick:
+        with bar(progress) as report_progress:
 
             def study_of(granularity: str) -> Study:
-                return Study(model, sample, granularity, inner, request, tick)
+                return Study(model, sample, granularity, inner, request, report_progress)
 
-            return _schedule(_auto(study_of, request) if granularity == "auto" else _search(study_of(granularity)))
+            is_auto = granularity == "auto"
+            result = _best_granularity(study_of, request) if is_auto else _search(study_of(granularity))
+            return _schedule(result)
     except KeyboardInterrupt as stop:
         if request.folder is not None:
             stop.add_note(f"what was found so far is in {str(request.folder)!r}: the same call goes on from there")
@@ -104,116 +108,127 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Result:
+    """The best plan of a study, its search and, if thinning improved it, its thinned schedule."""
+
     study: Study
     plan: Plan
     search: Search
-    thinned: Thinned | None = None  # of the plan
+    thinned: ThinnedSchedule | None = None
 
     @property
     def quality(self) -> float:
+        """Mean PSNR on all seeds, dB."""
         if self.thinned is not None:
             return self.thinned.quality
         return self.search.race.quality(self.plan, len(self.study.request.seeds))
 
 
-def _search(study: Study, branches: bool = True) -> _Found:
+def _search(study: Study, branches: bool = True) -> _Result:
+    """The best plan of one study; `branches`: try to cache branches too, if the request asks for it."""
     study.sample_uncached()
     if study.request.perturb:
-        study.make_stale()
-    found = _Found(study, *study.search())
-    return _by_branches(found) if branches and study.request.branches else found
+        study.perturb_experts()
+    result = _Result(study, *study.search())
+    return _or_with_branches(result) if branches and study.request.branches else result
 
 
-def _by_branches(found: _Found) -> _Found:
-    """What was found, or a schedule that computes some branches in its cheap rows, if that is better."""
-    study = found.study.by_branches()
-    other = _Found(study, *study.search())
-    limits = study.request.budget
-    if limits.psnr_db is None and limits.latency is None and other.plan.caches:
-        thin = thinned(study, other.plan)
-        other.search.family_quality |= {
-            f"{other.plan.predictor}, {way}": quality for way, quality in thin.tried.items()
+def _or_with_branches(regions: _Result) -> _Result:
+    """The result for whole regions, or one that computes some branches in its cheap rows, whichever is better."""
+    study = regions.study.with_cached_branches()
+    branches = _Result(study, *study.search())
+    budget = study.request.budget
+    if budget.psnr_db is None and budget.latency is None and branches.plan.caches:
+        thin = thinned(study, branches.plan)
+        branches.search.family_quality |= {
+            f"{branches.plan.predictor}, {way}": quality for way, quality in thin.tried.items()
         }
         if thin.ways:
-            other = replace(other, thinned=thin)
-    found.search.family_quality |= {
-        f"branches, {name}": quality for name, quality in other.search.family_quality.items()
-    }
-    other.search.family_quality = found.search.family_quality
-    found.study.count("branches", study)
-    if found.study.request.budget.psnr_db is not None:
-        better = study.costs.fraction(other.plan) < found.study.costs.fraction(found.plan)
+            branches = replace(branches, thinned=thin)
+    families = {f"branches, {name}": quality for name, quality in branches.search.family_quality.items()}
+    regions.search.family_quality |= families
+    branches.search.family_quality = regions.search.family_quality
+    regions.study.count("branches", study)
+    if budget.psnr_db is not None:
+        better = study.costs.fraction(branches.plan) < regions.study.costs.fraction(regions.plan)
     else:
-        better = other.quality > found.quality
+        better = branches.quality > regions.quality
     if not better:
-        return found
-    study.seconds = found.study.seconds
-    return other
+        return regions
+    study.seconds = regions.study.seconds
+    return branches
 
 
-def _auto(study_of: Callable[[str], Study], request: Request) -> _Found:
-    """Regions; or the whole stack, where only its state fits or where the plan that won is better with it."""
+def _best_granularity(study_of: Callable[[str], Study], request: Request) -> _Result:
+    """The result for `region`, or for `stack` if only its state fits or if the best plan is better with it."""
     regions = study_of("region")
     limit = request.budget.state_bytes
     if limit is not None:
         regions.sampled.run(request.seeds[0])
-        # by branches there is more state, not less
+        # caching branches needs more state than caching regions, not less
         if limit < min(regions.costs.state_bytes.values()):
             return _search(study_of("stack"), branches=False)
-    found = _search(regions)
+    result = _search(regions)
     limited = limit is not None or request.budget.latency is not None
-    if limited or found.study is not regions or not found.plan.caches or found.plan.partial:
-        return found
+    if limited or result.study is not regions or not result.plan.caches or result.plan.partial:
+        return result
     stack = study_of("stack")
     try:
         stack.borrow(regions)
-    except CaptureError:  # no blocks that follow each other: nothing to try
-        return found
-    race, raced = stack.race(), min(RACE_SEEDS, len(request.seeds))
-    tried = race.run(found.plan, raced)
-    found.search.family_quality["stack, the same plan"] = tried
+    except CaptureError:  # the model has no consecutive blocks
+        return result
+    race, seeds = stack.race(), min(RACE_SEEDS, len(request.seeds))
+    stack_quality = race.run(result.plan, seeds)
+    result.search.family_quality["stack, the same plan"] = stack_quality
     regions.count("stack", stack)
-    if tried <= found.search.race.quality(found.plan, raced) or not stack.costs.allows(found.plan, request.budget):
-        return found
-    if race.run(found.plan, len(request.seeds)) <= found.quality:
-        return found
-    found.search.race = race
-    return replace(found, study=stack)
+    if stack_quality <= result.search.race.quality(result.plan, seeds):
+        return result
+    if not stack.costs.allows(result.plan, request.budget):
+        return result
+    if race.run(result.plan, len(request.seeds)) <= result.quality:
+        return result
+    result.search.race = race
+    return replace(result, study=stack)
 
 
-def _schedule(found: _Found) -> Schedule:
-    """The schedule, with what is expected of it and how it came about."""
-    study, plan, request = found.study, found.plan, found.study.request
-    predicted = {
-        "mac_fraction": study.costs.fraction(plan),
-        "state_bytes": float(study.costs.state_of(plan)),
-        "psnr_db": found.quality,
-    }
-    if found.thinned is not None:
-        predicted |= {"mac_fraction": found.thinned.mac_fraction, "state_bytes": float(found.thinned.state_bytes)}
-    if study.costs.ms:
-        predicted["latency_fraction"] = study.costs.fraction(plan, "ms")
-    held_out = study.held_out(plan if found.thinned is None else found.thinned.schedule)
-    if held_out is not None:
-        predicted["psnr_db_holdout"] = held_out
-    predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
-    tried = sorted(found.search.family_quality.items())
-    predicted |= {f"tried {name}": quality for name, quality in tried if math.isfinite(quality)}
+def _schedule(result: _Result) -> Schedule:
+    """The schedule of a result, with its predicted figures and a text that says how it was made."""
+    study, plan, request, program = result.study, result.plan, result.study.request, result.study.sampled.program
+    if result.thinned is None:
+        schedule = schedule_of(plan, program.regions.keys, study.sampled.kinds)
+    else:
+        schedule = result.thinned.schedule
     rows = "".join(f", {letter}: {PARTIAL[letter].description}" for letter in sorted(plan.partial))
-    order = f"{plan.predictor}, granularity {study.granularity}{rows}"
-    if study.sampled.by_branches:
-        order += f", {request.branches:g} of the branches in every cheap row"
-    if found.thinned is not None:
-        order += "".join(f", {way}" for way in found.thinned.ways)
-    made_by = f"calibrated for {request.text} on {len(request.seeds)} seeds: {order}"
-    program = study.sampled.program
-    schedule = schedule_of(plan, program.regions.keys, study.sampled.kinds)
+    method = f"{plan.predictor}, granularity {study.granularity}{rows}"
+    if study.sampled.caches_branches:
+        method += f", {request.branches:g} of the branches in every cheap row"
+    if result.thinned is not None:
+        method += "".join(f", {way}" for way in result.thinned.ways)
     return replace(
-        schedule if found.thinned is None else found.thinned.schedule,
-        made_by=made_by,
+        schedule,
+        made_by=f"calibrated for {request.text} on {len(request.seeds)} seeds: {method}",
         fingerprint=program.regions.fingerprint,
         granularity=study.granularity,
         timesteps=study.timesteps,
-        predicted=predicted,
+        predicted=_predicted(result),
     )
+
+
+def _predicted(result: _Result) -> dict[str, float]:
+    """The figures of a result, by name; `calibrate` describes them."""
+    study, plan = result.study, result.plan
+    predicted = {
+        "mac_fraction": study.costs.fraction(plan),
+        "state_bytes": float(study.costs.state_of(plan)),
+        "psnr_db": result.quality,
+    }
+    if result.thinned is not None:
+        predicted |= {"mac_fraction": result.thinned.mac_fraction, "state_bytes": float(result.thinned.state_bytes)}
+    if study.costs.ms:
+        predicted["latency_fraction"] = study.costs.fraction(plan, "ms")
+    holdout_quality = study.held_out(plan if result.thinned is None else result.thinned.schedule)
+    if holdout_quality is not None:
+        predicted["psnr_db_holdout"] = holdout_quality
+    predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
+    families = sorted(result.search.family_quality.items())
+    return predicted | {f"tried {name}": quality for name, quality in families if math.isfinite(quality)}

@@ -1,4 +1,4 @@
-"""Milliseconds of each row kind, measured side by side on this machine."""
+"""The costs of each row kind: MACs, bytes of state and, measured on this machine, milliseconds."""
 
 from __future__ import annotations
 
@@ -6,35 +6,47 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from moeca_compile.planner.rollout import Call, Enough, SampledModel
+from moeca_compile.planner.rollout import Call, SampledModel, StopRun
 from moeca_compile.planner.search.cost import Costs
 from moeca_compile.planner.search.predict import Predictor
 from moeca_compile.planner.search.rows import row_of
 
-ROUNDS = 7
+ROUNDS = 7  # timed runs of each row kind
 
 
 def costs(sampled: SampledModel, letters: str, predictors: Sequence[Predictor], seed: int, timed: bool) -> Costs:
-    """MACs of each row kind, and bytes of state of each predictor; milliseconds too if `timed`."""
+    """MACs of each row kind and bytes of state of each predictor.
+
+    Args:
+        sampled: the model.
+        letters: the row kinds.
+        predictors: that plans may use.
+        seed: of the trajectory in which rows are timed.
+        timed: measure milliseconds too.
+
+    Returns:
+        The costs.
+    """
     program = sampled.program
     rows = {letter: row_of(sampled.kinds[letter], order=1) for letter in letters}
-    every = sum(slot.bytes for slot in program.layout)
-    once = sum(slot.bytes for slot in program.layout if slot.slot == "y0")
+    total_bytes = sum(slot.bytes for slot in program.layout)
+    bytes_per_term = sum(slot.bytes for slot in program.layout if slot.slot == "y0")
+    state_bytes = {p.name: total_bytes if sampled.caches_branches else bytes_per_term * p.terms for p in predictors}
     return Costs(
         macs={letter: float(program.variant(row).macs) for letter, row in rows.items()},
         ms=_milliseconds(sampled, letters, seed) if timed else {},
-        state_bytes={p.name: every if sampled.by_branches else once * p.terms for p in predictors},
+        state_bytes=state_bytes,
     )
 
 
 def _milliseconds(sampled: SampledModel, letters: str, seed: int) -> dict[str, float]:
-    """The fastest of interleaved runs in the middle of a trajectory, where every row has the state that it reads.
+    """The least time of each row kind, from interleaved runs in a trajectory at steps where all state exists.
 
-    The fastest: what a busy machine adds isn't the row's.
+    The least time is used because other processes on the machine only add to it.
     """
     program = sampled.program
-    taken: dict[str, list[float]] = {letter: [] for letter in letters}
-    warm: set[str] = set()
+    milliseconds: dict[str, list[float]] = {letter: [] for letter in letters}
+    warmed_up: set[str] = set()
 
     def watch(call: Call) -> None:
         if call.program is not program or call.state is None or call.state.last_step < 2:
@@ -44,15 +56,15 @@ def _milliseconds(sampled: SampledModel, letters: str, seed: int) -> dict[str, f
             variant = variants.variant(row_of(sampled.kinds[letter], order=1))
             arguments = call.compiled.arguments(variant, call.args, call.state, call.state.last_step + 1)
             run = variants.compile(variant, arguments)
-            if letter not in warm:
-                run(arguments)  # the first run of a compiled program isn't typical
-                warm.add(letter)
+            if letter not in warmed_up:
+                run(arguments)  # the first run of a compiled program is slower
+                warmed_up.add(letter)
             begin = time.perf_counter()
             run(arguments)
-            taken[letter].append((time.perf_counter() - begin) * 1e3)
-        if len(taken[letters[0]]) >= ROUNDS:
-            raise Enough
+            milliseconds[letter].append((time.perf_counter() - begin) * 1e3)
+        if len(milliseconds[letters[0]]) >= ROUNDS:
+            raise StopRun
 
-    with suppress(Enough):
+    with suppress(StopRun):
         sampled.run(seed, watch=watch)
-    return {letter: min(times) for letter, times in taken.items() if times}
+    return {letter: min(times) for letter, times in milliseconds.items() if times}

@@ -1,8 +1,8 @@
-"""What a seed's sample was made from, in a few numbers: so that kept samples of another prompt or latent are noticed.
+"""A sketch of a sampler's inputs for one seed, to detect stored samples of another prompt or latent.
 
-Compared are the tensors that the sampler hands to the model in its first call. Each is kept as its root mean square and
-two random projections. What another machine or library rounds differently is alike; another prompt, label or latent
-isn't.
+The sketch covers the tensors that the sampler passes to the model in its first call: for each its root mean square and
+two random projections. Sketches that differ only by rounding, on another machine or library, are equal; those of
+another prompt, label or latent are not.
 """
 
 from __future__ import annotations
@@ -16,29 +16,36 @@ import torch
 PROJECTIONS = 2
 TOLERANCE = 1e-3  # of the root mean square
 _CHUNK = 1 << 20
-_LARGEST = 1e6  # stands for infinity, as in attention masks
+_LARGEST = 1e6  # stands for infinity, which occurs in attention masks
 
 Origin = tuple[tuple[float, ...], ...]
 
 
 def origin_of(args: Iterable[Any]) -> Origin:
-    """Of each tensor its root mean square and projections; of each number itself."""
-    return tuple(_sketch(one) if isinstance(one, torch.Tensor) else (float(one),) for one in args if _counts(one))
+    """The sketch of each tensor and number among the arguments of a call; a number is its own sketch."""
+    sketches = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            sketches.append(_sketch(arg))
+        elif isinstance(arg, (bool, int, float)):
+            sketches.append((float(arg),))
+    return tuple(sketches)
 
 
-def alike(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> bool:
-    """Whether two origins are the same but for rounding."""
-    return len(one) == len(other) and all(
-        len(a) == len(b) and all(abs(x - y) <= TOLERANCE * max(abs(a[0]), abs(b[0])) for x, y in zip(a, b, strict=True))
-        for a, b in zip(one, other, strict=True)
-    )
+def is_same(origin: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> bool:
+    """Whether two origins are equal up to rounding."""
+    return len(origin) == len(other) and all(_is_close(a, b) for a, b in zip(origin, other, strict=True))
 
 
-def _counts(arg: Any) -> bool:
-    return isinstance(arg, (torch.Tensor, bool, int, float))
+def _is_close(sketch: Sequence[float], other: Sequence[float]) -> bool:
+    if len(sketch) != len(other):
+        return False
+    tolerance = TOLERANCE * max(abs(sketch[0]), abs(other[0]))
+    return all(abs(a - b) <= tolerance for a, b in zip(sketch, other, strict=True))
 
 
 def _sketch(tensor: torch.Tensor) -> tuple[float, ...]:
+    """Root mean square and projections; float64."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     values = real.detach().reshape(-1).cpu().to(torch.float64).nan_to_num(0.0, _LARGEST, -_LARGEST)
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +53,6 @@ def _sketch(tensor: torch.Tensor) -> tuple[float, ...]:
     for chunk in values.split(_CHUNK):
         square += float(chunk.square().sum())
         weights = torch.randn(PROJECTIONS, len(chunk), generator=generator, dtype=torch.float64)
-        sums = [before + float(more) for before, more in zip(sums, weights @ chunk, strict=True)]
+        sums = [total + float(part) for total, part in zip(sums, weights @ chunk, strict=True)]
     root = math.sqrt(max(len(values), 1))
-    return (math.sqrt(square) / root, *(one / root for one in sums))
+    return (math.sqrt(square) / root, *(total / root for total in sums))

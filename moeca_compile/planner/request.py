@@ -1,4 +1,4 @@
-"""What a calibration is asked for, read and checked before anything runs."""
+"""The arguments of a calibration, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from moeca_compile.planner.search.budget import Budget
 from moeca_compile.planner.search.predict import Predictor, predictors_of
 from moeca_compile.schedule.decode import short
 
-HOLDOUT = 1000  # where a number of held-out seeds begins
+HOLDOUT = 1000  # the first held-out seed, where `holdout` is a number of seeds
 MOST_SEEDS = 1000
-EFFORT = 1.25  # of the rollouts, in uncached trajectories a seed
+EFFORT = 1.25  # of the rollouts, in uncached trajectories per seed
 
 
 @dataclass(frozen=True)
 class Request:
-    """`calibrate`'s arguments that aren't the model's."""
+    """The arguments of `calibrate` that do not concern the model; `calibrate` describes them.
+
+    Attributes:
+        text: the budget as the caller wrote it.
+        folder: `resume`.
+    """
 
     text: str
     budget: Budget
@@ -49,10 +54,10 @@ class Request:
         perturb: int,
         branches: float,
     ) -> Request:
-        """Check them.
+        """Check the arguments of `calibrate`.
 
         Raises:
-            ScheduleError: an argument that can't be.
+            ScheduleError: an argument is out of range. The message names it.
         """
         limits = Budget.parse(budget)
         if not isinstance(holdout, int) and not len(holdout):
@@ -63,9 +68,9 @@ class Request:
         seeds, holdout = _seeds("seeds", seeds, 0), _seeds("holdout", holdout, HOLDOUT)
         if not seeds or set(seeds) & set(holdout):
             raise ScheduleError("calibrate: seeds must not be empty, and no seed may be in both seeds and holdout")
-        for name, given in (("seeds", seeds), ("holdout", holdout)):
-            if len(set(given)) < len(given):
-                raise ScheduleError(f"calibrate: {name}={given} has a seed twice")
+        for name, numbers in (("seeds", seeds), ("holdout", holdout)):
+            if len(set(numbers)) < len(numbers):
+                raise ScheduleError(f"calibrate: {name}={numbers} has a seed twice")
         if max_variants < 2:
             raise ScheduleError(f"calibrate: max_variants={max_variants}, but a schedule that saves work has two rows")
         if effort is not None and effort < 0:
@@ -98,17 +103,18 @@ class Request:
         )
 
 
-def _seeds(name: str, given: Sequence[int] | int, first: int) -> tuple[int, ...]:
-    """Seeds as they are given, or so many of them from `first` on."""
-    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= MOST_SEEDS:
-        return tuple(range(first, first + given))
+def _seeds(name: str, argument: Sequence[int] | int, first: int) -> tuple[int, ...]:
+    """The seeds of an argument: a sequence of seeds, or their number, counted from `first`."""
+    if isinstance(argument, int) and not isinstance(argument, bool) and 0 <= argument <= MOST_SEEDS:
+        return tuple(range(first, first + argument))
     try:
-        found = () if isinstance(given, (str, bytes)) else tuple(operator.index(one) for one in given)  # type: ignore[union-attr]
+        is_text = isinstance(argument, (str, bytes))
+        seeds = () if is_text else tuple(operator.index(seed) for seed in argument)  # type: ignore[union-attr]
     except TypeError:
-        found = ()
-    if not found and given != ():
-        raise ScheduleError(f"calibrate: {name}={short(given)}, expected whole numbers, or how many there are to be")
-    return found
+        seeds = ()
+    if not seeds and argument != ():
+        raise ScheduleError(f"calibrate: {name}={short(argument)}, expected whole numbers, or how many there are to be")
+    return seeds
 
 
 def _folder(resume: str | Path) -> Path:

@@ -1,13 +1,13 @@
-"""Rollouts: a model run by its sampler, each time with another schedule; each run is a trajectory of its own.
+"""Rollouts: runs of a sampler with different schedules; each run is a trajectory of its own.
 
-The user's loop stays the user's: only what a call of the compiled model does is replaced while it runs.
+The sampler is the caller's own loop. A rollout replaces only what a call of the compiled model does.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +39,15 @@ Sampler = Callable[[Any, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model in a rollout, just done: what it got, what came out, and where it stands.
+    """One finished call of the model in a rollout.
 
     Attributes:
         compiled: the schedule that ran.
-        stream: of the trajectory that the sampler opened, if any, and of the call in it.
-        state: None: the call couldn't be placed, and was computed in full.
+        stream: the guidance stream, as "stream of the sampler's trajectory/stream of the call".
+        record: of the step.
+        state: of the stream after the call; None: the step of the call is unknown, so it was computed in full.
+        args: the inputs of the graph.
+        results: the outputs of the graph.
     """
 
     compiled: CompiledSchedule
@@ -56,14 +59,17 @@ class Call:
 
     @property
     def program(self) -> Program:
+        """The graph that ran."""
         return self.compiled.program
 
     @property
     def latent(self) -> torch.Tensor | None:
+        """The latent among the inputs; None: the graph has none."""
         return None if self.program.latent is None else self.args[self.program.latent]
 
     @property
     def timestep(self) -> float | None:
+        """The timestep of the call's first sample; None: the graph has none."""
         if self.program.timestep is None:
             return None
         return float(torch.as_tensor(self.args[self.program.timestep]).reshape(-1)[0])
@@ -73,15 +79,16 @@ Watch = Callable[[Call], tuple[Any, ...] | None]
 
 
 class Rollout:
-    """One run of a sampler: in place of the handle's schedule, each graph runs the one that `compile_for` gives.
+    """One run of a sampler. Each graph runs the schedule that `compile_for` returns.
 
     Args:
-        watch: sees every call; what it returns, if anything, is handed to the sampler in place of the call's results.
-        within: entered around each call.
+        compile_for: called once for each graph.
+        watch: called after each call of the model. If it returns results, the sampler receives them instead.
+        within: entered around each call of the model.
 
     Attributes:
         schedules: of the graphs that ran.
-        running: the state of each trajectory; None: of calls outside any that the sampler opened.
+        running: the state of each trajectory; the key None is for calls outside a trajectory of the sampler.
     """
 
     def __init__(
@@ -108,36 +115,37 @@ class Rollout:
         streams = running.of(compiled).streams.items()
         state = next((stream.state for name, stream in streams if str(name) == record.stream), None)
         name = f"{trajectory.stream if trajectory is not None else None}/{record.stream}"
-        altered = self._watch(Call(compiled, name, record, state, args, results))
-        return results if altered is None else altered
+        replacement = self._watch(Call(compiled, name, record, state, args, results))
+        return results if replacement is None else replacement
 
     @property
     def steps(self) -> int:
-        """Of the longest trajectory."""
-        return max((1 + record.step for one in self.running.values() for record in one.records), default=0)
+        """The number of steps of the longest trajectory."""
+        records = [record for running in self.running.values() for record in running.records]
+        return max((1 + record.step for record in records), default=0)
 
 
-class _Seen(BaseException):
-    """Ends a sampler that has shown what it starts from; no sampler catches it."""
-
-
-class Enough(BaseException):
-    """Ends a run early; not an Exception, so that a sampler's own handlers let it through."""
+class StopRun(BaseException):
+    """Ends a run early. It is not an Exception, so handlers in a sampler do not catch it."""
 
 
 class SampledModel:
     """One compiled model and its sampler.
 
     Args:
-        caching: whose state is kept whatever plan runs. None: whole regions, one layout for all orders. One that names
-            its regions and has a PARTIAL row last: what a region that isn't computed does in that row it does in every
-            plan, and all forecasts are of its order.
+        model: as `moeca_compile.compile` takes it.
+        sample: the caller's loop.
+        granularity: as in `Options`.
+        inner: as in `Options`.
+        caching: the schedule whose state every plan keeps. None: whole regions, with one layout for all orders. If it
+            names its regions, its last row is PARTIAL: every region that a plan does not compute takes its action from
+            that row, and every forecast has its order.
 
     Attributes:
-        steps: of a trajectory, once it has run.
-        seconds: of the runs so far, compiling left out; of the processor where that runs the model, so that others who
-            use the machine don't count.
-        uncached: of each of the uncached ones.
+        steps: of a trajectory; set by the first uncached run.
+        seconds: of the runs so far, without compiling. Processor time if the model runs on the CPU, so that other
+            processes do not count.
+        uncached: seconds of each uncached run.
     """
 
     def __init__(
@@ -145,49 +153,57 @@ class SampledModel:
     ) -> None:
         self.sample, self.granularity = sample, granularity
         self.caching = caching or Schedule.uniform(2, order=2)
-        self._given, plain = model, plain_module(single_model(model, "calibrate"))
-        in_place = getattr(plain, "_compiled_call_impl", None)
-        self.model = moeca_compile_model(plain, schedule=self.caching, inner=inner, granularity=granularity)
-        if in_place is not None:  # of the caller's
-            plain._compiled_call_impl = in_place
+        self._argument, module = model, plain_module(single_model(model, "calibrate"))
+        callers_compiled_call = getattr(module, "_compiled_call_impl", None)
+        self.model = moeca_compile_model(module, schedule=self.caching, inner=inner, granularity=granularity)
+        if callers_compiled_call is not None:
+            module._compiled_call_impl = callers_compiled_call
         self._programs: list[Program] = []
         self.steps = 0
         self.seconds = 0.0
         self.uncached: list[float] = []
-        on_cpu = all(weight.device.type == "cpu" for weight in plain.parameters())
+        on_cpu = all(weight.device.type == "cpu" for weight in module.parameters())
         self.clock = time.process_time if on_cpu else time.perf_counter
 
     @property
     def program(self) -> Program:
-        """The graph with the most regions; all of them run the plan. There is one after the first run."""
+        """The graph with the most regions; known after the first run. The other graphs run the same plans."""
         return max(self._programs, key=lambda program: len(program.regions))
 
     @property
     def kinds(self) -> Kinds:
+        """The row kinds of `program`."""
         return self._kinds(self.program)
 
     @property
-    def by_branches(self) -> bool:
+    def caches_branches(self) -> bool:
+        """Whether rows that do not compute the experts compute some expert branches."""
         return self.caching.regions is not None
 
     def _kinds(self, program: Program) -> Kinds:
-        plain = kinds_of(program)
-        return with_partial(plain, self.caching.rows[-1]) if self.by_branches else plain
+        kinds = kinds_of(program)
+        return with_partial(kinds, self.caching.rows[-1]) if self.caches_branches else kinds
 
     def run(
         self, seed: int, plan: Plan | Schedule | None = None, watch: Watch | None = None,
         within: AbstractContextManager[object] | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """The samples of one seed with a plan; None computes everything, and counts the steps. A schedule, of the
-        regions of `program`, keeps its own state.
+        """Sample one seed.
 
-        watch: sees every call; what it returns, if anything, is handed to the sampler in place of the call's results.
-        within: entered around each call of the program.
+        Args:
+            seed: passed to the sampler.
+            plan: a plan; or a schedule of the regions of `program`, which keeps its own state. None: compute
+                everything, and count the steps.
+            watch: called after each call of the model. If it returns results, the sampler receives them instead.
+            within: entered around each call of the model.
+
+        Returns:
+            The final samples, float32, on the CPU.
 
         Raises:
-            ScheduleError: the sampler never called the model, or gave no tensor.
+            ScheduleError: the sampler never called the model, or did not return a tensor.
         """
-        spent, begin = self._compiling, self.clock()
+        compile_seconds, begin = self._compile_seconds, self.clock()
         rollout = Rollout(lambda program: self._compiled(program, plan), watch, within)
         samples = self._call(seed, rollout)
         if not rollout.schedules:
@@ -197,7 +213,7 @@ class SampledModel:
                 "torch._dynamo.reset() before calibrating helps)"
             )
         seconds = self.clock() - begin
-        if self._compiling > spent:  # as much as a run that didn't
+        if self._compile_seconds > compile_seconds:  # replace it by the time of a run without compiling
             seconds = statistics.median(self.uncached) if self.uncached else 0.0
         self.seconds += seconds
         if plan is None:
@@ -207,19 +223,20 @@ class SampledModel:
         return samples
 
     def origin(self, seed: int) -> Origin:
-        """What the sampler starts from with a seed; it is ended at its first call of the model."""
-        found: list[Origin] = []
+        """A sketch of the inputs of the sampler's first call of the model; the run ends there."""
+        origins: list[Origin] = []
 
-        def look(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
-            found.append(origin_of(arg for arg, one in zip(args, entry.inputs, strict=True) if not one.is_weight))
-            raise _Seen
+        def record(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+            inputs = zip(args, entry.inputs, strict=True)
+            origins.append(origin_of(arg for arg, description in inputs if not description.is_weight))
+            raise StopRun
 
-        with suppress(_Seen):
-            self._call(seed, look)
-        return found[0] if found else ()
+        with suppress(StopRun):
+            self._call(seed, record)
+        return origins[0] if origins else ()
 
     def warm(self, seed: int, letters: str) -> None:
-        """Compile what plans of these letters run, so that no compiling is in the times of what follows."""
+        """Compile the variants of these row kinds, so that later times include no compiling."""
 
         def watch(call: Call) -> None:
             if call.program is not self.program or call.state is None:
@@ -232,24 +249,24 @@ class SampledModel:
             compiled.variants.compile_together(examples)
             for variant, arguments in examples:
                 compiled.variants.compile(variant, arguments)(arguments)
-            raise Enough
+            raise StopRun
 
-        with suppress(Enough):
+        with suppress(StopRun):
             self.run(seed, watch=watch)
 
     def replay(self, seed: int, interceptor: Interceptor) -> torch.Tensor | None:
-        """Run the sampler with `interceptor` in the model's place; None where that raised `Enough`."""
+        """Run the sampler with `interceptor` in place of the model; None: the interceptor raised `StopRun`."""
         begin = self.clock()
         try:
             return self._call(seed, interceptor)
-        except Enough:
+        except StopRun:
             return None
         finally:
             self.seconds += self.clock() - begin
 
     def _call(self, seed: int, interceptor: Interceptor) -> torch.Tensor:
         with (
-            swapped_in(self.model, self._given),
+            swapped_in(self.model, self._argument),
             intercepting(interceptor, handle_of(self.model)),
             torch.no_grad(),
         ):
@@ -261,7 +278,7 @@ class SampledModel:
         return samples.detach().float().cpu()
 
     def _compiled(self, program: Program, plan: Plan | Schedule | None) -> CompiledSchedule:
-        """What a graph runs under a plan: graphs that a plan or schedule isn't for are computed in full."""
+        """The compiled schedule of a graph. A `Schedule` is for `program` alone: other graphs compute everything."""
         if program not in self._programs:
             self._programs.append(program)
         if isinstance(plan, Schedule) and program is self.program:
@@ -271,15 +288,15 @@ class SampledModel:
         kinds = self._kinds(program)
         rows = tuple(row_of(kinds.get(letter, kinds[FULL]), order=1) for letter in plan.letters)
         schedule = Schedule(rows, regions=program.regions.keys, order=1)
-        order = None if self.by_branches else PREDICTORS[plan.predictor].order
+        order = None if self.caches_branches else PREDICTORS[plan.predictor].order
         return program.compiled(schedule, state_schedule=self.caching, order=order)
 
     @property
-    def _compiling(self) -> float:
+    def _compile_seconds(self) -> float:
         return sum(program.compiler.spent for program in self._programs)
 
 
 def kinds_of(program: Program) -> Kinds:
     """The row kinds of a program's graph."""
-    regions: Mapping[str, Any] = {region.key: region for region in program.regions}
-    return row_kinds([one.kind for one in regions.values()], [one.layer for one in regions.values()])
+    regions = list(program.regions)
+    return row_kinds([region.kind for region in regions], [region.layer for region in regions])

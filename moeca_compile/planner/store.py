@@ -1,14 +1,14 @@
-"""What a calibration has found so far, in a folder, so that an interrupted one goes on and the next budget is cheaper.
+"""The results of a calibration in a folder: an interrupted one resumes, and another budget reuses the measurements.
 
     facts.json       which model and sampler: graph, steps, timesteps, granularity
-    origins.jsonl    of each seed, a sketch of what the model got in the sampler's first call
+    origins.jsonl    for each seed, a sketch of the inputs of the sampler's first call of the model
     truth/<seed>.npy the uncached samples; truth.jsonl: the seconds that each took
     drift.npz        the measured pairs; split.npz: those of groups of regions
-    experts.jsonl    one line an expert that was made stale: what the sample suffered
-    rollouts.jsonl   one line a rollout, added when it is done: plan, predictor, seed, errors, seconds
+    experts.jsonl    one line per perturbed expert: the PSNR of the samples
+    rollouts.jsonl   one line per rollout, added when it is done: plan, predictor, seed, errors, seconds
 
-None of it depends on the budget. A folder of another model, sampler or granularity is refused, and a damaged file is
-named. A line that an interrupt cut short is left out.
+None of these depends on the budget. A folder of another model, sampler or granularity raises an error, and so does a
+damaged file. A line that an interrupt truncated is ignored.
 """
 
 from __future__ import annotations
@@ -33,18 +33,25 @@ from moeca_compile.schedule.decode import DecodeError, Entries, NoJson, parse, r
 
 FORMAT, VERSION = "moeca-calibration", 2
 
-Found = TypeVar("Found")
+Line = TypeVar("Line")
 
 RETIRED = ("damped", "damped-bend", "fitted-line", "hermite")  # predictors of folders that version 0.1.0 wrote
 
 
 @dataclass
 class Store:
-    """The folder, or memory only where `path` is None."""
+    """The results of one model under one granularity.
+
+    Attributes:
+        path: the folder; None: keep rollouts in memory only.
+        rollouts: for each plan and seed, the mean squared error of each sample and the seconds.
+        seconds: of each uncached trajectory.
+        origins: of each seed.
+    """
 
     path: Path | None = None
     rollouts: dict[tuple[Plan, int], tuple[tuple[float, ...], float]] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)  # of each uncached trajectory
+    seconds: list[float] = field(default_factory=list)
     origins: dict[int, Origin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,47 +66,54 @@ class Store:
     # -- which model ------------------------------------------------------------------------------------------------
 
     def check(self, facts: Mapping[str, Any]) -> None:
-        """Note what was measured; raise if the folder is of something else.
+        """Compare the facts with those of the folder; a new folder records them.
 
         Raises:
-            ScheduleError: says which facts differ.
+            ScheduleError: facts differ. The message says which.
         """
         if self.path is None:
             return
         file = self.path / "facts.json"
-        wanted = {"format": FORMAT, "version": VERSION, **facts}
+        expected = {"format": FORMAT, "version": VERSION, **facts}
         if not file.exists():
-            _write(file, json.dumps(wanted, indent=1))
+            _write(file, json.dumps(expected, indent=1))
             return
-        with _sound(file, f"Delete the folder {str(self.path)!r}: all of it is measured again"):
-            known = parse(read_text(file)).data
-            if not {"format", "version"} <= known.keys():
+        with _naming_damage(file, f"Delete the folder {str(self.path)!r}: all of it is measured again"):
+            stored = parse(read_text(file)).data
+            if not {"format", "version"} <= stored.keys():
                 raise DecodeError("it doesn't say what the folder holds")
-        other = [f"{k} is {known.get(k)!r} there, {v!r} here" for k, v in wanted.items() if known.get(k) != v]
-        if other:
+        differing = [key for key, value in expected.items() if stored.get(key) != value]
+        if differing:
+            differences = "; ".join(f"{key} is {stored.get(key)!r} there, {expected[key]!r} here" for key in differing)
             raise ScheduleError(
-                f"resume={str(self.path)!r} holds the calibration of something else: {'; '.join(other)}. "
-                "Name another folder"
+                f"resume={str(self.path)!r} holds the calibration of something else: {differences}. Name another folder"
             )
 
     # -- uncached samples -------------------------------------------------------------------------------------------
 
     def truth(self, seed: int) -> torch.Tensor | None:
+        """The uncached samples of a seed; None: not stored.
+
+        Raises:
+            ScheduleError: the file is damaged.
+        """
         file = None if self.path is None else self.path / "truth" / f"{seed}.npy"
         if file is None or not file.exists():
             return None
-        with _sound(file), file.open("rb") as opened:
-            found = np.load(opened, allow_pickle=False)
-            if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or not np.isfinite(found).all():
+        with _naming_damage(file), file.open("rb") as opened:
+            samples = np.load(opened, allow_pickle=False)
+            if not isinstance(samples, np.ndarray) or samples.dtype.kind != "f" or not np.isfinite(samples).all():
                 raise DecodeError("it doesn't hold finite numbers")
-            return torch.from_numpy(found)
+            return torch.from_numpy(samples)
 
-    def keep_origin(self, seed: int, origin: Origin) -> None:
+    def add_origin(self, seed: int, origin: Origin) -> None:
+        """Store the origin of a seed."""
         self.origins[seed] = origin
         if self.path is not None:
             _add(self.path / "origins.jsonl", {"seed": seed, "inputs": origin})
 
-    def keep_truth(self, seed: int, samples: torch.Tensor, seconds: float) -> None:
+    def add_truth(self, seed: int, samples: torch.Tensor, seconds: float) -> None:
+        """Store the uncached samples of a seed and the seconds that they took."""
         self.seconds.append(seconds)
         if self.path is not None:
             _add(self.path / "truth.jsonl", {"seed": seed, "seconds": seconds})
@@ -110,52 +124,63 @@ class Store:
     # -- drift ------------------------------------------------------------------------------------------------------
 
     def drift(
-        self, wanted: Mapping[str, Any] | None = None, name: str = "drift"
+        self, settings: Mapping[str, Any] | None = None, name: str = "drift"
     ) -> tuple[Drift, dict[str, Any]] | None:
-        """The drift measured as `wanted` says (letters, seeds, at least the lookback; None: any), and what was noted.
+        """The stored drift.
 
-        None: it wasn't measured yet, or otherwise.
+        Args:
+            settings: that it must have been measured with: letters, seeds, and at least the lookback. None: any.
+            name: of the file.
+
+        Returns:
+            The drift and the `extra` of `add_drift`; None: it is not stored, or has other settings.
+
+        Raises:
+            ScheduleError: the file is damaged.
         """
         file = None if self.path is None else self.path / f"{name}.npz"
         if file is None or not file.exists():
             return None
-        with _sound(file), file.open("rb") as opened, np.load(opened, allow_pickle=False) as kept:
-            noted = json.loads(str(kept["noted"]))
-            known = noted["wanted"]
-            if wanted is not None and ({**known, "lookback": 0} != {**wanted, "lookback": 0}):
+        with _naming_damage(file), file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            header = json.loads(str(arrays["noted"]))
+            stored = header["wanted"]
+            if settings is not None and ({**stored, "lookback": 0} != {**settings, "lookback": 0}):
                 return None
-            if wanted is not None and known["lookback"] < wanted["lookback"]:
+            if settings is not None and stored["lookback"] < settings["lookback"]:
                 return None
-            pairs = {(int(a), int(s)): n for n, (a, s) in enumerate(kept["pairs"])}
-            atoms = tuple(tuple(atom) for atom in noted["atoms"])
-            parts = kept["parts"]
+            pairs = {(int(a), int(s)): number for number, (a, s) in enumerate(arrays["pairs"])}
+            atoms = tuple(tuple(atom) for atom in header["atoms"])
+            parts = arrays["parts"]
             if parts.shape[:2] != (len(atoms), len(pairs)) or not np.isfinite(parts).all():
                 raise DecodeError("its arrays don't fit each other, or hold numbers that aren't finite")
-            return Drift(noted["steps"], pairs, atoms, parts), noted["extra"]
+            return Drift(header["steps"], pairs, atoms, parts), header["extra"]
 
-    def keep_drift(
-        self, drift: Drift, wanted: Mapping[str, Any], extra: Mapping[str, Any], name: str = "drift"
+    def add_drift(
+        self, drift: Drift, settings: Mapping[str, Any], extra: Mapping[str, Any], name: str = "drift"
     ) -> None:
+        """Store a drift with the settings that it was measured with, and `extra` as JSON."""
         if self.path is None:
             return
-        noted = {"wanted": wanted, "atoms": drift.atoms, "steps": drift.steps, "extra": extra}
+        header = {"wanted": settings, "atoms": drift.atoms, "steps": drift.steps, "extra": extra}
         part = self.path / f"{name}.part.npz"
-        np.savez(part, noted=json.dumps(noted), pairs=np.array(list(drift.pairs)), parts=drift.parts)
+        np.savez(part, noted=json.dumps(header), pairs=np.array(list(drift.pairs)), parts=drift.parts)
         part.replace(self.path / f"{name}.npz")
 
-    # -- stale experts ----------------------------------------------------------------------------------------------
+    # -- perturbed experts ------------------------------------------------------------------------------------------
 
-    def harms(self) -> list[PerturbationResult]:
-        """What samples suffered from stale experts, in the order in which it was measured."""
-        return [] if self.path is None else _lines(self.path / "experts.jsonl", _harm)
+    def perturbations(self) -> list[PerturbationResult]:
+        """The results of perturbed experts, in the order in which they were measured."""
+        return [] if self.path is None else _lines(self.path / "experts.jsonl", _perturbation)
 
-    def keep_harm(self, harm: PerturbationResult) -> None:
+    def add_perturbation(self, result: PerturbationResult) -> None:
+        """Store one result."""
         if self.path is not None:
-            _add(self.path / "experts.jsonl", asdict(harm))
+            _add(self.path / "experts.jsonl", asdict(result))
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
 
-    def keep_rollout(self, plan: Plan, seed: int, errors: Sequence[float], seconds: float) -> None:
+    def add_rollout(self, plan: Plan, seed: int, errors: Sequence[float], seconds: float) -> None:
+        """Store the mean squared error of each sample, and the seconds that they took."""
         self.rollouts[plan, seed] = tuple(errors), seconds
         if self.path is not None:
             line = {"plan": plan.letters, "predictor": plan.predictor, "seed": seed}
@@ -163,19 +188,19 @@ class Store:
             _add(self.path / "rollouts.jsonl", line)
 
 
-def _lines(file: Path, read: Callable[[Entries], Found | None]) -> list[Found]:
-    """The lines of a record, read; one that an interrupt cut short, or that nothing needs any more, is left out."""
-    found = []
-    with _sound(file):
-        for line in read_text(file).splitlines() if file.exists() else []:
+def _lines(file: Path, decode: Callable[[Entries], Line | None]) -> list[Line]:
+    """The decoded lines of a file. Truncated lines, and those that decode to None, are left out."""
+    lines = []
+    with _naming_damage(file):
+        for text in read_text(file).splitlines() if file.exists() else []:
             try:
-                entries = parse(line)
+                entries = parse(text)
             except NoJson:
                 continue
-            entry = read(entries)
-            if entry is not None:
-                found.append(entry)
-    return found
+            line = decode(entries)
+            if line is not None:
+                lines.append(line)
+    return lines
 
 
 def _seconds(line: Entries) -> float:
@@ -198,29 +223,29 @@ def _origin(line: Entries) -> tuple[int, Origin]:
     inputs = line.get("inputs")
     if not isinstance(inputs, list):
         raise DecodeError(f"inputs is {short(inputs)}, expected lists of numbers")
-    return line.integer("seed"), tuple(Entries({"inputs": one}).numbers("inputs") for one in inputs)
+    return line.integer("seed"), tuple(Entries({"inputs": sketch}).numbers("inputs") for sketch in inputs)
 
 
-def _harm(line: Entries) -> PerturbationResult:
-    whole = {name: line.integer(name) for name in ("layer", "expert", "seed")}
-    return PerturbationResult(region=line.text("region"), **whole, psnr_db=line.number("psnr_db"))
+def _perturbation(line: Entries) -> PerturbationResult:
+    numbers = {name: line.integer(name) for name in ("layer", "expert", "seed")}
+    return PerturbationResult(region=line.text("region"), **numbers, psnr_db=line.number("psnr_db"))
 
 
 @contextmanager
-def _sound(file: Path, remedy: str = "Delete this file: what it held is measured again") -> Iterator[None]:
-    """Turn whatever a damaged file makes of its reader into an error that names the file."""
+def _naming_damage(file: Path, remedy: str = "Delete this file: what it held is measured again") -> Iterator[None]:
+    """Convert every exception of a reader into an error that names the damaged file."""
     try:
         yield
     except ScheduleError:
         raise
-    except Exception as error:  # numpy, zipfile, json and the readers above raise all kinds of them
-        what = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
-        raise ScheduleError(f"resume: {str(file)!r} is damaged: {what}. {remedy}") from error
+    except Exception as error:  # numpy, zipfile, json and the decoders above raise many kinds
+        reason = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
+        raise ScheduleError(f"resume: {str(file)!r} is damaged: {reason}. {remedy}") from error
 
 
 def _add(file: Path, line: Mapping[str, Any]) -> None:
-    with file.open("a") as log:
-        log.write(json.dumps(line, allow_nan=False) + "\n")
+    with file.open("a") as lines:
+        lines.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _write(file: Path, text: str) -> None:

@@ -104,20 +104,24 @@ class Entries:
             raise DecodeError(f"{self.inside or 'it'} has unknown entries {short(unknown)}; known: {', '.join(names)}")
 
     def get(self, name: str, default: Any = ...) -> Any:
+        """An entry of any type. This and every other method raises DecodeError for a missing or wrong entry."""
         if name not in self.data and default is ...:
             raise DecodeError(f"{self._path(name)} is missing")
         return self.data.get(name, default)
 
     def text(self, name: str, default: Any = ...) -> str:
+        """A string."""
         return str(self._typed(str, "a text", name, default))
 
     def integer(self, name: str, default: Any = ...) -> int:
+        """An integer."""
         value = self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise DecodeError(f"{self._path(name)} is {short(value)}, expected a whole number")
         return value
 
     def number(self, name: str, default: Any = ...) -> float:
+        """A finite number."""
         return _number(self._path(name), self.get(name, default))
 
     def numbers(self, name: str, default: Any = ...) -> tuple[float, ...]:
@@ -126,12 +130,14 @@ class Entries:
         return tuple(_number(self._path(name), value) for value in values)
 
     def texts(self, name: str, default: Any = ...) -> tuple[str, ...]:
+        """A list of strings."""
         values = self._typed(list, "a list of texts", name, default)
         if wrong := [value for value in values if not isinstance(value, str)]:
             raise DecodeError(f"{self._path(name)} holds {short(wrong[0])}, expected texts")
         return tuple(values)
 
     def entries(self, name: str, default: Any = ...) -> Entries:
+        """The entries of a nested object."""
         return Entries(self._typed(dict, "an object", name, default), self._path(name))
 
     def _typed(self, kind: type, description: str, name: str, default: Any) -> Any:

@@ -124,7 +124,7 @@ def test_only_the_last_steps_are_held(gap: int) -> None:
     def see(call: Call) -> None:
         if not watches:
             watches.append(BranchWatch(call.program, gap))
-        watches[0].see(call)
+        watches[0].observe(call)
         held.extend(len(steps) for steps in watches[0]._last.values())
 
     sampled.run(0, watch=see)

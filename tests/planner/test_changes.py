@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeca_compile.planner.drift.changes import Found, aligned, dense, forecasts, intraclass, load, routing, whole
+from moeca_compile.planner.drift.changes import (
+    Fractions,
+    aligned,
+    dense,
+    forecasts,
+    intraclass,
+    load,
+    region_changes,
+    routing,
+)
 from moeca_compile.planner.drift.routed import Reading
 
 EXPERTS = 5
@@ -27,7 +36,7 @@ def random(seed: int, tokens: int = 12, slots: int = 3) -> Reading:
     return Reading(ids, torch.rand(tokens, slots, generator=dice), y, torch.zeros(tokens, 3), EXPERTS)
 
 
-def ratio(found: Found, what: str) -> list[float]:
+def ratio(found: Fractions, what: str) -> list[float]:
     over, under = (torch.as_tensor(one).double().reshape(-1) for one in found[what])
     return (over / under).tolist()
 
@@ -54,7 +63,7 @@ def test_a_whole_output() -> None:
     """Ten tokens go from 0 to 1 and stay, but for one that goes on to 5."""
     before, then, now = torch.zeros(10, 4), torch.ones(10, 4), torch.ones(10, 4)
     now[7] = 5.0
-    found = whole(now, then, before, tokens=5)
+    found = region_changes(now, then, before, tokens=5)
     size = 9 * 4 + 4 * 25
     assert ratio(found, "reuse") == pytest.approx([4 * 16 / size])
     error = 9 * 4 + 4 * 9  # forecast: 2
@@ -65,8 +74,8 @@ def test_a_whole_output() -> None:
 
 
 def test_what_the_first_steps_can_t_say_is_left_out() -> None:
-    assert set(whole(torch.ones(4, 2), None, None, 4)) == set()
-    assert set(whole(torch.ones(4, 2), torch.ones(4, 2), None, 4)) == {"reuse", "reuse at positions"}
+    assert set(region_changes(torch.ones(4, 2), None, None, 4)) == set()
+    assert set(region_changes(torch.ones(4, 2), torch.ones(4, 2), None, 4)) == {"reuse", "reuse at positions"}
 
 
 def test_transitions_and_what_persists() -> None:

@@ -69,7 +69,7 @@ def taped(model: nn.Module, sampler: Sampler) -> tuple[SampledModel, CallRecordi
 def test_the_samplers_weights_are_found(model: nn.Module) -> None:
     sampled, tape = taped(model, two_calls)
     mixing = find_mixing(sampled, 0, tape)
-    assert mixing.found
+    assert mixing.is_linear
     cond, uncond = (mixing.weights[3][stream] for stream in dict.fromkeys(tape.streams))
     torch.testing.assert_close(cond, -GUIDANCE / STEPS * torch.eye(2), atol=1e-3, rtol=0)
     torch.testing.assert_close(uncond, (GUIDANCE - 1) / STEPS * torch.eye(2), atol=1e-3, rtol=0)
@@ -86,7 +86,7 @@ def test_guidance_in_one_call_is_seen_through(model: nn.Module) -> None:
 def test_where_the_sampler_is_not_linear_outputs_are_compared(model: nn.Module) -> None:
     sampled, tape = taped(model, clamped)
     mixing = find_mixing(sampled, 0, tape)
-    assert not mixing.found
+    assert not mixing.is_linear
     assert torch.equal(mixing.weights[0][tape.streams[0]], torch.eye(2))
 
 
@@ -125,7 +125,7 @@ def test_what_does_not_fit_goes_to_disk(tmp_path: Path) -> None:
     spool.drop("a", 1)
     spool.drop("a", 0)
     assert not list(tmp_path.iterdir())
-    assert spool.held == 0
+    assert spool.bytes_in_memory == 0
 
 
 def test_experts_parts_are_those_of_the_layer(model: nn.Module) -> None:
@@ -134,8 +134,8 @@ def test_experts_parts_are_those_of_the_layer(model: nn.Module) -> None:
     watch = ExpertWatch(sampled.program)
     plain = DiT(depth=2).eval()
     plain.load_state_dict(model.state_dict())
-    sampled.run(0, watch=watch.see)
-    found = watch.found()
+    sampled.run(0, watch=watch.observe)
+    found = watch.drifts()
     assert [(one.layer, one.expert) for one in found] == [(layer, e) for layer in (0, 1) for e in range(4)]
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
     for layer, block in enumerate(plain.blocks):

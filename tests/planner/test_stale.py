@@ -85,16 +85,17 @@ def test_those_that_drift_most_are_tried_within_the_price_and_kept(model: nn.Mod
 
     without = found(0)
     store = Store(tmp_path / "region")
-    assert store.harms() == []
+    assert store.perturbations() == []
     again = found(3)
-    assert len(told) == 2 + 3, "the first seed twice for the check, then one trajectory for each expert"
+    checks = 2 + 2  # the first seed twice, and the first call of each seed
+    assert len(told) == checks + 3, "one trajectory for each expert"
     assert again["psnr_db"] == without["psnr_db"]
     kept = store.drift()
     assert kept is not None
     drifts = {(one["region"], one["expert"]): one["forecast"] for one in kept[1]["experts"]}
     worst = sorted(drifts, key=lambda one: -drifts[one])
-    assert [(one.region, one.expert) for one in store.harms()] == worst[:3]
-    assert all(20 < one.psnr_db < 140 and one.seed == 0 for one in store.harms())
+    assert [(one.region, one.expert) for one in store.perturbations()] == worst[:3]
+    assert all(20 < one.psnr_db < 140 and one.seed == 0 for one in store.perturbations())
     assert again["trajectories"] > without["trajectories"], "they are counted"
     found(2 * EXPERTS + 5)
-    assert len(told) == 2 + 2 * EXPERTS - 3, "no more than there are, and none twice"
+    assert len(told) == checks + 2 * EXPERTS - 3, "no more than there are, and none twice"

@@ -13,7 +13,7 @@ import torch
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.drift.stale import PerturbationResult
-from moeca_compile.planner.origin import alike, origin_of
+from moeca_compile.planner.origin import is_same, origin_of
 from moeca_compile.planner.search.drift import Drift, pairs_of
 from moeca_compile.planner.search.rows import Plan
 from moeca_compile.planner.store import Store
@@ -28,9 +28,9 @@ def drift() -> Drift:
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     one = Store(tmp_path)
-    one.keep_truth(7, torch.arange(6.0).reshape(2, 3), 1.5)
-    one.keep_rollout(Plan("CFC", "order-2"), 7, [0.5, 0.25], 0.3)
-    one.keep_drift(drift(), WANTED, {"seconds": 2.0})
+    one.add_truth(7, torch.arange(6.0).reshape(2, 3), 1.5)
+    one.add_rollout(Plan("CFC", "order-2"), 7, [0.5, 0.25], 0.3)
+    one.add_drift(drift(), WANTED, {"seconds": 2.0})
     other = Store(tmp_path)
     truth = other.truth(7)
     assert truth is not None
@@ -49,7 +49,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_a_drift_serves_what_it_covers(tmp_path: Path) -> None:
     one = Store(tmp_path)
     assert one.drift(WANTED) is None
-    one.keep_drift(drift(), WANTED, {})
+    one.add_drift(drift(), WANTED, {})
     assert one.drift({**WANTED, "lookback": 2}) is not None
     assert one.drift() is not None
     for other in ({"lookback": 4}, {"letters": "CFA"}, {"seeds": [1, 2]}):
@@ -57,7 +57,7 @@ def test_a_drift_serves_what_it_covers(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    Store(tmp_path).keep_rollout(Plan("CF"), 0, [1.0], 0.1)
+    Store(tmp_path).add_rollout(Plan("CF"), 0, [1.0], 0.1)
     with (tmp_path / "rollouts.jsonl").open("a") as file:
         file.write('{"plan": "CF", "predi')
     assert list(Store(tmp_path).rollouts) == [(Plan("CF"), 0)]
@@ -74,9 +74,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_without_a_folder_nothing_is_written() -> None:
     one = Store()
     one.check({"graph": "abc"})
-    one.keep_truth(0, torch.zeros(1), 1.0)
-    one.keep_drift(drift(), WANTED, {})
-    one.keep_rollout(Plan("CF"), 0, [1.0], 0.1)
+    one.add_truth(0, torch.zeros(1), 1.0)
+    one.add_drift(drift(), WANTED, {})
+    one.add_rollout(Plan("CF"), 0, [1.0], 0.1)
     assert one.truth(0) is None
     assert one.drift(WANTED) is None
     assert (Plan("CF"), 0) in one.rollouts
@@ -86,11 +86,11 @@ def kept(path: Path) -> None:
     """A folder with everything in it."""
     one = Store(path)
     one.check({"graph": "abc"})
-    one.keep_origin(7, ((1.0, 0.5, -0.25), (3.0,)))
-    one.keep_truth(7, torch.ones(2, 3), 1.5)
-    one.keep_rollout(Plan("CFC", "order-2"), 7, [0.5, 0.25], 0.3)
-    one.keep_drift(drift(), WANTED, {"seconds": 2.0})
-    one.keep_harm(PerturbationResult("blocks.0.moe", 0, 3, 7, 41.5))
+    one.add_origin(7, ((1.0, 0.5, -0.25), (3.0,)))
+    one.add_truth(7, torch.ones(2, 3), 1.5)
+    one.add_rollout(Plan("CFC", "order-2"), 7, [0.5, 0.25], 0.3)
+    one.add_drift(drift(), WANTED, {"seconds": 2.0})
+    one.add_perturbation(PerturbationResult("blocks.0.moe", 0, 3, 7, 41.5))
 
 
 def read(path: Path) -> Store:
@@ -99,7 +99,7 @@ def read(path: Path) -> Store:
     one.check({"graph": "abc"})
     one.truth(7)
     one.drift(WANTED)
-    one.harms()
+    one.perturbations()
     return one
 
 
@@ -159,12 +159,12 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, name: str, cont
 def test_origins_are_alike_but_for_rounding() -> None:
     x, labels, mask = torch.randn(2, 4, 8), torch.tensor([1, 2]), torch.tensor([0.0, -math.inf])
     one = origin_of((x, labels, mask, 3, None, True))
-    assert alike(one, origin_of((x * (1 + 1e-5), labels, mask, 3, None, True)))
-    assert alike(one, json.loads(json.dumps(one)))
+    assert is_same(one, origin_of((x * (1 + 1e-5), labels, mask, 3, None, True)))
+    assert is_same(one, json.loads(json.dumps(one)))
     for other in ((x * 1.1, labels, mask), (x.flip(0), labels, mask), (x, labels.flip(0), mask), (x, labels, mask * 0)):
-        assert not alike(one, origin_of((*other, 3, None, True)))
-    assert not alike(one, origin_of((x, labels, mask, 4, None, True)))
-    assert not alike(one, origin_of((x, labels, mask)))
+        assert not is_same(one, origin_of((*other, 3, None, True)))
+    assert not is_same(one, origin_of((x, labels, mask, 4, None, True)))
+    assert not is_same(one, origin_of((x, labels, mask)))
 
 
 def test_rollouts_of_predictors_that_no_schedule_runs_any_more_are_left_out(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""How far a model's values change from step to step, measured on uncached trajectories."""
+"""Drift: how far the values of a model change from step to step, measured on uncached trajectories."""

@@ -1,4 +1,4 @@
-"""Sums that grow while a trajectory runs, each over another: what is kept of it, whatever its length."""
+"""Ratios of sums over a trajectory: memory does not grow with its length."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ Sum = torch.Tensor | Sequence[float] | float
 
 
 class Ratios:
-    """For each quantity and line, at each step, numerators and denominators; a vector holds several side by side."""
+    """Numerators and denominators for each quantity, key and step; scalars or vectors."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], dict[int, np.ndarray]] = {}
 
-    def add(self, what: str, line: str, step: int, over: Sum, under: Sum) -> None:
-        """Add scalars, or vectors of one length."""
-        pair = np.stack([_vector(over), _vector(under)])
-        steps = self._sums.setdefault((what, line), {})
+    def add(self, quantity: str, key: str, step: int, numerator: Sum, denominator: Sum) -> None:
+        """Add scalars, or vectors of equal length."""
+        pair = np.stack([_vector(numerator), _vector(denominator)])
+        steps = self._sums.setdefault((quantity, key), {})
         steps[step] = steps[step] + pair if step in steps else pair
 
-    def of(self, line: str) -> list[str]:
-        """The quantities that were seen of a line."""
-        return [what for what, name in self._sums if name == line]
+    def of(self, key: str) -> list[str]:
+        """The quantities of a key."""
+        return [quantity for quantity, other in self._sums if other == key]
 
-    def by_step(self, what: str, line: str, steps: int) -> np.ndarray:
-        """[steps, entries]: the ratios; nan where nothing was seen."""
-        seen = self._sums[what, line]
-        width = next(iter(seen.values())).shape[1]
-        nothing = np.zeros((2, width))
-        return np.stack([_ratio(seen.get(step, nothing)) for step in range(steps)])
+    def by_step(self, quantity: str, key: str, steps: int) -> np.ndarray:
+        """[steps, entries]: the ratio at each step; nan for a step without values."""
+        sums = self._sums[quantity, key]
+        width = next(iter(sums.values())).shape[1]
+        empty = np.zeros((2, width))
+        return np.stack([_ratio(sums.get(step, empty)) for step in range(steps)])
 
-    def over_all(self, what: str, line: str) -> np.ndarray:
-        """[entries]: the sums of all steps over each other."""
-        return _ratio(np.sum(list(self._sums[what, line].values()), axis=0))
+    def over_all(self, quantity: str, key: str) -> np.ndarray:
+        """[entries]: the ratio of the sums over all steps."""
+        return _ratio(np.sum(list(self._sums[quantity, key].values()), axis=0))
 
 
-def _vector(one: Sum) -> np.ndarray:
-    values = one.detach().double().cpu().numpy() if isinstance(one, torch.Tensor) else np.asarray(one, dtype=float)
-    return values.reshape(-1)
+def _vector(values: Sum) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        return values.detach().double().cpu().numpy().reshape(-1)
+    return np.asarray(values, dtype=float).reshape(-1)
 
 
 def _ratio(pair: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""How much the sample suffers when one expert is stale: perturbed on purpose, one trajectory for each expert.
+"""The effect of one stale expert on the sample, by a perturbed trajectory for each expert.
 
-At every second step the expert's part of its layer's output (`Reading.part`) is the one of the step before, as an
-interval of 2 with copies would have it for this expert alone; everything else is computed. What that does to the final
-sample is the expert's harm. Beside the expert's drift it knows what later steps make of the error.
+At every second step the expert's contribution to the output of its layer (`Reading.part`) is replaced by the one of the
+previous step, as with reuse and an interval of 2 for this expert alone; everything else is computed. The result is the
+PSNR of the final sample. Unlike the drift of the expert it includes what later steps do with the error.
 
-The model is run as it is compiled, and once more by an interpreter where the part is changed: about two uncached
+The compiled model runs first, and an interpreter repeats each call with the contribution replaced: about two uncached
 trajectories for each expert.
 """
 
@@ -22,12 +22,20 @@ from moeca_compile.graph.regions import ExpertsInfo, Region
 from moeca_compile.planner.drift.routed import RoutedLayer, in_graph_order
 from moeca_compile.planner.rollout import Call, SampledModel
 
-PRICE = 2  # uncached trajectories for each expert, about
+PRICE = 2  # of one expert, in uncached trajectories
 
 
 @dataclass(frozen=True)
 class PerturbationResult:
-    """PSNR in dB of a seed's samples, this expert stale, against the uncached ones: the lower, the more it matters."""
+    """The effect of one stale expert.
+
+    Attributes:
+        region: the key of the experts region.
+        layer: of the region.
+        expert: its number.
+        seed: of the samples.
+        psnr_db: of the samples against the uncached ones; a low value means that the expert matters.
+    """
 
     region: str
     layer: int
@@ -38,55 +46,55 @@ class PerturbationResult:
 
 def stale_samples(sampled: SampledModel, seed: int, region: Region, info: ExpertsInfo, expert: int) -> Tensor:
     """The final samples of a seed with one expert of a layer stale."""
-    return sampled.run(seed, watch=_Stale(sampled, region, info, expert))
+    return sampled.run(seed, watch=_StaleExpert(sampled, region, info, expert))
 
 
-class _Stale:
-    """Watches a run and puts other results in the place of its own at every second step."""
+class _StaleExpert:
+    """Replaces the results of a run at every second step by those with a stale expert."""
 
     def __init__(self, sampled: SampledModel, region: Region, info: ExpertsInfo, expert: int) -> None:
         self.program, self.layer, self.expert = sampled.program, RoutedLayer(sampled.program, region, info), expert
-        self.kept: dict[str, tuple[int, Tensor]] = {}
+        self.last: dict[str, tuple[int, Tensor]] = {}  # by stream: the last step and the expert's contribution
 
     def __call__(self, call: Call) -> tuple[Any, ...] | None:
         if call.program is not self.program:
             return None
-        step, then = call.record.step, self.kept.get(call.stream)
-        stale = None if then is None or step % 2 == 0 or then[0] != step - 1 else then[1]
+        step, last = call.record.step, self.last.get(call.stream)
+        stale = last[1] if last is not None and step % 2 == 1 and last[0] == step - 1 else None
         interpreter = _Interpreter(self, stale)
         results = interpreter.results(call.args)
         if interpreter.part is not None:
-            self.kept[call.stream] = step, interpreter.part
+            self.last[call.stream] = step, interpreter.part
         return results
 
 
-class _Enough(Exception):
-    """The part is known; the rest of the graph needn't run."""
+class _StopInterpreter(Exception):
+    """Ends a call once the contribution is known."""
 
 
 class _Interpreter(torch.fx.Interpreter):
-    """One call. With `stale` the expert's part is replaced by it; else the part is only looked up."""
+    """Runs one call with the expert's contribution replaced by `stale`; if `stale` is None it only reads it."""
 
-    def __init__(self, of: _Stale, stale: Tensor | None) -> None:
-        super().__init__(of.program.analysis.gm, garbage_collect_values=False)
-        self.of, self.stale = of, stale
+    def __init__(self, perturbation: _StaleExpert, stale: Tensor | None) -> None:
+        super().__init__(perturbation.program.analysis.gm, garbage_collect_values=False)
+        self.perturbation, self.stale = perturbation, stale
         self.part: Tensor | None = None
 
     def results(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
         try:
             with autocast_is(()), torch.no_grad():
-                return tuple(self.run(*in_graph_order(self.of.program, args)))
-        except _Enough:
+                return tuple(self.run(*in_graph_order(self.perturbation.program, args)))
+        except _StopInterpreter:
             return None
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
-        if n is not self.of.layer.output:
+        if n is not self.perturbation.layer.output:
             return value
-        reading = self.of.layer.read(self.env)
+        reading = self.perturbation.layer.read(self.env)
         if reading is None:
-            raise _Enough
-        self.part = reading.part(self.of.expert)
+            raise _StopInterpreter
+        self.part = reading.part(self.perturbation.expert)
         if self.stale is None:
-            raise _Enough
+            raise _StopInterpreter
         return value + (self.stale - self.part).reshape(value.shape).to(value.dtype)

@@ -1,7 +1,8 @@
-"""From which drift on an expert's branches come first: measured on the user's own trajectories.
+"""The thresholds of `Control`, measured on the caller's own trajectories.
 
-A schedule whose rows compute a part of the branches is run as it is, and what its choices see is noted: of each expert
-the mean of what is due over a sample's branches, at every such step. An expert's threshold is a quantile of that.
+A schedule whose rows compute a part of the branches runs unchanged, while the inputs of its choices are recorded. At
+each such step the drift of an expert is its mean score over a sample's branches. The threshold of an expert is a
+quantile of these drifts.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ from moeca_compile.ops.branch_slots import drift_of
 from moeca_compile.planner.rollout import Call, SampledModel, Sampler
 from moeca_compile.schedule import Partial, Schedule
 
-Drifts = dict[str, list[Tensor]]  # by region key, of each step [B, E]; NaN where an expert holds nothing
+Drifts = dict[
+    str, list[Tensor]
+]  # by region key, for each step [samples, experts]; NaN: the expert has no cached branch
 
 
-class _Choices(TorchDispatchMode):
-    """Notes what `moeca::pick` is asked, in the order of the graph."""
+class _PickRecorder(TorchDispatchMode):
+    """Records the arguments of `moeca::pick`, in the order of the graph."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.asked: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.moeca.pick.default:
-            self.asked.append(args)
+            self.calls.append(args)
         return func(*args, **(kwargs or {}))
 
-    def taken(self) -> list[tuple[Any, ...]]:
-        """What was asked since the last time."""
-        asked, self.asked = self.asked, []
-        return asked
+    def take(self) -> list[tuple[Any, ...]]:
+        """The calls since the last `take`."""
+        calls, self.calls = self.calls, []
+        return calls
 
 
 def expert_thresholds(
@@ -75,8 +78,8 @@ def expert_thresholds(
     if not drifts:
         raise ScheduleError("thresholds: no step of the schedule chose branches: give it rows with PARTIAL(0, tau)")
     table = {}
-    for key, found in drifts.items():
-        limits = torch.nanquantile(torch.cat(found), 1 - share, dim=0)
+    for key, step_drifts in drifts.items():
+        limits = torch.nanquantile(torch.cat(step_drifts), 1 - share, dim=0)
         table[key] = tuple(limits.nan_to_num(0.0).tolist())
     return replace(plain, control=replace(plain.control, threshold=table))
 
@@ -84,20 +87,20 @@ def expert_thresholds(
 def _drifts(model: torch.nn.Module, sample: Sampler, schedule: Schedule, seeds: Sequence[int]) -> Drifts:
     sampled = SampledModel(model, sample, schedule.granularity or "region", "eager", schedule)
     drifts: Drifts = defaultdict(list)
-    choices = _Choices()
+    recorder = _PickRecorder()
 
-    def see(call: Call) -> None:
-        program, asked = call.program, choices.taken()
+    def observe(call: Call) -> None:
+        program, calls = call.program, recorder.take()
         if program is not sampled.program:
             return
         compiled = call.compiled
         rows = {compiled.variants.variant(row).name: row for row in compiled.schedule.distinct_rows()}
         acts = zip(program.regions, rows[call.record.variant], strict=True)
-        chose = [region for region, act in acts if isinstance(act, Partial) and act.tau]
-        last = asked[len(asked) - len(chose) :]  # tracing a variant asks too, and its first call runs it twice
-        for region, (ids, _, held, due, *_) in zip(chose, last, strict=True):
+        choosing = [region for region, act in acts if isinstance(act, Partial) and act.tau]
+        last = calls[len(calls) - len(choosing) :]  # tracing a variant calls it too, and its first call runs it twice
+        for region, (ids, _, held, due, *_) in zip(choosing, last, strict=True):
             drifts[region.key].append(drift_of(ids, held, due, region.routers[0].num_experts))
 
     for seed in seeds:
-        sampled.run(seed, schedule, see, choices)
+        sampled.run(seed, schedule, observe, recorder)
     return drifts

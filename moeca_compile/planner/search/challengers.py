@@ -23,7 +23,7 @@ from moeca_compile.planner.search.rows import Plan
 SIGMAS = 3.0
 LEAST_DB = 0.5  # lower bound of every standard deviation: a few rollouts can agree by chance
 PROBES = 5  # plans that the error of the estimates is computed from, at least
-MIN_DISTANCE = 8  # probes differ in at least one of so many steps: the estimates of similar plans err alike
+MIN_DISTANCE = 8  # probes differ in at least one of so many steps: the estimates of similar plans have similar errors
 
 
 @dataclass

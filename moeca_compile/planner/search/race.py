@@ -1,7 +1,7 @@
 """Which plan is rolled out on which seeds: many plans on few seeds, few plans on all (successive halving).
 
 Source: Jamieson & Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, AISTATS 2016.
-Comparisons are paired: two plans are compared on seeds that both have run on, so a hard seed affects both alike.
+Comparisons are paired: two plans are compared on seeds that both have run on, so a hard seed affects both.
 """
 
 from __future__ import annotations

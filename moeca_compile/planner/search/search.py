@@ -42,7 +42,7 @@ class Search:
         race: makes the rollouts.
         predictors: that plans may use.
         letters: the row kinds that plans may use.
-        split: a drift whose atoms tell partial rows apart; None: no partial rows.
+        split: a drift whose atoms distinguish partial rows; None: no partial rows.
         variants: distinct rows of a plan, at most.
         effort: what the rollouts together may cost, in uncached trajectories. The last round is made in any case.
         moves: of one annealing, per step.

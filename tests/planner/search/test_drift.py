@@ -57,7 +57,7 @@ def test_computing_everything_is_best_and_unmeasured_is_worst() -> None:
     assert drift.quality(Plan("CFFFFCCCC", "order-0"), KINDS) == -math.inf
 
 
-def test_the_programme_gets_norms_of_forecasts() -> None:
+def test_the_dynamic_program_gets_norms_of_forecasts() -> None:
     y = values(1)
     errors = drift_of(y).errors("order-1", max_gap=4)
     off = y[:, 3] + (y[:, 3] - y[:, 1]) / 2 * 2 - y[:, 5]

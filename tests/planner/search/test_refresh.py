@@ -1,4 +1,4 @@
-"""The dynamic programme against brute force over all sets of refresh steps."""
+"""The dynamic program against brute force over all sets of refresh steps."""
 
 from __future__ import annotations
 
