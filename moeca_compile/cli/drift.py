@@ -63,18 +63,18 @@ def _sampled(
 
     model, sampler = model_of(source, weights), load(sample)
     with bar(not json) as tick:
-        found = branch_drift(model, sampler, range(seeds), gap, inner, tick)
-    title = f"{source}, {found['steps']} steps, gap {gap}"
+        drift = branch_drift(model, sampler, range(seeds), gap, inner, tick)
+    title = f"{source}, {drift['steps']} steps, gap {gap}"
     if picture is not None:
-        plots.save(drift_plots.by_layer(found, title), picture)
+        plots.save(drift_plots.by_layer(drift, title), picture)
     if experts is not None:
-        plots.save(drift_plots.by_expert(found, title), experts)
+        plots.save(drift_plots.by_expert(drift, title), experts)
     if json:
-        print_json(found)
+        print_json(drift)
         return
-    for table in tables.tables(found["regions"]):
+    for table in tables.tables(drift["regions"]):
         show(table, "")
-    apart = tables.not_told_apart(found["regions"])
+    apart = tables.not_told_apart(drift["regions"])
     if apart:
         show(f"as a whole only, for their branches can't be told apart: {', '.join(apart)}")
 

@@ -47,8 +47,8 @@ def model_of(source: str, weights: Path | None) -> Any:
     Raises:
         OptionError: it returns no model, or the weights don't fit.
     """
-    found = call(source)
-    model = found[0] if isinstance(found, tuple) and found else found
+    returned = call(source)
+    model = returned[0] if isinstance(returned, tuple) and returned else returned
     if not hasattr(model, "load_state_dict"):
         raise OptionError(f"{source!r} returned {type(model).__name__}; expected a model, or (model, example_inputs)")
     if weights is not None:

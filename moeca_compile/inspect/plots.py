@@ -13,7 +13,7 @@ from moeca_compile.schedule.action import legend_of, name_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS: dict[Act, str] = {Action.COMPUTE: "#1f3a5f", Action.FORECAST: "#8fb8de", Action.REUSE: "#e4e4e4"}
+_COLORS: dict[Act, str] = {Action.COMPUTE: "#1f3a5f", Action.FORECAST: "#8fb8de", Action.REUSE: "#e4e4e4"}
 _GREENS = ("#2f7d4f", "#6fb58a", "#b4dcc2")  # kinds of PARTIAL, in turn
 _FORMATS = (".png", ".svg")
 
@@ -26,16 +26,16 @@ def schedule_grid(schedule: Schedule, steps: int | None = None) -> Figure:
     names = schedule.regions or ("every region",)
     count = steps or len(schedule.rows)
     rows = [schedule.rows[i] if (i := schedule.row_index(step)) is not None else None for step in range(count)]
-    acts = [*_COLOURS, *legend_of(schedule.rows).values()]
-    colours = {act: _COLOURS.get(act, _GREENS[number % len(_GREENS)]) for number, act in enumerate(acts)}
+    acts = [*_COLORS, *legend_of(schedule.rows).values()]
+    colors = {act: _COLORS.get(act, _GREENS[number % len(_GREENS)]) for number, act in enumerate(acts)}
     shown = [[acts.index(row[column]) if row else 0 for row in rows] for column in range(len(names))]
     figure, axes = _figure(max(5.0, 0.16 * count + 2.5), 0.22 * len(names) + 1.4)
-    axes.imshow(shown, cmap=ListedColormap([colours[act] for act in acts]), vmin=0, vmax=len(acts) - 1, aspect="auto")
+    axes.imshow(shown, cmap=ListedColormap([colors[act] for act in acts]), vmin=0, vmax=len(acts) - 1, aspect="auto")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("step")
     axes.set_title(schedule.made_by or "schedule", fontsize=9)
     used = [act for number, act in enumerate(acts) if any(number in line for line in shown)]
-    patches = [Patch(color=colours[act], label=name_of(act).lower()) for act in used]
+    patches = [Patch(color=colors[act], label=name_of(act).lower()) for act in used]
     axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
     return figure
 
@@ -47,12 +47,12 @@ def drift_map(drift: Mapping[str, Sequence[float]], title: str = "drift", column
     """
     from matplotlib.colors import LogNorm
 
-    if not drift or not all(len(one) for one in drift.values()):
+    if not drift or not all(len(line) for line in drift.values()):
         raise UserError("drift_map: nothing to draw; give at least one line with at least one step")
     values = list(drift.values())
-    known = [v for line in values for v in line if v == v and v > 0]
+    positive = [v for line in values for v in line if v == v and v > 0]
     figure, axes = _figure(max(5.0, 0.14 * max(map(len, values)) + 3), 0.2 * len(values) + 1.4)
-    norm = LogNorm(min(known), max(known)) if known and min(known) < max(known) else None
+    norm = LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else None
     wide = max(map(len, values))
     padded = [[*line, *[float("nan")] * (wide - len(line))] for line in values]
     image = axes.imshow(padded, aspect="auto", norm=norm, cmap="magma")

@@ -119,7 +119,7 @@ class Report:
 
     def _hoisted(self) -> list[str]:
         says = {"step": "computed once a timestep", "invariant": "computed once a trajectory"}
-        sizes = {level: [one.bytes for one in self.hoisted if one.level == level] for level in says}
+        sizes = {level: [value.bytes for value in self.hoisted if value.level == level] for level in says}
         return [f"{says[level]}: {len(of)} values, {sum(of)} bytes" for level, of in sizes.items() if of]
 
     def _variants(self) -> list[str]:
@@ -139,14 +139,14 @@ def _attending(region: Region) -> str:
     """What a region's attention attends to; `fixed keys` depend on the prompt alone."""
     if region.kind != "attention":
         return ""
-    return "; ".join(one.kind + (", fixed keys" if one.invariant else "") for one in region.attention)
+    return "; ".join(attention.kind + (", fixed keys" if attention.invariant else "") for attention in region.attention)
 
 
 def _routing(region: Region) -> str:
     """How a region's experts are chosen, and whether its branches can be told apart."""
     if region.kind == "span":
         return ""
-    known = {one.router for one in region.experts}
+    routers = {experts.router for experts in region.experts}
     texts = []
     for router in region.routers:
         k, n = router.top_k, router.num_experts
@@ -157,7 +157,7 @@ def _routing(region: Region) -> str:
             "batch": f"{n} experts choose over the whole batch: samples depend on their neighbours",
             "head": f"{k} of {n} heads",
         }[router.choice]
-        texts.append(says if router in known else f"{says}, cached as a whole")
+        texts.append(says if router in routers else f"{says}, cached as a whole")
     return "; ".join(texts)
 
 

@@ -63,7 +63,7 @@ def grid(schedule: Schedule) -> Group:
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("regions", no_wrap=True)
     table.add_column("steps")
-    glyphs = _GLYPHS | {one: letter for letter, one in legend_of(schedule.rows).items()}
+    glyphs = _GLYPHS | {act: letter for letter, act in legend_of(schedule.rows).items()}
     for names, acts in _lines(schedule):
         cells = ((glyphs[act], _STYLES.get(act, "green")) for act in acts)
         table.add_row(_named(names), Text.assemble(*cells))
@@ -95,7 +95,7 @@ class Difference:
         return bool(self.facts or self.cells)
 
     def to_json(self) -> dict[str, Any]:
-        return {"facts": [list(one) for one in self.facts], "cells": [list(one) for one in self.cells]}
+        return {"facts": [list(fact) for fact in self.facts], "cells": [list(cell) for cell in self.cells]}
 
 
 def difference(left: Schedule, right: Schedule) -> Difference:
@@ -107,7 +107,9 @@ def difference(left: Schedule, right: Schedule) -> Difference:
         for step, region in dict.fromkeys((*a, *b))
         if a.get((step, region)) != b.get((step, region))
     ]
-    return Difference(tuple(one for one in named if one[1] != one[2]), tuple(sorted(changed, key=lambda one: one[0])))
+    return Difference(
+        tuple(entry for entry in named if entry[1] != entry[2]), tuple(sorted(changed, key=lambda cell: cell[0]))
+    )
 
 
 def _cells(schedule: Schedule) -> dict[tuple[int, str], str]:
@@ -127,7 +129,7 @@ def table_of_differences(found: Difference, left: str, right: str) -> Table:
     for name, a, b in found.facts:
         table.add_row(name.replace("_", " "), _short(a), _short(b))
     for (step, a_b), cells in itertools.groupby(found.cells, key=lambda one: (one[0], one[2:])):
-        table.add_row(f"step {step}, {_named([cell[1] for cell in cells])}", *(one or "absent" for one in a_b))
+        table.add_row(f"step {step}, {_named([cell[1] for cell in cells])}", *(action or "absent" for action in a_b))
     return table
 
 

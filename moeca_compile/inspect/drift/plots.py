@@ -24,7 +24,7 @@ _STEPS = (
     ("routed sum: error in tokens with transitions", "routed", "at transitions"),
 )
 _POSITIONS = (("attention: drift by position", "attention"), ("MoE output: drift by position", "experts"))
-# Quantities that share a colour scale, and which are on a logarithmic one: drifts span decades.
+# Quantities that share a color scale, and which are on a logarithmic one: drifts span decades.
 _SCALES = {
     "reuse": "drift", "branches": "drift", "sum forecast": "error", "branch forecast": "error",
     "worst 10%": "share", "at transitions": "share",
@@ -43,7 +43,9 @@ def by_layer(found: Mapping[str, Any], title: str = "") -> Figure:
     rows = math.ceil(len(panels) / 2)
     figure, grid = _figure(rows, 2, (9.0, 0.5 + 1.45 * rows), title)
     norms = {
-        scale: _norm((line for _, one, lines in panels if one == scale for line in lines.values()), scale)
+        scale: _norm(
+            (line for _, panel_scale, lines in panels if panel_scale == scale for line in lines.values()), scale
+        )
         for _, scale, _ in panels
     }
     for axes in grid[len(panels) :]:
@@ -63,27 +65,29 @@ def by_expert(found: Mapping[str, Any], title: str = "") -> Figure:
         raise UserError("drift: no layer whose branches can be told apart, so no experts to draw")
     names = ("load by step", "drift of persisting branches by step", "load by position")
     figure, grid = _figure(len(layers), 3, (10.0, 0.5 + 1.3 * len(layers)), title)
-    drift = _norm((line for one in layers.values() for line in one["by_expert"]["branches by step"]), "drift")
-    for row, one in enumerate(layers.values()):
-        each, last = one["by_expert"], row == len(layers) - 1
-        shown = (each["load by step"], each["branches by step"], one["by_position"]["load"])
+    drift = _norm((line for layer in layers.values() for line in layer["by_expert"]["branches by step"]), "drift")
+    for row, layer in enumerate(layers.values()):
+        each, last = layer["by_expert"], row == len(layers) - 1
+        shown = (each["load by step"], each["branches by step"], layer["by_position"]["load"])
         for column, lines in enumerate(shown):
             axes = grid[3 * row + column]
             norm = drift if column == 1 else _norm(lines, "load")
             _heat(figure, axes, lines, "" if row else names[column], norm)
             axes.set_xlabel("" if not last else "position" if column == 2 else "step", fontsize=7)
-        grid[3 * row].set_ylabel(f"layer {one['layer']}: expert", fontsize=7)
+        grid[3 * row].set_ylabel(f"layer {layer['layer']}: expert", fontsize=7)
     return figure
 
 
 def _lines(regions: Regions, kind: str, part: str, what: str) -> dict[str, Sequence[float]]:
     """Of the regions of a kind, or of those whose branches were told apart."""
-    chosen = routed(regions) if kind == "routed" else {k: one for k, one in regions.items() if one["kind"] == kind}
-    return {key: one[part][what] for key, one in chosen.items() if what in one[part]}
+    chosen = (
+        routed(regions) if kind == "routed" else {k: region for k, region in regions.items() if region["kind"] == kind}
+    )
+    return {key: region[part][what] for key, region in chosen.items() if what in region[part]}
 
 
 def _norm(lines: Iterable[Sequence[float]], scale: str) -> Any:
-    """One colour scale for all these lines; logarithmic ones leave zeros out."""
+    """One color scale for all these lines; logarithmic ones leave zeros out."""
     from matplotlib.colors import LogNorm, Normalize
 
     logarithmic = scale in _LOGARITHMIC

@@ -27,36 +27,36 @@ _SHARES = {"worst 10%", "worst 25%", "transitions", "tokens with transitions", "
 def tables(regions: Regions) -> list[Table]:
     """Every region's output; then, of MoE layers whose branches were told apart, branches, routed sums and experts."""
     layers = routed(regions)
-    found = [_table("region", _WHOLE, regions)]
+    drawn = [_table("region", _WHOLE, regions)]
     if layers:
-        found += [_table("branches of", _BRANCHES, layers), _table("routed sum of", _SUMS, layers), _experts(layers)]
-    return found
+        drawn += [_table("branches of", _BRANCHES, layers), _table("routed sum of", _SUMS, layers), _experts(layers)]
+    return drawn
 
 
 def not_told_apart(regions: Regions) -> list[str]:
     """MoE layers that were looked at as a whole only."""
-    return [key for key, one in regions.items() if one["kind"] == "experts" and "by_expert" not in one]
+    return [key for key, region in regions.items() if region["kind"] == "experts" and "by_expert" not in region]
 
 
 def routed(regions: Regions) -> dict[str, Mapping[str, Any]]:
     """The regions whose branches were told apart."""
-    return {key: one for key, one in regions.items() if "by_expert" in one}
+    return {key: region for key, region in regions.items() if "by_expert" in region}
 
 
 def _experts(layers: Regions) -> Table:
     """How unlike the experts of a layer are, and what the choice of one says about the step and the position."""
     table = _empty("experts of", "load", "transitions", "drift", "bits by step", "by position")
-    for key, one in layers.items():
-        spread = (_range(one["by_expert"].get(what, ())) for what in ("load", "transitions", "branches"))
-        bits = (f"{one['overall'][what]:.3f}" for what in ("expert by step", "expert by position"))
+    for key, layer in layers.items():
+        spread = (_range(layer["by_expert"].get(what, ())) for what in ("load", "transitions", "branches"))
+        bits = (f"{layer['overall'][what]:.3f}" for what in ("expert by step", "expert by position"))
         table.add_row(key, *spread, *bits)
     return table
 
 
 def _table(title: str, columns: Mapping[str, str], regions: Regions) -> Table:
     table = _empty(title, *columns)
-    for key, one in regions.items():
-        table.add_row(key, *(_cell(what, one["overall"].get(what, math.nan)) for what in columns.values()))
+    for key, region in regions.items():
+        table.add_row(key, *(_cell(what, region["overall"].get(what, math.nan)) for what in columns.values()))
     return table
 
 
@@ -73,5 +73,5 @@ def _cell(what: str, value: float) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    return f"{min(known):.3f}-{max(known):.3f}" if known else "-"
+    measured = [value for value in values if not math.isnan(value)]
+    return f"{min(measured):.3f}-{max(measured):.3f}" if measured else "-"

@@ -43,22 +43,22 @@ def choose(experts: str, targets: Sequence[str], moe_unfit: str = "") -> tuple[L
 
     Raises:
         OptionError: no such lowering.
-        LoweringError: a target, or the model, that the wanted one doesn't fit.
+        LoweringError: a target, or the model, that the asked one doesn't fit.
     """
     if experts != "auto":
-        wanted = _parse(experts)
+        asked = _parse(experts)
         for target in targets:
-            if wanted.name not in FORMS[target]:
+            if asked.name not in FORMS[target]:
                 raise LoweringError(f"experts={experts!r}: target {target!r} runs {', '.join(FORMS[target])} only")
-        if wanted.name == "moe" and moe_unfit:
+        if asked.name == "moe" and moe_unfit:
             raise LoweringError(f"experts='moe': onnxruntime's operator doesn't take {moe_unfit}. Use experts='auto'")
-        return wanted, ""
+        return asked, ""
     # a capacity may drop branches: never without being asked for
     unfit = {"capacity"} | ({"moe"} if moe_unfit else set())
-    exact = {one: [form for form in FORMS[one] if form not in unfit] for one in targets}
+    exact = {target: [form for form in FORMS[target] if form not in unfit] for target in targets}
     shared = [form for form in exact[targets[0]] if all(form in forms for forms in exact.values())]
     chosen = min(shared, key=lambda form: sum(forms.index(form) for forms in exact.values()))
-    slower = [f"{one} would run {forms[0]!r} faster" for one, forms in exact.items() if forms[0] != chosen]
+    slower = [f"{target} would run {forms[0]!r} faster" for target, forms in exact.items() if forms[0] != chosen]
     return Lowering(chosen), ", ".join(slower)
 
 

@@ -45,7 +45,7 @@ def first_bias(up: Sequence[Tensor], gate: Sequence[Tensor], gated: bool) -> Ten
     """As `first`, where one of the two may have no biases: [E, I] or [E, 2 I]."""
     if not gated:
         return first(up, ())
-    zeros = [torch.zeros_like(one) for one in up or gate]
+    zeros = [torch.zeros_like(bias) for bias in up or gate]
     return first(up or zeros, gate or zeros)
 
 

@@ -64,19 +64,19 @@ def _item(pair: tuple[Any, ...], place: int) -> Any:
 
 
 def _arguments(node: Node) -> tuple[Any, ...]:
-    names = [one.name for one in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return tuple(given[name] for name in names)
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return tuple(arguments[name] for name in names)
 
 
 def _batched(gm: GraphModule, node: Node, lowering: Lowering) -> Node:
     x, idx, up, down, gate, up_bias, down_bias, gate_bias, activation = _arguments(node)
-    weights = [fx.call(gm, matrices, (one,)) if one else None for one in (up, down, gate)]
-    biases = [fx.call(gm, vectors, (one,)) if one else None for one in (up_bias, down_bias, gate_bias)]
-    given = (x, idx, *weights, *biases, activation)
+    weights = [fx.call(gm, matrices, (weight,)) if weight else None for weight in (up, down, gate)]
+    biases = [fx.call(gm, vectors, (bias,)) if bias else None for bias in (up_bias, down_bias, gate_bias)]
+    arguments = (x, idx, *weights, *biases, activation)
     if lowering.name == "dense":
-        return gm.graph.call_function(dense, given)
-    return gm.graph.call_function(capacity, (*given, lowering.factor.as_integer_ratio()))
+        return gm.graph.call_function(dense, arguments)
+    return gm.graph.call_function(capacity, (*arguments, lowering.factor.as_integer_ratio()))
 
 
 def _moe(gm: GraphModule, node: Node, lowering: Lowering) -> Node:

@@ -27,7 +27,7 @@ from moeca_compile.runtime.tensorrt.library import MODULES, Library, find
 from moeca_compile.runtime.tensorrt.memory import Device
 from moeca_compile.runtime.writing import entry_of, seal, unfinished
 
-OPSETS = range(18, 21)  # in which attention is spelt out; as one operator it builds for some types and shapes only
+OPSETS = range(18, 21)  # in which attention is spelled out; as one operator it builds for some types and shapes only
 PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_120")  # TensorRT-RTX's own default: it compiles for the GPU at hand later
 
 Say = Callable[[str, float], None]
@@ -53,7 +53,7 @@ class EngineRequest:
     def __post_init__(self) -> None:
         if self.library not in ("", *MODULES):
             raise OptionError(f"library={self.library!r}: expected one of {tuple(MODULES)}")
-        if wrong := [one for one in self.arch if not (one.startswith("sm_") and one[3:].isdecimal())]:
+        if wrong := [arch for arch in self.arch if not (arch.startswith("sm_") and arch[3:].isdecimal())]:
             raise OptionError(f"arch={self.arch}: {wrong} aren't like 'sm_89'")
         least, usual, largest = self.batch
         if not 1 <= least <= usual <= largest:
@@ -100,7 +100,7 @@ def build_engines(bundle: Bundle, request: EngineRequest | None = None, say: Say
     return Bundle.open(bundle.path)
 
 
-def targets(library: Library, wanted: Sequence[str]) -> tuple[str, ...]:
+def targets(library: Library, asked: Sequence[str]) -> tuple[str, ...]:
     """The architectures to build for, in order.
 
     Raises:
@@ -109,29 +109,29 @@ def targets(library: Library, wanted: Sequence[str]) -> tuple[str, ...]:
     """
     if library.name == "tensorrt":
         here = Device().arch
-        if wanted and tuple(wanted) != (here,):
-            raise OptionError(f"arch={tuple(wanted)}: {library} builds for this machine's GPU only, which is {here}")
+        if asked and tuple(asked) != (here,):
+            raise OptionError(f"arch={tuple(asked)}: {library} builds for this machine's GPU only, which is {here}")
         return (here,)
-    known = [f"sm_{name[2:]}" for name in library.api.ComputeCapability.__members__ if name.startswith("SM")]
-    if unknown := sorted(set(wanted) - set(known)):
-        raise OptionError(f"arch={tuple(wanted)}: {library} doesn't build for {unknown}; it does for {known}")
-    if wanted:
-        return tuple(sorted(set(wanted), key=lambda one: int(one[3:])))
+    buildable = [f"sm_{name[2:]}" for name in library.api.ComputeCapability.__members__ if name.startswith("SM")]
+    if unknown := sorted(set(asked) - set(buildable)):
+        raise OptionError(f"arch={tuple(asked)}: {library} doesn't build for {unknown}; it does for {buildable}")
+    if asked:
+        return tuple(sorted(set(asked), key=lambda arch: int(arch[3:])))
     try:
         here = Device().arch
     except BundleError:
         return PORTABLE
-    return (here,) if here in known else PORTABLE
+    return (here,) if here in buildable else PORTABLE
 
 
 def profile(bundle: Bundle, spec: VariantSpec, batch: Sequence[int]) -> dict[str, list[tuple[int, ...]]]:
-    """The optimisation profile: for each input that depends on the batch its least, usual and largest sizes."""
+    """The optimization profile: for each input that depends on the batch its least, usual and largest sizes."""
 
-    def depends(one: TensorSpec) -> bool:
-        return any(isinstance(dim, str) for dim in one.shape)
+    def depends(spec: TensorSpec) -> bool:
+        return any(isinstance(dim, str) for dim in spec.shape)
 
     inputs, _ = signature_of(spec, bundle.manifest)
-    return {name: [one.sizes(size) for size in batch] for name, one in inputs.items() if depends(one)}
+    return {name: [spec.sizes(size) for size in batch] for name, spec in inputs.items() if depends(spec)}
 
 
 def build(
@@ -163,26 +163,26 @@ def build(
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
     )
-    said = json.loads(report.read_text()) if report.exists() else {"stage": "starting"}
+    outcome = json.loads(report.read_text()) if report.exists() else {"stage": "starting"}
     report.unlink(missing_ok=True)
     if done.returncode < 0:
         raise LoweringError(
-            f"{library} died ({signal.Signals(-done.returncode).name}) while {said['stage']} {path.name}: too little "
-            f"memory, or an operator that it can't take. The graph has {', '.join(request['operators'])}"
+            f"{library} died ({signal.Signals(-done.returncode).name}) while {outcome['stage']} {path.name}: too "
+            f"little memory, or an operator that it can't take. The graph has {', '.join(request['operators'])}"
         )
-    if "error" in said:
-        raise LoweringError(f"{library} refuses {path.name}: {said['error']}")
+    if "error" in outcome:
+        raise LoweringError(f"{library} refuses {path.name}: {outcome['error']}")
     if done.returncode or not plan.exists():
         last = done.stderr.decode(errors="replace").strip().split("\n")[-1]
-        raise LoweringError(f"{library}, {said['stage']} {path.name}: {last}")
+        raise LoweringError(f"{library}, {outcome['stage']} {path.name}: {last}")
 
 
 def _keep(bundle: Bundle, scratch: Path, name: str, entries: list[dict[str, Any]]) -> None:
     """Move what was built to its place. The manifest comes last: until then the bundle is what it was."""
     data, folder = msgspec.to_builtins(bundle.manifest), bundle.path / "engines" / name
-    others = [one for one in data.get("engines", []) if not one["file"].startswith(f"engines/{name}/")]
+    others = [engine for engine in data.get("engines", []) if not engine["file"].startswith(f"engines/{name}/")]
     files = {k: v for k, v in data["files"].items() if not k.startswith(f"engines/{name}/")}
-    files |= {one["file"]: entry_of(scratch / Path(one["file"]).name) for one in entries}
+    files |= {entry["file"]: entry_of(scratch / Path(entry["file"]).name) for entry in entries}
     if folder.parent.is_symlink() or folder.is_symlink():
         raise BundleError(f"{str(folder)!r} is or is in a link; a bundle holds its own files")
     folder.parent.mkdir(exist_ok=True)

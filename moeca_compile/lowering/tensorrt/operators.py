@@ -17,10 +17,10 @@ _DOUBLE = 11  # onnx.TensorProto.DOUBLE
 
 def operators_of(graph: bytes) -> dict[str, str]:
     """The operators in an ONNX file, with the name of the first node of each; those of other domains with theirs."""
-    found: dict[str, str] = {}
+    operators: dict[str, str] = {}
     for node in nodes_of(graph_of(graph)):
-        found.setdefault(f"{node.domain}.{node.op_type}" if node.domain else node.op_type, node.name)
-    return found
+        operators.setdefault(f"{node.domain}.{node.op_type}" if node.domain else node.op_type, node.name)
+    return operators
 
 
 def refuse_unsupported(graph: bytes, file: str) -> None:
@@ -40,5 +40,5 @@ def refuse_unsupported(graph: bytes, file: str) -> None:
 
 
 def _doubles(graph: Any) -> list[str]:
-    values = [one for one in (*graph.input, *graph.output) if one.type.tensor_type.elem_type == _DOUBLE]
-    return [one.name for one in (*values, *(tensor for tensor in graph.initializer if tensor.data_type == _DOUBLE))]
+    values = [value for value in (*graph.input, *graph.output) if value.type.tensor_type.elem_type == _DOUBLE]
+    return [value.name for value in (*values, *(tensor for tensor in graph.initializer if tensor.data_type == _DOUBLE))]

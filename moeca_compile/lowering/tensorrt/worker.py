@@ -27,8 +27,8 @@ def _build(request: dict[str, Any], graph: bytes, report: Path) -> str:
         report.write_text(json.dumps({"stage": name}))
 
     api = find(request["library"]).api
-    said: list[str] = []
-    log = logger(api, said)
+    errors: list[str] = []
+    log = logger(api, errors)
     builder = api.Builder(log)
     network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = api.OnnxParser(network, log)
@@ -43,7 +43,7 @@ def _build(request: dict[str, Any], graph: bytes, report: Path) -> str:
         for name, sizes in request["shapes"].items():
             profile.set_shape(name, *map(tuple, sizes))
         if config.add_optimization_profile(profile) < 0:
-            return f"the optimisation profile {request['shapes']} doesn't fit: {' '.join(said)}"
+            return f"the optimization profile {request['shapes']} doesn't fit: {' '.join(errors)}"
     if request["library"] == "tensorrt-rtx":
         config.num_compute_capabilities = len(request["arch"])
         for i, arch in enumerate(request["arch"]):
@@ -57,7 +57,7 @@ def _build(request: dict[str, Any], graph: bytes, report: Path) -> str:
     stage("building")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        return " ".join(said[-3:])[:1000] or "it gives no reason"
+        return " ".join(errors[-3:])[:1000] or "it gives no reason"
     Path(request["plan"]).write_bytes(memoryview(plan))
     if cache and timings is not None:
         cache.write_bytes(memoryview(config.get_timing_cache().serialize()))

@@ -14,7 +14,7 @@ VARIANT_COLUMNS = ("variant", "computes", "reads", "writes", "MACs", "of the ful
 
 def visible(text: str) -> str:
     """The text with what a terminal would obey instead of showing (control characters, escapes, marks that turn the
-    direction of writing) spelt out; line ends stay."""
+    direction of writing) spelled out; line ends stay."""
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 

@@ -150,7 +150,7 @@ BUILDERS = {
     "die parsing": r"died \(SIGSEGV\) while parsing x\.onnx: .*The graph has Relu",
     "die building": r"died \(SIGSEGV\) while building x\.onnx",
     "refuse the graph": r"refuses x\.onnx: Relu \(node the_Relu\): nothing to like about it",
-    "refuse the profile": r"refuses x\.onnx: the optimisation profile .* doesn't fit",
+    "refuse the profile": r"refuses x\.onnx: the optimization profile .* doesn't fit",
     "refuse the cache": r"refuses x\.onnx: the timing cache .*timing\.cache isn't of this TensorRT and GPU: remove it",
     "give no plan": r"refuses x\.onnx: no kernel for the_Relu",
 }
