@@ -32,7 +32,7 @@ def draw_digits(path: Path) -> float:
     for row, images in enumerate((plain, cached)):
         for column in range(DIGITS):
             axes = figure.add_axes((column / DIGITS, 0.5 - 0.5 * row, 0.98 / DIGITS, 0.48))
-            axes.imshow(images[column, 0], cmap="gray", vmin=-1, vmax=1)  # type: ignore[index]
+            axes.imshow(images[column, 0].numpy(), cmap="gray", vmin=-1, vmax=1)  # type: ignore[index]
             axes.axis("off")
     figure.savefig(path, dpi=120)
     return float(digits.psnr(cached, plain).mean())

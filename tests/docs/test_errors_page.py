@@ -17,7 +17,7 @@ MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the 
     "_COUNTED": "no finite timestep that holds for its whole batch",
     "_RAN_BY_THEIR_OWN": "every expert runs on every token, by its own forward",
     "_difference": "but the trajectory declared",
-    "_left_out": "it isn't exact. Export with a larger capacity",
+    "_left_out": "result is approximate. Export with a larger capacity",
     "_not_calibrated_for": "it was made for another sampler or number",
     "_nothing_found": "nothing to cache was found in this graph",
     "_past_end": "is past the schedule's last row",
