@@ -24,6 +24,9 @@ ROOMS = (
 )
 RETURNED = (  # classes that the functions above give or take
     "moeca_compile.engine.trajectories.trajectory:Trajectory",
+    "moeca_compile.expert_dispatch.families.family:Family",
+    "moeca_compile.expert_dispatch.families.registry:register",
+    "moeca_compile.expert_dispatch.families.registry:unregister",
     "moeca_compile.expert_dispatch.report:PreparedModule",
     "moeca_compile.expert_dispatch.report:PrepareReport",
     "moeca_compile.graph.regions:HoistedValue",

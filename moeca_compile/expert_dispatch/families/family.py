@@ -62,6 +62,9 @@ class Family(ABC):
         Args:
             loop: one that `match` gave.
             unproven: of all reasons the first of the highest rank.
+
+        Returns:
+            The reason, as `PrepareReport.rejected` shows it.
         """
         return unproven.reason
 

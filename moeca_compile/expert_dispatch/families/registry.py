@@ -59,6 +59,9 @@ def register(family: Family, before: str = "", after: str = "") -> Family:
 def unregister(name: str) -> None:
     """Leave a registered family out of models that are prepared from now on. What it has rewritten stays.
 
+    Args:
+        name: the family's name.
+
     Raises:
         OptionError: no family of this name is registered. The built-in ones stay.
     """
