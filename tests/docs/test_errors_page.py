@@ -21,7 +21,7 @@ MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the 
     "_not_calibrated_for": "it was made for another sampler or number",
     "_nothing_found": "nothing to cache was found in this graph",
     "_past_end": "is past the schedule's last row",
-    "empty": "no call of the compiled model came in this trajectory",
+    "warning": "no call of the compiled model came in this trajectory",
     "placement.warning": "a timestep was visited again",
     "runtime.refused": "nothing to cache was found in this graph",
     "self._too_tight": "can't be kept: the nearest that can is",
