@@ -1,1 +1,1 @@
-"""What `torch.compile` calls: whose call it is, the first call, graph breaks, and the ways in."""
+"""The `torch.compile` backend: it finds the calling handle, prepares the model, and reports graph breaks."""

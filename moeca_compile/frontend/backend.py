@@ -1,7 +1,7 @@
-"""The `torch.compile` entry point: what Dynamo hands over, and the callable that it gets back.
+"""The `torch.compile` entry point: it takes Dynamo's graph and returns a callable.
 
-Nothing is compiled here. The callable waits for the first real call: then it can find the model, prepare it, and see
-shapes. Errors are raised there too: raised inside a backend they would arrive as torch's BackendCompilerFailed.
+Nothing is compiled here. At the first real call the callable finds the model, prepares it, and sees shapes. Errors are
+raised there too, because torch turns an error inside a backend into BackendCompilerFailed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def moeca(
 
 
 class Backend:
-    """The backend of one `moeca_compile.compile`: its options, and the schedule as it was then."""
+    """The backend of one `moeca_compile.compile`: its options, and the schedule as it was read then."""
 
     def __init__(self, options: Options) -> None:
         self.options, self.schedule = options, options.resolved_schedule()
@@ -67,6 +67,6 @@ def _read(options: Options, context: Any) -> Read:
     if isinstance(function, Backend):
         return function.options, function.schedule
     if function is moeca:
-        given: Mapping[str, Any] = getattr(compiled, "kwargs", {})
-        options = Options.from_backend_options(given.get("options"), given.get("mode"))
+        keywords: Mapping[str, Any] = getattr(compiled, "kwargs", {})
+        options = Options.from_backend_options(keywords.get("options"), keywords.get("mode"))
     return options, options.resolved_schedule()

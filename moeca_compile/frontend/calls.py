@@ -1,10 +1,11 @@
-"""Calls in progress: whose they are, and one at a time in Dynamo for each compiled handle.
+"""Calls in progress: finds the calling handle, and lets one call of each handle at a time into Dynamo.
 
-A backend is never told which compiled model is calling; but it is on the Python stack while its graph runs.
+torch doesn't tell a backend which compiled model is calling. The model's wrapper is on the Python stack while its graph
+runs.
 
-Dynamo's guards keep state while they are checked, and a call that waited while another one compiled compiles again. So
-where threads call one handle, Dynamo finds that no graph fits where one does, and makes another of the same; after some
-of these it runs the model eagerly. A hook that torch runs around each call closes a gate until the first graph runs.
+Dynamo's guards aren't safe for threads: when threads call one handle, Dynamo may miss a graph that fits, compile
+the same graph again, and after some recompilations run the model eagerly. So torch runs a hook of ours around each
+call, which holds a lock until the call's first graph runs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
 
 
 class Owner(NamedTuple):
-    """A call in progress. `handle`: torch's compile context; `function`: what it compiles; `frame`: the call's."""
+    """The compiled handle that is calling.
+
+    Attributes:
+        handle: torch's compile context.
+        function: what was compiled.
+        frame: of torch's wrapper around the call.
+    """
 
     handle: Any
     function: Callable[..., Any]
@@ -40,12 +47,12 @@ class Owner(NamedTuple):
 
     @property
     def modules(self) -> tuple[Module, ...]:
-        """The models whose code this runs."""
+        """The models that the function runs."""
         return modules_of(self.function)
 
 
 def find_owner() -> Owner | None:
-    """The innermost call of something compiled; None outside any."""
+    """The innermost compiled call on the stack; None: there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not WRAPPER:
         frame = frame.f_back
@@ -56,30 +63,38 @@ def find_owner() -> Owner | None:
 
 
 class Gate:
-    """The hook of one handle."""
+    """The hook around the calls of one handle.
+
+    Attributes:
+        lock: held by a call until its first graph runs.
+        graphs: number of graphs that Dynamo made for the handle.
+        uncached_calls: number of calls that ran no graph of this backend.
+        warned: counts the handle's warnings.
+        raise_limit: raises Dynamo's recompile limit during a call; None: the limit stays.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # a first call makes another one inside itself
+        self.lock = threading.RLock()  # reentrant: a first call calls the model again
         self.graphs = 0
-        self.unseen = 0  # calls that ran no graph of ours
-        self.warned = Warned()  # what the user of this handle was told
-        self.raised: Callable[[], Callable[[], None]] | None = None
+        self.uncached_calls = 0
+        self.warned = Warned()
+        self.raise_limit: Callable[[], Callable[[], None]] | None = None
         _gates.add(self)
 
     def __call__(self) -> Callable[[], None]:
         self.lock.acquire()
         CALLS.last = call = Call(self, CALLS.last)
-        if self.raised is not None:
-            call.restore = self.raised()
+        if self.raise_limit is not None:
+            call.restore = self.raise_limit()
         return call.end
 
     def count(self) -> None:
-        """Dynamo made a graph for this handle. Its limit is for code whose graphs hardly differ; here each kind of call
-        has one, and beyond the limit nothing would be cached. So it is raised for handles that come near to it."""
+        """Count a graph that Dynamo made for this handle, and raise Dynamo's limit for a handle that comes near to it.
+        Each kind of call has its own graph, and past the limit nothing would be cached."""
         self.graphs += 1
-        if self.graphs >= config.recompile_limit - 1 and self.raised is None:
+        if self.graphs >= config.recompile_limit - 1 and self.raise_limit is None:
             limit = max(MAX_GRAPHS, config.recompile_limit)
-            self.raised = config._make_closure_patcher(recompile_limit=limit)
+            self.raise_limit = config._make_closure_patcher(recompile_limit=limit)
 
     def __deepcopy__(self, memo: object) -> Gate:
         return Gate()
@@ -89,78 +104,89 @@ class Gate:
 
 
 class Call:
-    """A call in progress, before (`waits`) or after its first graph began to run; `finishes`: its model was prepared
-    meanwhile, so that its graphs are out of date. `parts`: how many graphs of a broken model it has run, and `breaks`
-    between them; `tell` is called with both when it ends."""
+    """A call in progress.
 
-    __slots__ = ("breaks", "finishes", "gate", "outer", "parts", "restore", "tell", "waits")
+    Attributes:
+        gate: of the handle.
+        outer: the call around this one, in the same thread.
+        holds_gate: no graph of the call has run yet.
+        is_outdated: the model was prepared during the call, so that the call's graphs are of the unprepared model.
+        parts: number of graphs of a broken model that the call has run.
+        breaks: the graph breaks between them.
+        report: called with both when the call ends; None: the graph isn't broken.
+        restore: restores Dynamo's recompile limit.
+    """
+
+    __slots__ = ("breaks", "gate", "holds_gate", "is_outdated", "outer", "parts", "report", "restore")
 
     def __init__(self, gate: Gate, outer: Call | None) -> None:
-        self.gate, self.outer, self.waits, self.finishes = gate, outer, True, False
+        self.gate, self.outer, self.holds_gate, self.is_outdated = gate, outer, True, False
         self.restore: Callable[[], None] | None = None
         self.parts = 0
         self.breaks: list[GraphBreak] = []
-        self.tell: Callable[[int, list[GraphBreak]], None] | None = None
+        self.report: Callable[[int, list[GraphBreak]], None] | None = None
 
-    def ran_part(self, graph: GraphModule, tell: Callable[[int, list[GraphBreak]], None]) -> None:
-        """A graph of a broken model runs."""
-        self.parts, self.tell = self.parts + 1, tell
-        found = break_after(graph)
-        if found is not None and found not in self.breaks:
-            self.breaks.append(found)
+    def ran_part(self, graph: GraphModule, report: Callable[[int, list[GraphBreak]], None]) -> None:
+        """Count a graph of a broken model."""
+        self.parts, self.report = self.parts + 1, report
+        graph_break = break_after(graph)
+        if graph_break is not None and graph_break not in self.breaks:
+            self.breaks.append(graph_break)
 
-    def passes(self) -> None:
-        """Dynamo is done with this call, for now."""
-        if self.waits:
-            self.waits = False
+    def release_gate(self) -> None:
+        """Let the next call into Dynamo."""
+        if self.holds_gate:
+            self.holds_gate = False
             self.gate.lock.release()
 
     def end(self) -> None:
+        """Leave the call; torch calls this when the call returns or raises."""
         CALLS.last = self.outer
         if self.restore is not None:
             self.restore()
         if sys.exc_info()[0] is None:
-            if self.waits:
-                self.gate.unseen += 1
-                _tell(self.gate)
-            elif self.tell is not None and not self.finishes:
-                self.tell(self.parts, self.breaks)
-        if self.waits:
-            self.passes()
+            if self.holds_gate:
+                self.gate.uncached_calls += 1
+                _report_uncached(self.gate)
+            elif self.report is not None and not self.is_outdated:
+                self.report(self.parts, self.breaks)
+        if self.holds_gate:
+            self.release_gate()
 
 
 class _Calls(threading.local):
-    last: Call | None = None  # this thread's innermost
+    last: Call | None = None  # the innermost call of this thread
 
 
 CALLS = _Calls()
 
 
 def call_of(context: Any) -> Call | None:
-    """This thread's call of a handle; None: it began before the handle had a gate, with its very first calls."""
+    """This thread's call of a handle; None: the call began before the handle had a gate, as first calls may."""
     call = CALLS.last
     return call if call is not None and call.gate in context.enter_exit_hooks else None
 
 
-def _tell(gate: Gate) -> None:
-    """No graph ran in a call that ends: its trajectory says so when it is left, and a call outside any says so now."""
+def _report_uncached(gate: Gate) -> None:
+    """Report a call that ran no graph. Its trajectory warns when it is left; a call outside any warns now."""
     owner = find_owner()
     weights = frozenset(map(id, parameters_of(owner.function))) if owner is not None else frozenset[int]()
     trajectory = current(weights, owner.frame if owner is not None else None)
     if trajectory is not None:
-        trajectory.miss(gate.unseen == 1)
+        trajectory.miss(gate.uncached_calls == 1)
     else:
         gate.warned.once(f"a call of the compiled model {RAN_EAGERLY}")
 
 
 def gate_of(context: Any) -> Gate:
-    """The gate of a handle, by torch's compile context; put there if it has none."""
+    """The gate of a handle, by torch's compile context; installed on first use."""
     hooks: list[Any] = context.enter_exit_hooks
-    found = next((hook for hook in hooks if isinstance(hook, Gate)), None)
-    if found is None:
-        found = Gate()
-        hooks.append(found)
-    return found
+    for hook in hooks:
+        if isinstance(hook, Gate):
+            return hook
+    gate = Gate()
+    hooks.append(gate)
+    return gate
 
 
 def _renew_locks() -> None:
@@ -168,4 +194,4 @@ def _renew_locks() -> None:
         gate.lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_renew_locks)  # who held them isn't there any more
+os.register_at_fork(after_in_child=_renew_locks)  # the threads that held the locks don't exist in the child

@@ -1,4 +1,4 @@
-"""The callable for one of Dynamo's graphs: it finds the handle that calls, the program for the call, and runs it."""
+"""The callable for one of Dynamo's graphs: it finds the calling handle and the program, and runs a step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import CaptureError, StateError
 from moeca_compile.frontend.calls import CALLS, Owner, call_of, find_owner, gate_of
-from moeca_compile.frontend.first_call import out_of_date, renew_without_hooks
+from moeca_compile.frontend.first_call import is_outdated, retrace_without_hooks
 from moeca_compile.frontend.handles import STATES, HandleState, Read, all_states, state_of
-from moeca_compile.frontend.owner import runs_whole
+from moeca_compile.frontend.owner import is_full_model
 from moeca_compile.frontend.signature import captured_of, floats_of, kind_of, strides_of, with_floats
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import ambient_autocast
@@ -32,35 +32,48 @@ from moeca_compile.graph.desugar import desugar
 from moeca_compile.graph.same_graph import identity
 from moeca_compile.lowering.inductor.as_given import lower_as_given
 
-ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # all of Dynamo's graphs that live
+ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # of all graphs of Dynamo that are alive
 _numbers = itertools.count()
 
 
 def entry_of(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], read: Callable[[Any], Read]
 ) -> Callable[..., tuple[Any, ...]]:
-    """The callable that Dynamo gets for its graph. `read`: options and schedule of a handle, by its compile context."""
+    """The callable that Dynamo gets for its graph.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: of the graph.
+        read: returns options and schedule of a handle, by its compile context.
+    """
     plain, flatten = desugar(gm, example_inputs)
     entry = Entry(plain, inputs_of(plain, flatten(example_inputs)), read)
     return entry if plain is gm else lambda *args: entry(*flatten(args))
 
 
 class Entry:
-    """The callable for one Dynamo graph, whichever handles run it. What belongs to a handle isn't kept here."""
+    """The callable for one of Dynamo's graphs. Several handles may run it; their state isn't stored here.
+
+    Attributes:
+        gm: the graph.
+        inputs: of the graph.
+        number: identifies the graph.
+    """
 
     def __init__(self, gm: torch.fx.GraphModule, inputs: tuple[Input, ...], read: Callable[[Any], Read]) -> None:
         self.gm, self.inputs, self._read = gm, inputs, read
         self.number = next(_numbers)
-        self._weights = [i for i, one in enumerate(inputs) if one.is_weight]
+        placeholders = fx.placeholders(gm)
+        self._weights = [i for i, source in enumerate(inputs) if source.is_weight]
         self._labels = [inputs[i].label for i in self._weights]
-        self._others = [i for i, one in enumerate(inputs) if not one.is_weight]
+        self._others = [i for i, source in enumerate(inputs) if not source.is_weight]
         self._floats = floats_of(gm)
-        self._unread = {i for i, one in enumerate(fx.placeholders(gm)) if not one.users}  # strides and sizes, mostly
-        self._follows = {i for i, one in enumerate(fx.placeholders(gm)) if follows_from_call(one)}
-        self._kinds: dict[Hashable, int] = {}  # of the kinds of weights met: hashing one takes long
-        self._none: dict[Hashable, bool] = {}  # by the shapes of empty inputs, whether the results are empty too
-        self._own: HandleState | None = None  # of callers that came without torch.compile
-        self._as_given: Callable[..., Any] | None = None
+        self._unread = {i for i, node in enumerate(placeholders) if not node.users}  # strides and sizes, mostly
+        self._follows = {i for i, node in enumerate(placeholders) if follows_from_call(node)}
+        self._kinds: dict[Hashable, int] = {}  # numbers for the kinds of weights: a kind takes long to hash
+        self._gives_empty: dict[Hashable, bool] = {}  # by the shapes of empty inputs, whether the results are empty
+        self._without_handle: HandleState | None = None  # of calls without torch.compile
+        self._uncached: Callable[..., Any] | None = None
         ENTRIES.add(self)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
@@ -75,7 +88,7 @@ class Entry:
                 results = self._run_if_empty(args)
                 if results is not None:
                     if call is not None:
-                        call.passes()
+                        call.release_gate()
                     return results
                 break
         owner = find_owner()
@@ -83,13 +96,13 @@ class Entry:
         state = STATES.get(id(context))
         if state is None or state.context is None or state.context() is not context:
             state = self._state(context)
-        whole = state.whole.get(self.number)
-        if not whole:
-            whole, results = self._sort_out(owner, state, whole, args)
+        is_full = state.is_full_model.get(self.number)
+        if not is_full:
+            results = self._run_part(owner, state, is_full, args)
             if results is not None:
                 return results
-        if call is not None and call.waits:
-            call.passes()
+        if call is not None and call.holds_gate:
+            call.release_gate()
         runtime = state.runtime
         weights = runtime.invalidate_if_weights_changed(
             self.number, self._labels, [*map(args.__getitem__, self._weights)]
@@ -99,77 +112,103 @@ class Entry:
             if interceptor is not None:
                 return interceptor(self, args, runtime)
         try:
-            program, how = self._find(args, runtime, weights)
+            program, arrangement = self._find(args, runtime, weights)
         except CaptureError as error:
             return self.run_uncached(args, str(error), state)
         trajectory = current(weights.ids, owner.frame if owner is not None else None)
-        results = self.step(program, how, runtime, args, trajectory)
+        results = self.step(program, arrangement, runtime, args, trajectory)
         if OBSERVED.runs is not None:
             others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]
-            OBSERVED.runs.append(GraphRun(partial(self.step, program, how, runtime), args, others, results))
+            OBSERVED.runs.append(GraphRun(partial(self.step, program, arrangement, runtime), args, others, results))
         return results
 
     def _run_if_empty(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
-        """The results for inputs without a sample: there is nothing to capture or to cache. None: they aren't empty."""
-        shapes = tuple([a.shape for i in self._others if isinstance(a := args[i], torch.Tensor) and not a.numel()])
-        if not self._none.get(shapes, True):
+        """Run the graph for inputs without a sample, if its results are empty too: there is nothing to cache. None: the
+        results aren't empty."""
+        tensors = [args[i] for i in self._others if isinstance(args[i], torch.Tensor)]
+        shapes = tuple([tensor.shape for tensor in tensors if not tensor.numel()])
+        if not self._gives_empty.get(shapes, True):
             return None
         results = tuple(self.gm(*args))
-        self._none[shapes] = not any(isinstance(one, torch.Tensor) and one.numel() for one in results)
-        return results if self._none[shapes] else None
+        self._gives_empty[shapes] = not any(isinstance(result, torch.Tensor) and result.numel() for result in results)
+        return results if self._gives_empty[shapes] else None
 
-    def _sort_out(
-        self, owner: Owner | None, state: HandleState, whole: bool | None, args: Sequence[Any]
-    ) -> tuple[bool, tuple[Any, ...] | None]:
-        """Whether this graph is the handle's whole model (`whole`: False, or None at its first run), and, where it
-        isn't, its results."""
+    def _run_part(
+        self, owner: Owner | None, state: HandleState, is_full: bool | None, args: Sequence[Any]
+    ) -> tuple[Any, ...] | None:
+        """Run the graph uncached if it is a part of a broken model, or of the model before it was prepared.
+
+        Args:
+            owner: the handle that is calling.
+            state: of that handle.
+            is_full: False: the graph is a part; None: its first run, where that is found out.
+            args: of the graph.
+
+        Returns:
+            The results; None: the graph is the full model, and nothing was run.
+        """
         context = None if owner is None else owner.handle
         call = None if context is None else call_of(context)
         last = CALLS.last
-        if whole is None:
+        if is_full is None:
             with gate_of(context).lock if context is not None else nullcontext(), under_compile_lock():
-                whole = runs_whole(owner, self.gm, call.parts if call is not None else 0)
-                if out_of_date(owner, state, whole, call):
+                is_full = is_full_model(owner, self.gm, call.parts if call is not None else 0)
+                if is_outdated(owner, state, is_full, call):
                     if last is not None:
-                        last.passes()
-                    return whole, tuple(self.gm(*args))
-                state.whole[self.number] = whole
+                        last.release_gate()
+                    return tuple(self.gm(*args))
+                state.is_full_model[self.number] = is_full
         else:
-            renew_without_hooks(owner, state.first)
-        if whole:
-            return True, None
+            retrace_without_hooks(owner, state.first)
+        if is_full:
+            return None
         if last is not None:
-            last.passes()
+            last.release_gate()
         if call is not None:
-            call.ran_part(self.gm, partial(state.is_broken, dispatches=state.first.left))
-        return False, self._run_as_given(args, state)
+            call.ran_part(self.gm, partial(state.report_breaks, dispatches=state.first.rejected))
+        return self._run_as_given(args, state)
 
     def run_uncached(self, args: Sequence[Any], reason: str, state: HandleState | None = None) -> tuple[Any, ...]:
-        """Run the whole model's graph as Dynamo gave it, because of `reason`, and say so once a handle."""
+        """Run the full model's graph as Dynamo made it, and warn once for each handle.
+
+        Args:
+            args: of the graph.
+            reason: why the graph isn't cached.
+            state: of the calling handle; default: it is found.
+        """
         if state is None:
             owner = find_owner()
             state = self._state(None if owner is None else owner.handle)
-        state.is_refused(reason)
+        state.report_uncached(reason)
         return self._run_as_given(args, state)
 
     def _run_as_given(self, args: Sequence[Any], state: HandleState) -> tuple[Any, ...]:
-        if self._as_given is None:
-            self._as_given = lower_as_given(self.gm, state.options)
-        return tuple(self._as_given(*args))
+        if self._uncached is None:
+            self._uncached = lower_as_given(self.gm, state.options)
+        return tuple(self._uncached(*args))
 
     def step(
         self,
         program: Program,
-        how: Arrangement | None,
+        arrangement: Arrangement | None,
         runtime: HandleRuntime,
         args: Sequence[Any],
         trajectory: Trajectory | None,
     ) -> tuple[Any, ...]:
-        """Run a call of `program`, for which `args` are to be arranged; as Dynamo gave it where a claim about the
-        arguments turns out to be wrong (`passes/transform/separate_rows.py`)."""
-        given = args
-        if how is not None:
-            args = how.arranged(args)
+        """Run one step.
+
+        The graph runs uncached if an assumption about the arguments is wrong (`passes/transform/separate_rows.py`).
+
+        Args:
+            program: for the call.
+            arrangement: of the program's arguments among `args`; None: they are the same.
+            runtime: of the calling handle.
+            args: of the graph.
+            trajectory: that the call belongs to; None: the call is in none.
+        """
+        graph_args = args
+        if arrangement is not None:
+            args = arrangement.arranged(args)
         running = runtime.running(trajectory)
         if trajectory is not None:
             trajectory.calls += 1
@@ -181,50 +220,51 @@ class Entry:
                 with packs.active():
                     results = run_step(program.compiled_schedule, running, args, trajectory, packs.mark_unverified)
         except CaptureError as error:
-            return self.run_uncached(given, str(error))
-        return results if how is None else how.results(results)
+            return self.run_uncached(graph_args, str(error))
+        return results if arrangement is None else arrangement.results(results)
 
     def place(self, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Program, Sequence[Any]]:
-        """The program for arguments like these, and they as it takes them.
+        """The program for arguments like these, and the arguments as the program takes them.
 
         Raises:
             CaptureError: the graph can't be captured, or has nothing to cache.
         """
         weights = runtime.invalidate_if_weights_changed(self.number, self._labels, [args[i] for i in self._weights])
-        program, how = self._find(args, runtime, weights)
-        return program, args if how is None else how.arranged(args)
+        program, arrangement = self._find(args, runtime, weights)
+        return program, args if arrangement is None else arrangement.arranged(args)
 
     @property
     def runtimes(self) -> dict[int, HandleRuntime]:
-        """Of all handles that this graph has run for."""
+        """The runtimes of all handles that have run this graph, by id."""
         return {id(runtime): runtime for state in all_states() if (runtime := state.runtime).has_run(self.number)}
 
     @property
     def programs(self) -> dict[Hashable, Program]:
-        """Those that it runs now, for whichever handle."""
-        return {
-            (id(runtime), key): one
-            for runtime in self.runtimes.values()
-            for key, one in runtime.serving(self.number).items()
-        }
+        """The programs that serve this graph now, of all handles."""
+        programs: dict[Hashable, Program] = {}
+        for number, runtime in self.runtimes.items():
+            programs |= {(number, key): program for key, program in runtime.serving(self.number).items()}
+        return programs
 
     def _state(self, context: Any) -> HandleState:
         if context is not None:
             return state_of(context, self._read)
-        if self._own is None:
-            self._own = HandleState(None, *self._read(None))
-        return self._own
+        if self._without_handle is None:
+            self._without_handle = HandleState(None, *self._read(None))
+        return self._without_handle
 
     def _find(
         self, args: Sequence[Any], runtime: HandleRuntime, weights: WeightBinding
     ) -> tuple[Program, Arrangement | None]:
-        """The program for arguments like these, captured if none of this handle's computes the same."""
+        """The program for arguments like these, and its arrangement. The graph is captured if no program of the handle
+        computes the same."""
         numbers: dict[int, Any] = {}
         read, tensors = [], []
-        for i in self._others:  # at every step: written out, for calls would take longer than what they do
-            a = args[i]
-            if isinstance(a, torch.Tensor) and i not in self._floats:
-                tensors.append((a.shape, strides_of(a) if 1 in a.shape else a.stride(), a.dtype, a.device))
+        for i in self._others:  # runs at every step: written out, because function calls would take longer
+            arg = args[i]
+            if isinstance(arg, torch.Tensor) and i not in self._floats:
+                strides = strides_of(arg) if 1 in arg.shape else arg.stride()
+                tensors.append((arg.shape, strides, arg.dtype, arg.device))
                 continue
             numbers[i] = self._number(i, args)
             if i not in self._unread:
@@ -233,9 +273,9 @@ class Entry:
             weights.kind = self._kinds.setdefault(weights.kinds, len(self._kinds))
         casts = ambient_autocast() if torch._C._is_any_autocast_enabled() else ()
         key = (self.number, tuple(read), tuple(tensors), weights.kind, casts)
-        found = runtime.find(key)
-        if found is not None:
-            return found
+        placed = runtime.find(key)
+        if placed is not None:
+            return placed
         with under_compile_lock():
             if key in runtime.refused:
                 raise CaptureError(runtime.refused[key])
@@ -248,72 +288,80 @@ class Entry:
     def _make(
         self, key: tuple[Any, ...], args: Sequence[Any], numbers: Mapping[int, Any], runtime: HandleRuntime
     ) -> tuple[Program, Arrangement | None]:
-        """A new program, or one that was made for another of Dynamo's graphs: of the same text, of the same captured
-        text, in which sizes are numbers, or of the same text but for the strides of its inputs. The last makes what it
-        kept serve a latent that comes in another memory format."""
-        by_label = sorted((one.label, repr(numbers.get(i)), kind_of(args[i])) for i, one in enumerate(self.inputs))
-        as_given: Hashable = (self._identity, tuple(by_label), key[-1])
-        if runtime.find(as_given) is not None:
-            return self._beside(key, as_given, runtime)
+        """A new program, or a program that was made for another of Dynamo's graphs and computes the same.
+
+        Graphs compute the same if they are equal, if they are equal once captured (then sizes are numbers), or if only
+        the strides of their inputs differ. In the last case the state serves a latent in another memory format too.
+        """
+        arguments = []
+        for i, source in enumerate(self.inputs):
+            arguments.append((source.label, repr(numbers.get(i)), kind_of(args[i])))
+        graph_key: Hashable = (self._identity, tuple(sorted(arguments)), key[-1])
+        if runtime.find(graph_key) is not None:
+            return self._beside(key, graph_key, runtime)
         self._warn_of_numbers(key, numbers, runtime)
         gm = with_floats(self.gm, {i: numbers[i] for i in self._floats})
         captured = captured_of(gm, args, self.inputs)
-        known = as_given if self._identity is self else identity(captured.gm, captured.inputs)
-        if runtime.find(known) is not None:
-            return self._beside(key, known, runtime)
-        unstrided = self._unstrided(args, numbers, key[-1])
-        if runtime.find(unstrided) is not None:
-            return self._beside(key, unstrided, runtime, captured)
-        read = runtime.options, runtime.schedule, runtime.warned
-        program = Program(gm, args, self.inputs, *read, captured)
-        runtime.place((key, as_given, unstrided, known), program)
+        captured_key = graph_key if self._identity is self else identity(captured.gm, captured.inputs)
+        if runtime.find(captured_key) is not None:
+            return self._beside(key, captured_key, runtime)
+        any_strides_key = self._any_strides_key(args, numbers, key[-1])
+        if runtime.find(any_strides_key) is not None:
+            return self._beside(key, any_strides_key, runtime, captured)
+        program = Program(gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured)
+        runtime.place((key, graph_key, any_strides_key, captured_key), program)
         program.place_weights(args)
         weights = [args[i] for i in self._weights]
         runtime.invalidate_if_weights_changed(self.number, self._labels, weights)  # some may have been moved
         return program, None
 
     def _beside(
-        self, key: Hashable, known: Hashable, runtime: HandleRuntime, captured: Capture | None = None
+        self, key: Hashable, placed_key: Hashable, runtime: HandleRuntime, captured: Capture | None = None
     ) -> tuple[Program, Arrangement | None]:
-        """The program under `known` for the calls of `key` too. `captured`: where these come in other strides."""
-        found = runtime.find(known)
-        assert found is not None
-        program = found[0]
+        """Let the program under `placed_key` serve the calls of `key` too. `captured`: this graph, if its inputs have
+        other strides."""
+        placed = runtime.find(placed_key)
+        assert placed is not None
+        program = placed[0]
         context = program.analysis.facts
         if captured is None:
-            how = reordered(context.inputs, self.inputs)
+            arrangement = reordered(context.inputs, self.inputs)
         else:
-            how = restrided(Capture(program.analysis.gm, context.inputs), captured)
-        runtime.place_beside(key, known, how)
-        return program, how
+            arrangement = restrided(Capture(program.analysis.gm, context.inputs), captured)
+        runtime.place_beside(key, placed_key, arrangement)
+        return program, arrangement
 
-    def _unstrided(self, args: Sequence[Any], numbers: Mapping[int, Any], autocast: Hashable) -> Hashable:
-        """Equal for graphs that are the same but for the strides of their inputs, weights left out."""
+    def _any_strides_key(self, args: Sequence[Any], numbers: Mapping[int, Any], autocast: Hashable) -> Hashable:
+        """A key that is equal for graphs that differ only in the strides of their inputs; strides of weights count."""
         if self._identity is self or reads_strides(self.gm) or any(map(overlaps, args)):
             return object()
-        used = [(i, one) for i, one in enumerate(self.inputs) if i not in self._unread]
-        kinds = [(one.label, repr(numbers.get(i)), kind_of(args[i], one.is_weight)) for i, one in used]
+        kinds = []
+        for i, source in enumerate(self.inputs):
+            if i not in self._unread:
+                kinds.append((source.label, repr(numbers.get(i)), kind_of(args[i], source.is_weight)))
         return "any strides", identity(self.gm, self.inputs, strides=False), tuple(sorted(kinds)), autocast
 
     @cached_property
     def _identity(self) -> Hashable:
-        """Equal for graphs that are the same; a graph whose inputs can't be told apart by name is like no other."""
-        labels = {one.label for one in self.inputs}
+        """A key that is equal for equal graphs. A graph with two inputs of one label equals no other."""
+        labels = {source.label for source in self.inputs}
         return identity(self.gm, self.inputs) if len(labels) == len(self.inputs) else self
 
     def _number(self, i: int, args: Sequence[Any]) -> Any:
-        """Argument `i`, if it is a Python number: programs are made for its value. None: it is a tensor."""
+        """The value of argument `i` if it is a Python number, for which a program is made. None: it is a tensor."""
         if i in self._floats:
             return args[i].item()
         return None if isinstance(args[i], torch.Tensor) else args[i]
 
     def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any], runtime: HandleRuntime) -> None:
-        known = [other[1] for other in runtime.keys_of(self.number) if other[2:] == key[2:]]
-        if len(known) == 2:  # two may be a setting that was changed; a third is a habit
+        """Warn of a number that changes from call to call, at its third value: two may be a changed setting."""
+        values = [other[1] for other in runtime.keys_of(self.number) if other[2:] == key[2:]]
+        if len(values) == 2:
+            values.append(key[1])
             labels = [self.inputs[i].label for i in numbers if i not in self._unread]
-            moving = [label for n, label in enumerate(labels) if len({v[n] for v in (*known, key[1])}) == 3]
+            changing = [label for n, label in enumerate(labels) if len({value[n] for value in values}) == 3]
             runtime.warned.once(
-                f"{', '.join(moving) or 'an input'} comes as a Python number that changes from call to call, and a "
+                f"{', '.join(changing) or 'an input'} comes as a Python number that changes from call to call, and a "
                 "graph is captured and compiled for each value. Pass it as a tensor",
                 "numbers",
             )

@@ -1,10 +1,10 @@
-"""`torch.compile(model, backend="moeca")` alone: the model is prepared when its first graph runs for the first time.
+"""The first call of `torch.compile(model, backend="moeca")`: the model is prepared when its first graph runs.
 
-A backend isn't told the model, and by the time it is asked Dynamo has traced the model as it was shipped, and broken
-the graph at its expert dispatch, at a number that it reads out of a tensor, or at a table that it builds when first
-called. So the first graph's first run prepares the model, calls it once more, now traced whole, and then lets the
-broken call finish as it is: the second call did the trajectory's first step, the first gives its result. A model that
-breaks in the second call too gets a third, by when it has built its tables; if that doesn't help, it runs in parts.
+Dynamo traces a model before the backend sees it. The graph may break at the expert dispatch, at a number that is read
+from a tensor, or at a table that the model builds in its first call. So on the first call we prepare the model and call
+it again, so that Dynamo captures one graph. That second call counts as step 0. The original, graph-broken call then
+finishes, and its result is returned. If the second call breaks too, a third is made, because the model may have built
+its tables by then. If the third breaks, the model runs in parts.
 """
 
 from __future__ import annotations
@@ -28,70 +28,81 @@ from moeca_compile.frontend.handles import FirstCalls, HandleState
 from moeca_compile.frontend.owner import codes_of
 from moeca_compile.graph.regions import Rejected
 
-_RAN_BY_THEIR_OWN = (
+_EVERY_EXPERT_RUNS = (
     "in {} MoE modules every expert runs on every token, by its own forward: {}. To run only the chosen experts, "
     "merge the adapter into the weights and unload it, or load the experts in a floating-point dtype"
 )
 
 
-def out_of_date(owner: Owner | None, state: HandleState, whole: bool, call: Call | None) -> bool:
-    """On a graph's first run for a handle: prepare the model. True: this graph belongs to a call that only has to
-    finish. `call`: None for one that began before the handle had a gate: of several threads' first calls, the first one
-    prepares the model, and those that come broken after it are made once more too."""
+def is_outdated(owner: Owner | None, state: HandleState, is_full_model: bool, call: Call | None) -> bool:
+    """Prepare the model on a graph's first run for a handle.
+
+    Of several threads' first calls, the first one prepares the model. Those whose graph breaks after that are called
+    again too.
+
+    Args:
+        owner: the handle that is calling.
+        state: of that handle.
+        is_full_model: whether the graph is the full model.
+        call: None: the call began before the handle had a gate.
+
+    Returns:
+        Whether the graph is of the unprepared model, so that it only has to finish its call.
+    """
     if owner is None:
         return False
     first = state.first
     if first.trial is not None:
-        first.trial |= whole
-        return not whole
-    this = threading.get_ident(), id(owner.frame)
-    if this in first.finishing if call is None else call.finishes:
+        first.trial |= is_full_model
+        return not is_full_model
+    call_id = threading.get_ident(), id(owner.frame)
+    if call_id in first.outdated if call is None else call.is_outdated:
         return True
-    if call is None and not whole and first.renewed:
-        first.finishing.add(this)
+    if call is None and not is_full_model and first.retraced:
+        first.outdated.add(call_id)
         if not _has_hooks(owner):
             _call_again(owner)
         return True
     reports = [prepare(module) for module in owner.modules]
-    first.left = tuple(miss for report in reports for miss in report.rejected)
-    _tell_followed(state, [miss for report in reports for miss in report.followed])
+    first.rejected = tuple(rejected for report in reports for rejected in report.rejected)
+    _warn_of_followed(state, [dispatch for report in reports for dispatch in report.followed])
     hooked = next((module.get_submodule(path) for module in owner.modules for path, _ in hooks(module)), None)
     if hooked is not None:
         first.hooked = weakref.ref(hooked)
-    if not any(report.changed for report in reports) and (whole or first.renewed):
+    if not any(report.changed for report in reports) and (is_full_model or first.retraced):
         return False
-    first.renewed = True
-    _renew(owner, scalars=True)
-    if hooked is None and not _comes_whole(owner, first):  # hooks may not bear being run twice: next time, then
-        _renew(owner, scalars=False)
+    first.retraced = True
+    _retrace(owner, scalars=True)
+    if hooked is None and not _becomes_one_graph(owner, first):  # hooks may not bear a second call
+        _retrace(owner, scalars=False)
     if call is None:
-        first.finishing.add(this)
+        first.outdated.add(call_id)
     else:
-        call.finishes = True
+        call.is_outdated = True
     return True
 
 
-def renew_without_hooks(owner: Owner | None, first: FirstCalls) -> None:
-    """When a part of a model runs: if the hooks that broke it are gone, let the next call be traced afresh. What Dynamo
-    made around them still fits, so it would go on running parts."""
+def retrace_without_hooks(owner: Owner | None, first: FirstCalls) -> None:
+    """Let the next call be traced again if the hooks that broke the model's graph were removed. The graphs that Dynamo
+    made around the hooks still pass their guards, so Dynamo wouldn't trace by itself."""
     if owner is None or first.hooked is None:
         return
     hooked = first.hooked()
     if hooked is None or not any(True for _ in hooks(hooked)):
         first.hooked = None
-        _renew(owner, scalars=True)
+        _retrace(owner, scalars=True)
 
 
-def _tell_followed(state: HandleState, followed: Sequence[Rejected]) -> None:
-    """Warn once for each set of reasons; a part of a broken graph finds them all again."""
+def _warn_of_followed(state: HandleState, followed: Sequence[Rejected]) -> None:
+    """Warn once for each set of reasons; each part of a broken graph finds all of them again."""
     if followed:
-        one_each = {miss.reason: str(miss) for miss in reversed(followed)}
-        some = "; ".join(list(one_each.values())[:3])
-        state.warned.once(_RAN_BY_THEIR_OWN.format(len(followed), some), f"followed: {sorted(one_each)}")
+        by_reason = {dispatch.reason: str(dispatch) for dispatch in reversed(followed)}
+        examples = "; ".join(list(by_reason.values())[:3])
+        state.warned.once(_EVERY_EXPERT_RUNS.format(len(followed), examples), f"followed: {sorted(by_reason)}")
 
 
-def _comes_whole(owner: Owner, first: FirstCalls) -> bool:
-    """Call the model once more, and then again; True as soon as it comes as one graph, whose step counts."""
+def _becomes_one_graph(owner: Owner, first: FirstCalls) -> bool:
+    """Call the model again, at most twice. True: a call ran as one graph; its step counts."""
     traced: list[CodeType] = []
     with register_bytecode_hook(lambda code, _: traced.append(code)):
         for _ in range(2):
@@ -101,31 +112,31 @@ def _comes_whole(owner: Owner, first: FirstCalls) -> bool:
                     _call_again(owner)
             except MoecaError:
                 raise
-            except Exception:  # whatever Dynamo raises of numbers that it can't trace through
+            except Exception:  # Dynamo raises many types for numbers that it can't trace
                 break
             finally:
-                whole, first.trial = first.trial, None
-            if whole:
+                is_one_graph, first.trial = first.trial, None
+            if is_one_graph:
                 return True
-            _renew(owner, scalars=True)
+            _retrace(owner, scalars=True)
     for code in traced:  # parts of a broken graph, with numbers that can't be captured
         remove_from_cache(code)
     return False
 
 
 def _call_again(owner: Owner) -> None:
-    given = owner.frame.f_locals
-    owner.handle(owner.function)(*given["args"], **given["kwargs"])
+    variables = owner.frame.f_locals
+    owner.handle(owner.function)(*variables["args"], **variables["kwargs"])
 
 
 def _has_hooks(owner: Owner) -> bool:
     return any(True for module in owner.modules for _ in hooks(module))
 
 
-def _renew(owner: Owner, scalars: bool) -> None:
-    """Let Dynamo trace the model afresh; with `scalars`, through numbers that are read out of tensors too."""
-    around: list[Any] = owner.handle.enter_exit_hooks
-    around[:] = [hook for hook in around if hook is not _scalars_too] + [_scalars_too] * scalars
+def _retrace(owner: Owner, scalars: bool) -> None:
+    """Let Dynamo trace the model again at its next call. `scalars`: also through numbers that are read from tensors."""
+    call_hooks: list[Any] = owner.handle.enter_exit_hooks
+    call_hooks[:] = [hook for hook in call_hooks if hook is not _with_scalars] + [_with_scalars] * scalars
     isolated = [isolate(module) for module in owner.modules]
     if not all(isolated) or getattr(owner.function, "__name__", "") not in ("_wrapped_call_impl", "_call_impl"):
         for code in codes_of(owner):
@@ -135,6 +146,6 @@ def _renew(owner: Owner, scalars: bool) -> None:
 _capture_scalars = config._make_closure_patcher(capture_scalar_outputs=True)
 
 
-def _scalars_too() -> Any:
-    """Around each call: Dynamo traces through `item()` (capture knows what it gives, or says that it can't)."""
+def _with_scalars() -> Any:
+    """A hook around each call: Dynamo traces through `item()`. Capture resolves the number, or raises CaptureError."""
     return _capture_scalars()

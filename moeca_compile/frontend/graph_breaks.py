@@ -1,4 +1,4 @@
-"""Where Dynamo broke a model's graph, in words: the source line of each break, Dynamo's reason, and what helps."""
+"""Describes the graph breaks of a model: the source line of each break, Dynamo's reason, and a remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SHOWN = 5  # breaks that a message lists
+MAX_LISTED = 5  # breaks that a message lists
 
 _READS = ("item()", "tolist", "data-dependent", "data dependent", "dynamic shape", "dynamic slicing", "nonzero")
 _REMEDIES = (
@@ -21,8 +21,13 @@ _OTHER = "TORCH_LOGS=graph_breaks prints Dynamo's whole reason"
 
 @dataclass(frozen=True, slots=True)
 class GraphBreak:
-    """One place where Dynamo ended a graph. `where`: file:line, and `line` its text; empty where Dynamo says nothing,
-    as for a function that it gave up on as a whole."""
+    """One place where Dynamo ended a graph.
+
+    Attributes:
+        where: file:line; empty if Dynamo doesn't say, as for a whole function that it gave up on.
+        line: text of that line.
+        reason: Dynamo's.
+    """
 
     where: str
     line: str
@@ -30,31 +35,39 @@ class GraphBreak:
 
     @property
     def remedy(self) -> str:
-        """What helps against a break for this reason."""
-        text = self.reason.lower()
-        return next((remedy for words, remedy in _REMEDIES if any(word in text for word in words)), _OTHER)
+        """What the user can do about a break for this reason."""
+        reason = self.reason.lower()
+        for words, remedy in _REMEDIES:
+            if any(word in reason for word in words):
+                return remedy
+        return _OTHER
 
     def __str__(self) -> str:
         return f"{self.where}: `{self.line}`: {self.reason}. {self.remedy}"
 
 
-def in_words(parts: int, breaks: Sequence[GraphBreak], dispatches: Sequence[object] = ()) -> str:
-    """The message about a broken graph. `dispatches`: the expert dispatches that `prepare` left alone, each with its
-    reason."""
+def describe(parts: int, breaks: Sequence[GraphBreak], dispatches: Sequence[object] = ()) -> str:
+    """The message about a broken graph.
+
+    Args:
+        parts: number of graphs that the call ran.
+        breaks: between them.
+        dispatches: expert dispatches that `prepare` left alone, each with its reason.
+    """
     lines = [
         f"graph break: {parts} part{'s' * (parts != 1)}. The model runs in parts as torch.compile made them, uncached"
     ]
-    lines += [f"  {one}" for one in breaks[:SHOWN]]
+    lines += [f"  {graph_break}" for graph_break in breaks[:MAX_LISTED]]
     if not breaks:
         lines.append(f"  Dynamo gave up on a whole function. {_OTHER}")
-    if len(breaks) > SHOWN:
-        lines.append(f"  and {len(breaks) - SHOWN} more")
-    lines += [f"  expert dispatch left alone: {one}" for one in dispatches[:SHOWN]]
+    if len(breaks) > MAX_LISTED:
+        lines.append(f"  and {len(breaks) - MAX_LISTED} more")
+    lines += [f"  expert dispatch left alone: {dispatch}" for dispatch in dispatches[:MAX_LISTED]]
     return "\n".join(lines)
 
 
 def break_after(graph: Any) -> GraphBreak | None:
-    """Where and why Dynamo ended this graph; None: its function returned."""
+    """The graph break at the end of Dynamo's graph; None: the graph ends where its function returns."""
     reason = getattr(graph, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None

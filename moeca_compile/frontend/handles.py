@@ -1,7 +1,7 @@
-"""Compiled handles, each with all that belongs to it: options as they were read, programs, state, warnings.
+"""The state of each compiled handle: options as they were read, programs, trajectories, warnings.
 
-A handle is what `torch.compile` gave: a module, a function, or the module that was compiled in place. Each of them has
-a compile context of its own; what belongs to the handle is found by that, and goes with it.
+A handle is what `torch.compile` returned (a module or a function), or a module that was compiled in place. Each handle
+has a compile context of its own. Its state is found by that context, and is dropped with it.
 """
 
 from __future__ import annotations
@@ -17,50 +17,52 @@ from torch.nn import Module
 
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.frontend.calls import gate_of
-from moeca_compile.frontend.graph_breaks import GraphBreak, in_words
+from moeca_compile.frontend.graph_breaks import GraphBreak, describe
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.graph.regions import Rejected
 from moeca_compile.options import Options
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Schedule
 
-Read = tuple[Options, Schedule]  # the schedule as its file, or short form, said when it was read
+Read = tuple[Options, Schedule]  # options, and the schedule as its file or short form was when it was read
 
 STATES: dict[int, HandleState] = {}  # by id of the compile context
-_ALL: weakref.WeakSet[HandleState] = weakref.WeakSet()  # and those of callers that have none
+_ALL: weakref.WeakSet[HandleState] = weakref.WeakSet()  # also those of callers without a compile context
 _making = threading.Lock()
 
 
 @dataclass(eq=False, slots=True)
 class FirstCalls:
-    """What the first calls of a handle, in which its model is prepared, leave for later ones.
+    """What the first calls of a handle record for later ones; the model is prepared in them.
 
     Attributes:
-        renewed: the model was called once more; if its graph breaks then, so be it.
-        trial: while it is called once more, whether its graph was whole; else None.
-        finishing: calls without a gate that only have to finish, by thread and frame.
-        left: expert dispatches that were left alone.
+        retraced: the model was called again after it was prepared; a graph break from now on is accepted.
+        trial: during such a call, whether a graph of the full model has run; else None.
+        outdated: calls without a gate whose graphs are of the unprepared model, by thread and frame.
+        rejected: expert dispatches that `prepare` left alone.
         hooked: a module with a hook.
     """
 
-    renewed: bool = False
+    retraced: bool = False
     trial: bool | None = None
-    finishing: set[tuple[int, int]] = field(default_factory=set)
-    left: tuple[Rejected, ...] = ()
+    outdated: set[tuple[int, int]] = field(default_factory=set)
+    rejected: tuple[Rejected, ...] = ()
     hooked: weakref.ref[Module] | None = None
 
 
 class HandleState:
-    """What belongs to one handle.
+    """The state of one handle.
 
     Attributes:
-        context: the compile context (a weak reference); None where the callable was called without torch.compile.
-        lock: around all containers below; held for moments only.
-        runtime: its programs, weights and trajectories.
-        first: how its model was prepared.
-        whole: by number of a graph, whether it is the whole model; handles of one class share the parts of broken ones.
-        parts: how many graphs the last broken call ran; 0: its graph didn't break.
-        uncached: where and why calls run uncached, and what helps; "" where they are cached.
+        context: the compile context (a weak reference); None: a call without torch.compile.
+        options, schedule: as they were read for the handle.
+        lock: protects the containers of `runtime`; held briefly.
+        warned: counts the handle's warnings.
+        runtime: programs, weights and trajectories.
+        first: what the first calls recorded.
+        is_full_model: by number of a graph, whether it is the full model and not a part of a broken one.
+        parts: number of graphs that the last broken call ran; 0: no graph break.
+        uncached: where and why calls run uncached, and the remedy; "": they are cached.
     """
 
     def __init__(self, context: object | None, options: Options, schedule: Schedule) -> None:
@@ -68,24 +70,24 @@ class HandleState:
         self.options, self.schedule = options, schedule
         self.lock = threading.RLock()
         self.warned = Warned() if context is None else gate_of(context).warned
-        self.first, self.whole = FirstCalls(), dict[int, bool]()
+        self.first, self.is_full_model = FirstCalls(), dict[int, bool]()
         self.runtime = HandleRuntime(context, options, schedule, self.warned, self.lock)
         self.parts, self.uncached = 0, ""
         _ALL.add(self)
 
-    def is_broken(self, parts: int, breaks: Sequence[GraphBreak], dispatches: Sequence[object]) -> None:
-        """A call ran in parts: say so once."""
-        self.parts, self.uncached = parts, in_words(parts, breaks, dispatches)
+    def report_breaks(self, parts: int, breaks: Sequence[GraphBreak], dispatches: Sequence[object]) -> None:
+        """Record and warn that a call ran in parts."""
+        self.parts, self.uncached = parts, describe(parts, breaks, dispatches)
         self.warned.once(self.uncached, "graph break")
 
-    def is_refused(self, reason: str) -> None:
-        """A whole graph isn't cached for this reason: say so once."""
+    def report_uncached(self, reason: str) -> None:
+        """Record and warn that the full model's graph runs uncached."""
         self.uncached = f"the model runs uncached, as plain torch.compile runs it: {reason}"
         self.warned.once(self.uncached, "uncached")
 
 
 def state_of(context: Any, read: Callable[[Any], Read]) -> HandleState:
-    """The state of a compile context; made, with the options that `read` finds, when it is first asked for."""
+    """The state of a compile context; made on first use, with the options that `read` returns."""
     state = STATES.get(id(context))
     if state is None or state.context is None or state.context() is not context:
         options, schedule = read(context)
@@ -97,7 +99,7 @@ def state_of(context: Any, read: Callable[[Any], Read]) -> HandleState:
 
 
 def _forget(key: int) -> Callable[[object], None]:
-    """Drop the state of a context that is gone, unless its address has been used again."""
+    """A callback that drops the state of a collected context, unless a new context has the same address."""
 
     def forget(ref: object) -> None:
         state = STATES.get(key)
@@ -108,17 +110,16 @@ def _forget(key: int) -> Callable[[object], None]:
 
 
 def states_of(model: Any) -> list[HandleState]:
-    """Those of a handle; of a plain module, those of all handles that run it; of a function that torch knows nothing
-    of, those without a handle."""
+    """The states of a handle. For a plain module: those of all handles that run it. For a function that isn't compiled:
+    those without a compile context."""
     context = handle_of(model)
     if context is not None:
-        return [state for state in (STATES.get(id(context)),) if state is not None]
+        state = STATES.get(id(context))
+        return [] if state is None else [state]
     weights = {id(weight) for weight in parameters_of(model)}
-    return [
-        state
-        for state in list(_ALL)
-        if not weights.isdisjoint(state.runtime.ids) or (not weights and state.context is None)
-    ]
+    if not weights:
+        return [state for state in list(_ALL) if state.context is None]
+    return [state for state in list(_ALL) if not weights.isdisjoint(state.runtime.ids)]
 
 
 def all_states() -> Iterator[HandleState]:
@@ -126,5 +127,5 @@ def all_states() -> Iterator[HandleState]:
 
 
 def backend_of(context: Any) -> Any:
-    """What `torch.compile` was told to compile with: torch's wrapper around it, with its options."""
+    """The backend of a compile context: torch's wrapper around it, with its options."""
     return innermost_backend(context.callback)

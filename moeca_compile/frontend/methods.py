@@ -1,7 +1,7 @@
-"""Methods of a model that call its `forward`, on what torch.compile gave for the model.
+"""Installs the methods of a model that call its `forward` on the compiled module.
 
-torch looks a method such as `forward_with_cfg` up on the original model, whose `self.forward` isn't the compiled one.
-So the compiled module gets such methods itself: they run as written, with the compiled module as `self`.
+torch looks up a method such as `forward_with_cfg` on the original model, whose `self.forward` isn't compiled. So the
+compiled module gets such methods itself. They run as written, with the compiled module as `self`.
 """
 
 from __future__ import annotations
@@ -21,52 +21,47 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 def route_methods(handle: OptimizedModule) -> None:
     """Give the handle the methods of its model's class that call the model."""
-    known = {
-        name: method
-        for kind in reversed(type(handle._orig_mod).__mro__)
-        if kind not in nn.Module.__mro__
-        for name, method in vars(kind).items()
-        if isinstance(method, FunctionType)
-    }
-    handle.__dict__.update({name: _bound(known[name], handle) for name in _callers(known)})
+    methods: dict[str, FunctionType] = {}
+    for cls in reversed(type(handle._orig_mod).__mro__):
+        if cls not in nn.Module.__mro__:
+            methods |= {name: value for name, value in vars(cls).items() if isinstance(value, FunctionType)}
+    handle.__dict__.update({name: _bound(methods[name], handle) for name in _callers(methods)})
 
 
-def _callers(known: dict[str, FunctionType]) -> set[str]:
-    """Those that call `self.forward(...)`, `self(...)` or another one that does. One that says `super()` needs the
-    original model as `self`."""
-    calls = {
-        name: called_on_self(method)
-        for name, method in known.items()
-        if name != "forward" and not name.startswith("__") and "__class__" not in _code(method).co_freevars
-    }
-    found: set[str] = set()
+def _callers(methods: dict[str, FunctionType]) -> set[str]:
+    """Names of the methods that call `self.forward(...)`, `self(...)` or another such method. A method with `super()`
+    is left out, for it needs the original model as `self`."""
+    calls: dict[str, set[str]] = {}
+    for name, method in methods.items():
+        if name != "forward" and not name.startswith("__") and "__class__" not in _code(method).co_freevars:
+            calls[name] = called_on_self(method)
+    callers: set[str] = set()
     while True:
-        more = {name for name, called in calls.items() if called & (found | {"forward", "__call__"})} - found
+        more = {name for name, called in calls.items() if called & (callers | {"forward", "__call__"})} - callers
         if not more:
-            return found
-        found |= more
+            return callers
+        callers |= more
 
 
 def called_on_self(method: FunctionType) -> set[str]:
-    """Names that a method loads from its first argument; `__call__` where it calls that itself."""
+    """Names that a method loads from its first argument, with `__call__` if it calls that argument itself."""
     code = _code(method)
     if not code.co_argcount:
         return set()
-    mine = code.co_varnames[0]
-    steps = list(dis.get_instructions(code))
-    pairs = list(pairwise(steps))
-    found = {b.argval for a, b in pairs if _loads(a, mine) and b.opname in ("LOAD_ATTR", "LOAD_METHOD")}
-    if sys.version_info >= (3, 13):  # the mark of a call comes after what is called
-        called = any(_loads(a, mine) and b.opname == "PUSH_NULL" for a, b in pairs)
+    self_name = code.co_varnames[0]
+    pairs = list(pairwise(dis.get_instructions(code)))
+    names = {b.argval for a, b in pairs if _loads(a, self_name) and b.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    if sys.version_info >= (3, 13):  # PUSH_NULL comes after the callable
+        calls_self = any(_loads(a, self_name) and b.opname == "PUSH_NULL" for a, b in pairs)
     else:
-        called = any(a.opname == "PUSH_NULL" and _loads(b, mine) for a, b in pairs)
-    return found | {"__call__"} if called else found
+        calls_self = any(a.opname == "PUSH_NULL" and _loads(b, self_name) for a, b in pairs)
+    return names | {"__call__"} if calls_self else names
 
 
-def _loads(step: dis.Instruction, name: str) -> bool:
-    return step.opname.startswith("LOAD_FAST") and (
-        step.argval == name or (isinstance(step.argval, tuple) and step.argval[-1] == name)
-    )
+def _loads(instruction: dis.Instruction, name: str) -> bool:
+    value = instruction.argval
+    last = value[-1] if isinstance(value, tuple) else value  # some instructions load two variables
+    return instruction.opname.startswith("LOAD_FAST") and last == name
 
 
 def _code(method: FunctionType) -> Any:
@@ -74,11 +69,11 @@ def _code(method: FunctionType) -> Any:
 
 
 def _bound(method: FunctionType, handle: OptimizedModule) -> Any:
-    """A bound method, but for a handle that can go while its methods are still on it."""
-    itself = weakref.ref(handle)
+    """A bound method that holds its handle by a weak reference, so that the handle can be collected."""
+    handle_ref = weakref.ref(handle)
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return method(itself(), *args, **kwargs)
+        return method(handle_ref(), *args, **kwargs)
 
     return run

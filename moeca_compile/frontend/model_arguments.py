@@ -1,4 +1,4 @@
-"""What a caller may hand over for a model: the model, what torch.compile gave for it, or a pipeline that holds it."""
+"""Resolves the `model` argument of the public functions: a model, a compiled model, or a pipeline that holds one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from moeca_compile import expert_dispatch as canonical
+from moeca_compile import expert_dispatch
 from moeca_compile.engine.intercept import INTERCEPTORS
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.expert_dispatch import prepared
@@ -30,84 +30,94 @@ PARTS = ("transformer", "transformer_2")  # of a pipeline, as diffusers calls th
 
 
 def parts_of(pipeline: object) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline, by attribute; empty: it is something else."""
+    """The transformers of a pipeline, by attribute; empty: the value isn't a pipeline."""
     if isinstance(pipeline, (torch.nn.Module, FunctionType)):
         return {}
-    found = {name: getattr(pipeline, name, None) for name in PARTS}
-    return {name: part for name, part in found.items() if isinstance(part, torch.nn.Module)}
+    attributes = {name: getattr(pipeline, name, None) for name in PARTS}
+    return {name: part for name, part in attributes.items() if isinstance(part, torch.nn.Module)}
 
 
-def single_model(given: Any, what: str) -> Any:
-    """The model to use: the transformer of a pipeline, where it has one.
+def single_model(model: Any, what: str) -> Any:
+    """The model itself, or the transformer of a pipeline.
+
+    Args:
+        model: a model or pipeline.
+        what: name of the public function, for the message.
 
     Raises:
-        StateError: a pipeline with two.
+        StateError: a pipeline with two transformers.
     """
-    parts = parts_of(given)
+    parts = parts_of(model)
     if len(parts) > 1:
-        name = type(given).__name__
+        name = type(model).__name__
         both = " or ".join(f"{what}(pipe.{part}, ...)" for part in parts)
         raise StateError(f"{what}: {name} has {len(parts)} transformers. Pass one of them: {both}")
-    return next(iter(parts.values()), given)
+    return next(iter(parts.values()), model)
 
 
-def models_of(given: Any, what: str) -> list[torch.nn.Module]:
-    """The models of a module or pipeline.
+def models_of(model: Any, what: str) -> list[torch.nn.Module]:
+    """The module itself, or the transformers of a pipeline.
+
+    Args:
+        model: a module or pipeline.
+        what: name of the public function, for the message.
 
     Raises:
-        StateError: it is neither.
+        StateError: neither a module nor a pipeline with a transformer.
     """
-    found = [given] if isinstance(given, torch.nn.Module) else list(parts_of(given).values())
-    if not found:
+    models = [model] if isinstance(model, torch.nn.Module) else list(parts_of(model).values())
+    if not models:
         raise StateError(
-            f"{what}: expected a torch.nn.Module, or a pipeline with a `transformer`, and got {type(given).__name__}. "
+            f"{what}: expected a torch.nn.Module, or a pipeline with a `transformer`, and got {type(model).__name__}. "
             'For a function: torch.compile(function, backend="moeca")'
         )
-    return found
+    return models
 
 
-def compiled_parts(given: Any, what: str) -> list[Any]:
-    """What was compiled with moeca: `given` itself, or the transformers of a pipeline.
+def compiled_parts(model: Any, what: str) -> list[Any]:
+    """The compiled model itself, or the transformers of a pipeline.
+
+    Args:
+        model: a compiled model, a compiled function, or a pipeline.
+        what: name of the public function, for the message.
 
     Raises:
-        StateError: it isn't compiled with moeca.
+        StateError: nothing of it is compiled with moeca.
     """
-    found = list(parts_of(given).values()) or [given]
-    if not any(_is_ours(one) for one in found):
+    parts = list(parts_of(model).values()) or [model]
+    if not any(map(_is_compiled_here, parts)):
         raise StateError(
-            f"{what}: this {type(given).__name__} isn't compiled with moeca. Pass what "
+            f"{what}: this {type(model).__name__} isn't compiled with moeca. Pass what "
             'torch.compile(model, backend="moeca") or moeca_compile.compile(model) gave, or the pipeline that it is '
             "set on. Where a compiled function calls the model, pass that function, or prepare the model first"
         )
-    return found
+    return parts
 
 
-def _is_ours(one: Any) -> bool:
-    context = handle_of(getattr(one, "__func__", one))
+def _is_compiled_here(model: Any) -> bool:
+    """Whether a model or function is compiled with this backend, or may call what is."""
+    context = handle_of(getattr(model, "__func__", model))
     if context is not None:
         compiler = backend_of(context)
         compiler = getattr(compiler, "compiler_fn", compiler)
-        if compiler is moeca or isinstance(compiler, Backend) or states_of(one):
+        if compiler is moeca or isinstance(compiler, Backend) or states_of(model):
             return True
-        home: str = getattr(compiler, "__module__", None) or type(compiler).__module__
-        return home.split(".")[0] != "torch"  # a function of the caller's may call ours
-    if not isinstance(one, torch.nn.Module):
-        return callable(one) and bool(states_of(one))
-    return (
-        bool(states_of(one))
-        or isolated(one)
-        or bool(prepared(one))
-        or any(handle_of(part) is not None or handle_of(_static_forward(part)) is not None for part in one.modules())
-    )
+        module_name: str = getattr(compiler, "__module__", None) or type(compiler).__module__
+        return module_name.split(".")[0] != "torch"  # a backend of the caller's may call this one
+    if not isinstance(model, torch.nn.Module):
+        return callable(model) and bool(states_of(model))
+    if states_of(model) or isolated(model) or prepared(model):
+        return True
+    return any(handle_of(part) is not None or handle_of(_static_forward(part)) is not None for part in model.modules())
 
 
 def _static_forward(part: object) -> object:
-    """As in `model.forward = torch.compile(model.forward, ...)`."""
+    """The forward of a module without binding it, as in `model.forward = torch.compile(model.forward, ...)`."""
     return inspect.getattr_static(part, "forward", None)
 
 
 def plain_module(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that was compiled, however often."""
+    """The original module of a compiled one, even if it was compiled several times."""
     while isinstance(model, OptimizedModule):
         model = model._orig_mod
     return model
@@ -119,29 +129,34 @@ def remove_in_place_compilation(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def swapped_in(handle: Any, given: Any) -> Iterator[None]:
-    """`handle` in the place of what it was compiled from: set on the pipeline, where `given` is one, and with no
-    compilation of the model in place in effect."""
-    plain, parts = plain_module(handle), parts_of(given)
-    held = plain._compiled_call_impl
+def swapped_in(handle: Any, model: Any) -> Iterator[None]:
+    """Use a handle in place of the model that it was compiled from, inside a `with` block.
+
+    Args:
+        handle: the compiled module.
+        model: what the caller passed: the model, whose compilation in place is suspended; or a pipeline, on which
+            `handle` is set.
+    """
+    plain, parts = plain_module(handle), parts_of(model)
+    in_place = plain._compiled_call_impl
     remove_in_place_compilation(plain)
     for name in parts:
-        setattr(given, name, handle)
+        setattr(model, name, handle)
     try:
         yield
     finally:
-        if held is not None:
-            plain._compiled_call_impl = held
+        if in_place is not None:
+            plain._compiled_call_impl = in_place
         for name, part in parts.items():
-            setattr(given, name, part)
+            setattr(model, name, part)
 
 
 def disable(model: Any) -> Any:
-    """Give the plain model back, as it was before it was compiled and prepared: its graphs, state and own `forward` go.
+    """Return the plain model, as it was before it was compiled and prepared. Its graphs and state are dropped.
 
     Args:
-        model: a model, what `torch.compile` gave for a model or function, or a pipeline. One that isn't compiled is
-            returned as it is.
+        model: a model, what `torch.compile` returned for a model or function, or a pipeline. A model that isn't
+            compiled is returned as it is.
 
     Returns:
         The plain model; for a pipeline the pipeline, with its plain transformers set.
@@ -154,33 +169,37 @@ def disable(model: Any) -> Any:
     if isinstance(model, torch.nn.Module):
         model = plain_module(model)
         remove_in_place_compilation(model)
-        canonical.unprepare(model)
+        expert_dispatch.unprepare(model)
         share_again(model)
     elif handle_of(model) is not None:
         model = model._torchdynamo_orig_callable
     return model
 
 
-def inputs_and_options(model: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords of `explain`: those that the model takes by name, and options.
+def inputs_and_options(model: Any, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split the keywords of `explain`.
+
+    Returns:
+        The inputs that the model takes by name, and the options.
 
     Raises:
-        OptionError: one that is neither.
+        OptionError: a keyword that is neither.
     """
-    known = {field.name for field in fields(Options)}
-    options = {name: value for name, value in given.items() if name in known}
-    inputs = {name: value for name, value in given.items() if name not in known}
+    option_names = {field.name for field in fields(Options)}
+    options = {name: value for name, value in keywords.items() if name in option_names}
+    inputs = {name: value for name, value in keywords.items() if name not in option_names}
     try:
         call = plain_module(model).forward if isinstance(model, torch.nn.Module) else model
-        takes = inspect.signature(call).parameters.values()
+        parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError):
         return inputs, options
-    named = {one.name for one in takes if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in takes)
-    for name in inputs.keys() - named:
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    input_names = {parameter.name for parameter in parameters if parameter.kind in by_name}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    for name in inputs.keys() - input_names:
         if not takes_any:
-            Options.from_backend_options({name: inputs[name]})  # says which option is near
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            Options.from_backend_options({name: inputs[name]})  # raises, and names a similar option
+        near = difflib.get_close_matches(name, option_names, n=1, cutoff=0.8)
         if near:
             raise OptionError(
                 f"unknown option {name!r}, did you mean {near[0]!r}? If the model takes it: keywords={{{name!r}: ...}}"
@@ -188,28 +207,28 @@ def inputs_and_options(model: Any, given: Mapping[str, Any]) -> tuple[dict[str, 
     return inputs, options
 
 
-def no_call_warning(found: Sequence[Any]) -> Callable[[], str | None]:
-    """For a trajectory's end: what to say if no call came since now."""
-    handles = [weakref.ref(one) for one in found]
-    before = _marks(found)
+def no_call_warning(handles: Sequence[Any]) -> Callable[[], str | None]:
+    """A function for the end of a trajectory: it returns the warning that no handle was called since now, or None."""
+    refs = [weakref.ref(handle) for handle in handles]
+    before = _call_counts(handles)
 
-    def say() -> str | None:
-        if INTERCEPTORS.get():  # who takes the calls
+    def warning() -> str | None:
+        if INTERCEPTORS.get():  # calls go to other code
             return None
-        alive = [one for handle in handles if (one := handle()) is not None]
-        if any(state.uncached for one in alive for state in states_of(one)):  # which was said
+        alive = [handle for ref in refs if (handle := ref()) is not None]
+        if any(state.uncached for handle in alive for state in states_of(handle)):  # there was a warning already
             return None
-        if len(alive) < len(handles) or _marks(alive) != before:  # calls of a trajectory inside it
+        if len(alive) < len(refs) or _call_counts(alive) != before:  # an inner trajectory had calls
             return None
         return f"no call of the compiled model came in this trajectory. {NO_CALL}"
 
-    return say
+    return warning
 
 
-def _marks(found: Sequence[Any]) -> list[tuple[int, int]]:
-    """What a call of one of them changes: Dynamo makes a graph (a first call may do no more), or a step is recorded."""
-    contexts = [context for one in found if (context := handle_of(one)) is not None]
+def _call_counts(handles: Sequence[Any]) -> list[tuple[int, int]]:
+    """Counts that a call of a handle changes: of Dynamo's graphs (a first call may do no more), and of records."""
+    contexts = [context for handle in handles if (context := handle_of(handle)) is not None]
     gates = [hook for context in contexts for hook in context.enter_exit_hooks if isinstance(hook, Gate)]
-    runtimes = [state.runtime for one in found for state in states_of(one)]
+    runtimes = [state.runtime for handle in handles for state in states_of(handle)]
     graphs = [(id(gate), gate.graphs) for gate in gates]
     return graphs + [(id(runtime.latest), len(runtime.latest.last_trajectory())) for runtime in runtimes]

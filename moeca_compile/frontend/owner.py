@@ -1,14 +1,14 @@
-"""Which compiled model is calling? A backend is never told; but it is on the Python stack while its graph runs.
+"""Finds the compiled model that is calling, from the Python stack; torch doesn't tell a backend.
 
-Every way in (`torch.compile` of a module, a bound method or a function, `module.compile`) goes through one wrapper of
-torch's, and each call of `torch.compile` makes one context for its wrappers. That context stands for the handle: it is
-there as long as what the user calls, and no two handles share it.
+Each entry (`torch.compile` of a module, a bound method or a function, `module.compile`) goes through one wrapper of
+torch, and each call of `torch.compile` makes one context for its wrappers. That context identifies the handle: it lives
+as long as the handle, and no two handles share it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,11 @@ WRAPPER: CodeType = next(
     if isinstance(code, CodeType) and code.co_name in ("compile_wrapper", "_fn")
 )
 _RESUMED = "torch_dynamo_resume_in_"
-_TORCH = (eval_frame.__file__, torch.nn.modules.module.__file__)  # code of theirs is never a graph's
+_TORCH = (eval_frame.__file__, torch.nn.modules.module.__file__)  # no code of these files becomes a graph
 
 
 def handle_of(compiled: object) -> Any:
-    """The compile context of what `torch.compile` gave, or of a module compiled in place; None: it isn't compiled."""
+    """The compile context of what `torch.compile` returned, or of a module compiled in place; None: not compiled."""
     if isinstance(compiled, OptimizedModule):
         return compiled.dynamo_ctx
     if isinstance(compiled, Module):
@@ -45,27 +45,32 @@ def handle_of(compiled: object) -> Any:
 
 
 def modules_of(function: object) -> tuple[Module, ...]:
-    """The models that a callable runs: itself, what it is a method of, what it closes over, globals that it names."""
+    """The models that a callable runs: itself, the object of a bound method, and the closure variables and globals of a
+    function."""
     if isinstance(function, OptimizedModule):
         return (function._orig_mod,)
     if isinstance(function, Module):
         return (function,)
     if isinstance(function, partial):
-        return tuple(dict.fromkeys(m for one in (function.func, *function.args) for m in modules_of(one)))
+        return _modules_of_all((function.func, *function.args))
     if isinstance(getattr(function, "__self__", None), Module):
         return modules_of(function.__self__)  # type: ignore[attr-defined]
     if not isinstance(function, FunctionType):
         return ()
     if hasattr(function, "__wrapped__"):
         return modules_of(function.__wrapped__)
-    cells = [_content(cell) for cell in function.__closure__ or ()]
-    named = [function.__globals__.get(name) for name in function.__code__.co_names]
-    held = [one for one in (*cells, *named) if isinstance(one, Module) or handle_of(one) is not None]
-    return tuple(dict.fromkeys(m for one in held for m in modules_of(one)))
+    variables = [_content(cell) for cell in function.__closure__ or ()]
+    variables += [function.__globals__.get(name) for name in function.__code__.co_names]
+    return _modules_of_all(value for value in variables if isinstance(value, Module) or handle_of(value) is not None)
+
+
+def _modules_of_all(values: Iterable[object]) -> tuple[Module, ...]:
+    return tuple(dict.fromkeys(module for value in values for module in modules_of(value)))
 
 
 def codes_of(owner: Owner) -> Iterator[CodeType]:
-    """The code that Dynamo starts from: of what was compiled, and of the models' forward with all that wraps it."""
+    """The code objects that Dynamo starts from: of the compiled function, and of each model's forward with its
+    wrappers."""
     for function in (owner.function, *(module.forward for module in owner.modules)):
         yield from _codes(function)
 
@@ -76,22 +81,29 @@ def _codes(function: Any) -> Iterator[CodeType]:
     code = getattr(function, "__code__", None)
     if isinstance(code, CodeType) and code.co_filename not in _TORCH:
         yield code
-    if isinstance(function, partial):  # accelerate and diffusers put one around a hooked forward, and call it wrapped
+    if isinstance(function, partial):  # accelerate and diffusers put a partial around a hooked forward
         yield from _codes(function.func)
     yield from _codes(getattr(function, "__wrapped__", None))
 
 
-def runs_whole(owner: Owner | None, graph: GraphModule, earlier: int = 0) -> bool:
-    """Whether the graph that runs now is the model's own forward (or the function that was compiled) in one piece: not
-    a part that Dynamo broke off, nor one that goes on in (or is) a resume function, nor any other function: Dynamo
-    compiles one by itself where it gave up on its caller. A hook on the whole model breaks the graph before the model
-    begins: then what wraps the model's forward is resumed, and runs all of it, if this call ran no graph `earlier`."""
+def is_full_model(owner: Owner | None, graph: GraphModule, earlier: int = 0) -> bool:
+    """Whether the running graph is the model's entire forward, or the entire compiled function.
+
+    It isn't after a graph break, in a resume function, or in a submodule that Dynamo compiled separately because it
+    gave up on the caller. Exception: a hook on the full model breaks the graph before the model begins; the wrapper of
+    the forward is then resumed, and runs the entire model if the call ran no other graph.
+
+    Args:
+        owner: the handle that is calling.
+        graph: that runs.
+        earlier: number of graphs that the call has run before.
+    """
     reason = getattr(graph, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         return False
     frame: FrameType | None = sys._getframe(1)
-    ours = frame.f_code.co_filename if frame is not None else ""  # the graph's callable, which may have a wrapper
-    while frame is not None and frame.f_code.co_filename in (ours, eval_frame.__file__):
+    entry_file = frame.f_code.co_filename if frame is not None else ""  # of the graph's callable and its wrapper
+    while frame is not None and frame.f_code.co_filename in (entry_file, eval_frame.__file__):
         frame = frame.f_back
     if frame is None or owner is None:
         return True
@@ -104,10 +116,12 @@ def runs_whole(owner: Owner | None, graph: GraphModule, earlier: int = 0) -> boo
 
 
 def _wrappers(owner: Owner) -> Iterator[CodeType]:
-    """Code around the models' own forward."""
+    """Code objects of the wrappers around the models' forward."""
     for module in owner.modules:
-        own = getattr(type(module).forward, "__code__", None)
-        yield from (code for code in _codes(module.forward) if own is None or _place(code) != _place(own))
+        forward = getattr(type(module).forward, "__code__", None)
+        for code in _codes(module.forward):
+            if forward is None or _place(code) != _place(forward):
+                yield code
 
 
 def _resumes(code: CodeType, of: CodeType) -> bool:
@@ -115,15 +129,18 @@ def _resumes(code: CodeType, of: CodeType) -> bool:
 
 
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
-    """All parameters and buffers of a module, compiled or not, or of the modules that a function runs; the parts of
-    quantised ones."""
+    """All parameters and buffers of a module, compiled or not, or of the modules that a function runs. For a quantized
+    tensor: the plain tensors that it consists of."""
     modules = (model,) if isinstance(model, Module) else modules_of(model)
-    tensors = (one for module in modules for one in (*module.parameters(), *module.buffers()))
-    return tuple(part for one in tensors for part in plain_parts(one))
+    tensors: list[torch.Tensor] = []
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensors += plain_parts(tensor)
+    return tuple(tensors)
 
 
 def _place(code: CodeType) -> tuple[str, str, int]:
-    """Dynamo's code for a function, and a model's own copy of its forward, keep these of the original."""
+    """Name, file and line of a function. Dynamo's code for the function, and a model's copy of it, have the same."""
     return code.co_name, code.co_filename, code.co_firstlineno
 
 
@@ -135,5 +152,5 @@ def _free(function: FunctionType, name: str) -> Any:
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not bound yet
+    except ValueError:  # the variable isn't bound yet
         return None

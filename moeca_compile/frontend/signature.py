@@ -1,4 +1,4 @@
-"""What a program is made for: the kinds of a call's arguments, and the numbers among them."""
+"""The signature that a program is made for: shapes, strides and dtypes of the arguments, and the numbers among them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from moeca_compile.graph.capture import Capture, Input, capture
 
 
 def captured_of(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:
-    """What Dynamo runs may be more than can be captured, such as sizes that depend on data.
+    """Capture Dynamo's graph. Dynamo runs some graphs that can't be captured, such as those with sizes that depend on
+    data.
 
     Raises:
-        CaptureError: it can't be captured, whatever torch says of it.
+        CaptureError: the graph can't be captured; torch's own errors are converted.
     """
     try:
         return capture(gm, args, inputs)
@@ -28,13 +29,14 @@ def captured_of(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[
 
 
 def kind_of(value: Any, strides: bool = True) -> tuple[Any, ...]:
+    """Shape, strides, dtype and device of a tensor; empty for any other value."""
     if not isinstance(value, torch.Tensor):
         return ()
     return tuple(value.shape), strides_of(value) if strides else (), str(value.dtype), str(value.device)
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Those that matter: where there is one element or none, any is as good."""
+    """The strides of a tensor, with 0 for each axis of at most one element, whose stride has no meaning."""
     strides = tensor.stride()
     if 1 not in tensor.shape:
         return strides
@@ -42,21 +44,26 @@ def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def floats_of(gm: torch.fx.GraphModule) -> frozenset[int]:
-    """Positions of Python floats that Dynamo (with dynamic=True, or after a change) hands over as 0-d tensors."""
-    arguments = (node.meta.get("grapharg") for node in fx.placeholders(gm))
-    return frozenset(i for i, one in enumerate(arguments) if getattr(one, "pass_arg_as_tensor", False))
+    """Positions of Python floats that Dynamo (with dynamic=True, or after a change) passes as 0-d tensors."""
+    arguments = [node.meta.get("grapharg") for node in fx.placeholders(gm)]
+    return frozenset(i for i, argument in enumerate(arguments) if getattr(argument, "pass_arg_as_tensor", False))
 
 
 def with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch.fx.GraphModule:
-    """The graph for these values: no tensor's value may decide what is traced."""
+    """A copy of the graph with these floats as constants, so that no tensor's value decides what is traced.
+
+    Args:
+        gm: Dynamo's graph.
+        values: by position among the arguments.
+    """
     if not values:
         return gm
     placeholders = fx.placeholders(gm)
-    known = {placeholders[i]: value for i, value in values.items()}
+    constants = {placeholders[i]: value for i, value in values.items()}
     graph, copies = torch.fx.Graph(), dict[torch.fx.Node, Any]()
     for node in gm.graph.nodes:
-        if node.op == "call_method" and node.target == "item" and node.args[0] in known:
-            copies[node] = known[node.args[0]]
+        if node.op == "call_method" and node.target == "item" and node.args[0] in constants:
+            copies[node] = constants[node.args[0]]
         else:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
     return torch.fx.GraphModule(gm, graph)

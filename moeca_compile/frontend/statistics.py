@@ -1,4 +1,4 @@
-"""`stats`: what the last trajectory of a handle did, and what is held for it now."""
+"""Computes `stats`: what the last trajectory of a handle ran, and the memory held now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeca_compile.runtime.stats import Stats, StepRecord
 
 
 def stats_of(states: Sequence[HandleState]) -> Stats:
-    """The sums over `states`: of one handle, or of all handles of one model."""
+    """The statistics of one handle, or the sums over all handles of a model."""
     steps: list[StepRecord] = []
     seconds: dict[str, float] = {}
     warned = Counter[str]()

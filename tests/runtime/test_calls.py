@@ -97,5 +97,5 @@ def test_a_copy_has_a_gate_of_its_own() -> None:
         for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
             assert other.lock is not one.lock
             end = other()
-            calls.CALLS.last.passes()
+            calls.CALLS.last.release_gate()
             end()
