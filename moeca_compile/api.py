@@ -37,6 +37,7 @@ from moeca_compile.frontend.model_arguments import (
     remove_in_place_compilation,
     single_model,
 )
+from moeca_compile.frontend.output_path import install_output_path
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
@@ -45,6 +46,7 @@ from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.options import Options
 from moeca_compile.runtime.stats import Stats
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.granularity import OUTPUT
 
 Model = TypeVar("Model")
 
@@ -136,6 +138,8 @@ def compile(
             module, backend=compiler, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
         )
         gate_of(handle.dynamo_ctx)
+        if parsed.granularity == OUTPUT:
+            install_output_path(handle, (compiler.options, compiler.schedule))
         route_methods(handle)
         handles.append(handle)
     parts = parts_of(model)

@@ -69,6 +69,7 @@ class Gate:
         lock: held by a call until its first graph runs.
         graphs: number of graphs that Dynamo made for the handle.
         uncached_calls: number of calls that ran no graph of this backend.
+        covered: whether the handle's calls are cached even if they run no graph.
         warned: counts the handle's warnings.
         raise_limit: raises Dynamo's recompile limit during a call; None: the limit stays.
     """
@@ -77,6 +78,7 @@ class Gate:
         self.lock = threading.RLock()  # reentrant: a first call calls the model again
         self.graphs = 0
         self.uncached_calls = 0
+        self.covered = False
         self.warned = Warned()
         self.raise_limit: Callable[[], Callable[[], None]] | None = None
         _gates.add(self)
@@ -145,7 +147,7 @@ class Call:
         if self.restore is not None:
             self.restore()
         if sys.exc_info()[0] is None:
-            if self.holds_gate:
+            if self.holds_gate and not self.gate.covered:
                 self.gate.uncached_calls += 1
                 _report_uncached(self.gate)
             elif self.report is not None and not self.is_outdated:

@@ -19,8 +19,8 @@ from moeca_compile.engine.program import Program
 from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import Trajectory
-from moeca_compile.errors import CaptureError, StateError
-from moeca_compile.frontend.calls import CALLS, Owner, call_of, find_owner, gate_of
+from moeca_compile.errors import CaptureError, OptionError, StateError
+from moeca_compile.frontend.calls import CALLS, Call, Owner, call_of, find_owner, gate_of
 from moeca_compile.frontend.first_call import is_outdated, retrace_without_hooks
 from moeca_compile.frontend.handles import STATES, HandleState, Read, all_states, state_of
 from moeca_compile.frontend.owner import is_full_model
@@ -31,6 +31,7 @@ from moeca_compile.graph.capture import Capture, Input, inputs_of, under_compile
 from moeca_compile.graph.desugar import desugar
 from moeca_compile.graph.same_graph import identity
 from moeca_compile.lowering.inductor.as_given import lower_as_given
+from moeca_compile.schedule.granularity import OUTPUT
 
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # of all graphs of Dynamo that are alive
 _numbers = itertools.count()
@@ -96,6 +97,8 @@ class Entry:
         state = STATES.get(id(context))
         if state is None or state.context is None or state.context() is not context:
             state = self._state(context)
+        if state.options.granularity == OUTPUT:
+            return self._run_computed(args, state, call, context)
         is_full = state.is_full_model.get(self.number)
         if not is_full:
             results = self._run_part(owner, state, is_full, args)
@@ -121,6 +124,19 @@ class Entry:
             others = [i for i in self._others if i not in self._follows or self._number(i, args) is None]
             OBSERVED.runs.append(GraphRun(partial(self.step, program, arrangement, runtime), args, others, results))
         return results
+
+    def _run_computed(
+        self, args: Sequence[Any], state: HandleState, call: Call | None, context: Any
+    ) -> tuple[Any, ...]:
+        """A graph of a computed step, for a handle that caches what the whole model returns."""
+        if call is not None and call.holds_gate:
+            call.release_gate()
+        if context is None or not gate_of(context).covered:
+            raise OptionError(
+                "granularity='output' decides before the model is called whether it runs; torch.compile's backend "
+                "isn't asked that early. Use moeca_compile.compile(model, granularity='output', ...)"
+            )
+        return self._run_as_given(args, state)
 
     def _run_if_empty(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
         """Run the graph for inputs without a sample, if its results are empty too: there is nothing to cache. None: the

@@ -14,6 +14,7 @@ from typing import Any
 
 from moeca_compile.errors import CaptureError
 from moeca_compile.inspect.progress import bar
+from moeca_compile.planner.output_rule import check_truth, with_output_rule
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
@@ -21,6 +22,7 @@ from moeca_compile.planner.search.search import RACE_SEEDS, Search
 from moeca_compile.planner.study import Study
 from moeca_compile.planner.thin import ThinnedSchedule, thinned
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.granularity import OUTPUT
 
 
 def calibrate(
@@ -40,6 +42,7 @@ def calibrate(
     memory: int = 2**30,
     perturb: int = 0,
     branches: float = 0.0,
+    truth: str = "uncached",
     progress: bool = True,
 ) -> Schedule:
     """Find the best schedule within a budget.
@@ -74,6 +77,10 @@ def calibrate(
             such rows are searched in addition to those of whole regions, at about the same cost, and returned if they
             are better. With a budget of MACs the best one is then thinned if that improves it: some layers are cached
             as whole regions, or some cheap steps compute no branches. Bundles do not support these schedules.
+        truth: with granularity `output`, what the samples are fitted to. `uncached`: the samples of the model computed
+            at every step. `converged`: the samples of the same sampler with eight times the steps, for which `sample`
+            must take a keyword `steps`. A schedule fitted to `converged` also corrects the error of the solver's own
+            steps, so its samples differ from the uncached ones. Three of four seeds are fitted to.
         progress: show a progress bar if `rich` is installed.
 
     Returns:
@@ -92,6 +99,7 @@ def calibrate(
     request = Request.read(
         budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches
     )
+    check_truth(truth, granularity, sample)
     try:
         with bar(progress) as report_progress:
 
@@ -100,6 +108,8 @@ def calibrate(
 
             is_auto = granularity == "auto"
             result = _best_granularity(study_of, request) if is_auto else _search(study_of(granularity))
+            if granularity == OUTPUT:
+                return with_output_rule(result.study, _schedule(result), truth)
             return _schedule(result)
     except KeyboardInterrupt as stop:
         if request.folder is not None:

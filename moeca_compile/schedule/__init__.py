@@ -13,19 +13,30 @@ from typing import Any
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.schedule.action import Act, Action, Partial, Row, format_row, legend_from, legend_of, parse_row
 from moeca_compile.schedule.adaptive import Adaptive
+from moeca_compile.schedule.checks import MAX_ORDER, MAX_ROWS, check_rows
 from moeca_compile.schedule.control import Control
-from moeca_compile.schedule.decode import DecodeError, Entries, numbers, parse, read_text, short
+from moeca_compile.schedule.decode import (
+    DecodeError,
+    Entries,
+    is_positive,
+    numbers,
+    parse,
+    read_text,
+    short,
+    write_text,
+)
 from moeca_compile.schedule.granularity import Granularity
 from moeca_compile.schedule.grid import grid
+from moeca_compile.schedule.output import OutputRule
 from moeca_compile.schedule.timeline import Timeline, is_monotonic
 
-FORMAT, VERSION = "moeca-schedule", 2
-MAX_ORDER = 2
-MAX_ROWS = 10_000  # far beyond any sampler's steps; the limit keeps making and reading a schedule fast
+FORMAT, VERSION = "moeca-schedule", 3
+PLAIN_VERSION = 2  # of files without an output rule
 _ENTRIES = (
     "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
-    "predicted", "control", "adaptive", "partials", "rows",
+    "predicted", "control", "adaptive", "partials", "rows", "output",
 )  # fmt: skip
+_OPTIONAL = ("adaptive", "output")
 
 __all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"]
 
@@ -44,6 +55,7 @@ class Schedule:
         timesteps: one per row, as the model receives them, strictly falling or rising; then rows go by timestep.
         control: how PARTIAL rows choose what they recompute.
         adaptive: if set, each step chooses one of the rows, which go from the most to the least expensive.
+        output: fitted weights of what the model returns at each step, for granularity `output`.
         made_by: how the schedule was made, for people.
         predicted: what the maker expects, such as `mac_fraction` (see `moeca_compile.calibrate`).
 
@@ -60,27 +72,13 @@ class Schedule:
     timesteps: tuple[float, ...] = ()
     control: Control = field(default_factory=Control)
     adaptive: Adaptive | None = None
+    output: OutputRule | None = None
     made_by: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.rows:
-            raise ScheduleError("a schedule needs at least one row")
-        if len(self.rows) > MAX_ROWS:
-            raise ScheduleError(f"a schedule has at most {MAX_ROWS} rows, this one has {len(self.rows)}")
         width = 1 if self.regions is None else len(self.regions)
-        for step, row in enumerate(self.rows):
-            if len(row) != width:
-                raise ScheduleError(f"row {step} has {len(row)} actions, expected {width} (one a region)")
-        if any(action is not Action.COMPUTE for action in self.rows[0]):
-            raise ScheduleError("row 0 must be all COMPUTE: nothing can be reused before it was computed")
-        if not 0 <= self.order <= MAX_ORDER:
-            raise ScheduleError(f"order is {self.order}, expected 0, 1 or 2")
-        legend_of(self.rows)
-        if self.order == 0 and any(Action.FORECAST in row for row in self.rows):
-            raise ScheduleError("FORECAST needs order 1 or 2; with order 0 the action is REUSE")
-        if not 0 <= self.period <= len(self.rows):
-            raise ScheduleError(f"period is {self.period}, but there are {len(self.rows)} rows")
+        check_rows(self.rows, width, self.order, self.period)
         object.__setattr__(self, "timesteps", numbers("timesteps", self.timesteps))
         for name, value in self.predicted.items():
             numbers(f"predicted {name}", (value,))
@@ -93,6 +91,9 @@ class Schedule:
             )
         if self.adaptive is not None:
             self.adaptive.check_rows(self.rows, is_counted=not (self.timesteps or self.period))
+        if self.output is not None:
+            is_open = bool(self.period) or self.adaptive is not None
+            self.output.check_rows(len(self.rows), width, is_open, self.granularity)
         if self.granularity:
             try:
                 Granularity.parse(self.granularity)
@@ -116,7 +117,7 @@ class Schedule:
         Raises:
             ScheduleError: numbers that aren't whole or too small, or more rows than a schedule may have.
         """
-        if not all(map(_is_positive, (interval, warmup))):
+        if not all(map(is_positive, (interval, warmup))):
             raise ScheduleError(
                 f"uniform needs whole numbers interval >= 1 and warmup >= 1, got {short(interval)} and {short(warmup)}"
             )
@@ -218,9 +219,10 @@ class Schedule:
             0: none. 1: its last output. 2 and 3: also the outputs computed before it.
         """
         actions = {row[column] for row in self.rows}
+        fitted = 0 if self.output is None else self.output.depth
         if Action.FORECAST in actions or self.partials(column):
-            return 1 + self.order
-        return 1 if Action.REUSE in actions else 0
+            return max(1 + self.order, fitted)
+        return max(1 if Action.REUSE in actions else 0, fitted)
 
     def partials(self, column: int) -> tuple[Partial, ...]:
         """Collect the kinds of PARTIAL that a region meets. A region with any keeps an age for each of its tokens.
@@ -292,7 +294,7 @@ class Schedule:
         return json.dumps(
             {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": PLAIN_VERSION if self.output is None else VERSION,
                 "made_by": self.made_by,
                 "order": self.order,
                 "period": self.period,
@@ -305,6 +307,7 @@ class Schedule:
                 "adaptive": None if self.adaptive is None else self.adaptive.to_dict(),
                 "partials": {letter: partial.to_list() for letter, partial in legend.items()},
                 "rows": [format_row(row, legend) for row in self.rows],
+                **({} if self.output is None else {"output": self.output.to_dict()}),
             },
             indent=1,
         )
@@ -338,7 +341,7 @@ class Schedule:
         data.reject_unknown(_ENTRIES)
         partials = data.entries("partials", {})
         legend = legend_from({letter: partials.get(letter) for letter in partials.data})
-        adaptive = None if data.get("adaptive", None) is None else Adaptive.from_entries(data.entries("adaptive"))
+        adaptive, output = (data.entries(name) if data.get(name, None) is not None else None for name in _OPTIONAL)
         predicted = data.entries("predicted")
         return cls(
             rows=tuple(parse_row(row, legend) for row in data.texts("rows")),
@@ -349,7 +352,8 @@ class Schedule:
             granularity=data.text("granularity", ""),
             timesteps=data.numbers("timesteps"),
             control=Control.from_entries(data.entries("control", {})),
-            adaptive=adaptive,
+            adaptive=None if adaptive is None else Adaptive.from_entries(adaptive),
+            output=None if output is None else OutputRule.from_entries(output),
             made_by=data.text("made_by"),
             predicted={name: predicted.number(name) for name in predicted.data},
         )
@@ -364,10 +368,9 @@ class Schedule:
             ScheduleError: the file can't be written.
         """
         try:
-            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ScheduleError(f"schedule file {str(path)!r} can't be written: {reason}") from error
+            write_text(Path(path), self.to_json() + "\n")
+        except DecodeError as error:
+            raise ScheduleError(f"schedule file {str(path)!r} can't be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -392,7 +395,3 @@ class Schedule:
         tail = f", then the last {self.period} repeat" if self.period else ""
         title = f"{self.made_by or 'schedule'}: {len(names)} x {len(self.rows)} steps{tail}"
         return grid(title, names, self.rows)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -43,6 +43,23 @@ def read_text(path: Path) -> str:
         raise DecodeError(f"it can't be read: {error}") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        DecodeError: it can't be written; says why.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DecodeError(getattr(error, "strerror", None) or error) from error
+
+
+def is_positive(value: object) -> bool:
+    """Whether it is a whole number from 1 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def parse(text: str) -> Entries:
     """The entries of a JSON object.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from moeca_compile.errors import OptionError
 
-FORMS = "'region', 'stack', 'blocks:START:STOP' (a Python slice of the blocks), 'skip:KEPT'"
+OUTPUT = "output"
+FORMS = "'region', 'stack', 'output', 'blocks:START:STOP' (a Python slice of the blocks), 'skip:KEPT'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,7 @@ class Granularity:
     """What is cached as one unit.
 
     Attributes:
-        kind: `region`, `blocks` or `skip`.
+        kind: `region`, `blocks`, `skip` or `output` (what the whole model returns).
         start, stop: slice of the model's blocks, for `blocks`.
         relative: cache the change that the blocks make to their input, so that the blocks before the span still affect
             the result. If False, the output of the blocks is cached.
@@ -31,13 +32,15 @@ class Granularity:
 
     @classmethod
     def parse(cls, text: str) -> Granularity:
-        """Read `region`, `stack`, `blocks:2:-2`, `skip:1`.
+        """Read `region`, `stack`, `blocks:2:-2`, `skip:1`, `output`.
 
         Raises:
             OptionError: the text has another form.
         """
         if text == "region":
             return cls("region")
+        if text == OUTPUT:
+            return cls(OUTPUT)
         if text == "stack":
             return cls("blocks")
         if match := re.fullmatch(r"blocks:(-?\d+)?:(-?\d+)?", text):

@@ -15,7 +15,7 @@ if not PAGE.exists():
 QUOTES = 8  # letters of its own, up to which a text only quotes another message ("schedule: …")
 MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the page lists for them
     "_COUNTED": "no finite timestep that holds for its whole batch",
-    "_RAN_BY_THEIR_OWN": "every expert runs on every token, by its own forward",
+    "_EVERY_EXPERT_RUNS": "every expert runs on every token, by its own forward",
     "_difference": "but the trajectory declared",
     "_left_out": "result is approximate. Export with a larger capacity",
     "_not_calibrated_for": "it was made for another sampler or number",

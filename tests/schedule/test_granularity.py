@@ -30,7 +30,7 @@ def test_texts(text: str, meant: Granularity) -> None:
 
 @pytest.mark.parametrize("text", ["", "blocks", "blocks:2", "blocks:a:b", "skip", "skip:0", "skip:-1", "Stack"])
 def test_another_text_is_refused_with_the_forms(text: str) -> None:
-    with pytest.raises(OptionError, match=r"not understood; use 'region', 'stack', 'blocks:START:STOP'"):
+    with pytest.raises(OptionError, match=r"not understood; use 'region', 'stack', 'output', 'blocks:START:STOP'"):
         Options(granularity=text)
 
 

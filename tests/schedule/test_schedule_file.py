@@ -71,7 +71,7 @@ def test_a_missing_entry_is_refused_by_name(name: str) -> None:
         (changed(order="HERE").replace('"HERE"', "9" * 5000), "it isn't JSON: Exceeds the limit"),
         (changed(more=1), r"unknown entries \['more'\]; known: format, version"),
         (changed(format="onnx"), "format is 'onnx', expected 'moeca-schedule'"),
-        (changed(version=3), r"version 3 is newer than this package reads \(2\)"),
+        (changed(version=4), r"version 4 is newer than this package reads \(3\)"),
         (changed(version="new"), "version is 'new', expected a whole number"),
         (changed(version=float("nan")), "version is nan, expected a whole number"),
         (changed(version=0.5), "version is 0.5, expected a whole number"),

@@ -1,0 +1,300 @@
+"""A whole model as one column: cheap steps forecast what the model returns and run no part of it.
+
+Nothing is captured. A computed step calls the model as it is, so this serves every model that can be called, also one
+whose graph breaks, that is quantized, offloaded or sharded. What is kept is what the model returns: a few latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeca_compile.engine.compiled_schedule import CompiledSchedule
+from moeca_compile.engine.compiler import Compiler
+from moeca_compile.engine.program import Program
+from moeca_compile.engine.variant_cache import VariantCache
+from moeca_compile.errors import ScheduleError
+from moeca_compile.graph.regions import Region, RegionMap
+from moeca_compile.graph.variant import SLOTS, StateSlot, Variant
+from moeca_compile.lowering.inductor.lower import Executable
+from moeca_compile.options import Options
+from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
+from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule.granularity import OUTPUT
+from moeca_compile.schedule.output import MAX_OUTPUTS
+
+Outputs = tuple[Tensor, ...]
+Call = Callable[[Sequence[Any]], Outputs]
+
+
+@dataclass(frozen=True)
+class OutputCall:
+    """One kind of call of a model.
+
+    Attributes:
+        run: from a call's arguments to the tensors that the model returns.
+        example: what it returned for one call.
+        count: of the arguments.
+        timestep, latent: their positions among the arguments; None: not known.
+        condition: positions of the tensors that tell guidance streams apart.
+    """
+
+    run: Call
+    example: Outputs
+    count: int
+    timestep: int | None
+    latent: int | None
+    condition: tuple[int, ...]
+
+
+@dataclass
+class _NothingHoisted:
+    """The prologues of a program without a graph: there are none."""
+
+    timestep: int | None
+    condition: tuple[int, ...]
+    hoisted: tuple[Any, ...] = ()
+    of_step: tuple[int, ...] = ()
+    step_bytes: int = 0
+    by_step: bool = True
+    ready: dict[Any, Any] = field(default_factory=dict)
+
+
+class OutputProgram(Program):
+    """One kind of call of a model, and the schedules that it runs.
+
+    Args:
+        args: of a call.
+
+    Raises:
+        ScheduleError: the schedule has other columns, or rows that compute a part of a region.
+    """
+
+    def __init__(
+        self, call: OutputCall, args: Sequence[Any], options: Options, schedule: Schedule, warned: Warned
+    ) -> None:
+        self.options, self.warned, self.call = options, warned, call
+        self.compiler = Compiler(options, args)
+        self.timestep, self.latent, self.condition = call.timestep, call.latent, call.condition
+        self.prologues = _NothingHoisted(call.timestep, call.condition)  # type: ignore[assignment]
+        self.packs_experts, self.buffers = False, None
+        self.regions = _one_region(call.example)
+        self.compiled_schedule = self.compiled(schedule)
+
+    def compiled(
+        self, schedule: Schedule, state_schedule: Schedule | None = None, order: int | None = None
+    ) -> CompiledSchedule:
+        """As `Program.compiled`."""
+        variants = OutputVariants(self.call, self._fitted(state_schedule or schedule))
+        return CompiledOutput(self, self._fitted(schedule), variants, order)
+
+    def _fitted(self, schedule: Schedule) -> Schedule:
+        bound = schedule.bind((OUTPUT,), self.regions.fingerprint, OUTPUT)
+        if any(not isinstance(action, Action) for row in bound.rows for action in row) or bound.adaptive is not None:
+            raise ScheduleError(
+                "granularity='output' takes rows of COMPUTE, REUSE and FORECAST: the model's output has no parts and "
+                "no drift metric. Use granularity='region' for partial rows and adaptive schedules"
+            )
+        return bound
+
+
+class _Step(NamedTuple):
+    """What a variant of an output runs on. `weights`: of the schedule's output rule, by term; None: none at this step.
+    `pair`: c0 and c1 of the forecast."""
+
+    args: Sequence[Any]
+    kept: Sequence[Tensor | None]
+    terms: tuple[str, ...]
+    weights: Sequence[float] | None
+    pair: tuple[float, float]
+    latent: Tensor | None
+
+
+class CompiledOutput(CompiledSchedule):
+    """A schedule of a model's output, ready to run."""
+
+    program: OutputProgram
+    variants: OutputVariants
+
+    def __init__(
+        self, program: OutputProgram, schedule: Schedule, variants: OutputVariants, order: int | None = None
+    ) -> None:
+        super().__init__(program, schedule, variants, order)
+        self._histories: list[tuple[int, ...]] = []  # of each step, the steps whose outputs its weights are for
+        history: tuple[int, ...] = ()
+        for step, row in enumerate(schedule.rows):
+            if row[0] is Action.COMPUTE:
+                history = (step, *history[: MAX_OUTPUTS - 1])
+            self._histories.append(history)
+            if schedule.output is not None:
+                schedule.output.check_step(step, len(history))
+
+    def arguments(
+        self, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int,
+        hoisted: Sequence[torch.Tensor] | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """What a step of `variant` runs on, as its only argument."""
+        rule, latent = self.schedule.output, self.program.latent
+        weights = None if rule is None or state is None else self._weights(variant, args, state, step)
+        pair = (0.0, 0.0)
+        if variant.wants_coefficients and state is not None:
+            pair = self.driver.coefficients(state, step)[0]
+        kept = () if state is None else state.tensors
+        terms = () if rule is None else rule.terms
+        return [_Step(args, kept, terms, weights, pair, None if latent is None else args[latent])]
+
+    def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Any) -> list[Any]:
+        kept = [self.zeros(slot) for slot in range(len(self.layout))]
+        return [_Step(args, kept, (), None, (0.0, 0.0), None)]
+
+    def _weights(
+        self, variant: Variant, args: Sequence[Any], state: StreamState, step: int
+    ) -> tuple[float, ...] | None:
+        """The output rule's for this step; None where it was made for another step or history."""
+        rule = self.schedule.output
+        assert rule is not None
+        place = state.coming
+        history = (step, *state.history[0]) if variant.writes else state.history[0]
+        reason = ""
+        if step >= len(rule.weights) or (place is not None and (place.off_schedule or place.row != step)):
+            reason = "the call comes at another step or timestep"
+        elif history[: rule.depth] != self._histories[step][: rule.depth]:
+            reason = "the steps that computed the model before are others"
+        elif rule.halves and len(self.program.call.example[0]) % 2:
+            reason = "the batch has no two halves"
+        elif "x" in rule.terms and self.program.latent is None:
+            reason = "no input was found to be the latent"
+        if reason:
+            self.program.warned.once(
+                f"step {step}: the schedule's output weights aren't used, for {reason}. The output is what the "
+                f"schedule's order makes it. Calibrate for this sampler, or run it as it was calibrated"
+            )
+            return None
+        return rule.weights[step] or None
+
+
+class OutputVariants(VariantCache):
+    """The variants of an output: the model, its last output, and the forecast."""
+
+    def __init__(self, call: OutputCall, state_schedule: Schedule) -> None:
+        self.depth = state_schedule.depth(0)
+        self.layout = _layout(call.example, self.depth)
+        self.built: dict[Row, Variant] = {}
+        self.executables: dict[Row, Executable] = {}
+        self._call = call
+
+    def variant(self, row: Row) -> Variant:
+        """Of a row; it can run at once."""
+        if row not in self.built:
+            computes = row[0] is Action.COMPUTE
+            slots = tuple(range(len(self.layout)))
+            self.executables[row] = self._compute if computes else self._forecast
+            self.built[row] = Variant(
+                name="v0" if computes else "v1",
+                row=row,
+                gm=None,
+                takes=(),
+                reads=() if computes else slots,
+                writes=slots[:: self.depth] if computes and self.depth else (),
+                wants_coefficients=row[0] is Action.FORECAST,
+                wants_now=False,
+                outputs=len(self._call.example),
+                macs=int(computes),
+            )
+        return self.built[row]
+
+    def compile(self, variant: Variant, args: Sequence[Any]) -> Executable:
+        """There is nothing to compile."""
+        return self.executables[variant.row]
+
+    def compile_together(self, wanted: Iterable[tuple[Variant, Sequence[Any]]]) -> None:
+        """There is nothing to compile."""
+
+    def _compute(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
+        step: _Step = arguments[0]
+        outputs = self._call.run(step.args)
+        if not self.depth:
+            return outputs
+        kept = [output.clone() for output in outputs]  # the caller may write to what it gets
+        if step.weights is not None:
+            values = [kept[0], *(value for value in step.kept[: self.depth - 1] if value is not None)]
+            outputs = (_weighted(step, values), *outputs[1:])
+        return [*outputs, *kept]
+
+    def _forecast(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
+        step: _Step = arguments[0]
+        results = []
+        for first in range(0, len(step.kept), self.depth):
+            values = [value for value in step.kept[first : first + self.depth] if value is not None]
+            if step.weights is not None and not first:
+                results.append(_weighted(step, values))
+            else:
+                results.append(_polynomial(values, step.pair))
+        return results
+
+
+def _polynomial(values: Sequence[Tensor], pair: tuple[float, float]) -> Tensor:
+    """y0 + c0 (y0 - y1) + c1 (y1 - y2), in at least float32; y0 where it isn't a floating number."""
+    if not values[0].is_floating_point():
+        return values[0].clone()
+    newest = _wide(values[0])
+    total = newest.clone()
+    for older, weight in zip(map(_wide, values[1:]), pair, strict=False):
+        total.add_(newest - older, alpha=weight)
+        newest = older
+    return total.to(values[0].dtype)
+
+
+def _weighted(step: _Step, values: Sequence[Tensor]) -> Tensor:
+    """The output rule's sum. `values`: y0, y1, ..., each [B, C, ...]; the latent may have fewer channels than they."""
+    assert step.weights is not None
+    total = torch.zeros_like(_wide(values[0]))
+    for term, weight in zip(step.terms, step.weights, strict=True):
+        if not weight:  # of a value that isn't there yet, early in a trajectory
+            continue
+        if term == "x":
+            assert step.latent is not None
+            total[:, : step.latent.shape[1]].add_(_wide(step.latent), alpha=weight)
+        elif term[0] == "y":
+            total.add_(_wide(values[int(term[1])]), alpha=weight)
+        else:
+            first, second = _wide(values[int(term[1])]).chunk(2)
+            difference = first - second
+            total[: len(first)].add_(difference, alpha=weight)
+            total[len(first) :].add_(difference, alpha=weight)
+    return total.to(values[0].dtype)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _layout(outputs: Outputs, depth: int) -> tuple[StateSlot, ...]:
+    slots: list[StateSlot] = []
+    for number, output in enumerate(outputs):
+        shape, dtype = tuple(output.shape), str(output.dtype).removeprefix("torch.")
+        size, device = output.numel() * output.element_size(), str(output.device)
+        for slot in SLOTS[:depth]:
+            slots.append(StateSlot(f"state_{len(slots):03d}", 0, number, slot, shape, dtype, device, size))
+    return tuple(slots)
+
+
+def _one_region(outputs: Outputs) -> RegionMap:
+    region = Region(
+        key=OUTPUT,
+        kind="span",
+        layer=0,
+        outputs=tuple(f"output_{number}" for number, _ in enumerate(outputs)),
+        body=(),
+        shapes=tuple(tuple(output.shape) for output in outputs),
+        dtypes=tuple(str(output.dtype).removeprefix("torch.") for output in outputs),
+        devices=tuple(str(output.device) for output in outputs),
+        macs=1,
+        state_bytes=sum(output.numel() * output.element_size() for output in outputs),
+    )
+    return RegionMap((region,))

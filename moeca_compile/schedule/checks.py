@@ -1,0 +1,41 @@
+"""What holds for the rows of every schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.schedule.action import Action, Row, legend_of
+
+MAX_ORDER = 2
+MAX_ROWS = 10_000  # far beyond any sampler's steps; the limit keeps making and reading a schedule fast
+
+
+def check_rows(rows: Sequence[Row], width: int, order: int, period: int) -> None:
+    """Check a schedule's table.
+
+    Args:
+        rows: one per step.
+        width: how many columns they must have.
+        order: of the forecast.
+        period: how many of the last rows repeat.
+
+    Raises:
+        ScheduleError: says what is wrong, and in which row.
+    """
+    if not rows:
+        raise ScheduleError("a schedule needs at least one row")
+    if len(rows) > MAX_ROWS:
+        raise ScheduleError(f"a schedule has at most {MAX_ROWS} rows, this one has {len(rows)}")
+    for step, row in enumerate(rows):
+        if len(row) != width:
+            raise ScheduleError(f"row {step} has {len(row)} actions, expected {width} (one a region)")
+    if any(action is not Action.COMPUTE for action in rows[0]):
+        raise ScheduleError("row 0 must be all COMPUTE: nothing can be reused before it was computed")
+    if not 0 <= order <= MAX_ORDER:
+        raise ScheduleError(f"order is {order}, expected 0, 1 or 2")
+    legend_of(rows)
+    if order == 0 and any(Action.FORECAST in row for row in rows):
+        raise ScheduleError("FORECAST needs order 1 or 2; with order 0 the action is REUSE")
+    if not 0 <= period <= len(rows):
+        raise ScheduleError(f"period is {period}, but there are {len(rows)} rows")

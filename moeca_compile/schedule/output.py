@@ -1,0 +1,124 @@
+"""The output rule: what the model returns at each step, as a weighted sum that was fitted offline. Pure data, no torch.
+
+At a computed step and at a cheap one alike, what the caller gets is a sum over some of these values, one weight each:
+
+- `y0`, `y1`, `y2`: the model's outputs at the last steps that computed it, latest first (`y0` of a computed step is the
+  output of that step);
+- `x`: the latent that the call came with;
+- `d0`, `d1`: of `y0` and `y1`, the first half of the batch less the second, for both halves: the guidance difference
+  where guidance takes both halves in one batch.
+
+A rule is made for the steps of one schedule, in their order. Where a call comes at another timestep, or after another
+history, the schedule's polynomial serves instead.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.schedule.decode import Entries
+from moeca_compile.schedule.granularity import OUTPUT
+
+TRUTHS = ("uncached", "converged")
+MAX_OUTPUTS = 3  # that a sum takes: y0 to y2
+
+
+@dataclass(frozen=True)
+class OutputRule:
+    """Weights by step and term.
+
+    Attributes:
+        terms: names of the values, in the order of the weights.
+        weights: [steps][terms]; a step's may be empty: there the output is what the schedule's order makes it.
+        truth: what the weights were fitted to: `uncached`, the sampler's own states when everything is computed, or
+            `converged`, the states of the same sampler with many more steps.
+
+    Raises:
+        ScheduleError: an unknown term or truth, a step with another number of weights, a weight that isn't finite.
+    """
+
+    terms: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+    truth: str = "uncached"
+
+    def __post_init__(self) -> None:
+        unknown = [term for term in self.terms if not re.fullmatch(rf"x|[yd][0-{MAX_OUTPUTS - 1}]", term)]
+        if unknown or len(set(self.terms)) < len(self.terms):
+            raise ScheduleError(f"output: terms are {list(self.terms)}, expected y0 to y2, x, d0 to d2, each once")
+        for step, row in enumerate(self.weights):
+            if row and len(row) != len(self.terms):
+                raise ScheduleError(f"output: step {step} has {len(row)} weights for {len(self.terms)} terms")
+            if not all(map(math.isfinite, row)):
+                raise ScheduleError(f"output: step {step} has a weight that isn't finite")
+        if self.truth not in TRUTHS:
+            raise ScheduleError(f"output: truth is {self.truth!r}, expected one of {', '.join(TRUTHS)}")
+
+    def check_rows(self, rows: int, columns: int, is_open: bool, granularity: str) -> None:
+        """Check that the rule fits a schedule.
+
+        Args:
+            rows, columns: the numbers of the schedule's rows and columns.
+            is_open: whether the schedule repeats or adapts, so that its steps aren't known.
+            granularity: the schedule's.
+
+        Raises:
+            ScheduleError: it doesn't fit.
+        """
+        if len(self.weights) != rows or is_open:
+            raise ScheduleError(
+                f"output: weights of {len(self.weights)} steps for {rows} rows. It takes weights for each step, and a "
+                "schedule that neither repeats nor adapts"
+            )
+        if granularity != OUTPUT or columns != 1:
+            raise ScheduleError(
+                f"output: granularity is {granularity!r} with {columns} columns. Weights of the model's output are for "
+                "granularity 'output', which has one column"
+            )
+
+    def check_step(self, step: int, outputs: int) -> None:
+        """Check that a step weighs only outputs that are there.
+
+        Args:
+            step: from 0.
+            outputs: how often the model was computed by then.
+
+        Raises:
+            ScheduleError: it weighs another one.
+        """
+        for term, weight in zip(self.terms, self.weights[step], strict=False):
+            if weight and term != "x" and int(term[1]) >= outputs:
+                raise ScheduleError(
+                    f"output: step {step} weighs {term}, but the model was computed {outputs} times by then"
+                )
+
+    @property
+    def depth(self) -> int:
+        """How many of the model's outputs are kept for it."""
+        return max((int(term[1]) + 1 for term in self.terms if term != "x"), default=0)
+
+    @property
+    def halves(self) -> bool:
+        """Whether it takes the two halves of a batch apart."""
+        return any(term.startswith("d") for term in self.terms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_entries` reads it."""
+        return {"terms": list(self.terms), "truth": self.truth, "weights": [list(row) for row in self.weights]}
+
+    @classmethod
+    def from_entries(cls, data: Entries) -> OutputRule:
+        """Read `to_dict`'s entries.
+
+        Raises:
+            ScheduleError: an entry is missing or malformed.
+        """
+        data.reject_unknown(("terms", "truth", "weights"))
+        rows = data.get("weights")
+        if not isinstance(rows, list):
+            raise ScheduleError("output: weights is no list of rows")
+        weights = tuple(Entries({"weights": row}).numbers("weights") for row in rows)
+        return cls(data.texts("terms"), weights, data.text("truth"))

@@ -1,0 +1,257 @@
+"""granularity='output': the whole model as one column. No graph is needed, and a cheap step calls no part of it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeca_compile as moeca
+from moeca_compile.errors import MoecaWarning, OptionError, ScheduleError, StateError
+from moeca_compile.schedule import Action, Partial, Schedule
+from moeca_compile.schedule.output import OutputRule
+
+STEPS = 9
+
+
+class Model(nn.Module):
+    """x + t and a label's row; `calls` counts how often it ran. Its graph breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.labels = nn.Conv2d(2, 2, 1), nn.Embedding(4, 2)
+        self.calls = 0
+
+    @torch._dynamo.disable
+    def count(self) -> None:
+        self.calls += 1
+
+    def forward(self, x: Tensor, t: Any, y: Tensor) -> Tensor:
+        self.count()
+        time = t if isinstance(t, float) else t.reshape(-1, 1, 1, 1)
+        return self.mix(x) * (1 + 0.1 * time) + self.labels(y)[:, :, None, None]
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().eval().requires_grad_(False)
+
+
+def compiled(model: nn.Module, schedule: Schedule | str) -> Any:
+    return moeca.compile(model, schedule=schedule, granularity="output", inner="eager")
+
+
+def sample(model: Any, numbers: bool = False, steps: int = STEPS, seed: int = 0) -> list[Tensor]:
+    """What the model returned at each step of an Euler run."""
+    x, outputs = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(seed)), []
+    for step in range(steps):
+        t = 1.0 - step / steps
+        outputs.append(model(x, t if numbers else torch.full((2,), t), torch.tensor([1, 2])))
+        x = x - outputs[-1] / steps
+    return outputs
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+def by_hand(model: Model, steps: int = STEPS) -> list[Tensor]:
+    """uniform:3 of order 1: the model's last two outputs, extrapolated."""
+    x, outputs, known = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(0)), [], []
+    for step in range(steps):
+        if step % 3 == 0:
+            known = [(step, model(x, torch.full((2,), 1.0 - step / steps), torch.tensor([1, 2]))), *known[:1]]
+            outputs.append(known[0][1])
+        else:
+            (s0, y0), *rest = known
+            slope = (y0 - rest[0][1]) * ((step - s0) / (s0 - rest[0][0])) if rest else torch.zeros(())
+            outputs.append(y0 + slope)
+        x = x - outputs[-1] / steps
+    return outputs
+
+
+def test_full_is_the_model_bit_by_bit(model: Model) -> None:
+    assert same(sample(compiled(model, "full")), sample(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_cheap_steps_call_no_part_of_the_model(model: Model, numbers: bool) -> None:
+    handle = compiled(model, "uniform:3")
+    first = sample(handle, numbers)
+    model.calls = 0
+    assert same(first, sample(handle, numbers))
+    assert model.calls == STEPS // 3
+    stats = moeca.stats(handle)
+    assert [record.variant for record in stats.steps] == ["v0", "v1", "v1"] * 3
+    assert stats.mac_fraction == pytest.approx(1 / 3)
+
+
+def test_a_forecast_is_the_line_through_the_last_outputs(model: Model) -> None:
+    torch.testing.assert_close(sample(compiled(model, "uniform:3")), by_hand(copy.deepcopy(model)))
+
+
+def test_what_the_caller_writes_to_is_not_what_is_kept(model: Model) -> None:
+    handle = compiled(model, moeca.Schedule.uniform(3, order=0))
+    x, y = torch.zeros(2, 2, 3, 3), torch.tensor([1, 2])
+    first = handle(x, torch.ones(2), y)
+    kept = first.clone()
+    first.zero_()
+    second = handle(x, torch.full((2,), 0.9), y)
+    assert torch.equal(second, kept)
+    second.zero_()
+    assert torch.equal(handle(x, torch.full((2,), 0.8), y), kept)
+
+
+def test_named_streams_and_warmup(model: Model) -> None:
+    handle = compiled(model, "uniform:3")
+    moeca.warmup(handle, torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
+    with moeca.trajectory(handle, steps=STEPS, stream="a"):
+        named = sample(handle)
+    assert same(named, sample(handle))
+
+
+def test_a_changed_weight_is_seen(model: Model) -> None:
+    handle = compiled(model, "uniform:9")
+    x, y = torch.zeros(2, 2, 3, 3), torch.tensor([1, 2])
+    before = handle(x, torch.ones(2), y).clone()
+    with torch.no_grad():
+        model.labels.weight.add_(1)
+    assert not torch.equal(handle(x, torch.full((2,), 0.9), y), before)
+    assert [record.cold for record in moeca.stats(handle).steps][-1]
+
+
+@dataclass
+class Output:
+    sample: Tensor
+    note: str
+
+
+torch.utils._pytree.register_pytree_node(
+    Output, lambda one: ([one.sample, one.note], None), lambda values, _: Output(*values)
+)
+
+
+def test_outputs_of_any_structure(model: Model) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, options: dict[str, Tensor]) -> Output:
+            return Output(self.inner(hidden_states, timestep, options["y"]), "said")
+
+    handle = compiled(Wrapped().eval(), "uniform:3")
+    for step in range(6):
+        found = handle(
+            torch.zeros(2, 2, 3, 3), timestep=torch.full((2,), 1.0 - step / 9), options={"y": torch.tensor([1, 2])}
+        )
+        assert isinstance(found, Output)
+        assert found.note == "said"
+    assert moeca.stats(handle).mac_fraction == pytest.approx(1 / 3)
+
+
+# -- the output rule --------------------------------------------------------------------------------------------------
+
+C, F = (Action.COMPUTE,), (Action.FORECAST,)
+TERMS = ("y0", "y1", "x", "d0")
+
+
+def ruled(weights: tuple[tuple[float, ...], ...], rows: str = "CFCF", **fields: Any) -> Schedule:
+    table = tuple(C if letter == "C" else F for letter in rows)
+    return Schedule(table, ("output",), granularity="output", output=OutputRule(TERMS, weights), **fields)
+
+
+WEIGHTS = ((1.0, 0.0, 0.5, 0.25), (0.5, 0.0, -1.0, 0.0), (2.0, -1.0, 0.0, 1.0), ())
+
+
+def test_the_rule_weighs_outputs_the_latent_and_the_difference_of_the_halves(model: Model) -> None:
+    plain, handle = copy.deepcopy(model), compiled(model, ruled(WEIGHTS))
+    y, known = torch.tensor([1, 2]), []
+    for step in range(4):
+        x, t = torch.randn(2, 2, 3, 3), torch.full((2,), 1.0 - step / 4)
+        found = handle(x * 0 + step * 0.1 + 0.5, t, y)
+        x = x * 0 + step * 0.1 + 0.5
+        if step in (0, 2):
+            known = [plain(x, t, y), *known[:1]]
+        if step == 3:
+            wanted = known[0] + (known[0] - known[1]) / 2  # no weights: the schedule's order
+        else:
+            y0, y1, latent, d0 = WEIGHTS[step]
+            wanted = y0 * known[0] + (y1 * known[1] if y1 else 0) + latent * x
+            wanted = wanted + d0 * (known[0][:1] - known[0][1:])
+        torch.testing.assert_close(found, wanted)
+
+
+def test_where_the_rule_was_not_made_for_the_step_the_polynomial_serves_and_it_is_said(model: Model) -> None:
+    schedule = ruled(WEIGHTS, timesteps=(1.0, 0.75, 0.5, 0.25))
+    handle = compiled(model, schedule)
+    x, y = torch.zeros(2, 2, 3, 3), torch.tensor([1, 2])
+    with pytest.warns(MoecaWarning) as told:
+        found = handle(x, torch.full((2,), 0.9), y)
+    assert torch.equal(found, copy.deepcopy(model)(x, torch.full((2,), 0.9), y))
+    assert any("output weights aren't used" in str(one.message) for one in told)
+
+
+def test_a_rule_is_written_and_read(tmp_path: Any) -> None:
+    schedule = ruled(WEIGHTS)
+    schedule.save(tmp_path / "one.json")
+    assert Schedule.load(tmp_path / "one.json") == schedule
+    assert '"version": 3' in schedule.to_json()
+    assert '"version": 2' in Schedule.uniform(3).to_json()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: OutputRule(("y0", "q"), ((1.0, 0.0),)), "expected y0 to y2"),
+        (lambda: OutputRule(("y0", "y0"), ()), "each once"),
+        (lambda: OutputRule(("y0",), ((1.0, 2.0),)), "step 0 has 2 weights for 1 terms"),
+        (lambda: OutputRule(("y0",), ((float("nan"),),)), "isn't finite"),
+        (lambda: OutputRule(("y0",), ((1.0,),), "somewhere"), "truth is 'somewhere'"),
+        (lambda: ruled(WEIGHTS, "CF"), "weights of 4 steps for 2 rows"),
+        (lambda: ruled(WEIGHTS, period=1), "neither repeats"),
+        (lambda: Schedule((C,), ("attn",), granularity="region", output=OutputRule(("y0",), ((1.0,),))), "'output'"),
+        (lambda: Schedule.from_json(ruled(WEIGHTS).to_json().replace('"x"', "5")), "expected texts"),
+        (lambda: Schedule.from_json(ruled(WEIGHTS).to_json().replace("0.25", '"a"')), "weights"),
+    ],
+)
+def test_rules_that_can_not_be(make: Any, says: str) -> None:
+    with pytest.raises(ScheduleError, match=says):
+        make()
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_the_backend_alone_says_what_to_write(model: Model) -> None:
+    handle = torch.compile(model, backend="moeca", options={"granularity": "output", "inner": "eager"})
+    with pytest.raises(OptionError, match=r"moeca_compile\.compile"):
+        handle(torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
+
+
+def test_gradients_are_refused(model: Model) -> None:
+    with pytest.raises(StateError, match="inference"):
+        compiled(model.requires_grad_(), "full")(torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("schedule", [Schedule((C, (Partial(0.5),)), ("output",)), "adaptive:0.1"])
+def test_parts_and_drift_need_a_graph(model: Model, schedule: Any) -> None:
+    with pytest.raises(ScheduleError, match="granularity='region'"):
+        compiled(model, schedule)(torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
+
+
+def test_weights_of_outputs_that_are_not_there_yet_are_refused(model: Model) -> None:
+    with pytest.raises(ScheduleError, match="step 1 weighs y1, but the model was computed 1 times"):
+        compiled(model, ruled(((), (1.0, 1.0, 0.0, 0.0), (), ())))(
+            torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2])
+        )
+
+
+def test_a_schedule_of_regions_is_refused(model: Model) -> None:
+    with pytest.raises(ScheduleError, match="another graph"):
+        compiled(model, Schedule((C, F), ("attn",)))(torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
