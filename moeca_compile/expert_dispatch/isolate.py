@@ -25,13 +25,13 @@ def isolate(model: nn.Module) -> bool:
         return False
     mark = f"moeca {next(_numbers)}"  # one constant more, so that the copies aren't equal either
     code = shared.__code__.replace(co_consts=(*shared.__code__.co_consts, mark))
-    own = types.FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
-    weakref.finalize(own, _let_go, code).atexit = False
-    own.__dict__.update(shared.__dict__)
-    own.__kwdefaults__ = shared.__kwdefaults__
-    own.__annotations__ = dict(shared.__annotations__)
-    own.__qualname__, own.__doc__, own.__module__ = shared.__qualname__, shared.__doc__, shared.__module__
-    model.__dict__["forward"] = types.MethodType(own, model)
+    copied = types.FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
+    weakref.finalize(copied, _let_go, code).atexit = False
+    copied.__dict__.update(shared.__dict__)
+    copied.__kwdefaults__ = shared.__kwdefaults__
+    copied.__annotations__ = dict(shared.__annotations__)
+    copied.__qualname__, copied.__doc__, copied.__module__ = shared.__qualname__, shared.__doc__, shared.__module__
+    model.__dict__["forward"] = types.MethodType(copied, model)
     return True
 
 
@@ -39,15 +39,15 @@ def _let_go(code: types.CodeType) -> None:
     """The model is gone, and all that was compiled of its code may go. So may graphs of functions that called it: torch
     drops those when the code goes that guards them, but it keeps the codes that it disassembled last."""
     reset_code(code)
-    kept = getattr(bytecode_transformation, "_cached_cleaned_instructions", None)
-    if kept is not None:
-        kept.cache_clear()
+    cache = getattr(bytecode_transformation, "_cached_cleaned_instructions", None)
+    if cache is not None:
+        cache.cache_clear()
 
 
 def isolated(model: nn.Module) -> bool:
     """Whether `isolate` made this model's forward."""
-    own = model.__dict__.get("forward")
-    code = getattr(own, "__code__", None)
+    forward = model.__dict__.get("forward")
+    code = getattr(forward, "__code__", None)
     return code is not None and any(isinstance(c, str) and c.startswith("moeca ") for c in code.co_consts)
 
 

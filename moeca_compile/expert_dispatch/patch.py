@@ -36,7 +36,7 @@ class Installed:
 def install(module: nn.Module, rewrite: Rewrite, family: str, verified: bool) -> None:
     """Let compilers trace `rewrite` for `module`; plain calls, and training, still run the original code.
 
-    While it is traced it asks whether the experts are still what was proven. With adapters or quantised weights they
+    While it is traced it asks whether the experts are still what was proven. With adapters or quantized weights they
     run by their own forward; changed in another way, the original code is traced.
 
     A bound method in `__dict__` is what `copy.deepcopy` binds to the copy, so that the copy reads its own weights.
@@ -56,12 +56,12 @@ def uninstall(module: nn.Module) -> int:
 
 def installed(module: nn.Module) -> dict[str, Installed]:
     """The patches on a module instance, by method name."""
-    found: dict[str, Installed] = {}
+    patches: dict[str, Installed] = {}
     for name, value in vars(module).items():
         note = getattr(value.__func__, "moeca", None) if isinstance(value, types.MethodType) else None
         if isinstance(note, Installed):
-            found[name] = note
-    return found
+            patches[name] = note
+    return patches
 
 
 def replaced(module: nn.Module, name: str) -> bool:

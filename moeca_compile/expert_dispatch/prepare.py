@@ -1,4 +1,4 @@
-"""Give every recognised expert dispatch in a model its traceable form, in place."""
+"""Give every recognized expert dispatch in a model its traceable form, in place."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _REMEDY = (
 def prepare(model: nn.Module) -> PrepareReport:
     """Find expert dispatches that Dynamo can't trace and let compilers see `moeca::experts` in their place.
 
-    Recognised by structure and proven by running both forms on small random tensors; nothing is replaced on faith.
+    Recognized by structure and proven by running both forms on small random tensors; nothing is replaced on faith.
     Plain eager calls, and modules in training mode, run the original code bit for bit. Parameters, buffers and the
     state dict stay as they are, later changes of the weights are followed, and `copy.deepcopy` gives a prepared copy
-    with its own weights. Adapters and quantised weights that are on the experts, or are put there later, are followed
+    with its own weights. Adapters and quantized weights that are on the experts, or are put there later, are followed
     too: every expert then runs on every token, by its own forward. Experts with hooks (offloading, casting layer by
     layer), or replaced by other ones, run the original code until the model is prepared again.
 
@@ -65,7 +65,7 @@ def prepare(model: nn.Module) -> PrepareReport:
             )
             rejected.append(Rejected(reason, path or "(root)", place))
         for name, stack in code.unreadable().items():
-            if isinstance(search.recogniser.body_of(members(module, stack)), ExpertBody):
+            if isinstance(search.recognizer.body_of(members(module, stack)), ExpertBody):
                 reason = f"{type(module).__name__}.{name} uses experts but has no source that can be read. {_REMEDY}"
                 rejected.append(Rejected(reason, path or "(root)"))
     # A block around the layer holds the same dispatch with its helpers put in.

@@ -67,10 +67,10 @@ class PrepareReport:
             lines.append(
                 f"  {family:<13} {num_experts:>4} experts  {body:<16} {first or '(root)'}{others}{cost}{check}"
             )
-        lines += [f"  followed      {one}: every expert on every token" for one in self.followed]
+        lines += [f"  followed      {module}: every expert on every token" for module in self.followed]
         lines += [f"  left alone    {miss}" for miss in self.rejected]
         return "\n".join(lines)
 
 
-def _facts(one: PreparedModule) -> tuple[str, int, str, bool, bool, bool]:
-    return one.family, one.num_experts, one.activation, one.gated, one.verified, one.dense
+def _facts(module: PreparedModule) -> tuple[str, int, str, bool, bool, bool]:
+    return module.family, module.num_experts, module.activation, module.gated, module.verified, module.dense

@@ -87,15 +87,15 @@ class Routed:
         weights = w if w.dim() == 2 and w.shape[0] == count else w.reshape(count, w.numel() // max(count, 1))
         if self.dense:
             weights = weights.gather(1, ids)
-        y = self.branches(owner, tokens, ids, *(one.reshape(count, one.shape[-1]) for one in extra))
+        y = self.branches(owner, tokens, ids, *(part.reshape(count, part.shape[-1]) for part in extra))
         out = (y * weights.unsqueeze(-1)).sum(1)
         if like is not None:
             out = out if out.shape == like.shape else out.reshape(like.shape)
             out = out if out.dtype == like.dtype else out.to(like.dtype)
             return like + out if self.accumulate else out
         out = out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
-        wanted = {"x": x.dtype, "y": y.dtype}.get(self.dtype, out.dtype)
-        return out if out.dtype == wanted else out.to(wanted)
+        dtype = {"x": x.dtype, "y": y.dtype}.get(self.dtype, out.dtype)
+        return out if out.dtype == dtype else out.to(dtype)
 
     def branches(self, owner: nn.Module, tokens: Tensor, ids: Tensor, *extra: Tensor) -> Tensor:
         """tokens [T, D], ids [T, K], extra [T, D_i] -> y [T, K, D_out] before gate weighting."""

@@ -15,7 +15,7 @@ from moeca_compile.expert_dispatch.patch import Installed, install, installed, r
 from moeca_compile.expert_dispatch.proof.anatomy import CHANGED
 from moeca_compile.expert_dispatch.proof.any_experts import AnyExperts, recognize
 from moeca_compile.expert_dispatch.proof.candidate import NOT_NEEDED, Candidate, Rank, Unproven, raised
-from moeca_compile.expert_dispatch.proof.experts import ExpertBody, ModuleExperts, Recogniser, barred, members
+from moeca_compile.expert_dispatch.proof.experts import ExpertBody, ModuleExperts, Recognizer, barred, members
 from moeca_compile.expert_dispatch.proof.harness import Harness, ModuleHarness
 from moeca_compile.expert_dispatch.proof.packed_experts import PackedHarness, readings, shapes_of
 from moeca_compile.expert_dispatch.proof.pinned import pinned
@@ -28,7 +28,7 @@ from moeca_compile.expert_dispatch.source.loop import Loop
 class Search:
     """One `prepare` call. Remembers what was proven for a class, since a model repeats a layer many times."""
 
-    recogniser: Recogniser = field(default_factory=Recogniser)
+    recognizer: Recognizer = field(default_factory=Recognizer)
     proven: dict[Hashable, Candidate] = field(default_factory=dict)
     refused: dict[Hashable, Unproven] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ class Search:
                 return f"its packed weights {shapes_of(module)} don't chain into a (gated) MLP"
             return PackedHarness(module, fitting[0], fitting)
         experts = members(module, loop.stack)
-        body = self.recogniser.body_of(experts)
+        body = self.recognizer.body_of(experts)
         if isinstance(body, ExpertBody):
             return ModuleHarness(module, ModuleExperts(loop.stack, body))
         if barred(experts):

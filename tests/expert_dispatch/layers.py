@@ -1,4 +1,4 @@
-"""MoE layers in further dispatch styles: some to be recognised, some that look like it and must be left alone.
+"""MoE layers in further dispatch styles: some to be recognized, some that look like it and must be left alone.
 
 All map tokens (N,T,D) -> (N,T,D) with D = 16, E = 4 experts, K = 2 of them per token.
 """

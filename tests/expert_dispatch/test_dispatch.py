@@ -1,4 +1,4 @@
-"""Which dispatch styles are recognised, which are left alone, and that the reason is said."""
+"""Which dispatch styles are recognized, which are left alone, and that the reason is said."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def inputs_of(layer: nn.Module) -> tuple[Tensor, ...]:
         (layers.Conditioned, "(root)", "nonzero_loop"),
     ],
 )
-def test_recognised(style: type[nn.Module], where: str, family: str, fact: Recorder) -> None:
+def test_recognized(style: type[nn.Module], where: str, family: str, fact: Recorder) -> None:
     torch.manual_seed(0)
     layer = style().eval()
     inputs = inputs_of(layer)

@@ -1,4 +1,4 @@
-"""Which expert bodies are recognised, by what they compute and not by any name."""
+"""Which expert bodies are recognized, by what they compute and not by any name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeca_compile.expert_dispatch.proof.anatomy import ADAPTED
-from moeca_compile.expert_dispatch.proof.experts import ExpertBody, ModuleExperts, Recogniser
+from moeca_compile.expert_dispatch.proof.experts import ExpertBody, ModuleExperts, Recognizer
 from moeca_compile.ops.experts import segments
 
 WIDTH, HIDDEN = 12, 20
@@ -103,12 +103,12 @@ def tanh_gelu(x: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("zeroed", [False, True])
-def test_recognised(make: Callable[[], nn.Module], activation: str, gated: bool, zeroed: bool) -> None:
+def test_recognized(make: Callable[[], nn.Module], activation: str, gated: bool, zeroed: bool) -> None:
     torch.manual_seed(0)
     experts = [make() for _ in range(3)]
     for p in (p for expert in experts for p in expert.parameters() if zeroed):
         nn.init.zeros_(p)  # what the weights are must not matter
-    body = Recogniser().body_of(experts)
+    body = Recognizer().body_of(experts)
     assert isinstance(body, ExpertBody), body
     assert (body.activation, body.gate is not None) == (activation, gated)
     for p in (p for expert in experts for p in expert.parameters()):
@@ -121,7 +121,7 @@ def test_recognised(make: Callable[[], nn.Module], activation: str, gated: bool,
 
 def test_weights_are_views() -> None:
     expert = Fused(F.silu)
-    body = Recogniser().body_of([expert, Fused(F.silu)])
+    body = Recognizer().body_of([expert, Fused(F.silu)])
     assert isinstance(body, ExpertBody)
     up, down, gate, *_ = body.weights([expert])
     assert down[0] is expert.net["out"].weight
@@ -133,16 +133,16 @@ def test_weights_are_views() -> None:
 
 def test_meta_device_and_low_precision() -> None:
     with torch.device("meta"):
-        on_meta = Recogniser().body_of([Gated(F.gelu), Gated(F.gelu)])
-    half = Recogniser().body_of([Gated(F.gelu).half(), Gated(F.gelu).half()])
-    assert on_meta == half == Recogniser().body_of([Gated(F.gelu), Gated(F.gelu)])
+        on_meta = Recognizer().body_of([Gated(F.gelu), Gated(F.gelu)])
+    half = Recognizer().body_of([Gated(F.gelu).half(), Gated(F.gelu).half()])
+    assert on_meta == half == Recognizer().body_of([Gated(F.gelu), Gated(F.gelu)])
 
 
 def test_probing_leaves_no_trace() -> None:
     experts = [mlp(nn.GELU()).train() for _ in range(2)]
     before = [p.clone() for e in experts for p in e.parameters()]
     random_state = torch.get_rng_state()
-    Recogniser().body_of(experts)
+    Recognizer().body_of(experts)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(map(torch.equal, before, [p for e in experts for p in e.parameters()]))
     assert all(e.training and p.grad is None and p.requires_grad for e in experts for p in e.parameters())
@@ -184,7 +184,7 @@ class Odd(nn.Module):
     ],
 )
 def test_refused(make: Callable[[], nn.Module], reason: str) -> None:
-    found = Recogniser().body_of([make(), make()])
+    found = Recognizer().body_of([make(), make()])
     assert isinstance(found, str)
     assert re.search(reason, found), found
 
@@ -193,17 +193,17 @@ def test_hooks_are_refused() -> None:
     experts = [Gated(), Gated()]
     experts[1].w0.register_forward_hook(lambda *_: None)
     assert "expert 1 has a forward hook (test_hooks_are_refused.<locals>.<lambda>) on w0" in str(
-        Recogniser().body_of(experts)
+        Recognizer().body_of(experts)
     )
     experts = [Gated(), Gated()]
     experts[0].forward = lambda x: x
-    assert "expert 0 has a forward that was replaced on the instance on itself" in str(Recogniser().body_of(experts))
+    assert "expert 0 has a forward that was replaced on the instance on itself" in str(Recognizer().body_of(experts))
 
 
-def test_what_quantised_weights_compute_is_their_body() -> None:
+def test_what_quantized_weights_compute_is_their_body() -> None:
     """The body is proven on stand-ins; `condition` says that these weights are none that the operator takes."""
     experts = nn.ModuleList([Gated().to(torch.float8_e4m3fn), Gated().to(torch.float8_e4m3fn)])
-    body = Recogniser().body_of(list(experts))
+    body = Recognizer().body_of(list(experts))
     assert isinstance(body, ExpertBody)
     assert body.activation == "silu"
     assert ModuleExperts(("experts",), body).condition(nn.ModuleDict({"experts": experts})) == ADAPTED
@@ -212,18 +212,18 @@ def test_what_quantised_weights_compute_is_their_body() -> None:
 def test_whole_numbers_in_place_of_weights_are_refused() -> None:
     experts = [Gated(), Gated()]
     experts[0].w0.weight = nn.Parameter(torch.zeros(HIDDEN, WIDTH, dtype=torch.int8), requires_grad=False)
-    assert "different shapes or dtypes" in str(Recogniser().body_of(experts))
+    assert "different shapes or dtypes" in str(Recognizer().body_of(experts))
     experts[1].w0.weight = experts[0].w0.weight
-    assert "can't be run on tokens [n, D]" in str(Recogniser().body_of(experts))
+    assert "can't be run on tokens [n, D]" in str(Recognizer().body_of(experts))
 
 
 def test_experts_that_differ_are_refused() -> None:
-    assert "experts 0 and 1 have weights of different shapes" in str(Recogniser().body_of([Gated(), Gated(hidden=24)]))
-    assert "experts 0 and 1 compute different functions" in str(Recogniser().body_of([Gated(), Gated(F.gelu)]))
+    assert "experts 0 and 1 have weights of different shapes" in str(Recognizer().body_of([Gated(), Gated(hidden=24)]))
+    assert "experts 0 and 1 compute different functions" in str(Recognizer().body_of([Gated(), Gated(F.gelu)]))
 
 
 def test_a_setting_that_does_not_matter_may_differ() -> None:
     experts = [Gated(), Gated()]
     for e, expert in enumerate(experts):
         expert.number = e
-    assert isinstance(Recogniser().body_of(experts), ExpertBody)
+    assert isinstance(Recognizer().body_of(experts), ExpertBody)

@@ -80,7 +80,7 @@ class Layer(nn.Module):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_recognised(transposed: bool, interleaved: bool, gated: bool) -> None:
+def test_recognized(transposed: bool, interleaved: bool, gated: bool) -> None:
     torch.manual_seed(0)
     layer = Layer(Packed(transposed, interleaved, gated)).eval()
     x = torch.randn(19, WIDTH)
@@ -125,7 +125,7 @@ def test_parameters_of_another_shape_are_no_experts() -> None:
     assert "for different numbers of experts" in miss.reason
 
 
-def test_quantised_weights_are_refused() -> None:
+def test_quantized_weights_are_refused() -> None:
     layer = Packed().to(torch.float8_e4m3fn)
     (miss,) = prepare(layer).rejected
-    assert "quantised or sharded weights (first is a Parameter of torch.float8_e4m3fn)" in miss.reason
+    assert "quantized or sharded weights (first is a Parameter of torch.float8_e4m3fn)" in miss.reason

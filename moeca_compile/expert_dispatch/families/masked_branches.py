@@ -10,7 +10,6 @@ Where experts themselves stand in such a branch they run on all rows, the price 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -29,9 +28,8 @@ from moeca_compile.expert_dispatch.proof.candidate import (
     raised,
 )
 from moeca_compile.expert_dispatch.proof.entries import entries
-from moeca_compile.expert_dispatch.proof.harness import Harness, run
+from moeca_compile.expert_dispatch.proof.harness import Harness
 from moeca_compile.expert_dispatch.proof.packed_experts import PackedHarness
-from moeca_compile.expert_dispatch.proof.probe import isolated
 from moeca_compile.expert_dispatch.proof.traceable import blocker
 from moeca_compile.expert_dispatch.rewrite.one_loop import one_loop
 from moeca_compile.expert_dispatch.rewrite.one_result import decorated
@@ -67,8 +65,8 @@ class MaskedBranches(Family):
                 yield NOT_NEEDED
                 return
             yield from _straightened(harness, loop, entry, lines)
-        given = ", ".join(branched.parameters[1:])
-        reason = f"no way to run {loop.name}({given}) is known that fills and empties the mask"
+        parameters = ", ".join(branched.parameters[1:])
+        reason = f"no way to run {loop.name}({parameters}) is known that fills and empties the mask"
         yield Unproven(reason, Rank.NO_ENTRY)
 
     def explain(self, loop: Loop, unproven: Unproven) -> str:
@@ -116,10 +114,7 @@ def _telling(harness: Harness, loop: Loop) -> Iterator[tuple[Entry, frozenset[in
         function = rebuild(loop.source, tree, {WATCH: watch})
         try:
             for seed in _SEEDS:
-                with isolated():
-                    module = harness.copy()
-                    module.__dict__[loop.name] = types.MethodType(function, module)
-                    run(module, entry, entry.arguments(harness, seed, torch.float32))
+                harness.observed(entry, loop.name, function, seed)
         except Exception as error:  # whatever somebody's method can raise for arguments that aren't its own
             raised(f"{loop.name} was tried with other arguments than its own", error)
             continue

@@ -39,7 +39,7 @@ def register(family: Family, before: str = "", after: str = "") -> Family:
     Raises:
         OptionError: no `Family`, a name that is missing or taken, an unknown `before` or `after`, or both of them.
     """
-    names = [known.name for known in _asked]
+    names = [other.name for other in _asked]
     if not isinstance(family, Family):
         raise OptionError(f"register: expected an object of a subclass of Family, and got {family!r}")
     if not family.name:
@@ -65,9 +65,9 @@ def unregister(name: str) -> None:
     Raises:
         OptionError: no family of this name is registered. The built-in ones stay.
     """
-    own = [family for family in _asked if family not in FAMILIES]
-    for family in own:
+    registered = [family for family in _asked if family not in FAMILIES]
+    for family in registered:
         if family.name == name:
             _asked.remove(family)
             return
-    raise OptionError(f"unregister: no family {name!r} is registered; registered are {[f.name for f in own]}")
+    raise OptionError(f"unregister: no family {name!r} is registered; registered are {[f.name for f in registered]}")

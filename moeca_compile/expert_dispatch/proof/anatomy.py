@@ -31,10 +31,10 @@ class Anatomy:
 
 
 def anatomy_of(module: nn.Module) -> Anatomy:
-    own = beneath_adapters(module)
-    children = tuple((name, anatomy_of(child)) for name, child in own._modules.items() if child is not None)
-    parameters = tuple((name, tuple(p.shape)) for name, p in own._parameters.items() if p is not None)
-    return Anatomy(type(own), parameters, children)
+    bare = beneath_adapters(module)
+    children = tuple((name, anatomy_of(child)) for name, child in bare._modules.items() if child is not None)
+    parameters = tuple((name, tuple(p.shape)) for name, p in bare._parameters.items() if p is not None)
+    return Anatomy(type(bare), parameters, children)
 
 
 def compare(module: nn.Module, proven: Anatomy) -> int:
@@ -76,7 +76,7 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 def is_plain(p: Tensor) -> bool:
-    """Whether a parameter is an ordinary dense tensor (or what a tracer has in its place): nothing quantised."""
+    """Whether a parameter is an ordinary dense tensor (or what a tracer has in its place): nothing quantized."""
     return p.dtype in _PLAIN and (type(p) is nn.Parameter or isinstance(p, (FakeTensor, FunctionalTensor)))
 
 
@@ -95,8 +95,8 @@ def beneath_adapters(module: nn.Module) -> nn.Module:
 
 def leaves(module: nn.Module) -> int:
     """How many modules without submodules it holds; an adapter layer counts as the module it stands in for."""
-    own = beneath_adapters(module)
-    children = [child for child in own._modules.values() if child is not None]
+    bare = beneath_adapters(module)
+    children = [child for child in bare._modules.values() if child is not None]
     return sum(map(leaves, children)) if children else 1
 
 
@@ -125,17 +125,19 @@ def _is_its_own(module: nn.Module) -> bool:
     if getattr(forward, "__func__", None) is type(module).forward:
         return True
     code = getattr(forward, "__code__", None) if isinstance(forward, types.MethodType) else None
-    return code is not None and any(isinstance(one, str) and one.startswith("moeca ") for one in code.co_consts)
+    return code is not None and any(
+        isinstance(constant, str) and constant.startswith("moeca ") for constant in code.co_consts
+    )
 
 
 def _hook(module: nn.Module) -> str:
-    own = vars(module)
-    if "_hf_hook" in own:
-        parts = getattr(own["_hf_hook"], "hooks", (own["_hf_hook"],))
-        return f"an accelerate hook ({', '.join(type(one).__name__ for one in parts)})"
-    if "_diffusers_hook" in own:
-        return f"a diffusers hook ({', '.join(getattr(own['_diffusers_hook'], 'hooks', ()))})"
-    if "forward" in own and not _is_its_own(module):
+    attributes = vars(module)
+    if "_hf_hook" in attributes:
+        parts = getattr(attributes["_hf_hook"], "hooks", (attributes["_hf_hook"],))
+        return f"an accelerate hook ({', '.join(type(part).__name__ for part in parts)})"
+    if "_diffusers_hook" in attributes:
+        return f"a diffusers hook ({', '.join(getattr(attributes['_diffusers_hook'], 'hooks', ()))})"
+    if "forward" in attributes and not _is_its_own(module):
         return "a forward that was replaced on the instance"
     hook = next(iter((*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
     return f"a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})"

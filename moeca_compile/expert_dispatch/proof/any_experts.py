@@ -60,11 +60,11 @@ class AnyExperts:
 
     def condition(self, owner: nn.Module) -> int:
         """Adapters need no other form: each expert's own forward runs already."""
-        experts, own = members(owner, self.stack), self.anatomies
-        if len(own) not in (1, len(experts)):
+        experts, anatomies = members(owner, self.stack), self.anatomies
+        if len(anatomies) not in (1, len(experts)):
             return CHANGED
         for e, expert in enumerate(experts):
-            if compare(expert, own[e % len(own)]) == CHANGED:
+            if compare(expert, anatomies[e % len(anatomies)]) == CHANGED:
                 return CHANGED
         return SAME
 
@@ -88,19 +88,19 @@ def recognize(stack: tuple[str, ...], experts: Sequence[nn.Module]) -> AnyExpert
     """Experts that map each token by itself, deterministically, [n, D] to [n, D_out]; or what speaks against it."""
     first: AnyExperts | None = None
     for e, expert in enumerate(experts):
-        found = _form(stack, expert)
-        if isinstance(found, str):
-            return f"expert {e} {found}"
-        first = first or found
-        if found != first:
-            one, other = ((x.in_features, *x.extra, x.out_features) for x in (first, found))
-            return f"experts 0 and {e} map {one[:-1]} to {one[-1]} and {other[:-1]} to {other[-1]} features"
+        form = _form(stack, expert)
+        if isinstance(form, str):
+            return f"expert {e} {form}"
+        first = first or form
+        if form != first:
+            sizes, others = ((x.in_features, *x.extra, x.out_features) for x in (first, form))
+            return f"experts 0 and {e} map {sizes[:-1]} to {sizes[-1]} and {others[:-1]} to {others[-1]} features"
     assert first is not None
     return replace(first, anatomies=tuple(map(anatomy_of, experts)))
 
 
 def following(experts: ModuleExperts) -> AnyExperts:
-    """The form in which experts run by their own forward, adapters and quantised weights included."""
+    """The form in which experts run by their own forward, adapters and quantized weights included."""
     body = experts.body
     return AnyExperts(experts.stack, body.in_features, body.out_features, rank=body.rank, anatomies=(body.anatomy,))
 
@@ -117,11 +117,13 @@ def _form(stack: tuple[str, ...], expert: nn.Module) -> AnyExperts | str:
         for rank, (width, *extra) in product(RANKS, product(sizes, repeat=1 + more)):
             try:
                 twin = shadow(expert, random_parameters(expert, device))
-                rows = [torch.randn(_PROBE_TOKENS, one, device=device, dtype=torch.float32) for one in (width, *extra)]
+                rows = [
+                    torch.randn(_PROBE_TOKENS, size, device=device, dtype=torch.float32) for size in (width, *extra)
+                ]
                 rows[0] *= 3.0
-                y = run_expert(twin, rank, *(one.clone() for one in rows))
-                parts = zip(*(one.split(1) for one in rows), strict=True)
-                again = torch.cat([run_expert(twin, rank, *(one.clone() for one in part)) for part in parts])
+                y = run_expert(twin, rank, *(row.clone() for row in rows))
+                parts = zip(*(row.split(1) for row in rows), strict=True)
+                again = torch.cat([run_expert(twin, rank, *(row.clone() for row in part)) for part in parts])
             except Exception as error:
                 problem = problem or f"can't be run on tokens [n, D] ({type(error).__name__}: {error})"
                 continue
@@ -139,5 +141,5 @@ def _form(stack: tuple[str, ...], expert: nn.Module) -> AnyExperts | str:
 def _more_arguments(expert: nn.Module) -> int:
     """How many arguments without a default its forward takes beside the tokens."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    given = inspect.signature(expert.forward).parameters.values()
-    return max(0, sum(one.kind in kinds and one.default is one.empty for one in given) - 1)
+    parameters = inspect.signature(expert.forward).parameters.values()
+    return max(0, sum(p.kind in kinds and p.default is p.empty for p in parameters) - 1)

@@ -19,7 +19,7 @@ from moeca_compile.expert_dispatch.proof.any_experts import following
 from moeca_compile.expert_dispatch.proof.experts import ModuleExperts
 from moeca_compile.expert_dispatch.routed import NAME, Experts, Routed
 from moeca_compile.expert_dispatch.source.loop import Loop
-from moeca_compile.expert_dispatch.source.method_source import Source, rebuild
+from moeca_compile.expert_dispatch.source.method_source import Source, located, rebuild
 
 if TYPE_CHECKING:
     from moeca_compile.expert_dispatch.proof.harness import Harness
@@ -78,12 +78,8 @@ class Rewrite:
             routed: what the call computes, and with which experts.
         """
         tree = copy.copy(loop.source.tree)
-        tree.body = ast.parse(code).body
         place = loop.nest[0] if loop.nest else loop.source.tree
-        for statement in tree.body:
-            for node in ast.walk(statement):
-                if isinstance(node, (ast.stmt, ast.expr)):
-                    ast.copy_location(node, place)
+        tree.body = [located(statement, place) for statement in ast.parse(code).body]
         return Rewrite.of(loop, tree, routed)
 
     def fitting(self, owner: nn.Module) -> Rewrite:

@@ -54,15 +54,15 @@ def _makers(extra: int, special: set[int]) -> list[_Maker]:
 
 def specials(harness: Harness, source: Source) -> set[int]:
     """Numbers that the code compares something with: written out, or an attribute of the module."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for node in ast.walk(source.tree):
         for part in (node.left, *node.comparators) if isinstance(node, ast.Compare) else ():
             value = part.value if isinstance(part, ast.Constant) else None
             if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
                 value = vars(harness.module).get(part.attr) if part.value.id == source.self_name else None
             if type(value) is int and value >= 0:
-                found.add(value)
-    return found
+                numbers.add(value)
+    return numbers
 
 
 class _Maker:
@@ -80,11 +80,11 @@ class _Maker:
         return tuple(made)
 
     def _extra(
-        self, kind: str, own: int, seed: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype
+        self, kind: str, own_seed: int, seed: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         if kind in ("vector", "tokens"):
             shape = (_BATCH, width) if kind == "vector" else (_BATCH, tokens, width)
-            return tokens_of(own, shape, device, dtype)
+            return tokens_of(own_seed, shape, device, dtype)
         picked = torch.zeros(_BATCH, dtype=torch.bool)
         picked[: {2: _BATCH, 3: 0}.get(seed, _BATCH // 2)] = True
         if kind == "labels":
@@ -95,6 +95,6 @@ class _Maker:
             return torch.where(picked, torch.tensor(chosen), values).to(device)
         if kind == "mask":
             return picked.to(device)
-        generator = torch.Generator().manual_seed(own)
+        generator = torch.Generator().manual_seed(own_seed)
         some = torch.rand(_BATCH, tokens, generator=generator) < 0.5
         return (some if seed not in (2, 3) else picked[:, None].expand(_BATCH, tokens)).to(device)

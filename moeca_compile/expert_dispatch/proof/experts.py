@@ -144,15 +144,15 @@ def members(owner: nn.Module, stack: Sequence[str]) -> list[nn.Module]:
 
 def run_expert(expert: nn.Module, rank: int, *rows: Tensor) -> Any:
     """An expert's own forward on rows [n, D]: given to it as they are, or as one sample [1, n, D]."""
-    result: Any = expert(*rows) if rank == 2 else expert(*(one.unsqueeze(0) for one in rows))
+    result: Any = expert(*rows) if rank == 2 else expert(*(row.unsqueeze(0) for row in rows))
     return result if rank == 2 or not isinstance(result, Tensor) else result.squeeze(0)
 
 
-class Recogniser:
-    """Recognises expert stacks; remembers the bodies it has proven, since a model repeats one many times."""
+class Recognizer:
+    """Recognizes expert stacks; remembers the bodies it has proven, since a model repeats one many times."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[list[object], ExpertBody | str]] = []
+        self._bodies: list[tuple[list[object], ExpertBody | str]] = []
 
     def body_of(self, experts: Sequence[nn.Module]) -> ExpertBody | str:
         """The body that all `experts` share, or why they can't be given to `moeca::experts`."""
@@ -164,7 +164,7 @@ class Recogniser:
             problem = _unfit(expert)
             if problem:
                 return f"expert {e} {problem}"
-            body = self._one(expert)
+            body = self._body(expert)
             if isinstance(body, str):
                 return f"expert {e} {body}"
             bodies.append(body)
@@ -172,13 +172,13 @@ class Recogniser:
                 return f"experts 0 and {e} compute different functions"
         return bodies[0]
 
-    def _one(self, expert: nn.Module) -> ExpertBody | str:
+    def _body(self, expert: nn.Module) -> ExpertBody | str:
         facts = _facts(expert)
-        for known, body in self._known:
-            if known == facts:
+        for facts_of_body, body in self._bodies:
+            if facts_of_body == facts:
                 return body
         body = _identify(expert)
-        self._known.append((facts, body))
+        self._bodies.append((facts, body))
         return body
 
 
@@ -218,10 +218,10 @@ def _unfit(expert: nn.Module) -> str:
     owned = {id(p) for linear in linears.values() for p in linear.parameters()}
     for name, module in expert.named_modules():
         if next(module.buffers(recurse=False), None) is not None:
-            return f"keeps a buffer in {name or 'itself'}: only stateless experts are recognised"
+            return f"keeps a buffer in {name or 'itself'}: only stateless experts are recognized"
     for name, p in expert.named_parameters():
         if id(p) not in owned:
-            return f"has a parameter outside its Linear layers ({name}): only MLP and gated MLP bodies are recognised"
+            return f"has a parameter outside its Linear layers ({name}): only MLP and gated MLP bodies are recognized"
     if len(linears) not in (2, 3):
         return f"has {len(linears)} Linear layers, not the 2 or 3 of a (gated) MLP"
     return ""
@@ -235,12 +235,16 @@ def _linears(expert: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Linear]]:
 
 def _facts(expert: nn.Module) -> list[object]:
     """Class, settings and shapes of an expert and all its parts: where they are equal, so is the function."""
-    kept = ("training", "_modules", "_parameters", "_buffers")
+    elsewhere = ("training", "_modules", "_parameters", "_buffers")
     return [
         (
             name,
             type(module),
-            {k: v for k, v in vars(module).items() if k not in kept and isinstance(v, (bool, int, float, str, type))},
+            {
+                k: v
+                for k, v in vars(module).items()
+                if k not in elsewhere and isinstance(v, (bool, int, float, str, type))
+            },
             {k: getattr(module, k) for k, v in vars(module).items() if callable(v)},
             {k: None if p is None else (p.shape, p.dtype) for k, p in module._parameters.items()},
         )
@@ -291,14 +295,14 @@ def _identify(expert: nn.Module) -> ExpertBody | str:
                 twin = shadow(expert, random_parameters(expert, device))
                 # Large enough that the activations differ: near zero all are a straight line.
                 x = 3.0 * torch.randn(_PROBE_TOKENS, width, device=device, dtype=torch.float32)
-                wanted = run_expert(twin, rank, x.clone())
+                expected = run_expert(twin, rank, x.clone())
             except Exception as error:
                 problem = problem or f"can't be run on tokens [n, D] ({type(error).__name__}: {error})"
                 continue
-            if not isinstance(wanted, Tensor):
-                return f"returns a {type(wanted).__name__}, not one tensor"
+            if not isinstance(expected, Tensor):
+                return f"returns a {type(expected).__name__}, not one tensor"
             bodies = list(_bodies(twin, candidates, rank))
-            errors = [_error(twin, x, wanted, body) for body in bodies]
+            errors = [_error(twin, x, expected, body) for body in bodies]
             if min(errors) < _TOLERANCE:
                 return bodies[errors.index(min(errors))]
             problem = f"computes something other than a (gated) MLP with an activation of {', '.join(ACTIVATIONS)}"
@@ -313,9 +317,9 @@ def _bodies(expert: nn.Module, roles: list[tuple[Part, Part, Part | None]], rank
             yield ExpertBody(up, down, gate, activation, d_in, d_out, anatomy, rank)
 
 
-def _error(expert: nn.Module, x: Tensor, wanted: Tensor, body: ExpertBody) -> float:
+def _error(expert: nn.Module, x: Tensor, expected: Tensor, body: ExpertBody) -> float:
     """Largest difference between the expert's own output and `body`'s, relative to the largest output."""
-    if body.in_features != x.shape[1] or wanted.shape != (len(x), body.out_features):
+    if body.in_features != x.shape[1] or expected.shape != (len(x), body.out_features):
         return math.inf
     ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
-    return relative_error(segments(x, ids, *body.weights([expert]), body.activation).squeeze(1), wanted)
+    return relative_error(segments(x, ids, *body.weights([expert]), body.activation).squeeze(1), expected)

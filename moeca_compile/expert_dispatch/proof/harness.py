@@ -63,6 +63,18 @@ class Harness(ABC):
         """What a rewritten copy calls."""
         return real
 
+    def observed(self, entry: Entry, name: str, function: Callable[..., object], seed: int = 1) -> nn.Module:
+        """A copy that has run `entry` with `function` in place of its method `name`.
+
+        Raises:
+            Exception: whatever somebody's method raises for arguments that aren't its own.
+        """
+        with isolated():
+            module = self.copy()
+            module.__dict__[name] = types.MethodType(function, module)
+            run(module, entry, entry.arguments(self, seed, torch.float32))
+        return module
+
     def holding(self, experts: Experts) -> Harness:
         """The harness for another reading of the same experts."""
         return self if experts is self.experts else type(self)(self.module, experts)

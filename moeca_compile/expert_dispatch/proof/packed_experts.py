@@ -126,7 +126,7 @@ def weights_problem(module: nn.Module) -> str:
         return f"its packed weights {shapes_of(module)} are for different numbers of experts"
     for name, p in packed.items():
         if not is_plain(p):
-            return f"it has quantised or sharded weights ({name} is a {type(p).__name__} of {p.dtype})"
+            return f"it has quantized or sharded weights ({name} is a {type(p).__name__} of {p.dtype})"
     return ""
 
 

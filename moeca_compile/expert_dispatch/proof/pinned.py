@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from moeca_compile.expert_dispatch.proof.candidate import Candidate, Entry, Pin
-from moeca_compile.expert_dispatch.proof.harness import Harness, run
-from moeca_compile.expert_dispatch.proof.probe import isolated
+from moeca_compile.expert_dispatch.proof.harness import Harness
 from moeca_compile.expert_dispatch.source.loop import Loop
 from moeca_compile.expert_dispatch.source.method_source import loads
 
@@ -56,10 +52,7 @@ def _constant(harness: Harness, entry: Entry, method: str, seeds: Sequence[int] 
         return function(self, *args, **kwargs)
 
     for seed in seeds:
-        with isolated():
-            module = harness.copy()
-            module.__dict__[method] = types.MethodType(note, module)
-            run(module, entry, entry.arguments(harness, seed, torch.float32))
+        harness.observed(entry, method, note, seed)
     for parameter, place in parameters(function) if calls else ():
         values = [call.get(parameter.name) for call in calls]
         if isinstance(values[0], _VALUES) and all(_same(value, values[0]) for value in values):

@@ -85,11 +85,11 @@ def close(a: object, b: object) -> bool:
     return type(a) is type(b)
 
 
-def relative_error(got: Tensor, wanted: object) -> float:
-    """Largest difference relative to the largest wanted value; infinite for another shape or not a number."""
-    if not isinstance(wanted, Tensor) or got.shape != wanted.shape:
+def relative_error(result: Tensor, expected: object) -> float:
+    """Largest difference relative to the largest expected value; infinite for another shape or not a number."""
+    if not isinstance(expected, Tensor) or result.shape != expected.shape:
         return math.inf
-    error = float((got - wanted).abs().max() / wanted.abs().max())
+    error = float((result - expected).abs().max() / expected.abs().max())
     return math.inf if math.isnan(error) else error
 
 
@@ -105,8 +105,8 @@ def differing_state(a: nn.Module, b: nn.Module) -> str:
 
 
 def _state(module: nn.Module) -> dict[str, object]:
-    own = ("_modules", "_parameters", "_buffers")
-    plain = {name: value for name, value in vars(module).items() if name not in own and not callable(value)}
+    elsewhere = ("_modules", "_parameters", "_buffers")
+    plain = {name: value for name, value in vars(module).items() if name not in elsewhere and not callable(value)}
     return {**plain, **module._buffers}
 
 

@@ -8,13 +8,10 @@ lists of hit experts, counts on the host) go with it; everything else stays as t
 from __future__ import annotations
 
 import ast
-import copy
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moeca_compile.expert_dispatch.proof.candidate import (
@@ -27,13 +24,13 @@ from moeca_compile.expert_dispatch.proof.candidate import (
     Unproven,
     raised,
 )
-from moeca_compile.expert_dispatch.proof.harness import Harness, run
+from moeca_compile.expert_dispatch.proof.harness import Harness
 from moeca_compile.expert_dispatch.proof.probe import close, isolated
 from moeca_compile.expert_dispatch.proof.roles import Roles, roles
 from moeca_compile.expert_dispatch.rewrite.one_result import decorated, one_result
 from moeca_compile.expert_dispatch.routed import NAME, Routed
 from moeca_compile.expert_dispatch.source.loop import Loop, feeders
-from moeca_compile.expert_dispatch.source.method_source import loads, rebuild, stores, suites
+from moeca_compile.expert_dispatch.source.method_source import loads, rebuild, replaced, stores, suites
 
 _BEFORE, _AFTER = "_moeca_before", "_moeca_after"
 
@@ -81,8 +78,8 @@ def one_loop(harness: Harness, loop: Loop, entries: Iterable[Entry]) -> Iterator
             yield from _in_place_of(harness, loop, statement, entry, values)
         yield from one_result(harness, loop, [entry])
         return
-    given = ", ".join(loop.source.parameters[1:])
-    yield Unproven(f"{loop.name} takes ({given}): no way to run it is known", Rank.NO_ENTRY)
+    parameters = ", ".join(loop.source.parameters[1:])
+    yield Unproven(f"{loop.name} takes ({parameters}): no way to run it is known", Rank.NO_ENTRY)
 
 
 def _observe(harness: Harness, loop: Loop, statement: ast.stmt, entry: Entry) -> _Locals:
@@ -95,14 +92,9 @@ def _observe(harness: Harness, loop: Loop, statement: ast.stmt, entry: Entry) ->
         _BEFORE: lambda scope: note(values.before, scope),
         _AFTER: lambda scope: note(values.after, scope),
     }
-    around = ast.parse(f"if True:\n {_BEFORE}(locals())\n pass\n {_AFTER}(locals())").body[0]
-    assert isinstance(around, ast.If)
-    around.body[1] = statement
-    function = rebuild(loop.source, _replaced(loop.source.tree, {statement: around}), hooks)
-    with isolated():
-        values.module = harness.copy()
-        values.module.__dict__[loop.name] = types.MethodType(function, values.module)
-        run(values.module, entry, entry.arguments(harness, 1, torch.float32))
+    marks = ast.parse(f"{_BEFORE}(locals())\n{_AFTER}(locals())").body
+    tree = replaced(loop.source.tree, {statement: [marks[0], statement, marks[1]]})
+    values.module = harness.observed(entry, loop.name, rebuild(loop.source, tree, hooks))
     return values
 
 
@@ -167,23 +159,22 @@ def _starts_at_zero(tree: ast.FunctionDef, loop: ast.stmt, name: str) -> bool:
 def _with_call(loop: Loop, statement: ast.stmt, names: tuple[str, ...]) -> ast.FunctionDef:
     """`result = _moeca_routed(self, x, idx, w, result)` in place of the loop, and nothing that only the loop used."""
     result = names[3]
-    call = ast.parse(f"{result} = {NAME}({loop.source.self_name}, {', '.join(names)})").body[0]
-    replaced: dict[ast.stmt, ast.stmt] = {statement: call}
-    replaced.update((dead, ast.Pass()) for dead in _only_for(loop.source.tree, statement, set(names)))
-    return _replaced(loop.source.tree, replaced)
+    call = ast.parse(f"{result} = {NAME}({loop.source.self_name}, {', '.join(names)})").body
+    dead = _only_for(loop.source.tree, statement, set(names))
+    return replaced(loop.source.tree, {statement: call, **{s: [ast.Pass()] for s in dead}})
 
 
-def _only_for(tree: ast.FunctionDef, loop: ast.stmt, kept: set[str]) -> list[ast.Assign]:
+def _only_for(tree: ast.FunctionDef, loop: ast.stmt, read_by_call: set[str]) -> list[ast.Assign]:
     """Assignments to plain names that nothing but the loop, or another one of them, reads."""
     serving = [s for s in feeders(tree, loop) if all(isinstance(t, (ast.Name, ast.Tuple)) for t in s.targets)]
     while True:
-        names = {name for s in serving for name in stores(s)}
         skipped = {*serving, loop}
-        alive = kept | {n.id for n in _walk(tree, skipped) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        still = [s for s in serving if not stores(s) & alive]
-        if len(still) == len(serving):
-            return serving if names else []
-        serving = still
+        names = [node for node in _walk(tree, skipped) if isinstance(node, ast.Name)]
+        alive = read_by_call | {node.id for node in names if isinstance(node.ctx, ast.Load)}
+        remaining = [s for s in serving if stores(s) and not stores(s) & alive]
+        if len(remaining) == len(serving):
+            return serving
+        serving = remaining
 
 
 def _walk(tree: ast.AST, skipped: set[Any]) -> Iterator[ast.AST]:
@@ -191,13 +182,3 @@ def _walk(tree: ast.AST, skipped: set[Any]) -> Iterator[ast.AST]:
         if child not in skipped:
             yield child
             yield from _walk(child, skipped)
-
-
-def _replaced(tree: ast.FunctionDef, new: dict[ast.stmt, ast.stmt]) -> ast.FunctionDef:
-    """A copy of `tree` with some statements exchanged; each new one gets the old one's lines."""
-    for old, statement in new.items():
-        ast.copy_location(statement, old)
-        for node in _walk(statement, {old}):
-            if isinstance(node, (ast.stmt, ast.expr)):
-                ast.copy_location(node, old)
-    return copy.deepcopy(tree, {id(old): statement for old, statement in new.items()})

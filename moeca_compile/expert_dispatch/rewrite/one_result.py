@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ast
 import copy
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moeca_compile.expert_dispatch.proof.candidate import (
@@ -26,12 +24,12 @@ from moeca_compile.expert_dispatch.proof.candidate import (
     Unproven,
     raised,
 )
-from moeca_compile.expert_dispatch.proof.harness import Harness, run
+from moeca_compile.expert_dispatch.proof.harness import Harness
 from moeca_compile.expert_dispatch.proof.probe import close, isolated
 from moeca_compile.expert_dispatch.proof.roles import Roles, roles
 from moeca_compile.expert_dispatch.routed import NAME, Routed
 from moeca_compile.expert_dispatch.source.loop import Loop
-from moeca_compile.expert_dispatch.source.method_source import in_order, rebuild, stores, suites
+from moeca_compile.expert_dispatch.source.method_source import in_order, located, rebuild, replaced, stores, suites
 from moeca_compile.expert_dispatch.source.prune import prune
 
 _NOTE = "_moeca_note"
@@ -146,32 +144,12 @@ def _observe(
     def reached() -> None:
         passed.append(True)
 
-    notes = {s: mark(i) for s, i in numbers.items()}
-    clone = _edited(tree, notes, {anchor: [*ast.parse(f"{_NOTE}_passed()").body, anchor]})
-    clone.body[:0] = [ast.copy_location(s, clone.body[0]) for s in mark(-1)]
-    ast.fix_missing_locations(clone)
+    new = {s: [s, *mark(i)] for s, i in numbers.items()}
+    new[anchor] = [*ast.parse(f"{_NOTE}_passed()").body, *new.get(anchor, [anchor])]
+    clone = replaced(tree, new)
+    clone.body[:0] = [located(s, clone.body[0]) for s in mark(-1)]
     function = rebuild(loop.source, clone, {_NOTE: note, f"{_NOTE}_passed": reached})
-    with isolated():
-        module = harness.copy()
-        module.__dict__[loop.name] = types.MethodType(function, module)
-        run(module, entry, entry.arguments(harness, 1, torch.float32))
-    return module, before, after
-
-
-def _edited(
-    tree: ast.FunctionDef, behind: dict[ast.stmt, list[ast.stmt]], instead: dict[ast.stmt, list[ast.stmt]]
-) -> ast.FunctionDef:
-    """A copy of `tree` with statements put behind some of its own, and others in the place of some."""
-    memo: dict[int, Any] = {}
-    clone: ast.FunctionDef = copy.deepcopy(tree, memo)
-    for block in list(suites(clone)):
-        for statement in list(block):
-            old = next((s for s in (*behind, *instead) if memo[id(s)] is statement), None)
-            if old is not None:
-                at = block.index(statement)
-                own = [memo.get(id(s), s) for s in instead.get(old, [old])]
-                block[at : at + 1] = [ast.copy_location(s, statement) for s in (*own, *behind.get(old, ()))]
-    return clone
+    return harness.observed(entry, loop.name, function), before, after
 
 
 def _matches(
@@ -203,17 +181,17 @@ def _with_call(loop: Loop, tree: ast.FunctionDef, target: _Value, parts: list[_V
     numbers = _noted(tree)
     statements = {i: s for s, i in numbers.items()}
     names = ["_moeca_x", "_moeca_idx", "_moeca_w", *(f"_moeca_extra{i}" for i in range(len(parts) - 3))]
-    snapshots: dict[ast.stmt, list[ast.stmt]] = {}
+    new: dict[ast.stmt, list[ast.stmt]] = {}
     first: list[ast.stmt] = []
     for local, part in zip(names, parts, strict=True):
-        bound = ast.parse(f"{local} = {part.name}").body
+        snapshot = ast.parse(f"{local} = {part.name}").body
         if part.index < 0:
-            first.extend(bound)
+            first.extend(snapshot)
         else:
-            snapshots.setdefault(statements[part.index], []).extend(bound)
-    result = statements[target.index]
+            statement = statements[part.index]
+            new.setdefault(statement, [statement]).extend(snapshot)
     passed = ", ".join([*names[:3], "None", *names[3:]] if names[3:] else names)
-    call = ast.parse(f"{target.name} = {NAME}({loop.source.self_name}, {passed})").body
-    tree = _edited(tree, snapshots, {result: call})
-    tree.body[:0] = [ast.copy_location(s, tree.body[0]) for s in first]
-    return prune(ast.fix_missing_locations(tree))
+    new[statements[target.index]] = ast.parse(f"{target.name} = {NAME}({loop.source.self_name}, {passed})").body
+    tree = replaced(tree, new)
+    tree.body[:0] = [located(s, tree.body[0]) for s in first]
+    return prune(tree)

@@ -83,8 +83,8 @@ def packed_method(harness: PackedHarness, loop: Loop, layouts: Sequence[Layout])
         if _passed_over(harness, loop):
             yield NOT_NEEDED
             return
-        given = ", ".join(loop.source.parameters[1:])
-        reason = f"{loop.name} takes ({given}), not just tokens, ids and gate weights, each required"
+        parameters = ", ".join(loop.source.parameters[1:])
+        reason = f"{loop.name} takes ({parameters}), not just tokens, ids and gate weights, each required"
         yield Unproven(reason, Rank.SETTLED)
         return
     problem = weights_problem(module)

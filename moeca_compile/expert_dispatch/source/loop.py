@@ -55,12 +55,12 @@ def feeders(tree: ast.FunctionDef, loop: ast.AST) -> list[ast.Assign]:
                 break
         elif isinstance(statement, ast.Assign):
             earlier.append(statement)
-    needed, found = loads(loop), []
+    needed, feeding = loads(loop), []
     for statement in reversed(earlier):
         if written(statement) & needed:
             needed |= loads(statement.value)
-            found.append(statement)
-    return found
+            feeding.append(statement)
+    return feeding
 
 
 def written(statement: ast.stmt) -> set[str]:

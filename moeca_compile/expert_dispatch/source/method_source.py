@@ -6,7 +6,7 @@ import ast
 import copy
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -113,6 +113,28 @@ def rebuild(source: Source, tree: ast.FunctionDef, helpers: Mapping[str, object]
     return function
 
 
+def replaced(tree: ast.FunctionDef, new: Mapping[ast.stmt, Sequence[ast.stmt]]) -> ast.FunctionDef:
+    """A copy of `tree` with statements exchanged for others, which may be some of its own, each by identity."""
+    memo: dict[int, Any] = {}
+    clone: ast.FunctionDef = copy.deepcopy(tree, memo)
+    originals = {id(memo[id(old)]): old for old in new}
+    for block in list(suites(clone)):
+        for statement in list(block):
+            old = originals.get(id(statement))
+            if old is not None:
+                at = block.index(statement)
+                block[at : at + 1] = [memo.get(id(s)) or located(s, old) for s in new[old]]
+    return clone
+
+
+def located(statement: ast.stmt, place: ast.stmt) -> ast.stmt:
+    """The same statement, at the line of another one: errors in it point there."""
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.stmt, ast.expr)):
+            ast.copy_location(node, place)
+    return statement
+
+
 def suites(tree: ast.AST) -> Iterator[list[ast.stmt]]:
     """Every list of statements below `tree`, without those of nested functions and classes."""
     for name in ("body", "orelse", "finalbody", "handlers", "cases"):
@@ -138,9 +160,9 @@ def in_order(tree: ast.AST) -> Iterator[ast.stmt]:
 
 def loads(tree: ast.AST) -> set[str]:
     """Names that the code reads; `x += 1` and `x[0] = 1` read x."""
-    found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    found |= {n.target.id for n in ast.walk(tree) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
-    return found
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    names |= {n.target.id for n in ast.walk(tree) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    return names
 
 
 def stores(tree: ast.AST) -> set[str]:

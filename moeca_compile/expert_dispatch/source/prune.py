@@ -82,9 +82,9 @@ def _reads(statement: ast.stmt) -> set[str]:
     if not hasattr(statement, "body"):
         # what it changes in place must be made before
         return loads(statement) | (written_locals(statement) or set())
-    found: set[str] = set()
-    for name in ("test", "iter", "items", "subject"):
-        part = getattr(statement, name, None)
-        for one in part if isinstance(part, list) else [part] if part is not None else []:
-            found |= loads(one)
-    return found | (stores(statement.target) if isinstance(statement, ast.For) else set())
+    names: set[str] = set()
+    for field in ("test", "iter", "items", "subject"):
+        part = getattr(statement, field, None)
+        for item in part if isinstance(part, list) else [part] if part is not None else []:
+            names |= loads(item)
+    return names | (stores(statement.target) if isinstance(statement, ast.For) else set())

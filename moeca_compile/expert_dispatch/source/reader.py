@@ -39,7 +39,7 @@ class Reader:
         self._bind()
 
     def loops(self) -> Iterator[Loop]:
-        seen: set[ast.AST] = set()
+        finished: set[ast.AST] = set()
         for use in ast.walk(self.source.tree):
             stack = self._used(use)
             if stack is None:
@@ -48,11 +48,11 @@ class Reader:
             nest = tuple(n for n in reversed(around) if isinstance(n, (ast.For, ast.While)))
             comprehensions = (n for n in around if isinstance(n, (ast.ListComp, ast.GeneratorExp)))
             repeated: ast.stmt | ast.expr | None = nest[0] if nest else next(comprehensions, None)
-            if repeated is None or repeated in seen:
+            if repeated is None or repeated in finished:
                 continue
             if nest and isinstance(use, ast.Call) and self._is_sequential(nest[-1], use):
                 continue
-            seen.add(repeated)
+            finished.add(repeated)
             evidence = self._evidence(repeated)
             if evidence:
                 packed = stack in self.packed
@@ -155,14 +155,14 @@ class Reader:
             for node in ast.walk(part):
                 if isinstance(node, ast.Assign) and (_is_mask(node.value) or loads(node.value) & masks):
                     masks |= stores(node)
-        found: set[str] = set()
+        evidence: set[str] = set()
         for part in parts:
-            found |= _evidence_in(part, masks)
+            evidence |= _evidence_in(part, masks)
             for node in ast.walk(part):
                 helper = self._helper(node)
                 if helper is not None:
-                    found |= _evidence_in(helper.tree, set())
-        return frozenset(found)
+                    evidence |= _evidence_in(helper.tree, set())
+        return frozenset(evidence)
 
     def _helper(self, node: ast.AST) -> Source | None:
         """The method that a `self.helper(...)` call runs."""
@@ -172,21 +172,21 @@ class Reader:
 
 
 def _evidence_in(part: ast.AST, masks: set[str]) -> set[str]:
-    found: set[str] = set()
+    evidence: set[str] = set()
     for node in ast.walk(part):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in _CALLS or (name == "where" and len(node.args) == 1):
-                found.add(name)
+                evidence.add(name)
             elif name == "int" and node.args and isinstance(node.args[0], ast.Subscript):
-                found.add("item")
+                evidence.add("item")
         elif isinstance(node, ast.Subscript) and (_is_mask(node.slice) or loads(node.slice) & masks):
-            found.add("mask")
+            evidence.add("mask")
         elif isinstance(node, ast.If):
             tested = {n.attr for n in ast.walk(node.test) if isinstance(n, ast.Attribute)}
             if tested & _TESTS:
-                found.add("if any")
-    return found
+                evidence.add("if any")
+    return evidence
 
 
 def _is_mask(node: ast.AST) -> bool:

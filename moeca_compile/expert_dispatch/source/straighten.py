@@ -60,7 +60,7 @@ def write(target: Tensor, mask: Tensor, value: Tensor | float) -> None:
 
 def _aliases(tree: ast.stmt) -> dict[str, ast.expr]:
     """Names that hold the positions a mask picks, `rows = torch.where(mask)[0]`, and that mask."""
-    found: dict[str, ast.expr] = {}
+    positions: dict[str, ast.expr] = {}
     for statement in in_order(tree):
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             target = statement.targets[0]
@@ -68,8 +68,8 @@ def _aliases(tree: ast.stmt) -> dict[str, ast.expr]:
                 target = target.elts[0]
             mask = _positions_of(statement.value)
             if isinstance(target, ast.Name) and mask is not None:
-                found[target.id] = mask
-    return found
+                positions[target.id] = mask
+    return positions
 
 
 def _positions_of(node: ast.expr) -> ast.expr | None:
@@ -111,17 +111,17 @@ class _Straighten(ast.NodeTransformer):
         body = [self.visit(s) for s in node.body]
         straight = _AllRows(masks[0], {**self.aliases, **_aliases(node)})
         flat = [s for part in body for s in (part if isinstance(part, list) else [part])]
-        kept: list[ast.stmt] = []
+        statements: list[ast.stmt] = []
         for made in (straight.visit(s) for s in flat if not straight.is_alias(s)):
-            kept.extend(made if isinstance(made, list) else [made])
+            statements.extend(made if isinstance(made, list) else [made])
         if self.watch:
             call = ast.Call(ast.Name(WATCH, ast.Load()), [ast.Constant(node.lineno), copy.deepcopy(masks[0])], [])
-            kept.insert(0, ast.copy_location(ast.Expr(call), node))
+            statements.insert(0, ast.copy_location(ast.Expr(call), node))
         static = [test for test in tests if self._emptiness(test) is None]
         if not static:
-            return kept
+            return statements
         rest = static[0] if len(static) == 1 else ast.BoolOp(ast.And(), static)
-        return ast.copy_location(ast.If(rest, kept, [self.visit(s) for s in node.orelse]), node)
+        return ast.copy_location(ast.If(rest, statements, [self.visit(s) for s in node.orelse]), node)
 
     def _emptiness(self, test: ast.expr) -> ast.expr | None:
         """The mask that a test asks whether it picks anything."""
@@ -173,27 +173,31 @@ class _AllRows(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         self.generic_visit(node)
-        return self._whole(node) or node
+        return self._all_rows(node) or node
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
         target = node.targets[0]
-        if len(node.targets) == 1 and isinstance(target, ast.Subscript) and (whole := self._whole(target)) is not None:
-            return self._write(node, whole, self.visit(node.value))
+        if (
+            len(node.targets) == 1
+            and isinstance(target, ast.Subscript)
+            and (base := self._all_rows(target)) is not None
+        ):
+            return self._write(node, base, self.visit(node.value))
         if isinstance(target, ast.Tuple) and len(node.targets) == 1:
-            wholes = [self._whole(e) if isinstance(e, ast.Subscript) else None for e in target.elts]
-            if any(whole is not None for whole in wholes):
-                parts = [f"_moeca_part{i}" if whole is not None else "" for i, whole in enumerate(wholes)]
+            bases = [self._all_rows(e) if isinstance(e, ast.Subscript) else None for e in target.elts]
+            if any(base is not None for base in bases):
+                parts = [f"_moeca_part{i}" if base is not None else "" for i, base in enumerate(bases)]
                 names = [ast.Name(p, ast.Store()) if p else e for p, e in zip(parts, target.elts, strict=True)]
                 first = ast.copy_location(ast.Assign([ast.Tuple(names, ast.Store())], self.visit(node.value)), node)
-                pairs = zip(parts, wholes, strict=True)
+                pairs = zip(parts, bases, strict=True)
                 return [first, *(self._write(node, w, ast.Name(p, ast.Load())) for p, w in pairs if w is not None)]
         self.generic_visit(node)
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
-        if isinstance(node.target, ast.Subscript) and (whole := self._whole(node.target)) is not None:
-            value = ast.BinOp(copy.deepcopy(whole), node.op, self.visit(node.value))
-            return self._write(node, whole, value)
+        if isinstance(node.target, ast.Subscript) and (base := self._all_rows(node.target)) is not None:
+            value = ast.BinOp(copy.deepcopy(base), node.op, self.visit(node.value))
+            return self._write(node, base, value)
         self.generic_visit(node)
         return node
 
@@ -204,17 +208,17 @@ class _AllRows(ast.NodeTransformer):
             axis, rows, value = call.args
             first = isinstance(axis, ast.Constant) and axis.value == 0
             if call.func.attr in ("index_add_", "index_copy_") and first and self._is_rows(rows):
-                whole, value = call.func.value, self.visit(value)
+                base, value = call.func.value, self.visit(value)
                 if call.func.attr == "index_add_":
-                    value = ast.BinOp(copy.deepcopy(whole), ast.Add(), value)
-                return self._write(node, whole, value)
+                    value = ast.BinOp(copy.deepcopy(base), ast.Add(), value)
+                return self._write(node, base, value)
         self.generic_visit(node)
         return node
 
     def _is_rows(self, node: ast.expr) -> bool:
         return ast.dump(node) in self.rows
 
-    def _whole(self, node: ast.Subscript) -> ast.expr | None:
+    def _all_rows(self, node: ast.Subscript) -> ast.expr | None:
         if self._is_rows(node.slice):
             return _loaded(node.value)
         if isinstance(node.slice, ast.Tuple) and self._is_rows(node.slice.elts[0]):
