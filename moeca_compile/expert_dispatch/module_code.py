@@ -80,7 +80,14 @@ class ModuleCode:
         return [Loop("forward", source, stack, (), lines[0], mark)]
 
     def sources(self, paths: Sequence[Path]) -> Iterator[tuple[str, Source]]:
-        """The methods with readable code that name something on one of the paths."""
+        """The methods with readable code that name something on one of the paths.
+
+        Args:
+            paths: those of containers or parameters, as in `stacks` and `packed`.
+
+        Returns:
+            (name, source) of each.
+        """
         for name, function in self._naming(paths).items():
             source = read(function)
             if source is not None and source.parameters:

@@ -83,12 +83,26 @@ def _followed(path: str, module: nn.Module) -> Iterator[Rejected]:
 
 
 def unprepare(model: nn.Module) -> int:
-    """Take back what `prepare` did to `model`; how many methods were restored."""
+    """Take back what `prepare` did.
+
+    Args:
+        model: any module; changed in place.
+
+    Returns:
+        How many methods were restored.
+    """
     return sum(uninstall(module) for module in model.modules())
 
 
 def prepared(model: nn.Module) -> tuple[PreparedModule, ...]:
-    """The modules in `model` that `prepare` has changed; empty, so false, where there are none."""
+    """The modules that `prepare` has changed.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Their reports, in module order; empty, so false, where there are none.
+    """
     reports: list[PreparedModule] = []
     for path, module in model.named_modules():
         reports += [_describe(path, module, note) for note in installed(module).values()]

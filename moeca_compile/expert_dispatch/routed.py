@@ -53,10 +53,13 @@ class Experts(Protocol):
 class Routed:
     """What a rewritten method calls in place of its dispatch.
 
-    `experts` says where the weights are, `dense` that the gate weights cover all experts ([T, E], not [T, K]),
-    `per_sample` that there is one choice for a whole sample ([N, K] for tokens [N, T, D]), `accumulate` that the sum
-    is added to what `like` holds, and `dtype` whose dtype the result has: "x", "y" (the
-    experts' output, another one under autocast), or "" for what promotion gives.
+    Attributes:
+        experts: where the weights are.
+        dense: the gate weights cover all experts, [T, E] in place of [T, K].
+        per_sample: there is one choice for a whole sample, [N, K] for tokens [N, T, D].
+        accumulate: the sum is added to what `like` holds.
+        dtype: whose dtype the result has: "x", "y" (the experts' output, another one under autocast), or "" for what
+            promotion gives.
     """
 
     experts: Experts

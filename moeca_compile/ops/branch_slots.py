@@ -41,7 +41,7 @@ def align(ids: Tensor, held: Tensor, gates: Tensor, chosen: Tensor) -> tuple[Ten
     Returns:
         source int64 [B, N, K], a permutation of each token's slots; hit bool [B, N, K].
     """
-    routed, slot, gate, computed = (_slots_first(one) for one in (ids, held, gates, chosen))
+    routed, slot, gate, computed = (_slots_first(values) for values in (ids, held, gates, chosen))
     match = _matches(routed, slot)
     hit, free = match.any(1), ~match.any(0)
     mine, other = gate[:, None], gate[None, :]
@@ -77,12 +77,12 @@ def pick(
     Returns:
         int64 [B, count], positions in the flat [N * K].
     """
-    hit, wanted = _held(ids, held, due)
+    hit, due_now = _held(ids, held, due)
     weight = gates.float().abs() if sensitivity is None else gates.float().abs() * sensitivity[ids]
-    weight = torch.where(hit, weight * wanted, weight)
+    weight = torch.where(hit, weight * due_now, weight)
     rank = torch.where(hit, 0.0, 4.0) + weight / (1 + weight)  # a tier each, 2 apart
     if threshold is not None:
-        past = _mean_by_expert(wanted, hit, ids, len(threshold)) >= threshold
+        past = _mean_by_expert(due_now, hit, ids, len(threshold)) >= threshold
         rank = rank + 2.0 * (hit & past.gather(1, ids.flatten(1)).view_as(ids))
     if quota is not None:
         rank = rank - 6.0 * ~_within(rank, ids, quota)
@@ -100,15 +100,15 @@ def drift_of(ids: Tensor, held: Tensor, due: Tensor, experts: int) -> Tensor:
     Returns:
         float32 [B, experts].
     """
-    hit, wanted = _held(ids, held, due)
-    return _mean_by_expert(wanted, hit, ids, experts)
+    hit, due_now = _held(ids, held, due)
+    return _mean_by_expert(due_now, hit, ids, experts)
 
 
 def _mean_by_expert(values: Tensor, among: Tensor, ids: Tensor, experts: int) -> Tensor:
     """[B, E] of values [B, N, K], which are 0 where they aren't `among` those that count."""
     total, count = (
-        torch.zeros(len(ids), experts, device=ids.device).scatter_add(1, ids.flatten(1), one.float().flatten(1))
-        for one in (values, among)
+        torch.zeros(len(ids), experts, device=ids.device).scatter_add(1, ids.flatten(1), summand.float().flatten(1))
+        for summand in (values, among)
     )
     return total / count
 
@@ -116,8 +116,8 @@ def _mean_by_expert(values: Tensor, among: Tensor, ids: Tensor, experts: int) ->
 def _held(ids: Tensor, held: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
     """Of each routed branch whether a slot holds it, and what is due there; both [B, N, K]."""
     match = _matches(_slots_first(ids), _slots_first(held))
-    wanted = torch.where(match, _slots_first(due)[None, :], 0.0).sum(1)
-    return _slots_last(match.any(1), ids), _slots_last(wanted, ids)
+    due_now = torch.where(match, _slots_first(due)[None, :], 0.0).sum(1)
+    return _slots_last(match.any(1), ids), _slots_last(due_now, ids)
 
 
 def _slots_first(values: Tensor) -> Tensor:

@@ -45,6 +45,13 @@ _LIBRARY.define(
 def activate_(h: Tensor, name: str) -> Tensor:
     """Apply an activation, in place where possible.
 
+    Args:
+        h: floating point, any shape; overwritten.
+        name: one of `ACTIVATIONS`.
+
+    Returns:
+        The result, in the shape and dtype of `h`.
+
     Raises:
         UserError: a name that isn't in `ACTIVATIONS`.
     """
@@ -104,8 +111,8 @@ def _run(
     # One pair of buffers for all experts: it stays in the cache.
     hidden = rows.new_empty(max(counts), up[0].shape[0])
     gates = torch.empty_like(hidden) if gate else hidden
-    for e, own in _slices(counts):
-        part = rows[own]
+    for e, segment in _slices(counts):
+        part = rows[segment]
         h = hidden[: len(part)]
         _linear(part, up[e], up_bias[e] if up_bias else None, out=h)
         if gate:
@@ -114,15 +121,15 @@ def _run(
             h.mul_(activate_(g, activation))
         else:
             h = activate_(h, activation)
-        _linear(h, down[e], down_bias[e] if down_bias else None, out=out[own])
+        _linear(h, down[e], down_bias[e] if down_bias else None, out=out[segment])
 
 
 def _run_packed(experts: PackedExperts, rows: Tensor, counts: Sequence[int], activation: str, out: Tensor) -> None:
-    for e, own in _slices(counts):
-        part = rows[own]
+    for e, segment in _slices(counts):
+        part = rows[segment]
         h = experts.up[e](part)
         h = h.mul_(activate_(experts.gate[e](part), activation)) if experts.gate else activate_(h, activation)
-        out[own] = experts.down[e](h)
+        out[segment] = experts.down[e](h)
 
 
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -142,6 +149,8 @@ def grouped(
 
     Weights that already lie evenly spaced in one storage are used where they are; others are stacked on every call.
     An id outside [0, E) is an error of `scatter_add_`, on CUDA a device-side assertion.
+
+    Args and result are those of `segments`, in bfloat16 and with sizes that `can_group` takes.
     """
     tokens, top_k = idx.shape
     flat = idx.reshape(-1)
@@ -162,7 +171,11 @@ def grouped(
 
 
 def stacked(tensors: Weights) -> Tensor:
-    """E tensors of one shape as one [E, ...]: a view where they lie evenly spaced in one storage, else a copy."""
+    """Give E tensors of one shape as one.
+
+    Returns:
+        [E, ...]: a view where they lie evenly spaced in one storage, else a copy.
+    """
     first, last = tensors[0], tensors[-1]
     places = list(map(Tensor.data_ptr, tensors))  # at every call, for every layer: what costs least
     step = places[1] - places[0] if len(places) > 1 else first.numel() * first.element_size()
@@ -170,7 +183,7 @@ def stacked(tensors: Weights) -> Tensor:
         step > 0
         and step % first.element_size() == 0
         and all(place == places[0] + e * step for e, place in enumerate(places))
-        and all(one.stride() == first.stride() for one in tensors)
+        and all(tensor.stride() == first.stride() for tensor in tensors)
         and last.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()  # then all between them do
     )
     if in_place:

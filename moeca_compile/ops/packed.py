@@ -25,7 +25,14 @@ _local = threading.local()
 
 @dataclass
 class PackedExperts:
-    """One layer's linear maps, bias included, by expert; `gate` may be empty."""
+    """One layer's linear maps by expert, bias included: rows [n, in] -> [n, out].
+
+    Attributes:
+        up, down, gate: E maps each; `gate` may be empty.
+        stamps: what the weights were when they were packed, in the order of `Packs.of`.
+        proven: no write that version counters don't show is suspected.
+        uses: how often the layer was asked for.
+    """
 
     up: list[Linear]
     down: list[Linear]
@@ -38,8 +45,8 @@ class PackedExperts:
         """Whether the weights are those that were packed, as far as this use looks."""
         self.uses += 1
         if not self.proven:
-            return all(stamp.matches(one) for stamp, one in zip(self.stamps, weights, strict=True))
-        return all(stamp.sample_matches(one, self.uses) for stamp, one in zip(self.stamps, weights, strict=True))
+            return all(stamp.matches(weight) for stamp, weight in zip(self.stamps, weights, strict=True))
+        return all(stamp.sample_matches(weight, self.uses) for stamp, weight in zip(self.stamps, weights, strict=True))
 
 
 class Packs:
@@ -66,13 +73,23 @@ class Packs:
     def of(
         self, up: Weights, down: Weights, gate: Weights, up_bias: Weights, down_bias: Weights, gate_bias: Weights
     ) -> PackedExperts | None:
-        """The packed form of these weights; None where oneDNN doesn't take them."""
+        """The packed form of one layer's weights.
+
+        Args:
+            up, gate: E weights [I, D]; `gate` may be empty.
+            down: E weights [D_out, I].
+            up_bias, gate_bias: E biases [I], or none.
+            down_bias: E biases [D_out], or none.
+
+        Returns:
+            The layer, packed now or before; None where oneDNN doesn't take these weights (`can_pack`).
+        """
         groups = (up, down, gate, up_bias, down_bias, gate_bias)
         if not can_pack(up[0]):
             return None
-        key = (up[0].stride(), *(one.data_ptr() for group in groups for one in group))
+        weights = [weight for group in groups for weight in group]
+        key = (up[0].stride(), *(weight.data_ptr() for weight in weights))
         layer = self.layers.get(key)
-        weights = [one for group in groups for one in group]
         if layer is None or not layer.are_of(weights):
             layer = self.layers[key] = PackedExperts(
                 _linears(up, up_bias), _linears(down, down_bias), _linears(gate, gate_bias), list(map(Stamp, weights))
@@ -83,8 +100,8 @@ class Packs:
 
 def current() -> Packs | None:
     """The packs that are active in this thread."""
-    found: Packs | None = getattr(_local, "packs", None)
-    return found
+    packs: Packs | None = getattr(_local, "packs", None)
+    return packs
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -17,6 +17,7 @@ from moeca_compile import errors
 ROOMS = (
     "moeca_compile",
     "moeca_compile.errors",
+    "moeca_compile.expert_dispatch",
     "moeca_compile.passes",
     "moeca_compile.runtime",
     "moeca_compile.runtime.triton",
@@ -45,7 +46,11 @@ RETURNED = (  # classes that the functions above give or take
 INTERNAL = {  # methods that only the package calls; a leading underscore would break their callers
     "Control": {"from_entries"},
     "Adaptive": {"from_entries"},
+    "Harness": {"copy", "disagreement", "disagreement_on_own_weights", "holding", "observed", "parameters", "routed"},
+    "ModuleCode": {"hidden", "unreadable"},
     "Report": {"of_parts"},
+    "Rewrite": {"fitting", "following", "function", "of"},
+    "Routed": {"branches"},
     "Trajectory": {"declared", "miss", "serves", "told"},
     "Session": {"dropped", "named", "sized", "variant_of"},
 }

@@ -70,7 +70,16 @@ class Family(ABC):
 
 
 def method_or_loop(harness: Harness, loop: Loop, layouts: Sequence[Layout]) -> Iterator[Proposal]:
-    """What most forms need: the method as a whole where it is nothing but a dispatch, else only its loop."""
+    """What most forms need: the method as a whole where it is nothing but a dispatch, else only its loop.
+
+    Args:
+        harness: the module.
+        loop: the dispatch.
+        layouts: shapes of a method's three arguments, the likely ones first.
+
+    Returns:
+        Candidates, and reasons why there is none.
+    """
     if isinstance(harness, PackedHarness):
         yield from packed_method(harness, loop, layouts)
         return

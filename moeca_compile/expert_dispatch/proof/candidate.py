@@ -50,9 +50,16 @@ class Pin(NamedTuple):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A changed method: its code calls `routed` under the name `routed.NAME`; None where only branches were changed.
+    """A changed method. Equal code, equal rewrite.
 
-    Equal code, equal rewrite.
+    Attributes:
+        name: of the method.
+        source: the method as it was.
+        code: the new one as text; it calls `routed` as `_moeca_routed`.
+        routed: what the call computes; None where only branches were changed.
+        experts: where the experts keep their weights.
+        tree: the new method, as a tree with the lines of the old one.
+        pins: arguments for which it was proven; a call with others runs the original code.
     """
 
     name: str
@@ -76,6 +83,9 @@ class Rewrite:
             loop: the dispatch; errors in the new code then point at its line.
             code: statements. They call `routed` as `_moeca_routed(self, tokens, ids, weights)`.
             routed: what the call computes, and with which experts.
+
+        Returns:
+            The rewrite, not proven yet.
         """
         tree = copy.copy(loop.source.tree)
         place = loop.nest[0] if loop.nest else loop.source.tree
@@ -100,8 +110,13 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Entry:
-    """How to make a module run its dispatch: call `method` with what `arguments(harness, seed, dtype)` gives, and with
-    `flags` by name where they aren't its defaults."""
+    """How to make a module run its dispatch.
+
+    Attributes:
+        method: the method to call.
+        arguments: `(harness, seed, dtype)` -> the positional arguments, equal for equal seeds.
+        flags: boolean arguments that aren't at their default, by name.
+    """
 
     method: str
     arguments: Callable[[Harness, int, torch.dtype], Arguments]
@@ -112,7 +127,10 @@ class Entry:
 class Candidate:
     """A rewrite, and the calls under which it is compared with the original.
 
-    `to_capture`: the rest of the method stays as it is, and nothing in it may read a size or a value out of a tensor.
+    Attributes:
+        rewrite: what would be installed.
+        entry: how the module is run, original and rewritten.
+        to_capture: the rest of the method stays as it is, and nothing in it may read a size or a value out of a tensor.
     """
 
     rewrite: Rewrite
@@ -134,7 +152,12 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True)
 class Unproven:
-    """Why an attempt gave no rewriting. Of all attempts' reasons the report gives the first of the highest rank."""
+    """Why an attempt gave no rewriting. Of all attempts' reasons the report gives the first of the highest rank.
+
+    Attributes:
+        reason: half a sentence with "it" for the dispatch.
+        rank: how much the reason says.
+    """
 
     reason: str
     rank: Rank

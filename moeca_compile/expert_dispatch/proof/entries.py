@@ -27,7 +27,15 @@ _MOST_EXTRA = 2
 
 
 def entries(harness: Harness, loop: Loop) -> Iterator[Entry]:
-    """Through `forward` first, then the loop's own method."""
+    """Ways to run the module's dispatch: through `forward` first, then the loop's own method.
+
+    Args:
+        harness: the module.
+        loop: the dispatch.
+
+    Returns:
+        Calls, each with another reading of what the method's arguments are.
+    """
     methods = methods_of(type(harness.module))
     for name in dict.fromkeys(("forward", loop.name)):
         source = read(methods[name]) if name in methods else None

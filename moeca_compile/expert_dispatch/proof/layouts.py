@@ -17,9 +17,12 @@ _BATCH = 2
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of the three arguments: `x` "TD" or "BTD", `idx` "TK" or "flat", `w` "TK", "flat", "column" or "TE".
+    """Shapes of the three arguments, for T tokens, B samples, D features, E experts and K experts a token.
 
-    T tokens, B samples, D features, E experts, K experts a token; "flat" is [T * K], "column" [T * K, 1].
+    Attributes:
+        x: tokens, "TD" or "BTD".
+        idx: expert ids, "TK" or "flat" ([T * K]).
+        w: gate weights, "TK", "flat" ([T * K]), "column" ([T * K, 1]) or "TE".
     """
 
     x: str

@@ -56,6 +56,9 @@ def one_loop(harness: Harness, loop: Loop, entries: Iterable[Entry]) -> Iterator
         harness: the module.
         loop: the loop; the inner loops of its nest are tried too.
         entries: ways to run the method. The first under which it runs decides.
+
+    Returns:
+        Candidates, and reasons why there is none.
     """
     problem = decorated(loop)
     if problem is not None:

@@ -61,6 +61,9 @@ def one_result(harness: Harness, loop: Loop, entries: Iterable[Entry]) -> Iterat
         harness: the module.
         loop: the loop behind which the result is put together, or a comprehension.
         entries: ways to run the method.
+
+    Returns:
+        Candidates, and reasons why there is none.
     """
     anchor = loop.nest[0] if loop.nest else _holder(loop)
     if anchor is None:

@@ -57,6 +57,9 @@ def whole_method(harness: Harness, loop: Loop, layouts: Sequence[Layout]) -> Ite
         harness: the module; where its experts are stacked parameters, each reading of these is tried too.
         loop: a method that takes tokens, ids and weights; any other gives no candidate.
         layouts: the shapes to try, the likely ones first.
+
+    Returns:
+        Candidates, and reasons why there is none.
     """
     if not takes_three(loop):
         return

@@ -7,7 +7,6 @@ function of its own. One method that holds it all can be run, changed and proven
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
 import itertools
 import types
@@ -16,9 +15,10 @@ from functools import lru_cache
 
 from torch import nn
 
-from moeca_compile.expert_dispatch.source.method_source import Source, in_order, loads, read, stores
+from moeca_compile.expert_dispatch.source.method_source import Source, in_order, loads, located, read, stores
 
 READS = {"item", "tolist", "numpy", "bincount", "nonzero", "argwhere", "unique", "any", "all", "numel", "histc"}
+_SCOPES = (ast.Yield, ast.YieldFrom, ast.Await, ast.Lambda, ast.FunctionDef, ast.ClassDef, ast.Global, ast.Nonlocal)
 _DEPTH = 4
 _Bound = tuple[ast.expr | None, types.FunctionType]
 
@@ -29,20 +29,17 @@ def flatten(source: Source, module: nn.Module | None) -> Source:
     Only helpers with readable plain code that returns once, at its end; a submodule with hooks stays a call. `module`
     is what the function's first argument is, None for a function that is no method.
     """
-    found: list[tuple[ast.stmt, Source, ast.expr | None]] = []
+    helpers: list[tuple[tuple[int, int], Source, str]] = []
     for statement in in_order(source.tree):
         call = getattr(statement, "value", None)
-        if isinstance(statement, (ast.Assign, ast.Return)) and isinstance(call, ast.Call):
-            bound = _callee(source, module, call.func)
-            inner = read(bound[1]) if bound is not None and bound[1] is not source.function else None
-            if inner is not None and bound is not None and _fits(inner, call):
-                holder = owner_module(module, bound[0])
-                if troubled(inner, holder):
-                    found.append((statement, flatten(inner, holder), bound[0]))
-    if not found:
-        return source
-    key = tuple((_place(statement), inner, ast.unparse(owner) if owner else "") for statement, inner, owner in found)
-    return _flat(source, key)
+        if not isinstance(statement, (ast.Assign, ast.Return)) or not isinstance(call, ast.Call):
+            continue
+        owner, function = _callee(source, module, call.func) or (None, source.function)
+        inner = read(function) if function is not source.function else None
+        holder = owner_module(module, owner)
+        if inner is not None and _fits(inner, call) and troubled(inner, holder):
+            helpers.append((_place(statement), flatten(inner, holder), ast.unparse(owner) if owner else ""))
+    return _flat(source, tuple(helpers)) if helpers else source
 
 
 def troubled(source: Source, module: nn.Module | None, depth: int = _DEPTH) -> bool:
@@ -61,10 +58,10 @@ def troubled(source: Source, module: nn.Module | None, depth: int = _DEPTH) -> b
 
 def owner_module(module: nn.Module | None, owner: ast.expr | None) -> nn.Module | None:
     """The module that `self.a.b` names."""
-    found: object = module if owner is not None else None
+    holder: object = module if owner is not None else None
     for name in ast.unparse(owner).split(".")[1:] if owner is not None else ():
-        found = getattr(found, name, None)
-    return found if isinstance(found, nn.Module) else None
+        holder = getattr(holder, name, None)
+    return holder if isinstance(holder, nn.Module) else None
 
 
 def _callee(source: Source, module: nn.Module | None, func: ast.expr) -> _Bound | None:
@@ -96,22 +93,23 @@ def _place(statement: ast.stmt) -> tuple[int, int]:
 
 
 def _fits(inner: Source, call: ast.Call) -> bool:
+    """Whether a helper's statements can stand in place of its call: plain code that returns once, at its end."""
     args, body = inner.tree.args, inner.tree.body
     if inner.decorators or args.vararg or args.kwarg or inner.function.__closure__:
         return False
     if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
         return False
-    odd = (ast.Yield, ast.YieldFrom, ast.Await, ast.Lambda, ast.FunctionDef, ast.ClassDef, ast.Global, ast.Nonlocal)
-    if any(isinstance(node, odd) for statement in body for node in ast.walk(statement)):
-        return False
-    if any(
-        isinstance(n, ast.Attribute) and n.attr.startswith("__") and n.attr[-1] != "_" for n in ast.walk(inner.tree)
-    ):
-        return False
-    if any(isinstance(n, ast.Name) and n.id == "super" for n in ast.walk(inner.tree)):
+    if any(_is_bound_to_its_function(node) for statement in body for node in ast.walk(statement)):
         return False
     returns = [s for s in in_order(inner.tree) if isinstance(s, ast.Return)]
     return len(returns) == 1 and returns[0] is body[-1] and returns[0].value is not None
+
+
+def _is_bound_to_its_function(node: ast.AST) -> bool:
+    """Whether code means something else in another function: scopes of its own, yields, private names, super()."""
+    if isinstance(node, ast.Attribute):
+        return node.attr.startswith("__") and node.attr[-1] != "_"
+    return isinstance(node, _SCOPES) or (isinstance(node, ast.Name) and node.id == "super")
 
 
 @lru_cache(maxsize=256)  # equal flat sources are one object: instances of a class then share one compiled graph
@@ -160,47 +158,47 @@ def _body(
 ) -> list[ast.stmt]:
     """The helper's statements in place of its call, with names of their own; `shared` globals keep theirs."""
     tree = copy.deepcopy(inner.tree)
-    args = [*tree.args.posonlyargs, *tree.args.args]
-    names = [a.arg for a in args]
-    values: dict[str, ast.expr] = {}
-    function = inner.function
-    given = list(call.args)
-    if owner:
-        names = names[1:]
-    defaults = dict(zip(reversed(names), reversed(function.__defaults__ or ()), strict=False))
-    defaults.update(function.__kwdefaults__ or {})
-    values.update(zip(names, given, strict=False))
+    self_name = inner.self_name if owner else ""
+    values = _arguments(inner, call, bool(owner), helpers, mark)
+    local = set(values).union(*(stores(s) for s in tree.body))
+    renamed = {name: f"{mark}_{name}" for name in local}
+    outer = {**inner.function.__globals__, **inner.helpers}
+    read_here = set[str]().union(*(loads(s) for s in tree.body))
+    for name in sorted(read_here - local - {self_name}):
+        is_shared = name in shared and shared[name] is inner.function.__globals__.get(name, helpers)
+        if name in outer and not is_shared:
+            helpers[f"{mark}_{name}"] = outer[name]
+            renamed[name] = f"{mark}_{name}"
+    rename = _Rename(renamed, self_name, owner)
+    first = [ast.Assign([ast.Name(renamed[name], ast.Store())], value) for name, value in values.items()]
+    body = [rename.visit(s) for s in tree.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    last = body.pop()
+    assert isinstance(last, ast.Return)
+    assert last.value is not None
+    if isinstance(statement, ast.Assign):
+        last = ast.Assign(statement.targets, last.value)
+    new = [located(s, statement) for s in (*first, *body, last)]  # errors then point at the line of the call
+    for part in new:
+        for node in ast.walk(part):
+            if isinstance(node, (ast.stmt, ast.expr)):
+                node.end_lineno = node.lineno
+    return [ast.fix_missing_locations(part) for part in new]
+
+
+def _arguments(
+    inner: Source, call: ast.Call, bound: bool, helpers: dict[str, object], mark: str
+) -> dict[str, ast.expr]:
+    """What the helper's parameters get in a call, by name; defaults come from `helpers`."""
+    function, args = inner.function, inner.tree.args
+    names = [a.arg for a in (*args.posonlyargs, *args.args)][bound:]
+    values = dict(zip(names, call.args, strict=False))
     values.update({k.arg: k.value for k in call.keywords if k.arg})
-    for name, value in defaults.items():
+    defaults = dict(zip(reversed(names), reversed(function.__defaults__ or ()), strict=False))
+    for name, value in {**defaults, **(function.__kwdefaults__ or {})}.items():
         if name not in values:
             helpers[f"{mark}_default_{name}"] = value
             values[name] = ast.Name(f"{mark}_default_{name}", ast.Load())
-    local = set(values).union(*(stores(s) for s in tree.body))
-    renamed = {name: f"{mark}_{name}" for name in local}
-    for name in sorted(set[str]().union(*(loads(s) for s in tree.body)) - local - {inner.self_name if owner else ""}):
-        if name in shared and shared[name] is function.__globals__.get(name, helpers):
-            continue
-        if name in inner.helpers:
-            helpers[f"{mark}_{name}"] = inner.helpers[name]
-            renamed[name] = f"{mark}_{name}"
-        elif name in function.__globals__:
-            helpers[f"{mark}_{name}"] = function.__globals__[name]
-            renamed[name] = f"{mark}_{name}"
-        elif not hasattr(builtins, name):
-            renamed[name] = name
-    bound: list[ast.stmt] = [ast.Assign([ast.Name(renamed[n], ast.Store())], v) for n, v in values.items()]
-    rename = _Rename(renamed, inner.self_name if owner else "", owner)
-    body = [rename.visit(s) for s in tree.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    last = body[-1]
-    result = ast.Assign(statement.targets, last.value) if isinstance(statement, ast.Assign) else ast.Return(last.value)
-    made = [*bound, *body[:-1], result]
-    for one in made:  # errors then point at the line of the call
-        for node in ast.walk(one):
-            if isinstance(node, (ast.stmt, ast.expr)):
-                ast.copy_location(node, statement)
-                node.end_lineno = node.lineno
-        ast.fix_missing_locations(one)
-    return made
+    return values
 
 
 class _Rename(ast.NodeTransformer):

@@ -15,18 +15,24 @@ MASKED = frozenset({"nonzero", "argwhere", "where", "masked_select", "mask", "if
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """A loop over experts in method `name`: over the members of the container at `stack`, or over the first axis of
-    the parameter of that name where `packed`.
+    """A place in a method that dispatches to experts, most often a loop.
 
-    `nest` holds the loop statements around the use of an expert, outermost first; it is empty for a comprehension, and
-    where the method only branches on masks around experts that it uses in a static way.
+    Attributes:
+        name: of the method.
+        source: the method.
+        stack: the path of the container of the experts, or of their stacked parameter where `packed`.
+        nest: the loop statements around the use of an expert, outermost first; empty for a comprehension, and where the
+            method only branches on masks around experts that it uses in a static way.
+        line: where reports place it; 0 is the method's own line.
+        evidence: names in it that show that the rows of an expert are read out of a tensor.
+        packed: whether it takes one expert's part of a parameter [E, ., .].
     """
 
     name: str
     source: Source
     stack: tuple[str, ...]
     nest: tuple[ast.stmt, ...] = ()
-    line: int = 0  # where reports place it; 0: at the method
+    line: int = 0
     evidence: frozenset[str] = frozenset()
     packed: bool = False
 
@@ -43,6 +49,7 @@ class Loop:
 
     @property
     def where(self) -> str:
+        """File and line, as reports give them."""
         return f"{self.source.file.rsplit('/', 1)[-1]}:{self.line or self.source.tree.lineno}"
 
 
