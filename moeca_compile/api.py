@@ -18,9 +18,10 @@ from moeca_compile import backend, expert_dispatch
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import Interceptor, intercepting
+from moeca_compile.engine.output_program import OutputProgram
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.trajectories.trajectory import Trajectory
-from moeca_compile.errors import CaptureError, StateError
+from moeca_compile.errors import CaptureError, OptionError, StateError
 from moeca_compile.expert_dispatch import PrepareReport
 from moeca_compile.expert_dispatch.isolate import isolate, share_again
 from moeca_compile.frontend.calls import gate_of
@@ -37,7 +38,7 @@ from moeca_compile.frontend.model_arguments import (
     remove_in_place_compilation,
     single_model,
 )
-from moeca_compile.frontend.output_path import install_output_path
+from moeca_compile.frontend.output_path import OutputPath, install_output_path
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
@@ -298,7 +299,15 @@ def explain(
         model = torch.compile(model, backend=backend.moeca, options=overrides)
     programs: list[Program] = []
 
-    def analyze(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+    def analyze(entry: Entry | OutputPath, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+        if isinstance(entry, OutputPath):
+            if overrides:
+                raise OptionError(
+                    f"explain: {sorted(overrides)} can't be explained for a model that is compiled with "
+                    "granularity='output'. Explain the model itself"
+                )
+            programs.append(entry.place(args, runtime)[0])
+            return entry.run_uncached(args, "")
         handle_schedule = None if overrides.keys() & {"schedule", "order"} else runtime.schedule
         programs.append(Program(entry.gm, args, entry.inputs, replace(runtime.options, **overrides), handle_schedule))
         return tuple(entry.gm(*args))
@@ -361,16 +370,17 @@ def _report(programs: Sequence[Program]) -> Report:
     main = max(programs, key=lambda program: len(program.regions))
     variants = [main.variant(row) for row in main.schedule.distinct_rows()]
     row_counts = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
+    analysis = None if isinstance(main, OutputProgram) else main.analysis
     hoisted = sorted({position for variant in variants for position in variant.hoists})
     return Report(
         graphs=len(programs),
-        nodes=len(main.analysis.gm.graph.nodes),
+        nodes=0 if analysis is None else len(analysis.gm.graph.nodes),
         regions=main.regions.regions,
         rejected=main.regions.rejected,
         total_macs=main.regions.total_macs,
         fingerprint=main.regions.fingerprint,
-        timestep=main.analysis.facts.roles.timestep,
-        latent=main.analysis.facts.roles.latent,
+        timestep=None if analysis is None else analysis.facts.roles.timestep,
+        latent=None if analysis is None else analysis.facts.roles.latent,
         schedule=main.schedule,
         state_bytes=sum(slot.bytes for slot in main.layout),
         passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),

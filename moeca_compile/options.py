@@ -29,7 +29,7 @@ class Options:
         granularity: what the schedule's columns are: `region` (each attention, experts and mlp by itself), or one span
             of blocks: `stack` (what leaves all of them), `blocks:2:-2` (the change that a slice of them makes),
             `skip:1` (what lies between the ends of the long skip that keeps one outer block on each side). What is
-            outside the span is always computed.
+            outside the span is always computed. `output`: what the whole model returns; cheap steps don't call it.
         inner: what runs a variant: `inductor`, or `eager` (operator by operator: slow, bitwise equal to the graph).
         inner_options: handed to the inner compiler as they are (Inductor's config keys).
         mode: torch.compile's `mode`, handed to Inductor.

@@ -16,6 +16,7 @@ from moeca_compile.lowering.onnx.lower import OPSETS
 from moeca_compile.lowering.tensorrt import build as tensorrt
 from moeca_compile.runtime.bundle.manifest import FUSED, letters_of
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.granularity import OUTPUT
 
 TARGETS = tuple(FORMS)
 
@@ -68,10 +69,15 @@ def _is_call(example: Any) -> bool:
     return isinstance(example, (tuple, list, Mapping))
 
 
-def refuse_schedule(schedule: Schedule) -> None:
+def refuse_schedule(schedule: Schedule, granularity: str) -> None:
     """Raises:
     BundleError: a manifest can't say it.
     """
+    if OUTPUT in (granularity, schedule.granularity):
+        raise BundleError(
+            "the schedule is for granularity='output', which runs no graph at cheap steps. A bundle's variants are "
+            "graphs of regions: export a schedule of regions, such as 'uniform:3'"
+        )
     if schedule.adaptive is not None:
         raise BundleError(
             "the schedule is adaptive: its rows are chosen while a trajectory runs, and a bundle's are fixed. Export a "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.errors import MoecaWarning, OptionError, ScheduleError, StateError
+from moeca_compile.errors import BundleError, MoecaWarning, OptionError, ScheduleError, StateError
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.output import OutputRule
 
@@ -255,3 +255,18 @@ def test_weights_of_outputs_that_are_not_there_yet_are_refused(model: Model) -> 
 def test_a_schedule_of_regions_is_refused(model: Model) -> None:
     with pytest.raises(ScheduleError, match="another graph"):
         compiled(model, Schedule((C, F), ("attn",)))(torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
+
+
+def test_explain_says_what_is_kept(model: Model) -> None:
+    handle, inputs = compiled(model, "uniform:3"), (torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
+    report = moeca.explain(handle, *inputs)
+    assert [region.key for region in report.regions] == ["output"]
+    assert report.state_bytes == 2 * 2 * 2 * 3 * 3 * 4
+    assert "output" in str(report)
+    with pytest.raises(OptionError, match="Explain the model itself"):
+        moeca.explain(handle, *inputs, schedule="full")
+
+
+def test_a_bundle_can_not_hold_it(model: Model, tmp_path: Any) -> None:
+    with pytest.raises(BundleError, match="granularity='output'"):
+        moeca.export(model, (torch.zeros(1),), "uniform:3", tmp_path / "b", granularity="output")
