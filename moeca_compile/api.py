@@ -370,17 +370,21 @@ def _report(programs: Sequence[Program]) -> Report:
     main = max(programs, key=lambda program: len(program.regions))
     variants = [main.variant(row) for row in main.schedule.distinct_rows()]
     row_counts = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
-    analysis = None if isinstance(main, OutputProgram) else main.analysis
+    if isinstance(main, OutputProgram):
+        nodes, (timestep, latent) = 0, main.call.roles
+    else:
+        roles = main.analysis.facts.roles
+        nodes, timestep, latent = len(main.analysis.gm.graph.nodes), roles.timestep, roles.latent
     hoisted = sorted({position for variant in variants for position in variant.hoists})
     return Report(
         graphs=len(programs),
-        nodes=0 if analysis is None else len(analysis.gm.graph.nodes),
+        nodes=nodes,
         regions=main.regions.regions,
         rejected=main.regions.rejected,
         total_macs=main.regions.total_macs,
         fingerprint=main.regions.fingerprint,
-        timestep=None if analysis is None else analysis.facts.roles.timestep,
-        latent=None if analysis is None else analysis.facts.roles.latent,
+        timestep=timestep,
+        latent=latent,
         schedule=main.schedule,
         state_bytes=sum(slot.bytes for slot in main.layout),
         passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),

@@ -42,6 +42,7 @@ class OutputCall:
         count: of the arguments.
         timestep, latent: their positions among the arguments; None: not known.
         condition: positions of the tensors that tell guidance streams apart.
+        roles: names of the timestep and of the latent; "" where they aren't known.
     """
 
     run: Call
@@ -50,6 +51,7 @@ class OutputCall:
     timestep: int | None
     latent: int | None
     condition: tuple[int, ...]
+    roles: tuple[str, str] = ("", "")
 
 
 @dataclass

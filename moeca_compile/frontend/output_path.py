@@ -134,8 +134,9 @@ class OutputPath:
         names = self._arguments[spec].names
         latent = _latent(leaves, names, outputs[0])
         at = len(leaves) - 1 if timestep is not None and len(leaves) > spec.num_leaves else timestep
+        roles = names[timestep] if timestep is not None else "", names[latent] if latent is not None else ""
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in (latent, at)]
-        call = OutputCall(lambda given: self._run(spec, given), outputs, len(leaves), at, latent, tuple(tensors))
+        call = OutputCall(lambda given: self._run(spec, given), outputs, len(leaves), at, latent, tuple(tensors), roles)
         program = OutputProgram(call, leaves, runtime.options, runtime.schedule, runtime.warned)
         self._results[id(program)] = structure, [None if isinstance(value, Tensor) else value for value in values]
         weakref.finalize(program, self._results.pop, id(program), None)
