@@ -10,7 +10,7 @@ from typing import Any
 
 from moeca_compile.errors import OptionError
 from moeca_compile.schedule import MAX_ORDER, Schedule
-from moeca_compile.schedule.granularity import Granularity
+from moeca_compile.schedule.granularity import OUTPUT, Granularity
 
 INNERS = ("inductor", "eager")
 DEFAULT_SCHEDULE = "uniform:2:warmup=4"
@@ -87,6 +87,11 @@ class Options:
         if self.inner == "eager" and (self.inner_options or self.mode):
             raise OptionError("inner='eager' takes no mode and no inner_options: nothing compiles there")
         object.__setattr__(self, "disable", tuple(self.disable))
+        if self.granularity == OUTPUT and (self.cuda_graphs or self.pack_experts):
+            raise OptionError(
+                "granularity='output' calls the model as it is: leave cuda_graphs and pack_experts out, they are for "
+                "the variants of a captured graph"
+            )
         if isinstance(self.schedule, Schedule):
             self.resolved_schedule()
 

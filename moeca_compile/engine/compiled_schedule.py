@@ -82,12 +82,14 @@ class CompiledSchedule:
         for slot in variant.reads:
             tensor = None if state is None else state.tensors[slot]
             arguments.append(self.zeros(slot) if tensor is None else tensor)
+        # a table is uploaded without waiting: another stream of the device could read it too early
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         if variant.wants_now:
-            now = self._tables.get(step)
-            arguments.append(self._upload(step, float(step + 1)) if now is None else now)
+            now = self._tables.get((stream, step))
+            arguments.append(self._upload((stream, step), float(step + 1)) if now is None else now)
         if variant.wants_coefficients:
             assert state is not None  # without state the row is full, and a full row has no forecast
-            key = step, tuple(state.history)
+            key = stream, step, tuple(state.history)
             table = self._tables.get(key)
             arguments.append(self._upload(key, self.driver.coefficients(state, step)) if table is None else table)
         return arguments

@@ -37,9 +37,6 @@ class Compiler:
         spent: their sum.
         record: records a program as a CUDA graph; None: nothing is recorded.
         replaying: a lock that is held from the start of a replay until its results are committed.
-
-    Raises:
-        OptionError: `cuda_graphs` for tensors that aren't on one GPU.
     """
 
     def __init__(self, options: Options, args: Sequence[Any]) -> None:
@@ -51,8 +48,16 @@ class Compiler:
         self.records: list[PassRecord] = []
         self.seconds: dict[str, float] = {}
         self.spent = 0.0
-        self.record = _recorder(args) if options.cuda_graphs else None
-        self.replaying: AbstractContextManager[Any] = nullcontext() if self.record is None else threading.RLock()
+        self.record: Record | None = None
+        self.replaying: AbstractContextManager[Any] = nullcontext()
+
+    def start_recording(self, args: Sequence[Any]) -> None:
+        """From now on record what is compiled as CUDA graphs, for calls like `args`.
+
+        Raises:
+            OptionError: the tensors aren't on one GPU.
+        """
+        self.record, self.replaying = _recorder(args), threading.RLock()
 
     def lower(self, variant: Variant, args: Sequence[Any], often: bool = True) -> Executable:
         """Compile a variant for tensors like `args`.

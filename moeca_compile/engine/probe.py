@@ -54,24 +54,23 @@ class Probe:
         has_change = before is not None and latent is not None
         if before is not None and latent is not None:
             numbers.append(_change(latent.detach(), before))
-        # contents on the host are compared now; on an accelerator the comparison is read together with the numbers
-        identities: list[Any] = list(condition)
-        on_device = []
+        on_device = []  # contents on an accelerator are compared there, and the answers are read with the numbers
         for i, value in enumerate(condition):
-            if not isinstance(value, torch.Tensor):
-                continue
             if needs_device_sync(value):
                 copies, same = self.contents.ask(value)
                 on_device.append((i, value, copies, same))
                 numbers += same
-            else:
-                identities[i] = self.contents.number(value)
         answers = torch.stack([*map(methodcaller("to", times.device, torch.float64), numbers)]).tolist()
         low, high = answers[:2]
         if latent is not None:
             self.latents[kind] = latent.detach().clone()
         if low != high:  # also for NaN
             return CallObservation(None, trouble=_PER_ROW, kind=kind)
+        # a refused call, above, numbers no contents: they would push out those of the trajectory
+        identities: list[Any] = list(condition)
+        for i, value in enumerate(condition):
+            if isinstance(value, torch.Tensor) and not needs_device_sync(value):
+                identities[i] = self.contents.number(value)
         position = 3 if has_change else 2
         for i, value, copies, same in on_device:
             identities[i] = self.contents.answer(value, copies, answers[position : position + len(same)])

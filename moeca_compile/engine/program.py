@@ -69,13 +69,15 @@ class Program:
         self.timestep, self.condition = self.prologues.timestep, self.prologues.condition
         positions = {source.name: i for i, source in enumerate(facts.inputs)}
         self.latent = positions.get(facts.roles.latent)
-        self.buffers = Buffers() if self.compiler.record is not None else None
         self._variants: dict[Hashable, VariantCache] = {}
         schedule = schedule or options.resolved_schedule()
         if not len(self.regions):
             if any(schedule.depth(column) for column in range(len(schedule.rows[0]))):
                 raise CaptureError(_nothing_found(self.analysis))
             schedule = Schedule.full()
+        if options.cuda_graphs:
+            self.compiler.start_recording(args)
+        self.buffers = Buffers() if options.cuda_graphs else None
         self.compiled_schedule = self.compiled(schedule)
         self.compiler.note("capture", begin, self.analysis.records)
 

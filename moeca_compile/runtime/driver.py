@@ -14,6 +14,7 @@ from moeca_compile.errors import StateError
 from moeca_compile.runtime.state import Answer, StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule.checks import MAX_ROWS
 from moeca_compile.schedule.forecast import Coefficients, coefficients
 
 _COUNTED = (
@@ -151,6 +152,8 @@ class StepDriver:
             if index is None:
                 self.warned.once(_past_end(self.schedule, step))
                 return self.full
+            if len(self._repeated) >= MAX_ROWS:  # a stream without an end
+                self._repeated.clear()
             self._repeated[step] = rows[index]
         return self._repeated[step]
 

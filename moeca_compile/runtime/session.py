@@ -251,7 +251,8 @@ class Trajectory:
         elif batch != self._batch:
             raise StateError(f"the trajectory began with batch {self._batch}, this call has {batch}: open another one")
         state, driver = self._state, session.driver
-        row, cold = driver.choose(state, step, timestep_of(session.manifest, feeds))
+        timestep = timestep_of(session.manifest, feeds) if session.schedule.timesteps else None
+        row, cold = driver.choose(state, step, timestep)
         variant = session.variant_of(row)
         for name in variant.spec.reads:
             tensor = state.tensors[_slot_number(name)]

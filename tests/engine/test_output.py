@@ -270,3 +270,9 @@ def test_explain_says_what_is_kept(model: Model) -> None:
 def test_a_bundle_can_not_hold_it(model: Model, tmp_path: Any) -> None:
     with pytest.raises(BundleError, match="granularity='output'"):
         moeca.export(model, (torch.zeros(1),), "uniform:3", tmp_path / "b", granularity="output")
+
+
+@pytest.mark.parametrize("option", ["cuda_graphs", "pack_experts"])
+def test_options_of_variants_are_refused(model: Model, option: str) -> None:
+    with pytest.raises(OptionError, match="calls the model as it is"):
+        moeca.compile(model, granularity="output", inner="eager", **{option: True})

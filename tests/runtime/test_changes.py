@@ -259,3 +259,22 @@ def test_reset_in_the_middle_starts_cold(
     run(loop, 1)
     assert tape.equals(full, calls=[COLD])
     assert [record.step for record in records(model)] == [0]
+
+
+def test_calls_that_belong_to_no_step_leave_the_trajectory_its_stream(model: nn.Module) -> None:
+    """Their conditioning isn't kept, so it doesn't push out that of the trajectory."""
+    x, y = torch.randn(2, 4, 8, 8), torch.full((2,), 3)
+
+    def others() -> None:
+        for number in range(13):
+            model(x, torch.tensor([5.0, 6.0]), torch.tensor([number % 10, number // 10]))
+
+    with torch.no_grad(), moeca.trajectory(model):
+        for step in range(9):
+            model(x, torch.full((2,), 1000.0 - 80 * step), y)
+            if step == 3:
+                with pytest.warns(MoecaWarning, match="differ within the batch"):
+                    others()
+    placed = [record for record in records(model) if record.timestep is not None]
+    assert [record.stream for record in placed] == ["0"] * 9
+    assert [record.step for record in placed if record.cold] == [4]

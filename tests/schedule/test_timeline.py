@@ -195,3 +195,14 @@ def test_timesteps_a_tenth_of_a_step_away_are_the_schedules_own() -> None:
 def test_timesteps_that_do_not_go_one_way_are_refused(times: tuple[float, ...]) -> None:
     with pytest.raises(ScheduleError, match="only fall or only rise"):
         schedule_of("CFF"[: len(times)], list(times))
+
+
+def test_a_stream_without_an_end_keeps_nothing_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeca_compile.runtime.driver.MAX_ROWS", 5)
+    schedule = Schedule.uniform(3)
+    driver, state = StepDriver(schedule, Warned()), StreamState((), 1)
+    for step in range(40):
+        row, _ = driver.choose(state, step, None)
+        assert row == schedule.rows[schedule.row_index(step) or 0]
+        driver.keep(state, step, row, (), ())
+        assert len(driver._repeated) <= 5

@@ -78,7 +78,8 @@ def test_instances_of_s2_share_their_weights_and_nothing_else() -> None:
     torch.testing.assert_close(plain(*x), prepared(*x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param("s2", marks=pytest.mark.slow), "hidream"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s2", "hidream"])
 def test_every_contender_is_exact_where_it_never_hits_and_caches_elsewhere(name: str) -> None:
     pytest.importorskip("cache_dit", reason="cache-dit isn't installed: pip install -e '.[bench]'")
     work = small(name)
@@ -106,6 +107,7 @@ def test_every_contender_is_exact_where_it_never_hits_and_caches_elsewhere(name:
         assert way.state_bytes() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM)
 def test_teacache_is_the_model_where_it_always_computes_and_else_computes_about_every_second_step(name: str) -> None:
     work, thirds = small(name), Thirds(small(name), compiled=False)
