@@ -34,8 +34,8 @@ def _column(schedule: Schedule, column: int, region: Region) -> list[Act]:
         return [whole if isinstance(act, Partial) else act for act in acts]
     if partials and region.tokens is None:
         raise ScheduleError(
-            f"region {region.key} can't be recomputed in part ({partials[0]}): {region.whole}. Give it COMPUTE, REUSE "
-            "or FORECAST"
+            f"region {region.key} can't be recomputed in part ({partials[0]}): {region.indivisible_reason}. Give it "
+            "COMPUTE, REUSE or FORECAST"
         )
     return acts
 

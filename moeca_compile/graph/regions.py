@@ -141,7 +141,7 @@ class Region:
         bases: for each output, the node whose value is subtracted before the output is kept; a span of blocks keeps the
             change that it makes. Empty: outputs are kept as they are.
         tokens: how a part of the region is recomputed; None where that can't be done.
-        whole: why it can't be recomputed in part; "" where it can.
+        indivisible_reason: why it can't be recomputed in part; "" where it can.
 
     Raises:
         InvariantError: an unknown kind, or not one base for each output.
@@ -163,7 +163,7 @@ class Region:
     routers: tuple[RouterInfo, ...] = ()
     bases: tuple[str, ...] = ()
     tokens: TokensInfo | None = None
-    whole: str = ""
+    indivisible_reason: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -140,7 +140,9 @@ class Study:
         partial = Partial(0, self.request.branches)
         divisible = [region.kind == "experts" and region.tokens is not None for region in regions]
         if not any(divisible):
-            reasons = "; ".join(f"{region.key}: {region.whole}" for region in regions if region.kind == "experts")
+            reasons = "; ".join(
+                f"{region.key}: {region.indivisible_reason}" for region in regions if region.kind == "experts"
+            )
             raise ScheduleError(
                 f"calibrate: branches={partial.tau:g}, but no experts can be taken apart by themselves at granularity "
                 f"{self.granularity!r}: {reasons or 'it has no columns of experts'}. Leave branches out"

@@ -19,7 +19,17 @@ PART = Value("out", SHAPE, "float32")
 def region(key: str, kind: str, tokens: TokensInfo | None, whole: str = "") -> Region:
     routers = (RouterInfo("topk", "scores", 4, 2),) if kind == "experts" else ()
     return Region(
-        key, kind, 0, (key,), (key,), (SHAPE,), ("float32",), ("cpu",), routers=routers, tokens=tokens, whole=whole
+        key,
+        kind,
+        0,
+        (key,),
+        (key,),
+        (SHAPE,),
+        ("float32",),
+        ("cpu",),
+        routers=routers,
+        tokens=tokens,
+        indivisible_reason=whole,
     )
 
 

@@ -1,6 +1,6 @@
 """Which regions can be recomputed in part, and how; or why not.
 
-Before: the regions.  After: each has `tokens`, or its reason in `whole`. An attention or an mlp is taken apart by its
+Before: the regions.  After: each has `tokens`, or `indivisible_reason`. An attention or an mlp is taken apart by its
 tokens: everything between what enters it and its output must treat each token for itself, but for the attention proper.
 An experts region is taken apart by branches: the router stays, the branches are kept one by one, what lies beside them
 (shared experts) token by token.
@@ -40,7 +40,7 @@ class _Finder:
         try:
             return replace(region, tokens=self._tokens(region))
         except MixesTokens as reason:
-            return replace(region, whole=str(reason))
+            return replace(region, indivisible_reason=str(reason))
 
     def _tokens(self, region: Region) -> TokensInfo:
         shape = region.shapes[0]

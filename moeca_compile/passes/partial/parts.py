@@ -38,7 +38,7 @@ class Parts:
     def info(self, column: int) -> tuple[Region, TokensInfo]:
         region = self.request.facts.regions.regions[column]
         if region.tokens is None:
-            raise InvariantError(f"region {region.key} can't be taken apart: {region.whole}")
+            raise InvariantError(f"region {region.key} can't be taken apart: {region.indivisible_reason}")
         return region, region.tokens
 
     def inline(self, function: Any, **given: Any) -> dict[str, Node]:

@@ -54,7 +54,7 @@ def _whole(region: Region, depth: int) -> Iterator[Entry]:
 def _aging(region: Region, schedule: Schedule) -> Iterator[Entry]:
     info, score = region.tokens, schedule.control.score
     if info is None:
-        raise InvariantError(f"region {region.key} can't be taken apart: {region.whole}")
+        raise InvariantError(f"region {region.key} can't be taken apart: {region.indivisible_reason}")
     items = (info.batch, info.tokens)
     first = 0
     if info.branches is not None:
