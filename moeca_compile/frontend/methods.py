@@ -59,9 +59,10 @@ def called_on_self(method: FunctionType) -> set[str]:
 
 
 def _loads(instruction: dis.Instruction, name: str) -> bool:
+    if not instruction.opname.startswith("LOAD_FAST"):  # a constant may be any tuple, () too
+        return False
     value = instruction.argval
-    last = value[-1] if isinstance(value, tuple) else value  # some instructions load two variables
-    return instruction.opname.startswith("LOAD_FAST") and last == name
+    return bool((value[-1] if isinstance(value, tuple) else value) == name)  # some instructions load two variables
 
 
 def _code(method: FunctionType) -> Any:
