@@ -64,7 +64,8 @@ def test_other_threads_find_no_variant_whose_kernels_are_missing(
 
     def looks(self: AsyncCompile, scope: dict[str, Any]) -> None:
         programs = [program for entry in set(ENTRIES) - others for program in entry.programs.values()]
-        found.extend(program.executable(row)[1] for program in programs for row in program.schedule.distinct_rows())
+        caches = [(program.compiled_schedule.variants, program.schedule) for program in programs]
+        found.extend(cache.executables.get(row) for cache, schedule in caches for row in schedule.distinct_rows())
         wait(self, scope)
 
     monkeypatch.setattr(AsyncCompile, "wait", looks)
