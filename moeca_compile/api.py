@@ -18,7 +18,6 @@ from moeca_compile import backend, expert_dispatch
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import Interceptor, intercepting
-from moeca_compile.engine.output_program import OutputProgram
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import CaptureError, OptionError, StateError
@@ -38,7 +37,7 @@ from moeca_compile.frontend.model_arguments import (
     remove_in_place_compilation,
     single_model,
 )
-from moeca_compile.frontend.output_path import OutputPath, install_output_path
+from moeca_compile.frontend.output_path import OutputEntry, install_output_path
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
@@ -299,8 +298,8 @@ def explain(
         model = torch.compile(model, backend=backend.moeca, options=overrides)
     programs: list[Program] = []
 
-    def analyze(entry: Entry | OutputPath, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
-        if isinstance(entry, OutputPath):
+    def analyze(entry: Entry | OutputEntry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:
+        if isinstance(entry, OutputEntry):
             if overrides:
                 raise OptionError(
                     f"explain: {sorted(overrides)} can't be explained for a model that is compiled with "
@@ -370,21 +369,16 @@ def _report(programs: Sequence[Program]) -> Report:
     main = max(programs, key=lambda program: len(program.regions))
     variants = [main.variant(row) for row in main.schedule.distinct_rows()]
     row_counts = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
-    if isinstance(main, OutputProgram):
-        nodes, (timestep, latent) = 0, main.call.roles
-    else:
-        roles = main.analysis.facts.roles
-        nodes, timestep, latent = len(main.analysis.gm.graph.nodes), roles.timestep, roles.latent
     hoisted = sorted({position for variant in variants for position in variant.hoists})
     return Report(
         graphs=len(programs),
-        nodes=nodes,
+        nodes=main.nodes,
         regions=main.regions.regions,
         rejected=main.regions.rejected,
         total_macs=main.regions.total_macs,
         fingerprint=main.regions.fingerprint,
-        timestep=timestep,
-        latent=latent,
+        timestep=main.roles[0],
+        latent=main.roles[1],
         schedule=main.schedule,
         state_bytes=sum(slot.bytes for slot in main.layout),
         passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moeca_compile.dtypes import name_of
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
 from moeca_compile.engine.compiler import Compiler
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap
-from moeca_compile.graph.variant import SLOTS, StateSlot, Variant
+from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.lower import Executable
 from moeca_compile.options import Options
+from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Row, Schedule
@@ -39,7 +41,6 @@ class OutputCall:
     Attributes:
         run: from a call's arguments to the tensors that the model returns.
         example: what it returned for one call.
-        count: of the arguments.
         timestep, latent: their positions among the arguments; None: not known.
         condition: positions of the tensors that tell guidance streams apart.
         roles: names of the timestep and of the latent; "" where they aren't known.
@@ -47,7 +48,6 @@ class OutputCall:
 
     run: Call
     example: Outputs
-    count: int
     timestep: int | None
     latent: int | None
     condition: tuple[int, ...]
@@ -85,6 +85,7 @@ class OutputProgram(Program):
         self.timestep, self.latent, self.condition = call.timestep, call.latent, call.condition
         self.prologues = _NothingHoisted(call.timestep, call.condition)  # type: ignore[assignment]
         self.packs_experts, self.buffers = False, None
+        self.nodes, self.roles = 0, call.roles
         self.regions = _one_region(call.example)
         self.compiled_schedule = self.compiled(schedule)
 
@@ -92,7 +93,8 @@ class OutputProgram(Program):
         self, schedule: Schedule, state_schedule: Schedule | None = None, order: int | None = None
     ) -> CompiledSchedule:
         """As `Program.compiled`."""
-        variants = OutputVariants(self.call, self._fitted(state_schedule or schedule))
+        fitted = self._fitted(state_schedule or schedule)
+        variants = OutputVariants(self.call, state_layout(self.regions, fitted), fitted.depth(0))
         return CompiledOutput(self, self._fitted(schedule), variants, order)
 
     def _fitted(self, schedule: Schedule) -> Schedule:
@@ -142,7 +144,7 @@ class CompiledOutput(CompiledSchedule):
     ) -> list[Any]:  # fmt: skip
         """What a step of `variant` runs on, as its only argument."""
         rule, latent = self.schedule.output, self.program.latent
-        weights = None if rule is None or state is None else self._weights(variant, args, state, step)
+        weights = None if rule is None or state is None else self._weights(variant, state, step)
         pair = (0.0, 0.0)
         if variant.wants_coefficients and state is not None:
             pair = self.driver.coefficients(state, step)[0]
@@ -154,9 +156,7 @@ class CompiledOutput(CompiledSchedule):
         kept = [self.zeros(slot) for slot in range(len(self.layout))]
         return [_Step(args, kept, (), None, (0.0, 0.0), None)]
 
-    def _weights(
-        self, variant: Variant, args: Sequence[Any], state: StreamState, step: int
-    ) -> tuple[float, ...] | None:
+    def _weights(self, variant: Variant, state: StreamState, step: int) -> tuple[float, ...] | None:
         """The output rule's for this step; None where it was made for another step or history."""
         rule = self.schedule.output
         assert rule is not None
@@ -183,9 +183,8 @@ class CompiledOutput(CompiledSchedule):
 class OutputVariants(VariantCache):
     """The variants of an output: the model, its last output, and the forecast."""
 
-    def __init__(self, call: OutputCall, state_schedule: Schedule) -> None:
-        self.depth = state_schedule.depth(0)
-        self.layout = _layout(call.example, self.depth)
+    def __init__(self, call: OutputCall, layout: tuple[StateSlot, ...], depth: int) -> None:
+        self.layout, self.depth = layout, depth
         self.built: dict[Row, Variant] = {}
         self.executables: dict[Row, Executable] = {}
         self._call = call
@@ -276,16 +275,6 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _layout(outputs: Outputs, depth: int) -> tuple[StateSlot, ...]:
-    slots: list[StateSlot] = []
-    for number, output in enumerate(outputs):
-        shape, dtype = tuple(output.shape), str(output.dtype).removeprefix("torch.")
-        size, device = output.numel() * output.element_size(), str(output.device)
-        for slot in SLOTS[:depth]:
-            slots.append(StateSlot(f"state_{len(slots):03d}", 0, number, slot, shape, dtype, device, size))
-    return tuple(slots)
-
-
 def _one_region(outputs: Outputs) -> RegionMap:
     region = Region(
         key=OUTPUT,
@@ -294,7 +283,7 @@ def _one_region(outputs: Outputs) -> RegionMap:
         outputs=tuple(f"output_{number}" for number, _ in enumerate(outputs)),
         body=(),
         shapes=tuple(tuple(output.shape) for output in outputs),
-        dtypes=tuple(str(output.dtype).removeprefix("torch.") for output in outputs),
+        dtypes=tuple(name_of(output.dtype) for output in outputs),
         devices=tuple(str(output.device) for output in outputs),
         macs=1,
         state_bytes=sum(output.numel() * output.element_size() for output in outputs),

@@ -45,6 +45,8 @@ class Program:
         prologues: programs of the hoisted values.
         timestep, latent, condition: positions of these inputs among a call's arguments.
         buffers: for CUDA graphs, the state tensors at fixed addresses; else None.
+        nodes: number of the graph's nodes.
+        roles: names of the timestep and of the latent; "" where none was found.
         packs_experts: whether the experts' weights are moved side by side.
 
     Raises:
@@ -67,6 +69,7 @@ class Program:
         self.packs_experts = options.pack_experts and self._can_pack()
         self.prologues = Prologues(self.analysis, self.compiler)
         self.timestep, self.condition = self.prologues.timestep, self.prologues.condition
+        self.nodes, self.roles = len(self.analysis.gm.graph.nodes), (facts.roles.timestep, facts.roles.latent)
         positions = {source.name: i for i, source in enumerate(facts.inputs)}
         self.latent = positions.get(facts.roles.latent)
         self._variants: dict[Hashable, VariantCache] = {}

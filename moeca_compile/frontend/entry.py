@@ -19,12 +19,12 @@ from moeca_compile.engine.program import Program
 from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import Trajectory
-from moeca_compile.errors import CaptureError, OptionError, StateError
+from moeca_compile.errors import CaptureError, OptionError
 from moeca_compile.frontend.calls import CALLS, Call, Owner, call_of, find_owner, gate_of
 from moeca_compile.frontend.first_call import is_outdated, retrace_without_hooks
 from moeca_compile.frontend.handles import STATES, HandleState, Read, all_states, state_of
 from moeca_compile.frontend.owner import is_full_model
-from moeca_compile.frontend.signature import captured_of, floats_of, kind_of, strides_of, with_floats
+from moeca_compile.frontend.signature import captured_of, floats_of, kind_of, refuse_gradients, strides_of, with_floats
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import ambient_autocast
 from moeca_compile.graph.capture import Capture, Input, inputs_of, under_compile_lock
@@ -79,11 +79,8 @@ class Entry:
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         call = CALLS.last
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            raise StateError(
-                "moeca is for inference: grad mode is on and some tensors require grad. Call the model under "
-                "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
-            )
+        if torch.is_grad_enabled():
+            refuse_gradients(args)
         for i in self._others:
             if isinstance(args[i], torch.Tensor) and not args[i].numel():
                 results = self._run_if_empty(args)

@@ -23,10 +23,11 @@ from moeca_compile.engine.intercept import INTERCEPTORS, interceptor_of
 from moeca_compile.engine.output_program import OutputCall, OutputProgram, Outputs
 from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectories.blocks import current
-from moeca_compile.errors import CaptureError, StateError
+from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.handles import Read, state_of
 from moeca_compile.frontend.owner import parameters_of
+from moeca_compile.frontend.signature import refuse_gradients
 from moeca_compile.graph.capture import Input
 
 TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")  # names of arguments
@@ -57,67 +58,39 @@ class OutputPath:
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._arguments: dict[TreeSpec, _Arguments] = {}
         self._results: dict[int, tuple[TreeSpec, list[Any]]] = {}  # by id of a program: where its outputs belong
-        self._weights: tuple[Tensor, ...] = parameters_of(handle)
-        self._spec: TreeSpec | None = None  # of the call that is intercepted
+        self._bind(parameters_of(handle))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handle = self.handle()
         assert handle is not None
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights):
-            raise StateError(
-                "moeca is for inference: grad mode is on and some tensors require grad. Call the model under "
-                "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
-            )
+        if torch.is_grad_enabled():
+            refuse_gradients((*tree_flatten((args, kwargs))[0], *self._weights))
         context: Any = handle.dynamo_ctx
-        runtime = state_of(context, lambda _: self._read).runtime
+        state = state_of(context, lambda _: self._read)
+        runtime = state.runtime
         leaves, spec = tree_flatten((args, kwargs))
         if spec not in self._arguments:
             self._arguments[spec] = self._named(args, kwargs)
         timestep = self._arguments[spec].timestep
         if timestep is not None and not isinstance(leaves[timestep], Tensor):
             leaves.append(torch.tensor(leaves[timestep], dtype=torch.float64))  # as the clock reads it
-        runtime.invalidate_if_weights_changed(_GRAPH, [*map(str, range(len(self._weights)))], self._weights)
+        runtime.invalidate_if_weights_changed(_GRAPH, self._labels, self._weights)
+        try:
+            program = self.program(leaves, spec, runtime)
+        except CaptureError as error:
+            state.report_uncached(str(error))
+            return self.call(*args, **kwargs)
         if INTERCEPTORS.get():
             interceptor = interceptor_of(context)
             if interceptor is not None:
-                self._spec = spec
-                return self._result(self._program(leaves, spec, runtime), interceptor(self, leaves, runtime))
-        try:
-            program = self._program(leaves, spec, runtime)
-        except CaptureError as error:
-            state_of(context, lambda _: self._read).report_uncached(str(error))
-            return self.call(*args, **kwargs)
+                return self._result(program, interceptor(OutputEntry(self, spec), leaves, runtime))
         trajectory = current(runtime.ids, sys._getframe(1))
         running = runtime.running(trajectory)
         if trajectory is not None:
             trajectory.calls += 1
         return self._result(program, run_step(program.compiled_schedule, running, leaves, trajectory))
 
-    # -- what an interceptor asks of it, as of a graph's entry ------------------------------------------------------
-
-    def place(self, args: Sequence[Any], runtime: HandleRuntime) -> tuple[OutputProgram, Sequence[Any]]:
-        """The program for such a call, and its arguments.
-
-        Raises:
-            CaptureError: the model returns no tensor.
-        """
-        assert self._spec is not None
-        return self._program(args, self._spec, runtime), args
-
-    def run_uncached(self, args: Sequence[Any], reason: str) -> tuple[Any, ...]:
-        """Call the model."""
-        assert self._spec is not None
-        return self._run(self._spec, args)
-
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        """The leaves of the intercepted call."""
-        assert self._spec is not None
-        return tuple(Input(name, name, False) for name in self._arguments[self._spec].names)
-
-    # -- calls ------------------------------------------------------------------------------------------------------
-
-    def _program(self, leaves: Sequence[Any], spec: TreeSpec, runtime: HandleRuntime) -> OutputProgram:
+    def program(self, leaves: Sequence[Any], spec: TreeSpec, runtime: HandleRuntime) -> OutputProgram:
         """The program for calls like this one; its first call is made here, to see what the model returns."""
         timestep = self._arguments[spec].timestep
         kinds = [_kind(leaf) for position, leaf in enumerate(leaves) if position != timestep]
@@ -126,9 +99,8 @@ class OutputPath:
         if found is not None:
             assert isinstance(found[0], OutputProgram)
             return found[0]
-        args, kwargs = tree_unflatten(list(leaves[: spec.num_leaves]), spec)
-        values, structure = tree_flatten(self.call(*args, **kwargs))
-        outputs = tuple(value for value in values if isinstance(value, Tensor))
+        values, structure = self._called(spec, leaves)
+        outputs = _tensors(values)
         if not outputs:
             raise CaptureError("the model returns no tensor, so there is no output to cache")
         names = self._arguments[spec].names
@@ -136,21 +108,30 @@ class OutputPath:
         at = len(leaves) - 1 if timestep is not None and len(leaves) > spec.num_leaves else timestep
         roles = names[timestep] if timestep is not None else "", names[latent] if latent is not None else ""
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in (latent, at)]
-        call = OutputCall(lambda given: self._run(spec, given), outputs, len(leaves), at, latent, tuple(tensors), roles)
+        call = OutputCall(lambda given: self.run(spec, given), outputs, at, latent, tuple(tensors), roles)
         program = OutputProgram(call, leaves, runtime.options, runtime.schedule, runtime.warned)
         self._results[id(program)] = structure, [None if isinstance(value, Tensor) else value for value in values]
         weakref.finalize(program, self._results.pop, id(program), None)
         runtime.place((key,), program)
         return program
 
-    def _run(self, spec: TreeSpec, leaves: Sequence[Any]) -> Outputs:
-        handle = self.handle()
-        weights = parameters_of(handle)
+    def run(self, spec: TreeSpec, leaves: Sequence[Any]) -> Outputs:
+        """Call the model, and notice weights that were replaced."""
+        weights = parameters_of(self.handle())
         if [*map(id, weights)] != [*map(id, self._weights)]:
-            self._weights = weights  # the next call finds that they changed
+            self._bind(weights)  # the next call finds that they changed
+        return _tensors(self._called(spec, leaves)[0])
+
+    def names(self, spec: TreeSpec) -> tuple[str, ...]:
+        """Of the leaves of calls of this structure."""
+        return self._arguments[spec].names
+
+    def _bind(self, weights: tuple[Tensor, ...]) -> None:
+        self._weights, self._labels = weights, [*map(str, range(len(weights)))]
+
+    def _called(self, spec: TreeSpec, leaves: Sequence[Any]) -> tuple[list[Any], TreeSpec]:
         args, kwargs = tree_unflatten(list(leaves[: spec.num_leaves]), spec)
-        values, _ = tree_flatten(self.call(*args, **kwargs))
-        return tuple(value for value in values if isinstance(value, Tensor))
+        return tree_flatten(self.call(*args, **kwargs))
 
     def _result(self, program: OutputProgram, outputs: Sequence[Any]) -> Any:
         structure, values = self._results[id(program)]
@@ -167,6 +148,31 @@ class OutputPath:
             names.append(str(where) if plain else "")
         timestep = next((names.index(name) for name in TIMESTEPS if name in names), None)
         return _Arguments(tuple(names), timestep)
+
+
+@dataclass(frozen=True)
+class OutputEntry:
+    """One intercepted call of a handle: what an interceptor asks of it, as of a graph's entry."""
+
+    path: OutputPath
+    spec: TreeSpec
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The leaves of the call."""
+        return tuple(Input(name, name, False) for name in self.path.names(self.spec))
+
+    def place(self, args: Sequence[Any], runtime: HandleRuntime) -> tuple[OutputProgram, Sequence[Any]]:
+        """The program for the call, and its arguments."""
+        return self.path.program(args, self.spec, runtime), args
+
+    def run_uncached(self, args: Sequence[Any], reason: str) -> Outputs:
+        """Call the model."""
+        return self.path.run(self.spec, args)
+
+
+def _tensors(values: Sequence[Any]) -> Outputs:
+    return tuple(value for value in values if isinstance(value, Tensor))
 
 
 def _latent(leaves: Sequence[Any], names: Sequence[str], output: Tensor) -> int | None:

@@ -239,6 +239,6 @@ def _predicted(result: _Result) -> dict[str, float]:
     holdout_quality = study.held_out(plan if result.thinned is None else result.thinned.schedule)
     if holdout_quality is not None:
         predicted["psnr_db_holdout"] = holdout_quality
-    predicted["trajectories"] = sum(study.seconds.values()) / study.uncached
+    predicted["trajectories"] = study.trajectories
     families = sorted(result.search.family_quality.items())
     return predicted | {f"tried {name}": quality for name, quality in families if math.isfinite(quality)}

@@ -193,7 +193,7 @@ class OutputFit:
 def fit_rule(
     sampled: SampledModel, schedule: Schedule, uncached: Sequence[Path], targets: Sequence[Sequence[Tensor]],
     seeds: Sequence[int], truth: str,
-) -> Schedule:  # fmt: skip
+) -> tuple[Schedule, list[Path]]:  # fmt: skip
     """Fit the weights, on three of four seeds; the others decide after which round they are best.
 
     Args:
@@ -203,7 +203,7 @@ def fit_rule(
         truth: what the targets are, for the schedule's file.
 
     Returns:
-        The schedule with its weights.
+        The schedule with its weights, and with it the path of each seed.
 
     Raises:
         ScheduleError: as for `OutputFit`.
@@ -211,14 +211,14 @@ def fit_rule(
     count = max(1, len(seeds) - len(seeds) // CHECKED)
     computed = [row[0] is Action.COMPUTE for row in schedule.rows]
     fit, paths = OutputFit(uncached[:count], computed, targets[:count]), list(uncached[:count])
-    best, least = schedule, float("inf")
+    best, least = (schedule, list(uncached)), float("inf")
     for _ in range(ROUNDS):
         candidate = replace(schedule, output=OutputRule(fit.terms, fit.fit(paths), truth))
         every = [record_path(sampled, seed, candidate) for seed in seeds]
         paths = every[:count]
         error = _error(every[count:] or every, targets[count:] or targets)
         if error < least:
-            best, least = candidate, error
+            best, least = (candidate, every), error
     return best
 
 

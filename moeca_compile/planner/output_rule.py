@@ -58,17 +58,17 @@ def with_output_rule(study: Study, schedule: Schedule, truth: str) -> Schedule:
     if all(row[0] is Action.COMPUTE for row in schedule.rows) and truth != CONVERGED:
         return schedule
     seeds, holdout, sampled = study.request.seeds, study.request.holdout, study.sampled
+    begin = sampled.seconds
     study.report_progress("weights of the output", 0.97)
     uncached = [record_path(sampled, seed) for seed in seeds]
     targets: list[Sequence[Tensor]] = [path.states for path in uncached]
     if truth == CONVERGED:
         study.report_progress("samples with more steps", 0.97)
         targets = [converged_path(sampled, seed, study.sample, uncached[0]) for seed in seeds]
-    fitted = fit_rule(sampled, schedule, uncached, targets, seeds, truth)
+    fitted, paths = fit_rule(sampled, schedule, uncached, targets, seeds, truth)
     predicted = {**schedule.predicted, "tried without weights": schedule.predicted["psnr_db"]}
-    predicted["psnr_db"] = mean_psnr(
-        (study.errors(seed, sampled.run(seed, fitted)) for seed in seeds), study.data_range
-    )
+    pairs = zip(seeds, paths, strict=True)
+    predicted["psnr_db"] = mean_psnr((study.errors(seed, path.states[-1]) for seed, path in pairs), study.data_range)
     if holdout:
         samples = {seed: sampled.run(seed, fitted) for seed in holdout}
         predicted["psnr_db_holdout"] = mean_psnr(
@@ -79,6 +79,8 @@ def with_output_rule(study: Study, schedule: Schedule, truth: str) -> Schedule:
             for name, given in (("", samples), ("uncached_", study.truth)):
                 errors = [(given[seed] - wanted[seed]).square().flatten(1).mean(1).tolist() for seed in holdout]
                 predicted[f"{name}psnr_db_converged_holdout"] = mean_psnr(errors, study.data_range)
+    study.seconds["weights"] = sampled.seconds - begin
+    predicted["trajectories"] = study.trajectories
     return replace(
         fitted, predicted=predicted, made_by=f"{schedule.made_by}, weights of the output fitted to {truth} samples"
     )

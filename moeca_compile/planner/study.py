@@ -210,6 +210,11 @@ class Study:
         """Seconds of one uncached trajectory, without compiling."""
         return max(statistics.median(self.store.seconds or self.sampled.uncached), 1e-6)
 
+    @property
+    def trajectories(self) -> float:
+        """What the calibration cost so far, in uncached trajectories."""
+        return sum(self.seconds.values()) / self.uncached
+
     @cached_property
     def data_range(self) -> float:
         """Of the samples, for the PSNR."""

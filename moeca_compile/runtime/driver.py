@@ -14,7 +14,6 @@ from moeca_compile.errors import StateError
 from moeca_compile.runtime.state import Answer, StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Row, Schedule
-from moeca_compile.schedule.checks import MAX_ROWS
 from moeca_compile.schedule.forecast import Coefficients, coefficients
 
 _COUNTED = (
@@ -51,7 +50,9 @@ class StepDriver:
         self.schedule, self.warned, self.full = schedule, warned, schedule.rows[0]
         self._terms = 1 + (schedule.order if order is None else order)
         self._computes = {row: Action.COMPUTE in row for row in schedule.rows}
-        self._repeated: dict[int, Row] = {}  # by step, for steps past the listed rows of an open-ended schedule
+        past = range(len(schedule.rows), len(schedule.rows) + schedule.period)
+        # the rows that repeat past the listed ones; empty: the schedule ends
+        self._repeated = tuple(schedule.rows[schedule.row_index(step) or 0] for step in past)
 
     def refuse_surplus(self, step: int, steps: int | None, stream: str = "") -> None:
         """Refuse a call past the declared number of calls.
@@ -147,15 +148,10 @@ class StepDriver:
         rows = self.schedule.rows
         if step < len(rows):
             return rows[step]
-        if step not in self._repeated:
-            index = self.schedule.row_index(step)
-            if index is None:
-                self.warned.once(_past_end(self.schedule, step))
-                return self.full
-            if len(self._repeated) >= MAX_ROWS:  # a stream without an end
-                self._repeated.clear()
-            self._repeated[step] = rows[index]
-        return self._repeated[step]
+        if not self._repeated:
+            self.warned.once(_past_end(self.schedule, step))
+            return self.full
+        return self._repeated[(step - len(rows)) % len(self._repeated)]
 
     def _adaptive(self, state: StreamState, step: int) -> Row:
         """The row for the drift that the stream's last step measured."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
+from moeca_compile.engine.intercept import intercepting
 from moeca_compile.errors import BundleError, MoecaWarning, OptionError, ScheduleError, StateError
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.output import OutputRule
@@ -276,3 +277,34 @@ def test_a_bundle_can_not_hold_it(model: Model, tmp_path: Any) -> None:
 def test_options_of_variants_are_refused(model: Model, option: str) -> None:
     with pytest.raises(OptionError, match="calls the model as it is"):
         moeca.compile(model, granularity="output", inner="eager", **{option: True})
+
+
+def test_inputs_that_require_gradients_are_refused_too(model: Model) -> None:
+    with pytest.raises(StateError, match="inference"):
+        compiled(model, "full")(torch.zeros(2, 2, 3, 3, requires_grad=True), torch.ones(2), torch.tensor([1, 2]))
+
+
+def test_an_intercepted_call_has_its_own_arguments(model: Model) -> None:
+    """An entry is of one call: another thread may intercept one of another structure meanwhile."""
+    entries, handle, y = [], compiled(model, "uniform:3"), torch.tensor([1, 2])
+
+    def intercept(entry: Any, args: Any, runtime: Any) -> tuple[Tensor, ...]:
+        entries.append((entry, args))
+        return tuple(entry.run_uncached(args, ""))
+
+    with intercepting(intercept, handle.dynamo_ctx):
+        first = handle(torch.zeros(2, 2, 3, 3), torch.ones(2), y)
+        handle(torch.zeros(2, 2, 3, 3), t=torch.ones(2), y=y)
+    entry, args = entries[0]
+    assert [one.name for one in entry.inputs] == ["x", "t", "y"]
+    assert torch.equal(entry.run_uncached(args, "")[0], first)
+
+
+def test_a_model_that_returns_no_tensor_runs_uncached_and_says_so() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> int:
+            return x.numel()
+
+    handle = compiled(Counting(), "uniform:3")
+    with pytest.warns(MoecaWarning, match="returns no tensor"):
+        assert [handle(torch.zeros(2, 3)) for _ in range(3)] == [6] * 3

@@ -64,6 +64,7 @@ def test_fitted_weights_come_nearer_than_the_polynomial(tmp_path: Any) -> None:
     assert schedule.output is not None
     assert schedule.granularity == "output"
     assert schedule.predicted["psnr_db"] > schedule.predicted["tried without weights"] + 1
+    assert schedule.predicted["trajectories"] > 8 + 8 + 3 * 8 * 0.4  # twice uncached, and three rounds at about a half
     # what is told of held-out seeds is what the schedule gives to a user who loads it
     schedule.save(tmp_path / "one.json")
     model = Velocity().eval().requires_grad_(False)
