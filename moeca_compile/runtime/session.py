@@ -93,7 +93,7 @@ class Session:
         sizes = tuple(cls._load(sized_bundle, runtime, warned) for sized_bundle in bundle.sizes)
         return cls(bundle, runtime, variants, sizes, warned)
 
-    def sized(self, inputs: Mapping[str, Any]) -> Session:
+    def for_sizes_of(self, inputs: Mapping[str, Any]) -> Session:
         """The session for the size (resolution) of these inputs.
 
         Raises:
@@ -123,13 +123,13 @@ class Session:
             BundleError: inputs that the model doesn't take.
         """
         arrays = arrays_of(self.manifest, inputs)
-        session = self.sized(arrays)
+        session = self.for_sizes_of(arrays)
         feeds, _ = admit(session.manifest, arrays)
         variant = session.variant_of(session.schedule.rows[0])
         values = variant.run(feeds)
-        if dropped := session.dropped(variant, values):
+        if dropped := session.dropped_branches(variant, values):
             session.warned.once(_left_out("this call", dropped))
-        return session.named(values)
+        return session.outputs_by_name(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
         """Begin a denoising loop, or one guidance stream of it. Every call is exactly one step.
@@ -153,13 +153,13 @@ class Session:
         """The variant that runs `row`."""
         return self.variants[self.manifest.variant_of(row)]
 
-    def named(self, values: list[Any]) -> Arrays:
+    def outputs_by_name(self, values: list[Any]) -> Arrays:
         """The model's outputs by name, from the values of a variant; bfloat16 as float32."""
         pairs = zip(self.outputs, values, strict=False)  # state follows the outputs
         return {spec.name: bfloat16.from_stored(self.runtime.numpy(value), spec.dtype) for spec, value in pairs}
 
-    def dropped(self, variant: Loaded, values: list[Any]) -> int:
-        """The number of expert branches that a variant left out; the last of its values, where it counts them."""
+    def dropped_branches(self, variant: Loaded, values: list[Any]) -> int:
+        """The number of expert branches that a variant left out: the last of its values, where it counts them."""
         return int(self.runtime.numpy(values[-1])) if variant.spec.counts_dropped else 0
 
 
@@ -243,7 +243,7 @@ class Trajectory:
         session.driver.refuse_surplus(step, self.steps, self.stream)
         arrays = arrays_of(session.manifest, inputs)
         if self._state is None:
-            session = self.session = self._all_sizes.sized(arrays)
+            session = self.session = self._all_sizes.for_sizes_of(arrays)
         feeds, batch = admit(session.manifest, arrays)
         if self._state is None:
             self._batch = batch
@@ -264,10 +264,10 @@ class Trajectory:
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()
-        outputs, writes = session.named(values), [_slot_number(name) for name in variant.spec.writes]
+        outputs, writes = session.outputs_by_name(values), [_slot_number(name) for name in variant.spec.writes]
         finite = not writes or all(_finite(array) for array in outputs.values())
         driver.keep(state, step, row, writes, values[len(outputs) : len(outputs) + len(writes)], finite)
-        if dropped := session.dropped(variant, values):
+        if dropped := session.dropped_branches(variant, values):
             session.warned.once(_left_out(f"step {step}", dropped))
         self._step = step
         ms = (end - start) * 1e3

@@ -138,7 +138,7 @@ class Schedule:
         return cls(((Action.COMPUTE,),), order=0, period=1, made_by="full")
 
     @classmethod
-    def watching(cls, threshold: float, order: int = 1, **bounds: Any) -> Schedule:
+    def by_drift(cls, threshold: float, order: int = 1, **bounds: Any) -> Schedule:
         """Compute a full step where the drift since the last one reaches `threshold`. Else reuse (order 0) or forecast.
 
         Args:
@@ -178,7 +178,7 @@ class Schedule:
             if match:
                 return cls.uniform(int(match[1]), warmup=int(match[2] or 1), order=order)
         elif head == "adaptive" and len(rest) == 1 and re.fullmatch(r"\d{0,9}\.?\d{1,20}", rest[0]):
-            return cls.watching(float(rest[0]), order)
+            return cls.by_drift(float(rest[0]), order)
         elif text.endswith(".json"):
             return cls.load(text)
         raise ScheduleError(

@@ -48,6 +48,6 @@ def test_schedules_of_the_same_kinds_are_timed_once(asked: list[Schedule]) -> No
 
 
 def test_an_adaptive_schedule_is_run_as_a_whole(asked: list[Schedule]) -> None:
-    schedule = Schedule.watching(0.1)
+    schedule = Schedule.by_drift(0.1)
     assert policies_latency.time_share(None, schedule, 10) == pytest.approx((2 + 0.8) / 10)
     assert asked == [schedule]

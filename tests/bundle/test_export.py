@@ -343,7 +343,7 @@ def test_partial_rows_are_refused(tmp_path: Path, model: DiT, schedule: Schedule
 
 
 def test_adaptive_schedules_are_refused(tmp_path: Path, model: DiT) -> None:
-    for schedule in ("adaptive:0.1", Schedule.watching(0.2, order=0)):
+    for schedule in ("adaptive:0.1", Schedule.by_drift(0.2, order=0)):
         with pytest.raises(BundleError, match=r"adaptive: .* Export a static one, such as 'uniform:3'"):
             moeca.export(model, call_of(2), schedule, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,7 @@ INTERNAL = {  # methods that only the package calls; a leading underscore would 
     "Rewrite": {"fitting", "following", "function", "of"},
     "Routed": {"branches"},
     "Trajectory": {"declared", "miss", "serves", "told"},
-    "Session": {"dropped", "named", "sized", "variant_of"},
+    "Session": {"dropped_branches", "for_sizes_of", "outputs_by_name", "variant_of"},
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}

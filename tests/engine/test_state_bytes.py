@@ -24,7 +24,7 @@ SCHEDULES = {
     "order 1": Schedule.uniform(3, order=1),
     "order 2": Schedule.uniform(2, order=2),
     "some regions alone": Schedule(((C, C), (C, F), (R, C), (R, R)) * 2, KEYS, order=1),
-    "adaptive": Schedule.watching(0.02),
+    "adaptive": Schedule.by_drift(0.02),
     "partial": Schedule(((C, C), (P, P), (P, Partial(0, 0)), (C, P)) * 2, KEYS, order=1),
 }
 

@@ -85,6 +85,6 @@ def test_schedules_that_contradict_themselves(wrong: dict[str, object], reason: 
 
 
 def test_unknown_entries_of_a_file() -> None:
-    text = Schedule.watching(0.1).to_json().replace('"warmup"', '"warm"')
+    text = Schedule.by_drift(0.1).to_json().replace('"warmup"', '"warm"')
     with pytest.raises(ScheduleError, match=r"adaptive has unknown entries.*warm"):
         Schedule.from_json(text)

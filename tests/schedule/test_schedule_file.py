@@ -119,7 +119,7 @@ def test_damaged_json_is_refused_with_the_reason(text: str, reason: str) -> None
 @given(st.data())
 def test_an_altered_file_gives_a_schedule_or_a_schedule_error(data: st.DataObject) -> None:
     """Any entry, of the file or of an object in it, replaced by any JSON."""
-    whole = json.loads(Schedule.watching(0.1).to_json()) | {"timesteps": [1.0, 2.0], "partials": {"a": [0.1, 0.2]}}
+    whole = json.loads(Schedule.by_drift(0.1).to_json()) | {"timesteps": [1.0, 2.0], "partials": {"a": [0.1, 0.2]}}
     whole["control"] = {"score": "drift", "quota": {"m": [0.5]}}
     number = st.integers() | st.floats() | st.just(10**400)
     leaves = st.none() | st.booleans() | number | st.text(max_size=3)
