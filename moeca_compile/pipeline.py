@@ -56,6 +56,7 @@ from moeca_compile.passes.transform.hoist import hand_out, hoist_invariant, hois
 from moeca_compile.passes.transform.insert_signal import insert_signal
 from moeca_compile.passes.transform.insert_state import insert_state
 from moeca_compile.passes.transform.layout import state_layout
+from moeca_compile.passes.transform.materialize_casts import materialize_casts
 from moeca_compile.passes.transform.plain_einsum import plain_einsum
 from moeca_compile.passes.transform.ports import COEFFICIENTS, NOW
 from moeca_compile.passes.transform.separate_rows import separate_rows
@@ -67,6 +68,7 @@ from moeca_compile.schedule.granularity import Granularity
 C = TypeVar("C")
 
 NORMALIZE: tuple[Pass[Facts], ...] = (
+    materialize_casts,  # NOTE: first, registered passes come after it; what autocast converts in the dispatcher
     drop_noops,  # assertions, detach, dropout: nothing may stand between a residual and its branch
     plain_einsum,  # an einsum that sums nothing is no matmul
     separate_rows,  # text tokens that are packed beside the latent's don't depend on it
@@ -124,7 +126,7 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
 
 HOIST: tuple[Pass[RewriteRequest], ...] = (hoist_step_only, hoist_invariant)
 # may be disabled: results stay right without them
-OPTIONAL = frozenset(one.__name__ for one in (*NORMALIZE, *HOIST, fold_linear, straight_stream, repeat_blocks))
+OPTIONAL = frozenset(one.__name__ for one in (*NORMALIZE[1:], *HOIST, fold_linear, straight_stream, repeat_blocks))
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,9 @@ def analyze(
     manager = manager_of(options)
     captured = captured or capture(gm, args, inputs)
     facts = Facts(captured.inputs, Granularity.parse(options.granularity))
-    first = replace(facts, indices=_indices(captured.inputs, inputs, args))
-    normal = manager.rewrite(_with_registered("normalize", NORMALIZE, pipeline.normalize), captured.gm, first)
+    before = replace(facts, indices=_indices(captured.inputs, inputs, args), autocast=captured.autocast)
+    passes = _with_registered("normalize", NORMALIZE, pipeline.normalize, first=1)
+    normal = manager.rewrite(passes, captured.gm, before)
     facts = manager.find(with_registered("find", FIND), normal, facts)
     return Analysis(normal, facts, tuple(manager.records), pipeline)
 
@@ -230,9 +233,11 @@ def lower(variant: Variant, args: Sequence[Any], options: Options) -> tuple[Exec
     return run, tuple(manager.records)
 
 
-def _with_registered(stage: str, page: tuple[Pass[C], ...], passes: tuple[Pass[C], ...]) -> list[Pass[C]]:
-    """The passes of a stage that make a program, and people's own: those have their place by the whole page."""
-    return [one for one in with_registered(stage, page) if one in passes or one not in page]
+def _with_registered(
+    stage: str, page: tuple[Pass[C], ...], passes: tuple[Pass[C], ...], first: int = 0
+) -> list[Pass[C]]:
+    """The passes of a stage that make a program, and registered ones: those have their place by the whole page."""
+    return [step for step in with_registered(stage, page, first) if step in passes or step not in page]
 
 
 def _variant(name: str, gm: GraphModule, request: RewriteRequest) -> Variant:

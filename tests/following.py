@@ -18,7 +18,7 @@ from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.schedule.forecast import coefficients, newton
 from tests.reference import Computed, Reference, forecast, number
-from tests.tools import EAGER, build, layout_of, same, trace_module
+from tests.tools import EAGER, build, layout_of, same, trace_module, with_casts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Subject:
 
 def subject_of(model: Callable[..., Any], inputs: Callable[[int], dict[str, Tensor]]) -> Subject:
     traced = trace_module(model, *inputs(0).values())
-    captured = capture(traced.gm, traced.args, traced.inputs)
+    captured = with_casts(capture(traced.gm, traced.args, traced.inputs))
     return Subject(model, inputs, captured, analyze(traced.gm, traced.args, traced.inputs, EAGER), traced.args)
 
 

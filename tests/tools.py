@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from moeca_compile.options import Options
 from moeca_compile.passes.facts import Facts, RewriteRequest
 from moeca_compile.passes.manager import PassManager
 from moeca_compile.passes.transform.layout import state_layout
+from moeca_compile.passes.transform.materialize_casts import materialize_casts
 from moeca_compile.pipeline import FIND, NORMALIZE, Analysis, analyze, build_variant
 from moeca_compile.schedule import Control, Partial, Row, Schedule
 from moeca_compile.schedule.action import parse_row
@@ -67,9 +68,15 @@ def trace_module(module: Any, *inputs: Any) -> Traced:
 
 
 def capture_module(module: Any, *inputs: Any) -> tuple[Capture, tuple[Any, ...]]:
-    """The functional graph of `module(*inputs)` and the call's tensors."""
+    """The functional graph of `module(*inputs)`, its casts included, and the call's tensors."""
     traced = trace_module(module, *inputs)
-    return capture(traced.gm, traced.args, traced.inputs), traced.args
+    return with_casts(capture(traced.gm, traced.args, traced.inputs)), traced.args
+
+
+def with_casts(captured: Capture) -> Capture:
+    """The capture with the casts of its autocasts as nodes: what the oracle runs. No other pass has changed it."""
+    facts = Facts(captured.inputs, autocast=captured.autocast)
+    return replace(captured, gm=PassManager().rewrite([materialize_casts], captured.gm, facts), autocast=())
 
 
 def analyze_module(module: Any, *inputs: Any, options: Options = EAGER) -> Analysis:

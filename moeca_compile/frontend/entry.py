@@ -315,7 +315,9 @@ class Entry:
         self._warn_of_numbers(key, numbers, runtime)
         gm = with_floats(self.gm, {i: numbers[i] for i in self._floats})
         captured = captured_of(gm, args, self.inputs)
-        captured_key = graph_key if self._identity is self else identity(captured.gm, captured.inputs)
+        captured_key = graph_key
+        if self._identity is not self:
+            captured_key = (identity(captured.gm, captured.inputs), captured.autocast)
         if runtime.find(captured_key) is not None:
             return self._beside(key, captured_key, runtime)
         any_strides_key = self._any_strides_key(args, numbers, key[-1])

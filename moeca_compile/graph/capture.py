@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 from moeca_compile.errors import CaptureError
 from moeca_compile.graph import fx
-from moeca_compile.graph.autocast import ambient_autocast, autocast_is, materialize_casts
+from moeca_compile.graph.autocast import Casts, ambient_autocast, autocast_is
 from moeca_compile.graph.constants import constants_of, takes_sizes
 
 _RESERVED = re.compile(r"coefficients|now|(state|hoisted)_\d+")  # what variants call their own inputs
@@ -76,10 +76,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Capture:
-    """A functional graph and what its placeholders are, in order."""
+    """A functional graph, what its placeholders are, in order, and the autocasts under which it was traced.
+
+    The graph holds no casts of theirs until the pass `materialize_casts` has run.
+    """
 
     gm: GraphModule
     inputs: tuple[Input, ...]
+    autocast: Casts = ()
 
     def __str__(self) -> str:
         return str(self.gm.code)
@@ -101,7 +105,7 @@ def inputs_of(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Input, ..
 
 
 def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:
-    """Trace `gm` for the shapes, dtypes and devices of `args`, and for the ambient autocast.
+    """Trace `gm` for the shapes, dtypes and devices of `args`, under the ambient autocast.
 
     Raises:
         CaptureError: the graph changes one of its inputs or buffers (the cache could not keep that), or its shapes
@@ -124,38 +128,48 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
             return tree_map_only(FunctionalTensor, _plain, result)
 
     casts = ambient_autocast()
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            with autocast_is(casts), tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), fake:
-                fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
-                graph = make_fx(functional, pre_dispatch=True)(*fakes)
-            with autocast_is(()):
-                materialize_casts(graph, casts)
-        except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
-            what = getattr(error, "func", None) or str(error).partition("\n")[0]
-            raise CaptureError(
-                f"the model decides by a number that it reads out of a tensor ({what}), so its graph depends on data. "
-                "Pass numbers such as the timestep as tensors; for an expert dispatch that loops over counts see "
-                "moeca_compile.prepare(model)"
-            ) from error
+    with (
+        torch.inference_mode(False), torch.no_grad(), refuse_data_dependence(), autocast_is(casts),
+        tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), fake,
+    ):  # fmt: skip
+        fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
+        graph = make_fx(functional, pre_dispatch=True)(*fakes)
     if mutated:
         raise CaptureError(
             f"the model changes {', '.join(sorted(set(mutated)))} in place while it runs. A cached step would skip "
             "that change: make it an input or an output of the model, or leave it out of inference"
         )
-    _note_sizes(graph, args)
-    return Capture(graph, _rename(graph, inputs))
+    _note_sizes(graph, args, casts)
+    return Capture(graph, _rename(graph, inputs), casts)
 
 
-def _note_sizes(graph: GraphModule, args: Sequence[Any]) -> None:
+@contextmanager
+def refuse_data_dependence() -> Iterator[None]:
+    """Turn torch's errors of what depends on the values in a tensor into one that says what to do.
+
+    Raises:
+        CaptureError: a shape or a branch depends on data.
+    """
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+        what = getattr(error, "func", None) or str(error).partition("\n")[0]
+        raise CaptureError(
+            f"the model decides by a number that it reads out of a tensor ({what}), so its graph depends on data. "
+            "Pass numbers such as the timestep as tensors; for an expert dispatch that loops over counts see "
+            "moeca_compile.prepare(model)"
+        ) from error
+
+
+def _note_sizes(graph: GraphModule, args: Sequence[Any], casts: Casts) -> None:
     """Where sizes depend on data (experts that take as many tokens as a threshold says), note this call's."""
     unknown = [node for node in graph.graph.nodes if fx.has_unknown_size(node)]
     if unknown:
         run = Interpreter(graph, garbage_collect_values=False)
-        with torch.inference_mode(False), torch.no_grad(), autocast_is(()):
+        with torch.inference_mode(False), torch.no_grad(), autocast_is(casts):
             run.run(*args)
         for node in unknown:
-            node.meta["moeca_shape"] = tuple(run.env[node].shape)
+            node.meta[fx.NOTED_SHAPE] = tuple(run.env[node].shape)
 
 
 class _Eager(Interpreter):

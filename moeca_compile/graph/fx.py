@@ -22,6 +22,7 @@ from moeca_compile.schedule import Act
 
 aten = torch.ops.aten
 MARK = "moeca"  # the entry of a node's meta that holds our mark
+NOTED_SHAPE = "moeca_shape"  # and the one that holds the sizes, where they depend on data
 
 # Ops that only rename, reshape or recast a value: what lies behind them is still the same data.
 VIEWS = frozenset(
@@ -106,11 +107,17 @@ def tensor(node: Node) -> torch.Tensor | None:
 
 def shape(node: Node) -> tuple[int, ...]:
     """The sizes at `node`; those that depend on data as they were when the graph was captured."""
-    noted: tuple[int, ...] | None = node.meta.get("moeca_shape")
+    noted: tuple[int, ...] | None = node.meta.get(NOTED_SHAPE)
     if noted:
         return noted
     val = node.meta.get("val")
     return tuple(map(int, val.shape)) if isinstance(val, torch.Tensor) else ()
+
+
+def copy_noted_shape(source: Node, node: Node) -> None:
+    """Note at `node` the sizes that were noted at `source`, if any: both have the same shape."""
+    if NOTED_SHAPE in source.meta:
+        node.meta[NOTED_SHAPE] = source.meta[NOTED_SHAPE]
 
 
 def fills(part: Node, whole: Node) -> bool:

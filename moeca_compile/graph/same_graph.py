@@ -59,7 +59,7 @@ class _Teller:
     def node(self, node: Node) -> None:
         target = self._constant(str(node.target)) if node.op == "get_attr" else self._target(node.target)
         where = [str(module) for module, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        sizes = node.meta.get("moeca_shape")
+        sizes = node.meta.get(fx.NOTED_SHAPE)
         self.tell(node.op, target, self._value(node.args), self._value(node.kwargs), where, sizes, name=node)
 
     def _value(self, value: Any) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moeca_compile.graph.autocast import Casts
 from moeca_compile.graph.capture import Input
 from moeca_compile.graph.regions import AttentionInfo, ExpertsInfo, HoistedValue, RegionMap, Rejected, RouterInfo
 from moeca_compile.graph.variant import StateSlot
@@ -49,6 +50,8 @@ class Facts:
         granularity: what the schedule's columns are, as the options say.
         indices: the call's one-dimensional indices and masks, by placeholder; only while the captured graph is
             normalized.
+        autocast: the autocasts under which the graph was captured; only until `materialize_casts` has written them
+            into it.
         roles: what the model's own inputs mean.
         dependence: for each node what it depends on: `const`, `condition`, `step` or `latent`.
         attention, routers, experts: the anchors of regions.
@@ -62,6 +65,7 @@ class Facts:
     inputs: tuple[Input, ...]
     granularity: Granularity = Granularity("region")
     indices: Mapping[str, Tensor] = field(default_factory=dict)
+    autocast: Casts = ()
     roles: Roles = Roles()
     dependence: Mapping[str, str] = field(default_factory=dict)
     attention: tuple[AttentionInfo, ...] = ()

@@ -21,7 +21,8 @@ def register(one: Pass, stage: str, after: str = "") -> Pass:
             `(gm, request: RewriteRequest) -> GraphModule` (`passes/facts.py`). It may change `gm`, which is a copy. Its
             name is that of the function.
         stage: "normalize" (the captured graph), "find" (its facts) or "rewrite" (each variant).
-        after: the name of the pass that it runs after; "" puts it first in its stage.
+        after: the name of the pass that it runs after; "" puts it first in its stage, but for `materialize_casts`:
+            every pass sees the conversions that autocast makes.
 
     Returns:
         `one`, unchanged.
@@ -59,21 +60,24 @@ def unregister(name: str) -> None:
     raise OptionError(f"unregister: no pass {name!r} is registered; registered are {known}")
 
 
-def with_registered(stage: str, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+def with_registered(stage: str, passes: Sequence[Pass], first: int = 0) -> tuple[Pass, ...]:
     """The passes of a stage, and those registered for it in their places.
+
+    Args:
+        first: the place of those that were registered without `after`.
 
     Raises:
         OptionError: one is to run after a pass that isn't there, or has the name of one that is.
     """
-    found: list[Any] = list(passes)
-    for one, after in _registered[stage]:
-        names = [known.__name__ for known in found]
-        if one.__name__ in names:
-            raise OptionError(f"register: stage {stage} has a pass {one.__name__} of its own")
+    ordered: list[Any] = list(passes)
+    for function, after in _registered[stage]:
+        names = [known.__name__ for known in ordered]
+        if function.__name__ in names:
+            raise OptionError(f"register: stage {stage} has a pass {function.__name__} of its own")
         if after and after not in names:
-            raise OptionError(f"register({one.__name__}, after={after!r}): stage {stage} has {', '.join(names)}")
-        found.insert(names.index(after) + 1 if after else 0, one)
-    return tuple(found)
+            raise OptionError(f"register({function.__name__}, after={after!r}): stage {stage} has {', '.join(names)}")
+        ordered.insert(names.index(after) + 1 if after else first, function)
+    return tuple(ordered)
 
 
 def is_registered(name: str) -> bool:

@@ -13,7 +13,7 @@ from tests.architectures.generate import Inputs, build
 from tests.architectures.model import Model
 from tests.architectures.parts import Parts
 from tests.following import Subject
-from tests.tools import EAGER, Traced, trace_module
+from tests.tools import EAGER, Traced, trace_module, with_casts
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Finding:
     @property
     def subject(self) -> Subject:
         """The same for the oracle, which runs the captured graph."""
-        captured = capture(self.traced.gm, self.traced.args, self.traced.inputs)
+        captured = with_casts(capture(self.traced.gm, self.traced.args, self.traced.inputs))
         return Subject(self.model, self.inputs, captured, self.analysis, self.traced.args)
 
     def __str__(self) -> str:
