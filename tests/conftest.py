@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import facts, torch_once
+from tests import durations, facts, torch_once
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,14 @@ def own_garbage() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist would begin with the files of most tests
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        durations.longest_first(items)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -68,6 +75,7 @@ def fact(record_property: facts.Recorder) -> facts.Recorder:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    durations.add(report)
     if report.when == "call" and report.passed:
         for name, value in report.user_properties:
             if name == "fact":
@@ -78,6 +86,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput") or not facts.DOCS.exists():
         return  # a worker of pytest-xdist reports to the one who started it
+    durations.write_if_asked()
     if os.environ.get("MOECA_DOCS"):
         facts.write(FOUND if os.environ["MOECA_DOCS"] != "add" else facts.added(facts.load(), FOUND))
     elif (wrong := facts.differing(FOUND, facts.load())) and session.exitstatus == pytest.ExitCode.OK:

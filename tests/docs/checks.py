@@ -14,7 +14,7 @@ from typing import Any
 import moeca_compile as moeca
 from tests.docs.pages import ROOT
 
-OUTSIDE = {"cd", "git", "tritonserver", "trtexec"}  # commands that aren't ours
+OUTSIDE = {"cd", "docker", "git", "tritonserver", "trtexec"}  # commands that aren't ours
 
 
 def check_python(text: str) -> None:

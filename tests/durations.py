@@ -1,0 +1,43 @@
+"""Which test files take long. pytest-xdist starts with those, so that no process is alone with one at the end.
+
+`MOECA_DURATIONS=1 make test` writes the record anew; files that take less than `SHORT` seconds aren't in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+RECORD = Path(__file__).with_name("durations.json")
+SHORT = 3.0
+
+seconds: Counter[str] = Counter()
+
+
+def file_of(nodeid: str) -> str:
+    """The test's file, relative to this folder: the tests also run from a copy beside an installed package."""
+    return nodeid.split("::", 1)[0].removeprefix("tests/")
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Sort in place. The tests of a file stay together and in order, and so do files without a record, at the end."""
+    recorded = json.loads(RECORD.read_text())
+    items.sort(key=lambda item: -recorded.get(file_of(item.nodeid), 0.0))
+
+
+def add(report: pytest.TestReport) -> None:
+    """Count setup, call and teardown of a test for its file."""
+    seconds[file_of(report.nodeid)] += report.duration
+
+
+def write_if_asked() -> None:
+    """Files that didn't run keep what the record says of them, those that are gone lose it."""
+    if not os.environ.get("MOECA_DURATIONS"):
+        return
+    merged = json.loads(RECORD.read_text()) | {file: round(taken, 1) for file, taken in seconds.items()}
+    long = {file: taken for file, taken in merged.items() if taken >= SHORT and RECORD.with_name(file).exists()}
+    RECORD.write_text(json.dumps(dict(sorted(long.items())), indent=1) + "\n")
