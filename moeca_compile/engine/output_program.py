@@ -24,11 +24,11 @@ from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.lower import Executable
 from moeca_compile.options import Options
 from moeca_compile.passes.transform.layout import state_layout
+from moeca_compile.runtime.output_weights import OutputWeights
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Row, Schedule
 from moeca_compile.schedule.granularity import OUTPUT
-from moeca_compile.schedule.output import MAX_OUTPUTS
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[Sequence[Any]], Outputs]
@@ -40,14 +40,14 @@ class OutputCall:
 
     Attributes:
         run: from a call's arguments to the tensors that the model returns.
-        example: what it returned for one call.
+        regions: the model as one region, with the shapes, dtypes and devices of what it returns.
         timestep, latent: their positions among the arguments; None: not known.
         condition: positions of the tensors that tell guidance streams apart.
         roles: names of the timestep and of the latent; "" where they aren't known.
     """
 
     run: Call
-    example: Outputs
+    regions: RegionMap
     timestep: int | None
     latent: int | None
     condition: tuple[int, ...]
@@ -86,7 +86,7 @@ class OutputProgram(Program):
         self.prologues = _NothingHoisted(call.timestep, call.condition)  # type: ignore[assignment]
         self.packs_experts, self.buffers = False, None
         self.nodes, self.roles = 0, call.roles
-        self.regions = _one_region(call.example)
+        self.regions = call.regions
         self.compiled_schedule = self.compiled(schedule)
 
     def compiled(
@@ -129,22 +129,17 @@ class CompiledOutput(CompiledSchedule):
         self, program: OutputProgram, schedule: Schedule, variants: OutputVariants, order: int | None = None
     ) -> None:
         super().__init__(program, schedule, variants, order)
-        self._histories: list[tuple[int, ...]] = []  # of each step, the steps whose outputs its weights are for
-        history: tuple[int, ...] = ()
-        for step, row in enumerate(schedule.rows):
-            if row[0] is Action.COMPUTE:
-                history = (step, *history[: MAX_OUTPUTS - 1])
-            self._histories.append(history)
-            if schedule.output is not None:
-                schedule.output.check_step(step, len(history))
+        has_latent = program.latent is not None
+        self._rule = None if schedule.output is None else OutputWeights(schedule, program.warned, has_latent)
 
     def arguments(
         self, variant: Variant, args: Sequence[Any], state: StreamState | None, step: int,
         hoisted: Sequence[torch.Tensor] | None = None,
     ) -> list[Any]:  # fmt: skip
         """What a step of `variant` runs on, as its only argument."""
-        rule, latent = self.schedule.output, self.program.latent
-        weights = None if rule is None or state is None else self._weights(variant, state, step)
+        rule, latent, weights = self._rule, self.program.latent, None
+        if rule is not None and state is not None:
+            weights = rule.at(state, step, bool(variant.writes), self.program.regions.regions[0].shapes[0])
         pair = (0.0, 0.0)
         if variant.wants_coefficients and state is not None:
             pair = self.driver.coefficients(state, step)[0]
@@ -155,29 +150,6 @@ class CompiledOutput(CompiledSchedule):
     def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Any) -> list[Any]:
         kept = [self.zeros(slot) for slot in range(len(self.layout))]
         return [_Step(args, kept, (), None, (0.0, 0.0), None)]
-
-    def _weights(self, variant: Variant, state: StreamState, step: int) -> tuple[float, ...] | None:
-        """The output rule's for this step; None where it was made for another step or history."""
-        rule = self.schedule.output
-        assert rule is not None
-        place = state.coming
-        history = (step, *state.history[0]) if variant.writes else state.history[0]
-        reason = ""
-        if step >= len(rule.weights) or (place is not None and (place.off_schedule or place.row != step)):
-            reason = "the call comes at another step or timestep"
-        elif history[: rule.depth] != self._histories[step][: rule.depth]:
-            reason = "the steps that computed the model before are others"
-        elif rule.halves and len(self.program.call.example[0]) % 2:
-            reason = "the batch has no two halves"
-        elif "x" in rule.terms and self.program.latent is None:
-            reason = "no input was found to be the latent"
-        if reason:
-            self.program.warned.once(
-                f"step {step}: the schedule's output weights aren't used, for {reason}. The output is what the "
-                f"schedule's order makes it. Calibrate for this sampler, or run it as it was calibrated"
-            )
-            return None
-        return rule.weights[step] or None
 
 
 class OutputVariants(VariantCache):
@@ -204,7 +176,7 @@ class OutputVariants(VariantCache):
                 writes=slots[:: self.depth] if computes and self.depth else (),
                 wants_coefficients=row[0] is Action.FORECAST,
                 wants_now=False,
-                outputs=len(self._call.example),
+                outputs=len(self._call.regions.regions[0].outputs),
                 macs=int(computes),
             )
         return self.built[row]
@@ -275,7 +247,8 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _one_region(outputs: Outputs) -> RegionMap:
+def output_regions(outputs: Outputs) -> RegionMap:
+    """A model that returns such tensors, as one region."""
     region = Region(
         key=OUTPUT,
         kind="span",

@@ -9,8 +9,10 @@ import torch
 from moeca_compile.api import prepare
 from moeca_compile.errors import CaptureError, LoweringError
 from moeca_compile.exporting import request
+from moeca_compile.exporting.output import capture_output
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.options import Options
+from moeca_compile.schedule.granularity import OUTPUT
 
 BATCHES = (2, 3, 7)  # what a graph for any batch is captured at: not 1, which torch takes for a size of its own
 
@@ -59,11 +61,17 @@ def _shape_of(captured: Captured) -> tuple[object, ...]:
 
 def _capture(model: torch.nn.Module, example: Arguments, options: Options, dynamic_batch: bool) -> list[Captured]:
     if not dynamic_batch:
-        return [request.capture(model, example, options)]
+        return [_captured(model, example, options)]
     try:
-        captures = [request.capture(model, request.rebatched(example, batch), options) for batch in BATCHES]
+        captures = [_captured(model, request.rebatched(example, batch), options) for batch in BATCHES]
     except CaptureError as error:
         raise CaptureError(f"{error} (at another batch; dynamic_batch=False takes the example as it is)") from error
     if len({captured.program.regions.fingerprint for captured in captures}) > 1:
         raise LoweringError("the model's regions depend on its batch: export it with dynamic_batch=False")
     return captures
+
+
+def _captured(model: torch.nn.Module, arguments: Arguments, options: Options) -> Captured:
+    if options.granularity == OUTPUT:
+        return capture_output(model, arguments, options)
+    return request.capture(model, arguments, options)

@@ -20,6 +20,8 @@ from moeca_compile.lowering.experts.rewrite import calls
 from moeca_compile.lowering.onnx.batch import Batches, dims
 from moeca_compile.runtime.bundle.dims import Dim
 from moeca_compile.runtime.bundle.manifest import FORMAT, VERSION, letters_of
+from moeca_compile.schedule import Row
+from moeca_compile.schedule.granularity import OUTPUT
 
 PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -31,8 +33,7 @@ def describe(
     `shapes`: of inputs and outputs by their ONNX names."""
     main = captured[0]
     program, names = main.program, main.names
-    rows = program.schedule.distinct_rows()
-    variants = [program.variant(row) for row in rows]
+    rows, variants = zip(*main.variants, strict=True)
     results = [fx.need(node) for node in fx.nodes_of(fx.output_node(variants[0].gm).args[0])]
     inputs = {entry.name: arg for entry, arg in zip(main.inputs, main.args, strict=True) if entry.name in names}
     ranges = _ranges(captured)
@@ -52,21 +53,30 @@ def describe(
         "outputs": [_tensor(name, val.dtype, shapes) for (name, _), val in zip(main.results, results, strict=False)],
         "state": _state(captured, batches),
         "timestep": timestep if timestep in shapes else None,
-        "variants": [_variant(variant, size, main, experts) for variant in variants],
-        "steps": [rows.index(row) for row in program.schedule.rows],
+        "variants": [_variant(row, variant, size, main, experts) for row, variant in main.variants],
+        "steps": [rows.index(row) if row in rows else None for row in program.schedule.rows],
+        **_of_output(main),
     }
+
+
+def _of_output(main: Captured) -> dict[str, Any]:
+    """What is said where the model's output is cached."""
+    if main.program is main.network:
+        return {}
+    latent = main.program.latent
+    return {"granularity": OUTPUT, "latent": None if latent is None else main.names[main.inputs[latent].name]}
 
 
 def file_of(variant: Variant, size: int) -> str:
     return f"{variant.name}.onnx" if not size else f"size_{size}_{variant.name}.onnx"
 
 
-def _variant(variant: Variant, size: int, main: Captured, experts: Lowering) -> dict[str, Any]:
-    names, inputs, layout = main.names, main.inputs, main.program.layout
+def _variant(row: Row, variant: Variant, size: int, main: Captured, experts: Lowering) -> dict[str, Any]:
+    names, inputs, layout = main.names, main.inputs, main.network.layout
     return {
         "name": variant.name,
         "file": file_of(variant, size),
-        "row": letters_of(variant.row),
+        "row": letters_of(row),
         "takes": [names[inputs[i].name] for i in variant.takes if inputs[i].name in names],
         "reads": [layout[slot].name for slot in variant.reads],
         "writes": [layout[slot].name for slot in variant.writes],
@@ -90,7 +100,7 @@ def _ranges(captured: Sequence[Captured]) -> dict[str, dict[str, list[int]]]:
     """Of inputs that index a table of the same size at every batch."""
     by_capture = []
     for capture in captured:
-        full = capture.program.variant(capture.program.schedule.rows[0])
+        _, full = capture.variants[0]
         inputs = [node for node in fx.placeholders(full.gm) if node.name in capture.names]
         by_capture.append({node.name: index_range(node) for node in inputs})
     ranges = {}

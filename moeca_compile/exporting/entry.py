@@ -90,7 +90,7 @@ def export(
     choose(experts, targets)  # raises; what the model's own experts need comes when it is captured
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
     options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager")
-    refuse_schedule(options.resolved_schedule(), granularity)
+    refuse_schedule(options.resolved_schedule(), granularity, fused)
     examples = (example_inputs, *other_sizes)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)

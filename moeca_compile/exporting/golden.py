@@ -1,7 +1,8 @@
 """Golden steps: what torch makes of a schedule's first steps, for every machine to compare with.
 
 A step that computes everything gives what the user's own model gives, called as it is: neither the capture nor the
-rewritten expert dispatch vouches for itself. Cached steps run the variants, node by node.
+rewritten expert dispatch vouches for itself. Cached steps run the variants, node by node. Where the model's output is
+cached, every output that is kept is the user's own model's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from moeca_compile.dtypes import name_of
 from moeca_compile.engine.step import run_step
@@ -58,7 +58,7 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
             if has_history or not program.variant(row).wants_coefficients:
                 missing.discard(row)
             results = [output for output in outputs if isinstance(output, torch.Tensor)]
-            if all(action is Action.COMPUTE for action in row):
+            if program is captured.network and all(action is Action.COMPUTE for action in row):
                 results = _eager(captured, model, args, results)
             steps.append(([args[i] for i in arguments], results))
     return steps
@@ -68,10 +68,7 @@ def _eager(
     captured: Captured, model: torch.nn.Module, args: Sequence[Any], results: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """What the model gives for these arguments of its graph, which gave `results`."""
-    places = ((captured.places.get(entry.name), i) for i, entry in enumerate(captured.inputs))
-    tensors = {place: args[i] for place, i in places if place is not None}
-    leaves = tree_leaves(request.call(model, request.with_tensors(captured.example, tensors)))
-    expected = [leaves[place] for _, place in captured.results]
+    expected = request.call_with(model, captured, args)
     for (name, _), mine, expected_value in zip(captured.results, results, expected, strict=True):
         error = relative_error(mine.double().numpy(), expected_value.double().numpy())
         limit = WRONG * TOLERANCE.get(name_of(expected_value.dtype), 1.0)

@@ -37,7 +37,7 @@ def expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Low
     Raises:
         LoweringError: a target, or the model, doesn't take the form that `experts` names.
     """
-    gm = main.program.variant(main.program.schedule.rows[0]).gm
+    gm = main.variants[0][1].gm
     chosen, slower = choose(experts, targets, why_no_moe(gm))
     if slower and calls(gm):
         warnings.warn(
@@ -67,21 +67,18 @@ def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Loweri
 
 def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: ProgressCallback) -> Lowered:
     """Every distinct row's graph at one size."""
-    main, *twins = captures
-    rows = main.program.schedule.distinct_rows()
-    names = main.names | {slot.name: f"{slot.name}_in" for slot in main.program.layout} | {COEFFICIENTS: COEFFICIENTS}
+    main = captures[0]
+    layout = main.network.layout
+    names = main.names | {slot.name: f"{slot.name}_in" for slot in layout} | {COEFFICIENTS: COEFFICIENTS}
     models: dict[str, tuple[str, Any]] = {}
     shapes: dict[str, tuple[Dim, ...]] = {}
-    for i, row in enumerate(rows):
-        tick(f"variant {i + 1} of {len(rows)} to ONNX", 0.1 + 0.6 * i / len(rows))
-        variant = main.program.variant(row)
-        outputs = [
-            *(name for name, _ in main.results),
-            *(f"{main.program.layout[slot].name}_out" for slot in variant.writes),
-        ]
-        alike = [variant, *(twin.program.variant(row) for twin in twins)]
+    count = len(main.variants)
+    for i, ((row, variant), *others) in enumerate(zip(*(capture.variants for capture in captures), strict=True)):
+        tick(f"variant {i + 1} of {count} to ONNX", 0.1 + 0.6 * i / count)
+        outputs = [*(name for name, _ in main.results), *(f"{layout[slot].name}_out" for slot in variant.writes)]
+        alike = [variant, *(twin for _, twin in others)]
         model, signature = lower_onnx(
-            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.program.options)
+            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options)
         )
         models[file_of(variant, size)] = letters_of(row), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)

@@ -69,14 +69,15 @@ def _is_call(example: Any) -> bool:
     return isinstance(example, (tuple, list, Mapping))
 
 
-def refuse_schedule(schedule: Schedule, granularity: str) -> None:
+def refuse_schedule(schedule: Schedule, granularity: str, fused: bool) -> None:
     """Raises:
     BundleError: a manifest can't say it.
+    OptionError: a fused graph of what has one graph.
     """
-    if OUTPUT in (granularity, schedule.granularity):
-        raise BundleError(
-            "the schedule is for granularity='output', which runs no graph at cheap steps. A bundle's variants are "
-            "graphs of regions: export a schedule of regions, such as 'uniform:3'"
+    if granularity == OUTPUT and fused:
+        raise OptionError(
+            f"fused=True: with granularity='output' a cheap step runs no graph, so there are no variants to put into "
+            f"{FUSED}. Leave fused out; a Session runs the sums of a cheap step itself"
         )
     if schedule.adaptive is not None:
         raise BundleError(

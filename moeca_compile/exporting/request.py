@@ -17,8 +17,10 @@ from moeca_compile.engine.program import Program
 from moeca_compile.errors import CaptureError, LoweringError
 from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwargs
 from moeca_compile.graph.desugar import desugar
+from moeca_compile.graph.variant import Variant
 from moeca_compile.options import Options
 from moeca_compile.pipeline import STANDALONE
+from moeca_compile.schedule import Row
 
 Arguments = Sequence[Any] | Mapping[str, Any]
 
@@ -27,7 +29,8 @@ Arguments = Sequence[Any] | Mapping[str, Any]
 class Captured:
     """One graph of the model and the arguments it was captured with, by position of its placeholders."""
 
-    program: Program
+    program: Program  # runs the schedule in torch
+    network: Program  # its variants become the bundle's graphs; the same, unless the model's output is cached
     example: Arguments  # the call
     args: tuple[Any, ...]
     places: dict[str, int]  # by placeholder, for what the caller gave: its place among the tensors of the call
@@ -36,7 +39,13 @@ class Captured:
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return self.program.analysis.facts.inputs
+        return self.network.analysis.facts.inputs
+
+    @property
+    def variants(self) -> list[tuple[Row, Variant]]:
+        """The bundle's graphs, each with the row that it runs."""
+        of_rows = [(row, self.network.variant(row)) for row in self.network.schedule.distinct_rows()]
+        return of_rows if self.program is self.network else [(self.program.schedule.rows[0], of_rows[0][1])]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -62,6 +71,14 @@ def call(model: Any, arguments: Arguments) -> Any:
         return model(**arguments) if isinstance(arguments, Mapping) else model(*arguments)
 
 
+def call_with(model: Any, captured: Captured, args: Sequence[Any]) -> list[torch.Tensor]:
+    """What the model, called as it is, gives for these arguments of its graph, in the order of `captured.results`."""
+    places = ((captured.places.get(entry.name), i) for i, entry in enumerate(captured.inputs))
+    given = {place: args[i] for place, i in places if place is not None}
+    leaves = tree_leaves(call(model, with_tensors(captured.example, given)))
+    return [leaves[place] for _, place in captured.results]
+
+
 def try_call(model: torch.nn.Module, arguments: Arguments) -> None:
     """Call the model as it is: what its first call sets up for later ones (tables, flags) is there for every capture.
 
@@ -79,7 +96,7 @@ def try_call(model: torch.nn.Module, arguments: Arguments) -> None:
 
 
 def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> Captured:
-    """Run a prepared model once through Dynamo.
+    """Run a prepared model once through Dynamo. Its `program` is the network's own.
 
     Raises:
         CaptureError: it isn't one graph, or has nothing to cache.
@@ -120,7 +137,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
     places = {name: place_of[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in place_of}
     by_id = {id(value): name for name, value in bound_arguments(model, arguments).items() if torch.is_tensor(value)}
     called = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
-    return Captured(program, arguments, args, places, called, _results(result, outputs))
+    return Captured(program, program, arguments, args, places, called, _results(result, outputs))
 
 
 def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, 
 
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import INTERCEPTORS, interceptor_of
-from moeca_compile.engine.output_program import OutputCall, OutputProgram, Outputs
+from moeca_compile.engine.output_program import OutputCall, OutputProgram, Outputs, output_regions
 from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
-from moeca_compile.frontend.handles import Read, state_of
+from moeca_compile.frontend.handles import HandleState, Read, state_of
 from moeca_compile.frontend.owner import parameters_of
 from moeca_compile.frontend.signature import refuse_gradients
 from moeca_compile.graph.capture import Input
@@ -58,6 +59,7 @@ class OutputPath:
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._arguments: dict[TreeSpec, _Arguments] = {}
         self._results: dict[int, tuple[TreeSpec, list[Any]]] = {}  # by id of a program: where its outputs belong
+        self._first: dict[int, tuple[list[Any], TreeSpec]] = {}  # by id of a call's leaves: what the model gave already
         self._bind(parameters_of(handle))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,22 +78,13 @@ class OutputPath:
             leaves.append(torch.tensor(leaves[timestep], dtype=torch.float64))  # as the clock reads it
         runtime.invalidate_if_weights_changed(_GRAPH, self._labels, self._weights)
         try:
-            program = self.program(leaves, spec, runtime)
-        except CaptureError as error:
-            state.report_uncached(str(error))
-            return self.call(*args, **kwargs)
-        if INTERCEPTORS.get():
-            interceptor = interceptor_of(context)
-            if interceptor is not None:
-                return self._result(program, interceptor(OutputEntry(self, spec), leaves, runtime))
-        trajectory = current(runtime.ids, sys._getframe(1))
-        running = runtime.running(trajectory)
-        if trajectory is not None:
-            trajectory.calls += 1
-        return self._result(program, run_step(program.compiled_schedule, running, leaves, trajectory))
+            return self._run(leaves, spec, state, sys._getframe(1))
+        finally:
+            self._first.pop(id(leaves), None)
 
     def program(self, leaves: Sequence[Any], spec: TreeSpec, runtime: HandleRuntime) -> OutputProgram:
-        """The program for calls like this one; its first call is made here, to see what the model returns."""
+        """The program for calls like this one. The first such call runs the model here, to see what it returns; that is
+        handed on when the same call is computed."""
         timestep = self._arguments[spec].timestep
         kinds = [_kind(leaf) for position, leaf in enumerate(leaves) if position != timestep]
         key: Hashable = ("output", spec, tuple(kinds))
@@ -99,16 +92,17 @@ class OutputPath:
         if found is not None:
             assert isinstance(found[0], OutputProgram)
             return found[0]
-        values, structure = self._called(spec, leaves)
+        values, structure = self._first[id(leaves)] = self._called(spec, leaves)
         outputs = _tensors(values)
         if not outputs:
             raise CaptureError("the model returns no tensor, so there is no output to cache")
         names = self._arguments[spec].names
-        latent = _latent(leaves, names, outputs[0])
+        latent = latent_of(leaves, names, outputs[0])
         at = len(leaves) - 1 if timestep is not None and len(leaves) > spec.num_leaves else timestep
         roles = names[timestep] if timestep is not None else "", names[latent] if latent is not None else ""
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in (latent, at)]
-        call = OutputCall(lambda given: self.run(spec, given), outputs, at, latent, tuple(tensors), roles)
+        regions = output_regions(outputs)
+        call = OutputCall(lambda given: self.run(spec, given), regions, at, latent, tuple(tensors), roles)
         program = OutputProgram(call, leaves, runtime.options, runtime.schedule, runtime.warned)
         self._results[id(program)] = structure, [None if isinstance(value, Tensor) else value for value in values]
         weakref.finalize(program, self._results.pop, id(program), None)
@@ -129,7 +123,27 @@ class OutputPath:
     def _bind(self, weights: tuple[Tensor, ...]) -> None:
         self._weights, self._labels = weights, [*map(str, range(len(weights)))]
 
+    def _run(self, leaves: Sequence[Any], spec: TreeSpec, state: HandleState, frame: FrameType) -> Any:
+        context, runtime = self.handle().dynamo_ctx, state.runtime  # type: ignore[union-attr]
+        try:
+            program = self.program(leaves, spec, runtime)
+        except CaptureError as error:
+            state.report_uncached(str(error))
+            return tree_unflatten(*self._called(spec, leaves))
+        interceptor = interceptor_of(context) if INTERCEPTORS.get() else None
+        if interceptor is not None:
+            return self._result(program, interceptor(OutputEntry(self, spec), leaves, runtime))
+        trajectory = current(runtime.ids, frame)
+        running = runtime.running(trajectory)
+        if trajectory is not None:
+            trajectory.calls += 1
+        return self._result(program, run_step(program.compiled_schedule, running, leaves, trajectory))
+
     def _called(self, spec: TreeSpec, leaves: Sequence[Any]) -> tuple[list[Any], TreeSpec]:
+        """What the model gives for these leaves, flattened."""
+        first = self._first.pop(id(leaves), None)
+        if first is not None:
+            return first
         args, kwargs = tree_unflatten(list(leaves[: spec.num_leaves]), spec)
         return tree_flatten(self.call(*args, **kwargs))
 
@@ -146,8 +160,7 @@ class OutputPath:
             if isinstance(where, int):
                 where = self._parameters[where] if where < len(self._parameters) else ""
             names.append(str(where) if plain else "")
-        timestep = next((names.index(name) for name in TIMESTEPS if name in names), None)
-        return _Arguments(tuple(names), timestep)
+        return _Arguments(tuple(names), timestep_of(names))
 
 
 @dataclass(frozen=True)
@@ -175,7 +188,12 @@ def _tensors(values: Sequence[Any]) -> Outputs:
     return tuple(value for value in values if isinstance(value, Tensor))
 
 
-def _latent(leaves: Sequence[Any], names: Sequence[str], output: Tensor) -> int | None:
+def timestep_of(names: Sequence[str]) -> int | None:
+    """The argument that is the timestep, by the arguments' names."""
+    return next((names.index(name) for name in TIMESTEPS if name in names), None)
+
+
+def latent_of(leaves: Sequence[Any], names: Sequence[str], output: Tensor) -> int | None:
     """The argument that the output is a change of: one with such a name, or any; it has the output's shape, but for its
     channels."""
     fits = [

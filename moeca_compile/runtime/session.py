@@ -26,6 +26,7 @@ from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest
 from moeca_compile.runtime.driver import StepDriver
+from moeca_compile.runtime.output_rows import KEPT, OutputRows
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.providers.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.state import StreamState
@@ -40,7 +41,9 @@ class Session:
     Attributes:
         bundle: the verified directory.
         provider: name of the provider that was asked for.
-        runtime: runs the variants.
+        runtime: runs the graphs.
+        variants: the loaded graphs.
+        output_rows: how rows run where the model's output is cached; None: each row is a graph.
         inputs, outputs: names, shapes and dtypes of what a call takes and returns.
         driver: the step rule.
         sizes: a session for each further size (resolution) of the bundle; the shapes of a call select its session.
@@ -56,6 +59,10 @@ class Session:
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
         self.warned = warned or Warned()
         self.driver = StepDriver(self.schedule, self.warned)
+        self.output_rows: OutputRows | None = None
+        if self.manifest.caches_output:
+            self.output_rows = OutputRows(self.manifest, self.schedule, runtime, variants[0], self.warned)
+        self._by_row = {row: self._variant(row) for row in self.schedule.distinct_rows()}
 
     @classmethod
     def open(
@@ -151,12 +158,20 @@ class Session:
 
     def variant_of(self, row: Row) -> Loaded:
         """The variant that runs `row`."""
+        return self._by_row[row]
+
+    def _variant(self, row: Row) -> Loaded:
+        if self.output_rows is not None:
+            return self.output_rows.variant(row)
         return self.variants[self.manifest.variant_of(row)]
 
     def outputs_by_name(self, values: list[Any]) -> Arrays:
         """The model's outputs by name, from the values of a variant; bfloat16 as float32."""
         pairs = zip(self.outputs, values, strict=False)  # state follows the outputs
-        return {spec.name: bfloat16.from_stored(self.runtime.numpy(value), spec.dtype) for spec, value in pairs}
+        arrays = (
+            (spec, value if isinstance(value, np.ndarray) else self.runtime.numpy(value)) for spec, value in pairs
+        )
+        return {spec.name: bfloat16.from_stored(array, spec.dtype) for spec, array in arrays}
 
     def dropped_branches(self, variant: Loaded, values: list[Any]) -> int:
         """The number of expert branches that a variant left out: the last of its values, where it counts them."""
@@ -261,6 +276,8 @@ class Trajectory:
         if variant.spec.coefficients:
             table = np.asarray(driver.coefficients(state, step), np.float32)
             feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, 2)
+        if session.output_rows is not None:
+            feeds[KEPT] = session.output_rows.kept(state, step, variant, batch)
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()

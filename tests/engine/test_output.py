@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.engine.intercept import intercepting
-from moeca_compile.errors import BundleError, MoecaWarning, OptionError, ScheduleError, StateError
+from moeca_compile.errors import MoecaWarning, OptionError, ScheduleError, StateError
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.output import OutputRule
 
@@ -268,9 +270,24 @@ def test_explain_says_what_is_kept(model: Model) -> None:
         moeca.explain(handle, *inputs, schedule="full")
 
 
-def test_a_bundle_can_not_hold_it(model: Model, tmp_path: Any) -> None:
-    with pytest.raises(BundleError, match="granularity='output'"):
-        moeca.export(model, (torch.zeros(1),), "uniform:3", tmp_path / "b", granularity="output")
+def test_the_first_call_of_a_kind_runs_the_model_once(model: Model) -> None:
+    handle = compiled(model, "uniform:3")
+    x, y = torch.zeros(2, 2, 3, 3), torch.tensor([1, 2])
+    moeca.explain(handle, x, torch.ones(2), y)
+    assert model.calls == 1
+    handle(x[:1], torch.ones(1), y[:1])
+    assert model.calls == 2
+    moeca.warmup(handle, x[:, :, :2], torch.ones(2), y)
+    assert model.calls == 3
+
+
+def test_a_program_keeps_no_output_alive(model: Model) -> None:
+    handle = compiled(model, "full")
+    output = handle(torch.zeros(2, 2, 3, 3), torch.ones(2), torch.tensor([1, 2]))
+    storage = weakref.ref(output.untyped_storage())
+    del output
+    gc.collect()
+    assert storage() is None
 
 
 @pytest.mark.parametrize("option", ["cuda_graphs", "pack_experts"])

@@ -21,6 +21,7 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     golden_file,
     letters_of,
 )
+from moeca_compile.runtime.bundle.output_misfit import output_misfit
 from moeca_compile.schedule import Action, Schedule
 
 
@@ -64,9 +65,11 @@ def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
     _distinct(manifest.model.regions, "region")
     rows = [letters_of(row) for row in schedule.rows]
     variant_rows = [variant.row for variant in manifest.variants]
+    with_graph = {row for row in rows if not manifest.caches_output or row == Action.COMPUTE.value}
     _demand(len(set(variant_rows)) == len(variant_rows), "two variants have the same row")
-    _demand(sorted(variant_rows) == sorted(set(rows)), "the variants aren't the schedule's rows")
-    _demand([variant_rows.index(row) for row in rows] == list(manifest.steps), "steps and schedule differ")
+    _demand(sorted(variant_rows) == sorted(with_graph), "the variants aren't the schedule's rows")
+    steps = [variant_rows.index(row) if row in with_graph else None for row in rows]
+    _demand(steps == list(manifest.steps), "steps and schedule differ")
     inputs = [spec.name for spec in manifest.inputs]
     states = [STEP, *(spec.name for spec in manifest.state)]
     _distinct([*inputs, *(f"{name}_in" for name in states), COEFFICIENTS], "input")
@@ -75,6 +78,8 @@ def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
     _demand(timestep is None or timestep in inputs, f"the timestep {timestep!r} is no input")
     _demand(not schedule.timesteps or timestep is not None, "a schedule with timesteps needs a timestep input")
     _check_state(manifest, schedule)
+    misfit = output_misfit(manifest, schedule)
+    _demand(not misfit, misfit)
     for variant in manifest.variants:
         _check_variant(variant, manifest)
 
@@ -114,6 +119,8 @@ def _check_engines(manifest: Manifest) -> None:
 def _check_variant(variant: VariantSpec, manifest: Manifest) -> None:
     computed = {region for region, letter in enumerate(variant.row) if letter == Action.COMPUTE.value}
     writes = tuple(s.name for s in manifest.state if s.region in computed and s.slot == SLOTS[0])
+    if manifest.caches_output:  # the session keeps the outputs themselves
+        writes = ()
     readable = {s.name for s in manifest.state if s.region not in computed}
     inputs = {spec.name for spec in manifest.inputs}
     _demand(variant.writes == writes, f"variant {variant.name} doesn't write what its row computes")

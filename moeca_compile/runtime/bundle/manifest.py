@@ -20,6 +20,7 @@ from moeca_compile.dtypes import DTYPES
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.dims import DIM_PATTERN, batch_in, evaluate
 from moeca_compile.schedule import Action, Row
+from moeca_compile.schedule.granularity import OUTPUT
 
 FORMAT, VERSION = "moeca-bundle", 2
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
@@ -198,7 +199,9 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     Attributes:
         digest: of the manifest without its digest, as JSON with sorted keys and no spaces.
         id: of schedule and weights; every graph carries it.
-        steps: the variant of each row of the schedule.
+        steps: the variant of each row of the schedule; None: the row runs no graph.
+        granularity: of the schedule, where it isn't one of regions: `output`, where the one variant is the whole model.
+        latent: the input that the model's output is a change of, where the model's output is cached; None: not known.
         sizes: further resolutions: the same model, schedule and weights, with graphs of their own.
     """
 
@@ -217,12 +220,19 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     state: State
     timestep: Name | None
     variants: Variants
-    steps: Annotated[tuple[Annotated[int, Meta(ge=0, le=10_000)], ...], Meta(min_length=1, max_length=1_000_000)]
+    steps: Annotated[tuple[Annotated[int, Meta(ge=0, le=10_000)] | None, ...], Meta(min_length=1, max_length=1_000_000)]
     fused: FusedSpec | None
     sizes: Annotated[tuple[SizeSpec, ...], Meta(max_length=100)]
     files: dict[AnyFile, FileSpec]
     golden: GoldenSpec
     engines: Annotated[tuple[EngineSpec, ...], Meta(max_length=100_000)] = ()
+    granularity: Annotated[str, Meta(pattern=r"^(output)?\Z")] = ""
+    latent: Name | None = None
+
+    @property
+    def caches_output(self) -> bool:
+        """Whether the model's output is cached as a whole: cheap steps run no graph."""
+        return self.granularity == OUTPUT
 
     @property
     def regions(self) -> int:

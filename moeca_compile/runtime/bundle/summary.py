@@ -21,13 +21,15 @@ def visible(text: str) -> str:
 def facts(bundle: Bundle) -> dict[str, str]:
     """What is in it, by name; several lines where there are several."""
     manifest = bundle.manifest
+    parts = "its output cached" if manifest.caches_output else f"{manifest.regions} regions"
+    without_graph = f", {manifest.steps.count(None)} of them without a graph" if manifest.caches_output else ""
     lines = {
-        "model": f"{manifest.model.name}, {manifest.regions} regions, {manifest.dtype}",
+        "model": f"{manifest.model.name}, {parts}, {manifest.dtype}",
         "inputs": "\n".join(map(str, manifest.inputs)),
         "outputs": "\n".join(map(str, manifest.outputs)),
         "other sizes": "\n".join(", ".join(map(str, size.inputs)) for size in manifest.sizes),
         "baked in": ", ".join(f"{k}={v}" for k, v in manifest.model.baked.items()),
-        "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows",
+        "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows{without_graph}",
         "state": f"{len(manifest.state)} tensors",
         "experts": manifest.expert_lowering,
         "for": ", ".join(manifest.targets),

@@ -19,6 +19,11 @@ from tests.bundle.tensorrt.fake import entries
 
 @pytest.fixture
 def with_engines(copy: Path) -> Bundle:
+    return put_engines(copy)
+
+
+def put_engines(copy: Path) -> Bundle:
+    """Put an engine for each variant into a bundle."""
     bundle = Bundle.open(copy)
     data = json.loads((copy / "manifest.json").read_text())
     data["engines"] = entries(bundle.manifest)

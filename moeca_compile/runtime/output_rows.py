@@ -1,0 +1,122 @@
+"""The rows of a bundle that caches the model's output: its one network, and sums of its last outputs.
+
+A cheap step runs no graph. What is kept are the network's outputs, as arrays on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moeca_compile.graph.variant import SLOTS
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest, VariantSpec
+from moeca_compile.runtime.output_weights import OutputWeights
+from moeca_compile.runtime.providers.provider import Loaded, Runtime
+from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
+from moeca_compile.runtime.weighted import polynomial, weighted
+from moeca_compile.schedule import Action, Row, Schedule
+
+KEPT = "moeca_kept"  # among the feeds of a step in a trajectory: a `Kept`
+
+
+class Kept(NamedTuple):
+    """What a step of a trajectory has beside its inputs.
+
+    Attributes:
+        values: by number of the model's output, the last ones that were computed, latest first.
+        weights: of the output rule; None: the polynomial serves.
+    """
+
+    values: tuple[tuple[Any, ...], ...]
+    weights: Sequence[float] | None
+
+
+class OutputRows:
+    """How the rows of one schedule run.
+
+    Args:
+        manifest: of a bundle with one network.
+        schedule: the bundle's.
+        runtime: of the network.
+        network: the loaded network.
+        warned: counts the warnings.
+    """
+
+    def __init__(
+        self, manifest: Manifest, schedule: Schedule, runtime: Runtime, network: Loaded, warned: Warned
+    ) -> None:
+        self.manifest, self.runtime, self.network = manifest, runtime, network
+        has_latent = manifest.latent is not None
+        self.rule = None if schedule.output is None else OutputWeights(schedule, warned, has_latent)
+        self.latent = next((spec for spec in manifest.inputs if spec.name == manifest.latent), None)
+
+    def variant(self, row: Row) -> Loaded:
+        """What runs a row."""
+        return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, row[0].value)
+
+    def kept(self, state: StreamState, step: int, variant: Loaded, batch: int) -> Kept:
+        """What `variant` finds in the stream at a step.
+
+        Args:
+            state: of the stream, after the step rule chose the row.
+            step: number of the call, from 0.
+            variant: that runs.
+            batch: of the call.
+        """
+        weights = None
+        if self.rule is not None:
+            shape = self.manifest.outputs[0].sizes(batch)
+            weights = self.rule.at(state, step, bool(variant.spec.writes), shape)
+        values: list[list[Any]] = [[] for _ in self.manifest.outputs]
+        for spec, value in zip(self.manifest.state, state.tensors, strict=True):
+            if value is not None:
+                values[spec.output].append(value)
+        return Kept(tuple(map(tuple, values)), weights)
+
+    def weighted(self, feeds: Mapping[str, Any], weights: Sequence[float], outputs: Sequence[Any]) -> Any:
+        """The output rule's sum for the model's first output."""
+        assert self.rule is not None
+        array, dtype = (None, "") if self.latent is None else (feeds[self.latent.name], self.latent.dtype)
+        return weighted(self.rule.terms, weights, outputs, self.manifest.outputs[0].dtype, array, dtype)
+
+
+class _Computed:
+    """The row that runs the network. Its values: the network's outputs, the first one weighed; the outputs as they are,
+    to be kept; what the network counts."""
+
+    def __init__(self, rows: OutputRows) -> None:
+        self._rows = rows
+        spec, state = rows.network.spec, rows.manifest.state
+        writes = tuple(slot.name for slot in state if slot.slot == SLOTS[0])
+        self.spec = VariantSpec(
+            spec.name, spec.file, spec.row, spec.takes, (), writes, False, spec.counts_dropped, spec.macs
+        )
+
+    def run(self, feeds: Mapping[str, Any]) -> list[Any]:
+        rows, step = self._rows, feeds.get(KEPT)
+        values, count = rows.network.run(feeds), len(rows.manifest.outputs)
+        arrays = [rows.runtime.numpy(value) for value in values[:count]]
+        kept = [array.copy() for array in arrays] if self.spec.writes else []  # the caller may write to what it gets
+        if kept and step is not None and step.weights is not None:
+            arrays[0] = rows.weighted(feeds, step.weights, (kept[0], *step.values[0]))
+        return [*arrays, *kept, *values[count:]]
+
+
+class _Forecast:
+    """A row that runs no graph."""
+
+    def __init__(self, rows: OutputRows, row: str) -> None:
+        self._rows = rows
+        self.spec = VariantSpec("v1", "", row, (), (), (), row == Action.FORECAST.value, False, 0)
+
+    def run(self, feeds: Mapping[str, Any]) -> list[Any]:
+        step: Kept = feeds[KEPT]
+        pair = feeds[COEFFICIENTS][0].tolist() if self.spec.coefficients else ()
+        outputs = [
+            polynomial(values, spec.dtype, pair)
+            for values, spec in zip(step.values, self._rows.manifest.outputs, strict=True)
+        ]
+        if step.weights is not None:
+            outputs[0] = self._rows.weighted(feeds, step.weights, step.values[0])
+        return outputs
