@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moeca_compile.graph.variant import SLOTS
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest, VariantSpec
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest, VariantSpec, letters_of
 from moeca_compile.runtime.output_weights import OutputWeights
 from moeca_compile.runtime.providers.provider import Loaded, Runtime
 from moeca_compile.runtime.state import StreamState
@@ -53,7 +53,7 @@ class OutputRows:
 
     def variant(self, row: Row) -> Loaded:
         """What runs a row."""
-        return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, row[0].value)
+        return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, letters_of(row))
 
     def kept(self, state: StreamState, step: int, variant: Loaded, batch: int) -> Kept:
         """What `variant` finds in the stream at a step.
