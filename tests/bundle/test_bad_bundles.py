@@ -108,7 +108,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "an oversize size": (lambda d: d["inputs"][0]["shape"].__setitem__(1, 1 << 40), "shape"),
     "no size": (lambda d: d["inputs"][0]["shape"].__setitem__(1, "4 * batch"), "shape"),
     "a boolean number": (lambda d: d.update(opset=True), r"Expected `int`, got `bool` - at `\$\.opset`"),
-    "a number as text": (lambda d: d["steps"].__setitem__(1, "1"), r"Expected `int`, got `str` - at `\$\.steps\[1\]`"),
+    "a number as text": (
+        lambda d: d["steps"].__setitem__(1, "1"),
+        r"Expected `int \| null`, got `str` - at `\$\.steps\[1\]`",
+    ),
     "no number": (lambda d: d["golden"].update(tolerance=float("nan")), "tolerance"),
     "too few numbers": (lambda d: d["inputs"][0].update(range=[1]), r"length 2, got 1 - at `\$\.inputs\[0\]\.range`"),
     "no inputs": (lambda d: d["inputs"].clear(), r"length >= 1 - at `\$\.inputs`"),
