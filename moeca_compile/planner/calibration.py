@@ -14,7 +14,8 @@ from typing import Any
 
 from moeca_compile.errors import CaptureError
 from moeca_compile.inspect.progress import bar
-from moeca_compile.planner.output_rule import check_truth, with_output_rule
+from moeca_compile.planner.output.rule import with_output_rule
+from moeca_compile.planner.output.study import OutputStudy, Truth, check_truth
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
@@ -42,7 +43,7 @@ def calibrate(
     memory: int = 2**30,
     perturb: int = 0,
     branches: float = 0.0,
-    truth: str = "uncached",
+    truth: Truth = "uncached",
     progress: bool = True,
 ) -> Schedule:
     """Find the best schedule within a budget.
@@ -78,9 +79,11 @@ def calibrate(
             are better. With a budget of MACs the best one is then thinned if that improves it: some layers are cached
             as whole regions, or some cheap steps compute no branches. Bundles do not support these schedules.
         truth: with granularity `output`, what the samples are fitted to. `uncached`: the samples of the model computed
-            at every step. `converged`: the samples of the same sampler with eight times the steps, for which `sample`
-            must take a keyword `steps`. A schedule fitted to `converged` also corrects the error of the solver's own
-            steps, so its samples differ from the uncached ones. Three of four seeds are fitted to.
+            at every step. `converged`: the samples that the same sampler comes to with more and more steps,
+            extrapolated from runs with twice and four times the steps, for which `sample` must take a keyword `steps`
+            (six more trajectories a seed). Or samples of one's own: a mapping from seeds to tensors, or a function of
+            the seed. A schedule fitted to anything but `uncached` also corrects the error of the solver's own steps,
+            so its samples differ from the uncached ones. Three of four seeds are fitted to.
         progress: show a progress bar if `rich` is installed.
 
     Returns:
@@ -104,12 +107,14 @@ def calibrate(
         with bar(progress) as report_progress:
 
             def study_of(granularity: str) -> Study:
+                if granularity == OUTPUT:
+                    return OutputStudy(model, sample, granularity, inner, request, report_progress, goal=truth)
                 return Study(model, sample, granularity, inner, request, report_progress)
 
             is_auto = granularity == "auto"
             result = _best_granularity(study_of, request) if is_auto else _search(study_of(granularity))
-            if granularity == OUTPUT:
-                return with_output_rule(result.study, _schedule(result), truth)
+            if isinstance(result.study, OutputStudy):
+                return with_output_rule(result.study, _schedule(result), result.plan)
             return _schedule(result)
     except KeyboardInterrupt as stop:
         if request.folder is not None:

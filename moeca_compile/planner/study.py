@@ -105,7 +105,7 @@ class Study:
         for number, seed in enumerate(seeds[1:], start=2):
             if seed not in self.truth:
                 stored = self.store.truth(seed)
-                self.truth[seed] = self._finite(seed, self.sampled.run(seed) if stored is None else stored)
+                self.truth[seed] = self._finite(seed, self._sample(seed) if stored is None else stored)
                 if stored is None:
                     self.store.add_truth(seed, self.truth[seed], self.sampled.uncached[-1])
             self.report_progress("uncached samples", 0.1 + 0.3 * number / len(seeds))
@@ -155,6 +155,10 @@ class Study:
         study.borrow(self)
         study.drift, study.split = self.drift, self.split
         return study
+
+    def _sample(self, seed: int) -> torch.Tensor:
+        """The uncached samples of a seed."""
+        return self.sampled.run(seed)
 
     def _record(self, call: Call) -> None:
         if call.program is self.sampled.program:

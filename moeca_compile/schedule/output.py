@@ -23,7 +23,7 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.schedule.decode import Entries
 from moeca_compile.schedule.granularity import OUTPUT
 
-TRUTHS = ("uncached", "converged")
+UNCACHED, CONVERGED, GIVEN = TRUTHS = ("uncached", "converged", "given")
 MAX_OUTPUTS = 3  # that a sum takes: y0 to y2
 
 
@@ -34,8 +34,9 @@ class OutputRule:
     Attributes:
         terms: names of the values, in the order of the weights.
         weights: [steps][terms]; a step's may be empty: there the output is what the schedule's order makes it.
-        truth: what the weights were fitted to: `uncached`, the sampler's own states when everything is computed, or
-            `converged`, the states of the same sampler with many more steps.
+        truth: what the weights were fitted to: `uncached`, the sampler's own states when everything is computed;
+            `converged`, the states that the same sampler comes to with more and more steps; or `given`, samples of the
+            user's.
 
     Raises:
         ScheduleError: an unknown term or truth, a step with another number of weights, a weight that isn't finite.

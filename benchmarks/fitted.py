@@ -1,0 +1,235 @@
+"""Fitted weights of the model's output, to both truths: digits model, 256 held-out digits, 95 % intervals.
+
+    python -m benchmarks.fitted            # about 25 minutes on one core; writes results/fitted.json
+    python -m benchmarks.fitted --quick    # few steps and digits: does it run?
+    python -m benchmarks.fitted --report   # docs/fitted.md from results/fitted.json
+
+Every contender makes the same digits with Euler steps and guidance 2, and computes the model at as many of 50 steps.
+Schedules are calibrated on other seeds than those told. Finished schedules and samples stay in `--work`, so that a
+stopped run goes on. Quality doesn't depend on the machine's load; no time is told here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import moeca_compile as moeca
+from benchmarks.paired import interval, paired, psnr, worst
+from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
+from benchmarks.schedules import GUIDANCE, labels_of
+from examples import digits
+from moeca_compile.schedule import Action, Schedule
+
+WORK = Path("build/fitted")
+PAGE = Path("docs/fitted.md")
+REGIONS = Path("examples/schedules")
+UNCACHED, CONVERGED = "uncached", "converged"
+MARK = "<!-- python -m benchmarks.fitted --report -->"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        steps: of the sampler.
+        finer: times the steps of the second-order run that counts as converged.
+        shares: of the steps, in percent, that compute the model; with a committed schedule each.
+        seeds, digits: of the calibration: seeds, and digits a seed.
+        held_out, batch: seeds that are told, and digits a seed.
+    """
+
+    steps: int
+    finer: int
+    shares: tuple[int, ...]
+    seeds: int
+    digits: int
+    held_out: int
+    batch: int
+
+
+WHOLE = Size(50, 4, (50, 34, 26, 20), 8, 8, 8, 32)
+QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
+
+
+def sample(model: Any, seed: int, steps: int, n: int, second_order: bool = False) -> Tensor:
+    """Digits [n, 1, 16, 16] by Euler steps, or by second-order Adams-Bashforth ones."""
+    x, labels = digits.initial_noise(seed, n), labels_of(seed, n)
+    both = torch.cat([labels, torch.full_like(labels, digits.CLASSES)])
+    before = None
+    for step in range(steps):
+        t = torch.full((2 * n,), 1000.0 * (1 - step / steps))
+        cond, uncond = model(torch.cat([x, x]), t, both).chunk(2)
+        velocity = uncond + GUIDANCE * (cond - uncond)
+        x = x - (velocity if before is None or not second_order else 1.5 * velocity - 0.5 * before) / steps
+        before = velocity
+    return x
+
+
+class Bench:
+    """The model, and what was sampled with it."""
+
+    def __init__(self, size: Size, work: Path) -> None:
+        self.size, self.work = size, work
+        work.mkdir(parents=True, exist_ok=True)
+
+    def schedule(self, share: int, truth: str) -> Schedule:
+        """Calibrated with granularity `output`."""
+        size = self.size
+        path = self.work / f"{truth}_{share}.json"
+        if not path.exists():
+            region = Schedule.load(REGIONS / f"digits_{share}.json")
+
+            def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
+                return sample(model, seed, steps, size.digits)
+
+            budget = f"macs:{computed(region) / size.steps}"
+            moeca.calibrate(
+                digits.load_model(), calibrated_on, budget=budget, granularity="output", truth=truth, seeds=size.seeds,
+                holdout=2, data_range=2.0,
+            ).save(path)  # fmt: skip
+        return Schedule.load(path)
+
+    def samples(self, name: str, schedule: Schedule | None = None, order: str = "euler") -> Tensor:
+        """The held-out digits; kept in a file of that name."""
+        path = self.work / f"{name}.pt"
+        if path.exists():
+            samples: Tensor = torch.load(path)
+            return samples
+        size = self.size
+        model = self._model(schedule)
+        times, second_order = (1, False) if order == "euler" else (size.finer, True)
+        images = []
+        with torch.no_grad():
+            for seed in range(70_000, 70_000 + size.held_out):
+                if schedule is not None:
+                    moeca.reset(model)
+                images.append(sample(model, seed, times * size.steps, size.batch, second_order))
+        samples = torch.cat(images)
+        torch.save(samples, path)
+        return samples
+
+    def _model(self, schedule: Schedule | None) -> Callable[..., Any]:
+        model = digits.load_model().requires_grad_(False)
+        if schedule is None:
+            moeca.prepare(model)
+            return torch.compile(model)
+        return moeca.compile(model, schedule=schedule, granularity=schedule.granularity)
+
+
+def computed(schedule: Schedule) -> int:
+    """How many steps compute everything."""
+    return sum(set(row) == {Action.COMPUTE} for row in schedule.rows)
+
+
+def measure(bench: Bench, console: Console) -> dict[str, Any]:
+    """The figures of every contender."""
+    truths = {UNCACHED: bench.samples(UNCACHED), CONVERGED: bench.samples(CONVERGED, order="second")}
+    own = {name: psnr(truths[UNCACHED], truth) for name, truth in truths.items()}
+    lines = [_line("every step computed", bench.size.steps, {CONVERGED: own[CONVERGED]}, {}, None)]
+    for share in bench.size.shares:
+        region = Schedule.load(REGIONS / f"digits_{share}.json")
+        fitted = {truth: bench.schedule(share, truth) for truth in truths}
+        contenders = {
+            "regions, polynomial": region,
+            "output, polynomial": replace(fitted[UNCACHED], output=None),
+            "output, fitted to uncached": fitted[UNCACHED],
+            "output, fitted to converged": fitted[CONVERGED],
+        }
+        base: dict[str, list[float]] = {}
+        for name, schedule in contenders.items():
+            images = bench.samples(f"{name.replace(', ', '_').replace(' ', '_')}_{share}", schedule)
+            qualities = {truth: psnr(images, truths[truth]) for truth in truths}
+            base = base or qualities
+            leads = {UNCACHED: paired(qualities[UNCACHED], base[UNCACHED])} if qualities is not base else {}
+            leads[CONVERGED] = paired(qualities[CONVERGED], own[CONVERGED])
+            lines.append(_line(name, computed(schedule), qualities, leads, schedule.predicted.get("trajectories")))
+            console.print(lines[-1], highlight=False)
+    return {"digits": len(own[CONVERGED]), "lines": lines}
+
+
+def _line(
+    name: str, computed: int, qualities: dict[str, list[float]], leads: dict[str, tuple[float, float]],
+    trajectories: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """`leads`: over the region schedule to the uncached truth, over the uncached run to the converged one."""
+    return {
+        "name": name,
+        "computed": computed,
+        "psnr_db": {truth: [round(figure, 3) for figure in interval(values)] for truth, values in qualities.items()},
+        "worst_5_percent_db": {truth: round(worst(values), 3) for truth, values in qualities.items()},
+        "lead_db": {truth: [round(figure, 3) for figure in lead] for truth, lead in leads.items()},
+        "trajectories": None if trajectories is None else round(trajectories, 1),
+    }
+
+
+def rows_of(result: dict[str, Any]) -> list[list[str]]:
+    """The table's rows: steps, contender, and for each truth the mean, the worst twentieth and the lead."""
+    rows = []
+    for line in result["lines"]:
+        cells = [str(line["computed"]), line["name"]]
+        for truth in (UNCACHED, CONVERGED):
+            figures = line["psnr_db"].get(truth)
+            lead = line["lead_db"].get(truth)
+            cells.append("" if figures is None else f"{figures[0]:.1f} ± {figures[1]:.1f}")
+            cells.append("" if figures is None else f"{line['worst_5_percent_db'][truth]:.1f}")
+            cells.append("" if lead is None else f"{lead[0]:+.1f} ± {lead[1]:.1f}")
+        cells.append("" if line["trajectories"] is None else f"{line['trajectories']:.0f}")
+        rows.append(cells)
+    return rows
+
+
+HEADS = (
+    "computed of 50", "schedule", "to uncached, dB", "worst 5 %", "less regions", "to converged, dB", "worst 5 %",
+    "less uncached run", "trajectories to calibrate",
+)  # fmt: skip
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the table."""
+    table = Table(*HEADS)
+    for row in rows_of(result):
+        table.add_row(*row)
+    console.print(table)
+
+
+def report(results: Path, page: Path) -> None:
+    """Write the table into the page, between its two marks."""
+    result = json.loads(results.read_text())
+    lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
+    lines += [f"| {' | '.join(row)} |" for row in rows_of(result)]
+    lines += ["", f"{result['digits']} held-out digits; {when(result['machine'])}."]
+    before, _, after = page.read_text().split(MARK)
+    page.write_text(f"{before}{MARK}\n\n" + "\n".join(lines) + f"\n\n{MARK}{after}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run as a command."""
+    parser = arguments(__doc__.splitlines()[0], "one budget, few digits")
+    parser.add_argument("--work", type=Path, help=f"folder of finished work; default {WORK}")
+    parser.add_argument("--report", action="store_true", help=f"only write {PAGE}")
+    args = parser.parse_args(argv)
+    if args.report:
+        report(RESULTS / "fitted.json", PAGE)
+        return
+    pin_threads()
+    console = Console(width=180)
+    work = args.work or (WORK / "quick" if args.quick else WORK)
+    result = measure(Bench(QUICK if args.quick else WHOLE, work), console)
+    show(result, console)
+    folder = folder_of(args)
+    if folder is not None:
+        save("fitted", result, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Trajectories as the fit sees them: the latents that the steps began with, and what the model returned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.planner.rollout import Call, SampledModel
+from moeca_compile.schedule import Schedule
+
+FINER = (2, 4)  # times the steps of the two runs that a converged state is extrapolated from
+MAX_ORDER = 3  # of convergence: above it the difference of the runs is mostly rounding
+
+
+@dataclass
+class Path:
+    """One trajectory.
+
+    Attributes:
+        states: the latents [N, C, ...] float32 that each step began with, and the final samples [N, C, ...].
+        outputs: by step that computed the model, what it returned, one tensor [N, C', ...] float32 for each part of
+            the guidance: one, or two where guidance takes both halves in one batch or in two calls.
+        timesteps: of each step.
+        is_batched: guidance takes both halves in one batch.
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    outputs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    timesteps: list[float | None] = field(default_factory=list)
+    is_batched: bool = False
+
+    @property
+    def samples(self) -> Tensor:
+        """The final samples."""
+        return self.states[-1]
+
+
+class _Recorder:
+    """Collects a path from the calls of a run. The calls of one step come with one latent."""
+
+    def __init__(self) -> None:
+        self.path = Path()
+        self.streams: list[str] = []  # in the order of their calls in a step
+
+    def __call__(self, call: Call) -> None:
+        step, path = call.record.step, self.path
+        if call.latent is None or call.state is None or step not in (len(path.states), len(path.states) - 1):
+            raise ScheduleError(
+                "calibrate: the output's weights are fitted for samplers that call the model with their latent as a "
+                "tensor argument, once a step or once for each part of the guidance. Take both halves of the guidance "
+                "in one batch, or use granularity='region'"
+            )
+        latent = call.latent.detach().float().cpu()
+        if not path.states:
+            path.is_batched = is_doubled(latent)
+        if path.is_batched:
+            latent = latent.chunk(2)[0]
+        if step == len(path.states):
+            path.states.append(latent.clone())
+            path.timesteps.append(call.timestep)
+        elif not torch.equal(latent, path.states[step]):
+            raise ScheduleError(
+                f"calibrate: step {step} of the sampler calls the model twice with different latents, so the output's "
+                "weights can't be fitted: they are for samplers that call it once a step, or once for each part of the "
+                "guidance. Use granularity='region' for this one"
+            )
+        if call.stream not in self.streams:
+            self.streams.append(call.stream)
+        if call.state.history[0][:1] == (step,):
+            output = call.state.tensors[0].detach().float().cpu().clone()
+            path.outputs[step] = (*path.outputs.get(step, ()), *output.chunk(1 + path.is_batched))
+
+
+def record_path(sampled: SampledModel, seed: int, schedule: Schedule | None = None) -> Path:
+    """Sample a seed and keep what the fit needs.
+
+    Args:
+        sampled: the compiled model, of granularity `output`.
+        seed: passed to the sampler.
+        schedule: to run; None: everything is computed.
+
+    Raises:
+        ScheduleError: a step of the sampler calls the model with several latents, no input was found to be the latent,
+            or the samples have another shape than the latents.
+    """
+    recorder = _Recorder()
+    samples = sampled.run(seed, schedule, recorder)
+    path = recorder.path
+    if not path.states or samples.shape != path.states[-1].shape:
+        shape = list(path.states[-1].shape) if path.states else "nothing"
+        raise ScheduleError(
+            f"calibrate: the samples have shape {list(samples.shape)}, the sampler's latents {shape}. To fit the "
+            "output's weights, sample(model, seed) must return the last latent"
+        )
+    path.states.append(samples)
+    return path
+
+
+def converged_path(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], uncached: Path) -> Path:
+    """The states that the sampler converges to, at the steps of an uncached path, by Richardson extrapolation.
+
+    The sampler runs with `FINER` times the steps. The order of convergence is measured: the ratio of the differences
+    between the three runs' samples. Source: Richardson & Gaunt, The Deferred Approach to the Limit, Phil. Trans. R.
+    Soc. A 226 (1927).
+
+    Args:
+        sampled: the compiled model.
+        seed: passed to the sampler.
+        sampler: takes `steps`.
+        uncached: the path of `seed` at the sampler's own number of steps.
+
+    Returns:
+        The extrapolated states and samples. Its outputs are the finest run's, where that one passes the step's
+        timestep; at the other steps `uncached`'s.
+    """
+    runs = [_with_steps(sampled, seed, sampler, times * len(uncached.timesteps)) for times in FINER]
+    coarse, fine = runs
+    differences = [float((a.samples - b.samples).norm()) for a, b in ((uncached, coarse), (coarse, fine))]
+    ratio = differences[0] / max(differences[1], 1e-30)
+    order = min(MAX_ORDER, max(1, round(math.log2(max(ratio, 1e-30)))))
+    path = Path(timesteps=uncached.timesteps)
+    for step, time in enumerate(uncached.timesteps):
+        before, after = (_state_at(run, time, step / len(uncached.timesteps)) for run in runs)
+        path.states.append(after + (after - before) / (2**order - 1))
+        finest = FINER[-1] * step
+        passes = time is None or math.isclose(_number(fine.timesteps[finest]), time, rel_tol=1e-6, abs_tol=1e-9)
+        path.outputs[step] = fine.outputs[finest] if passes else uncached.outputs[step]
+    path.states.append(fine.samples + (fine.samples - coarse.samples) / (2**order - 1))
+    return path
+
+
+def given_path(uncached: Path, samples: Tensor, seed: int) -> Path:
+    """An uncached path bent to end at given samples.
+
+    Their distance from the uncached samples is spread over the steps in proportion to how far the latent moves.
+
+    Raises:
+        ScheduleError: the samples have another shape, or aren't finite.
+    """
+    wanted = torch.as_tensor(samples).detach().float().cpu()
+    if wanted.shape != uncached.samples.shape or not bool(wanted.isfinite().all()):
+        problem = f"have shape {list(wanted.shape)}, the sampler's {list(uncached.samples.shape)}"
+        if wanted.shape == uncached.samples.shape:
+            problem = "aren't all finite"
+        raise ScheduleError(f"calibrate: the samples that truth gives for seed {seed} {problem}")
+    moves = [
+        float((after - before).norm()) for before, after in zip(uncached.states, uncached.states[1:], strict=False)
+    ]
+    total, done = max(sum(moves), 1e-30), 0.0
+    states = [uncached.states[0]]
+    for move, state in zip(moves, uncached.states[1:], strict=True):
+        done += move
+        states.append(state + done / total * (wanted - uncached.samples))
+    return Path(states, uncached.outputs, uncached.timesteps)
+
+
+def is_doubled(latent: Tensor) -> bool:
+    """Whether the two halves of a batch are one latent, as guidance in one batch makes them."""
+    if len(latent) % 2:
+        return False
+    first, second = latent.chunk(2)
+    return torch.equal(first, second)
+
+
+def _with_steps(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], steps: int) -> Path:
+    """The path of the same sampler with another number of steps. Neither its length nor its time is the study's."""
+    plain, counted, timed = sampled.sample, sampled.steps, len(sampled.uncached)
+    sampled.sample = lambda model, seed: sampler(model, seed, steps=steps)
+    try:
+        path = record_path(sampled, seed)
+    finally:
+        sampled.sample, sampled.steps = plain, counted
+        del sampled.uncached[timed:]
+    if len(path.timesteps) != steps:
+        raise ScheduleError(
+            f"calibrate: truth='converged' asked sample(model, seed, steps={steps}) for {steps} steps, but it made "
+            f"{len(path.timesteps)}. It must make as many steps as it is asked for"
+        )
+    return path
+
+
+def _state_at(path: Path, time: float | None, place: float) -> Tensor:
+    """The latent at a timestep: the parabola through the three nearest steps, exact where a step has that timestep.
+
+    Args:
+        path: with at least three steps.
+        time: None: the model takes no timestep; the latent is that of the step at the same fraction of the way.
+        place: that fraction.
+    """
+    times = path.timesteps
+    if time is None or place == 0:
+        return path.states[round(place * len(times))]
+    known = [_number(each) for each in times]
+    nodes = sorted(range(len(known)), key=lambda index: abs(known[index] - time))[:3]
+    total = torch.zeros_like(path.states[0])
+    for node in nodes:
+        others = [known[other] for other in nodes if other != node]
+        weight = math.prod((time - other) / (known[node] - other) for other in others)
+        total.add_(path.states[node], alpha=weight)
+    return total
+
+
+def _number(time: float | None) -> float:
+    return math.nan if time is None else float(time)

@@ -1,0 +1,165 @@
+"""The last part of a calibration with granularity `output`: the plan's weights fitted, and what they give measured.
+
+Fits propose which steps compute the model and which terms are weighed; rollouts decide. Weights are fitted to three of
+four seeds, and the others decide, so that no choice is made by seeds that a fit has seen. The last fit takes all seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.planner.output.fit import RESPONSES, Form, OutputFit, term_sets
+from moeca_compile.planner.output.gram import Gram, summed
+from moeca_compile.planner.output.place import computed_steps, placements
+from moeca_compile.planner.output.study import OutputStudy
+from moeca_compile.planner.search.quality import mean_psnr
+from moeca_compile.planner.search.rows import FULL, Plan, schedule_of
+from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.output import UNCACHED, OutputRule
+
+Candidate = TypeVar("Candidate", bound=Hashable)
+
+PLANS = 3  # annealed, beside the search's own
+CHECKED = 4  # one seed in so many isn't fitted to
+SAMPLES_PER_TERM = 2  # at least; each has thousands of numbers
+
+
+class OutputRuleSearch:
+    """Fits the weights of one study.
+
+    Args:
+        study: has sampled its seeds.
+
+    Raises:
+        ScheduleError: the seeds are too few for the number of weights.
+    """
+
+    def __init__(self, study: OutputStudy) -> None:
+        self.study, seeds, wanted = study, study.request.seeds, study.wanted
+        count = max(1, len(seeds) - len(seeds) // CHECKED)
+        self.checking = seeds[count:] or seeds
+        self.fitted = summed([wanted[seed].gram for seed in seeds[:count]])
+        self.checked = summed([wanted[seed].gram for seed in self.checking])
+        self.all = summed([wanted[seed].gram for seed in seeds])
+        self.fit = OutputFit(study.sampler())
+        self.term_sets = term_sets(wanted[seeds[0]].is_batched)
+        self.response = RESPONSES[0]
+        samples = sum(len(wanted[seed].states[0]) for seed in seeds)
+        terms = max(map(len, self.term_sets))
+        if samples < SAMPLES_PER_TERM * terms:
+            raise ScheduleError(
+                f"calibrate: {samples} samples are too few to fit {terms} weights a step; at least "
+                f"{SAMPLES_PER_TERM * terms} are needed. Give more seeds"
+            )
+
+    def best(self, schedule: Schedule, plan: Plan) -> Schedule:
+        """The best fitted schedule with no more computed steps than a plan.
+
+        Args:
+            schedule: of the plan, for everything but its rows and weights.
+            plan: of the search.
+        """
+        self._choose_response(schedule, plan)
+        plans = [plan]
+        if plan.caches:
+            self.study.report_progress("steps for fitted weights", 0.9)
+            plans += placements(self.fit, self.fitted, self.checked, self._form(plan), plan, PLANS)
+        best = self._best_of(plans, lambda candidate: self._quality(schedule, candidate))
+        return self._schedule(schedule, best, self.all)
+
+    def _choose_response(self, schedule: Schedule, plan: Plan) -> None:
+        """Choose how much weights are held back, by rollouts of the search's plan."""
+
+        def quality(response: float) -> float:
+            self.response = response
+            return self._quality(schedule, plan)
+
+        self.response = self._best_of(RESPONSES, quality)
+
+    def _best_of(self, candidates: Sequence[Candidate], quality: Callable[[Candidate], float]) -> Candidate:
+        """The candidate of the highest quality; a single one isn't rolled out."""
+        different = list(dict.fromkeys(candidates))
+        return max(different, key=quality) if len(different) > 1 else different[0]
+
+    def _quality(self, schedule: Schedule, plan: Plan) -> float:
+        """Mean PSNR to the truth, dB, of the seeds that weren't fitted to, by rollouts."""
+        study = self.study
+        candidate = self._schedule(schedule, plan, self.fitted)
+        study.report_progress(f"fitted weights, {plan.letters.count(FULL)} computed steps", 0.95)
+        errors = []
+        for seed in self.checking:
+            samples = study.sampled.run(seed, candidate)
+            errors.append(squared_errors(samples, study.wanted[seed].states[-1]))
+        return mean_psnr(errors, study.data_range)
+
+    def _schedule(self, schedule: Schedule, plan: Plan, gram: Gram) -> Schedule:
+        """The schedule of a plan, with weights fitted to a gram."""
+        form = self._form(plan)
+        weights = self.fit.fit(gram, computed_steps(plan), form).weights
+        placed = schedule_of(plan, schedule.regions or (), self.study.sampled.kinds)
+        rule = OutputRule(form.terms, weights, self.study.goal_name)
+        return replace(schedule, rows=placed.rows, order=placed.order, output=rule)
+
+    def _form(self, plan: Plan) -> Form:
+        """The terms of the least error on the seeds that weren't fitted to."""
+        computed = computed_steps(plan)
+        candidates = [Form(terms, self.response) for terms in self.term_sets]
+        return min(candidates, key=lambda form: self.checked.square(self.fit.fit(self.fitted, computed, form).miss))
+
+
+def squared_errors(samples: Tensor, wanted: Tensor) -> list[float]:
+    """The mean squared error of each sample [N, ...]."""
+    return [float(error) for error in (samples - wanted).square().flatten(1).mean(1)]
+
+
+def with_output_rule(study: OutputStudy, schedule: Schedule, plan: Plan) -> Schedule:
+    """Fit the weights of what the model returns at each step.
+
+    Args:
+        study: that found the schedule.
+        schedule: of granularity `output`.
+        plan: that the schedule was made of.
+
+    Returns:
+        The schedule with its weights, and in `predicted` `psnr_db` and `psnr_db_holdout` with them (to `uncached`), the
+        same without them as `tried without weights`, and for another truth how far the samples are from it
+        (`psnr_db_converged_holdout` or `psnr_db_given_holdout`) and how far the uncached ones are
+        (`uncached_psnr_db_..._holdout`). Where the weights don't come nearer to the uncached samples than the
+        polynomial does, the schedule as it was, and what they reached as `tried with weights`.
+    """
+    goal, sampled, seeds, holdout = study.goal_name, study.sampled, study.request.seeds, study.request.holdout
+    if goal == UNCACHED and not plan.caches:
+        return schedule
+    begin = sampled.seconds
+    best = OutputRuleSearch(study).best(schedule, plan)
+    samples = {seed: sampled.run(seed, best) for seed in seeds}
+    predicted = {**schedule.predicted, "tried without weights": schedule.predicted["psnr_db"]}
+    predicted["psnr_db"] = mean_psnr((study.errors(seed, samples[seed]) for seed in seeds), study.data_range)
+    if goal == UNCACHED and predicted["psnr_db"] <= schedule.predicted["psnr_db"]:
+        return replace(schedule, predicted={**schedule.predicted, "tried with weights": predicted["psnr_db"]})
+    if holdout:
+        predicted |= _held_out(study, best)
+    study.seconds["weights"] = sampled.seconds - begin
+    predicted["trajectories"] = study.trajectories
+    return replace(
+        best, predicted=predicted, made_by=f"{schedule.made_by}, weights of the output fitted to {goal} samples"
+    )
+
+
+def _held_out(study: OutputStudy, schedule: Schedule) -> dict[str, float]:
+    """The quality on held-out seeds, to both truths."""
+    goal, holdout, data_range = study.goal_name, study.request.holdout, study.data_range
+    samples = {seed: study.sampled.run(seed, schedule) for seed in holdout}
+    qualities = {"psnr_db_holdout": mean_psnr((study.errors(seed, samples[seed]) for seed in holdout), data_range)}
+    if goal == UNCACHED:
+        return qualities
+    wanted = {seed: study.wanted_samples(seed) for seed in holdout}
+    for name, given in (("", samples), ("uncached_", study.truth)):
+        errors = [squared_errors(given[seed], wanted[seed]) for seed in holdout]
+        qualities[f"{name}psnr_db_{goal}_holdout"] = mean_psnr(errors, data_range)
+    return qualities

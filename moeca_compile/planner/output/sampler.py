@@ -1,0 +1,88 @@
+"""The sampler's own update, read off its uncached runs.
+
+Of almost every deterministic sampler the next latent is linear in the latent, in what the model returned now, and in
+what it returned a step before. These few numbers a step are found by least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.planner.output.gram import Array, Gram
+
+UNEXPLAINED = 1e-2  # of a latent's change that a linear sampler may leave, as a ratio of norms
+RANK = 1e-13  # singular values below, relative to the greatest, count as zero
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """next latent = keep x latent + sum over the guidance's parts of (now x output + before x the last step's output).
+
+    Attributes:
+        keep: factor of the latent.
+        now: factors of the parts of this step's output.
+        before: factors of the parts of the last step's output; empty for a sampler of first order.
+    """
+
+    keep: float
+    now: tuple[float, ...]
+    before: tuple[float, ...] = ()
+
+    def next(self, latent: Array, output: Sequence[Array], last: Sequence[Array]) -> Array:
+        """The next latent, as weights over a gram's vectors."""
+        return self.constant(latent, last) + self.effect(output)
+
+    def constant(self, latent: Array, last: Sequence[Array]) -> Array:
+        """What the next latent has without this step's output."""
+        total = self.keep * latent
+        for factor, part in zip(self.before, last, strict=False):
+            total = total + factor * part
+        return total
+
+    def effect(self, parts: Sequence[Array]) -> Array:
+        """What an output, or a term of it, adds to the next latent."""
+        total = self.now[0] * parts[0]
+        for factor, part in zip(self.now[1:], parts[1:], strict=True):
+            total = total + factor * part
+        return total
+
+
+def sampler_steps(uncached: Gram, steps: int, parts: int) -> list[SamplerStep]:
+    """The update of each step.
+
+    Args:
+        uncached: of uncached trajectories, with their own latents as the wanted ones.
+        steps, parts: their numbers.
+
+    Raises:
+        ScheduleError: a step isn't linear in what the model returns.
+    """
+    return [_sampler_step(uncached, step, parts) for step in range(steps)]
+
+
+def _sampler_step(uncached: Gram, step: int, parts: int) -> SamplerStep:
+    """First without the step before, then with it."""
+    now, after = uncached.vector("wanted", step), uncached.vector("wanted", step + 1)
+    moved = uncached.square(after - now)
+    for has_memory in (False, True) if step else (False,):
+        columns = [now, *(uncached.vector("output", step, part) for part in range(parts))]
+        if has_memory:
+            columns += [uncached.vector("output", step - 1, part) for part in range(parts)]
+        matrix = np.stack(columns)
+        # the change is fitted, not the latent: it is the smaller one, so less is lost to rounding
+        normal, right = matrix @ uncached.products @ matrix.T, matrix @ uncached.products @ (after - now)
+        scale = np.sqrt(np.diag(normal).clip(1e-300))
+        solved = np.linalg.lstsq(normal / np.outer(scale, scale), right / scale, rcond=RANK)[0] / scale
+        left = uncached.square(after - now - solved @ matrix)
+        if left <= UNEXPLAINED**2 * moved:
+            keep, *others = solved.tolist()
+            return SamplerStep(1 + keep, tuple(others[:parts]), tuple(others[parts:]))
+    raise ScheduleError(
+        f"calibrate: step {step} of the sampler isn't linear in what the model returns (it leaves "
+        f"{(left / max(moved, 1e-30)) ** 0.5:.1%} of the state's change unexplained), so the output's weights can't be "
+        "fitted. A sampler that draws noise at its steps is one; use its deterministic form"
+    )

@@ -1,0 +1,131 @@
+"""A study of granularity `output`: it keeps of each uncached run what the fit of the output's weights needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moeca_compile.errors import ScheduleError
+from moeca_compile.planner.output.gram import Gram, gram_of, summed
+from moeca_compile.planner.output.paths import converged_path, given_path, record_path
+from moeca_compile.planner.output.sampler import SamplerStep, sampler_steps
+from moeca_compile.planner.study import Study
+from moeca_compile.schedule.decode import short
+from moeca_compile.schedule.granularity import OUTPUT
+from moeca_compile.schedule.output import CONVERGED, GIVEN, UNCACHED
+
+Truth = str | Mapping[int, torch.Tensor] | Callable[[int], torch.Tensor]
+
+
+@dataclass
+class Wanted:
+    """Of one seed: what the fit aims at.
+
+    Attributes:
+        states: the wanted latents [N, C, ...] float32 of each step, and the wanted samples.
+        gram: of the truth's own outputs and `states`.
+        own: of the uncached run's outputs and its latents.
+        parts: how many the guidance has.
+        is_batched: the guidance takes both halves in one batch.
+    """
+
+    states: list[torch.Tensor]
+    gram: Gram
+    own: Gram
+    parts: int
+    is_batched: bool
+
+
+@dataclass
+class OutputStudy(Study):
+    """A study of granularity `output`.
+
+    Attributes:
+        goal: `truth` of `calibrate`.
+        wanted: of each seed of the search.
+    """
+
+    goal: Truth = UNCACHED
+    wanted: dict[int, Wanted] = field(default_factory=dict)
+
+    def sample_uncached(self) -> None:
+        """As `Study.sample_uncached`.
+
+        Raises:
+            ScheduleError: also if the weights of the output can't be fitted for this sampler or truth.
+        """
+        super().sample_uncached()
+        for seed in self.request.seeds:
+            if seed not in self.wanted:  # of a seed that the measurement or a folder has sampled
+                self._sample(seed)
+
+    def wanted_samples(self, seed: int) -> torch.Tensor:
+        """The wanted samples of a held-out seed."""
+        if self.goal == UNCACHED:
+            return self.truth[seed]
+        if self.goal == CONVERGED:
+            return converged_path(self.sampled, seed, self.sample, record_path(self.sampled, seed)).samples
+        return self._given(seed)
+
+    @property
+    def goal_name(self) -> str:
+        """Of the goal, for the schedule's file."""
+        return self.goal if isinstance(self.goal, str) else GIVEN
+
+    def sampler(self) -> list[SamplerStep]:
+        """The sampler's update of each step."""
+        parts = next(iter(self.wanted.values())).parts
+        return sampler_steps(summed([wanted.own for wanted in self.wanted.values()]), self.sampled.steps, parts)
+
+    def _sample(self, seed: int) -> torch.Tensor:
+        if seed not in self.request.seeds:
+            return super()._sample(seed)
+        uncached = record_path(self.sampled, seed)
+        path = uncached
+        if self.goal == CONVERGED:
+            self.report_progress("samples with more steps", 0.3)
+            path = converged_path(self.sampled, seed, self.sample, uncached)
+        elif self.goal != UNCACHED:
+            path = given_path(uncached, self._given(seed), seed)
+        own = gram_of(uncached, uncached.states)
+        gram = own if path is uncached else gram_of(path, path.states)
+        first_run = not self.wanted
+        self.wanted[seed] = Wanted(path.states, gram, own, len(uncached.outputs[0]), uncached.is_batched)
+        if first_run:
+            self.sampler()  # refuses a sampler that can't be fitted before the others are sampled
+        return uncached.samples
+
+    def _given(self, seed: int) -> torch.Tensor:
+        assert not isinstance(self.goal, str)
+        try:
+            return self.goal[seed] if isinstance(self.goal, Mapping) else self.goal(seed)
+        except KeyError:
+            raise ScheduleError(f"calibrate: truth has no samples for seed {seed}; give them for every seed") from None
+
+
+def check_truth(truth: Any, granularity: str, sample: Callable[..., Any]) -> None:
+    """Refuse a truth that can't be had, before anything is sampled.
+
+    Raises:
+        ScheduleError: an unknown truth, another granularity, or a sampler that doesn't take `steps`.
+    """
+    is_given = isinstance(truth, Mapping) or callable(truth)
+    if not is_given and truth not in (UNCACHED, CONVERGED):
+        raise ScheduleError(
+            f"calibrate: truth={short(truth)}, expected one of {UNCACHED}, {CONVERGED}, or the samples of each seed: a "
+            "mapping from seeds to tensors, or a function of the seed"
+        )
+    if truth != UNCACHED and granularity != OUTPUT:
+        name = "samples of one's own" if is_given else repr(truth)
+        raise ScheduleError(
+            f"calibrate: truth={name} is reached by weights of the model's output. Give granularity='output' too"
+        )
+    if truth == CONVERGED and "steps" not in inspect.signature(sample).parameters:
+        raise ScheduleError(
+            "calibrate: truth='converged' samples with more steps, but sample(model, seed) takes none: give it a "
+            "keyword steps, sample(model, seed, steps=50)"
+        )
