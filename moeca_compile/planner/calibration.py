@@ -114,7 +114,7 @@ def calibrate(
             is_auto = granularity == "auto"
             result = _best_granularity(study_of, request) if is_auto else _search(study_of(granularity))
             if isinstance(result.study, OutputStudy):
-                return with_output_rule(result.study, _schedule(result), result.plan)
+                return with_output_rule(result.study, _schedule(result), result.plan, result.search.race.errors)
             return _schedule(result)
     except KeyboardInterrupt as stop:
         if request.folder is not None:

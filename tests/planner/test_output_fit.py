@@ -97,7 +97,7 @@ def test_fitted_weights_come_nearer_than_the_polynomial(tmp_path: Any) -> None:
     schedule = calibrated("uncached")
     assert schedule.output is not None
     assert schedule.granularity == "output"
-    assert schedule.predicted["psnr_db"] > schedule.predicted["tried without weights"] + 1
+    assert schedule.predicted["psnr_db"] > schedule.predicted["tried without weights"] + 6
     # twice uncached, the check of the plan at two seeds, and the last rollouts at about a half
     assert schedule.predicted["trajectories"] > 8 + 8 + 2 * 0.4 + (8 + 4) * 0.4
     # what is told of held-out seeds is what the schedule gives to a user who loads it

@@ -6,9 +6,8 @@ four seeds, and the others decide, so that no choice is made by seeds that a fit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -17,14 +16,14 @@ from moeca_compile.planner.output.fit import RESPONSES, Form, OutputFit, term_se
 from moeca_compile.planner.output.gram import Gram, summed
 from moeca_compile.planner.output.place import computed_steps, placements
 from moeca_compile.planner.output.study import OutputStudy
+from moeca_compile.planner.search.anneal import neighbors
 from moeca_compile.planner.search.quality import mean_psnr
-from moeca_compile.planner.search.rows import FULL, Plan, schedule_of
+from moeca_compile.planner.search.rows import FULL, NONE, Plan, schedule_of
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.output import UNCACHED, OutputRule
 
-Candidate = TypeVar("Candidate", bound=Hashable)
-
-PLANS = 3  # annealed, beside the search's own
+PLANS = 3  # of the search's others, and as many annealed ones
+EFFORT = 5.0  # uncached trajectories for plans one move away from the best
 CHECKED = 4  # one seed in so many isn't fitted to
 SAMPLES_PER_TERM = 2  # at least; each has thousands of numbers
 
@@ -34,12 +33,14 @@ class OutputRuleSearch:
 
     Args:
         study: has sampled its seeds.
+        raced: the plans that the search rolled out, each with the mean squared errors of its samples by seed.
 
     Raises:
         ScheduleError: the seeds are too few for the number of weights.
     """
 
-    def __init__(self, study: OutputStudy) -> None:
+    def __init__(self, study: OutputStudy, raced: Mapping[Plan, Mapping[int, Sequence[float]]]) -> None:
+        self.raced = raced
         self.study, seeds, wanted = study, study.request.seeds, study.wanted
         count = max(1, len(seeds) - len(seeds) // CHECKED)
         self.checking = seeds[count:] or seeds
@@ -49,6 +50,7 @@ class OutputRuleSearch:
         self.fit = OutputFit(study.sampler())
         self.term_sets = term_sets(wanted[seeds[0]].is_batched)
         self.response = RESPONSES[0]
+        self.qualities: dict[tuple[Plan, float], float] = {}
         samples = sum(len(wanted[seed].states[0]) for seed in seeds)
         terms = max(map(len, self.term_sets))
         if samples < SAMPLES_PER_TERM * terms:
@@ -65,12 +67,33 @@ class OutputRuleSearch:
             plan: of the search.
         """
         self._choose_response(schedule, plan)
-        plans = [plan]
-        if plan.caches:
-            self.study.report_progress("steps for fitted weights", 0.9)
-            plans += placements(self.fit, self.fitted, self.checked, self._form(plan), plan, PLANS)
-        best = self._best_of(plans, lambda candidate: self._quality(schedule, candidate))
-        return self._schedule(schedule, best, self.all)
+        if not plan.caches:
+            return self._schedule(schedule, plan, self.all)
+        self.study.report_progress("steps for fitted weights", 0.9)
+        plans = [
+            plan,
+            *self._raced(plan),
+            *placements(self.fit, self.fitted, self.checked, self._form(plan), plan, PLANS),
+        ]
+        best = max(dict.fromkeys(plans), key=lambda candidate: self._quality(schedule, candidate))
+        return self._schedule(schedule, self._improved(schedule, best), self.all)
+
+    def _raced(self, plan: Plan) -> list[Plan]:
+        """The best other plans that the search rolled out, with no more computed steps than a plan."""
+        limit, errors = plan.letters.count(FULL), self.raced
+        plans = [other for other in errors if other.letters.count(FULL) <= limit and other.letters != plan.letters]
+        plans.sort(key=lambda other: mean_psnr(errors[other].values(), self.study.data_range), reverse=True)
+        letters = dict.fromkeys(other.letters for other in plans)  # weights take the place of the predictor
+        return [Plan(text, plan.predictor) for text in letters][:PLANS]
+
+    def _improved(self, schedule: Schedule, plan: Plan) -> Plan:
+        """The best of a plan and those one move away that the fits promise most of, by rollouts."""
+        computed = plan.letters.count(FULL)
+        near = [other for other in neighbors(plan, (FULL, NONE)) if other.letters.count(FULL) <= computed]
+        form = self._form(plan)
+        near.sort(key=lambda other: self.checked.square(self.fit.fit(self.fitted, computed_steps(other), form).miss))
+        cost = len(self.checking) * computed / len(plan.letters)
+        return max([plan, *near[: round(EFFORT / cost)]], key=lambda other: self._quality(schedule, other))
 
     def _choose_response(self, schedule: Schedule, plan: Plan) -> None:
         """Choose how much weights are held back, by rollouts of the search's plan."""
@@ -79,23 +102,21 @@ class OutputRuleSearch:
             self.response = response
             return self._quality(schedule, plan)
 
-        self.response = self._best_of(RESPONSES, quality)
-
-    def _best_of(self, candidates: Sequence[Candidate], quality: Callable[[Candidate], float]) -> Candidate:
-        """The candidate of the highest quality; a single one isn't rolled out."""
-        different = list(dict.fromkeys(candidates))
-        return max(different, key=quality) if len(different) > 1 else different[0]
+        self.response = max(RESPONSES, key=quality)
 
     def _quality(self, schedule: Schedule, plan: Plan) -> float:
         """Mean PSNR to the truth, dB, of the seeds that weren't fitted to, by rollouts."""
-        study = self.study
+        study, key = self.study, (plan, self.response)
+        if key in self.qualities:
+            return self.qualities[key]
         candidate = self._schedule(schedule, plan, self.fitted)
         study.report_progress(f"fitted weights, {plan.letters.count(FULL)} computed steps", 0.95)
         errors = []
         for seed in self.checking:
             samples = study.sampled.run(seed, candidate)
             errors.append(squared_errors(samples, study.wanted[seed].states[-1]))
-        return mean_psnr(errors, study.data_range)
+        self.qualities[key] = mean_psnr(errors, study.data_range)
+        return self.qualities[key]
 
     def _schedule(self, schedule: Schedule, plan: Plan, gram: Gram) -> Schedule:
         """The schedule of a plan, with weights fitted to a gram."""
@@ -117,13 +138,16 @@ def squared_errors(samples: Tensor, wanted: Tensor) -> list[float]:
     return [float(error) for error in (samples - wanted).square().flatten(1).mean(1)]
 
 
-def with_output_rule(study: OutputStudy, schedule: Schedule, plan: Plan) -> Schedule:
+def with_output_rule(
+    study: OutputStudy, schedule: Schedule, plan: Plan, raced: Mapping[Plan, Mapping[int, Sequence[float]]]
+) -> Schedule:
     """Fit the weights of what the model returns at each step.
 
     Args:
         study: that found the schedule.
         schedule: of granularity `output`.
         plan: that the schedule was made of.
+        raced: the plans that the search rolled out, each with the mean squared errors of its samples by seed.
 
     Returns:
         The schedule with its weights, and in `predicted` `psnr_db` and `psnr_db_holdout` with them (to `uncached`), the
@@ -136,7 +160,7 @@ def with_output_rule(study: OutputStudy, schedule: Schedule, plan: Plan) -> Sche
     if goal == UNCACHED and not plan.caches:
         return schedule
     begin = sampled.seconds
-    best = OutputRuleSearch(study).best(schedule, plan)
+    best = OutputRuleSearch(study, raced).best(schedule, plan)
     samples = {seed: sampled.run(seed, best) for seed in seeds}
     predicted = {**schedule.predicted, "tried without weights": schedule.predicted["psnr_db"]}
     predicted["psnr_db"] = mean_psnr((study.errors(seed, samples[seed]) for seed in seeds), study.data_range)
