@@ -369,10 +369,10 @@ def test_a_calibrated_schedule_gives_torch_s_quality(tmp_path: Path) -> None:
     model = digits.load_model()
 
     def sampled(one: Model, seed: int) -> torch.Tensor:
-        return digits.sample(one, seed, 2, steps=20)
+        return digits.sample(one, seed, 4, steps=12)
 
     schedule = moeca.calibrate(
-        model, sampled, granularity="output", inner="eager", budget="macs:0.5", seeds=4, holdout=2, progress=False
+        model, sampled, granularity="output", inner="eager", budget="macs:0.5", seeds=6, holdout=2, progress=False
     )
     assert schedule.output is not None
     handle = moeca.compile(model, schedule=schedule, granularity="output", inner="eager")
