@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import speed, tables
+from benchmarks.peers import searched_page, speed, tables
 from benchmarks.peers.picture import draw
 from benchmarks.peers.verdict import judge, points_of
 from benchmarks.peers.workloads import WORKLOADS
@@ -17,12 +17,15 @@ from benchmarks.protocol import when
 PAGE, PICTURE, README = Path("docs/benchmarks.md"), Path("docs/peers.svg"), Path("README.md")
 BEGIN, END = "<!-- peers: written by python -m benchmarks.peers --report -->", "<!-- peers: end -->"
 
+SEARCHED = "searched"
+
 Payload = Mapping[str, Any]
 
 
 def load(folder: Path) -> dict[str, Payload]:
-    """What was measured, by workload; the digits are, whatever else is."""
+    """What was measured, by workload, and searched samplers; the digits are, whatever else is."""
     files = {name: folder / f"{work.result}.json" for name, work in WORKLOADS.items()}
+    files[SEARCHED] = folder / "peers_searched.json"
     return {name: json.loads(file.read_text()) for name, file in files.items() if name == "digits" or file.exists()}
 
 
@@ -70,7 +73,8 @@ def summary(payload: Payload) -> str:
 
 def pages(payloads: Mapping[str, Payload]) -> str:
     """docs/benchmarks.md."""
-    return page(payloads["digits"]) + speed.sections(payloads)
+    searched = searched_page.section(payloads[SEARCHED]) if SEARCHED in payloads else ""
+    return page(payloads["digits"]) + searched + speed.sections(payloads)
 
 
 def page(payload: Payload) -> str:
