@@ -14,9 +14,11 @@ from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.lower import Executable, lower_eager
 from moeca_compile.passes.facts import Facts
 from moeca_compile.pipeline import Analysis, analyze
+from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row, Schedule
-from moeca_compile.schedule.forecast import coefficients, newton
+from moeca_compile.schedule.forecast import polynomial
 from tests.reference import Computed, Reference, forecast, number
 from tests.tools import EAGER, build, layout_of, same, trace_module, with_casts
 
@@ -60,6 +62,7 @@ class Runner:
     def __init__(self, one: Subject, schedule: Schedule) -> None:
         self.one, self.schedule = one, schedule
         self.layout = layout_of(one.analysis, schedule)
+        self.driver = StepDriver(schedule, Warned())
         self.state = StreamState(self.layout, len(schedule.rows[0]))
         self.built: dict[Row, tuple[Variant, Executable]] = {}
         self.step = -1
@@ -85,9 +88,7 @@ class Runner:
         if variant.wants_now:
             given.append(torch.tensor(float(self.step + 1)))
         if variant.wants_coefficients:
-            given.append(
-                torch.tensor(coefficients(self.step, self.state.history, self.state.depths), dtype=torch.float32)
-            )
+            given.append(torch.tensor(self.driver.coefficients(self.state, self.step), dtype=torch.float32))
         with torch.no_grad():
             results = run(given)
         self.state.commit(self.step, wanted, variant.writes, results[variant.outputs :])
@@ -95,14 +96,12 @@ class Runner:
 
 
 def gathered(history: Sequence[Computed], step: int, order: int) -> Tensor:
-    """The oracle's forecast as variants reckon it: y0 + c0 (y0 - y1) + c1 (y1 - y2), in at least float32."""
+    """The oracle's forecast as variants reckon it: w0 y0 + w1 y1 + w2 y2, in at least float32."""
     steps, values = zip(*history[: -(order + 2) : -1], strict=True)
     wide = torch.promote_types(values[0].dtype, torch.float32)
-    newest = total = values[0].to(wide)
-    for older, coefficient in zip(values[1:], newton(step, steps), strict=False):
-        total = total + (newest - older.to(wide)) * number(coefficient)
-        newest = older.to(wide)
-    return total.to(values[0].dtype)
+    weights = polynomial(step, steps)
+    terms = [value.to(wide) * number(weight) for value, weight in zip(values, weights, strict=False)]
+    return sum(terms[1:], terms[0]).to(values[0].dtype)
 
 
 def assert_follows_the_oracle(one: Subject, runner: Runner, rows: Sequence[Row]) -> None:

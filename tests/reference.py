@@ -49,6 +49,14 @@ def first_difference(older: Computed, newer: Computed) -> Tensor:
     return (y0.float() - y1.float()) * number(1 / (s0 - s1))
 
 
+def weighed(history: Sequence[Computed], weights: Sequence[float]) -> Tensor:
+    """w0 y0 + w1 y1 + ..., the last computed value first, at least in float32."""
+    values = [value for _, value in reversed(history)][: len(weights)]
+    wide = torch.promote_types(values[0].dtype, torch.float32)
+    terms = [value.to(wide) * number(weight) for value, weight in zip(values, weights, strict=False)]
+    return sum(terms[1:], terms[0]).to(values[0].dtype)
+
+
 def number(value: float) -> Tensor:
     """Distances and their inverses are float32 numbers: that is how they reach every target."""
     return torch.tensor(value, dtype=torch.float32)
@@ -60,7 +68,7 @@ class Reference(Interpreter):
     Args:
         gm: the captured graph; it isn't changed.
         regions: which of its nodes may be replaced.
-        schedule: fitted to them; its order, its control, and which regions age item by item count here.
+        schedule: fitted to them; its order, its weights, its control, and which regions age item by item count here.
         extrapolate: the arithmetic of FORECAST; another one says the same, but rounds elsewhere.
     """
 
@@ -69,6 +77,7 @@ class Reference(Interpreter):
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)  # bases are read late
         self.order, self.extrapolate, self.control = schedule.order, extrapolate, schedule.control
+        self.fitted = schedule.fitted
         self.step = -1
         self.row: Row = ()
         aging = {column for column in range(len(regions)) if schedule.partials(column)}
@@ -116,7 +125,13 @@ class Reference(Interpreter):
         if action is Action.COMPUTE:
             history.append((self.step, value.clone() if base is None else value - base))
             return value
-        kept = history[-1][1] if action is Action.REUSE else self.extrapolate(history, self.step, self.order)
+        weights = () if self.fitted is None else self.fitted.weights[self.step][self.region_of[n.name]]
+        if action is Action.REUSE:
+            kept = history[-1][1]
+        elif weights:
+            kept = weighed(history, weights)
+        else:
+            kept = self.extrapolate(history, self.step, self.order)
         return kept if base is None else base + kept
 
     # -- regions that age item by item ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ bit by bit when it reckons forecasts in the order that the variants do: the inte
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 import moeca_compile as moeca
 from moeca_compile.graph.variant import SLOTS
 from moeca_compile.schedule import Action
+from moeca_compile.schedule.fitted import FittedWeights
 from tests.following import Runner, Subject, assert_follows_the_oracle, gathered, subject_of
 from tests.models import DiT
 from tests.passes.blocks import DIM, Block, OneStream, Routed, Stack, Timed, TwoStreams
@@ -128,6 +130,22 @@ def test_any_schedule_is_run_as_the_oracle_says(dtype: str, data: st.DataObject,
             assert len(runner.state.history[slot.region]) <= SLOTS.index(slot.slot)
             continue
         assert (kept.shape, str(kept.dtype), kept.nbytes) == (slot.shape, f"torch.{slot.dtype}", slot.bytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(NO_DEADLINE, max_examples=6)
+@given(data=st.data(), order=st.integers(1, 2))
+def test_fitted_weights_are_run_as_the_oracle_says(dtype: str, data: st.DataObject, order: int) -> None:
+    one = subject(dtype)
+    schedule = schedule_of(one.analysis, *data.draw(random_rows(len(one.facts.regions), order)), order=order)
+    computed, weights = [0] * len(one.facts.regions), []
+    for acts in schedule.rows:
+        counts = [min(count, 4) if act is Action.FORECAST else 0 for act, count in zip(acts, computed, strict=True)]
+        floats = st.floats(-2, 2, width=32)
+        weights.append(tuple(tuple(data.draw(st.lists(floats, max_size=count))) for count in counts))
+        computed = [count + (act is Action.COMPUTE) for act, count in zip(acts, computed, strict=True)]
+    fitted = replace(schedule, fitted=FittedWeights(tuple(weights)))
+    assert_follows_the_oracle(one, Runner(one, fitted), fitted.rows)
 
 
 @cache

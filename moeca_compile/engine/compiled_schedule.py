@@ -11,12 +11,12 @@ import torch
 from moeca_compile.engine.hoisted import Hoisted
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.graph.nowait import upload
-from moeca_compile.graph.variant import SLOTS, StateSlot, Variant
+from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.buffers import zeros_of
 from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Row, Schedule
-from moeca_compile.schedule.forecast import Coefficients
+from moeca_compile.schedule.forecast import MAX_KEPT, Coefficients
 
 if TYPE_CHECKING:
     from moeca_compile.engine.program import Program
@@ -89,7 +89,7 @@ class CompiledSchedule:
             arguments.append(self._upload((stream, step), float(step + 1)) if now is None else now)
         if variant.wants_coefficients:
             assert state is not None  # without state the row is full, and a full row has no forecast
-            key = stream, step, tuple(state.history)
+            key = stream, self.driver.coefficients_key(state, step)
             table = self._tables.get(key)
             arguments.append(self._upload(key, self.driver.coefficients(state, step)) if table is None else table)
         return arguments
@@ -124,12 +124,12 @@ class CompiledSchedule:
         if variant.wants_now:
             examples.append(torch.ones((), device=self.device))
         if variant.wants_coefficients:
-            examples.append(torch.zeros(len(self.driver.full), len(SLOTS) - 1, device=self.device))
+            examples.append(torch.zeros(len(self.driver.full), MAX_KEPT, device=self.device))
         return examples
 
     def _upload(self, key: Hashable, values: Coefficients | float) -> torch.Tensor:
-        """Copy values to the device as float32, and cache the tensor under `key` (the step, and the steps of the
-        history). The host doesn't wait for the device."""
+        """Copy values to the device as float32, and cache the tensor under `key`, what they depend on. The host
+        doesn't wait for the device."""
         if len(self._tables) >= MAX_TABLES:
             self._tables.clear()
         table = self._tables[key] = upload(torch.tensor(values, dtype=torch.float32), self.device)

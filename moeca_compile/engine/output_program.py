@@ -28,6 +28,7 @@ from moeca_compile.runtime.output_weights import OutputWeights
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule.forecast import COPY, Weights
 from moeca_compile.schedule.granularity import OUTPUT
 
 Outputs = tuple[Tensor, ...]
@@ -109,13 +110,13 @@ class OutputProgram(Program):
 
 class _Step(NamedTuple):
     """What a variant of an output runs on. `weights`: of the schedule's output rule, by term; None: none at this step.
-    `pair`: c0 and c1 of the forecast."""
+    `polynomial`: weights of y0, y1, ... otherwise."""
 
     args: Sequence[Any]
     kept: Sequence[Tensor | None]
     terms: tuple[str, ...]
     weights: Sequence[float] | None
-    pair: tuple[float, float]
+    polynomial: Weights
     latent: Tensor | None
 
 
@@ -139,17 +140,17 @@ class CompiledOutput(CompiledSchedule):
         """What a step of `variant` runs on, as its only argument."""
         rule, latent, weights = self._rule, self.program.latent, None
         if rule is not None and state is not None:
-            weights = rule.at(state, step, bool(variant.writes), self.program.regions.regions[0].shapes[0])
-        pair = (0.0, 0.0)
+            weights = rule.at(state, step, self.program.regions.regions[0].shapes[0])
+        polynomial = COPY
         if variant.wants_coefficients and state is not None:
-            pair = self.driver.coefficients(state, step)[0]
+            polynomial = self.driver.coefficients(state, step)[0]
         kept = () if state is None else state.tensors
         terms = () if rule is None else rule.terms
-        return [_Step(args, kept, terms, weights, pair, None if latent is None else args[latent])]
+        return [_Step(args, kept, terms, weights, polynomial, None if latent is None else args[latent])]
 
     def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Any) -> list[Any]:
         kept = [self.zeros(slot) for slot in range(len(self.layout))]
-        return [_Step(args, kept, (), None, (0.0, 0.0), None)]
+        return [_Step(args, kept, (), None, COPY, None)]
 
 
 class OutputVariants(VariantCache):
@@ -207,19 +208,17 @@ class OutputVariants(VariantCache):
             if step.weights is not None and not first:
                 results.append(_weighted(step, values))
             else:
-                results.append(_polynomial(values, step.pair))
+                results.append(_polynomial(values, step.polynomial))
         return results
 
 
-def _polynomial(values: Sequence[Tensor], pair: tuple[float, float]) -> Tensor:
-    """y0 + c0 (y0 - y1) + c1 (y1 - y2), in at least float32; y0 where it isn't a floating number."""
+def _polynomial(values: Sequence[Tensor], weights: Weights) -> Tensor:
+    """w0 y0 + w1 y1 + ..., in at least float32; y0 where it isn't a floating number."""
     if not values[0].is_floating_point():
         return values[0].clone()
-    newest = _wide(values[0])
-    total = newest.clone()
-    for older, weight in zip(map(_wide, values[1:]), pair, strict=False):
-        total.add_(newest - older, alpha=weight)
-        newest = older
+    total = _wide(values[0]) * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=False):
+        total.add_(_wide(value), alpha=weight)
     return total.to(values[0].dtype)
 
 

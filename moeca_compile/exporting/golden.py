@@ -49,9 +49,12 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
         while missing and len(steps) < len(schedule.rows) + len(SLOTS) * schedule.period:
             index = len(steps)
             args = _arguments(captured, index, generator)
-            streams = running.of(compiled).streams.values()
-            tables = [compiled.driver.coefficients(stream.state, index) for stream in streams]
-            has_history = any(any(pair) for table in tables for pair in table)
+            states = [stream.state for stream in running.of(compiled).streams.values()]
+            has_history = any(
+                min(depth, len(history)) > 1
+                for state in states
+                for depth, history in zip(state.depths, state.history, strict=True)
+            )
             outputs = run_step(compiled, running, args, trajectory)
             at = schedule.row_index(index, schedule.timesteps[index] if schedule.timesteps else None)
             row = schedule.rows[at or 0]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph.variant import SLOTS, StateSlot
+from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Schedule
-from moeca_compile.schedule.forecast import Coefficients
-from moeca_compile.schedule.forecast import coefficients as coefficients_at
+from moeca_compile.schedule.forecast import NOTHING, Coefficients
 
-NONE = (0.0, 0.0)
 _KNOWN = {Action.COMPUTE, Action.REUSE, Action.FORECAST}
 
 
@@ -22,7 +22,7 @@ class StepTable:
 
     Attributes:
         variants: the number of the variant among the schedule's distinct rows, by entry.
-        coefficients: by entry, c0 and c1 of each region (`schedule/forecast.py`).
+        coefficients: by entry, the weights of each region's kept values (`schedule/forecast.py`).
         period: at least 1. A schedule that ends goes on with an entry that computes everything.
         steps: how many steps the schedule has; None: any number.
     """
@@ -42,20 +42,20 @@ def step_table(schedule: Schedule, layout: Sequence[StateSlot], regions: int) ->
     distinct, period = schedule.distinct_rows(), schedule.period
     if not all(action in _KNOWN for row in distinct for action in row):
         raise LoweringError("a fused graph holds rows of COMPUTE, REUSE and FORECAST alone: export with fused=False")
-    depths = range(len(SLOTS) + 1)  # by then every region that a period computes has its whole history from periods
-    end = len(schedule.rows) + period * len(depths)
-    state = StreamState(tuple(layout), regions)
+    state, driver = StreamState(tuple(layout), regions), StepDriver(schedule, Warned())
+    # after that many periods every region that a period computes has its whole history from periods
+    end = len(schedule.rows) + period * (1 + max(state.depths, default=0))
     variants, coefficients = [], []
     for step in range(end + period):
-        row = schedule.rows[schedule.row_index(step) or 0]
-        table = zip(coefficients_at(step, state.history, state.depths), row, strict=True)
+        row = driver.choose(state, step, schedule.timesteps[step] if schedule.timesteps else None).row
+        table = zip(driver.coefficients(state, step), row, strict=True)
         variants.append(distinct.index(row))
-        coefficients.append(tuple(pair if action is Action.FORECAST else NONE for pair, action in table))
+        coefficients.append(tuple(weights if action is Action.FORECAST else NOTHING for weights, action in table))
         computed = {region for region, action in enumerate(row) if action is Action.COMPUTE}
         writes = [i for i, slot in enumerate(layout) if slot.region in computed and slot.slot == SLOTS[0]]
-        state.commit(step, row, writes, [None] * len(writes))
+        driver.keep(state, step, row, writes, [None] * len(writes))
     if not period:
-        return StepTable((*variants, 0), (*coefficients, (NONE,) * regions), 1, len(schedule.rows))
+        return StepTable((*variants, 0), (*coefficients, (NOTHING,) * regions), 1, len(schedule.rows))
     if coefficients[end - period : end] != coefficients[end:]:
         raise LoweringError(
             "a region that is computed no more is forecast over ever larger distances, which no table of steps holds: "

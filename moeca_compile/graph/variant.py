@@ -26,6 +26,7 @@ class Slot(StrEnum):
     Y0 = "y0"  # the region's output at the last step that computed it
     Y1 = "y1"  # at the step before that which computed it
     Y2 = "y2"
+    Y3 = "y3"
     Y = "y"  # [.., D] the item's last computed value
     AT = "at"  # [..] float32, the step of that value + 1; 0: never
     D1 = "d1"  # [.., D] first divided difference of the value over steps
@@ -42,7 +43,7 @@ class Slot(StrEnum):
     FIGURE = "figure"  # [B] float32, how far the watched stream is from its forecast; of the whole graph
 
 
-SLOTS = (Slot.Y0, Slot.Y1, Slot.Y2)  # a region's outputs in order of age, latest first
+SLOTS = (Slot.Y0, Slot.Y1, Slot.Y2, Slot.Y3)  # a region's outputs in order of age, latest first; MAX_KEPT of them
 ITEM = (Slot.Y, Slot.AT, Slot.D1, Slot.D2, Slot.BEFORE)  # what is kept of a value that ages by itself
 KEYS = (Slot.KEYS0, Slot.KEYS1)  # what every token of an attention reads of all others
 STAMPS = frozenset({Slot.AT, Slot.BEFORE})  # one number an item, not a vector
@@ -71,8 +72,8 @@ class Variant:
 
     It takes the inputs at positions `takes` of the captured call, then the hoisted values `hoists` (positions in the
     program's list), then the state slots `reads` (positions in the layout), then, if `wants_now`, step + 1 as a float32
-    scalar, and if `wants_coefficients`, the table [regions, 2] float32. It returns the model's `outputs` values and
-    then new values for the slots `writes`. A new y0 moves what was y0 on to y1, and so on, without a copy.
+    scalar, and if `wants_coefficients`, the table [regions, MAX_KEPT] float32. It returns the model's `outputs` values
+    and then new values for the slots `writes`. A new y0 moves what was y0 on to y1, and so on, without a copy.
     """
 
     name: str

@@ -7,14 +7,15 @@ the call, and when state is dropped. An executor calls `choose` before a step, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from moeca_compile.errors import StateError
 from moeca_compile.runtime.state import Answer, StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Row, Schedule
-from moeca_compile.schedule.forecast import Coefficients, coefficients
+from moeca_compile.schedule.forecast import Coefficients, coefficients, padded
+from moeca_compile.schedule.made_for import MadeFor, unused
 
 _COUNTED = (
     "the schedule finds its rows by timestep, but this call has no finite timestep that holds for its whole batch: the "
@@ -49,6 +50,10 @@ class StepDriver:
     def __init__(self, schedule: Schedule, warned: Warned, order: int | None = None) -> None:
         self.schedule, self.warned, self.full = schedule, warned, schedule.rows[0]
         self._terms = 1 + (schedule.order if order is None else order)
+        columns = range(len(self.full))
+        fitted = schedule.fitted
+        self._fitted_depths = [] if fitted is None else [fitted.depth(column) for column in columns]
+        self._made_for = None if fitted is None else MadeFor(schedule.rows, bool(schedule.timesteps))
         self._computes = {row: Action.COMPUTE in row for row in schedule.rows}
         past = range(len(schedule.rows), len(schedule.rows) + schedule.period)
         # the rows that repeat past the listed ones; empty: the schedule ends
@@ -126,9 +131,23 @@ class StepDriver:
             state.pace.ran(row == self.full)
 
     def coefficients(self, state: StreamState, step: int) -> Coefficients:
-        """The coefficients (c0, c1) of each region's forecast at `step`. A coefficient is 0 where history is missing,
-        which lowers the order."""
-        return coefficients(step, state.history, [min(depth, self._terms) for depth in state.depths])
+        """The weights of each region's kept values in its forecast at `step`: the schedule's fitted ones, else those of
+        the polynomial of the schedule's order. A weight is 0 where history is missing, which lowers the order."""
+        table = coefficients(step, state.history, [min(depth, self._terms) for depth in state.depths])
+        fitted = self.schedule.fitted
+        if fitted is None or self._made_for is None:
+            return table
+        reason = self._made_for.mismatch(step, state.coming, state.history, self._fitted_depths)
+        if reason:
+            self.warned.once(unused(step, "fitted", reason))
+            return table
+        pairs = zip(fitted.weights[step], table, strict=True)
+        return tuple(padded(weights) if weights else polynomial for weights, polynomial in pairs)
+
+    def coefficients_key(self, state: StreamState, step: int) -> Hashable:
+        """Equal for steps with equal coefficients."""
+        holds = self._made_for is not None and self._made_for.is_placed(step, state.coming)
+        return step, tuple(state.history), holds
 
     def warn_of_counted(self, step: int, timestep: float | None) -> None:
         """Warn for a step of a fused graph, which finds its row by counting calls alone: the step is past the

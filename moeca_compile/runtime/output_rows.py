@@ -16,6 +16,7 @@ from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.runtime.weighted import polynomial, weighted
 from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule.forecast import COPY
 
 KEPT = "moeca_kept"  # among the feeds of a step in a trajectory: a `Kept`
 
@@ -55,19 +56,18 @@ class OutputRows:
         """What runs a row."""
         return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, letters_of(row))
 
-    def kept(self, state: StreamState, step: int, variant: Loaded, batch: int) -> Kept:
-        """What `variant` finds in the stream at a step.
+    def kept(self, state: StreamState, step: int, batch: int) -> Kept:
+        """What a step finds in the stream.
 
         Args:
             state: of the stream, after the step rule chose the row.
             step: number of the call, from 0.
-            variant: that runs.
             batch: of the call.
         """
         weights = None
         if self.rule is not None:
             shape = self.manifest.outputs[0].sizes(batch)
-            weights = self.rule.at(state, step, bool(variant.spec.writes), shape)
+            weights = self.rule.at(state, step, shape)
         values: list[list[Any]] = [[] for _ in self.manifest.outputs]
         for spec, value in zip(self.manifest.state, state.tensors, strict=True):
             if value is not None:
@@ -112,9 +112,9 @@ class _Forecast:
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         step: Kept = feeds[KEPT]
-        pair = feeds[COEFFICIENTS][0].tolist() if self.spec.coefficients else ()
+        weights = feeds[COEFFICIENTS][0].tolist() if self.spec.coefficients else COPY
         outputs = [
-            polynomial(values, spec.dtype, pair)
+            polynomial(values, spec.dtype, weights)
             for values, spec in zip(step.values, self._rows.manifest.outputs, strict=True)
         ]
         if step.weights is not None:

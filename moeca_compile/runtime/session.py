@@ -33,6 +33,7 @@ from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import MAX_RECORDS, Stats, StepRecord
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row
+from moeca_compile.schedule.forecast import MAX_KEPT
 
 
 class Session:
@@ -275,9 +276,9 @@ class Trajectory:
             feeds[f"{name}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if tensor is None else tensor
         if variant.spec.coefficients:
             table = np.asarray(driver.coefficients(state, step), np.float32)
-            feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, 2)
+            feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, MAX_KEPT)
         if session.output_rows is not None:
-            feeds[KEPT] = session.output_rows.kept(state, step, variant, batch)
+            feeds[KEPT] = session.output_rows.kept(state, step, batch)
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from moeca_compile.graph.variant import SLOTS, Slot, StateSlot
 from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Action, Row
+from moeca_compile.schedule.forecast import MAX_KEPT
 from moeca_compile.schedule.timeline import TimelinePosition
 
 
@@ -28,7 +29,7 @@ class StreamState:
     """State of one stream of a trajectory.
 
     Attributes:
-        layout: the slots; y0, y1, y2 of one region output are adjacent, in this order.
+        layout: the slots; y0 to y3 of one region output are adjacent, in this order.
         regions: number of columns of the schedule.
         tensors: one for each slot of `layout`; None: never written.
         history: for each region, the steps whose outputs are cached, latest first.
@@ -84,7 +85,7 @@ class StreamState:
             self._push(writes, values)
         for region, action in enumerate(row):
             if action is Action.COMPUTE:
-                self.history[region] = (step, *self.history[region][: len(SLOTS) - 1])
+                self.history[region] = (step, *self.history[region][: MAX_KEPT - 1])
         self.last_step, self.place = step, self.coming
 
     def drift(self) -> float | None:

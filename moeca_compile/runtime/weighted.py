@@ -11,24 +11,22 @@ from moeca_compile.runtime.bundle import bfloat16
 
 
 def polynomial(outputs: Sequence[Any], dtype: str, weights: Sequence[float]) -> Any:
-    """y0 + c0 (y0 - y1) + c1 (y1 - y2); y0 where it isn't a floating number.
+    """w0 y0 + w1 y1 + ...; y0 where it isn't a floating number.
 
     Args:
         outputs: the model's last outputs, latest first, as a runtime stores them.
         dtype: of the outputs.
-        weights: c0 and c1, without unit.
+        weights: w0, w1, ..., without unit.
 
     Returns:
         A new array, as a runtime stores it.
     """
     if dtype != bfloat16.NAME and outputs[0].dtype.kind != "f":
         return outputs[0].copy()
-    newest = _wide(outputs[0], dtype)
-    total = newest.copy()
-    for older, weight in zip(outputs[1:], weights, strict=False):
+    total = weights[0] * _wide(outputs[0], dtype)
+    for value, weight in zip(outputs[1:], weights[1:], strict=False):
         if weight:
-            total += weight * (newest - _wide(older, dtype))
-        newest = _wide(older, dtype)
+            total += weight * _wide(value, dtype)
     return _stored(total, dtype)
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import OptionError, ScheduleError
-from moeca_compile.schedule.action import Act, Action, Partial, Row, format_row, legend_from, legend_of, parse_row
+from moeca_compile.schedule.action import Act, Action, Partial, Row
 from moeca_compile.schedule.adaptive import Adaptive
 from moeca_compile.schedule.checks import MAX_ORDER, MAX_ROWS, check_rows
 from moeca_compile.schedule.control import Control
 from moeca_compile.schedule.decode import (
     DecodeError,
-    Entries,
     is_positive,
     numbers,
     parse,
@@ -25,18 +24,12 @@ from moeca_compile.schedule.decode import (
     short,
     write_text,
 )
-from moeca_compile.schedule.granularity import Granularity
+from moeca_compile.schedule.file import attributes_from, entries_of
+from moeca_compile.schedule.fitted import FittedWeights
+from moeca_compile.schedule.granularity import OUTPUT, Granularity
 from moeca_compile.schedule.grid import grid
 from moeca_compile.schedule.output import OutputRule
 from moeca_compile.schedule.timeline import Timeline, is_monotonic
-
-FORMAT, VERSION = "moeca-schedule", 3
-PLAIN_VERSION = 2  # of files without an output rule
-_ENTRIES = (
-    "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
-    "predicted", "control", "adaptive", "partials", "rows", "output",
-)  # fmt: skip
-_OPTIONAL = ("adaptive", "output")
 
 __all__ = ["MAX_ORDER", "Act", "Action", "Control", "Partial", "Row", "Schedule"]
 
@@ -56,6 +49,7 @@ class Schedule:
         control: how PARTIAL rows choose what they recompute.
         adaptive: if set, each step chooses one of the rows, which go from the most to the least expensive.
         output: fitted weights of what the model returns at each step, for granularity `output`.
+        fitted: fitted weights of each region's FORECAST at each step; None: the polynomials of `order`.
         made_by: how the schedule was made, for people.
         predicted: what the maker expects, such as `mac_fraction` (see `moeca_compile.calibrate`).
 
@@ -73,6 +67,7 @@ class Schedule:
     control: Control = field(default_factory=Control)
     adaptive: Adaptive | None = None
     output: OutputRule | None = None
+    fitted: FittedWeights | None = None
     made_by: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
 
@@ -91,8 +86,10 @@ class Schedule:
             )
         if self.adaptive is not None:
             self.adaptive.check_rows(self.rows, is_counted=not (self.timesteps or self.period))
+        is_open = bool(self.period) or self.adaptive is not None
+        if self.fitted is not None:
+            self.fitted.check_rows(self.rows, is_open, self.regions is not None and self.granularity != OUTPUT)
         if self.output is not None:
-            is_open = bool(self.period) or self.adaptive is not None
             self.output.check_rows(len(self.rows), width, is_open, self.granularity)
         if self.granularity:
             try:
@@ -216,10 +213,12 @@ class Schedule:
             column: the region's index.
 
         Returns:
-            0: none. 1: its last output. 2 and 3: also the outputs computed before it.
+            0: none. 1: its last output. 2 to 4: also the outputs computed before it.
         """
         actions = {row[column] for row in self.rows}
         fitted = 0 if self.output is None else self.output.depth
+        if self.fitted is not None:
+            fitted = self.fitted.depth(column)
         if Action.FORECAST in actions or self.partials(column):
             return max(1 + self.order, fitted)
         return max(1 if Action.REUSE in actions else 0, fitted)
@@ -290,27 +289,7 @@ class Schedule:
         Returns:
             The text of the schedule's file.
         """
-        legend = legend_of(self.rows)
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": PLAIN_VERSION if self.output is None else VERSION,
-                "made_by": self.made_by,
-                "order": self.order,
-                "period": self.period,
-                "fingerprint": self.fingerprint,
-                "granularity": self.granularity,
-                "regions": None if self.regions is None else list(self.regions),
-                "timesteps": list(self.timesteps),
-                "predicted": dict(self.predicted),
-                "control": self.control.to_dict(),
-                "adaptive": None if self.adaptive is None else self.adaptive.to_dict(),
-                "partials": {letter: partial.to_list() for letter, partial in legend.items()},
-                "rows": [format_row(row, legend) for row in self.rows],
-                **({} if self.output is None else {"output": self.output.to_dict()}),
-            },
-            indent=1,
-        )
+        return json.dumps(entries_of(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
@@ -326,37 +305,9 @@ class Schedule:
             ScheduleError: not a schedule, a newer version, a missing or malformed entry.
         """
         try:
-            return cls._from_entries(parse(text))
+            return cls(**attributes_from(parse(text)))
         except (ScheduleError, DecodeError) as error:
             raise ScheduleError(f"not a readable schedule: {error}") from error
-
-    @classmethod
-    def _from_entries(cls, data: Entries) -> Schedule:
-        if data.text("format") != FORMAT:
-            raise ScheduleError(f"format is {short(data.text('format'))}, expected {FORMAT!r}")
-        version = data.integer("version")
-        if not 1 <= version <= VERSION:
-            newer = f"newer than this package reads ({VERSION})" if version > VERSION else "no version there was"
-            raise ScheduleError(f"version {short(version)} is {newer}")
-        data.reject_unknown(_ENTRIES)
-        partials = data.entries("partials", {})
-        legend = legend_from({letter: partials.get(letter) for letter in partials.data})
-        adaptive, output = (data.entries(name) if data.get(name, None) is not None else None for name in _OPTIONAL)
-        predicted = data.entries("predicted")
-        return cls(
-            rows=tuple(parse_row(row, legend) for row in data.texts("rows")),
-            regions=None if data.get("regions") is None else data.texts("regions"),
-            order=data.integer("order"),
-            period=data.integer("period"),
-            fingerprint=data.text("fingerprint"),
-            granularity=data.text("granularity", ""),
-            timesteps=data.numbers("timesteps"),
-            control=Control.from_entries(data.entries("control", {})),
-            adaptive=None if adaptive is None else Adaptive.from_entries(adaptive),
-            output=None if output is None else OutputRule.from_entries(output),
-            made_by=data.text("made_by"),
-            predicted={name: predicted.number(name) for name in predicted.data},
-        )
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file.

@@ -1,37 +1,48 @@
-"""Coefficients of a forecast: y = y0 + c0 (y0 - y1) + c1 (y1 - y2), y0 the latest output. Pure numbers, no torch."""
+"""Weights of a forecast: y = w0 y0 + w1 y1 + ..., y0 the latest output. Pure numbers, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-Coefficients = tuple[tuple[float, float], ...]  # (c0, c1) of each region
+MAX_KEPT = 4  # values of a region that a forecast weighs
+Weights = tuple[float, ...]  # of y0, y1, y2, y3, without unit
+Coefficients = tuple[Weights, ...]  # of each region
+
+NOTHING: Weights = (0.0,) * MAX_KEPT
+COPY: Weights = (1.0, *NOTHING[1:])
 
 
-def newton(step: int, history: Sequence[int]) -> tuple[float, float]:
-    """The coefficients of one region, by Newton's interpolating polynomial.
+def polynomial(step: int, history: Sequence[int]) -> Weights:
+    """The weights of one region, by Lagrange's form of the interpolating polynomial on the step index.
 
-    Source: Stoer & Bulirsch, Introduction to Numerical Analysis, 2.1.3. With fewer than three outputs the polynomial
-    has a lower order.
+    Source: Stoer & Bulirsch, Introduction to Numerical Analysis, 2.1.1.
 
     Args:
         step: of the forecast.
-        history: the steps that computed the outputs, latest first.
+        history: the steps that computed the outputs, latest first, at most `MAX_KEPT`; none: `COPY`.
 
     Returns:
-        (c0, c1), without unit.
+        `MAX_KEPT` weights, which sum to 1; those past the history are 0.
     """
-    if len(history) < 2:
-        return 0.0, 0.0
-    s0, s1, *older = history
-    linear = (step - s0) / (s0 - s1)
-    if not older:
-        return linear, 0.0
-    quadratic = (step - s0) * (step - s1) / (s0 - older[0])
-    return linear + quadratic / (s0 - s1), -quadratic / (s1 - older[0])
+    if not history:
+        return COPY
+    weights = []
+    for own in history:
+        weight = 1.0
+        for other in history:
+            if other != own:
+                weight *= (step - other) / (own - other)
+        weights.append(weight)
+    return padded(weights)
+
+
+def padded(weights: Sequence[float]) -> Weights:
+    """The weights with a 0 for each value past them, `MAX_KEPT` in all."""
+    return (*weights, *NOTHING[len(weights) :])
 
 
 def coefficients(step: int, histories: Sequence[Sequence[int]], terms: Sequence[int]) -> Coefficients:
-    """The coefficients of every region.
+    """The polynomial's weights of every region.
 
     Args:
         step: of the forecast.
@@ -39,13 +50,13 @@ def coefficients(step: int, histories: Sequence[Sequence[int]], terms: Sequence[
         terms: for each region how many of its outputs a forecast may use: 1 (reuse) to 3 (order 2).
 
     Returns:
-        (c0, c1) for each region.
+        `MAX_KEPT` weights for each region.
     """
-    pairs: dict[tuple[int, ...], tuple[float, float]] = {}  # most regions were computed at the same steps
+    by_steps: dict[tuple[int, ...], Weights] = {}  # most regions were computed at the same steps
     table = []
     for history, count in zip(histories, terms, strict=True):
         steps = tuple(history[:count])
-        if steps not in pairs:
-            pairs[steps] = newton(step, steps)
-        table.append(pairs[steps])
+        if steps not in by_steps:
+            by_steps[steps] = polynomial(step, steps)
+        table.append(by_steps[steps])
     return tuple(table)

@@ -22,6 +22,7 @@ from moeca_compile.runtime.bundle.manifest import FUSED, STEP, FusedSpec
 from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.forecast import COPY, NOTHING
 from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, warnings_of
 from tests.bundle.test_bad_bundles import seal
 from tests.models import DiT
@@ -142,8 +143,8 @@ def test_a_table_of_steps(torch_side: Captured, schedule: Schedule) -> None:
     assert table.steps is None
     assert table.period == 4
     assert table.variants[:5] == (0, 1, 2, 0, 3)
-    assert table.coefficients[0] == table.coefficients[3] == ((0.0, 0.0), (0.0, 0.0))
-    assert table.coefficients[1] == ((0.0, 0.0), (0.0, 0.0))  # nothing to forecast from but one output
+    assert table.coefficients[0] == table.coefficients[3] == (NOTHING, NOTHING)
+    assert table.coefficients[1] == (COPY, COPY)  # nothing to forecast from but one output
     assert table.coefficients[-4:] == tuple(table.coefficients[-8:-4])
 
 

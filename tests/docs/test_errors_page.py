@@ -26,6 +26,7 @@ MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the 
     "runtime.refused": "nothing to cache was found in this graph",
     "self._too_tight": "can't be kept: the nearest that can is",
     "self.uncached": "the model runs uncached, as plain torch.compile runs it: …",
+    "unused": "the schedule's … weights aren't used, for",
     "text": "the bundle is written but couldn't be tried here",
 }
 

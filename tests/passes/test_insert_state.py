@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.passes.transform.ports import COEFFICIENTS
 from moeca_compile.pipeline import Analysis
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.forecast import MAX_KEPT
 from tests.passes.blocks import analyzed, latent, routed, two_streams
 from tests.tools import analyze_module, layout_of, ops, row, run_graph, schedule_of, variant_of, with_row
 
@@ -136,7 +138,7 @@ def test_a_variant_s_inputs_are_the_model_s_then_state_then_coefficients() -> No
     kept = layout(routed(), "CCCC", "CFRF", order=2)
     expected = [inputs[i].name for i in variant.takes] + [kept[i].name for i in variant.reads] + [COEFFICIENTS]
     assert names == expected
-    assert fx.shape(fx.placeholders(variant.gm)[-1]) == (4, 2)
+    assert fx.shape(fx.placeholders(variant.gm)[-1]) == (4, MAX_KEPT)
     assert list(variant.takes) == sorted(variant.takes)
 
 
@@ -203,7 +205,7 @@ def returns_its_branch(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def call(variant: Variant, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-    table = [torch.zeros(1, 2)] if variant.wants_coefficients else []
+    table = [torch.zeros(1, MAX_KEPT)] if variant.wants_coefficients else []
     return run_graph(variant.gm, (*([x] if variant.takes else []), *state, *table))
 
 
@@ -236,5 +238,14 @@ def test_a_state_is_written_contiguous_whatever_the_region_gives() -> None:
     assert not fx.need(cut).is_contiguous(), "the region gives a contiguous value: this test shows nothing"
 
 
-def test_slots_are_the_last_three_outputs() -> None:
-    assert SLOTS == ("y0", "y1", "y2")
+def test_slots_are_the_outputs_that_a_forecast_may_weigh() -> None:
+    assert SLOTS == ("y0", "y1", "y2", "y3")
+    assert len(SLOTS) == MAX_KEPT
+
+
+def test_a_number_of_the_table_is_read_once_with_one_operator() -> None:
+    """A runtime that calls each operator pays for each: one a weight, two sums of products a region of order 1."""
+    before, after = (ops(variant_of(two_streams(), text).gm) for text in ("RRR", "FRR"))
+    assert after - before == Counter(
+        {"aten.mul.Tensor": 4, "aten.add.Tensor": 2, "aten.select.int": 2, "aten.view.default": 1}
+    )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moeca_compile.graph.variant import SLOTS, StateSlot
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule import Action, Row
-from moeca_compile.schedule.forecast import coefficients, newton
+from moeca_compile.schedule.forecast import COPY, MAX_KEPT, coefficients, polynomial
 
 C, R, F = Action.COMPUTE, Action.REUSE, Action.FORECAST
 
@@ -59,9 +59,11 @@ def lagrange(step: int, values: dict[int, Fraction]) -> Fraction:
 )
 def test_the_forecast_is_the_interpolating_polynomial(seen: list[int], ahead: int, values: list[int]) -> None:
     step = seen[0] + ahead
-    c0, c1 = newton(step, seen)
-    y0, y1, y2 = (*values[: len(seen)], *[0] * (3 - len(seen)))
-    forecast = y0 + c0 * (y0 - y1) + c1 * (y1 - y2)
+    weights = polynomial(step, seen)
+    assert len(weights) == MAX_KEPT
+    assert sum(weights) == pytest.approx(1)
+    assert not any(weights[len(seen) :])
+    forecast = sum(weight * value for weight, value in zip(weights, values, strict=False))
     assert forecast == pytest.approx(float(lagrange(step, dict(zip(seen, map(Fraction, values), strict=False)))))
 
 
@@ -69,13 +71,17 @@ def test_the_order_is_what_the_layout_keeps() -> None:
     """Three steps were computed, but a region that keeps one or two outputs forecasts with those."""
     row = (C, C, C)
     state = state_of((0, row), (2, row), (3, row), layout=layout_of((0, 0, 1), (1, 0, 2), (2, 0, 3)))
-    assert coefficients(5, state.history, state.depths) == (newton(5, [3]), newton(5, [3, 2]), newton(5, [3, 2, 0]))
-    assert coefficients(5, state.history, state.depths)[0] == (0.0, 0.0)
-    assert coefficients(5, state.history, state.depths)[1] == (2.0, 0.0)
+    assert coefficients(5, state.history, state.depths) == (
+        polynomial(5, [3]),
+        polynomial(5, [3, 2]),
+        polynomial(5, [3, 2, 0]),
+    )
+    assert coefficients(5, state.history, state.depths)[0] == COPY
+    assert coefficients(5, state.history, state.depths)[1] == (3.0, -2.0, 0.0, 0.0)
 
 
 def test_missing_history_lowers_the_order() -> None:
     layout = layout_of((0, 0, 3))
     once, twice = state_of((4, (C,)), layout=layout), state_of((2, (C,)), (4, (C,)), layout=layout)
-    assert coefficients(6, once.history, once.depths) == ((0.0, 0.0),)
-    assert coefficients(6, twice.history, twice.depths) == ((1.0, 0.0),)
+    assert coefficients(6, once.history, once.depths) == (COPY,)
+    assert coefficients(6, twice.history, twice.depths) == ((2.0, -1.0, 0.0, 0.0),)

@@ -1,8 +1,8 @@
 """The table of coefficients -> one input for each region that reads it.
 
-Before: a variant that takes the table [regions, 2].  After: in its place one row an input, noted in the graph's meta
-(`rows_of`). An index into the table would be a constant in the generated code: then equal blocks give kernels that
-differ in it, and each is compiled for itself.
+Before: a variant that takes the table [regions, 4] and reads numbers of it, flattened.  After: in its place one row an
+input, noted in the graph's meta (`arguments_of`). An index into the table would be a constant in the generated code:
+then equal blocks give kernels that differ in it, and each is compiled for itself.
 Does nothing where no region is forecast as a whole.
 """
 
@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Variant
+from moeca_compile.schedule.forecast import MAX_KEPT
 
 _ROWS = "moeca_coefficient_rows"
 
@@ -23,16 +24,18 @@ def split_table(gm: GraphModule, variant: Variant) -> GraphModule:
     if not variant.wants_coefficients:
         return gm
     table = fx.placeholders(gm)[-1]
-    readers: dict[int, list[Node]] = {}
-    for select in table.users:
-        readers.setdefault(int(str(select.args[2])), []).append(select)
+    (flat,) = table.users
+    readers: dict[int, list[tuple[int, Node]]] = {}
+    for select in flat.users:
+        region, age = divmod(int(str(select.args[2])), MAX_KEPT)
+        readers.setdefault(region, []).append((age, select))
     for region in sorted(readers):
         with gm.graph.inserting_before(table):
             row = gm.graph.placeholder(f"{table.name}_{region:03d}")
-        row.meta["val"] = fx.value(readers[region][0])
-        for select in readers[region]:
-            select.replace_all_uses_with(row)
-            gm.graph.erase_node(select)
+        row.meta["val"] = fx.value(table)[region]
+        for age, select in readers[region]:
+            select.args = (row, 0, age)
+    gm.graph.erase_node(flat)
     gm.graph.erase_node(table)
     gm.meta[_ROWS] = sorted(readers)
     return gm

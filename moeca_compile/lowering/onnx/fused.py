@@ -15,8 +15,9 @@ import numpy as np
 from moeca_compile.dtypes import DTYPES
 from moeca_compile.graph.variant import SLOTS
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, FUSED_ROW, STEP
+from moeca_compile.schedule.forecast import MAX_KEPT, Coefficients
 
-Entry = tuple[int, Sequence[tuple[float, float]]]
+Entry = tuple[int, Coefficients]
 
 
 def fuse(models: Sequence[Any], data: Mapping[str, Any], entries: Sequence[Entry], period: int) -> Any:
@@ -97,7 +98,7 @@ class _Fused:
     # -- the parts --------------------------------------------------------------------------------------------------
 
     def position(self, entries: Sequence[Entry], period: int) -> tuple[Any, Any]:
-        """The number of this step's variant, int64 [], and its coefficients [regions, 2]."""
+        """The number of this step's variant, int64 [], and its coefficients [regions, MAX_KEPT]."""
         step, end = self.inputs[f"{STEP}_in"], len(entries)
         axis = self.constant("axis", np.array([0], np.int64))
         self.at_start = self.equal(self.call("Squeeze", step, axis), 0)
@@ -108,7 +109,7 @@ class _Fused:
         entry = self.call("Squeeze", entry, axis)
         variants = self.constant("variants", np.array([number for number, _ in entries], np.int64))
         regions = len(self.data["model"]["regions"])
-        table = np.array([list(pairs) for _, pairs in entries], np.float32).reshape(end, regions, 2)
+        table = np.array([rows for _, rows in entries], np.float32).reshape(end, regions, MAX_KEPT)
         number = self.call("Gather", variants, entry, axis=0)
         coefficients = self.constant(COEFFICIENTS, table)
         return number, self.call("Gather", coefficients, entry, axis=0, dtype=self.ir.DataType.FLOAT)

@@ -1,17 +1,16 @@
 """Marked regions -> state: a REUSE reads its region's last output, a FORECAST extrapolates it, a COMPUTE writes it.
 
 Before: a marked graph.  After: placeholders for the state slots that this row reads, and where it forecasts for
-`coefficients` [regions, 2] float32; outputs grow by the slots that it writes. The graph stays functional. A region
+`coefficients` [regions, 4] float32; outputs grow by the slots that it writes. The graph stays functional. A region
 output with a base is kept as its change from the base. Regions whose tokens or branches are kept one by one are left
 to `insert_partial`.
 Does nothing where the schedule keeps no state of whole regions.
 
-A forecast is Newton's interpolating polynomial on the step index (Stoer & Bulirsch, Introduction to Numerical
-Analysis, 2.1.3) through the last outputs: y0 + d1 (s - s0) + d2 (s - s0)(s - s1), with the divided differences
-d1 = (y0 - y1)/(s0 - s1) and d2 = (d1 - (y1 - y2)/(s1 - s2))/(s0 - s2). Gathered by differences of outputs it is
-y0 + c0 (y0 - y1) + c1 (y1 - y2), where c0 and c1 depend on steps alone: the host computes them (`forecast.py`),
-with 0 where history is missing, which lowers the order by itself. Keeping outputs and not d1 and d2 costs less state
-in bfloat16, says the same, and leaves a COMPUTE nothing to do but hand its output out.
+A forecast is a weighted sum of the last outputs, w0 y0 + w1 y1 + ..., in at least float32. The host gives the weights:
+those of the interpolating polynomial on the step index (`schedule/forecast.py`), which depend on steps alone, or fitted
+ones (`schedule/fitted.py`). They are 0 where history is missing, which lowers the order by itself. So one graph serves
+every step and every fit. Keeping outputs and not divided differences costs less state in bfloat16, and leaves a COMPUTE
+nothing to do but hand its output out.
 """
 
 from __future__ import annotations
@@ -58,24 +57,24 @@ def _read(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
     with gm.graph.inserting_after(node):
         anchor = gm.graph.call_function(aten.alias.default, (node,))  # where the new nodes go
     with gm.graph.inserting_before(anchor):
-        y = ports.read(mark.region, mark.output, Slot.Y0)
-        kept = _forecast(ports, y, node, mark) if mark.action is Action.FORECAST else y
+        forecasts = mark.action is Action.FORECAST
+        kept = _forecast(ports, node, mark) if forecasts else ports.read(mark.region, mark.output, Slot.Y0)
         if base is not None:
             kept = fx.call(gm, aten.add.Tensor, (base, kept), like=node)
     gm.graph.erase_node(anchor)
     node.replace_all_uses_with(kept)
 
 
-def _forecast(ports: Ports, y0: Node, node: Node, mark: fx.Mark) -> Node:
+def _forecast(ports: Ports, node: Node, mark: fx.Mark) -> Node:
     dtype = fx.need(node).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    newer = total = _as(ports.gm, y0, wide, node)
-    for column, slot in enumerate(SLOTS[1:]):
+    total: Node | None = None
+    for age, slot in enumerate(SLOTS):
         if ports.has(mark.region, mark.output, slot):
-            older = _as(ports.gm, ports.read(mark.region, mark.output, slot), wide, node)
-            change = fx.call(ports.gm, aten.sub.Tensor, (newer, older), like=node)
-            scaled = fx.call(ports.gm, aten.mul.Tensor, (change, ports.coefficient(mark.region, column)), like=node)
-            total, newer = fx.call(ports.gm, aten.add.Tensor, (total, scaled), like=node), older
+            value = _as(ports.gm, ports.read(mark.region, mark.output, slot), wide, node)
+            term = fx.call(ports.gm, aten.mul.Tensor, (value, ports.weight(mark.region, age)), like=node)
+            total = term if total is None else fx.call(ports.gm, aten.add.Tensor, (total, term), like=node)
+    assert total is not None
     return _as(ports.gm, total, dtype, node)
 
 

@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.graph.variant import SLOTS, Slot, StateSlot
+from moeca_compile.graph.variant import Slot, StateSlot
+from moeca_compile.schedule.forecast import MAX_KEPT
 
 COEFFICIENTS = "coefficients"
 NOW = "now"
@@ -31,6 +32,8 @@ class Ports:
         self._like = next(node for node in gm.graph.nodes if fx.tensor(node) is not None)
         names = {*(one.name for one in layout), COEFFICIENTS, NOW}
         self._inputs = {node.name: node for node in fx.placeholders(gm) if node.name in names}
+        self._flat_table: Node | None = None
+        self._weights: dict[tuple[int, int], Node] = {}
         self._written: list[tuple[str, Node]] = []
 
     def has(self, region: int, output: int, slot: Slot) -> bool:
@@ -48,11 +51,20 @@ class Ports:
         """step + 1, float32 scalar."""
         return self._input(NOW, (), torch.float32, str(fx.need(self._like).device))
 
-    def coefficient(self, region: int, column: int) -> Node:
-        """One number of the table that a forecast of whole regions multiplies by."""
-        device = str(fx.need(self._like).device)
-        table = self._input(COEFFICIENTS, (self.regions, len(SLOTS) - 1), torch.float32, device)
-        return fx.call(self.gm, aten.select.int, (fx.call(self.gm, aten.select.int, (table, 0, region)), 0, column))
+    def weight(self, region: int, age: int) -> Node:
+        """One number of the table of coefficients: what a forecast weighs the region's kept value of this age with.
+
+        One operator a number, for a runtime that calls each. A number is read where it is first asked for, so ask in
+        the order of the graph.
+        """
+        if self._flat_table is None:
+            device = str(fx.need(self._like).device)
+            table = self._input(COEFFICIENTS, (self.regions, MAX_KEPT), torch.float32, device)
+            self._flat_table = fx.call(self.gm, aten.view.default, (table, [self.regions * MAX_KEPT]))
+        if (region, age) not in self._weights:
+            number = region * MAX_KEPT + age
+            self._weights[region, age] = fx.call(self.gm, aten.select.int, (self._flat_table, 0, number))
+        return self._weights[region, age]
 
     def write(self, region: int, output: int, slot: Slot, node: Node) -> None:
         """Hand `node` out as the new value of a slot; nothing where the schedule doesn't keep it."""

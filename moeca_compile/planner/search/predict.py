@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.schedule.forecast import newton
+from moeca_compile.schedule.forecast import polynomial
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Predictor:
             (step of an output, weight) for each output whose weight is not 0; the weights sum to 1.
         """
         history = tuple(history)[: self.terms]
-        c0, c1 = newton(step, history)
-        weights = (1.0 + c0, c1 - c0, -c1)
+        weights = polynomial(step, history)
         return tuple((computed, weight) for computed, weight in zip(history, weights, strict=False) if weight)
 
 

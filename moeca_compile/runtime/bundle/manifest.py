@@ -22,7 +22,7 @@ from moeca_compile.runtime.bundle.dims import DIM_PATTERN, batch_in, evaluate
 from moeca_compile.schedule import Action, Row
 from moeca_compile.schedule.granularity import OUTPUT
 
-FORMAT, VERSION = "moeca-bundle", 2
+FORMAT, VERSION = "moeca-bundle", 3
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
 FUSED, FUSED_ROW = "fused.onnx", "fused"  # all variants in one graph, and what it carries in place of a row
 COEFFICIENTS = "coefficients"
@@ -94,7 +94,7 @@ class StateSpec(TensorSpec, frozen=True, forbid_unknown_fields=True):
 
     region: Annotated[int, Meta(ge=0, le=100_000)]
     output: Annotated[int, Meta(ge=0, le=1000)]
-    slot: Annotated[str, Meta(pattern=r"^y[012]\Z")]
+    slot: Annotated[str, Meta(pattern=r"^y[0123]\Z")]
 
 
 class VariantSpec(Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ import numpy as np
 
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, Manifest, TensorSpec, VariantSpec
+from moeca_compile.schedule.forecast import MAX_KEPT
 
 Specs = dict[str, TensorSpec]
 
@@ -21,7 +22,7 @@ def signature_of(spec: VariantSpec, manifest: Manifest) -> tuple[Specs, Specs]:
     takes: Specs = {name: inputs[name] for name in spec.takes}
     takes |= {f"{name}_in": state[name] for name in spec.reads}
     if spec.coefficients:
-        takes[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, 2))
+        takes[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, MAX_KEPT))
     gives: Specs = {output.name: output for output in manifest.outputs}
     gives |= {f"{name}_out": state[name] for name in spec.writes}
     if spec.counts_dropped:
