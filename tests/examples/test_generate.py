@@ -11,7 +11,7 @@ import pytest
 generate = importlib.import_module("examples.01_generate")
 
 
-@pytest.mark.slow  # it compiles the digits model twice; .ci/run has it
+@pytest.mark.slow  # it compiles the digits model three times; .ci/run has it
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "demo.png"
     generate.main(["--json", "--runs", "1", "--picture", str(picture)])
@@ -20,6 +20,8 @@ def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["steps"] == 50
     assert 0.1 < figures["mac_fraction"] < 0.6
     assert figures["speedup"] > 1
+    assert figures["speedup_caching"] > 1
+    assert figures["speedup"] == pytest.approx(figures["speedup_prepared"] * figures["speedup_caching"])  # of one run
     assert figures["psnr_db"] > 20
     assert figures["state_bytes"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
