@@ -61,12 +61,12 @@ def messages() -> list[Message]:
     return found
 
 
-def strings() -> list[str]:
+def strings() -> set[str]:
     """Every string of the package."""
-    found = []
+    found = set()
     for path in PACKAGE.rglob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text()))
-        found += [text_of(node) or "" for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+        found |= {text_of(node) or "" for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)}
     return found
 
 
@@ -86,8 +86,14 @@ def fragments() -> list[str]:
     return [fragment for listed, _, _ in rows() for fragment in listed]
 
 
+@functools.cache
+def pattern_of(fragment: str) -> re.Pattern[str]:
+    """Cached: there are more fragments than patterns that `re` keeps."""
+    return re.compile(".*".join(map(re.escape, fragment.split(GAP))), re.DOTALL)
+
+
 def covers(fragment: str, text: str) -> bool:
-    return re.search(".*".join(map(re.escape, fragment.split(GAP))), text, re.DOTALL) is not None
+    return pattern_of(fragment).search(text) is not None
 
 
 def letters(text: str) -> int:
