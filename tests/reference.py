@@ -87,17 +87,17 @@ class Reference(Interpreter):
         self.node_of = {node.name: node for node in gm.graph.nodes}
         self.history: dict[str, list[Computed]] = {name: [] for name in self.region_of}  # by output, oldest first
         self.aging = {column: regions.regions[column] for column in sorted(aging)}
-        self.part_of = {p.node: c for c, r in self.aging.items() if r.tokens for p in r.tokens.parts}
-        self.key_of = {p.node: c for c, r in self.aging.items() if r.tokens for p in r.tokens.keys}
+        self.part_of = {part.node: column for column, r in self.aging.items() for part in r.divisible().parts}
+        self.key_of = {key.node: column for column, r in self.aging.items() for key in r.divisible().keys}
         self.tokens = {name: Tokens(self.order, forecast) for name in self.part_of}
         self.keys: dict[str, Tensor] = {}
         self.branches: dict[int, Branches] = {}
         self.branches_at: dict[str, int] = {}  # the node that weights the branches
         for column, region in self.aging.items():
-            if region.tokens is not None and region.tokens.branches is not None:
+            if (branches := region.divisible().branches) is not None:
                 tables = {name: table.get(region.key) for name, table in self.control.tables.items()}
                 self.branches[column] = Branches(self.order, forecast, self.control, **tables)
-                experts = self.node_of[region.tokens.branches.node]
+                experts = self.node_of[branches.value.node]
                 self.branches_at[next(iter(experts.users)).name] = column
         self.chosen: dict[tuple[str, int], set[tuple[int, int]]] = {}
 
@@ -139,8 +139,7 @@ class Reference(Interpreter):
     def _recomputed(self, column: int) -> set[tuple[int, int]]:
         """(sample, token) of what a row computes of a region."""
         act, region = self.row[column], self.aging[column]
-        assert region.tokens is not None
-        info = region.tokens
+        info = region.divisible()
         if act is Action.COMPUTE:
             return {(b, n) for b in range(info.batch) for n in range(info.tokens)}
         if not isinstance(act, Partial) or not act.rho:
@@ -151,7 +150,8 @@ class Reference(Interpreter):
             weigh = None if experts is None else self.branches[experts].token_due
             if info.enters is None:
                 assert weigh is not None
-                scores = self.env[self.node_of[info.scores]].reshape(info.batch, info.tokens, -1)
+                assert info.branches is not None
+                scores = self.env[self.node_of[info.branches.scores]].reshape(info.batch, info.tokens, -1)
                 due = {at: weigh(self.step, at, True, scores) for at in self.branches[column].slots}
             else:
                 entering = self.env[self.node_of[info.enters.node]]
@@ -162,8 +162,7 @@ class Reference(Interpreter):
         return self.chosen[block, count]
 
     def _tokens(self, name: str, column: int, value: Tensor) -> Tensor:
-        info = self.aging[column].tokens
-        assert info is not None
+        info = self.aging[column].divisible()
         entering = None
         if info.enters is not None and self.control.score == "drift":
             entering = self.env[self.node_of[info.enters.node]]
@@ -180,21 +179,21 @@ class Reference(Interpreter):
         return kept
 
     def _route(self, column: int) -> None:
-        info, act = self.aging[column].tokens, self.row[column]
-        assert info is not None
-        assert info.branches is not None
-        node = self.node_of[info.branches.node]
+        info, act = self.aging[column].divisible(), self.row[column]
+        branches = info.branches
+        assert branches is not None
+        node = self.node_of[branches.value.node]
         items = (info.batch, info.tokens)
         ids, gates, scores = (
             self.env[one].reshape(*items, -1)
-            for one in (node.args[1], self.node_of[info.gates], self.node_of[info.scores])
+            for one in (node.args[1], self.node_of[branches.gates], self.node_of[branches.scores])
         )
         full = self.env[node]
         extra = act.branches(ids[0].numel()) if isinstance(act, Partial) else 0
         everything = act is Action.COMPUTE
         tokens = set() if everything else self._recomputed(column)
         found = self.branches[column].value(
-            self.step, full.reshape(info.branches.shape), ids, gates, scores, tokens, extra, everything,
+            self.step, full.reshape(branches.value.shape), ids, gates, scores, tokens, extra, everything,
             act is Action.REUSE,
         )  # fmt: skip
         self.env[node] = found.view_as(full)

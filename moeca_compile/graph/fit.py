@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.graph.regions import Region, RegionMap
+from moeca_compile.graph.regions import Divisible, Indivisible, Region, RegionMap
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 
 
@@ -28,20 +28,24 @@ def fit(schedule: Schedule, regions: RegionMap, granularity: str = "") -> Schedu
 def _column(schedule: Schedule, column: int, region: Region) -> list[Act]:
     acts = [row[column] for row in schedule.rows]
     partials = schedule.partials(column)
-    branches = region.tokens is not None and region.tokens.branches is not None
-    if partials and not branches and region.kind != "experts" and not any(one.rho for one in partials):
-        whole = Action.FORECAST if schedule.order else Action.REUSE
-        return [whole if isinstance(act, Partial) else act for act in acts]
-    if partials and region.tokens is None:
+    division = region.division
+    has_branches = isinstance(division, Divisible) and division.branches is not None
+    if partials and not has_branches and region.kind != "experts" and not any(act.rho for act in partials):
+        without_part = Action.FORECAST if schedule.order else Action.REUSE
+        return [without_part if isinstance(act, Partial) else act for act in acts]
+    if partials and isinstance(division, Indivisible):
         raise ScheduleError(
-            f"region {region.key} can't be recomputed in part ({partials[0]}): {region.indivisible_reason}. Give it "
+            f"region {region.key} can't be recomputed in part ({partials[0]}): {division.reason}. Give it "
             "COMPUTE, REUSE or FORECAST"
         )
     return acts
 
 
 def _check_control(schedule: Schedule, regions: RegionMap) -> None:
-    experts = {r.key: r.routers[0].num_experts for r in regions if r.tokens is not None and r.routers}
+    experts = {}
+    for region in regions:
+        if isinstance(region.division, Divisible) and region.routers:
+            experts[region.key] = region.routers[0].num_experts
     for name, table in schedule.control.tables.items():
         for key, weights in table.items():
             if key not in experts:

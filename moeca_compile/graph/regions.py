@@ -92,19 +92,36 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class TokensInfo:
+class BranchesInfo:
+    """The routed branches of an experts region, each of which can be recomputed for itself.
+
+    Attributes:
+        value: the branches [B, N, K, D], before their gates.
+        gates: the node of their weights, [B * N, K, 1].
+        scores: the node of the router's scores, [B * N, E].
+        num_experts: E.
+    """
+
+    value: Value
+    gates: str
+    scores: str
+    num_experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Divisible:
     """How a region is taken apart: N tokens a sample, each of which can be recomputed for itself.
 
     Attributes:
-        batch, tokens: samples B, tokens a sample N.
+        batch: samples B.
+        tokens: tokens a sample N.
         parts: what is kept token by token, [B, N, D]: an attention's or mlp's output; for experts what lies beside the
             routed branches (the shared experts).
         body: the nodes that are run again for some tokens, in graph order; the router isn't among them.
         axes: of these and of what enters them: (node, axis of its tokens, whether that is batch and tokens in one).
         enters: the stream [B, N, D] that a part of the region is recomputed from; None for experts.
         keys: an attention's keys and values, of which every token reads all.
-        branches: the routed branches [B, N, K, D]; None for others.
-        gates, scores: the nodes of their weights, [B * N, K, 1], and of the router's scores [B * N, E].
+        branches: the routed branches of experts; None for others.
     """
 
     batch: int
@@ -114,9 +131,18 @@ class TokensInfo:
     axes: tuple[tuple[str, int, bool], ...] = ()
     enters: Value | None = None
     keys: tuple[Value, ...] = ()
-    branches: Value | None = None
-    gates: str = ""
-    scores: str = ""
+    branches: BranchesInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Indivisible:
+    """A region that is recomputed as a whole or not at all.
+
+    Attributes:
+        reason: why.
+    """
+
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +166,7 @@ class Region:
         routers: its routers.
         bases: for each output, the node whose value is subtracted before the output is kept; a span of blocks keeps the
             change that it makes. Empty: outputs are kept as they are.
-        tokens: how a part of the region is recomputed; None where that can't be done.
-        indivisible_reason: why it can't be recomputed in part; "" where it can.
+        division: how a part of the region is recomputed, or why that can't be done.
 
     Raises:
         InvariantError: an unknown kind, or not one base for each output.
@@ -162,14 +187,26 @@ class Region:
     attention: tuple[AttentionInfo, ...] = ()
     routers: tuple[RouterInfo, ...] = ()
     bases: tuple[str, ...] = ()
-    tokens: TokensInfo | None = None
-    indivisible_reason: str = ""
+    division: Divisible | Indivisible = Indivisible()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InvariantError(f"region {self.key}: kind {self.kind!r} is none of {KINDS}")
         if self.bases and len(self.bases) != len(self.outputs):
             raise InvariantError(f"region {self.key}: {len(self.bases)} bases for {len(self.outputs)} outputs")
+
+    def divisible(self) -> Divisible:
+        """Give how a part of the region is recomputed.
+
+        Returns:
+            The division.
+
+        Raises:
+            InvariantError: it can't be done.
+        """
+        if isinstance(self.division, Indivisible):
+            raise InvariantError(f"region {self.key} can't be taken apart: {self.division.reason}")
+        return self.division
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import ScheduleError
+from moeca_compile.graph.regions import Divisible, Indivisible
 from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.planner.drift.experts import ExpertWatch
 from moeca_compile.planner.drift.measure import measure
@@ -138,17 +139,20 @@ class Study:
         """
         regions = self.sampled.program.regions
         partial = Partial(0, self.request.branches)
-        divisible = [region.kind == "experts" and region.tokens is not None for region in regions]
-        if not any(divisible):
+        experts = [region for region in regions if region.kind == "experts"]
+        divisible = {region.key for region in experts if isinstance(region.division, Divisible)}
+        if not divisible:
             reasons = "; ".join(
-                f"{region.key}: {region.indivisible_reason}" for region in regions if region.kind == "experts"
+                f"{region.key}: {region.division.reason}"
+                for region in experts
+                if isinstance(region.division, Indivisible)
             )
             raise ScheduleError(
                 f"calibrate: branches={partial.tau:g}, but no experts can be taken apart by themselves at granularity "
                 f"{self.granularity!r}: {reasons or 'it has no columns of experts'}. Leave branches out"
             )
         full = tuple(Action.COMPUTE for _ in regions)
-        cheap = tuple(partial if is_divisible else Action.FORECAST for is_divisible in divisible)
+        cheap = tuple(partial if key in divisible else Action.FORECAST for key in regions.keys)
         caching = Schedule((full, cheap), regions.keys, order=1, granularity=self.granularity)
         request = replace(self.request, predictors=predictors_of(1))
         study = Study(self.model, self.sample, self.granularity, self.inner, request, self.report_progress, caching)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeca_compile.graph.regions import Region
+from moeca_compile.graph.regions import Divisible, Indivisible, Region
 from moeca_compile.schedule import Partial
 from tests.following import Runner, Subject, subject_of
 from tests.passes.blocks import Block, TwoStreams
@@ -76,7 +76,7 @@ WORKS: dict[str, Part] = {
 @pytest.mark.parametrize("name", WORKS)
 def test_a_part_is_what_the_whole_gives_for_these_tokens(name: str) -> None:
     one = subject(WORKS[name])
-    assert only(one).tokens is not None, only(one).indivisible_reason
+    assert isinstance(only(one).division, Divisible), only(one).division
     legend = {"a": Partial(0.5), "b": Partial(0.2)}
     schedule = schedule_of(one.analysis, "C", "a", "F", "b", "C", "a", "a", legend=legend)
     runner, oracle = Runner(one, schedule), Reference(one.captured.gm, one.facts.regions, schedule)
@@ -106,8 +106,8 @@ REFUSED: dict[str, tuple[Part, str]] = {
 def test_what_mixes_tokens_says_so(name: str) -> None:
     part, reason = REFUSED[name]
     region = only(subject(part))
-    assert region.tokens is None
-    assert any(one in region.indivisible_reason for one in reason.split("|")), region.indivisible_reason
+    assert isinstance(region.division, Indivisible)
+    assert any(text in region.division.reason for text in reason.split("|")), region.division.reason
 
 
 def test_two_streams_in_one_region() -> None:
@@ -115,6 +115,6 @@ def test_two_streams_in_one_region() -> None:
         return {"x": torch.ones(2, 6, DIM), "t": torch.full((2,), 9.0 - step)}
 
     one = subject_of(Clocked(TwoStreams()), inputs)
-    assert any("it serves several streams at once" in region.indivisible_reason for region in one.facts.regions)
+    assert Indivisible("it serves several streams at once") in [region.division for region in one.facts.regions]
     one = subject_of(Clocked(Block("gate left")), inputs)
-    assert all(region.tokens is not None for region in one.facts.regions)
+    assert all(isinstance(region.division, Divisible) for region in one.facts.regions)

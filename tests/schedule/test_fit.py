@@ -8,7 +8,15 @@ import pytest
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.fit import fit
-from moeca_compile.graph.regions import Region, RegionMap, RouterInfo, TokensInfo, Value
+from moeca_compile.graph.regions import (
+    BranchesInfo,
+    Divisible,
+    Indivisible,
+    Region,
+    RegionMap,
+    RouterInfo,
+    Value,
+)  # fmt: skip
 from moeca_compile.schedule import Action, Control, Partial, Row, Schedule
 
 C, R, F = Action.COMPUTE, Action.REUSE, Action.FORECAST
@@ -16,7 +24,7 @@ SHAPE = (2, 4, 8)
 PART = Value("out", SHAPE, "float32")
 
 
-def region(key: str, kind: str, tokens: TokensInfo | None, whole: str = "") -> Region:
+def region(key: str, kind: str, division: Divisible | Indivisible) -> Region:
     routers = (RouterInfo("topk", "scores", 4, 2),) if kind == "experts" else ()
     return Region(
         key,
@@ -28,15 +36,16 @@ def region(key: str, kind: str, tokens: TokensInfo | None, whole: str = "") -> R
         ("float32",),
         ("cpu",),
         routers=routers,
-        tokens=tokens,
-        indivisible_reason=whole,
+        division=division,
     )
 
 
-TOKENS = TokensInfo(2, 4, (PART,), enters=PART)
-BRANCHES = TokensInfo(2, 4, (), branches=Value("experts", (2, 4, 2, 8), "float32"), gates="g", scores="s")
+TOKENS = Divisible(2, 4, (PART,), enters=PART)
+VALUE = Value("experts", (2, 4, 2, 8), "float32")
+BRANCHES = Divisible(2, 4, (), branches=BranchesInfo(VALUE, gates="g", scores="s", num_experts=4))
 REGIONS = RegionMap((region("attn", "attention", TOKENS), region("moe", "experts", BRANCHES)))
-WHOLE = RegionMap((region("attn", "attention", None, "it mixes"), region("moe", "experts", None, "the expert chooses")))
+MIXES, CHOOSES = Indivisible("it mixes"), Indivisible("the expert chooses")
+WHOLE = RegionMap((region("attn", "attention", MIXES), region("moe", "experts", CHOOSES)))
 
 
 def rows(*acts: Row) -> Schedule:

@@ -1,9 +1,9 @@
 """Which regions can be recomputed in part, and how; or why not.
 
-Before: the regions.  After: each has `tokens`, or `indivisible_reason`. An attention or an mlp is taken apart by its
-tokens: everything between what enters it and its output must treat each token for itself, but for the attention proper.
-An experts region is taken apart by branches: the router stays, the branches are kept one by one, what lies beside them
-(shared experts) token by token.
+Before: the regions.  After: each has its `division`, which says how or why not. An attention or an mlp is taken apart
+by its tokens: everything between what enters it and its output must treat each token for itself, but for the attention
+proper. An experts region is taken apart by branches: the router stays, the branches are kept one by one, what lies
+beside them (shared experts) token by token.
 Does nothing where there are no regions.
 """
 
@@ -18,14 +18,14 @@ from torch.fx import GraphModule, Node
 from moeca_compile.dtypes import name_of
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.graph.regions import Region, TokensInfo, Value
+from moeca_compile.graph.regions import BranchesInfo, Divisible, Indivisible, Region, Value
 from moeca_compile.passes.facts import Facts
 from moeca_compile.passes.partial.token_axes import MixesTokens, TokenAxes
 
 
 def find_tokens(gm: GraphModule, facts: Facts) -> Facts:
     finder = _Finder(gm, facts)
-    regions = tuple(finder.told(region) for region in facts.regions)
+    regions = tuple(replace(region, division=finder.division(region)) for region in facts.regions)
     return replace(facts, regions=replace(facts.regions, regions=regions))
 
 
@@ -36,13 +36,13 @@ class _Finder:
         self.latent = {name for name, level in facts.dependence.items() if level == "latent"}
         self.macs = facts.macs
 
-    def told(self, region: Region) -> Region:
+    def division(self, region: Region) -> Divisible | Indivisible:
         try:
-            return replace(region, tokens=self._tokens(region))
+            return self._divisible(region)
         except MixesTokens as reason:
-            return replace(region, indivisible_reason=str(reason))
+            return Indivisible(str(reason))
 
-    def _tokens(self, region: Region) -> TokensInfo:
+    def _divisible(self, region: Region) -> Divisible:
         shape = region.shapes[0]
         if region.kind == "span":
             raise MixesTokens("a span of blocks is cached as a whole")
@@ -58,11 +58,11 @@ class _Finder:
         if len(region.attention) > 1:
             raise MixesTokens("it has several attentions")
         keys: tuple[str, ...] = ()
-        for one in region.attention:
-            if self.nodes[one.node].target is not fx.SDPA:
-                raise MixesTokens(f"{one.node}: the attention is written out, not one operator")
-            keys = tuple(name for name in (one.key, one.value) if self.nodes[name] in axes.of)
-        return TokensInfo(
+        for attention in region.attention:
+            if self.nodes[attention.node].target is not fx.SDPA:
+                raise MixesTokens(f"{attention.node}: the attention is written out, not one operator")
+            keys = tuple(name for name in (attention.key, attention.value) if self.nodes[name] in axes.of)
+        return Divisible(
             *shape[:2],
             parts=(_value(output),),
             body=region.body,
@@ -79,12 +79,12 @@ class _Finder:
             if node.name in self.latent and not axes.seed(node):
                 raise MixesTokens(f"{node.name} {list(fx.shape(node))} enters it and isn't [B, N, ...]")
         axes.follow(body)
-        found = axes.of.get(output)
-        if found is None or found.merged is (len(fx.shape(output)) > 2) or found.dim != 1 - found.merged:
+        axis = axes.of.get(output)
+        if axis is None or axis.merged is (len(fx.shape(output)) > 2) or axis.dim != 1 - axis.merged:
             raise MixesTokens(f"{output.name}: its output isn't [B, N, ...]")
         return axes, [node for node in entering if node.name in self.latent]
 
-    def _branches(self, region: Region, body: list[Node], batch: int, tokens: int) -> TokensInfo:
+    def _branches(self, region: Region, body: list[Node], batch: int, tokens: int) -> Divisible:
         if len(region.experts) != 1 or len(region.routers) != 1:
             raise MixesTokens("its experts aren't one moeca::experts call with one router")
         router, experts = region.routers[0], self.nodes[region.experts[0].node]
@@ -103,15 +103,13 @@ class _Finder:
             alone = self._only_for(part, body, experts, gates)
             again.update(alone)
             axes.of.update(self._axes(alone, part, batch, tokens)[0].of)
-        return TokensInfo(
+        return Divisible(
             batch,
             tokens,
             parts=tuple(_value(part, batch, tokens) for part in parts),
             body=tuple(node.name for node in body if node in again),
             axes=_plain(axes),
-            branches=_value(experts, batch, tokens),
-            gates=gates.name,
-            scores=router.scores,
+            branches=BranchesInfo(_value(experts, batch, tokens), gates.name, router.scores, router.num_experts),
         )
 
     def _beside(self, body: list[Node], experts: Node, gates: Node) -> list[Node]:
@@ -119,29 +117,30 @@ class _Finder:
         inside = set(body)
         below = {node for node in body if self.cone.feeds(experts, node)}
         routed = {experts, gates}
-        joined = dict.fromkeys(
-            one
-            for node in body
-            if node in below
-            for one in node.all_input_nodes
-            if one in inside and one not in below and one not in routed and not self.cone.feeds(one, experts)
-        )
-        heavy = [one for one in joined if any(n.name in self.macs for n in self._only_for(one, body, experts, gates))]
-        for one in heavy:
-            if len(fx.shape(one)) not in (2, 3):
-                raise MixesTokens(f"{one.name} {list(fx.shape(one))} joins the branches and isn't [B, N, D]")
+        joined: dict[Node, None] = {}
+        for node in body:
+            for source in node.all_input_nodes if node in below else ():
+                is_beside = source in inside and source not in below and source not in routed
+                if is_beside and not self.cone.feeds(source, experts):
+                    joined[source] = None
+        heavy = []
+        for part in joined:
+            if not any(node.name in self.macs for node in self._only_for(part, body, experts, gates)):
+                continue
+            if len(fx.shape(part)) not in (2, 3):
+                raise MixesTokens(f"{part.name} {list(fx.shape(part))} joins the branches and isn't [B, N, D]")
+            heavy.append(part)
         return heavy
 
     def _only_for(self, part: Node, body: list[Node], experts: Node, gates: Node) -> list[Node]:
         """What of the body makes `part` and nothing that is always run: the router and what feeds it."""
-        kept = [experts, gates]
-        return [
-            node
-            for node in body
-            if (node is part or self.cone.feeds(node, part))
-            and node not in kept
-            and not any(self.cone.feeds(node, one) for one in kept)
-        ]
+        always_run = (experts, gates)
+        alone = []
+        for node in body:
+            makes_part = node is part or self.cone.feeds(node, part)
+            if makes_part and not any(node is last or self.cone.feeds(node, last) for last in always_run):
+                alone.append(node)
+        return alone
 
 
 def _gates(experts: Node) -> Node:
@@ -159,7 +158,7 @@ def _gates(experts: Node) -> Node:
     if dims not in ([1], [-2]):
         raise MixesTokens(f"{product.name}: the weighted branches aren't summed a token")
     shape = fx.shape(experts)
-    gates = next((one for one in operands if fx.shape(one) == (*shape[:2], 1)), None)
+    gates = next((operand for operand in operands if fx.shape(operand) == (*shape[:2], 1)), None)
     if gates is None:
         raise MixesTokens(f"{product.name}: the gates aren't [tokens, K, 1]")
     return gates

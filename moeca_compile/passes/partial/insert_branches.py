@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.graph.regions import Region, TokensInfo
+from moeca_compile.graph.regions import BranchesInfo, Divisible, Region
 from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.partial.branches import due, settle
 from moeca_compile.passes.partial.kept import State
@@ -27,12 +27,12 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
     region, info = parts.info(mark.region)
     assert info.branches is not None
     act, column = mark.action, mark.region
-    experts = parts.nodes[info.branches.node]
-    routing = _routing(parts, info, experts)
+    experts = parts.nodes[info.branches.value.node]
+    routing = _routing(parts, info, info.branches, experts)
     state = parts.ports.of(column, 0)
     chosen = parts.chosen(column, act.rho, routing["scores"]) if isinstance(act, Partial) and act.rho else None
     if act is Action.COMPUTE:
-        fresh = parts.inline(_everything, experts=experts, shape=info.branches.shape)
+        fresh = parts.inline(_everything, experts=experts, shape=info.branches.value.shape)
     elif computes(act):
         assert isinstance(act, Partial)
         fresh = _some(parts, region, info, act, routing, state, chosen)
@@ -55,9 +55,9 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
         _beside(parts, info, act, column, number, parts.nodes[part.node], chosen)
 
 
-def _routing(parts: Parts, info: TokensInfo, experts: Node) -> dict[str, Node]:
+def _routing(parts: Parts, info: Divisible, branches: BranchesInfo, experts: Node) -> dict[str, Node]:
     """ids, gates [B, N, K] and scores [B, N, E] of this step."""
-    nodes = {"ids": fx.arg(experts, 1), "gates": parts.nodes[info.gates], "scores": parts.nodes[info.scores]}
+    nodes = {"ids": fx.arg(experts, 1), "gates": parts.nodes[branches.gates], "scores": parts.nodes[branches.scores]}
     items = [info.batch, info.tokens, -1]
     return {name: parts.call(aten.reshape.default, node, items) for name, node in nodes.items()}
 
@@ -71,15 +71,15 @@ def _nothing(state: State) -> dict[str, Tensor]:
 
 
 def _some(
-    parts: Parts, region: Region, info: TokensInfo, act: Partial, routing: dict[str, Node], state: dict[Slot, Node],
+    parts: Parts, region: Region, info: Divisible, act: Partial, routing: dict[str, Node], state: dict[Slot, Node],
     chosen: Node | None,
 ) -> dict[str, Node]:  # fmt: skip
     """The branches that this row computes, through the same operator: their values, and which they are."""
     assert info.branches is not None
-    experts = parts.nodes[info.branches.node]
+    experts = parts.nodes[info.branches.value.node]
     x, _, *weights = experts.args
     assert isinstance(x, Node)
-    count = act.branches(info.tokens * info.branches.shape[2])
+    count = act.branches(info.tokens * info.branches.value.shape[2])
     control, key = parts.request.control, region.key
     quota = control.quota.get(key)
 
@@ -100,7 +100,7 @@ def _some(
         quota=table(quota and tuple(round(share * count) for share in quota), torch.int64),
     )
     made = parts.call(experts.target, picked["rows"], picked["experts"], *weights)
-    return parts.inline(_spread, made=made, positions=picked["positions"], shape=info.branches.shape)
+    return parts.inline(_spread, made=made, positions=picked["positions"], shape=info.branches.value.shape)
 
 
 def _pick(
@@ -144,7 +144,7 @@ def _spread(made: Tensor, positions: Tensor, shape: tuple[int, ...]) -> dict[str
 
 
 def _beside(
-    parts: Parts, info: TokensInfo, act: Act, column: int, output: int, node: Node,
+    parts: Parts, info: Divisible, act: Act, column: int, output: int, node: Node,
     chosen: Node | None,
 ) -> None:  # fmt: skip
     """A shared part: computed, or recomputed for the block's chosen tokens, or forecast."""

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
-from moeca_compile.graph.regions import Region, TokensInfo
+from moeca_compile.graph.regions import Divisible, Region
 from moeca_compile.graph.variant import KEYS, Slot
 from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.partial.branches import due, moved
@@ -35,11 +34,9 @@ class Parts:
         self.columns = {region.key: column for column, region in enumerate(request.facts.regions)}
         self._chosen: dict[tuple[str, int], Node] = {}
 
-    def info(self, column: int) -> tuple[Region, TokensInfo]:
+    def info(self, column: int) -> tuple[Region, Divisible]:
         region = self.request.facts.regions.regions[column]
-        if region.tokens is None:
-            raise InvariantError(f"region {region.key} can't be taken apart: {region.indivisible_reason}")
-        return region, region.tokens
+        return region, region.divisible()
 
     def inline(self, function: Any, **given: Any) -> dict[str, Node]:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):

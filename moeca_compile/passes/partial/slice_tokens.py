@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
-from moeca_compile.graph.regions import TokensInfo
+from moeca_compile.graph.regions import Divisible
 from moeca_compile.passes.partial.token_axes import VIEWING, Axis, is_pointwise
 
 
@@ -29,7 +29,7 @@ class Slice:
         chosen: node of the positions, int64 [B, M], each in [0, N).
     """
 
-    def __init__(self, gm: GraphModule, info: TokensInfo, chosen: Node) -> None:
+    def __init__(self, gm: GraphModule, info: Divisible, chosen: Node) -> None:
         self.gm, self.info, self.chosen = gm, info, chosen
         self.axes = {name: Axis(dim, merged) for name, dim, merged in info.axes}
         self.count = fx.shape(chosen)[1]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from moeca_compile.dtypes import name_of
-from moeca_compile.errors import InvariantError, ScheduleError
+from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap, Value
 from moeca_compile.graph.variant import KEYS, SLOTS, STAMPS, Slot, StateSlot
 from moeca_compile.passes.partial.kept import slots_of, wide
@@ -52,19 +52,18 @@ def _whole(region: Region, depth: int) -> Iterator[Entry]:
 
 
 def _aging(region: Region, schedule: Schedule) -> Iterator[Entry]:
-    info, score = region.tokens, schedule.control.score
-    if info is None:
-        raise InvariantError(f"region {region.key} can't be taken apart: {region.indivisible_reason}")
+    info, score = region.divisible(), schedule.control.score
     items = (info.batch, info.tokens)
     first = 0
     if info.branches is not None:
-        first, (*slots, _) = 1, info.branches.shape
+        branches = info.branches.value
+        first, (*slots, _) = 1, branches.shape
         yield 0, Slot.HELD, tuple(slots), "int64"
-        yield 0, Slot.GATES, tuple(slots), _wide(info.branches.dtype)
-        yield from _value(0, info.branches, schedule.order)
+        yield 0, Slot.GATES, tuple(slots), _wide(branches.dtype)
+        yield from _value(0, branches, schedule.order)
         if score == "drift":
             yield 0, Slot.DRIFT, tuple(slots), "float32"
-            yield 0, Slot.SCORES, (*items, region.routers[0].num_experts), "float32"
+            yield 0, Slot.SCORES, (*items, info.branches.num_experts), "float32"
         else:
             yield 0, Slot.ERROR, tuple(slots), "float32"
     for output, part in enumerate(info.parts, first):
