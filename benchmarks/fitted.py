@@ -123,7 +123,7 @@ class Bench:
         if schedule is None:
             moeca.prepare(model)
             return torch.compile(model)
-        return moeca.compile(model, schedule=schedule, granularity=schedule.granularity)
+        return moeca.compile(model, schedule=schedule, granularity=schedule.granularity or "region")
 
 
 def computed(schedule: Schedule) -> int:
