@@ -83,13 +83,26 @@ def sample(
     layout: "batched" asks for both in one call (conditional half first), "two_calls" for one after the other.
     callback: called after each step with its index and the new x.
     """
-    if layout not in ("batched", "two_calls"):
-        raise ValueError(f"layout must be 'batched' or 'two_calls', not {layout!r}")
-    x = initial_noise(seed, n).to(device)
     labels = labels_of(n).to(device)
     null = torch.full_like(labels, CLASSES)
+    return integrate(model, initial_noise(seed, n).to(device), labels, null, steps, cfg, layout, callback)
+
+
+def integrate(
+    model: Velocity,
+    x: Tensor,
+    labels: Tensor,
+    null: Tensor,
+    steps: int,
+    cfg: float,
+    layout: Literal["batched", "two_calls"],
+    callback: Callable[[int, Tensor], None] | None,
+) -> Tensor:
+    """What `sample` does from given noise x (N,1,H,W), labels (N,) and null labels (N,)."""
+    if layout not in ("batched", "two_calls"):
+        raise ValueError(f"layout must be 'batched' or 'two_calls', not {layout!r}")
     for step in range(steps):
-        t = torch.full((n,), 1000.0 * (1 - step / steps), dtype=torch.float32, device=device)
+        t = torch.full((len(x),), 1000.0 * (1 - step / steps), dtype=torch.float32, device=x.device)
         if layout == "batched":
             both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null]))
             cond, uncond = both.chunk(2)

@@ -122,14 +122,24 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Squared error of the velocity at a logit-normal time (Esser et al., arXiv 2403.03206, section 3.1); scalar."""
+    """Squared error of the velocity; scalar."""
+    x, t, labels, velocity = noisy_batch(images, labels, digits.CLASSES, generator)
+    return F.mse_loss(model(x, t, labels), velocity)
+
+
+def noisy_batch(images: Tensor, labels: Tensor, null: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A batch of rectified flow at logit-normal times (Esser et al., arXiv 2403.03206, section 3.1).
+
+    images (N,1,H,W), labels (N,) -> x like the images, 1000 t (N,), labels (N,) of which some are ``null``, and the
+    velocity noise - image that the model is to give.
+    """
     n = len(images)
     dropped = torch.rand(n, generator=generator) < LABEL_DROPOUT
-    labels = labels.masked_fill(dropped, digits.CLASSES)
+    labels = labels.masked_fill(dropped, null)
     t = torch.sigmoid(torch.randn(n, generator=generator))
     noise = torch.randn(images.shape, generator=generator)
     x = torch.lerp(images, noise, t.view(-1, 1, 1, 1))
-    return F.mse_loss(model(x, 1000 * t, labels), noise - images)
+    return x, 1000 * t, labels, noise - images
 
 
 def train_classifier(epochs: int = 40, seed: int = 0) -> float:
