@@ -106,13 +106,13 @@ def free_family(path: Path) -> str:
 
     One word, so that Alegreya and Alegreya Sans, or all of Noto, are never on both sides of the split.
     """
-    font = TTFont(path, lazy=True)
-    names = font["name"]
-    license_text = " ".join(str(record) for record in names.names if record.nameID in (0, 13, 14)).lower()
-    characters = font.getBestCmap() or {}
-    if not any(name in license_text for name in LICENSES) or any(ord(c) not in characters for c in CHARACTERS):
-        return ""
-    return (names.getDebugName(16) or names.getDebugName(1) or "").lower().split()[0]
+    with TTFont(path, lazy=True) as font:
+        names = font["name"]
+        license_text = " ".join(str(record) for record in names.names if record.nameID in (0, 13, 14)).lower()
+        characters = font.getBestCmap() or {}
+        if not any(name in license_text for name in LICENSES) or any(ord(c) not in characters for c in CHARACTERS):
+            return ""
+        return (names.getDebugName(16) or names.getDebugName(1) or "").lower().split()[0]
 
 
 def split_of(family: str) -> str:
