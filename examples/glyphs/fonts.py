@@ -67,12 +67,25 @@ def fetch(folder: Path = FOLDER) -> Path:
     verify(archive, package["sha256"])
     root = folder / package["folder"]
     if not root.exists():
-        unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive.name], cwd=folder, stdout=subprocess.PIPE)
-        keep = ["--wildcards", "*.otf", "*.ttf"]
-        subprocess.run(["tar", "-x", *keep], cwd=folder, stdin=unpack.stdout, check=True)
-        if unpack.wait():
-            raise SystemExit(f"dpkg-deb could not unpack {archive}")
+        unpack(archive, folder)
     return root
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Put the package's fonts into a folder, all or none.
+
+    Raises:
+        SystemExit: the package can't be read.
+    """
+    partial = folder / "unpacked.part"
+    partial.mkdir(exist_ok=True)
+    wildcards = ["--wildcards", "*.otf", "*.ttf"]
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as reader:
+        failed = subprocess.run(["tar", "-x", "-C", partial, *wildcards], stdin=reader.stdout).returncode
+    if reader.returncode or failed:
+        raise SystemExit(f"dpkg-deb and tar could not unpack {archive}")
+    (partial / "usr").rename(folder / "usr")
+    partial.rmdir()
 
 
 def verify(archive: Path, sha256: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,15 @@ def test_wrong_archive_is_refused(tmp_path: Path) -> None:
     archive.write_bytes(b"something else")
     with pytest.raises(SystemExit, match=r"has sha256 .*, not 00: delete it and run this again"):
         fonts.verify(archive, "00")
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
+def test_broken_archive_leaves_no_fonts(tmp_path: Path) -> None:
+    archive = tmp_path / "fonts.deb"
+    archive.write_bytes(b"no package")
+    with pytest.raises(SystemExit, match="could not unpack"):
+        fonts.unpack(archive, tmp_path)
+    assert not (tmp_path / "usr").exists()
 
 
 def test_twins_are_left_out() -> None:
