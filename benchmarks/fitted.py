@@ -119,6 +119,7 @@ class Bench:
         return samples
 
     def _model(self, schedule: Schedule | None) -> Callable[..., Any]:
+        torch._dynamo.reset()  # each contender compiles the same class anew
         model = digits.load_model().requires_grad_(False)
         if schedule is None:
             moeca.prepare(model)

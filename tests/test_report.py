@@ -124,7 +124,7 @@ def test_json_parses_and_holds_everything() -> None:
     assert [one["key"] for one in data["regions"]] == [one.key for one in report_with_misses().regions]
     assert data["rejected"][0]["reason"] == report_with_misses().rejected[0].reason
     assert data["variants"][1]["name"] == "v1"
-    assert data["passes"][0][0] == "drop_noops"
+    assert data["passes"][0][0] == "materialize_casts"
     assert data["total_macs"] == report_with_misses().total_macs
 
 

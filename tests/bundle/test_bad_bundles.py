@@ -16,7 +16,7 @@ import pytest
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.consistency import check_consistency
-from moeca_compile.runtime.bundle.manifest import Manifest, bundle_id
+from moeca_compile.runtime.bundle.manifest import VERSION, Manifest, bundle_id
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
@@ -92,10 +92,13 @@ def variant(**change: Any) -> Edit:
 
 
 EDITS: dict[str, tuple[Edit, str]] = {
-    "a newer format": (lambda d: d.update(version=3), "version 3, this package reads up to 2: update moeca-compile"),
+    "a newer format": (
+        lambda d: d.update(version=VERSION + 1),
+        f"version {VERSION + 1}, this package reads up to {VERSION}: update moeca-compile",
+    ),
     "an older format": (
         lambda d: d.update(version=1),
-        r"this package reads 2: export it again with moeca_compile\.export",
+        rf"this package reads {VERSION}: export it again with moeca_compile\.export",
     ),
     "another format": (lambda d: d.update(format="zip"), "isn't of a moeca bundle"),
     "an unknown entry": (lambda d: d.update(plugin="x.so"), r"unknown field `plugin`"),

@@ -27,6 +27,7 @@ from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.action import Partial
+from moeca_compile.schedule.forecast import MAX_KEPT
 from tests.bundle.conftest import PROVIDERS, call_of, named, small_model
 from tests.models import DiT
 
@@ -43,7 +44,7 @@ def test_every_variant_equals_torch(session: Session, torch_side: Captured) -> N
             if one.name in feeds:
                 args[i] = torch.from_numpy(feeds[one.name])
         state = {s: torch.randn(program.layout[s].shape, generator=generator) for s in variant.reads}
-        table = torch.randn(2, 2, generator=generator)
+        table = torch.randn(2, MAX_KEPT, generator=generator)
         flat = [*(args[i] for i in variant.takes), *state.values(), *([table] if variant.wants_coefficients else [])]
         wanted = torch.fx.Interpreter(variant.gm).run(*flat)
         feeds |= {f"{program.layout[s].name}_in": one.numpy() for s, one in state.items()}
