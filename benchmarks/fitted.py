@@ -25,7 +25,7 @@ from torch import Tensor
 import moeca_compile as moeca
 from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
-from benchmarks.schedules import GUIDANCE, labels_of
+from benchmarks.schedules import sampler
 from examples import digits
 from moeca_compile.schedule import Action, Schedule
 
@@ -61,20 +61,6 @@ WHOLE = Size(50, 4, (50, 34, 26, 20), 8, 8, 8, 32)
 QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
 
 
-def sample(model: Any, seed: int, steps: int, n: int, second_order: bool = False) -> Tensor:
-    """Digits [n, 1, 16, 16] by Euler steps, or by second-order Adams-Bashforth ones."""
-    x, labels = digits.initial_noise(seed, n), labels_of(seed, n)
-    both = torch.cat([labels, torch.full_like(labels, digits.CLASSES)])
-    before = None
-    for step in range(steps):
-        t = torch.full((2 * n,), 1000.0 * (1 - step / steps))
-        cond, uncond = model(torch.cat([x, x]), t, both).chunk(2)
-        velocity = uncond + GUIDANCE * (cond - uncond)
-        x = x - (velocity if before is None or not second_order else 1.5 * velocity - 0.5 * before) / steps
-        before = velocity
-    return x
-
-
 class Bench:
     """The model, and what was sampled with it."""
 
@@ -90,7 +76,7 @@ class Bench:
             region = Schedule.load(REGIONS / f"digits_{share}.json")
 
             def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
-                return sample(model, seed, steps, size.digits)
+                return sampler(size.digits, steps)(model, seed)
 
             budget = f"macs:{computed(region) / size.steps}"
             moeca.calibrate(
@@ -108,12 +94,13 @@ class Bench:
         size = self.size
         model = self._model(schedule)
         times, second_order = (1, False) if order == "euler" else (size.finer, True)
+        sample = sampler(size.batch, times * size.steps, second_order)
         images = []
         with torch.no_grad():
             for seed in range(70_000, 70_000 + size.held_out):
                 if schedule is not None:
                     moeca.reset(model)
-                images.append(sample(model, seed, times * size.steps, size.batch, second_order))
+                images.append(sample(model, seed))
         samples = torch.cat(images)
         torch.save(samples, path)
         return samples

@@ -315,8 +315,7 @@ class Study:
 
     def errors(self, seed: int, samples: torch.Tensor) -> list[float]:
         """The mean squared error of each sample of `seed`; `WORST_ERROR` for a sample that is not finite."""
-        error = _rows(samples - self.truth[seed]).square().mean(dim=1)
-        return [value if math.isfinite(value) else WORST_ERROR for value in error.tolist()]
+        return squared_errors(samples, self.truth[seed])
 
     def perturb_experts(self) -> None:
         """Make the requested number of experts stale, in order of falling drift; the store keeps the results."""
@@ -342,7 +341,7 @@ class Study:
             self.report_progress(f"{cost} of {self.uncached:.2g} s", 0.4 + 0.1 * number / len(remaining))
             samples = stale_samples(self.sampled, seed, region, info, expert)
             self.sampled.uncached.pop()  # a perturbed run takes longer
-            errors = _rows(samples - self.truth[seed]).square().mean(dim=1).tolist()
+            errors = self.errors(seed, samples)
             self.store.add_perturbation(
                 PerturbationResult(region.key, region.layer, expert, seed, mean_psnr([errors], self.data_range))
             )
@@ -384,6 +383,12 @@ class Study:
         else:
             errors = [tuple(self.errors(seed, self.sampled.run(seed, plan))) for seed in self.request.holdout]
         return mean_psnr(errors, self.data_range)
+
+
+def squared_errors(samples: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+    """The mean squared error of each sample [samples, ...]; `WORST_ERROR` for a sample that is not finite."""
+    errors = _rows(samples - wanted).square().mean(dim=1).tolist()
+    return [error if math.isfinite(error) else WORST_ERROR for error in errors]
 
 
 def _rows(samples: torch.Tensor) -> torch.Tensor:

@@ -203,3 +203,11 @@ def test_what_can_not_be_fitted_is_said(options: dict[str, Any], says: str, monk
         moeca.calibrate(
             Velocity().eval(), arguments.pop("sample"), budget="macs:0.5", inner="eager", progress=False, **arguments
         )
+
+
+def test_samples_of_held_out_seeds_are_checked_too() -> None:
+    def truth(seed: int) -> Tensor:
+        return torch.zeros(4 if seed < 1000 else 1, 2, 4, 4)  # would be broadcast
+
+    with pytest.raises(ScheduleError, match=r"truth gives for seed 1000 have shape \[1, 2, 4, 4\]"):
+        calibrated(truth)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.rollout import Call, SampledModel
-from moeca_compile.schedule import Schedule
 
 FINER = (2, 4)  # times the steps of the two runs that a converged state is extrapolated from
 MAX_ORDER = 3  # of convergence: above it the difference of the runs is mostly rounding
@@ -45,7 +44,6 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.path = Path()
-        self.streams: list[str] = []  # in the order of their calls in a step
 
     def __call__(self, call: Call) -> None:
         step, path = call.record.step, self.path
@@ -69,27 +67,24 @@ class _Recorder:
                 "weights can't be fitted: they are for samplers that call it once a step, or once for each part of the "
                 "guidance. Use granularity='region' for this one"
             )
-        if call.stream not in self.streams:
-            self.streams.append(call.stream)
         if call.state.history[0][:1] == (step,):
             output = call.state.tensors[0].detach().float().cpu().clone()
             path.outputs[step] = (*path.outputs.get(step, ()), *output.chunk(1 + path.is_batched))
 
 
-def record_path(sampled: SampledModel, seed: int, schedule: Schedule | None = None) -> Path:
-    """Sample a seed and keep what the fit needs.
+def record_path(sampled: SampledModel, seed: int) -> Path:
+    """Sample a seed, with everything computed, and keep what the fit needs.
 
     Args:
         sampled: the compiled model, of granularity `output`.
         seed: passed to the sampler.
-        schedule: to run; None: everything is computed.
 
     Raises:
         ScheduleError: a step of the sampler calls the model with several latents, no input was found to be the latent,
             or the samples have another shape than the latents.
     """
     recorder = _Recorder()
-    samples = sampled.run(seed, schedule, recorder)
+    samples = sampled.run(seed, watch=recorder)
     path = recorder.path
     if not path.states or samples.shape != path.states[-1].shape:
         shape = list(path.states[-1].shape) if path.states else "nothing"
@@ -134,20 +129,11 @@ def converged_path(sampled: SampledModel, seed: int, sampler: Callable[..., Tens
     return path
 
 
-def given_path(uncached: Path, samples: Tensor, seed: int) -> Path:
+def given_path(uncached: Path, wanted: Tensor) -> Path:
     """An uncached path bent to end at given samples.
 
     Their distance from the uncached samples is spread over the steps in proportion to how far the latent moves.
-
-    Raises:
-        ScheduleError: the samples have another shape, or aren't finite.
     """
-    wanted = torch.as_tensor(samples).detach().float().cpu()
-    if wanted.shape != uncached.samples.shape or not bool(wanted.isfinite().all()):
-        problem = f"have shape {list(wanted.shape)}, the sampler's {list(uncached.samples.shape)}"
-        if wanted.shape == uncached.samples.shape:
-            problem = "aren't all finite"
-        raise ScheduleError(f"calibrate: the samples that truth gives for seed {seed} {problem}")
     moves = [
         float((after - before).norm()) for before, after in zip(uncached.states, uncached.states[1:], strict=False)
     ]
@@ -157,6 +143,23 @@ def given_path(uncached: Path, samples: Tensor, seed: int) -> Path:
         done += move
         states.append(state + done / total * (wanted - uncached.samples))
     return Path(states, uncached.outputs, uncached.timesteps)
+
+
+def checked_samples(samples: Tensor, uncached: Tensor, seed: int) -> Tensor:
+    """Given samples of a seed, float32, on the CPU.
+
+    Raises:
+        ScheduleError: they have another shape than the uncached ones, or aren't finite.
+    """
+    wanted = torch.as_tensor(samples).detach().float().cpu()
+    problem = ""
+    if wanted.shape != uncached.shape:
+        problem = f"have shape {list(wanted.shape)}, the sampler's {list(uncached.shape)}"
+    elif not bool(wanted.isfinite().all()):
+        problem = "aren't all finite"
+    if problem:
+        raise ScheduleError(f"calibrate: the samples that truth gives for seed {seed} {problem}")
+    return wanted
 
 
 def is_doubled(latent: Tensor) -> bool:

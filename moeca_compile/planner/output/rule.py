@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.output.fit import RESPONSES, Form, OutputFit, term_sets
 from moeca_compile.planner.output.gram import Gram, summed
@@ -19,6 +17,7 @@ from moeca_compile.planner.output.study import OutputStudy
 from moeca_compile.planner.search.anneal import neighbors
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import FULL, NONE, Plan, schedule_of
+from moeca_compile.planner.study import squared_errors
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.output import UNCACHED, OutputRule
 
@@ -131,11 +130,6 @@ class OutputRuleSearch:
         computed = computed_steps(plan)
         candidates = [Form(terms, self.response) for terms in self.term_sets]
         return min(candidates, key=lambda form: self.checked.square(self.fit.fit(self.fitted, computed, form).miss))
-
-
-def squared_errors(samples: Tensor, wanted: Tensor) -> list[float]:
-    """The mean squared error of each sample [N, ...]."""
-    return [float(error) for error in (samples - wanted).square().flatten(1).mean(1)]
 
 
 def with_output_rule(

@@ -32,10 +32,6 @@ class SamplerStep:
     now: tuple[float, ...]
     before: tuple[float, ...] = ()
 
-    def next(self, latent: Array, output: Sequence[Array], last: Sequence[Array]) -> Array:
-        """The next latent, as weights over a gram's vectors."""
-        return self.constant(latent, last) + self.effect(output)
-
     def constant(self, latent: Array, last: Sequence[Array]) -> Array:
         """What the next latent has without this step's output."""
         total = self.keep * latent

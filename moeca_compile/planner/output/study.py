@@ -11,7 +11,7 @@ import torch
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.output.gram import Gram, gram_of, summed
-from moeca_compile.planner.output.paths import converged_path, given_path, record_path
+from moeca_compile.planner.output.paths import checked_samples, converged_path, given_path, record_path
 from moeca_compile.planner.output.sampler import SamplerStep, sampler_steps
 from moeca_compile.planner.study import Study
 from moeca_compile.schedule.decode import short
@@ -64,12 +64,10 @@ class OutputStudy(Study):
                 self._sample(seed)
 
     def wanted_samples(self, seed: int) -> torch.Tensor:
-        """The wanted samples of a held-out seed."""
-        if self.goal == UNCACHED:
-            return self.truth[seed]
+        """The wanted samples of a held-out seed, where they aren't the uncached ones."""
         if self.goal == CONVERGED:
             return converged_path(self.sampled, seed, self.sample, record_path(self.sampled, seed)).samples
-        return self._given(seed)
+        return self._given(seed, self.truth[seed])
 
     @property
     def goal_name(self) -> str:
@@ -90,7 +88,7 @@ class OutputStudy(Study):
             self.report_progress("samples with more steps", 0.3)
             path = converged_path(self.sampled, seed, self.sample, uncached)
         elif self.goal != UNCACHED:
-            path = given_path(uncached, self._given(seed), seed)
+            path = given_path(uncached, self._given(seed, uncached.samples))
         own = gram_of(uncached, uncached.states)
         gram = own if path is uncached else gram_of(path, path.states)
         first_run = not self.wanted
@@ -99,12 +97,13 @@ class OutputStudy(Study):
             self.sampler()  # refuses a sampler that can't be fitted before the others are sampled
         return uncached.samples
 
-    def _given(self, seed: int) -> torch.Tensor:
+    def _given(self, seed: int, uncached: torch.Tensor) -> torch.Tensor:
         assert not isinstance(self.goal, str)
         try:
-            return self.goal[seed] if isinstance(self.goal, Mapping) else self.goal(seed)
+            samples = self.goal[seed] if isinstance(self.goal, Mapping) else self.goal(seed)
         except KeyError:
             raise ScheduleError(f"calibrate: truth has no samples for seed {seed}; give them for every seed") from None
+        return checked_samples(samples, uncached, seed)
 
 
 def check_truth(truth: Any, granularity: str, sample: Callable[..., Any]) -> None:
