@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
-from moeca_compile.schedule import Action, Schedule
+from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.made_for import MadeFor, unused
 
 
@@ -27,8 +27,7 @@ class OutputWeights:
         self.rule, self.warned, self.has_latent = schedule.output, warned, has_latent
         self.terms = self.rule.terms
         self._made_for = MadeFor(schedule.rows, bool(schedule.timesteps))
-        for step, (row, (history,)) in enumerate(zip(schedule.rows, self._made_for.before, strict=True)):
-            self.rule.check_step(step, len(history) + (row[0] is Action.COMPUTE))
+        self.rule.check_history(schedule.rows)
 
     def at(self, state: StreamState, step: int, shape: Sequence[int]) -> tuple[float, ...] | None:
         """The weights of a step, by term.

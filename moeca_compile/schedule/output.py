@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moeca_compile.errors import ScheduleError
+from moeca_compile.schedule.action import Action, Row
 from moeca_compile.schedule.decode import Entries
 from moeca_compile.schedule.granularity import OUTPUT
 
@@ -95,6 +97,20 @@ class OutputRule:
                 raise ScheduleError(
                     f"output: step {step} weighs {term}, but the model was computed {outputs} times by then"
                 )
+
+    def check_history(self, rows: Sequence[Row]) -> None:
+        """Check that each step of a schedule weighs only outputs that are there.
+
+        Args:
+            rows: of the schedule, each of one column.
+
+        Raises:
+            ScheduleError: a step weighs another one.
+        """
+        computed = 0
+        for step, row in enumerate(rows):
+            computed += row[0] is Action.COMPUTE
+            self.check_step(step, computed)
 
     @property
     def depth(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.runtime.bundle.manifest import Manifest, StateSpec, TensorSpec
-from moeca_compile.schedule import Action, Schedule
+from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.granularity import OUTPUT
 
 
@@ -25,17 +25,15 @@ def output_misfit(manifest: Manifest, schedule: Schedule) -> str:
 
 
 def _rule_misfit(schedule: Schedule, has_latent: bool) -> str:
-    rule, computed = schedule.output, 0
+    rule = schedule.output
     if rule is None:
         return ""
     if "x" in rule.terms and not has_latent:
         return "the schedule weighs the latent, and no input is named as the latent"
-    for step, row in enumerate(schedule.rows):
-        computed += row[0] is Action.COMPUTE
-        try:
-            rule.check_step(step, computed)
-        except ScheduleError as error:
-            return str(error)
+    try:
+        rule.check_history(schedule.rows)
+    except ScheduleError as error:
+        return str(error)
     return ""
 
 
