@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from moeca_compile.exporting import export
     from moeca_compile.frontend.model_arguments import disable
     from moeca_compile.options import Options
-    from moeca_compile.planner import calibrate, expert_thresholds
+    from moeca_compile.planner import calibrate, calibrate_front, expert_thresholds
     from moeca_compile.schedule import Schedule
+    from moeca_compile.schedule.front import Front
 
 _HOMES = {
+    "Front": "schedule.front",
     "MoecaError": "errors",
     "Options": "options",
     "Schedule": "schedule",
     "calibrate": "planner",
+    "calibrate_front": "planner",
     "compile": "api",
     "disable": "frontend.model_arguments",
     "expert_thresholds": "planner",
@@ -36,8 +39,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "MoecaError", "Options", "Schedule", "calibrate", "compile", "disable", "expert_thresholds", "explain", "export",
-    "prepare", "reset", "stats", "trajectory", "unprepare", "warmup",
+    "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "compile", "disable",
+    "expert_thresholds", "explain", "export", "prepare", "reset", "stats", "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

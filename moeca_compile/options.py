@@ -132,8 +132,8 @@ class Options:
         """
         if isinstance(self.schedule, Schedule):
             found, where = self.schedule, "the schedule"
-        elif (text := str(self.schedule)).endswith(".json"):
-            found, where = Schedule.load(text), f"the schedule {text!r}"
+        elif (text := str(self.schedule)).endswith(".json") or ".json@" in text:
+            found, where = Schedule.parse(text), f"the schedule {text!r}"
         else:
             return Schedule.parse(text, order=1 if self.order is None else self.order)
         if self.order not in (None, found.order):

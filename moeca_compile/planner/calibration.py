@@ -7,15 +7,18 @@ decide. The resulting schedule is rolled out once more on held-out seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import CaptureError
-from moeca_compile.inspect.progress import bar
+from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.output.rule import with_output_rule
 from moeca_compile.planner.output.study import OutputStudy, Truth, check_truth
+from moeca_compile.planner.perturb import perturb_experts
+from moeca_compile.planner.quality import QualityFunction
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
@@ -44,6 +47,7 @@ def calibrate(
     perturb: int = 0,
     branches: float = 0.0,
     truth: Truth = "uncached",
+    quality: QualityFunction | None = None,
     progress: bool = True,
 ) -> Schedule:
     """Find the best schedule within a budget.
@@ -51,7 +55,8 @@ def calibrate(
     Args:
         model: as `moeca_compile.compile` takes it; its weights are only read. For a pipeline, the compiled transformer
             is set on it during sampling, so `sample` may call the pipeline.
-        sample: the caller's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`.
+        sample: the caller's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`. With
+            several prompts, it chooses the prompt by the seed.
         budget: `macs:0.26` (fraction of the uncached MACs), `latency:0.4` (fraction of the uncached time of the
             variants, measured on this machine), `speedup:2` (the same as `latency:0.5`) or `psnr:45` (the cheapest
             schedule with at least 45 dB); also `state:64MiB` beside one of them. Separate several by commas.
@@ -84,6 +89,11 @@ def calibrate(
             (six more trajectories a seed). Or samples of one's own: a mapping from seeds to tensors, or a function of
             the seed. A schedule fitted to anything but `uncached` also corrects the error of the solver's own steps,
             so its samples differ from the uncached ones. Three of four seeds are fitted to.
+        quality: what the rollouts compare plans by, in place of the PSNR: a function (samples, wanted) -> one number a
+            sample, higher is better; both are float32 tensors on the CPU. The search takes differences of 0.5 for
+            small, as they are in dB, so scale it (10 times the logarithm of a distance, for example). Then `psnr:` in a
+            budget limits this quality, and `predicted` has it under `quality` in place of `psnr_db`. The weights of
+            granularity `output` are fitted to the least squared error all the same; only choices go by the quality.
         progress: show a progress bar if `rich` is installed.
 
     Returns:
@@ -100,26 +110,72 @@ def calibrate(
         CaptureError: the model can't be captured, or has nothing to cache.
     """
     request = Request.read(
-        budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches
+        budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches, quality
     )
     check_truth(truth, granularity, sample)
+    with reported(request, progress) as report_progress:
+        return find_schedule(Studies(model, sample, inner, truth, report_progress), request, granularity)
+
+
+@contextmanager
+def reported(request: Request, progress: bool) -> Iterator[ProgressCallback]:
+    """A progress bar around the searches; an interrupt says where the results are."""
     try:
         with bar(progress) as report_progress:
-
-            def study_of(granularity: str) -> Study:
-                if granularity == OUTPUT:
-                    return OutputStudy(model, sample, granularity, inner, request, report_progress, goal=truth)
-                return Study(model, sample, granularity, inner, request, report_progress)
-
-            is_auto = granularity == "auto"
-            result = _best_granularity(study_of, request) if is_auto else _search(study_of(granularity))
-            if isinstance(result.study, OutputStudy):
-                return with_output_rule(result.study, _schedule(result), result.plan, result.search.race.errors)
-            return _schedule(result)
+            yield report_progress
     except KeyboardInterrupt as stop:
         if request.folder is not None:
             stop.add_note(f"what was found so far is in {str(request.folder)!r}: the same call goes on from there")
         raise
+
+
+@dataclass
+class Studies:
+    """The studies of one model and sampler, one per granularity. They are shared by the searches for several budgets.
+
+    Attributes:
+        model, sample, inner, truth: as for `calibrate`.
+        report_progress: called with what is being done and the fraction done.
+        by_granularity: the studies so far.
+    """
+
+    model: Any
+    sample: Sampler
+    inner: str
+    truth: Truth
+    report_progress: ProgressCallback
+    by_granularity: dict[str, Study] = field(default_factory=dict)
+
+    def of(self, granularity: str, request: Request) -> Study:
+        """The study of a granularity, which from now on searches for a request."""
+        if granularity in self.by_granularity:
+            self.by_granularity[granularity].request = request
+        elif granularity == OUTPUT:
+            self.by_granularity[granularity] = OutputStudy(
+                self.model, self.sample, granularity, self.inner, request, self.report_progress, goal=self.truth
+            )
+        else:
+            self.by_granularity[granularity] = Study(
+                self.model, self.sample, granularity, self.inner, request, self.report_progress
+            )
+        return self.by_granularity[granularity]
+
+
+def find_schedule(studies: Studies, request: Request, granularity: str) -> Schedule:
+    """The best schedule for a request, as `calibrate` describes it."""
+
+    def study_of(granularity: str) -> Study:
+        return studies.of(granularity, request)
+
+    result = _best_granularity(study_of, request) if granularity == "auto" else _search(study_of(granularity))
+    schedule = _schedule(result)
+    if isinstance(result.study, OutputStudy):
+        schedule = with_output_rule(result.study, schedule, result.plan, result.search.race.errors)
+    if request.quality is None:
+        return schedule
+    return replace(
+        schedule, predicted={key.replace("psnr_db", "quality"): value for key, value in schedule.predicted.items()}
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +199,7 @@ def _search(study: Study, branches: bool = True) -> _Result:
     """The best plan of one study; `branches`: try to cache branches too, if the request asks for it."""
     study.sample_uncached()
     if study.request.perturb:
-        study.perturb_experts()
+        perturb_experts(study)
     result = _Result(study, *study.search())
     return _or_with_branches(result) if branches and study.request.branches else result
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.search.budget import Budget
+from moeca_compile.planner.quality import QualityFunction
 from moeca_compile.planner.search.predict import Predictor, predictors_of
+from moeca_compile.schedule.budget import Budget
 from moeca_compile.schedule.decode import short
 
 HOLDOUT = 1000  # the first held-out seed, where `holdout` is a number of seeds
@@ -38,6 +39,7 @@ class Request:
     folder: Path | None
     perturb: int
     branches: float
+    quality: QualityFunction | None = None
 
     @classmethod
     def read(
@@ -53,6 +55,7 @@ class Request:
         resume: str | Path | None,
         perturb: int,
         branches: float,
+        quality: QualityFunction | None = None,
     ) -> Request:
         """Check the arguments of `calibrate`.
 
@@ -87,6 +90,10 @@ class Request:
             raise ScheduleError(
                 f"calibrate: branches are forecast with order 1, not with order={order}: leave order out"
             )
+        if quality is not None and not callable(quality):
+            raise ScheduleError(
+                f"calibrate: quality={short(quality)}, expected a function (samples, wanted) -> one number a sample"
+            )
         return cls(
             text=budget,
             budget=limits,
@@ -100,6 +107,7 @@ class Request:
             folder=None if resume is None else _folder(resume),
             perturb=perturb,
             branches=branches,
+            quality=quality,
         )
 
 

@@ -17,9 +17,9 @@ from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.planner.drift.experts import ExpertWatch
 from moeca_compile.planner.drift.measure import measure
 from moeca_compile.planner.drift.mixing import CallRecording, Mixing, find_mixing
-from moeca_compile.planner.drift.stale import PRICE, PerturbationResult, stale_samples
 from moeca_compile.planner.latency import costs
 from moeca_compile.planner.origin import is_same
+from moeca_compile.planner.quality import errors_of, name_of, rows_of
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Call, SampledModel, Sampler, kinds_of
 from moeca_compile.planner.search.cheapest import cheapest
@@ -38,7 +38,6 @@ LOOKBACK = 20  # least age, in steps, of the outputs that are measured
 GAPS = 4  # also measure ages up to so many mean gaps between computed steps: an order-2 forecast spans three of them
 SEEDS_PER_MEASURED = 4  # the drift is measured on one in so many seeds, at least on two
 SPLIT_LOOKBACK = 8  # steps, for partial rows, on one seed: each kind of row makes the measurement more expensive
-WORST_ERROR = 1e30  # a mean squared error whose PSNR is the least one
 OVERHEAD = 0.06  # cost of a run beside its computed regions, in uncached trajectories
 
 
@@ -80,16 +79,20 @@ class Study:
         self.recording = CallRecording()
         self.drift: Drift
         self.split: Drift | None
+        self.is_sampled = False
+        self._costs: Costs | None = None
 
     # -- the truth --------------------------------------------------------------------------------------------------
 
     def sample_uncached(self) -> None:
-        """Sample all seeds uncached and measure the drift.
+        """Sample all seeds uncached and measure the drift, unless that is done.
 
         Raises:
             ScheduleError: the sampler is not deterministic, ignores its seed, returns NaN or samples of different
                 shapes; or the `resume` folder belongs to another calibration.
         """
+        if self.is_sampled:
+            return
         seeds = (*self.request.seeds, *self.request.holdout)
         first = seeds[0]
         self.report_progress("uncached samples", 0.0)
@@ -116,18 +119,26 @@ class Study:
         if len(seeds) > 1 and all(torch.equal(again, self.truth[seed]) for seed in seeds[1:]):
             raise ScheduleError("calibrate: the samples of all seeds are alike; sample(model, seed) must use its seed")
         self.seconds["truth"] = self.uncached * (len(seeds) + 1)
+        self.is_sampled = True
 
     def borrow(self, other: Study) -> None:
         """Use the uncached samples of a study of the same model and sampler; no drift is measured."""
+        if self.is_sampled:
+            return
         self.truth, self.recording = other.truth, other.recording
         self.sampled.run(self.request.seeds[0])
         self.sampled.steps = other.sampled.steps
         self.store.seconds = other.store.seconds
         self.seconds["truth"] = self.uncached
+        self.is_sampled = True
 
     def count(self, name: str, other: Study) -> None:
         """Add the cost of another study of the same request to the cost of this one."""
         self.seconds |= {f"{name} {part}": seconds for part, seconds in other.seconds.items()}
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Add seconds to the cost of a part of the calibration."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def with_cached_branches(self) -> Study:
         """A study in which rows that do not compute the experts compute some expert branches.
@@ -182,6 +193,7 @@ class Study:
                 "granularity": self.granularity,
                 "steps": self.sampled.steps,
                 "timesteps": list(self.recording.timesteps.values()),
+                "quality": name_of(self.request.quality),
             }
         )
         if self.request.folder is not None:
@@ -293,18 +305,20 @@ class Study:
     def _mixing(self) -> Mixing:
         return find_mixing(self.sampled, self.request.seeds[0], self.recording)
 
-    @cached_property
+    @property
     def costs(self) -> Costs:
         """The costs of each row kind; milliseconds only with a latency budget."""
         timed = self.request.budget.latency is not None
-        return costs(self.sampled, self.letters, self.request.predictors, self.request.seeds[0], timed)
+        if self._costs is None or (timed and not self._costs.ms):
+            self._costs = costs(self.sampled, self.letters, self.request.predictors, self.request.seeds[0], timed)
+        return self._costs
 
     # -- search -----------------------------------------------------------------------------------------------------
 
     def rollout(self, plan: Plan, seed: int) -> tuple[float, ...]:
         """For each sample of `seed` the mean squared error of the plan against the uncached sample."""
         if not plan.caches:
-            return (0.0,) * len(_rows(self.truth[seed]))
+            return (0.0,) * len(rows_of(self.truth[seed]))
         if (plan, seed) not in self.store.rollouts:
             begin = self.sampled.seconds
             new_errors = self.errors(seed, self.sampled.run(seed, plan))
@@ -314,38 +328,12 @@ class Study:
         return errors
 
     def errors(self, seed: int, samples: torch.Tensor) -> list[float]:
-        """The mean squared error of each sample of `seed`; `WORST_ERROR` for a sample that is not finite."""
-        return squared_errors(samples, self.truth[seed])
+        """The error of each sample of `seed` to the uncached one."""
+        return self.errors_to(self.truth[seed], samples)
 
-    def perturb_experts(self) -> None:
-        """Make the requested number of experts stale, in order of falling drift; the store keeps the results."""
-        stored, seed = self.store.drift(), self.request.seeds[0]
-        records = [] if stored is None else stored[1]["experts"]
-        drifts = {(record["region"], record["expert"]): record["forecast"] for record in records}
-        experts = []
-        for region in self.sampled.program.regions:
-            for info in region.experts:
-                count = info.router.num_experts if info.router is not None else 0
-                measured = [expert for expert in range(count) if (region.key, expert) in drifts]
-                experts += [(drifts[region.key, expert], region, info, expert) for expert in measured]
-        experts.sort(key=lambda entry: -entry[0])
-        done = {(result.region, result.expert, result.seed) for result in self.store.perturbations()}
-        remaining = [
-            (region, info, expert)
-            for _, region, info, expert in experts[: self.request.perturb]
-            if (region.key, expert, seed) not in done
-        ]
-        cost = f"{len(remaining)} experts stale, one by one: about {PRICE * len(remaining)} uncached trajectories"
-        begin = self.sampled.seconds
-        for number, (region, info, expert) in enumerate(remaining):
-            self.report_progress(f"{cost} of {self.uncached:.2g} s", 0.4 + 0.1 * number / len(remaining))
-            samples = stale_samples(self.sampled, seed, region, info, expert)
-            self.sampled.uncached.pop()  # a perturbed run takes longer
-            errors = self.errors(seed, samples)
-            self.store.add_perturbation(
-                PerturbationResult(region.key, region.layer, expert, seed, mean_psnr([errors], self.data_range))
-            )
-        self.seconds["perturb"] = self.sampled.seconds - begin
+    def errors_to(self, wanted: torch.Tensor, samples: torch.Tensor) -> list[float]:
+        """The error of each sample, as `errors_of` gives it."""
+        return errors_of(samples, wanted, self.request.quality, self.data_range)
 
     def race(self) -> Race:
         """A race on the seeds of the request."""
@@ -371,7 +359,7 @@ class Study:
         begin, sampling_begin = self.sampled.clock(), self.sampled.seconds
         budget = self.request.budget
         plan = cheapest(search, budget) if budget.psnr_db is not None else search.best(budget)
-        self.seconds["plan"] = self.sampled.clock() - begin - (self.sampled.seconds - sampling_begin)
+        self.spend("plan", self.sampled.clock() - begin - (self.sampled.seconds - sampling_begin))
         return plan, search
 
     def held_out(self, plan: Plan | Schedule) -> float | None:
@@ -383,14 +371,3 @@ class Study:
         else:
             errors = [tuple(self.errors(seed, self.sampled.run(seed, plan))) for seed in self.request.holdout]
         return mean_psnr(errors, self.data_range)
-
-
-def squared_errors(samples: torch.Tensor, wanted: torch.Tensor) -> list[float]:
-    """The mean squared error of each sample [samples, ...]; `WORST_ERROR` for a sample that is not finite."""
-    errors = _rows(samples - wanted).square().mean(dim=1).tolist()
-    return [error if math.isfinite(error) else WORST_ERROR for error in errors]
-
-
-def _rows(samples: torch.Tensor) -> torch.Tensor:
-    """[samples, numbers]"""
-    return samples.reshape(len(samples), -1) if samples.ndim > 1 else samples.reshape(1, -1)

@@ -155,10 +155,11 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, order: int = 1) -> Schedule:
-        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `adaptive:0.1`) or the path of a JSON file.
+        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `adaptive:0.1`) or a JSON file.
 
         Args:
-            text: the short form or the path, which ends with `.json`.
+            text: the short form; the path of a schedule, which ends with `.json`; or the path of a front and a budget,
+                as in `front.json@speedup:2`.
             order: of the forecast, for short forms; a file has its own.
 
         Returns:
@@ -178,6 +179,11 @@ class Schedule:
             return cls.by_drift(float(rest[0]), order)
         elif text.endswith(".json"):
             return cls.load(text)
+        elif ".json@" in text:
+            from moeca_compile.schedule.front import Front
+
+            path, _, budget = text.rpartition("@")
+            return Front.load(path).at(budget)
         raise ScheduleError(
             f"schedule {text!r} is not understood; use 'full', 'uniform:3', 'uniform:3:warmup=2', 'adaptive:0.1' or "
             "a path to a .json"

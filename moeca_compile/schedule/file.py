@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moeca_compile.schedule import Schedule
 
 FORMAT, VERSION = "moeca-schedule", 3
+FRONT_FORMAT = "moeca-front"  # of a file with several schedules
 PLAIN_VERSION = 2  # of files without fitted weights
 _OPTIONAL: dict[str, Callable[[Entries], Any]] = {
     "adaptive": Adaptive.from_entries,
@@ -59,6 +60,8 @@ def attributes_from(data: Entries) -> dict[str, Any]:
     Raises:
         ScheduleError: not a schedule, a newer version, a missing or malformed entry.
     """
+    if data.text("format") == FRONT_FORMAT:
+        raise ScheduleError("it is a front of several schedules: name one by a budget, as in 'front.json@macs:0.34'")
     if data.text("format") != FORMAT:
         raise ScheduleError(f"format is {short(data.text('format'))}, expected {FORMAT!r}")
     version = data.integer("version")

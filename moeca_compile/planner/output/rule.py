@@ -17,7 +17,6 @@ from moeca_compile.planner.output.study import OutputStudy
 from moeca_compile.planner.search.anneal import neighbors
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import FULL, NONE, Plan, schedule_of
-from moeca_compile.planner.study import squared_errors
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.output import UNCACHED, OutputRule
 
@@ -113,7 +112,7 @@ class OutputRuleSearch:
         errors = []
         for seed in self.checking:
             samples = study.sampled.run(seed, candidate)
-            errors.append(squared_errors(samples, study.wanted[seed].states[-1]))
+            errors.append(study.errors_to(study.wanted[seed].states[-1], samples))
         self.qualities[key] = mean_psnr(errors, study.data_range)
         return self.qualities[key]
 
@@ -162,7 +161,7 @@ def with_output_rule(
         return replace(schedule, predicted={**schedule.predicted, "tried with weights": predicted["psnr_db"]})
     if holdout:
         predicted |= _held_out(study, best)
-    study.seconds["weights"] = sampled.seconds - begin
+    study.spend("weights", sampled.seconds - begin)
     predicted["trajectories"] = study.trajectories
     return replace(
         best, predicted=predicted, made_by=f"{schedule.made_by}, weights of the output fitted to {goal} samples"
@@ -178,6 +177,6 @@ def _held_out(study: OutputStudy, schedule: Schedule) -> dict[str, float]:
         return qualities
     wanted = {seed: study.wanted_samples(seed) for seed in holdout}
     for name, given in (("", samples), ("uncached_", study.truth)):
-        errors = [squared_errors(given[seed], wanted[seed]) for seed in holdout]
+        errors = [study.errors_to(wanted[seed], given[seed]) for seed in holdout]
         qualities[f"{name}psnr_db_{goal}_holdout"] = mean_psnr(errors, data_range)
     return qualities

@@ -6,10 +6,10 @@ import math
 from dataclasses import replace
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.search.budget import Budget
 from moeca_compile.planner.search.drift import full_plan
 from moeca_compile.planner.search.rows import Plan
 from moeca_compile.planner.search.search import Search
+from moeca_compile.schedule.budget import Budget
 
 SEARCHES = 5
 FIRST_FRACTION = 0.34  # of the MACs

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moeca_compile.planner.search.budget import Budget
 from moeca_compile.planner.search.rows import FULL, Plan
+from moeca_compile.schedule.budget import Budget
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.search.anneal import anneal, neighbors, polish, replaced
-from moeca_compile.planner.search.budget import Budget
 from moeca_compile.planner.search.challengers import Challengers
 from moeca_compile.planner.search.cost import Costs
 from moeca_compile.planner.search.drift import Drift, cheapest_plan, full_plan
@@ -21,6 +20,7 @@ from moeca_compile.planner.search.predict import Predictor
 from moeca_compile.planner.search.race import Race
 from moeca_compile.planner.search.refresh import best_refreshes, plan_of
 from moeca_compile.planner.search.rows import FULL, NONE, Kinds, Plan, uniform_letters
+from moeca_compile.schedule.budget import Budget
 
 CLOSE_DB = 0.5  # a plan this close to the best one on few seeds runs on more seeds
 HOPELESS_DB = 6.0  # a plan this far behind the best estimate is not raced

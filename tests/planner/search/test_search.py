@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.search.budget import Budget
 from moeca_compile.planner.search.cheapest import cheapest
 from moeca_compile.planner.search.rows import Plan, uniform_letters
+from moeca_compile.schedule.budget import Budget
 from tests.planner.search.landscape import COSTS, SEEDS, STEPS, search
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.search.budget import Budget
+from moeca_compile.schedule.budget import Budget
 
 
 def test_every_kind_and_combinations_are_read() -> None:
