@@ -110,7 +110,7 @@ class OutputProgram(Program):
 
 class _Step(NamedTuple):
     """What a variant of an output runs on. `weights`: of the schedule's output rule, by term; None: none at this step.
-    `polynomial`: weights of y0, y1, ... otherwise."""
+    `polynomial`: weights of y0, y1, ... otherwise. `observe`: is called with what a computed step returns."""
 
     args: Sequence[Any]
     kept: Sequence[Tensor | None]
@@ -118,6 +118,7 @@ class _Step(NamedTuple):
     weights: Sequence[float] | None
     polynomial: Weights
     latent: Tensor | None
+    observe: Callable[[Tensor], None] | None = None
 
 
 class CompiledOutput(CompiledSchedule):
@@ -146,7 +147,18 @@ class CompiledOutput(CompiledSchedule):
             polynomial = self.driver.coefficients(state, step)[0]
         kept = () if state is None else state.tensors
         terms = () if rule is None else rule.terms
-        return [_Step(args, kept, terms, weights, polynomial, None if latent is None else args[latent])]
+        values = None if latent is None else args[latent]
+        return [_Step(args, kept, terms, weights, polynomial, values, self._checked(state, step, values))]
+
+    def _checked(self, state: StreamState | None, step: int, latent: Tensor | None) -> Callable[[Tensor], None] | None:
+        """The check of the sampler's first update: begins at step 0, ends at step 1."""
+        check = None if self._rule is None else self._rule.sampler
+        if check is None or state is None or latent is None or step > 1:
+            return None
+        if step == 1:
+            check.compare(state, _wide(latent), torch.finfo(latent.dtype).eps)
+            return None
+        return lambda output: check.expect(state, _wide(latent), _wide(output))
 
     def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Any) -> list[Any]:
         kept = [self.zeros(slot) for slot in range(len(self.layout))]
@@ -198,6 +210,8 @@ class OutputVariants(VariantCache):
         if step.weights is not None:
             values = [kept[0], *(value for value in step.kept[: self.depth - 1] if value is not None)]
             outputs = (_weighted(step, values), *outputs[1:])
+        if step.observe is not None:
+            step.observe(outputs[0])
         return [*outputs, *kept]
 
     def _forecast(self, arguments: Sequence[Any]) -> Sequence[Tensor]:

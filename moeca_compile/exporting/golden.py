@@ -21,6 +21,7 @@ from moeca_compile.exporting import request
 from moeca_compile.exporting.request import Captured
 from moeca_compile.graph.variant import SLOTS
 from moeca_compile.runtime.bundle.verify import relative_error
+from moeca_compile.runtime.state import StreamState
 from moeca_compile.schedule.action import Action
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -48,8 +49,8 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
     with torch.no_grad():
         while missing and len(steps) < len(schedule.rows) + len(SLOTS) * schedule.period:
             index = len(steps)
-            args = _arguments(captured, index, generator)
             states = [stream.state for stream in running.of(compiled).streams.values()]
+            args = _arguments(captured, index, generator, states)
             has_history = any(
                 min(depth, len(history)) > 1
                 for state in states
@@ -84,12 +85,15 @@ def _eager(
     return expected
 
 
-def _arguments(captured: Captured, step: int, generator: torch.Generator) -> list[Any]:
+def _arguments(captured: Captured, step: int, generator: torch.Generator, states: Sequence[StreamState]) -> list[Any]:
     program, args = captured.program, list(captured.args)
     latent = program.latent if program.latent is not None else _largest(captured)
     if latent is not None:
         noise = torch.randn(args[latent].shape, generator=generator).to(args[latent].dtype)
         args[latent] = args[latent] + 0.1 * noise
+        if states and states[0].expected is not None:  # the schedule knows where its sampler goes from here
+            after = states[0].expected[0]
+            args[latent] = after.repeat(len(args[latent]) // len(after), *[1] * (after.dim() - 1)).to(noise.dtype)
     if program.timestep is not None:
         args[program.timestep] = _time(args[program.timestep], step, program.schedule.timesteps)
     return args

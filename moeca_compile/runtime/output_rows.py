@@ -5,7 +5,7 @@ A cheap step runs no graph. What is kept are the network's outputs, as arrays on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moeca_compile.graph.variant import SLOTS
@@ -14,10 +14,11 @@ from moeca_compile.runtime.output_weights import OutputWeights
 from moeca_compile.runtime.providers.provider import Loaded, Runtime
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
-from moeca_compile.runtime.weighted import polynomial, weighted
+from moeca_compile.runtime.weighted import polynomial, weighted, wide
 from moeca_compile.schedule import Action, Row, Schedule
 from moeca_compile.schedule.forecast import COPY
 
+EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of latents; finer dtypes round less than the check sees
 KEPT = "moeca_kept"  # among the feeds of a step in a trajectory: a `Kept`
 
 
@@ -27,10 +28,12 @@ class Kept(NamedTuple):
     Attributes:
         values: by number of the model's output, the last ones that were computed, latest first.
         weights: of the output rule; None: the polynomial serves.
+        observe: is called with the feeds and what a computed step returns.
     """
 
     values: tuple[tuple[Any, ...], ...]
     weights: Sequence[float] | None
+    observe: Callable[[Mapping[str, Any], Any], None] | None = None
 
 
 class OutputRows:
@@ -56,13 +59,14 @@ class OutputRows:
         """What runs a row."""
         return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, letters_of(row))
 
-    def kept(self, state: StreamState, step: int, batch: int) -> Kept:
+    def kept(self, state: StreamState, step: int, batch: int, feeds: Mapping[str, Any]) -> Kept:
         """What a step finds in the stream.
 
         Args:
             state: of the stream, after the step rule chose the row.
             step: number of the call, from 0.
             batch: of the call.
+            feeds: the call's inputs, as a runtime stores them.
         """
         weights = None
         if self.rule is not None:
@@ -72,7 +76,20 @@ class OutputRows:
         for spec, value in zip(self.manifest.state, state.tensors, strict=True):
             if value is not None:
                 values[spec.output].append(value)
-        return Kept(tuple(map(tuple, values)), weights)
+        return Kept(tuple(map(tuple, values)), weights, self._checked(state, step, feeds))
+
+    def _checked(
+        self, state: StreamState, step: int, feeds: Mapping[str, Any]
+    ) -> Callable[[Mapping[str, Any], Any], None] | None:
+        """The check of the sampler's first update: begins at step 0, ends at step 1."""
+        check, latent = None if self.rule is None else self.rule.sampler, self.latent
+        if check is None or latent is None or step > 1:
+            return None
+        if step == 1:
+            check.compare(state, wide(feeds[latent.name], latent.dtype), EPSILONS.get(latent.dtype, 0.0))
+            return None
+        dtype = self.manifest.outputs[0].dtype
+        return lambda feeds, output: check.expect(state, wide(feeds[latent.name], latent.dtype), wide(output, dtype))
 
     def weighted(self, feeds: Mapping[str, Any], weights: Sequence[float], outputs: Sequence[Any]) -> Any:
         """The output rule's sum for the model's first output."""
@@ -100,6 +117,8 @@ class _Computed:
         kept = [array.copy() for array in arrays] if self.spec.writes else []  # the caller may write to what it gets
         if kept and step is not None and step.weights is not None:
             arrays[0] = rows.weighted(feeds, step.weights, (kept[0], *step.values[0]))
+        if step is not None and step.observe is not None:
+            step.observe(feeds, arrays[0])
         return [*arrays, *kept, *values[count:]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeca_compile.runtime.sampler_check import SamplerCheck
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Schedule
@@ -28,6 +29,7 @@ class OutputWeights:
         self.terms = self.rule.terms
         self._made_for = MadeFor(schedule.rows, bool(schedule.timesteps))
         self.rule.check_history(schedule.rows)
+        self.sampler = SamplerCheck(self.rule.update, warned) if self.rule.update and has_latent else None
 
     def at(self, state: StreamState, step: int, shape: Sequence[int]) -> tuple[float, ...] | None:
         """The weights of a step, by term.

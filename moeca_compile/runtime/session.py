@@ -278,7 +278,7 @@ class Trajectory:
             table = np.asarray(driver.coefficients(state, step), np.float32)
             feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, MAX_KEPT)
         if session.output_rows is not None:
-            feeds[KEPT] = session.output_rows.kept(state, step, batch)
+            feeds[KEPT] = session.output_rows.kept(state, step, batch, feeds)
         start = time.perf_counter()
         values = variant.run(feeds)
         end = time.perf_counter()

@@ -40,6 +40,8 @@ class StreamState:
         coming: becomes `place` when the current step is committed.
         finite: whether the model's output at `finite_step` is finite.
         finite_step: the last step that wrote state.
+        expected: after a first step, the next latent by the sampler that weights were fitted for, and the norm of its
+            change; see `runtime/sampler_check.py`.
     """
 
     layout: tuple[StateSlot, ...]
@@ -53,6 +55,7 @@ class StreamState:
     coming: TimelinePosition | None = None
     finite: bool | Answer = True
     finite_step: int = -1
+    expected: tuple[Any, float] | None = None
 
     def __post_init__(self) -> None:
         self.depths = [0] * self.regions
@@ -69,6 +72,7 @@ class StreamState:
         self.pace = Pace()
         self.place = None
         self.finite = True
+        self.expected = None
 
     def commit(self, step: int, row: Row, writes: Sequence[int], values: Sequence[Any]) -> None:
         """Store what a variant wrote.

@@ -10,6 +10,12 @@ import numpy as np
 from moeca_compile.runtime.bundle import bfloat16
 
 
+def wide(array: Any, dtype: str) -> Any:
+    """An array as a runtime stores it, in at least float32; a float32 or float64 as it is."""
+    array = bfloat16.from_stored(array, dtype)
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
 def polynomial(outputs: Sequence[Any], dtype: str, weights: Sequence[float]) -> Any:
     """w0 y0 + w1 y1 + ...; y0 where it isn't a floating number.
 
@@ -23,10 +29,10 @@ def polynomial(outputs: Sequence[Any], dtype: str, weights: Sequence[float]) -> 
     """
     if dtype != bfloat16.NAME and outputs[0].dtype.kind != "f":
         return outputs[0].copy()
-    total = weights[0] * _wide(outputs[0], dtype)
+    total = weights[0] * wide(outputs[0], dtype)
     for value, weight in zip(outputs[1:], weights[1:], strict=False):
         if weight:
-            total += weight * _wide(value, dtype)
+            total += weight * wide(value, dtype)
     return _stored(total, dtype)
 
 
@@ -46,24 +52,18 @@ def weighted(
     Returns:
         A new array [B, C, ...], as a runtime stores it.
     """
-    total = np.zeros_like(_wide(outputs[0], dtype))
+    total = np.zeros_like(wide(outputs[0], dtype))
     for term, weight in zip(terms, weights, strict=True):
         if not weight:
             continue
         if term == "x":
-            total[:, : latent.shape[1]] += weight * _wide(latent, latent_dtype)
+            total[:, : latent.shape[1]] += weight * wide(latent, latent_dtype)
         elif term[0] == "y":
-            total += weight * _wide(outputs[int(term[1])], dtype)
+            total += weight * wide(outputs[int(term[1])], dtype)
         else:
-            first, second = np.split(_wide(outputs[int(term[1])], dtype), 2)
+            first, second = np.split(wide(outputs[int(term[1])], dtype), 2)
             total += np.concatenate(2 * [weight * (first - second)])
     return _stored(total, dtype)
-
-
-def _wide(array: Any, dtype: str) -> Any:
-    """In at least float32; a float32 or float64 as it is."""
-    array = bfloat16.from_stored(array, dtype)
-    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _stored(array: Any, dtype: str) -> Any:

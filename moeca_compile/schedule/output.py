@@ -39,14 +39,18 @@ class OutputRule:
         truth: what the weights were fitted to: `uncached`, the sampler's own states when everything is computed;
             `converged`, the states that the same sampler comes to with more and more steps; or `given`, samples of the
             user's.
+        update: of the sampler's first step: the factors of the latent, and of each part of what the model returns, that
+            make the next latent. Runs compare it, so that another guidance or solver is noticed. Empty: unknown.
 
     Raises:
-        ScheduleError: an unknown term or truth, a step with another number of weights, a weight that isn't finite.
+        ScheduleError: an unknown term or truth, an update of another length, a step with another number of weights, a
+            weight that isn't finite.
     """
 
     terms: tuple[str, ...]
     weights: tuple[tuple[float, ...], ...]
     truth: str = "uncached"
+    update: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [term for term in self.terms if not re.fullmatch(rf"x|[yd][0-{MAX_OUTPUTS - 1}]", term)]
@@ -57,6 +61,11 @@ class OutputRule:
                 raise ScheduleError(f"output: step {step} has {len(row)} weights for {len(self.terms)} terms")
             if not all(map(math.isfinite, row)):
                 raise ScheduleError(f"output: step {step} has a weight that isn't finite")
+        if len(self.update) not in (0, 2, 3) or not all(map(math.isfinite, self.update)):
+            raise ScheduleError(
+                f"output: update is {list(self.update)}, expected the factors of the latent and of one or two parts of "
+                "the output"
+            )
         if self.truth not in TRUTHS:
             raise ScheduleError(f"output: truth is {self.truth!r}, expected one of {', '.join(TRUTHS)}")
 
@@ -124,7 +133,8 @@ class OutputRule:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `from_entries` reads it."""
-        return {"terms": list(self.terms), "truth": self.truth, "weights": [list(row) for row in self.weights]}
+        weights = [list(row) for row in self.weights]
+        return {"terms": list(self.terms), "truth": self.truth, "update": list(self.update), "weights": weights}
 
     @classmethod
     def from_entries(cls, data: Entries) -> OutputRule:
@@ -133,9 +143,9 @@ class OutputRule:
         Raises:
             ScheduleError: an entry is missing or malformed.
         """
-        data.reject_unknown(("terms", "truth", "weights"))
+        data.reject_unknown(("terms", "truth", "update", "weights"))
         rows = data.get("weights")
         if not isinstance(rows, list):
             raise ScheduleError("output: weights is no list of rows")
         weights = tuple(Entries({"weights": row}).numbers("weights") for row in rows)
-        return cls(data.texts("terms"), weights, data.text("truth"))
+        return cls(data.texts("terms"), weights, data.text("truth"), data.numbers("update", []))

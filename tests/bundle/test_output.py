@@ -50,7 +50,9 @@ def in_numpy(trajectory: Trajectory) -> Model:
     return lambda x, t, y: torch.from_numpy(trajectory.run({"x": x.numpy(), "t": t.numpy(), "y": y.numpy()})["output"])
 
 
-def sample(model: Model, seed: int = 0, batch: int = 2, times: Any = TIMES) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def sample(
+    model: Model, seed: int = 0, batch: int = 2, times: Any = TIMES, scale: float = 2.0
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Euler with both halves of the guidance in one batch. What it ends with, and what the model gave at each step."""
     x, _, y = call_of(batch, seed=seed)
     x, y, outputs = torch.cat([x, x]), torch.cat([y, torch.full_like(y, 10)]), []
@@ -58,7 +60,7 @@ def sample(model: Model, seed: int = 0, batch: int = 2, times: Any = TIMES) -> t
         output = model(x, torch.full((2 * batch,), time), y)
         outputs.append(output)
         conditional, unconditional = output.chunk(2)
-        x = x - torch.cat(2 * [unconditional + 2 * (conditional - unconditional)]) / STEPS
+        x = x - torch.cat(2 * [unconditional + scale * (conditional - unconditional)]) / STEPS
     return x[:batch], outputs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -200,8 +200,38 @@ def test_where_the_rule_was_not_made_for_the_step_the_polynomial_serves_and_it_i
     assert any("output weights aren't used" in str(one.message) for one in told)
 
 
+UPDATE = (1.0, -1 / STEPS)  # of an Euler step
+
+
+def euler(model: Any, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+    x = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for step in range(4):
+        x = x - scale * model(x, torch.full((2,), 1.0 - step / 4, dtype=dtype), torch.tensor([1, 2])) / STEPS
+
+
+def test_another_first_update_of_the_sampler_is_noticed_once(model: Model) -> None:
+    rule = OutputRule(TERMS, WEIGHTS, "uncached", UPDATE)
+    schedule = Schedule((C, F, C, F), ("output",), granularity="output", output=rule)
+    handle = compiled(model, schedule)
+    euler(handle)
+    moeca.reset(handle)
+    euler(handle, scale=1.02)  # within what a fit may leave
+    moeca.reset(handle)
+    with pytest.warns(
+        MoecaWarning, match=r"first step ends 25% of its length away from where .* guidance, solver"
+    ) as told:
+        euler(handle, scale=1.25)
+        moeca.reset(handle)
+        euler(handle, scale=0.5)
+    assert len(told) == 1
+    bfloat16 = compiled(copy.deepcopy(model).bfloat16(), schedule)
+    euler(bfloat16, dtype=torch.bfloat16)  # a latent that is rounded is no other sampler
+
+
 def test_a_rule_is_written_and_read(tmp_path: Any) -> None:
     schedule = ruled(WEIGHTS)
+    assert schedule.output is not None
+    schedule = replace(schedule, output=replace(schedule.output, update=UPDATE))
     schedule.save(tmp_path / "one.json")
     assert Schedule.load(tmp_path / "one.json") == schedule
     assert '"version": 3' in schedule.to_json()
@@ -216,6 +246,8 @@ def test_a_rule_is_written_and_read(tmp_path: Any) -> None:
         (lambda: OutputRule(("y0",), ((1.0, 2.0),)), "step 0 has 2 weights for 1 terms"),
         (lambda: OutputRule(("y0",), ((float("nan"),),)), "isn't finite"),
         (lambda: OutputRule(("y0",), ((1.0,),), "somewhere"), "truth is 'somewhere'"),
+        (lambda: OutputRule(("y0",), ((1.0,),), update=(1.0,)), "expected the factors of the latent"),
+        (lambda: OutputRule(("y0",), ((1.0,),), update=(1.0, float("inf"))), "expected the factors of the latent"),
         (lambda: ruled(WEIGHTS, "CF"), "weights of 4 steps for 2 rows"),
         (lambda: ruled(WEIGHTS, period=1), "neither repeats"),
         (lambda: Schedule((C,), ("attn",), granularity="region", output=OutputRule(("y0",), ((1.0,),))), "'output'"),

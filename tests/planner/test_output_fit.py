@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.errors import ScheduleError
+from moeca_compile.errors import MoecaWarning, ScheduleError
 from moeca_compile.planner.output import rule
 from moeca_compile.planner.output.fit import Form, OutputFit
 from moeca_compile.planner.output.gram import gram_of, summed
@@ -34,13 +34,13 @@ class Velocity(nn.Module):
         return self.b(hidden) + 0.5 * x
 
 
-def guided(model: Any, seed: int, steps: int = STEPS) -> Tensor:
+def guided(model: Any, seed: int, steps: int = STEPS, scale: float = 2.0) -> Tensor:
     """Euler, with both halves of the guidance in one batch."""
     x = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
     for step in range(steps):
         t = torch.full((8,), 1.0 - step / steps)
         c, u = model(torch.cat([x, x]), t, torch.tensor([1.0] * 4 + [0.0] * 4)).chunk(2)
-        x = x - (u + 2 * (c - u)) / steps
+        x = x - (u + scale * (c - u)) / steps
     return x
 
 
@@ -108,6 +108,9 @@ def test_fitted_weights_come_nearer_than_the_polynomial(tmp_path: Any) -> None:
         truth, samples = (torch.cat([guided(one, seed) for seed in range(1000, 1004)]) for one in (model, handle))
     assert moeca.stats(handle).mac_fraction <= 0.5
     assert all(not record.cold for record in moeca.stats(handle).steps)
+    moeca.reset(handle)
+    with torch.no_grad(), pytest.warns(MoecaWarning, match=r"guidance, solver or step size are others"):
+        guided(handle, 1000, scale=3.0)
     error = (samples - truth).square().flatten(1).mean(1)
     spread = max(float(guided(model, seed).max() - guided(model, seed).min()) for seed in range(1))
     assert error.mean().sqrt() < 0.05 * spread

@@ -46,7 +46,8 @@ class OutputRuleSearch:
         self.checked = summed([wanted[seed].gram for seed in self.checking])
         self.all = summed([wanted[seed].gram for seed in seeds])
         self.fit = OutputFit(study.sampler())
-        self.term_sets = term_sets(wanted[seeds[0]].is_batched)
+        self.is_batched = wanted[seeds[0]].is_batched
+        self.term_sets = term_sets(self.is_batched)
         self.response = RESPONSES[0]
         self.qualities: dict[tuple[Plan, float], float] = {}
         samples = sum(len(wanted[seed].states[0]) for seed in seeds)
@@ -121,7 +122,11 @@ class OutputRuleSearch:
         form = self._form(plan)
         weights = self.fit.fit(gram, computed_steps(plan), form).weights
         placed = schedule_of(plan, schedule.regions or (), self.study.sampled.kinds)
-        rule = OutputRule(form.terms, weights, self.study.goal_name)
+        first = self.fit.sampler[0]
+        # in two calls, no call knows what the other one returned
+        is_seen = len(first.now) == 1 or self.is_batched
+        update = (first.keep, *first.now) if is_seen else ()
+        rule = OutputRule(form.terms, weights, self.study.goal_name, update)
         return replace(schedule, rows=placed.rows, order=placed.order, output=rule)
 
     def _form(self, plan: Plan) -> Form:
