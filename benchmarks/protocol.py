@@ -202,8 +202,9 @@ def _processor() -> str:
 
 
 def _program(file: Path) -> str:
-    """peers for benchmarks/peers/__main__.py, steps for benchmarks/steps.py."""
-    return file.parent.name if file.stem == "__main__" else file.stem
+    """peers.equal for benchmarks/peers/equal/__main__.py, steps for benchmarks/steps.py."""
+    folders = file.parts[file.parts.index("benchmarks") + 1 : -1] if "benchmarks" in file.parts else ()
+    return ".".join(folders if file.stem == "__main__" else (*folders, file.stem))
 
 
 def _version(package: str) -> str | None:

@@ -23,14 +23,15 @@ Compiled = Literal["no", "blocks", "whole"]
 class DBCache:
     """The model under cache-dit. Under "blocks" each block is compiled and cache-dit's own code stays outside.
 
-    taylor: the order of its calibrator; 0 is none.
+    taylor: the order of its Taylor calibrator; 0 is none.
+    calibrator: "dmd" or "foca" instead.
     config: fields of its `DBCacheConfig`.
     """
 
-    def __init__(self, work: Workload, taylor: int, compiled: Compiled, **config: Any) -> None:
+    def __init__(self, work: Workload, taylor: int, compiled: Compiled, calibrator: str = "", **config: Any) -> None:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # read when it is imported
         import cache_dit
-        from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
+        from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern
         from cache_dit.caching import patch_functors
 
         self.library, self.config_of = cache_dit, DBCacheConfig
@@ -48,8 +49,8 @@ class DBCache:
             has_separate_cfg=False,
         )
         given = {"num_inference_steps": work.size.steps, "enable_separate_cfg": False, **config}
-        calibrator = {"calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=taylor)} if taylor else {}
-        cache_dit.enable_cache(adapter, cache_config=DBCacheConfig(**given), **calibrator)
+        forecast = _calibrator(calibrator, taylor)
+        cache_dit.enable_cache(adapter, cache_config=DBCacheConfig(**given), calibrator_config=forecast)
         self.model = torch.compile(self.module) if compiled == "whole" else self.module
 
     def restart(self, **config: Any) -> None:
@@ -62,6 +63,19 @@ class DBCache:
         return [self.module._context_manager.get_context(name) for name in self.module._context_names]
 
 
+def _calibrator(name: str, taylor: int) -> Any:
+    """What forecasts the residual between full steps; None: it is kept as it was."""
+    from cache_dit.caching.cache_contexts.calibrators import (
+        DMDCalibratorConfig,
+        FoCaCalibratorConfig,
+        TaylorSeerCalibratorConfig,
+    )
+
+    if name:
+        return {"dmd": DMDCalibratorConfig, "foca": FoCaCalibratorConfig}[name]()
+    return TaylorSeerCalibratorConfig(taylorseer_order=taylor) if taylor else None
+
+
 class Setting:
     """`DBCache` at one setting of its knobs."""
 
@@ -71,6 +85,11 @@ class Setting:
     def sample(self, batch: Batch) -> Tensor:
         self.cache.restart(**self.config)
         return self.work.draw(self.cache.model, batch)
+
+    def computed(self) -> int:
+        """Full steps of the last trajectory, where there is one stack."""
+        (context,) = self.cache.contexts
+        return self.work.size.steps - len(context.get_cached_steps())
 
     def macs(self) -> float:
         """Cached steps as cache-dit counts them; these run the first and the last few blocks."""

@@ -93,6 +93,7 @@ def heat(families: Sequence[Family], work: Workload, truth: Truth, say: Say) -> 
         opened = [Lane(family, name, way) for name, way in family.open(work).items()]
         compiling[family.name] = first_runs(opened, truth.batches[0])
         lanes += opened
+    base.way.sample(truth.batches[0])  # contenders compile code that its model shares: what was dropped comes back
     say(f"timing {len(lanes)} settings, {work.size.rounds} rounds")
     timed(base, lanes, truth.batches)
     lanes.insert(0, base)

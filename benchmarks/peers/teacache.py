@@ -95,6 +95,11 @@ class Setting:
         self.last = TeaCache(self.thirds, self.work.size.steps, self.threshold, fitted(self.work))
         return self.work.draw(self.last, batch)
 
+    def computed(self) -> int:
+        """Full steps of the last trajectory."""
+        assert self.last is not None, "nothing was sampled"
+        return self.last.computed
+
     def macs(self) -> float:
         assert self.last is not None, "nothing was sampled"
         computed = self.last.computed / self.work.size.steps

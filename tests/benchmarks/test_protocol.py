@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.protocol import Timing, as_json, in_step, interleave, print_table, save
+from benchmarks.protocol import Timing, _program, as_json, in_step, interleave, print_table, save
 
 
 def test_contenders_take_turns() -> None:
@@ -52,3 +52,9 @@ def test_walks_take_turns_step_by_step_and_a_time_is_the_sum_of_its_steps() -> N
     assert all(len(one.ms) == 2 for one in timings.values())
     assert min(timings["a"].ms) >= 6
     assert min(timings["b"].ms) >= 20
+
+
+def test_a_program_in_a_folder_is_told_by_its_whole_name() -> None:
+    root = Path("somewhere/benchmarks")
+    assert _program(root / "steps.py") == "steps"
+    assert _program(root / "peers/equal/__main__.py") == "peers.equal"

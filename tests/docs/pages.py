@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"docs/benchmarks.md", "docs/gpu.md", "docs/exact.md", "docs/models.md"}  # tests of their own hold them
+GENERATED = {
+    f"docs/{name}.md" for name in ("benchmarks", "peers", "gpu", "exact", "models")
+}  # tests of their own hold them
 NOT_RUN = "not run"  # in a block's title: it takes hours, a GPU, a server or a download
 LANGUAGES = {"python", "console", "text", "json", "mermaid"}
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)

@@ -104,6 +104,38 @@ def test_taylorseer_runs_the_steps_that_are_counted(uncached: Tensor) -> None:
     torch.testing.assert_close(way.sample(BATCH), way.sample(BATCH), rtol=0, atol=0)
 
 
+def test_taylorseers_cool_down_computes_the_last_steps() -> None:
+    pytest.importorskip("diffusers", reason=NEEDS_DIFFUSERS)
+    seer = taylorseer.TaylorSeer(WORK, order=1, compiled="no")
+    way = taylorseer.Interval(seer, WORK, interval=5, warmup=2, cooldown=QUICK.steps - 2)
+    assert [step for step in range(QUICK.steps) if way.computes(step)] == [0, 1, 3, 6, 7]
+    assert counted(calls_of(seer.module, way)) == pytest.approx(way.macs(), rel=1e-6)
+
+
+def test_taylorseers_lite_mode_forecasts_the_last_layer_alone(uncached: Tensor) -> None:
+    pytest.importorskip("diffusers", reason=NEEDS_DIFFUSERS)
+    seer = taylorseer.TaylorSeer(WORK, order=1, compiled="no", lite=True)
+    assert psnr(taylorseer.Interval(seer, WORK, 1, warmup=QUICK.steps), uncached) > 120
+    way = taylorseer.Interval(seer, WORK, 3)
+    assert 15 < psnr(way, uncached) < 60
+    assert way.state_bytes() < 12 * 4 * 64 * 96 * 4  # less than a copy of every module's output
+
+
+@pytest.mark.parametrize("calibrator", ["dmd", "foca"])
+def test_a_calibrated_mask_computes_its_steps_and_forecasts_between(calibrator: str) -> None:
+    pytest.importorskip("cache_dit", reason=NEEDS_CACHE_DIT)
+    images = []
+    for name in ("", calibrator):
+        cache = dbcache.DBCache(
+            WORK, 0, "no", name, Fn_compute_blocks=1, Bn_compute_blocks=0,
+            steps_computation_mask=[1, 1, 1, 0, 1, 0, 0, 1], steps_computation_policy="static",
+        )  # fmt: skip
+        way = dbcache.Setting(cache, WORK)
+        images.append(way.sample(BATCH))
+        assert way.computed() == 5
+    assert not torch.equal(*images)
+
+
 def test_dbcache_hits_where_its_threshold_says(uncached: Tensor) -> None:
     pytest.importorskip("cache_dit", reason=NEEDS_CACHE_DIT)
     cache = dbcache.DBCache(WORK, 0, "no", Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)

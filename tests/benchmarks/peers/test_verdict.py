@@ -9,10 +9,10 @@ import pytest
 from benchmarks.peers import verdict
 
 
-def point(family: str, speedup: float, psnr: float, accuracy: float = 1.0) -> dict[str, Any]:
+def point(family: str, speedup: float, psnr: float) -> dict[str, Any]:
     """A setting, as far as a verdict needs it."""
     return {
-        "family": family, "speedup": speedup, "macs": 1 / speedup, "class_accuracy": accuracy,
+        "family": family, "speedup": speedup, "macs": 1 / speedup,
         "uncached": {"psnr_db": psnr}, "converged": {"psnr_db": psnr},
     }  # fmt: skip
 
@@ -39,30 +39,40 @@ def test_a_level_is_between_two_settings_and_never_beyond_the_best() -> None:
     assert verdict.at(hull, middle) == pytest.approx(40)
 
 
-def test_both_targets_are_met_by_ten_decibels() -> None:
-    assert [target.met for target in verdict.judge([PLAIN, *PEERS, *OURS])] == [True, True]
+def test_a_family_is_met_by_ten_decibels_and_names_how_many_were_tried() -> None:
+    (target,) = verdict.judge([PLAIN, *PEERS, *OURS])
+    assert target.met
+    assert target.name == "moeca, calibrated (2 settings), against 2 families of peers with 3 settings"
+
+
+def test_each_family_is_judged_by_itself() -> None:
+    worse = [point("moeca uniform, order 1", 1.25, 45), point("moeca uniform, order 1", 6, 29)]
+    uniform, calibrated = verdict.judge([PLAIN, *PEERS, *OURS, *worse])
+    assert (uniform.name.split(" (")[0], uniform.met) == ("moeca, uniform", False)
+    assert (calibrated.name.split(" (")[0], calibrated.met) == ("moeca, calibrated", True)
 
 
 def test_a_peer_that_is_ahead_somewhere_makes_it_missed() -> None:
-    ahead, _ = verdict.judge([PLAIN, *PEERS, *OURS, point("DBCache F1B0 W8", 2, 58)])
+    (ahead,) = verdict.judge([PLAIN, *PEERS, *OURS, point("DBCache F1B0 W8", 2, 58)])
     assert not ahead.met
     assert "least" in ahead.measured
     assert "2 dB or more at" in ahead.measured
 
 
 def test_what_reaches_no_speedup_is_missed() -> None:
-    ahead, paper = verdict.judge([PLAIN, *PEERS, point("moeca calibrated", 2, 60)])
-    assert (ahead.met, paper.met) == (False, False)
-    assert "nothing as fast" in ahead.measured
-    assert paper.measured == "nothing as fast"
+    (some,) = verdict.judge([PLAIN, *PEERS, point("moeca calibrated", 2, 60)])
+    assert not some.met
+    assert "nothing as fast as 2.05x" in some.measured
+    (none,) = verdict.judge([PLAIN, *PEERS, point("moeca calibrated", 1.2, 60)])
+    assert (none.met, none.measured) == (False, "nothing as fast as 1.5x")
 
 
-def test_lost_accuracy_is_missed() -> None:
-    _, paper = verdict.judge([PLAIN, *PEERS, OURS[0], point("moeca calibrated", 6, 44, accuracy=0.9)])
-    assert not paper.met
-    assert "10.0 points" in paper.measured
+def test_the_worst_digits_have_a_hull_of_their_own() -> None:
+    one = {**point("TeaCache-like", 2, 50), "uncached": {"psnr_db": 50, "psnr_db_worst": 31}}
+    assert verdict.hulls([one], figure="psnr_db_worst") == {"TeaCache-like": [(0.5, 31)]}
 
 
 def test_another_engine_is_not_held_against_torch() -> None:
     found = verdict.hulls([*PEERS, *OURS, point("moeca calibrated, on onnxruntime", 6, 60)])
-    assert verdict.best(found, 5, peers=False) == ("moeca, calibrated", verdict.at(found["moeca, calibrated"], 5))
+    assert verdict.OTHER_ENGINE in found
+    assert verdict.ours(found) == ["moeca, calibrated"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import multistep, solvers
-from benchmarks.peers.multistep import euler_sum, integral
+from benchmarks.peers import solvers
+from benchmarks.peers.equal import multistep
+from benchmarks.peers.equal.multistep import euler_sum, integral
 
 
 def swirl(x: Tensor, t: float) -> tuple[Tensor, Tensor]:

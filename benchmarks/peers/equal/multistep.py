@@ -20,6 +20,8 @@ from torch import Tensor
 Guided = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x, t -> guided velocity, conditional less unconditional
 Nodes = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # steps a move spans -> where v is summed, and its weights
 
+Weigh = Callable[[tuple[int, ...], int], np.ndarray]  # computed steps, newest first, and a step -> their weights there
+
 HISTORY, DIFFERENCES = 3, 2  # outputs, and differences of guidance, that fitted weights see
 RIDGE = 1e-7
 PROPOSALS = 20_000
@@ -100,16 +102,23 @@ def place(gram: np.ndarray, count: int, order: int, nodes_of: Nodes, stride: int
 
 @dataclass(frozen=True)
 class Multistep:
-    """at: the computed ones of `steps`. moved: for each of them the weights of `features`."""
+    """A sampler of few steps.
+
+    Attributes:
+        at: the computed ones of `steps`.
+        moved: for each of them the weights of `features`.
+        history: how many outputs are kept.
+    """
 
     at: tuple[int, ...]
     steps: int
     moved: tuple[tuple[float, ...], ...]
+    history: int = HISTORY
 
     def sample(self, guided: Guided, x: Tensor) -> Tensor:
         kept: list[tuple[Tensor, Tensor]] = []
         for step, weights in zip(self.at, self.moved, strict=True):
-            kept = [guided(x, 1 - step / self.steps), *kept][:HISTORY]
+            kept = [guided(x, 1 - step / self.steps), *kept][: self.history]
             x = x + sum(weight * one for weight, one in zip(weights, features(x, kept), strict=False))
         return x
 
@@ -145,3 +154,29 @@ def fitted(at: Sequence[int], guided: Guided, states: Sequence[Tensor]) -> Multi
         moved.append(tuple(weights))
         x = x + sum(weight * one for weight, one in zip(weights, known, strict=True))
     return Multistep(tuple(at), steps, tuple(moved))
+
+
+def forecast(at: Sequence[int], steps: int, weigh: Weigh) -> Multistep:
+    """Euler's loop over all steps, with the outputs between the computed ones forecast from all computed before."""
+    moved = []
+    for known, start, stop in moves(at, steps, steps):
+        summed = np.zeros(len(known))
+        for step in range(start, stop):
+            summed += weigh(known, step)
+        moved.append((0.0, *(-summed / steps).tolist()))
+    return Multistep(tuple(at), steps, tuple(moved), history=len(at))
+
+
+def surrogate(rule: Multistep, gram: np.ndarray) -> float:
+    """The squared error at the end of a rule of outputs alone, as if the outputs didn't answer to x.
+
+    Args:
+        rule: of as many steps as were recorded.
+        gram: as for `place`.
+    """
+    difference = np.full(rule.steps, -1.0)
+    for index, weights in enumerate(rule.moved):
+        newest_first = rule.at[index::-1]
+        for step, weight in zip(newest_first, weights[1:], strict=False):
+            difference[step] -= weight * rule.steps
+    return float(difference @ gram @ difference)

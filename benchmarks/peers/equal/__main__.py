@@ -1,0 +1,62 @@
+"""Peers at equal evaluations of the network, each at its best: quality to both truths, paired with our schedules.
+
+    python -m benchmarks.peers.equal            # about an hour on one core; writes results/peers_equal.json
+    python -m benchmarks.peers.equal --only sampler --held-out 8    # these contenders, on so many seeds of 32 digits
+    python -m benchmarks.peers.equal --quick    # few digits: does it run?
+    python -m benchmarks.peers.equal --report   # docs/peers.md from results/peers_equal.json
+
+Settings are chosen on seeds 0 to 15. Samples stay in `--work`, so that a stopped run goes on; our schedules and the
+truths are those of `python -m benchmarks.fitted`, from its own folder. Quality doesn't depend on the machine's load; no
+time is told here. Needs cache-dit and diffusers: pip install -e '.[bench]'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import fitted
+from benchmarks.peers.equal import page, roster
+from benchmarks.peers.equal.lab import Size
+from benchmarks.peers.equal.measure import Bench, measure
+from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
+
+WORK = Path("build/peers_equal")
+WHOLE = Size(steps=50, finer=4, counts=(25, 17, 13, 10), seeds=16, each=2, held_out=8, batch=32)
+QUICK = Size(steps=50, finer=2, counts=(10,), seeds=2, each=2, held_out=1, batch=4)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run as a command."""
+    parser = arguments(__doc__.splitlines()[0], "one number of evaluations, few digits")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"folder of finished samples; default {WORK}")
+    parser.add_argument("--fitted", type=Path, default=fitted.WORK, help=f"the same of ours; default {fitted.WORK}")
+    parser.add_argument("--only", default="", help="contenders whose kind or name begins so; default all")
+    parser.add_argument("--held-out", type=int, help="seeds that are drawn now; default all")
+    parser.add_argument("--report", action="store_true", help=f"only write {page.PAGE}")
+    args = parser.parse_args(argv)
+    if args.report:
+        page.write(RESULTS / "peers_equal.json")
+        return
+    pin_threads()
+    size, of_ours = (QUICK, fitted.QUICK) if args.quick else (WHOLE, fitted.WHOLE)
+    size = replace(size, held_out=args.held_out or size.held_out)
+    bench = Bench(size, args.work, fitted.Bench(of_ours, args.fitted))
+    console, out = Console(width=180), folder_of(args)
+    chosen = [
+        contender
+        for contender in roster.contenders()
+        if args.only in ("", contender.kind) or contender.name.startswith(args.only)
+    ]
+    for result in measure(bench, chosen, console):
+        if out is not None:
+            save("peers_equal", result, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What settings are chosen by: digits of other seeds than those that are told, and what was recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.fitted import CONVERGED, UNCACHED
+from benchmarks.paired import interval, psnr
+from benchmarks.peers.equal import multistep
+from benchmarks.peers.equal.multistep import Guided, integral
+from benchmarks.peers.workload import Batch
+from benchmarks.peers.workload import Size as WorkloadSize
+from benchmarks.peers.workloads.trained_digits import TrainedDigits
+from benchmarks.schedules import labels_of
+from examples import digits
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        steps: of the uncached run.
+        finer: times the steps of the second-order run that counts as converged.
+        counts: evaluations of the network at which contenders are compared.
+        seeds, each: settings are chosen on so many seeds, counted from 0, and digits a seed.
+        held_out, batch: seeds that are told, counted from `benchmarks.fitted`'s first, and digits a seed.
+    """
+
+    steps: int
+    finer: int
+    counts: tuple[int, ...]
+    seeds: int
+    each: int
+    held_out: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a contender.
+
+    Attributes:
+        label: what is set, in words.
+        draw: a whole trajectory.
+        spent: full evaluations of the last trajectory, and its share of the uncached run's multiply-accumulates.
+    """
+
+    label: str
+    draw: Callable[[Batch], Tensor]
+    spent: Callable[[], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A family whose best setting is told at each number of evaluations.
+
+    Attributes:
+        name: of the family.
+        kind: "sampler" leaves the network as it is, "cache" is inside it.
+        target: the truth that settings are chosen by.
+        note: what is tried, in words.
+        settings: those that may compute at most so many full steps; chosen among by rollouts where there are several.
+    """
+
+    name: str
+    kind: Literal["moeca", "sampler", "cache"]
+    target: str
+    note: str
+    settings: Callable[[Lab, int], Sequence[Setting]]
+
+
+class Lab:
+    """The model, the digits that settings are chosen on, and every quality that was found on them."""
+
+    def __init__(self, size: Size, computed: Mapping[int, Sequence[int]], work: Path) -> None:
+        """Nothing is sampled yet.
+
+        Args:
+            size: how much is measured.
+            computed: by number of evaluations, the steps that our schedule computes, for peers that can take them.
+            work: where recorded trajectories are kept.
+        """
+        self.size, self.computed = size, computed
+        self.file = work / f"recorded_{size.seeds}_{size.each}_{size.steps}_{size.finer}.pt"
+        self.work = TrainedDigits(WorkloadSize(size.batch, 1, size.steps))
+        self.qualities: dict[tuple[str, str], tuple[float, float]] = {}
+        noise = torch.cat([digits.initial_noise(seed, size.each) for seed in range(size.seeds)])
+        self.batch = Batch(noise, torch.cat([labels_of(seed, size.each) for seed in range(size.seeds)]))
+
+    @cached_property
+    def model(self) -> Any:
+        """Compiled; for samplers."""
+        return torch.compile(self.work.prepared())
+
+    def guided(self, batch: Batch) -> Guided:
+        (both,) = self.work.conditions(batch)
+
+        def guided(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            times = torch.full((2 * len(x),), 1000.0 * t)
+            cond, uncond = self.model(torch.cat([x, x]), times, both).chunk(2)
+            return uncond + self.work.guidance * (cond - uncond), cond - uncond
+
+        return guided
+
+    @cached_property
+    def recorded(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        """By truth: states before each step and after the last, and outputs at each."""
+        if not self.file.exists():
+            guided, steps = self.guided(self.batch), self.size.steps
+            uncached = record(guided, self.batch.noise, steps, 0)
+            converged = record(guided, self.batch.noise, self.size.finer * steps, 1)
+            torch.save({UNCACHED: uncached, CONVERGED: converged}, self.file)
+        runs: dict[str, tuple[list[Tensor], list[Tensor]]] = torch.load(self.file)
+        return runs
+
+    @cached_property
+    def grams(self) -> dict[str, np.ndarray]:
+        """By truth: inner products of the outputs."""
+        flat = {truth: torch.stack([output.flatten() for output in run[1]]) for truth, run in self.recorded.items()}
+        return {truth: (outputs.double() @ outputs.double().T).numpy() for truth, outputs in flat.items()}
+
+    def choose(self, contender: Contender, count: int) -> tuple[Setting, int]:
+        """The best setting of at most `count` evaluations, and among how many.
+
+        Raises:
+            ValueError: no setting is as cheap as that.
+        """
+        settings = contender.settings(self, count)
+        if len(settings) == 1:
+            return settings[0], 1
+        truth = self.recorded[contender.target][0][-1]
+        for setting in settings:
+            key = contender.name, setting.label
+            if key not in self.qualities:
+                images = setting.draw(self.batch)
+                self.qualities[key] = interval(psnr(images, truth))[0], setting.spent()[0]
+        levels = {setting.label: self.qualities[contender.name, setting.label] for setting in settings}
+        cheap = [setting for setting in settings if levels[setting.label][1] <= count]
+        if not cheap:
+            raise ValueError(f"{contender.name}: no setting of {len(settings)} computes {count} steps or fewer")
+        return max(cheap, key=lambda setting: levels[setting.label][0]), len(settings)
+
+
+def record(guided: Guided, x: Tensor, steps: int, order: int) -> tuple[list[Tensor], list[Tensor]]:
+    """States before each step and after the last, and outputs, of a run that computes every step."""
+    rule = multistep.polynomial(range(steps), steps, order, integral)
+    states, outputs = [], []
+
+    def recording(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        output, difference = guided(x, t)
+        states.append(x)
+        outputs.append(output)
+        return output, difference
+
+    last = rule.sample(recording, x)
+    return [*states, last], outputs

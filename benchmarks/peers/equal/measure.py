@@ -1,0 +1,145 @@
+"""Every contender on the held-out digits: drawn once, kept in files, paired with our schedules digit by digit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks import fitted
+from benchmarks.fitted import CONVERGED, UNCACHED
+from benchmarks.paired import interval, paired, psnr, worst
+from benchmarks.peers.equal import roster
+from benchmarks.peers.equal.lab import Contender, Lab, Size
+from benchmarks.peers.equal.ours import SHARES
+from benchmarks.peers.workload import Batch
+from benchmarks.schedules import labels_of
+from examples import digits
+
+FIRST_SEED = 70_000  # of benchmarks.fitted
+BEST = {UNCACHED: "output, fitted to uncached", CONVERGED: "output, fitted to converged"}  # of ours, by truth
+REGIONS, POLYNOMIAL = "regions, polynomial", "output, polynomial"
+
+Drawn = dict[str, Any]  # images of a seed, with the setting, how many were tried, evaluations and share of the MACs
+
+
+class Bench:
+    """Samples of ours and of the peers."""
+
+    def __init__(self, size: Size, work: Path, ours: fitted.Bench) -> None:
+        self.size, self.work, self.fitted = size, work, ours
+        work.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def lab(self) -> Lab:
+        steps = {}
+        for count in self.size.counts:
+            rows = self.fitted.schedule(int(SHARES[count]), UNCACHED).rows
+            steps[count] = [step for step, row in enumerate(rows) if row[0] is fitted.Action.COMPUTE]
+        return Lab(self.size, steps, self.work)
+
+    def draw(self, contender: Contender, count: int) -> None:
+        """All seeds that aren't in files yet."""
+        missing = [seed for seed in self._seeds() if not self._file(contender, count, seed).exists()]
+        if not missing:
+            return
+        setting, tried = self.lab.choose(contender, count)
+        for seed in missing:
+            labels = labels_of(seed, self.size.batch)
+            images = setting.draw(Batch(digits.initial_noise(seed, self.size.batch), labels))
+            evaluations, macs = setting.spent()
+            facts = {"setting": setting.label, "tried": tried, "evaluations": evaluations, "macs": macs}
+            torch.save({"images": images, **facts}, self._file(contender, count, seed))
+
+    def drawn(self, contender: Contender, count: int) -> list[Drawn]:
+        """What is in files, from the first seed on."""
+        drawn = []
+        for seed in range(FIRST_SEED, FIRST_SEED + self.fitted.size.held_out):
+            file = self._file(contender, count, seed)
+            if not file.exists():
+                break
+            drawn.append(torch.load(file))
+        return drawn
+
+    @cached_property
+    def truths(self) -> dict[str, Tensor]:
+        return {UNCACHED: self.fitted.samples(UNCACHED), CONVERGED: self.fitted.samples(CONVERGED, order="second")}
+
+    def ours(self, name: str, count: int) -> Tensor:
+        """Samples of one of our schedules."""
+        slug = name.replace(", ", "_").replace(" ", "_")
+        truth = CONVERGED if name == BEST[CONVERGED] else UNCACHED
+        schedule = self.fitted.schedule(int(SHARES[count]), truth)
+        if name == REGIONS:
+            schedule = fitted.Schedule.load(fitted.REGIONS / f"digits_{SHARES[count]}.json")
+        elif name == POLYNOMIAL:
+            schedule = fitted.replace(schedule, output=None)
+        return self.fitted.samples(f"{slug}_{SHARES[count]}", schedule)
+
+    def _seeds(self) -> range:
+        return range(FIRST_SEED, FIRST_SEED + self.size.held_out)
+
+    def _file(self, contender: Contender, count: int, seed: int) -> Path:
+        return self.work / f"{re.sub(r'[^a-z0-9]+', '_', contender.name.lower())}_{count}_{seed}.pt"
+
+
+def measure(bench: Bench, chosen: Sequence[Contender], console: Console) -> Iterator[dict[str, Any]]:
+    """Draws what is missing of the chosen contenders; after each one the figures of all that is in files."""
+    for contender in chosen:
+        for count in bench.size.counts:
+            bench.draw(contender, count)
+            console.print(_line(bench, contender, count), highlight=False)
+        yield figures(bench)
+
+
+def figures(bench: Bench) -> dict[str, Any]:
+    """Of all contenders that were drawn."""
+    lines = [
+        _own_line(bench, name, count) for count in bench.size.counts for name in (*BEST.values(), REGIONS, POLYNOMIAL)
+    ]
+    for contender in roster.contenders():
+        counts = [count for count in bench.size.counts if bench.drawn(contender, count)]
+        lines += [_line(bench, contender, count) for count in counts]
+    uncached = psnr(bench.truths[UNCACHED], bench.truths[CONVERGED])
+    return {"uncached_to_converged_db": [round(figure, 3) for figure in interval(uncached)], "lines": lines}
+
+
+def _own_line(bench: Bench, name: str, count: int) -> dict[str, Any]:
+    facts = {"setting": f"calibrated for {SHARES[count]} %", "tried": 1, "evaluations": count, "macs": count / 50}
+    return _with_qualities(bench, bench.ours(name, count), count, {"name": f"moeca {name}", "kind": "moeca", **facts})
+
+
+def _line(bench: Bench, contender: Contender, count: int) -> dict[str, Any]:
+    drawn = bench.drawn(contender, count)
+    mean = {name: sum(seed[name] for seed in drawn) / len(drawn) for name in ("evaluations", "macs")}
+    facts = {
+        "setting": drawn[0]["setting"],
+        "tried": drawn[0]["tried"],
+        **{name: round(mean[name], 3) for name in mean},
+    }
+    head = {"name": contender.name, "kind": contender.kind, "target": contender.target, "note": contender.note}
+    return _with_qualities(bench, torch.cat([seed["images"] for seed in drawn]), count, {**head, **facts})
+
+
+def _with_qualities(bench: Bench, images: Tensor, count: int, head: dict[str, Any]) -> dict[str, Any]:
+    """`lead_db`: of our schedule that is fitted to that truth over this one, digit by digit."""
+    qualities = {truth: psnr(images, samples[: len(images)]) for truth, samples in bench.truths.items()}
+    ours = {
+        truth: psnr(bench.ours(BEST[truth], count)[: len(images)], bench.truths[truth][: len(images)]) for truth in BEST
+    }
+    return {
+        **head,
+        "count": count,
+        "digits": len(images),
+        "psnr_db": {truth: [round(figure, 3) for figure in interval(levels)] for truth, levels in qualities.items()},
+        "worst_5_percent_db": {truth: round(worst(levels), 3) for truth, levels in qualities.items()},
+        "lead_db": {
+            truth: [round(figure, 3) for figure in paired(ours[truth], levels)] for truth, levels in qualities.items()
+        },
+    }

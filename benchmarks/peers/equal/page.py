@@ -1,0 +1,138 @@
+"""docs/peers.md, from the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fitted import CONVERGED, UNCACHED
+from benchmarks.peers.equal.measure import BEST
+from benchmarks.peers.tables import markdown
+from benchmarks.protocol import when
+
+PAGE = Path("docs/peers.md")
+TRUTHS = (UNCACHED, CONVERGED)
+HEAD = (
+    "", "tried", "evaluations", "MACs", "to uncached, dB", "worst 5 %", "moeca's lead", "to converged, dB", "worst 5 %",
+    "moeca's lead", "digits", "setting",
+)  # fmt: skip
+
+Line = Mapping[str, Any]
+
+
+def write(results: Path, page: Path = PAGE) -> None:
+    """The whole page."""
+    page.write_text(text(json.loads(results.read_text())))
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """What the page says."""
+    lines: Sequence[Line] = result["lines"]
+    counts = sorted({line["count"] for line in lines}, reverse=True)
+    level, half = result["uncached_to_converged_db"]
+    tables = "\n\n".join(f"## {count} of 50 evaluations\n\n{table(lines, count)}" for count in counts)
+    return f"""<!-- Written by `python -m benchmarks.peers.equal --report` from benchmarks/results/peers_equal.json. -->
+# Peers at equal evaluations
+
+Every peer at its best, at as many full evaluations of the network as moeca's schedules make: quality to two truths, on
+held-out digits, paired digit by digit. `python -m benchmarks.peers.equal`, {when(result["machine"])};
+[every figure](../benchmarks/results/peers_equal.json). No time is told here: [benchmarks](benchmarks.md) has times.
+
+- The model is the digits model, a toy of 2.9 M parameters and 16 x 16 pixels. The run that all replace has 50 Euler
+  steps. The converged truth is a second-order run with 200 steps; the uncached run is {level:.1f} ± {half:.1f} dB from
+  it.
+- The best of a family's settings, or of its steps and weights, is chosen on seeds 0 to 15, two digits each. *Tried* is
+  the number of settings that were sampled there. What is told are other digits, the same as in
+  [fitted output weights](fitted.md).
+- *Evaluations* are full ones, a mean over the digits; a setting that computes less was the best that fits. *MACs* are
+  the share of the uncached run's: caches inside the network run its first block, or its ends, at cheap steps too.
+- *moeca's lead* is over that row: the schedule fitted to that truth less the row, mean and 95 % interval of the
+  differences by digit.
+- moeca's schedules were chosen by `moeca.calibrate`; one schedule for each truth, two rows. No best of several families
+  is told.
+
+## Is moeca ahead?
+
+The lead at each number of evaluations, in dB. Bold: the interval isn't above zero.
+
+To the uncached run, of *{BEST[UNCACHED]}*:
+
+{leads(lines, UNCACHED, counts)}
+
+To the converged solution, of *{BEST[CONVERGED]}*:
+
+{leads(lines, CONVERGED, counts)}
+
+{verdict(lines)}
+
+{tables}
+
+## How settings are chosen
+
+{notes(lines)}
+"""
+
+
+def leads(lines: Sequence[Line], truth: str, counts: Sequence[int]) -> str:
+    """One row a contender."""
+    rows = []
+    for name in dict.fromkeys(line["name"] for line in lines):
+        cells = {line["count"]: _lead(line, truth) for line in lines if line["name"] == name}
+        if name != f"moeca {BEST[truth]}":
+            rows.append([name, *(cells.get(count, "-") for count in counts)])
+    return markdown(["", *(f"{count} of 50" for count in counts)], rows)
+
+
+def verdict(lines: Sequence[Line]) -> str:
+    """Where no lead is shown, by truth."""
+    sentences = []
+    for truth in TRUTHS:
+        peers = [line for line in lines if line["kind"] != "moeca"]
+        behind = [line for line in peers if not _is_ahead(line, truth)]
+        names = ", ".join(
+            f"{line['name']} at {line['count']} ({_signed(line['lead_db'][truth])} dB)" for line in behind
+        )
+        sentences.append(
+            f"- to {truth}: ahead with an interval above zero in {len(peers) - len(behind)} of {len(peers)} comparisons"
+            + (f"; not of {names}." if behind else ".")
+        )
+    return "\n".join(sentences)
+
+
+def table(lines: Sequence[Line], count: int) -> str:
+    """All contenders at one number of evaluations."""
+    rows = []
+    for line in lines:
+        if line["count"] != count:
+            continue
+        cells = [line["name"], str(line["tried"]), f"{line['evaluations']:.1f}", f"{line['macs']:.1%}"]
+        for truth in TRUTHS:
+            mean, half = line["psnr_db"][truth]
+            is_itself = line["name"] == f"moeca {BEST[truth]}"
+            lead = "" if is_itself else _signed(line["lead_db"][truth])
+            cells += [f"{mean:.1f} ± {half:.1f}", f"{line['worst_5_percent_db'][truth]:.1f}", lead]
+        rows.append([*cells, str(line["digits"]), line["setting"]])
+    return markdown(HEAD, rows)
+
+
+def notes(lines: Sequence[Line]) -> str:
+    """What is tried of each family."""
+    by_name = {line["name"]: f"{line['note']}; chosen by PSNR to {line['target']}" for line in lines if "note" in line}
+    return "\n".join(f"- {name}: {note}." for name, note in by_name.items())
+
+
+def _is_ahead(line: Line, truth: str) -> bool:
+    mean, half = line["lead_db"][truth]
+    return bool(mean - half > 0)
+
+
+def _lead(line: Line, truth: str) -> str:
+    lead = _signed(line["lead_db"][truth])
+    return lead if _is_ahead(line, truth) else f"**{lead}**"
+
+
+def _signed(lead: Sequence[float]) -> str:
+    mean, half = lead
+    return f"{mean:+.1f} ± {half:.1f}"

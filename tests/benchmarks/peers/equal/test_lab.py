@@ -1,0 +1,86 @@
+"""How settings are chosen and told: the best of those that are cheap enough, drawn once, paired with ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.fitted import CONVERGED, UNCACHED
+from benchmarks.peers.equal import measure, page, roster
+from benchmarks.peers.equal.lab import Contender, Lab, Setting, Size
+from benchmarks.peers.workload import Batch
+from benchmarks.protocol import RESULTS
+
+ROOT = Path(__file__).parents[4]
+SIZE = Size(steps=4, finer=2, counts=(10,), seeds=1, each=2, held_out=2, batch=2)
+IMAGES = torch.linspace(-1, 1, 2 * 256).view(2, 1, 16, 16)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(SIZE, {10: [0, 2]}, tmp_path)
+    lab.__dict__["recorded"] = {truth: ([IMAGES], []) for truth in (UNCACHED, CONVERGED)}
+    with torch.no_grad():
+        yield lab
+
+
+def setting(label: str, off: float, evaluations: float) -> Setting:
+    def draw(batch: Batch) -> Tensor:
+        return IMAGES + off
+
+    return Setting(label, draw, lambda: (evaluations, evaluations / 4))
+
+
+def contender(*settings: Setting) -> Contender:
+    return Contender("a family", "cache", UNCACHED, "settings", lambda lab, count: settings)
+
+
+def test_the_nearest_of_those_that_are_cheap_enough_is_chosen(lab: Lab) -> None:
+    near, far, dear = setting("near", 0.1, 2), setting("far", 0.2, 1), setting("dear", 0.0, 3)
+    chosen, tried = lab.choose(contender(near, far, dear), 2)
+    assert (chosen.label, tried) == ("near", 3)
+    assert lab.choose(contender(near, far, dear), 3)[0].label == "dear"
+
+
+def test_where_no_setting_is_cheap_enough_it_says_so(lab: Lab) -> None:
+    with pytest.raises(ValueError, match="a family: no setting of 2 computes 1 steps or fewer"):
+        lab.choose(contender(setting("one", 0.1, 2), setting("two", 0.1, 3)), 1)
+
+
+def test_what_is_in_files_isnt_drawn_again(lab: Lab, tmp_path: Path) -> None:
+    class Fitted:
+        size = SIZE
+
+    bench = measure.Bench(SIZE, tmp_path, Fitted())  # type: ignore[arg-type]
+    bench.__dict__["lab"] = lab
+    family = contender(setting("near", 0.1, 2))
+    bench.draw(family, 10)
+    drawn = bench.drawn(family, 10)
+    assert [one["setting"] for one in drawn] == ["near", "near"]
+    assert torch.equal(drawn[0]["images"], IMAGES + 0.1)
+    bench.draw(contender(setting("other", 0.2, 2)), 10)
+    assert [one["setting"] for one in bench.drawn(family, 10)] == ["near", "near"]
+
+
+def test_names_of_contenders_are_their_own() -> None:
+    names = [contender.name for contender in roster.contenders()]
+    assert len(set(names)) == len(names)
+
+
+def test_the_committed_page_is_what_the_results_give() -> None:
+    written = (ROOT / page.PAGE).read_text()
+    assert written == page.text(json.loads((RESULTS / "peers_equal.json").read_text()))
+
+
+def test_a_lead_whose_interval_reaches_zero_is_told_as_none() -> None:
+    def line(lead: list[float]) -> dict[str, object]:
+        return {"name": "peer", "kind": "sampler", "count": 10, "lead_db": {UNCACHED: lead, CONVERGED: [1.0, 0.1]}}
+
+    assert "not of peer at 10 (+0.2 ± 0.3 dB)" in page.verdict([line([0.2, 0.3])])
+    assert "in 1 of 1 comparisons." in page.verdict([line([0.5, 0.3])])
+    assert "**+0.2 ± 0.3**" in page.leads([line([0.2, 0.3])], UNCACHED, [10])
