@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeca_compile.api import compile, explain, prepare, reset, stats, trajectory, unprepare, warmup
+    from moeca_compile.comparison import compare
     from moeca_compile.errors import MoecaError
     from moeca_compile.exporting import export
     from moeca_compile.frontend.model_arguments import disable
@@ -25,6 +26,7 @@ _HOMES = {
     "Schedule": "schedule",
     "calibrate": "planner",
     "calibrate_front": "planner",
+    "compare": "comparison",
     "compile": "api",
     "disable": "frontend.model_arguments",
     "expert_thresholds": "planner",
@@ -39,7 +41,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "compile", "disable",
+    "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "compare", "compile", "disable",
     "expert_thresholds", "explain", "export", "prepare", "reset", "stats", "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ from moeca_compile.errors import CaptureError, OptionError, StateError
 from moeca_compile.expert_dispatch import PrepareReport
 from moeca_compile.expert_dispatch.isolate import isolate, share_again
 from moeca_compile.frontend.calls import gate_of
+from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.entry import Entry
 from moeca_compile.frontend.handles import HandleState, states_of
 from moeca_compile.frontend.methods import route_methods
@@ -32,7 +33,6 @@ from moeca_compile.frontend.model_arguments import (
     inputs_and_options,
     models_of,
     no_call_warning,
-    parts_of,
     plain_module,
     remove_in_place_compilation,
     single_model,
@@ -40,8 +40,9 @@ from moeca_compile.frontend.model_arguments import (
 from moeca_compile.frontend.output_path import OutputEntry, install_output_path
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.frontend.statistics import stats_of
+from moeca_compile.frontend.summary import report_of
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
-from moeca_compile.inspect.report import Report, VariantReport
+from moeca_compile.inspect.report import Report
 from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.options import Options
 from moeca_compile.runtime.stats import Stats
@@ -239,13 +240,15 @@ def reset(model: Any) -> None:
 
 
 def stats(model: Any) -> Stats:
-    """Report what the last trajectory ran, and what is held now.
+    """Report what ran since the last `reset`, and what is held now.
 
     Args:
         model: the compiled model, or a pipeline (the sum over its transformers).
 
     Returns:
-        One record for each call, milliseconds without compiling, the share of the MACs, bytes of state, and warnings.
+        One record for each call, milliseconds without compiling, the speedup against computed steps, the share of the
+        MACs, bytes of state, and warnings. It prints as a table of the last trajectory's steps, and a line for each
+        earlier trajectory.
 
     Raises:
         StateError: the model isn't compiled with moeca.
@@ -316,7 +319,7 @@ def explain(
     broken = [state for state in states_of(model) if state.parts]
     parts, breaks = sum(state.parts for state in broken), "\n".join(state.uncached for state in broken)
     if programs:
-        return replace(_report(programs), graphs=len(programs) + parts, breaks=breaks)
+        return replace(report_of(programs), graphs=len(programs) + parts, breaks=breaks)
     if broken:
         return Report.of_parts(parts, breaks)
     raise CaptureError(
@@ -334,7 +337,7 @@ def _last_call(model: Any, options: Mapping[str, Any]) -> Report:
         reason = "options are explained for inputs" if options else "no call of the compiled model was made yet"
         raise StateError(f"explain: {reason}. Pass inputs as the model takes them: explain(model, *inputs)")
     if programs:
-        return replace(_report(programs[-1:]), graphs=len(programs))
+        return replace(report_of(programs[-1:]), graphs=len(programs))
     return Report.of_parts(sum(state.parts for state in uncached), "\n".join(state.uncached for state in uncached))
 
 
@@ -362,29 +365,3 @@ def _intercept(
 
 def _is_compiled(model: torch.nn.Module) -> bool:
     return isinstance(model, OptimizedModule) or model._compiled_call_impl is not None
-
-
-def _report(programs: Sequence[Program]) -> Report:
-    """The report of the program with the most regions."""
-    main = max(programs, key=lambda program: len(program.regions))
-    variants = [main.variant(row) for row in main.schedule.distinct_rows()]
-    row_counts = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
-    hoisted = sorted({position for variant in variants for position in variant.hoists})
-    return Report(
-        graphs=len(programs),
-        nodes=main.nodes,
-        regions=main.regions.regions,
-        rejected=main.regions.rejected,
-        total_macs=main.regions.total_macs,
-        fingerprint=main.regions.fingerprint,
-        timestep=main.roles[0],
-        latent=main.roles[1],
-        schedule=main.schedule,
-        state_bytes=sum(slot.bytes for slot in main.layout),
-        passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),
-        variants=tuple(
-            VariantReport(v.name, row_counts[v.row], v.node_count, v.macs, len(v.reads), len(v.writes))
-            for v in variants
-        ),
-        hoisted=tuple(main.prologues.hoisted[position] for position in hoisted),
-    )

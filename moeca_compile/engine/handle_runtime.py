@@ -15,7 +15,7 @@ from moeca_compile.engine.arrangement import Arrangement
 from moeca_compile.engine.hoisted import TimestepHistory
 from moeca_compile.engine.program import Program
 from moeca_compile.engine.trajectories.trajectory import Trajectory
-from moeca_compile.engine.trajectory_state import TrajectoryState
+from moeca_compile.engine.trajectory_state import RecordHistory, TrajectoryState
 from moeca_compile.ops.packed import Packs
 from moeca_compile.options import Options
 from moeca_compile.runtime.warned import Warned
@@ -64,6 +64,7 @@ class HandleRuntime:
         programs: by a key that says what they compute, the latest used last.
         ids: of the weights.
         timestep_history: timesteps of the last trajectory.
+        history: records of the trajectories since the last reset.
         outside: state of calls outside any trajectory.
         latest: state of the latest trajectory, which `stats` reports.
         trajectories: states of all trajectories that are alive.
@@ -77,7 +78,8 @@ class HandleRuntime:
         self.programs: OrderedDict[Hashable, Program] = OrderedDict()
         self.ids: frozenset[int] = frozenset()
         self.timestep_history = TimestepHistory()
-        self.outside = TrajectoryState(latent_jump=options.latent_jump, timestep_history=self.timestep_history)
+        self.history = RecordHistory()
+        self.outside = TrajectoryState(None, options.latent_jump, self.timestep_history, self.history)
         self.latest = self.outside
         self.trajectories: weakref.WeakSet[TrajectoryState] = weakref.WeakSet((self.outside,))
         self.packs = Packs()
@@ -127,7 +129,9 @@ class HandleRuntime:
                 self.latest = self.outside
             else:
                 if self not in trajectory.states:
-                    trajectory.states[self] = TrajectoryState(trajectory, timestep_history=self.timestep_history)
+                    trajectory.states[self] = TrajectoryState(
+                        trajectory, timestep_history=self.timestep_history, history=self.history
+                    )
                 self.latest = trajectory.states[self]
                 self.trajectories.add(self.latest)
             return self.latest
@@ -173,9 +177,16 @@ class HandleRuntime:
         """Whether the handle was called through this graph."""
         return graph in self._weights
 
-    def reset(self) -> None:
-        """Drop all state, in every trajectory."""
+    @property
+    def on_host(self) -> bool:
+        """Whether all weights of the calls so far are in the host's memory."""
         with self.lock:
+            return all(device.type == "cpu" for bound in self._weights.values() for _, _, device in bound.kinds)
+
+    def reset(self) -> None:
+        """Drop all state and records, in every trajectory."""
+        with self.lock:
+            self.history.clear()
             for running in list(self.trajectories):
                 running.reset()
 

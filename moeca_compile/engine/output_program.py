@@ -16,7 +16,7 @@ from torch import Tensor
 from moeca_compile.dtypes import name_of
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
 from moeca_compile.engine.compiler import Compiler
-from moeca_compile.engine.program import Program
+from moeca_compile.engine.program import Program, shape_of_sample
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap
@@ -81,14 +81,16 @@ class OutputProgram(Program):
     def __init__(
         self, call: OutputCall, args: Sequence[Any], options: Options, schedule: Schedule, warned: Warned
     ) -> None:
-        self.options, self.warned, self.call = options, warned, call
+        self.options, self.warned, self.call, self.is_announced = options, warned, call, False
         self.compiler = Compiler(options, args)
         self.timestep, self.latent, self.condition = call.timestep, call.latent, call.condition
         self.prologues = _NothingHoisted(call.timestep, call.condition)  # type: ignore[assignment]
         self.packs_experts, self.buffers = False, None
         self.nodes, self.roles = 0, call.roles
         self.regions = call.regions
-        self.compiled_schedule = self.compiled(schedule)
+        self.latent_shape = shape_of_sample(args, call.latent)
+        self.warn_of_size(schedule)
+        self.compiled_schedule = self.compiled(schedule.with_interval(0.0))
 
     def compiled(
         self, schedule: Schedule, state_schedule: Schedule | None = None, order: int | None = None

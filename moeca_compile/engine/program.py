@@ -48,6 +48,8 @@ class Program:
         nodes: number of the graph's nodes.
         roles: names of the timestep and of the latent; "" where none was found.
         packs_experts: whether the experts' weights are moved side by side.
+        latent_shape: of one sample's latent; empty where none was found.
+        is_announced: its summary was logged, or won't be.
 
     Raises:
         CaptureError: the graph can't be captured, or has no region to cache.
@@ -60,7 +62,7 @@ class Program:
         pipeline: Pipeline = WITH_PROLOGUES,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
-        self.options, self.warned = options, warned or Warned()
+        self.options, self.warned, self.is_announced = options, warned or Warned(), False
         self.compiler = Compiler(options, args)
         self.analysis: Analysis = analyze(gm, args, inputs, options, captured, pipeline)
         facts = self.analysis.facts
@@ -72,6 +74,7 @@ class Program:
         self.nodes, self.roles = len(self.analysis.gm.graph.nodes), (facts.roles.timestep, facts.roles.latent)
         positions = {source.name: i for i, source in enumerate(facts.inputs)}
         self.latent = positions.get(facts.roles.latent)
+        self.latent_shape = shape_of_sample(args, self.latent)
         self._variants: dict[Hashable, VariantCache] = {}
         schedule = schedule or options.resolved_schedule()
         if not len(self.regions):
@@ -81,7 +84,8 @@ class Program:
         if options.cuda_graphs:
             self.compiler.start_recording(args)
         self.buffers = Buffers() if options.cuda_graphs else None
-        self.compiled_schedule = self.compiled(schedule)
+        self.warn_of_size(schedule)
+        self.compiled_schedule = self.compiled(schedule.with_interval(self._cheap_share(schedule)))
         self.compiler.note("capture", begin, self.analysis.records)
 
     def compiled(
@@ -102,6 +106,23 @@ class Program:
         cache = VariantCache(self.analysis, self.compiler, state_schedule)
         cache = self._variants.setdefault((cache.layout, state_schedule.order, state_schedule.control), cache)
         return CompiledSchedule(self, fitted, cache, order)
+
+    def _cheap_share(self, schedule: Schedule) -> float:
+        """MACs of the last of a schedule's kinds of step / MACs of a computed step, for a schedule with `speedup`."""
+        if schedule.speedup is None:
+            return 0.0
+        compiled = self.compiled(schedule)
+        macs = [compiled.variants.variant(row).macs for row in compiled.schedule.distinct_rows()]
+        return macs[-1] / macs[0]
+
+    def warn_of_size(self, schedule: Schedule) -> None:
+        """Warn if the schedule was calibrated with latents of another size."""
+        if schedule.latent and self.latent_shape and schedule.latent != self.latent_shape:
+            self.warned.once(
+                f"the schedule was calibrated with a latent of {list(schedule.latent)} for each sample, this call's is "
+                f"{list(self.latent_shape)}: at this size its quality isn't known. Calibrate at this size "
+                "(moeca_compile.calibrate), measure this schedule (moeca_compile.compare), or use a uniform one"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -128,6 +149,11 @@ class Program:
         if reason:
             self.warned.once(f"pack_experts is left out: {reason}", "pack_experts")
         return not reason
+
+
+def shape_of_sample(args: Sequence[Any], latent: int | None) -> tuple[int, ...]:
+    """Shape of the argument at the position `latent`, without its batch; empty: there is none."""
+    return () if latent is None else tuple(args[latent].shape[1:])
 
 
 def _nothing_found(analysis: Analysis) -> str:

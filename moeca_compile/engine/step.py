@@ -90,8 +90,8 @@ def _run(
         contents = _likely_contents(compiled, running, stream, args)
     state = None if stream is None else stream.state
     row, cold = driver.choose(state, step, observation.timestep)
-    variant = variants.built.get(row) or variants.variant(row)
     start, compiled_before = time.perf_counter(), compiler.spent
+    variant = variants.built.get(row) or variants.variant(row)
     hoisted: Sequence[torch.Tensor] = ()
     if stream is None:
         hoisted = Hoisted().of(program.prologues, variant.hoists, args, None)

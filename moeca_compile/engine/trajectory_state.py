@@ -17,7 +17,7 @@ from moeca_compile.engine.probe import Probe
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.runtime.clock import CallObservation, Clock, Counter, StepPlacement
 from moeca_compile.runtime.state import StreamState
-from moeca_compile.runtime.stats import MAX_RECORDS, StepRecord
+from moeca_compile.runtime.stats import MAX_RECORDS, MAX_TRAJECTORIES, StepRecord
 
 
 @dataclass(slots=True)
@@ -41,6 +41,50 @@ class GraphState:
     streams: dict[Hashable, Stream] = field(default_factory=dict)
 
 
+class RecordHistory:
+    """The records of a handle's trajectories since its last reset; no tensors."""
+
+    def __init__(self) -> None:
+        self._entries = deque[tuple[bool, deque[StepRecord]]](maxlen=MAX_TRAJECTORIES)
+
+    def add(self, records: deque[StepRecord], exact: bool) -> None:
+        """Add a trajectory, which may grow; one that is there already isn't added again. `exact`: the caller marks
+        where it begins and ends."""
+        if not any(records is present for _, present in self._entries):
+            self._entries.append((exact, records))
+
+    def clear(self) -> None:
+        """Forget all trajectories."""
+        self._entries.clear()
+
+    def trajectories(self) -> list[list[StepRecord]]:
+        """The records of each trajectory, in the order in which they began."""
+        separated: list[list[StepRecord]] = []
+        for exact, entry in list(self._entries):
+            records, parts = list(entry), []
+            while records:
+                first = 0 if exact else start_of_last(records)
+                parts.append(records[first:])
+                del records[first:]
+            separated += reversed(parts)
+        return separated[-MAX_TRAJECTORIES:]
+
+
+def start_of_last(records: Sequence[StepRecord]) -> int:
+    """Where the last trajectory of the records begins. Consecutive calls whose timesteps move in one direction are one
+    trajectory, even if the clock started anew in between."""
+    first, direction, later = len(records), 0, None
+    for i in reversed(range(len(records))):
+        timestep = records[i].timestep
+        if timestep is not None and later is not None and timestep != later:
+            moved = 1 if later > timestep else -1
+            if moved == -direction:
+                break
+            direction = moved
+        first, later = i, later if timestep is None else timestep
+    return first
+
+
 class TrajectoryState:
     """State of one trajectory of a handle.
 
@@ -52,6 +96,7 @@ class TrajectoryState:
         trajectory: None: the state of all calls outside any trajectory.
         latent_jump: of the clock, for calls outside any trajectory.
         timestep_history: of the handle.
+        history: the handle's records of its trajectories; those of this one are added.
 
     Attributes:
         exact: the caller marks where the trajectory begins and ends.
@@ -69,12 +114,14 @@ class TrajectoryState:
         trajectory: Trajectory | None = None,
         latent_jump: float = math.inf,
         timestep_history: TimestepHistory | None = None,
+        history: RecordHistory | None = None,
     ) -> None:
         self.exact = trajectory is not None
         self.counts = trajectory is not None and trajectory.stream is not None
         self._new_clock = Counter if self.counts else partial(Clock, math.inf if self.exact else latent_jump)
         self.declared = None if trajectory is None else trajectory.declared()
         self.timestep_history = timestep_history or TimestepHistory()
+        self.history = history or RecordHistory()
         self.by_schedule: weakref.WeakKeyDictionary[CompiledSchedule, GraphState] = weakref.WeakKeyDictionary()
         self.lock = threading.Lock()
         self._kinds = itertools.count()
@@ -113,7 +160,7 @@ class TrajectoryState:
         self.clock: Clock | Counter = self._new_clock()
         self.probe = Probe()
         self.timestep_plan = TimestepPlan(history=self.timestep_history)
-        self.records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
+        self.records = deque[StepRecord](maxlen=MAX_RECORDS)
 
     def begin(self, placement: StepPlacement, observation: CallObservation, timesteps: Sequence[float]) -> None:
         """Begin a trajectory with this call. `timesteps`: those it will have; empty: the last trajectory's."""
@@ -121,21 +168,10 @@ class TrajectoryState:
         self.probe.start(observation.kind, observation.condition)
         self.timestep_plan = TimestepPlan(tuple(timesteps or self.timestep_history.last), self.timestep_history)
         if not (self.exact or placement.broken_off):
-            self.records.clear()
+            self.records = deque(maxlen=MAX_RECORDS)
+        self.history.add(self.records, self.exact)
 
     def last_trajectory(self) -> list[StepRecord]:
-        """The calls of the last trajectory. Outside a `with` block, consecutive calls whose timesteps move in one
-        direction are one trajectory, even if the clock started anew in between."""
+        """The calls of the last trajectory."""
         records = list(self.records)
-        if self.exact:
-            return records
-        first, direction, later = len(records), 0, None
-        for i in reversed(range(len(records))):
-            timestep = records[i].timestep
-            if timestep is not None and later is not None and timestep != later:
-                moved = 1 if later > timestep else -1
-                if moved == -direction:
-                    break
-                direction = moved
-            first, later = i, later if timestep is None else timestep
-        return records[first:]
+        return records if self.exact else records[start_of_last(records) :]

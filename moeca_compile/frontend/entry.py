@@ -25,6 +25,7 @@ from moeca_compile.frontend.first_call import is_outdated, retrace_without_hooks
 from moeca_compile.frontend.handles import STATES, HandleState, Read, all_states, state_of
 from moeca_compile.frontend.owner import is_full_model
 from moeca_compile.frontend.signature import captured_of, floats_of, kind_of, refuse_gradients, strides_of, with_floats
+from moeca_compile.frontend.summary import announce
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import ambient_autocast
 from moeca_compile.graph.capture import Capture, Input, inputs_of, under_compile_lock
@@ -115,6 +116,8 @@ class Entry:
             program, arrangement = self._find(args, runtime, weights)
         except CaptureError as error:
             return self.run_uncached(args, str(error), state)
+        if not program.is_announced:
+            announce(program, state, () if owner is None else owner.modules)
         trajectory = current(weights.ids, owner.frame if owner is not None else None)
         results = self.step(program, arrangement, runtime, args, trajectory)
         if OBSERVED.runs is not None:

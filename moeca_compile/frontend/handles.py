@@ -63,6 +63,7 @@ class HandleState:
         is_full_model: by number of a graph, whether it is the full model and not a part of a broken one.
         parts: number of graphs that the last broken call ran; 0: no graph break.
         uncached: where and why calls run uncached, and the remedy; "": they are cached.
+        announced: regions and schedules whose summary was logged.
     """
 
     def __init__(self, context: object | None, options: Options, schedule: Schedule) -> None:
@@ -73,6 +74,7 @@ class HandleState:
         self.first, self.is_full_model = FirstCalls(), dict[int, bool]()
         self.runtime = HandleRuntime(context, options, schedule, self.warned, self.lock)
         self.parts, self.uncached = 0, ""
+        self.announced: set[object] = set()
         _ALL.add(self)
 
     def report_breaks(self, parts: int, breaks: Sequence[GraphBreak], dispatches: Sequence[object]) -> None:

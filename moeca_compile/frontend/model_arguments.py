@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,20 +20,11 @@ from moeca_compile.expert_dispatch import prepared
 from moeca_compile.expert_dispatch.isolate import isolated, share_again
 from moeca_compile.frontend.backend import Backend, moeca
 from moeca_compile.frontend.calls import Gate
+from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.handles import backend_of, states_of
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.options import Options
 from moeca_compile.runtime.stats import NO_CALL
-
-PARTS = ("transformer", "transformer_2")  # of a pipeline, as diffusers calls them
-
-
-def parts_of(pipeline: object) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline, by attribute; empty: the value isn't a pipeline."""
-    if isinstance(pipeline, (torch.nn.Module, FunctionType)):
-        return {}
-    attributes = {name: getattr(pipeline, name, None) for name in PARTS}
-    return {name: part for name, part in attributes.items() if isinstance(part, torch.nn.Module)}
 
 
 def single_model(model: Any, what: str) -> Any:
@@ -68,10 +58,18 @@ def models_of(model: Any, what: str) -> list[torch.nn.Module]:
     models = [model] if isinstance(model, torch.nn.Module) else list(parts_of(model).values())
     if not models:
         raise StateError(
-            f"{what}: expected a torch.nn.Module, or a pipeline with a `transformer`, and got {type(model).__name__}. "
-            'For a function: torch.compile(function, backend="moeca")'
+            f"{what}: expected a torch.nn.Module, or a pipeline with a `transformer`, and got {type(model).__name__}"
+            f"{_components(model)}. For a function: torch.compile(function, backend='moeca')"
         )
     return models
+
+
+def _components(pipeline: object) -> str:
+    """For a message: the components of a pipeline, none of which takes a latent and a timestep."""
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, Mapping):
+        return ""
+    return f", none of whose components takes a latent and a timestep: {', '.join(map(str, components)) or 'none'}"
 
 
 def compiled_parts(model: Any, what: str) -> list[Any]:

@@ -27,8 +27,9 @@ from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.handles import HandleState, Read, state_of
-from moeca_compile.frontend.owner import parameters_of
+from moeca_compile.frontend.owner import modules_of, parameters_of
 from moeca_compile.frontend.signature import refuse_gradients
+from moeca_compile.frontend.summary import announce
 from moeca_compile.graph.capture import Input
 
 TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")  # names of arguments
@@ -133,6 +134,8 @@ class OutputPath:
         interceptor = interceptor_of(context) if INTERCEPTORS.get() else None
         if interceptor is not None:
             return self._result(program, interceptor(OutputEntry(self, spec), leaves, runtime))
+        if not program.is_announced:
+            announce(program, state, modules_of(self.handle()))
         trajectory = current(runtime.ids, frame)
         running = runtime.running(trajectory)
         if trajectory is not None:

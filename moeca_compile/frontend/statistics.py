@@ -1,4 +1,4 @@
-"""Computes `stats`: what the last trajectory of a handle ran, and the memory held now."""
+"""Computes `stats`: what the trajectories of a handle ran, and the memory held now."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from moeca_compile.runtime.stats import Stats, StepRecord
 def stats_of(states: Sequence[HandleState]) -> Stats:
     """The statistics of one handle, or the sums over all handles of a model."""
     steps: list[StepRecord] = []
+    earlier: list[tuple[StepRecord, ...]] = []
     seconds: dict[str, float] = {}
     warned = Counter[str]()
     state_bytes = hoisted_bytes = 0
     for runtime in [state.runtime for state in states]:
         with runtime.lock:
             programs, trajectories = list(runtime.programs.values()), list(runtime.trajectories)
-            steps += runtime.latest.last_trajectory()
+            latest, history = runtime.latest.last_trajectory(), runtime.history.trajectories()
+        steps += latest
+        earlier += [tuple(records) for records in history if not latest or records[0] is not latest[0]]
         warned |= runtime.warned.counts.copy()
         for program in programs:
             for name, spent in list(program.compiler.seconds.items()):
@@ -34,4 +37,15 @@ def stats_of(states: Sequence[HandleState]) -> Stats:
     fraction = sum(record.macs for record in steps) / full if full else 1.0
     graphs = sum(bool(state.runtime.programs) + state.parts for state in states)
     uncached = "\n".join(dict.fromkeys(state.uncached for state in states if state.uncached))
-    return Stats(tuple(steps), state_bytes, fraction, graphs, seconds, hoisted_bytes, dict(warned), uncached)
+    return Stats(
+        steps=tuple(steps),
+        state_bytes=state_bytes,
+        mac_fraction=fraction,
+        graphs=graphs,
+        compile_seconds=seconds,
+        hoisted_bytes=hoisted_bytes,
+        warnings=dict(warned),
+        uncached=uncached,
+        trajectories=(*earlier, tuple(steps)) if steps else tuple(earlier),
+        on_host=all(state.runtime.on_host for state in states),
+    )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EVERY = "every region"
 _STYLES: dict[Act, str] = {Action.COMPUTE: "bold", Action.REUSE: "dim", Action.FORECAST: "cyan"}
 _GLYPHS: dict[Act, str] = {Action.COMPUTE: "█", Action.REUSE: "░", Action.FORECAST: "▒"}
-_DESCRIBED = ("made_by", "order", "period", "fingerprint", "granularity", "timesteps", "regions")
+_DESCRIBED = ("made_by", "order", "period", "fingerprint", "granularity", "timesteps", "latent", "regions")
 
 
 def facts(schedule: Schedule) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def facts(schedule: Schedule) -> dict[str, Any]:
         "reused": round(cells.count(Action.REUSE) / len(cells), 4),
         "partial": round(sum(isinstance(cell, Partial) for cell in cells) / len(cells), 4),
         "timesteps": [schedule.timesteps[0], schedule.timesteps[-1]] if schedule.timesteps else None,
+        "latent": list(schedule.latent) or None,
         "fingerprint": schedule.fingerprint,
         "granularity": schedule.granularity,
         "predicted": dict(schedule.predicted),

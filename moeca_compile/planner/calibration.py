@@ -7,13 +7,14 @@ decide. The resulting schedule is rolled out once more on held-out seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import CaptureError
+from moeca_compile.frontend.prompts import Prompt, check_seeds, sampler_of
 from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.output.rule import with_output_rule
 from moeca_compile.planner.output.study import OutputStudy, Truth, check_truth
@@ -31,9 +32,11 @@ from moeca_compile.schedule.granularity import OUTPUT
 
 def calibrate(
     model: Any,
-    sample: Sampler,
+    sample: Sampler | None = None,
     *,
     budget: str,
+    prompts: Sequence[Prompt] | None = None,
+    call: Mapping[str, Any] | None = None,
     order: int | str = "auto",
     granularity: str = "auto",
     max_variants: int = 4,
@@ -57,6 +60,9 @@ def calibrate(
             is set on it during sampling, so `sample` may call the pipeline.
         sample: the caller's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`. With
             several prompts, it chooses the prompt by the seed.
+        prompts: for a pipeline, in place of `sample`: texts, or mappings with keywords of the pipeline's call such as
+            `prompt_embeds`. Seed s draws prompt s modulo their number, so give at least as many seeds.
+        call: further keywords of the pipeline's call, such as `{"num_inference_steps": 28}`.
         budget: `macs:0.26` (fraction of the uncached MACs), `latency:0.4` (fraction of the uncached time of the
             variants, measured on this machine), `speedup:2` (the same as `latency:0.5`) or `psnr:45` (the cheapest
             schedule with at least 45 dB); also `state:64MiB` beside one of them. Separate several by commas.
@@ -108,7 +114,10 @@ def calibrate(
             fits); a seed is in both sets or twice; the sampler is not deterministic, never calls the model, ignores its
             seed or returns NaN; or the `resume` folder belongs to another calibration.
         CaptureError: the model can't be captured, or has nothing to cache.
+        OptionError: both or none of `sample` and `prompts`, prompts that are no list or more than there are seeds, or
+            keywords that the pipeline's call doesn't take.
     """
+    sample = sampler_of(model, sample, prompts, call, "calibrate")
     request = Request.read(
         budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches, quality
     )
@@ -163,6 +172,7 @@ class Studies:
 
 def find_schedule(studies: Studies, request: Request, granularity: str) -> Schedule:
     """The best schedule for a request, as `calibrate` describes it."""
+    check_seeds(studies.sample, len(request.seeds), "calibrate")
 
     def study_of(granularity: str) -> Study:
         return studies.of(granularity, request)
@@ -281,6 +291,7 @@ def _schedule(result: _Result) -> Schedule:
         fingerprint=program.regions.fingerprint,
         granularity=study.granularity,
         timesteps=study.timesteps,
+        latent=program.latent_shape,
         predicted=_predicted(result),
     )
 

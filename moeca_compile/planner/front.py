@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moeca_compile.errors import MoecaWarning, ScheduleError
+from moeca_compile.frontend.prompts import sampler_of
 from moeca_compile.planner.calibration import Studies, calibrate, find_schedule, reported
 from moeca_compile.planner.output.study import check_truth
 from moeca_compile.planner.request import Request
@@ -17,10 +18,10 @@ from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.front import Front
 
-NOT_FOR_REQUESTS = ("model", "sample", "granularity", "inner", "truth", "progress")
+NOT_FOR_REQUESTS = ("model", "sample", "prompts", "call", "granularity", "inner", "truth", "progress")
 
 
-def calibrate_front(model: Any, sample: Sampler, *, budgets: Sequence[str], **arguments: Any) -> Front:
+def calibrate_front(model: Any, sample: Sampler | None = None, *, budgets: Sequence[str], **arguments: Any) -> Front:
     """Find the best schedule within each of several budgets.
 
     The uncached samples, the drift, the costs and all rollouts are shared, so that each further budget costs its search
@@ -28,7 +29,7 @@ def calibrate_front(model: Any, sample: Sampler, *, budgets: Sequence[str], **ar
 
     Args:
         model: as for `moeca_compile.calibrate`.
-        sample: likewise, the caller's own loop.
+        sample: likewise, the caller's own loop, if no `prompts` are given.
         budgets: at least one, as `calibrate` takes them, such as `["macs:0.2", "macs:0.34", "macs:0.5"]`.
         **arguments: the other arguments of `calibrate`.
 
@@ -39,12 +40,13 @@ def calibrate_front(model: Any, sample: Sampler, *, budgets: Sequence[str], **ar
 
     Raises:
         ScheduleError: as `calibrate`; also if there is no budget, or no schedule for any.
-        CaptureError: as `calibrate`.
+        CaptureError, OptionError: as `calibrate`.
     """
     if isinstance(budgets, str) or not budgets:
         raise ScheduleError(
             f"calibrate_front: budgets={short(budgets)}, expected several texts such as ['macs:0.2', 'macs:0.34']"
         )
+    sample = sampler_of(model, sample, arguments.pop("prompts", None), arguments.pop("call", None), "calibrate_front")
     requests = [_request(model, sample, budget, arguments) for budget in budgets]
     requests.sort(key=_tightest)  # the drift of the cheapest schedule spans the most steps, and serves the others too
     chosen = _bound(model, sample, budgets[0], arguments)

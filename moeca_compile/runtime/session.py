@@ -237,7 +237,7 @@ class Trajectory:
             One record for each call, and the bytes of the cached state.
         """
         records = tuple(self._records)
-        full_macs = self.session.variant_of(self.session.schedule.rows[0]).spec.macs * len(records)
+        full_macs = sum(record.full_macs for record in records)
         macs = sum(record.macs for record in records)
         slots = zip(self._state.layout, self._state.tensors, strict=True) if self._state else ()
         state_bytes = sum(slot.bytes for slot, tensor in slots if tensor is not None)
@@ -288,10 +288,22 @@ class Trajectory:
         if dropped := session.dropped_branches(variant, values):
             session.warned.once(_left_out(f"step {step}", dropped))
         self._step = step
+        full_macs = session.variant_of(driver.full).spec.macs
         ms = (end - start) * 1e3
         overhead = (time.perf_counter() - begin) * 1e3 - ms
         self._records.append(
-            StepRecord(step, self.stream, variant.spec.name, ms, overhead, variant.spec.macs, cold, dropped)
+            StepRecord(
+                step,
+                self.stream,
+                variant.spec.name,
+                ms,
+                overhead,
+                variant.spec.macs,
+                cold,
+                dropped,
+                full_macs,
+                timestep,
+            )
         )
         return outputs
 

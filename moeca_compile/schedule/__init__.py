@@ -13,7 +13,7 @@ from typing import Any
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.schedule.action import Act, Action, Partial, Row
 from moeca_compile.schedule.adaptive import Adaptive
-from moeca_compile.schedule.checks import MAX_ORDER, MAX_ROWS, check_rows
+from moeca_compile.schedule.checks import MAX_ORDER, MAX_ROWS, check_rows, interval_for
 from moeca_compile.schedule.control import Control
 from moeca_compile.schedule.decode import (
     DecodeError,
@@ -46,12 +46,14 @@ class Schedule:
         fingerprint: of the graph that the columns belong to; "" fits any graph with these keys.
         granularity: what the columns are, as in `Options`; "" in older files and in schedules for any graph.
         timesteps: one per row, as the model receives them, strictly falling or rising; then rows go by timestep.
+        latent: shape of one sample's latent [...] that the schedule was calibrated with; empty: not known.
         control: how PARTIAL rows choose what they recompute.
         adaptive: if set, each step chooses one of the rows, which go from the most to the least expensive.
         output: fitted weights of what the model returns at each step, for granularity `output`.
         fitted: fitted weights of each region's FORECAST at each step; None: the polynomials of `order`.
         made_by: how the schedule was made, for people.
         predicted: what the maker expects, such as `mac_fraction` (see `moeca_compile.calibrate`).
+        speedup: if set, the interval of this uniform schedule isn't known yet: `with_interval` chooses it for a graph.
 
     Raises:
         ScheduleError: the first row does not compute everything, or an attribute is out of range.
@@ -64,12 +66,14 @@ class Schedule:
     fingerprint: str = ""
     granularity: str = ""
     timesteps: tuple[float, ...] = ()
+    latent: tuple[int, ...] = ()
     control: Control = field(default_factory=Control)
     adaptive: Adaptive | None = None
     output: OutputRule | None = None
     fitted: FittedWeights | None = None
     made_by: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
+    speedup: float | None = None
 
     def __post_init__(self) -> None:
         width = 1 if self.regions is None else len(self.regions)
@@ -86,6 +90,8 @@ class Schedule:
             )
         if self.adaptive is not None:
             self.adaptive.check_rows(self.rows, is_counted=not (self.timesteps or self.period))
+        if self.speedup is not None and self.speedup <= 1:
+            raise ScheduleError(f"speedup:{self.speedup:g}: how many times fewer MACs than all steps computed, above 1")
         is_open = bool(self.period) or self.adaptive is not None
         if self.fitted is not None:
             self.fitted.check_rows(self.rows, is_open, self.regions is not None and self.granularity != OUTPUT)
@@ -153,9 +159,27 @@ class Schedule:
         rows: tuple[Row, ...] = ((Action.COMPUTE,), (between,))
         return cls(rows, order=order, adaptive=Adaptive((threshold,), **bounds), made_by=f"adaptive:{threshold:g}")
 
+    def with_interval(self, cheap: float) -> Schedule:
+        """Choose the smallest interval that reaches `speedup`; without `speedup` the schedule stays as it is.
+
+        Args:
+            cheap: MACs of a step that computes no region / MACs of a computed step.
+
+        Returns:
+            The uniform schedule.
+
+        Raises:
+            ScheduleError: no interval up to 10 reaches the speedup.
+        """
+        if self.speedup is None:
+            return self
+        interval = interval_for(self.speedup, cheap)
+        made_by = f"speedup:{self.speedup:g} as uniform:{interval}, order {self.order}"
+        return replace(type(self).uniform(interval, order=self.order), made_by=made_by)
+
     @classmethod
     def parse(cls, text: str, order: int = 1) -> Schedule:
-        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `adaptive:0.1`) or a JSON file.
+        """Read a short form (`full`, `uniform:3`, `uniform:3:warmup=2`, `speedup:2`, `adaptive:0.1`) or a JSON file.
 
         Args:
             text: the short form; the path of a schedule, which ends with `.json`; or the path of a front and a budget,
@@ -175,6 +199,8 @@ class Schedule:
             match = re.fullmatch(r"uniform:(\d{1,9})(?::warmup=(\d{1,9}))?", text)
             if match:
                 return cls.uniform(int(match[1]), warmup=int(match[2] or 1), order=order)
+        elif head == "speedup" and len(rest) == 1 and re.fullmatch(r"\d{1,9}(\.\d{1,20})?", rest[0]):
+            return replace(cls.uniform(2, order=order), speedup=float(rest[0]), made_by=f"{text}, order {order}")
         elif head == "adaptive" and len(rest) == 1 and re.fullmatch(r"\d{0,9}\.?\d{1,20}", rest[0]):
             return cls.by_drift(float(rest[0]), order)
         elif text.endswith(".json"):
@@ -185,8 +211,8 @@ class Schedule:
             path, _, budget = text.rpartition("@")
             return Front.load(path).at(budget)
         raise ScheduleError(
-            f"schedule {text!r} is not understood; use 'full', 'uniform:3', 'uniform:3:warmup=2', 'adaptive:0.1' or "
-            "a path to a .json"
+            f"schedule {text!r} is not understood; use 'full', 'uniform:3', 'uniform:3:warmup=2', 'speedup:2', "
+            "'adaptive:0.1' or a path to a .json"
         )
 
     def row_index(self, step: int, timestep: float | None = None) -> int | None:
@@ -294,7 +320,14 @@ class Schedule:
 
         Returns:
             The text of the schedule's file.
+
+        Raises:
+            ScheduleError: a schedule for a speedup, whose interval isn't known yet.
         """
+        if self.speedup is not None:
+            raise ScheduleError(
+                f"speedup:{self.speedup:g} has no rows to save before a graph is known: save explain(model).schedule"
+            )
         return json.dumps(entries_of(self), indent=1)
 
     @classmethod

@@ -8,6 +8,7 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.schedule.action import Action, Row, legend_of
 
 MAX_ORDER = 2
+MAX_INTERVAL = 10  # of a schedule for a speedup: far from the last computed step a forecast is worth little
 MAX_ROWS = 10_000  # far beyond any sampler's steps; the limit keeps making and reading a schedule fast
 
 
@@ -39,3 +40,26 @@ def check_rows(rows: Sequence[Row], width: int, order: int, period: int) -> None
         raise ScheduleError("FORECAST needs order 1 or 2; with order 0 the action is REUSE")
     if not 0 <= period <= len(rows):
         raise ScheduleError(f"period is {period}, but there are {len(rows)} rows")
+
+
+def interval_for(speedup: float, cheap: float) -> int:
+    """The smallest interval n of a uniform schedule that reaches a speedup in MACs.
+
+    Of n steps one is computed, so n steps run 1 + (n - 1) `cheap` times the MACs of a computed step.
+
+    Args:
+        speedup: n / (1 + (n - 1) `cheap`), at least.
+        cheap: MACs of a step that computes no region / MACs of a computed step.
+
+    Raises:
+        ScheduleError: no interval up to `MAX_INTERVAL` reaches it.
+    """
+    reached = {n: n / (1 + (n - 1) * cheap) for n in range(2, MAX_INTERVAL + 1)}
+    for interval, times in reached.items():
+        if times >= speedup:
+            return interval
+    raise ScheduleError(
+        f"speedup:{speedup:g} can't be reached: a step that computes no region still runs {cheap:.1%} of the MACs, so "
+        f"uniform:{MAX_INTERVAL} gives {reached[MAX_INTERVAL]:.2f}. Ask for less, or calibrate a schedule "
+        "(moeca_compile.calibrate); with granularity='output' cheap steps run nothing"
+    )

@@ -9,16 +9,16 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.schedule.action import format_row, legend_from, legend_of, parse_row
 from moeca_compile.schedule.adaptive import Adaptive
 from moeca_compile.schedule.control import Control
-from moeca_compile.schedule.decode import Entries, short
+from moeca_compile.schedule.decode import Entries, is_positive, short
 from moeca_compile.schedule.fitted import FittedWeights
 from moeca_compile.schedule.output import OutputRule
 
 if TYPE_CHECKING:
     from moeca_compile.schedule import Schedule
 
-FORMAT, VERSION = "moeca-schedule", 3
+FORMAT, VERSION = "moeca-schedule", 4
+WITHOUT_LATENT, PLAIN = 3, 2  # versions of files without the latent's shape, and without fitted weights too
 FRONT_FORMAT = "moeca-front"  # of a file with several schedules
-PLAIN_VERSION = 2  # of files without fitted weights
 _OPTIONAL: dict[str, Callable[[Entries], Any]] = {
     "adaptive": Adaptive.from_entries,
     "output": OutputRule.from_entries,
@@ -26,7 +26,7 @@ _OPTIONAL: dict[str, Callable[[Entries], Any]] = {
 }
 _ENTRIES = (
     "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
-    "predicted", "control", "partials", "rows", *_OPTIONAL,
+    "predicted", "control", "partials", "rows", "latent", *_OPTIONAL,
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def entries_of(schedule: Schedule) -> dict[str, Any]:
     weights = {name: value.to_dict() for name, value in fitted.items() if value is not None}
     return {
         "format": FORMAT,
-        "version": VERSION if weights else PLAIN_VERSION,
+        "version": VERSION if schedule.latent else WITHOUT_LATENT if weights else PLAIN,
         "made_by": schedule.made_by,
         "order": schedule.order,
         "period": schedule.period,
@@ -50,6 +50,7 @@ def entries_of(schedule: Schedule) -> dict[str, Any]:
         "adaptive": None if schedule.adaptive is None else schedule.adaptive.to_dict(),
         "partials": {letter: partial.to_list() for letter, partial in legend.items()},
         "rows": [format_row(row, legend) for row in schedule.rows],
+        **({"latent": list(schedule.latent)} if schedule.latent else {}),
         **weights,
     }
 
@@ -80,8 +81,15 @@ def attributes_from(data: Entries) -> dict[str, Any]:
         "fingerprint": data.text("fingerprint"),
         "granularity": data.text("granularity", ""),
         "timesteps": data.numbers("timesteps"),
+        "latent": _sizes(data.get("latent", [])),
         "control": Control.from_entries(data.entries("control", {})),
         "made_by": data.text("made_by"),
         "predicted": {name: predicted.number(name) for name in predicted.data},
         **{name: read(data.entries(name)) for name, read in present.items()},
     }
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(map(is_positive, value)):
+        raise ScheduleError(f"latent is {short(value)}, expected a list of sizes")
+    return tuple(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from typing import Any
@@ -59,6 +60,8 @@ def namespace(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         made(self, **{**given, "inner": "eager", "inner_options": {}, "mode": None})
 
     monkeypatch.setattr(moeca.Options, "__init__", without_compiler)
+    log = logging.getLogger("moeca_compile")
+    monkeypatch.setattr(log, "setLevel", lambda level: None)  # it would hold for every later test
     diffusers: Any = types.ModuleType("diffusers")
     diffusers.DiffusionPipeline = Pipeline
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)

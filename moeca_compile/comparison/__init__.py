@@ -1,0 +1,5 @@
+"""`compare`: speed and quality of a cached model, pipeline or bundle, beside its uncached self."""
+
+from moeca_compile.comparison.compare import compare
+
+__all__ = ["compare"]

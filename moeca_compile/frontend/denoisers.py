@@ -1,0 +1,35 @@
+"""Finds the denoisers of a pipeline by structure, never by the name of a class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import FunctionType
+
+from torch import nn
+
+from moeca_compile.frontend.output_path import LATENTS, TIMESTEPS
+
+PARTS = ("transformer", "transformer_2")  # of a pipeline, as diffusers calls them
+BESIDE = "controlnet_cond"  # a ControlNet takes it; it steers the denoiser and isn't one
+
+
+def parts_of(pipeline: object) -> dict[str, nn.Module]:
+    """The modules of a pipeline that it calls at every step, by attribute; empty: the value isn't a pipeline.
+
+    They are `transformer` and `transformer_2`. In their absence they are those of the pipeline's `components` whose
+    `forward` takes a latent and a timestep, such as `unet` or `prior`.
+    """
+    if isinstance(pipeline, (nn.Module, FunctionType, type)):
+        return {}
+    attributes = {name: getattr(pipeline, name, None) for name in PARTS}
+    parts = {name: part for name, part in attributes.items() if isinstance(part, nn.Module)}
+    components = getattr(pipeline, "components", None)
+    if parts or not isinstance(components, Mapping):
+        return parts
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module) and _denoises(part)}
+
+
+def _denoises(module: nn.Module) -> bool:
+    names = set(inspect.signature(module.forward).parameters)
+    return BESIDE not in names and not names.isdisjoint(LATENTS) and not names.isdisjoint(TIMESTEPS)

@@ -1,0 +1,66 @@
+"""Logs the summary of a handle's first call: what is cached, at what share of the MACs, and what to type next."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from moeca_compile.engine.program import Program
+from moeca_compile.frontend.handles import HandleState
+from moeca_compile.inspect.report import Report, VariantReport
+from moeca_compile.inspect.summary import summary
+
+log = logging.getLogger("moeca_compile")
+
+
+def announce(program: Program, state: HandleState, models: Sequence[object]) -> None:
+    """Log the summary of a new program at INFO, once for each set of regions and schedule of a handle.
+
+    As long as nobody set up logging or this logger's level, the summary goes to stderr; otherwise the logging decides.
+
+    Args:
+        program: whose first call this is.
+        state: of the handle.
+        models: that the handle runs.
+    """
+    program.is_announced = True
+    is_set_up = log.hasHandlers() or log.level != logging.NOTSET
+    if is_set_up and not log.isEnabledFor(logging.INFO):
+        return
+    subject = program.regions.keys, program.schedule.made_by
+    if subject in state.announced:
+        return
+    state.announced.add(subject)
+    names = " and ".join(type(model).__name__ for model in models)
+    text = summary(report_of([program]), names or "the compiled function")
+    if is_set_up:
+        log.info(text)
+    else:
+        print(text, file=sys.stderr)  # noqa: T201
+
+
+def report_of(programs: Sequence[Program]) -> Report:
+    """The report of the program with the most regions."""
+    main = max(programs, key=lambda program: len(program.regions))
+    variants = [main.variant(row) for row in main.schedule.distinct_rows()]
+    row_counts = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
+    hoisted = sorted({position for variant in variants for position in variant.hoists})
+    return Report(
+        graphs=len(programs),
+        nodes=main.nodes,
+        regions=main.regions.regions,
+        rejected=main.regions.rejected,
+        total_macs=main.regions.total_macs,
+        fingerprint=main.regions.fingerprint,
+        timestep=main.roles[0],
+        latent=main.roles[1],
+        schedule=main.schedule,
+        state_bytes=sum(slot.bytes for slot in main.layout),
+        passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),
+        variants=tuple(
+            VariantReport(v.name, row_counts[v.row], v.node_count, v.macs, len(v.reads), len(v.writes))
+            for v in variants
+        ),
+        hoisted=tuple(main.prologues.hoisted[position] for position in hoisted),
+    )
