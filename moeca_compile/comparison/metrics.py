@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ class Metrics:
         if samples.dim() not in (4, 5) or min(samples.shape[-2:]) < SSIM_WINDOW:
             return None
         try:
-            from skimage.metrics import structural_similarity
+            structural_similarity: Any = importlib.import_module("skimage.metrics").structural_similarity
         except ImportError:
             raise ImportError("pip install scikit-image") from None
         values = []
@@ -82,7 +83,7 @@ class Metrics:
         if samples.dim() not in (4, 5) or samples.shape[-3] not in (1, 3):
             return None
         try:
-            import lpips
+            lpips = importlib.import_module("lpips")
         except ImportError:
             raise ImportError("pip install lpips") from None
         if self._lpips is None:

@@ -136,7 +136,7 @@ def extrapolation_weight(uncached: Tensor, coarse: Tensor, fine: Tensor) -> floa
     differences = [float((a - b).norm()) for a, b in ((uncached, coarse), (coarse, fine))]
     ratio = differences[0] / max(differences[1], 1e-30)
     order = min(MAX_ORDER, max(1, round(math.log2(max(ratio, 1e-30)))))
-    return 1.0 / (2**order - 1)
+    return 1.0 / (2.0**order - 1.0)
 
 
 def given_path(uncached: Path, wanted: Tensor) -> Path:
