@@ -22,8 +22,8 @@ class Options:
 
     Attributes:
         schedule: a `Schedule`, the path of a schedule's JSON file, or a short form (`full`, `uniform:3`,
-            `uniform:3:warmup=2`, `adaptive:0.05`, `speedup:2`: the shortest uniform interval with half the MACs or
-            less). The default is cautious: four full steps, then every second step
+            `uniform:3:warmup=2`, `adaptive:0.05`, `speedup:2`: the shortest uniform interval with half the MACs,
+            to within 5 %). The default is cautious: four full steps, then every second step
             computed, the others forecast.
         order: of the forecast, for short forms: 0 copies, 1 (None) extrapolates linearly, 2 quadratically. A `Schedule`
             and a file have their own; another one beside them is refused.

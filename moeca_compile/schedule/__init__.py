@@ -160,7 +160,7 @@ class Schedule:
         return cls(rows, order=order, adaptive=Adaptive((threshold,), **bounds), made_by=f"adaptive:{threshold:g}")
 
     def with_interval(self, cheap: float) -> Schedule:
-        """Choose the smallest interval that reaches `speedup`; without `speedup` the schedule stays as it is.
+        """Choose the smallest interval that reaches `speedup` to within 5 %. Without `speedup`, nothing changes.
 
         Args:
             cheap: MACs of a step that computes no region / MACs of a computed step.

@@ -298,7 +298,7 @@ def test_samples_of_two_shapes_are_refused(model: Any) -> None:
         world.sample(called, seed)
         return torch.zeros(next(sizes), 2)
 
-    with pytest.raises(OptionError, match=r"gave shapes \[2, 2\] and \[5, 2\] for one seed"):
+    with pytest.raises(OptionError, match=r"gave shapes \[4, 2\] and \[5, 2\] for one seed"):
         moeca.compare(model, sample, seeds=1)
 
 
