@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._guards import CompileId
 
 from moeca_compile.errors import OptionError
 from moeca_compile.graph.autocast import autocast_is, without_autocast
@@ -20,6 +22,8 @@ from moeca_compile.lowering.inductor.replay import RECORDERS, Record, Replayed
 from moeca_compile.options import Options
 from moeca_compile.passes.manager import PassRecord
 from moeca_compile.pipeline import lower
+
+log = logging.getLogger(__name__)
 
 
 class Compiler:
@@ -36,6 +40,7 @@ class Compiler:
         seconds: seconds by name of a variant; also `capture` and `kernels`.
         spent: their sum.
         record: records a program as a CUDA graph; None: nothing is recorded.
+        compile_id: of Dynamo's compile that the graph came from; None: it is unknown.
         replaying: a lock that is held from the start of a replay until its results are committed.
     """
 
@@ -49,6 +54,7 @@ class Compiler:
         self.seconds: dict[str, float] = {}
         self.spent = 0.0
         self.record: Record | None = None
+        self.compile_id: CompileId | None = None
         self.replaying: AbstractContextManager[Any] = nullcontext()
 
     def start_recording(self, args: Sequence[Any]) -> None:
@@ -89,6 +95,7 @@ class Compiler:
         self.records += records
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.spent += seconds
+        log.info("%s: %.2f s, %d passes", name, seconds, len(records))
 
     def _moving(self, variant: Variant, count: int) -> set[int]:
         """Positions of a variant's `count` arguments that are other tensors at each call: all but weights and state."""

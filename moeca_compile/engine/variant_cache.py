@@ -10,8 +10,10 @@ from typing import Any
 from moeca_compile.engine.compiler import Compiler
 from moeca_compile.graph.capture import under_compile_lock
 from moeca_compile.graph.variant import StateSlot, Variant
+from moeca_compile.inspect.trace import artifact
 from moeca_compile.lowering.inductor.kernels import kernels_later
 from moeca_compile.lowering.inductor.lower import Executable
+from moeca_compile.passes.dump import text_of
 from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.pipeline import Analysis, build_variant
 from moeca_compile.schedule import Row, Schedule
@@ -46,6 +48,7 @@ class VariantCache:
                 variant, records = build_variant(self._analysis, self._state_schedule, row, options, name)
                 self.built[row] = variant
                 self._compiler.note(name, begin, records)
+                artifact(f"moeca_{name}", lambda: text_of(variant.gm), self._compiler.compile_id)
         return self.built[row]
 
     def compile(self, variant: Variant, args: Sequence[Any]) -> Executable:

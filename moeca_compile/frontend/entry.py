@@ -31,7 +31,9 @@ from moeca_compile.graph.autocast import ambient_autocast
 from moeca_compile.graph.capture import Capture, Input, inputs_of, under_compile_lock
 from moeca_compile.graph.desugar import desugar
 from moeca_compile.graph.same_graph import identity
+from moeca_compile.inspect.trace import current_compile, log_capture
 from moeca_compile.lowering.inductor.as_given import lower_as_given
+from moeca_compile.passes.dump import text_of
 from moeca_compile.schedule.granularity import OUTPUT
 
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # of all graphs of Dynamo that are alive
@@ -65,6 +67,7 @@ class Entry:
     def __init__(self, gm: torch.fx.GraphModule, inputs: tuple[Input, ...], read: Callable[[Any], Read]) -> None:
         self.gm, self.inputs, self._read = gm, inputs, read
         self.number = next(_numbers)
+        self._compile_id = current_compile()
         placeholders = fx.placeholders(gm)
         self._weights = [i for i, source in enumerate(inputs) if source.is_weight]
         self._labels = [inputs[i].label for i in self._weights]
@@ -327,6 +330,9 @@ class Entry:
         if runtime.find(any_strides_key) is not None:
             return self._beside(key, any_strides_key, runtime, captured)
         program = Program(gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured)
+        program.compiler.compile_id = self._compile_id
+        graph = partial(text_of, program.analysis.gm)
+        log_capture(program.regions, program.roles, program.schedule, graph, self._compile_id)
         runtime.place((key, graph_key, any_strides_key, captured_key), program)
         program.place_weights(args)
         weights = [args[i] for i in self._weights]

@@ -12,6 +12,7 @@ from moeca_compile.errors import LoweringError, MoecaWarning
 from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.repeat_blocks import has_bodies, repeat_blocks
+from moeca_compile.lowering.inductor.repro import write_repro
 from moeca_compile.lowering.inductor.split_table import arguments_of
 from moeca_compile.lowering.inductor.straight_stream import straight_stream
 from moeca_compile.passes.manager import Pass, PassManager
@@ -52,6 +53,7 @@ def lower_inductor(
         passes = _without_bodies(passes)
     gm = manager.rewrite(passes, variant.gm, variant, label=f"{variant.name} ")
     split = arguments_of(gm)
+    options: dict[str, Any] = {}
     try:
         options = {**_for_device(variant, args), **(list_mode_options(mode) if mode else {}), **(inner_options or {})}
         unknown = [name for name in options if name not in config.get_config_copy()]
@@ -76,8 +78,10 @@ def lower_inductor(
                 stacklevel=2,
             )
             return lower_inductor(variant, args, mode, inner_options, _without_bodies(passes), manager)
+        repro = write_repro(variant.name, gm, split(args), options, error)
+        repeats = f"`python {repro}` repeats it; please attach that file to a report. " if repro else ""
         raise LoweringError(
-            f"Inductor refused variant {variant.name} ({variant.node_count} nodes): {error}. "
+            f"Inductor refused variant {variant.name} ({variant.node_count} nodes): {error}. {repeats}"
             "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"
         ) from error
     return lambda given: compiled(*split(given))
