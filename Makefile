@@ -17,14 +17,14 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-slow test-newest lint format docs docs-site bench clean
+.PHONY: help install demo test engines test-slow test-newest lint format docs docs-site dist bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train,cli,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,bench,demo,train,cli,docs,release]'
 	touch $@
 
 # Triton's server and client can't live with what the package is tested with
@@ -75,6 +75,12 @@ docs: $(INSTALLED) ## write docs/models.md anew from the tests' results
 
 docs-site: $(INSTALLED) ## build the site of docs/ into build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site
+
+# twine reads what PyPI would: a page that it can't render is an error
+dist: $(INSTALLED) ## the source archive and the wheel, built alone and checked, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: $(INSTALLED) ## measure; writes benchmarks/results
 	$(BIN)/python -m benchmarks.steps

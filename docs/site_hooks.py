@@ -12,9 +12,15 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-PAGES = {"benchmarks/README.md": "protocol.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "benchmarks/README.md": "protocol.md",
+    "CHANGELOG.md": "changelog.md",
+    "integrations/comfyui/README.md": "integrations/comfyui.md",
+    "integrations/vllm_omni/README.md": "integrations/vllm_omni.md",
+}
 PATTERNS = ("benchmarks/results/*.json", "examples/*.py", "examples/schedules/*.json")
 COMMANDS = "<!-- the commands, from the code -->"
+_EXAMPLE = re.compile(r"\x08\nExample:\n  (.*)")  # as a terminal gets it
 _LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)([^)\s#]+)")
 
 
@@ -37,7 +43,8 @@ def command_line() -> str:
     from moeca_compile import cli
 
     command = typer.main.get_command(cli.app)
-    return get_docs_for_click(obj=command, ctx=typer.Context(command), name="moeca")
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="moeca")
+    return _EXAMPLE.sub(r"**Example**:\n\n```console\n$ \1\n```", text)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:

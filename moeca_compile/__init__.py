@@ -44,7 +44,7 @@ __all__ = [
     "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "compare", "compile", "disable",
     "expert_thresholds", "explain", "export", "prepare", "reset", "stats", "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,10 @@ from tests.docs.pages import ROOT, anchors_of, links_of, page_names, text_of
 if not (ROOT / "docs").exists():
     pytest.skip("needs the checkout", allow_module_level=True)
 
+BESIDE = ["benchmarks/README.md", "CHANGELOG.md", "integrations/comfyui/README.md", "integrations/vllm_omni/README.md"]
 
-@pytest.mark.parametrize("page", [*page_names(), "benchmarks/README.md", "CHANGELOG.md"])
+
+@pytest.mark.parametrize("page", [*page_names(), *BESIDE])
 def test_links_lead_somewhere(page: str) -> None:
     for link in links_of(page):
         if link.startswith(("http://", "https://", "mailto:")):
