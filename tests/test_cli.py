@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from moeca_compile.cli import app
 from moeca_compile.errors import MoecaError
+from moeca_compile.runtime.bundle.manifest import MANIFEST, SCHEDULE
 from moeca_compile.schedule import Schedule
 from tests import toy
 from tests.tools import row
@@ -45,6 +46,14 @@ def test_show_as_json_is_json(files: tuple[str, str]) -> None:
     status, said = run("show", files[0], "--json")
     assert status == 0
     assert json.loads(said)["variants"] == 3
+
+
+def test_show_of_a_bundle_shows_its_schedule(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    ONE.save(tmp_path / SCHEDULE)
+    status, said = run("show", str(tmp_path))
+    assert status == 0
+    assert "by hand" in said
 
 
 def test_show_draws(files: tuple[str, str], tmp_path: Path) -> None:
@@ -125,10 +134,10 @@ def refused(*words: str) -> str:
 def test_what_can_t_be_loaded_is_said(tmp_path: Path) -> None:
     rest = ("--budget", "macs:0.5", "--out", str(tmp_path / "s.json"))
     sample = ("--sample", "tests.toy:sample")
-    assert "expected package.module:function" in refused("calibrate", "tests.toy", *sample, *rest)
+    assert "expected MODULE:FUNCTION" in refused("calibrate", "tests.toy", *sample, *rest)
     assert "'tests.nowhere:model' can't be loaded" in refused("calibrate", "tests.nowhere:model", *sample, *rest)
     missing = ("--weights", str(tmp_path / "no.safetensors"))
-    assert "can't be loaded into DiT" in refused("calibrate", "tests.toy:model", *sample, *missing, *rest)
+    assert run("calibrate", "tests.toy:model", *sample, *missing, *rest)[0] == 2
 
 
 def test_drift_of_a_folder_takes_no_options_of_sampling(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from moeca_compile import __version__, cli
@@ -48,17 +49,26 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("show",), "Missing argument"),
     (("show", "{}/no.json"), "can't be read"),
     (("show", "{}/empty"), "can't be read"),
-    (("show", "{}/one.json", "--picture", "{}/grid.nonsense"), "moeca: "),
-    (("show", "{}/one.json", "--picture", "{}/no/grid.svg"), "moeca: "),
+    (("show", "{}/one.json", "--picture", "{}/grid.nonsense"), "a picture's name ends in .png or .svg"),
+    (("show", "{}/one.json", "--picture", "{}/no/grid.svg"), "there is no folder"),
     (("diff", "{}/one.json"), "Missing argument"),
     (("diff", "{}/one.json", "{}/text"), "not a readable schedule"),
-    (("calibrate", "tests.toy", *FIND), "expected package.module:function"),
+    (("calibrate", "tests.toy", *FIND), "expected MODULE:FUNCTION"),
     (("calibrate", "tests.toy:nothing", *FIND), "can't be loaded"),
+    (("calibrate", "tests.toy:modell", *FIND), "did you mean 'model'?"),
+    (("calibrate", "tests.toy.model:build", *FIND), "'tests.toy' is a module, not a package"),
+    (("calibrate", "tests.toy:sample", *FIND), "is sample(model, seed), but it is called with no arguments"),
+    (("calibrate", "tests.toy:model", *FIND[2:], "--sample", "tests.toy:model"), "is called with (model, seed)"),
     (("calibrate", "tests.test_cli_mistakes:ONE", *FIND), "is no function but Schedule"),
     (("calibrate", "tests.test_cli_mistakes:row", *FIND), "TypeError: row() missing 1"),
     (("calibrate", "tests.test_cli_mistakes:broken", *FIND), "ZeroDivisionError: in the user's own code (test_cli"),
     (("calibrate", "tests.toy:model", *FIND[:-1], "{}/no/s.json"), "there is no folder"),
-    (("calibrate", "tests.toy:model", *FIND, "--weights", "{}/no"), "can't be loaded into DiT"),
+    (("calibrate", "tests.toy:model", *FIND, "--weights", "{}/no"), "'{}/no' does not exist"),
+    (("calibrate", "tests.toy:model", *FIND, "--weights", "{}/text"), "can't be loaded into DiT"),
+    (("calibrate", "tests.toy:model", *FIND, "--budget", "2x"), "did you mean speedup:2?"),
+    (("calibrate", "tests.toy:model", *FIND, "--inner", "egaer"), "'egaer' is not one of 'inductor', 'eager'"),
+    (("calibrate", "tests.toy:model", *FIND, "--perturb", "2"), "perturb needs resume=FOLDER"),
+    (("calibrate", "tests.toy:model", *FIND, "--resume", "{}/text"), "it is no folder"),
     (("calibrate", "tests.toy:model", *FIND, "--order", "7"), "order"),
     (("calibrate", "tests.toy:model", *FIND, "--granularity", "atoms"), "atoms"),
     (("plan", "tests.toy:model", *FIND, "--resume", "{}/empty"), "with --resume: moeca calibrate tests.toy:model"),
@@ -70,24 +80,28 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("export", "tests.toy:model", "{}/b", "--targets", "onnxruntime"), "expected one or several of onnx, openvino"),
     (("export", "tests.toy:model", "{}/b", "--schedule", "unifrom:3"), "unifrom:3"),
     (("export", "tests.toy:model", "{}/b", "--batches", "1"), "expected three numbers"),
-    (("export", "tests.test_cli_mistakes:both", "{}/b", "--opset", "3"), "opset=3"),
+    (("export", "tests.toy:model", "{}/b", "--granularity", "atoms"), "atoms"),
+    (("export", "tests.toy:model", "{}/b", "--opset", "3"), "Invalid value for '--opset'"),
     (("export", "tests.test_cli_mistakes:both", "{}/b"), "can't be called with the example inputs"),
     (("verify", "{}/empty"), "manifest.json is missing"),
     (("verify", "{}/no"), "is no directory"),
     (("verify", "{}/empty", "--provider", "Nonsense"), "has no 'Nonsense'"),
-    (("verify", "{}/empty", "--memory", "none"), "memory='none'"),
+    (("verify", "{}/empty", "--memory", "none"), "'none' is not one of 'speed', 'shared'"),
     (("verify", "{}/empty", "--threads", "-1"), "--threads"),
     (("info", "{}/text"), "is no directory"),
     (("run", "{}/empty", *RUN), "manifest.json is missing"),
     (("run", "{}/empty"), "Missing option"),
+    (("run", "{}/empty", *RUN[:-1], "{}/no/out.npz"), "there is no folder"),
     (("bench", "{}/empty", "--steps", "0"), "--steps"),
     (("bench", "{}/empty", "--rounds", "0"), "--rounds"),
     (("bench", "{}/empty", "--batch", "-3"), "--batch"),
     (("bench", "{}/empty", "--steps", "many"), "--steps"),
     (("engines", "{}/empty"), "manifest.json is missing"),
     (("engines", "{}/empty", "--batches", "3,2,1"), "batch=(3, 2, 1)"),
+    (("engines", "{}/empty", "--library", "tensorflow"), "'tensorflow' is not one of 'tensorrt', 'tensorrt-rtx'"),
     (("triton", "{}/empty", "{}/models"), "manifest.json is missing"),
     (("triton", "{}/empty", "{}/models", "--sequences", "0"), "--sequences"),
+    (("doctor", "now"), "Got unexpected extra argument"),
 ]  # fmt: skip
 
 
@@ -101,13 +115,13 @@ def test_a_mistake_gives_one_line(
     ONE.save(tmp_path / "one.json")
     assert moeca(monkeypatch, *(word.format(tmp_path) for word in words)) in (cli.MISTAKE, cli.UNEXPECTED)
     said = capsys.readouterr().err
-    assert says in said
+    assert says.format(tmp_path) in said
     assert "Traceback" not in said
     assert said.count("\n") == 1 or "Usage: moeca" in said
 
 
 def test_every_command_is_tried() -> None:
-    assert {words[0] for words, _ in MISTAKES} == {"nonsense"} | set(cli.typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert {words[0] for words, _ in MISTAKES} == {"nonsense"} | set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
 def test_a_traceback_on_demand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,13 +130,44 @@ def test_a_traceback_on_demand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         moeca(monkeypatch, "export", "tests.test_cli_mistakes:broken", tmp_path / "b")
 
 
+WITHOUT_TORCH = """
+import sys
+from moeca_compile import cli
+sys.modules["torch"] = None
+for words in {}:
+    sys.argv = ["moeca", *words]
+    try:
+        cli.main()
+    except SystemExit as left:
+        print(left.code)
+"""
+
+
 def test_mistakes_are_said_before_torch_is_imported(tmp_path: Path) -> None:
-    code = "import sys\nfrom moeca_compile.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    words = ["export", "math:pi", str(tmp_path / "b")], ["export", "math:pi", str(tmp_path)], ["--version"]
-    for one in words:
-        done = subprocess.run([sys.executable, "-c", code, *one], capture_output=True, text=True, check=False)
-        assert done.stdout.split("\n")[-2] == "False", done.stderr
-        assert "math:pi" in done.stderr or "exists already" in done.stderr or __version__ in done.stdout
+    """What is wrong whatever the model is: were torch imported, the text would be that it isn't there."""
+    find = [word.format(tmp_path) for word in FIND]
+    words = [
+        ["export", "math:pie", str(tmp_path)],
+        ["export", "math:pi", str(tmp_path)],
+        ["export", "tests.toy:modell", str(tmp_path / "b")],
+        ["export", "tests.toy:model", str(tmp_path / "b"), "--schedule", "unifrom:3"],
+        ["calibrate", "tests.toy:model", *find, "--budget", "2x"],
+        ["calibrate", "tests.toy:model", *find, "--granularity", "atoms"],
+        ["calibrate", "tests.toy:model", *find, "--order", "7"],
+        ["calibrate", "tests.toy:model", *find[:-1], str(tmp_path / "no" / "s.json")],
+        ["drift", "tests.toy:model", "--sample", "tests.toy:nothing"],
+        ["drift", str(tmp_path)],
+        ["verify", str(tmp_path)],
+    ]
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2"] * len(words), done.stderr
+    assert "needs torch" not in done.stderr
+    good = [["calibrate", "tests.toy:model", *find]]
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(good)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr.count("\n")) == ("2\n", 1)
+    assert "this command needs torch, which isn't installed here" in done.stderr
 
 
 def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

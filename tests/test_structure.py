@@ -218,7 +218,7 @@ def test_commands_in_the_pages_are_make_targets(page: str) -> None:
     assert named <= targets
 
 
-@pytest.mark.parametrize("name", ["moeca_compile", "moeca_compile.runtime"])
+@pytest.mark.parametrize("name", ["moeca_compile", "moeca_compile.planner", "moeca_compile.runtime"])
 def test_a_type_checker_sees_what_runs(name: str) -> None:
     """What is imported when it is first used is imported under TYPE_CHECKING too: each name from the same place."""
     package = importlib.import_module(name)

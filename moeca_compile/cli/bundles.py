@@ -11,10 +11,22 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from moeca_compile.cli import deploy
-from moeca_compile.cli.load import call
-from moeca_compile.cli.params import BATCHES, Arch, AsJson, Batches, BundlePath, Memory, Provider, Threads
-from moeca_compile.cli.say import print_json, say, show
+from moeca_compile.cli import deploy, named
+from moeca_compile.cli.command import add
+from moeca_compile.cli.load import model_and_inputs
+from moeca_compile.cli.params import (
+    BATCHES,
+    Arch,
+    AsJson,
+    Batches,
+    BundlePath,
+    Memory,
+    Model,
+    Provider,
+    Schedule,
+    Threads,
+)
+from moeca_compile.cli.say import print_json, say, say_next, show
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.lowering.experts.choose import FORMS
 from moeca_compile.options import Options
@@ -25,51 +37,98 @@ from moeca_compile.runtime.bundle.summary import VARIANT_COLUMNS, facts, variant
 from moeca_compile.runtime.bundle.verify import verify as verify_session
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.triton import write_repository
+
+Order = Annotated[
+    int | None,
+    typer.Option(min=0, max=2, help="The order of the forecasts of a short form, 1 by default. A file has its own."),
+]
+Granularity = Annotated[
+    str, typer.Option(help="What a column of the schedule is: region, stack, blocks:2:-2, skip:1 or output.")
+]
+Targets = Annotated[
+    str, typer.Option(help="What is to run the bundle: onnx, openvino, cuda or tensorrt; several with commas between.")
+]
+Experts = Annotated[
+    str, typer.Option(help="How experts are written: auto, segments, dense, moe, capacity or capacity:1.25.")
+]
+Triton = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Also write a Triton model repository of the bundle there.")
+]
 
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to an app."""
-    for command in (export, verify, info, run, bench):
-        app.command()(command)
+    add(
+        app, export,
+        example="moeca export my.models:build model.moeca --schedule half.json",
+        if_stopped="no bundle was written to {path}",
+    )  # fmt: skip
+    add(app, verify, example="moeca verify model.moeca", if_stopped="the bundle is as it was")
+    add(app, info, example="moeca info model.moeca --json", if_stopped="nothing was written")
+    add(
+        app, run,
+        example="moeca run model.moeca --inputs steps.npz --out outputs.npz",
+        if_stopped="{out} wasn't written",
+    )  # fmt: skip
+    add(
+        app, bench,
+        example="moeca bench model.moeca --providers CPUExecutionProvider,openvino --steps 28",
+        if_stopped="nothing was written",
+    )  # fmt: skip
 
 
 def export(
-    source: Annotated[
-        str, typer.Argument(help="package.module:function; it returns (model, example_inputs), more sizes after them.")
-    ],
-    path: Annotated[Path, typer.Argument(help="The directory to make.")],
-    schedule: Annotated[str, typer.Option(help="A schedule's JSON file or a short form.")] = "uniform:3",
-    order: Annotated[
-        int | None, typer.Option(help="The forecast's order, for a short form: 0, 1 or 2; by default 1.")
-    ] = None,
-    granularity: Annotated[str, typer.Option(help="What the schedule's columns are.")] = "region",
-    targets: Annotated[
-        str, typer.Option(help="What is to run it, by commas: onnx, openvino, cuda, tensorrt.")
-    ] = "onnx",
-    experts: Annotated[str, typer.Option(help="auto, segments, dense, moe, capacity or capacity:1.25.")] = "auto",
-    opset: Annotated[int, typer.Option(help="The ONNX opset of the graphs, 18 to 22.")] = 20,
+    source: Model,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make; it must not exist.")],
+    schedule: Schedule = "uniform:3",
+    order: Order = None,
+    granularity: Granularity = "region",
+    targets: Targets = "onnx",
+    experts: Experts = "auto",
+    opset: Annotated[int, typer.Option(min=18, max=22, help="The ONNX opset of the graphs.")] = 20,
     fused: Annotated[bool, typer.Option("--fused", help="Also write fused.onnx, all variants in one graph.")] = False,
-    fixed_batch: Annotated[bool, typer.Option(help="Only for the example's batch; by default for any.")] = False,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch", help="Export for the example's batch alone; by default for any batch.")
+    ] = False,
     arch: Arch = "",
     batches: Batches = BATCHES,
-    triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository of it there too.")] = None,
+    triton: Triton = None,
+    json: AsJson = False,
 ) -> None:
-    """Write a model and a schedule as a bundle; for tensorrt with its engines."""
+    """Write a model and a schedule as a bundle.
+
+    A bundle runs without torch; for the target tensorrt it gets engines. The function returns (model, example_inputs);
+    more example inputs after them become further sizes.
+    """
     asked = deploy.request_of(arch=arch, batches=batches)
-    _refuse_early(path, schedule, order, targets.split(","))
-    model, inputs, *other_sizes = _load(source)
+    _refuse_early(source, path, schedule, order, granularity, targets.split(","))
+    model, inputs, *other_sizes = model_and_inputs(source)
     from moeca_compile.exporting import export as export_model
 
     bundle = export_model(
         model, inputs, schedule, path, other_sizes=other_sizes, targets=targets.split(","), opset=opset,
         experts=experts, order=order, granularity=granularity, fused=fused, dynamic_batch=not fixed_batch,
-        progress=True, engines=asked if arch or batches != BATCHES else None,
+        progress=not json, engines=asked if arch or batches != BATCHES else None,
     )  # fmt: skip
+    models = write_repository(bundle, triton) if triton is not None else []
+    if json:
+        print_json(
+            {
+                "bundle": str(path),
+                "variants": len(bundle.graphs),
+                "bytes": bundle.bytes,
+                "engines": deploy.engine_facts(bundle),
+                "models": [str(folder) for folder in models],
+            }
+        )
+        return
     say(f"{path}: {len(bundle.graphs)} variants, {bundle.bytes / 2**20:.1f} MiB")
-    if "tensorrt" in bundle.manifest.targets:
-        deploy.show_engines(bundle)
+    deploy.show_engines(bundle)
     if triton is not None:
-        deploy.triton(bundle.path, triton)
+        deploy.show_models(models, triton)
+    else:
+        say_next(f"moeca verify {path}")
 
 
 def verify(
@@ -80,7 +139,10 @@ def verify(
     fused: Annotated[bool, typer.Option("--fused", help="Run the fused graph in place of the variants.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Checksums, then the golden steps on this machine; exit status 1 if they differ from what was recorded."""
+    """Verify a bundle on this machine.
+
+    Its checksums first, then its golden steps; exit status 1 if they differ from what was recorded.
+    """
     kind = FusedSession if fused else Session
     session = kind.open(path, provider, memory, threads)
     for engine in session.manifest.engines:  # those too that this machine has no use for
@@ -90,11 +152,13 @@ def verify(
         print_json({**asdict(verdict), "error": verdict.error, "passed": verdict.passed})
     else:
         say(verdict)
+        if verdict.passed:
+            say_next(f"moeca bench {path} --providers {provider}")
     raise typer.Exit(0 if verdict.passed else 1)
 
 
 def info(path: BundlePath, json: AsJson = False) -> None:
-    """What is in a bundle; its checksums are verified."""
+    """Show what is in a bundle; its checksums are verified."""
     bundle = Bundle.open(path)
     if json:
         print_json(msgspec.to_builtins(bundle.manifest))
@@ -110,13 +174,20 @@ def info(path: BundlePath, json: AsJson = False) -> None:
 
 def run(
     path: BundlePath,
-    inputs: Annotated[Path, typer.Option(help=".npz: for each input an array with a leading axis of steps.")],
-    out: Annotated[Path, typer.Option(help=".npz for the outputs, with the same leading axis.")],
+    inputs: Annotated[
+        Path, typer.Option(metavar="FILE", help="A .npz file: for each input an array with a leading axis of steps.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Write the outputs to this .npz, with the same axis first.")
+    ],
     provider: Provider = CPU,
     memory: Memory = "speed",
     threads: Threads = None,
+    json: AsJson = False,
 ) -> None:
     """Run one trajectory over recorded inputs."""
+    if not out.resolve().parent.is_dir():
+        raise OptionError(f"--out {out}: there is no folder {out.parent}")
     session = Session.open(path, provider, memory, threads)
     try:
         with np.load(inputs, allow_pickle=False) as data:
@@ -134,20 +205,28 @@ def run(
     stacked: dict[str, Any] = {name: np.stack([outputs[name] for outputs in results]) for name in results[0]}
     with out.open("wb") as file:  # as it is called: numpy would add .npz
         np.savez(file, **stacked)
-    say(stats)
+    if json:
+        print_json({"out": str(out), "steps": [asdict(record) for record in stats.steps]})
+    else:
+        say(stats)
 
 
 def bench(
     path: BundlePath,
-    providers: Annotated[str, typer.Option(help="Execution providers of onnxruntime, or openvino; by commas.")] = CPU,
+    providers: Annotated[
+        str, typer.Option(help="Measure on these: execution providers of onnxruntime or openvino, with commas between.")
+    ] = CPU,
     steps: Annotated[int, typer.Option(min=1, help="How many steps a trajectory has.")] = 50,
-    rounds: Annotated[int, typer.Option(min=1, help="Whole trajectories, cached and full in turn.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How many whole trajectories run, cached and full in turn.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="How many samples a call has.")] = 2,
     memory: Memory = "speed",
     threads: Threads = 1,
     json: AsJson = False,
 ) -> None:
-    """Milliseconds of each variant, and of whole trajectories with and without the cache."""
+    """Measure how fast a bundle is, with and without the cache.
+
+    The milliseconds of each variant, and of whole trajectories, cached and full in turn.
+    """
     figures = [
         bench_bundle(Session.open(path, provider, memory, threads), steps=steps, rounds=rounds, batch=batch)
         for provider in providers.split(",")
@@ -167,18 +246,13 @@ def bench(
         )
 
 
-def _refuse_early(path: Path, schedule: str, order: int | None, targets: list[str]) -> None:
-    """What is wrong whatever the model is, before torch is imported, which takes seconds."""
+def _refuse_early(
+    source: str, path: Path, schedule: str, order: int | None, granularity: str, targets: list[str]
+) -> None:
+    """Refuse what is wrong whatever the model is, before torch is imported, which takes seconds."""
+    named.check(source, 0)
     if path.exists():
         raise BundleError(f"{str(path)!r} exists already; remove it, or export to another name")
     if unknown := [name for name in targets if name not in FORMS]:
         raise OptionError(f"--targets {','.join(unknown)}: expected one or several of {', '.join(FORMS)}")
-    Options(schedule=schedule, order=order).resolved_schedule()
-
-
-def _load(source: str) -> tuple[Any, ...]:
-    """The model and its example inputs, of one size or several, from `package.module:function`."""
-    returned = call(source)
-    if not isinstance(returned, tuple) or len(returned) < 2:
-        raise OptionError(f"{source}: expected a function that returns (model, example_inputs)")
-    return returned
+    Options(schedule=schedule, order=order, granularity=granularity).resolved_schedule()

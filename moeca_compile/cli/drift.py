@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from moeca_compile.cli import named
+from moeca_compile.cli.command import add
 from moeca_compile.cli.load import load, model_of
-from moeca_compile.cli.params import AsJson, Inner, Picture, Seeds, Weights
+from moeca_compile.cli.params import NAMED, AsJson, Inner, Picture, Seeds, Weights, drawable
 from moeca_compile.cli.say import print_json, show
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.inspect import plots
@@ -19,17 +21,36 @@ from moeca_compile.inspect.drift import lines, tables
 from moeca_compile.inspect.drift import plots as drift_plots
 from moeca_compile.inspect.progress import bar
 
-Of = Annotated[str, typer.Argument(help="A folder that a calibration kept; with --sample, package.module:function.")]
-Sampled = Annotated[
-    str | None, typer.Option("--sample", help="package.module:function; it takes (model, seed); runs the model now.")
+if TYPE_CHECKING:
+    from moeca_compile.planner.store import Store
+
+Of = Annotated[
+    str,
+    typer.Argument(
+        metavar=f"FOLDER|{NAMED}",
+        help="A folder that `moeca calibrate --resume` filled; with --sample, a function that returns the model.",
+    ),
 ]
-Gap = Annotated[int, typer.Option(min=1, help="How many steps back values are compared with.")]
-Experts = Annotated[Path | None, typer.Option(help="Draw drift by expert into this .png or .svg.")]
+Sampled = Annotated[
+    str | None,
+    typer.Option(
+        "--sample", metavar=NAMED, help="Run the model now, with this function that takes (model, seed) and samples."
+    ),
+]
+Gap = Annotated[int, typer.Option(min=1, help="Compare each value with that of this many steps before.")]
+Experts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", callback=drawable, help="Draw the drift of each expert into a .png or .svg file."),
+]
 
 
 def mount(app: typer.Typer) -> None:
     """Add the command to an app."""
-    app.command()(drift)
+    add(
+        app, drift,
+        example="moeca drift my.models:build --sample my.models:sample --picture drift.svg",
+        if_stopped="nothing was written",
+    )  # fmt: skip
 
 
 def drift(
@@ -43,9 +64,10 @@ def drift(
     experts: Experts = None,
     json: AsJson = False,
 ) -> None:
-    """How far each step is from what a cache would give: as a calibration measured it, or by sampling a model now.
+    """Show how far each step is from what a cache would give.
 
-    Sampling also tells tokens, branches and experts apart.
+    A folder that a calibration kept tells what was measured then. With --sample the model is sampled now, which also
+    tells tokens, branches and experts apart.
     """
     if sample is None:
         if weights is not None or (seeds, gap, inner) != (1, 1, "eager"):
@@ -59,6 +81,8 @@ def _sampled(
     source: str, sample: str, weights: Path | None, seeds: int, gap: int, inner: str,
     picture: Path | None, experts: Path | None, json: bool,
 ) -> None:  # fmt: skip
+    named.check(source, 0)
+    named.check(sample, 2)
     from moeca_compile.planner.drift.branches import branch_drift
 
     model, sampler = model_of(source, weights), load(sample)
@@ -79,11 +103,18 @@ def _sampled(
         show(f"as a whole only, for their branches can't be told apart: {', '.join(apart)}")
 
 
-def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
+def _store_in(kept: Path) -> Store | None:
+    """What a calibration kept in the folder, or in one below it; looked for before torch is imported."""
+    file = next(iter(sorted(kept.rglob("drift.npz"))), None)
+    if file is None:
+        return None
     from moeca_compile.planner.store import Store
 
-    file = next(iter(sorted(kept.rglob("drift.npz"))), None)
-    store = Store(file.parent) if file is not None else None
+    return Store(file.parent)
+
+
+def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
+    store = _store_in(kept)
     found = store.drift() if store is not None else None
     if store is None or found is None:
         raise ScheduleError(f"{kept} holds no calibration: `moeca calibrate --resume {kept}` makes one")

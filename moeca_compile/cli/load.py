@@ -1,35 +1,33 @@
-"""What people name on the command line: `package.module:function`, beside the current folder too, and weights."""
+"""What people name on the command line: MODULE:FUNCTION, beside the current folder too, and weights."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
+from moeca_compile.cli.named import here_first, parts_of
 from moeca_compile.errors import OptionError
 
 
 def load(source: str) -> Any:
-    """The object that `package.module:name` names.
+    """The object that `MODULE:FUNCTION` names.
 
     Raises:
         OptionError: another form, or nothing there.
     """
-    module, _, name = source.partition(":")
-    if not module or not name:
-        raise OptionError(f"{source!r}: expected package.module:function")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    module, name = parts_of(source)
+    here_first()
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise  # the module is right, the machine isn't
         raise OptionError(f"{source!r} can't be loaded: {error}") from error
 
 
 def call(source: str) -> Any:
-    """What the function that `package.module:function` names returns.
+    """What the function that `MODULE:FUNCTION` names returns.
 
     Raises:
         OptionError: it names no function.
@@ -40,9 +38,21 @@ def call(source: str) -> Any:
     return function()
 
 
+def model_and_inputs(source: str) -> tuple[Any, ...]:
+    """The model and its example inputs, of one size or several.
+
+    Raises:
+        OptionError: the function returns something else.
+    """
+    returned = call(source)
+    if not isinstance(returned, tuple) or len(returned) < 2:
+        raise OptionError(f"{source}: expected a function that returns (model, example_inputs)")
+    return returned
+
+
 def model_of(source: str, weights: Path | None) -> Any:
     """The model that the function returns, in eval mode, with the weights of a file in the dtype that it has. Example
-    inputs after the model, as `moeca export` wants them, are left aside.
+    inputs after the model are left aside.
 
     Raises:
         OptionError: it returns no model, or the weights don't fit.
@@ -52,10 +62,11 @@ def model_of(source: str, weights: Path | None) -> Any:
     if not hasattr(model, "load_state_dict"):
         raise OptionError(f"{source!r} returned {type(model).__name__}; expected a model, or (model, example_inputs)")
     if weights is not None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             model.load_state_dict(load_file(weights))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise OptionError(f"{weights} can't be loaded into {type(model).__name__}: {error}") from error
     return model.eval().requires_grad_(False)

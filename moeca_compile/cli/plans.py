@@ -3,45 +3,72 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moeca_compile.cli import named
+from moeca_compile.cli.command import add
 from moeca_compile.cli.load import load, model_of
-from moeca_compile.cli.params import AsJson, Inner, Sample, Seeds, Weights
-from moeca_compile.cli.say import print_json, show
+from moeca_compile.cli.params import AsJson, Inner, Model, Sample, Seeds, Weights
+from moeca_compile.cli.say import print_json, say, say_next, show
 from moeca_compile.errors import OptionError
 from moeca_compile.inspect import schedules
+from moeca_compile.schedule.granularity import Granularity
 
-Source = Annotated[str, typer.Argument(help="package.module:function; it returns the model.")]
 Budget = Annotated[
-    str, typer.Option(help="macs:0.26, latency:0.4, speedup:2, psnr:45, state:64MiB; several by commas.")
+    str,
+    typer.Option(
+        help="What the schedule may cost, or how good it must be: speedup:2, latency:0.5, macs:0.26, state:64MiB or "
+        "psnr:45; several of them with commas between."
+    ),
 ]
-Out = Annotated[Path, typer.Option(help="The schedule's JSON file to write.")]
-Order = Annotated[str, typer.Option(help="Of the forecasts: 0, 1, 2 or auto.")]
-Granularity = Annotated[str, typer.Option(help="region, stack, blocks:2:-2, skip:1 or auto.")]
-Holdout = Annotated[int, typer.Option(help="How many seeds only the final check sees: 1000, 1001, ...")]
-Resume = Annotated[Path | None, typer.Option(help="A folder that keeps what is found, to go on from or plan again.")]
-Perturb = Annotated[int, typer.Option(help="Experts to make stale one by one, at most; each costs two trajectories.")]
-Branches = Annotated[float, typer.Option(help="Also try cheap rows that compute this share of the branches, 0.04.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="Write the schedule to this .json file.")]
+Order = Annotated[str, typer.Option(help="The order of the forecasts: 0, 1 or 2; auto tries all of them.")]
+Granularities = Annotated[
+    str,
+    typer.Option(
+        "--granularity",
+        help="What a column of the schedule is: region, stack, blocks:2:-2, skip:1 or output; auto tries regions and "
+        "the stack.",
+    ),
+]
+Holdout = Annotated[int, typer.Option(min=0, help="How many seeds only the final check sees: 1000, 1001, ...")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep what is found in this folder: the same command goes on from there, another budget uses it too.",
+    ),
+]
+Perturb = Annotated[
+    int, typer.Option(min=0, help="Make this many experts stale, one by one; each costs two trajectories.")
+]
+Branches = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Also try cheap rows that compute this share of the expert branches, as in 0.04."),
+]
 
 
 def mount(app: typer.Typer) -> None:
-    """Add the command to an app."""
-    app.command()(calibrate)
+    """Add the commands to an app."""
+    add(
+        app, calibrate,
+        example="moeca calibrate my.models:build --sample my.models:sample --budget speedup:2 --out half.json",
+        if_stopped="nothing was kept; with --resume FOLDER the same command goes on where it was",
+    )  # fmt: skip
     app.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(plan)
 
 
 def calibrate(
-    source: Source,
+    source: Model,
     sample: Sample,
     budget: Budget,
     out: Out,
     weights: Weights = None,
     order: Order = "auto",
-    granularity: Granularity = "auto",
+    granularity: Granularities = "auto",
     seeds: Seeds = 8,
     holdout: Holdout = 2,
     inner: Inner = "inductor",
@@ -50,41 +77,54 @@ def calibrate(
     branches: Branches = 0.0,
     json: AsJson = False,
 ) -> None:
-    """Find the best schedule that a budget allows, by sampling the model.
+    """Find the best schedule that a budget allows.
 
-    With --resume and a folder that an earlier calibration kept, only new schedules are sampled.
+    The model is sampled with every step computed first, and then with the schedules that look best. With --resume and a
+    folder that an earlier calibration kept, only new schedules are sampled.
     """
-    if not out.resolve().parent.is_dir():
-        raise OptionError(f"--out {out}: there is no folder {out.parent}")
+    forecast_order = int(order) if order.isdecimal() else order
+    _refuse_early(source, sample, out, budget, forecast_order, granularity, seeds, holdout, resume, perturb, branches)
     model, sampler = model_of(source, weights), load(sample)
     from moeca_compile.planner import calibrate as find
 
     if perturb and not json:
-        print(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
-    try:
-        schedule = find(
-            model,
-            sampler,
-            budget=budget,
-            order=int(order) if order.isdecimal() else order,
-            granularity=granularity,
-            seeds=seeds,
-            holdout=holdout,
-            inner=inner,
-            resume=resume,
-            perturb=perturb,
-            branches=branches,
-            progress=not json,
-        )
-    except KeyboardInterrupt as stop:
-        for note in getattr(stop, "__notes__", ()):  # what is kept, and how to go on from there
-            print(note, file=sys.stderr)
-        raise
+        say(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
+    schedule = find(
+        model,
+        sampler,
+        budget=budget,
+        order=forecast_order,
+        granularity=granularity,
+        seeds=seeds,
+        holdout=holdout,
+        inner=inner,
+        resume=resume,
+        perturb=perturb,
+        branches=branches,
+        progress=not json,
+    )
     schedule.save(out)
     if json:
         print_json(schedules.facts(schedule))
-    else:
-        show(schedules.table_of_facts(schedule), "", schedules.grid(schedule))
+        return
+    show(schedules.table_of_facts(schedule), "", schedules.grid(schedule))
+    say_next(f"moeca export {source} model.moeca --schedule {out}, or moeca.compile(model, schedule={str(out)!r})")
+
+
+def _refuse_early(
+    source: str, sample: str, out: Path, budget: str, order: int | str, granularity: str,
+    seeds: int, holdout: int, resume: Path | None, perturb: int, branches: float,
+) -> None:  # fmt: skip
+    """Refuse what is wrong whatever the model is, before torch is imported, which takes seconds."""
+    from moeca_compile.planner.request import Request
+
+    named.check(source, 0)
+    named.check(sample, 2)
+    if not out.resolve().parent.is_dir():
+        raise OptionError(f"--out {out}: there is no folder {out.parent}")
+    if granularity != "auto":
+        Granularity.parse(granularity)
+    Request.read(budget, order, 2, seeds, holdout, None, None, 0, resume, perturb, branches)
 
 
 def plan(context: typer.Context) -> None:

@@ -36,6 +36,11 @@ def say(text: object) -> None:
     print(visible(str(text)))
 
 
+def say_next(command: str) -> None:
+    """Print the command that usually comes next."""
+    say(f"next: {command}")
+
+
 def print_json(value: Any) -> None:
     """Print JSON and nothing else: numbers that JSON doesn't have (NaN, Infinity) are null."""
     print(json.dumps(_plain(value), indent=1, allow_nan=False))

@@ -6,12 +6,15 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.quality import QualityFunction
 from moeca_compile.planner.search.predict import Predictor, predictors_of
 from moeca_compile.schedule.budget import Budget
 from moeca_compile.schedule.decode import short
+
+if TYPE_CHECKING:  # it imports torch, and commands check their arguments before that
+    from moeca_compile.planner.quality import QualityFunction
 
 HOLDOUT = 1000  # the first held-out seed, where `holdout` is a number of seeds
 MOST_SEEDS = 1000

@@ -1,0 +1,1 @@
+"""What this machine is, what of the package works on it, and what to install for the rest."""
