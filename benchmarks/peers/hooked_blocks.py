@@ -32,13 +32,14 @@ def register() -> None:
 
 
 class HookedBlocks:
-    """The model of a workload under one of these caches; called like the model.
+    """The model of a workload under one of these caches; called like the model. Its hooks can't be traced: where it is
+    `compiled`, each block is by itself.
 
     Attributes:
         computed: full steps of the trajectory.
     """
 
-    def __init__(self, work: Workload, apply: Callable[[Any, Any], None], config: Any) -> None:
+    def __init__(self, work: Workload, apply: Callable[[Any, Any], None], config: Any, compiled: bool = False) -> None:
         from diffusers.hooks import HookRegistry
 
         register()
@@ -46,8 +47,10 @@ class HookedBlocks:
         (stack,) = work.stacks
         self.stack = stack
         self.computed = self.taken = 0
-        last = self.module.get_submodule(stack)[-1]
-        last.norm1.register_forward_pre_hook(self._count)  # runs only where the block does
+        blocks = list(self.module.get_submodule(stack))
+        for block in blocks if compiled else ():
+            block.forward = torch.compile(block.forward)
+        blocks[-1].norm1.register_forward_pre_hook(self._count)  # runs only where the block does
         apply(self.module, config)
         self.registry = HookRegistry.check_if_exists_or_initialize(self.module)
 
@@ -122,7 +125,7 @@ def first_block_cache(work: Workload) -> HookedBlocks:
     return HookedBlocks(work, apply_first_block_cache, FirstBlockCacheConfig())
 
 
-def mag_cache(work: Workload, batch: Batch) -> HookedBlocks:
+def mag_cache(work: Workload, batch: Batch, compiled: bool = False) -> HookedBlocks:
     """With ratios calibrated as its documentation has it: one uncached trajectory."""
     from diffusers import MagCacheConfig
     from diffusers.hooks import apply_mag_cache
@@ -133,7 +136,8 @@ def mag_cache(work: Workload, batch: Batch) -> HookedBlocks:
     measuring.restart()
     work.draw(measuring, batch)
     (ratios,) = {tuple(state.calibration_ratios) for state in measuring.states() if state.calibration_ratios}
-    return HookedBlocks(work, apply_mag_cache, MagCacheConfig(num_inference_steps=steps, mag_ratios=list(ratios)))
+    config = MagCacheConfig(num_inference_steps=steps, mag_ratios=list(ratios))
+    return HookedBlocks(work, apply_mag_cache, config, compiled)
 
 
 def mag_computes(ratios: Tensor, threshold: float, max_skip_steps: int, retention_ratio: float) -> int:

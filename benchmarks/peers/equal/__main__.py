@@ -3,7 +3,7 @@
     python -m benchmarks.peers.equal            # about an hour on one core; writes results/peers_equal.json
     python -m benchmarks.peers.equal --only sampler --held-out 8    # these contenders, on so many seeds of 32 digits
     python -m benchmarks.peers.equal --quick    # few digits: does it run?
-    python -m benchmarks.peers.equal --report   # docs/peers.md from results/peers_equal.json
+    python -m benchmarks.peers.equal --report   # docs/peers.md from results/peers_equal.json and peers_latency.json
 
 Settings are chosen on seeds 0 to 15. Samples stay in `--work`, so that a stopped run goes on; our schedules and the
 truths are those of `python -m benchmarks.fitted`, from its own folder. Quality doesn't depend on the machine's load; no
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help=f"only write {page.PAGE}")
     args = parser.parse_args(argv)
     if args.report:
-        page.write(RESULTS / "peers_equal.json")
+        page.write(RESULTS)
         return
     pin_threads()
     size, of_ours = (QUICK, fitted.QUICK) if args.quick else (WHOLE, fitted.WHOLE)

@@ -110,7 +110,7 @@ def _dynamic_masks(lab: Lab, count: int) -> list[Setting]:
     """The mask says which steps are computed at least; the threshold, which others are."""
     mask = _mask(lab, samplers.dpcache_steps(lab, max(2, count // 2)))
     fitting = []
-    for threshold in THRESHOLDS[1:]:
+    for threshold in THRESHOLDS[1:5]:
         fields = {"steps_computation_mask": mask, "steps_computation_policy": "dynamic"}
         way = dbcache.Setting(_cached(lab, taylor=1), lab.work, residual_diff_threshold=threshold, **fields)
         fitting.append(_of(f"{count}: {threshold:g}", way))
@@ -119,7 +119,7 @@ def _dynamic_masks(lab: Lab, count: int) -> list[Setting]:
 
 def _dbcache(lab: Lab, count: int) -> list[Setting]:
     fitting = []
-    for taylor, most, threshold in itertools.product((0, 1), (-1, 3), THRESHOLDS):
+    for taylor, most, threshold in itertools.product((0, 1), (-1, 3), THRESHOLDS[1:]):
         cached = _cached(lab, taylor=taylor, max_warmup_steps=4)
         limits = {"residual_diff_threshold": threshold, "max_continuous_cached_steps": most}
         label = f"threshold {threshold:g}, Taylor {taylor}, at most {most} cached in a row"

@@ -59,18 +59,22 @@ def of_forecasts(gram: np.ndarray) -> np.ndarray:
     return cost
 
 
-def of_euler_steps(states: Sequence[Tensor], outputs: Sequence[Tensor]) -> np.ndarray:
-    """The squared distance of one Euler step from where the known trajectory is then.
+def of_steps(states: Sequence[Tensor], outputs: Sequence[Tensor], order: int) -> np.ndarray:
+    """The squared distance of one multistep step from where the known trajectory is then.
 
     Args:
         states: before each step and after the last.
         outputs: at each step.
+        order: 0 for Euler's step, 1 for one along the line through the outputs of two computed steps.
     """
     steps = len(outputs)
     cost = np.full((steps, steps, steps + 1), np.inf)
-    stacked = torch.stack(list(states))
-    for start in range(steps):
-        lengths = torch.arange(1, steps - start + 1).view(-1, *[1] * states[0].ndim) / steps
-        gaps = stacked[start] - lengths * outputs[start] - stacked[start + 1 :]
-        cost[: start or 1, start, start + 1 :] = gaps.flatten(1).double().square().sum(1).numpy()
+    ends, velocities = (torch.stack(list(rows)).flatten(1).double() for rows in (states, outputs))
+    for newer in range(steps):
+        lengths = torch.arange(1, steps - newer + 1, dtype=torch.float64)[:, None] / steps
+        gaps = ends[newer] - lengths * velocities[newer] - ends[newer + 1 :]
+        for older in range(newer) if newer else (0,):
+            slope = (velocities[newer] - velocities[older]) * steps / max(1, newer - older)
+            bend = order * lengths.square() / 2 * slope
+            cost[older, newer, newer + 1 :] = (gaps - bend).square().sum(1).numpy()
     return cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,8 @@ class Lab:
         self.size, self.computed = size, computed
         self.file = work / f"recorded_{size.seeds}_{size.each}_{size.steps}_{size.finer}.pt"
         self.work = TrainedDigits(WorkloadSize(size.batch, 1, size.steps))
-        self.qualities: dict[tuple[str, str], tuple[float, float]] = {}
+        self.journal = work / "qualities.json"
+        self.qualities: dict[str, list[float]] = json.loads(self.journal.read_text()) if self.journal.exists() else {}
         noise = torch.cat([digits.initial_noise(seed, size.each) for seed in range(size.seeds)])
         self.batch = Batch(noise, torch.cat([labels_of(seed, size.each) for seed in range(size.seeds)]))
 
@@ -137,17 +139,21 @@ class Lab:
         settings = contender.settings(self, count)
         if len(settings) == 1:
             return settings[0], 1
-        truth = self.recorded[contender.target][0][-1]
-        for setting in settings:
-            key = contender.name, setting.label
-            if key not in self.qualities:
-                images = setting.draw(self.batch)
-                self.qualities[key] = interval(psnr(images, truth))[0], setting.spent()[0]
-        levels = {setting.label: self.qualities[contender.name, setting.label] for setting in settings}
+        levels = {setting.label: self._quality(contender, setting) for setting in settings}
         cheap = [setting for setting in settings if levels[setting.label][1] <= count]
         if not cheap:
             raise ValueError(f"{contender.name}: no setting of {len(settings)} computes {count} steps or fewer")
         return max(cheap, key=lambda setting: levels[setting.label][0]), len(settings)
+
+    def _quality(self, contender: Contender, setting: Setting) -> list[float]:
+        """PSNR to the contender's truth, and evaluations; found once."""
+        key = f"{contender.name}; {setting.label}"
+        if key not in self.qualities:
+            images = setting.draw(self.batch)
+            level, _ = interval(psnr(images, self.recorded[contender.target][0][-1]))
+            self.qualities[key] = [level, setting.spent()[0]]
+            self.journal.write_text(json.dumps(self.qualities, indent=1))
+        return self.qualities[key]
 
 
 def record(guided: Guided, x: Tensor, steps: int, order: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -22,13 +22,21 @@ HEAD = (
 Line = Mapping[str, Any]
 
 
-def write(results: Path, page: Path = PAGE) -> None:
+def load(folder: Path) -> dict[str, Any]:
+    """What was measured: qualities, and latencies where there are any."""
+    files = {name: folder / f"peers_{name}.json" for name in ("equal", "latency")}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def write(folder: Path, page: Path = PAGE) -> None:
     """The whole page."""
-    page.write_text(text(json.loads(results.read_text())))
+    page.write_text(text(load(folder)))
 
 
-def text(result: Mapping[str, Any]) -> str:
-    """What the page says."""
+def text(results: Mapping[str, Any]) -> str:
+    """What the page says; `results` as `load` gives them."""
+    result = results["equal"]
+    timed = latency(results["latency"]) if "latency" in results else ""
     lines: Sequence[Line] = result["lines"]
     counts = sorted({line["count"] for line in lines}, reverse=True)
     level, half = result["uncached_to_converged_db"]
@@ -38,7 +46,7 @@ def text(result: Mapping[str, Any]) -> str:
 
 Every peer at its best, at as many full evaluations of the network as moeca's schedules make: quality to two truths, on
 held-out digits, paired digit by digit. `python -m benchmarks.peers.equal`, {when(result["machine"])};
-[every figure](../benchmarks/results/peers_equal.json). No time is told here: [benchmarks](benchmarks.md) has times.
+[every figure](../benchmarks/results/peers_equal.json). Quality doesn't depend on the machine's load.
 
 - The model is the digits model, a toy of 2.9 M parameters and 16 x 16 pixels. The run that all replace has 50 Euler
   steps. The converged truth is a second-order run with 200 steps; the uncached run is {level:.1f} ± {half:.1f} dB from
@@ -68,7 +76,7 @@ To the converged solution, of *{BEST[CONVERGED]}*:
 {verdict(lines)}
 
 {tables}
-
+{timed}
 ## How settings are chosen
 
 {notes(lines)}
@@ -115,6 +123,31 @@ def table(lines: Sequence[Line], count: int) -> str:
             cells += [f"{mean:.1f} ± {half:.1f}", f"{line['worst_5_percent_db'][truth]:.1f}", lead]
         rows.append([*cells, str(line["digits"]), line["setting"]])
     return markdown(HEAD, rows)
+
+
+def latency(result: Mapping[str, Any]) -> str:
+    """A section on the time of some of them."""
+    rows = [
+        [
+            point["family"],
+            f"{point['speedup']:.2f} ({min(point['speedup_by_round']):.2f} to {max(point['speedup_by_round']):.2f})",
+            f"{point['speedup_of_processor_time']:.2f}",
+            f"{point['macs']:.1%}",
+            f"{1 / point['macs']:.2f}",
+        ]
+        for point in result["points"]
+    ]
+    head = ("", "speedup (by round)", "of processor time", "MACs", "limit by MACs")
+    size, load = result["size"], result["load_1min"]
+    return f"""
+## Time at 17 of 50 evaluations
+
+`python -m benchmarks.peers.equal.latency`, {when(result["machine"])}: one thread, in turns with `torch.compile` of the
+prepared model, {size["rounds"]} rounds of {size["digits"]} digits, at load {min(load):.1f} to {max(load):.1f}. Others'
+load is in the wall's time and hardly in that of the processor. All compute 17 of 50 steps in full, MagCache 17 at most.
+
+{markdown(head, rows)}
+"""
 
 
 def notes(lines: Sequence[Line]) -> str:

@@ -17,7 +17,9 @@ ROLLED_OUT = 3  # of many forecasts that are ranked by their error on the record
 
 
 def contenders() -> list[Contender]:
-    grids = "five grids: even, two placed by annealing, dynamic programming, and where moeca computes"
+    grids = (
+        "six grids: even, placed by annealing and by dynamic programming for two orders each, and where moeca computes"
+    )
     return [
         *(
             Contender(f"calibrated multistep, fitted to {truth}", "sampler", truth, "least squares", _fitted(truth))
@@ -51,12 +53,15 @@ def _grids(lab: Lab, count: int) -> dict[str, list[int]]:
     finer, gram = lab.size.finer, lab.grams[CONVERGED]
     fine = len(gram)
     states, outputs = lab.recorded[CONVERGED]
-    along = dpcache.of_euler_steps(states[::finer], outputs[::finer])
+    programmed = {
+        order: dpcache.path(dpcache.of_steps(states[::finer], outputs[::finer], order), count) for order in (0, 1)
+    }
     return {
         "even": [round(index * fine / count) for index in range(count)],
         "placed for order 2": multistep.place(gram, count, 1, integral),
         "placed for order 3": multistep.place(gram, count, 2, integral),
-        "dynamic programming": [finer * step for step in dpcache.path(along, count)],
+        "dynamic programming, order 1": [finer * step for step in programmed[0]],
+        "dynamic programming, order 2": [finer * step for step in programmed[1]],
         "moeca's": [finer * step for step in lab.computed[count]],
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def test_names_of_contenders_are_their_own() -> None:
 
 def test_the_committed_page_is_what_the_results_give() -> None:
     written = (ROOT / page.PAGE).read_text()
-    assert written == page.text(json.loads((RESULTS / "peers_equal.json").read_text()))
+    assert written == page.text(page.load(RESULTS))
 
 
 def test_a_lead_whose_interval_reaches_zero_is_told_as_none() -> None:
@@ -84,3 +83,15 @@ def test_a_lead_whose_interval_reaches_zero_is_told_as_none() -> None:
     assert "not of peer at 10 (+0.2 ± 0.3 dB)" in page.verdict([line([0.2, 0.3])])
     assert "in 1 of 1 comparisons." in page.verdict([line([0.5, 0.3])])
     assert "**+0.2 ± 0.3**" in page.leads([line([0.2, 0.3])], UNCACHED, [10])
+
+
+def test_a_section_on_time_says_how_far_from_the_limit_each_is() -> None:
+    point = {
+        "family": "a peer", "speedup": 2.5, "speedup_by_round": [2.4, 2.6], "speedup_of_processor_time": 2.7,
+        "macs": 0.34,
+    }  # fmt: skip
+    result = {
+        "points": [point], "size": {"rounds": 2, "digits": 8}, "load_1min": [1.0, 2.0],
+        "machine": {"date": "2026-11-29", "commit": "abcdef0"},
+    }  # fmt: skip
+    assert "| a peer | 2.50 (2.40 to 2.60) | 2.70 | 34.0% | 2.94 |" in page.latency(result)

@@ -85,11 +85,17 @@ def test_a_forecasts_cost_is_its_squared_error() -> None:
     assert cost[0, 0, 2] == pytest.approx(1)  # the first output is kept
 
 
-def test_euler_steps_cost_nothing_on_a_straight_line() -> None:
-    outputs = [START] * 5
-    states = [START * (1 - step / 5) for step in range(6)]
-    cost = dpcache.of_euler_steps(states, outputs)
-    assert np.nanmax(np.where(np.isfinite(cost), cost, np.nan)) == pytest.approx(0, abs=1e-12)
+def test_steps_cost_nothing_where_their_order_is_exact() -> None:
+    """v = START for order 0; v = START (1 + t) for order 1, whose first step alone is off."""
+    straight = [START * (1 - step / 5) for step in range(6)]
+    cost = dpcache.of_steps(straight, [START] * 5, 0)
+    assert cost[np.isfinite(cost)].max() == pytest.approx(0, abs=1e-20)
+    times = [1 - step / 5 for step in range(6)]
+    bent = [START * (time + time**2 / 2) for time in times]
+    cost = dpcache.of_steps(bent, [START * (1 + time) for time in times[:-1]], 1)
+    assert cost[0, 0, 2] > 1e-4
+    later = cost[:, 1:]
+    assert later[np.isfinite(later)].max() == pytest.approx(0, abs=1e-20)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers

@@ -1,0 +1,135 @@
+"""The time of some contenders at 17 of 50 evaluations, in turns: what a cheap step costs beside a full one.
+
+    python -m benchmarks.peers.equal.latency            # minutes; writes results/peers_latency.json
+    python -m benchmarks.peers.equal.latency --quick    # few digits: does it run?
+
+The settings' quality is told by `python -m benchmarks.peers.equal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks import fitted
+from benchmarks.fitted import CONVERGED, UNCACHED, Schedule, computed
+from benchmarks.peers import dbcache, hooked_blocks, ours, taylorseer
+from benchmarks.peers.equal import multistep
+from benchmarks.peers.equal.multistep import euler_sum
+from benchmarks.peers.measure import heat
+from benchmarks.peers.way import Family, Way
+from benchmarks.peers.workload import Batch, Size, Truth, Workload, relative_l2
+from benchmarks.peers.workloads.trained_digits import TrainedDigits
+from benchmarks.protocol import arguments, folder_of, pin_threads, save
+
+COUNT, SHARE = 17, 34
+WHOLE, QUICK = Size(8, 5, 50), Size(2, 1, 50)
+
+
+@dataclass(frozen=True)
+class Timed(TrainedDigits):
+    """Compared with the uncached digits alone: here quality only shows that the right thing ran."""
+
+    def truth(self) -> Truth:
+        return Workload.truth(self)
+
+    def figures(self, images: Tensor, truth: Truth) -> dict[str, Any]:
+        return {"relative_l2": relative_l2(images, truth.uncached)}
+
+
+class Sampler:
+    """Calibrated multistep on the compiled model; its times don't depend on its weights."""
+
+    def __init__(self, work: Workload, at: Sequence[int]) -> None:
+        self.work, self.model = work, torch.compile(work.prepared())
+        self.rule = multistep.polynomial(at, work.size.steps, 2, euler_sum)
+
+    def sample(self, batch: Batch) -> Tensor:
+        velocity = self.work.velocity(self.model, batch)
+        return self.rule.sample(lambda x, t: ((v := velocity(x, t)), v), batch.noise)
+
+    def macs(self) -> float:
+        return len(self.rule.at) / self.work.size.steps
+
+    def state_bytes(self) -> int:
+        return 0
+
+    def forget(self) -> None:
+        pass
+
+
+def families(schedules: Mapping[str, Schedule]) -> list[Family]:
+    """`schedules`: ours of the output, by truth."""
+    rows = schedules[UNCACHED].rows
+    at = [step for step, row in enumerate(rows) if row[0] is fitted.Action.COMPUTE]
+
+    def family(name: str, side: Any, opened: Callable[[Any], Way]) -> Family:
+        return Family(name, side, "", lambda work: {f"{COUNT} of 50": opened(work)})
+
+    def output(truth: str) -> Callable[[Any], Way]:
+        return lambda work: ours.Moeca(work.prepared(), work, schedules[truth], granularity="output")
+
+    return [
+        family("moeca output, fitted to uncached", "moeca", output(UNCACHED)),
+        family("moeca output, fitted to converged", "moeca", output(CONVERGED)),
+        family("moeca regions, calibrated", "moeca", lambda work: ours.Moeca(work.prepared(), work, ours.load("34"))),
+        family("calibrated multistep", "fewer steps", lambda work: Sampler(work, at)),
+        family("TaylorSeer (diffusers)", "peer", _taylorseer),
+        family("TaylorSeer (diffusers), compiled as a whole", "peer", lambda work: _taylorseer(work, "whole")),
+        family("cache-dit, calibrated mask, Taylor 1", "peer", lambda work: _mask(work, at)),
+        family("MagCache (diffusers)", "peer", _mag_cache),
+    ]
+
+
+def _taylorseer(work: Workload, compiled: taylorseer.Compiled = "modules") -> Way:
+    """Interval 4, before 1, after 45: 17 full steps."""
+    return taylorseer.Interval(taylorseer.TaylorSeer(work, 1, compiled), work, 4, 1, 45)
+
+
+def _mask(work: Workload, at: Sequence[int]) -> Way:
+    mask = [int(step in at) for step in range(work.size.steps)]
+    cached = dbcache.DBCache(
+        work, 1, "blocks", Fn_compute_blocks=1, Bn_compute_blocks=0, steps_computation_mask=mask,
+        steps_computation_policy="static",
+    )  # fmt: skip
+    return dbcache.Setting(cached, work)
+
+
+def _mag_cache(work: Workload) -> Way:
+    """The threshold that computes 17 steps or the next fewer."""
+    mag = hooked_blocks.mag_cache(work, work.batches()[0], compiled=True)
+    ratios = torch.as_tensor(mag.config.mag_ratios)
+    for threshold in torch.logspace(-3, 0.5, 200).tolist():
+        fields = {"threshold": threshold, "max_skip_steps": 6, "retention_ratio": 0.04}
+        if hooked_blocks.mag_computes(ratios, **fields) <= COUNT:
+            return hooked_blocks.Setting(mag, **fields)
+    raise ValueError(f"MagCache: no threshold computes {COUNT} steps or fewer")
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run as a command."""
+    parser = arguments(__doc__.splitlines()[0], "few digits")
+    parser.add_argument("--fitted", type=Path, default=fitted.WORK, help=f"folder of ours; default {fitted.WORK}")
+    args = parser.parse_args(argv)
+    pin_threads()
+    bench = fitted.Bench(fitted.WHOLE, args.fitted)
+    schedules = {truth: bench.schedule(SHARE, truth) for truth in (UNCACHED, CONVERGED)}
+    assert {computed(schedule) for schedule in schedules.values()} == {COUNT}
+    work, console = Timed(QUICK if args.quick else WHOLE), Console(width=140)
+    result = heat(families(schedules), work, work.truth(), lambda text: console.print(text, style="dim"))
+    for point in result["points"]:
+        console.print(point["family"], point["speedup"], point["speedup_of_processor_time"], point["macs"])
+    out = folder_of(args)
+    if out is not None:
+        save("peers_latency", {"size": asdict(work.size), **result}, out)
+
+
+if __name__ == "__main__":
+    main()
