@@ -89,8 +89,8 @@ itself:
 
 {verdict(payload)}
 
-The digits are few for an interval. [At equal evaluations](peers.md) peers are at their best, on 256 digits with paired
-intervals.
+The digits are few for an interval. [At equal evaluations](peers.md) peers are at their best, on up to 256 digits, with
+paired intervals.
 
 The mean of the worst 5 % of the digits, to the uncached ones:
 
