@@ -48,8 +48,8 @@ Every peer at its best, at as many full evaluations of the network as moeca's sc
 held-out digits, paired digit by digit. `python -m benchmarks.peers.equal`, {when(result["machine"])};
 [every figure](../benchmarks/results/peers_equal.json). Quality doesn't depend on the machine's load.
 
-- The model is the digits model, a toy of 2.9 M parameters and 16 x 16 pixels. The run that all replace has 50 Euler
-  steps. The converged truth is a second-order run with 200 steps; the uncached run comes {level:.1f} ± {half:.1f} dB near.
+- The model is the digits model, a toy of 2.9 M parameters and 16 x 16 pixels. All replace a run of 50 Euler steps. The
+  converged truth is a second-order run of 200 steps; the uncached run comes {level:.1f} ± {half:.1f} dB near.
 - The best of a family's settings, or of its steps and weights, is chosen on seeds 0 to 15, two digits each. *Tried* is
   the number of settings that were sampled there. What is told are other digits, the same as in
   [fitted output weights](fitted.md).
