@@ -106,29 +106,34 @@ def compile(
 ) -> Model:
     """Prepare a model and compile it with `torch.compile(model, backend="moeca")`.
 
-    A pipeline's transformers (`transformer`, `transformer_2`) are compiled and set on the pipeline. A model that is
-    compiled already, by `torch.compile` or in place, is compiled anew; the last compilation counts. Methods that call
-    the model's `forward`, such as `forward_with_cfg`, run compiled too. The package's own compiling happens at the
-    first call, or in `warmup`.
+    A pipeline's transformers (`transformer`, `transformer_2`) are compiled and set on the pipeline. Two transformers,
+    and models that are given as a list, run one trajectory: its steps count over both, so one schedule places the
+    computed steps of the whole loop. The first step of the second model is computed in full, unless `hand_over` is set;
+    what the first one kept is released then.
+
+    A model that is compiled already, by `torch.compile` or in place, is compiled anew; the last compilation counts.
+    Methods that call the model's `forward`, such as `forward_with_cfg`, run compiled too. The package's own compiling
+    happens at the first call, or in `warmup`.
 
     Args:
-        model: a module in `eval()` mode, or a pipeline with a `transformer`.
+        model: a module in `eval()` mode, a pipeline with a `transformer`, or a list of modules that one sampling loop
+            calls in turn (one for each range of timesteps).
         fullgraph: handed to `torch.compile`: a graph break is an error.
         dynamic: handed to `torch.compile`.
         mode: `torch.compile`'s mode, handed to Inductor.
         **options: the fields of `Options`, such as `schedule="uniform:3"`.
 
     Returns:
-        The compiled model, which is called as the model is. For a pipeline the pipeline itself.
+        The compiled model, which is called as the model is. For a pipeline the pipeline itself, for a list a list.
 
     Raises:
         OptionError: an unknown option, or a value that it doesn't take. Raised here, not at the first call.
         ScheduleError: a schedule that can't be read.
-        StateError: neither a module nor a pipeline with a `transformer`.
+        StateError: neither a module nor a pipeline with a `transformer`; or a list with one model twice.
     """
     parsed = Options.from_backend_options(options, mode)
-    compiler = backend.Backend(parsed)
     modules = [plain_module(part) for part in models_of(model, "compile")]
+    compiler = backend.Backend(parsed, together=len(modules) > 1)
     if parsed.inner == "inductor" and any(compiles_on_cpu(module.parameters()) for module in modules):
         ask_compiler()
     handles: list[Any] = []
@@ -146,6 +151,8 @@ def compile(
     parts = parts_of(model)
     for name, handle in zip(parts, handles, strict=False):
         setattr(model, name, handle)
+    if isinstance(model, (list, tuple)):
+        return type(model)(handles)
     return model if parts else handles[0]
 
 
@@ -197,7 +204,7 @@ def trajectory(
     and enter it around each call of that stream. Entering the same object again continues it.
 
     Args:
-        model: the compiled model, a compiled function, or a pipeline (all its transformers).
+        model: the compiled model, a compiled function, a pipeline (all its transformers), or a list of compiled models.
         steps: how many calls of one stream are expected; one more is refused. None: any number.
         stream: a name, for samplers that call the model several times a step (guidance in two calls, Heun).
         timesteps: the timesteps of the calls, as the model receives them, one a step. Values that depend on the
@@ -230,7 +237,7 @@ def reset(model: Any) -> None:
     """Drop all cached state of this model, so that the next call starts cold. Compiled variants stay.
 
     Args:
-        model: the compiled model, or a pipeline.
+        model: the compiled model, a pipeline, or a list of compiled models.
 
     Raises:
         StateError: the model isn't compiled with moeca.
@@ -243,7 +250,8 @@ def stats(model: Any) -> Stats:
     """Report what ran since the last `reset`, and what is held now.
 
     Args:
-        model: the compiled model, or a pipeline (the sum over its transformers).
+        model: the compiled model, a pipeline, or a list of compiled models. Models that were compiled together have one
+            trajectory, which is reported for any of them.
 
     Returns:
         One record for each call, milliseconds without compiling, the speedup against computed steps, the share of the

@@ -48,6 +48,9 @@ class Options:
         cuda_graphs: on GPUs, record each variant once as a CUDA graph and replay it, with state at fixed addresses. It
             is for small batches, whose kernels are shorter than their launches. It costs a copy of the state in full
             steps and, for each variant and stream, the memory of its intermediate values.
+        hand_over: for models of one architecture that are compiled together, such as a pipeline's two transformers:
+            the first step of the second one uses what the first one kept. Otherwise the second one starts cold. It
+            saves a full step, and loses quality where the models' outputs differ for equal inputs.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
 
@@ -66,6 +69,7 @@ class Options:
     latent_jump: float = 0.7
     pack_experts: bool = False
     cuda_graphs: bool = False
+    hand_over: bool = False
     disable: tuple[str, ...] = ()
     dump: str | Path | None = None
 
@@ -77,7 +81,7 @@ class Options:
         _expect("inner_options", self.inner_options, Mapping, _any, "a dict of the inner compiler's options")
         _expect("max_signatures", self.max_signatures, int, lambda v: v >= 1, "a whole number >= 1")
         _expect("latent_jump", self.latent_jump, (int, float), lambda v: v > 0, "a number > 0")
-        for name in ("pack_experts", "cuda_graphs"):
+        for name in ("pack_experts", "cuda_graphs", "hand_over"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: expected True or False")
         _expect("disable", self.disable, (tuple, list), _any, "a tuple of pass names")
@@ -88,6 +92,11 @@ class Options:
         if self.inner == "eager" and (self.inner_options or self.mode):
             raise OptionError("inner='eager' takes no mode and no inner_options: nothing compiles there")
         object.__setattr__(self, "disable", tuple(self.disable))
+        if self.hand_over and self.cuda_graphs:
+            raise OptionError(
+                "hand_over moves state from one model to the other, and cuda_graphs keep it at fixed addresses: leave "
+                "one of them out"
+            )
         if self.granularity == OUTPUT and (self.cuda_graphs or self.pack_experts):
             raise OptionError(
                 "granularity='output' calls the model as it is: leave cuda_graphs and pack_experts out, they are for "

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.arrangement import Arrangement
-from moeca_compile.engine.hoisted import TimestepHistory
 from moeca_compile.engine.program import Program
+from moeca_compile.engine.trajectories.group import TrajectoryGroup
 from moeca_compile.engine.trajectories.trajectory import Trajectory
-from moeca_compile.engine.trajectory_state import RecordHistory, TrajectoryState
+from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.ops.packed import Packs
 from moeca_compile.options import Options
 from moeca_compile.runtime.warned import Warned
@@ -63,25 +63,20 @@ class HandleRuntime:
         lock: protects all containers below.
         programs: by a key that says what they compute, the latest used last.
         ids: of the weights.
-        timestep_history: timesteps of the last trajectory.
-        history: records of the trajectories since the last reset.
-        outside: state of calls outside any trajectory.
-        latest: state of the latest trajectory, which `stats` reports.
-        trajectories: states of all trajectories that are alive.
+        trajectories: that the handle's calls belong to; those of handles compiled together are the same.
         packs: packed expert weights.
         refused: by key of a call, why its graph runs uncached.
     """
 
-    def __init__(self, handle: object | None, options: Options, schedule: Schedule, warned: Warned, lock: Lock) -> None:
+    def __init__(
+        self, handle: object | None, options: Options, schedule: Schedule, warned: Warned, lock: Lock,
+        trajectories: TrajectoryGroup | None = None,
+    ) -> None:  # fmt: skip
         self.handle = None if handle is None else weakref.ref(handle)
         self.options, self.schedule, self.warned, self.lock = options, schedule, warned, lock
         self.programs: OrderedDict[Hashable, Program] = OrderedDict()
         self.ids: frozenset[int] = frozenset()
-        self.timestep_history = TimestepHistory()
-        self.history = RecordHistory()
-        self.outside = TrajectoryState(None, options.latent_jump, self.timestep_history, self.history)
-        self.latest = self.outside
-        self.trajectories: weakref.WeakSet[TrajectoryState] = weakref.WeakSet((self.outside,))
+        self.trajectories = trajectories or TrajectoryGroup(options.latent_jump)
         self.packs = Packs()
         self.refused: dict[Hashable, str] = {}
         self._placed: dict[Hashable, tuple[Hashable, Arrangement | None]] = {}  # by key of a call, a key of `programs`
@@ -114,8 +109,7 @@ class HandleRuntime:
             collected = [number for number, other in self._weights.items() if other.gone]
             if collected or any(self._stamps.get(label, stamp) != stamp for label, stamp in stamps.items()):
                 self.packs = Packs()
-                for running in list(self.trajectories):
-                    running.forget()
+                self.trajectories.forget()
             for number in collected:
                 del self._weights[number]
             self._stamps.update(stamps)
@@ -124,17 +118,19 @@ class HandleRuntime:
 
     def running(self, trajectory: Trajectory | None) -> TrajectoryState:
         """The handle's state in `trajectory`; None: outside any."""
-        with self.lock:
+        group = self.trajectories
+        with group.lock:
             if trajectory is None:
-                self.latest = self.outside
+                group.latest = group.outside
             else:
-                if self not in trajectory.states:
-                    trajectory.states[self] = TrajectoryState(
-                        trajectory, timestep_history=self.timestep_history, history=self.history
+                if group not in trajectory.states:
+                    trajectory.states[group] = TrajectoryState(
+                        trajectory, timestep_history=group.timestep_history, history=group.history,
+                        hands_over=group.hands_over,
                     )
-                self.latest = trajectory.states[self]
-                self.trajectories.add(self.latest)
-            return self.latest
+                group.latest = trajectory.states[group]
+                group.alive.add(group.latest)
+            return group.latest
 
     def find(self, key: Hashable) -> tuple[Program, Arrangement | None] | None:
         """The program that was placed under `key`, if it is still there, and how its arguments are arranged."""
@@ -185,10 +181,7 @@ class HandleRuntime:
 
     def reset(self) -> None:
         """Drop all state and records, in every trajectory."""
-        with self.lock:
-            self.history.clear()
-            for running in list(self.trajectories):
-                running.reset()
+        self.trajectories.reset()
 
 
 def _stamp(weights: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moeca_compile.engine.trajectories.timesteps import StepKey, VariedTimesteps
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph.content import Stamp, needs_device_sync
 from moeca_compile.graph.nowait import upload
@@ -38,7 +39,7 @@ class HasPrologues(Protocol):
     hoisted: tuple[HoistedValue, ...]
     of_step: tuple[int, ...]
     step_bytes: int
-    timestep: int | None
+    timesteps: tuple[int, ...]
     condition: tuple[int, ...]
     ready: dict[tuple[int, ...], tuple[Variant, Run]]
     by_step: bool
@@ -52,12 +53,12 @@ class HasPrologues(Protocol):
 class TimestepHistory:
     """Timesteps of a handle's earlier trajectories. `last`: of the last complete one."""
 
-    last: Sequence[float] = ()
+    last: Sequence[StepKey] = ()
 
 
 @dataclass
 class TimestepPlan:
-    """The timesteps of a trajectory.
+    """The timesteps of a trajectory. Those of a call that has several are one entry.
 
     Attributes:
         expected: timesteps that it is expected to have; empty: not known.
@@ -65,17 +66,19 @@ class TimestepPlan:
         visited: timesteps that it has had.
     """
 
-    expected: tuple[float, ...] = ()
+    expected: tuple[StepKey, ...] = ()
     history: TimestepHistory = field(default_factory=TimestepHistory)
-    visited: list[float] = field(default_factory=list)
+    visited: list[StepKey] = field(default_factory=list)
 
-    def after(self, timestep: float) -> tuple[float, ...]:
+    def after(self, timestep: StepKey) -> tuple[StepKey, ...]:
         """The expected timesteps from `timestep` on."""
         return self.expected[self.expected.index(timestep) :] if timestep in self.expected else ()
 
-    def visit(self, timestep: float) -> None:
+    def visit(self, timestep: StepKey) -> None:
         """Record a timestep. If the trajectory gets as long as the last one, or leaves the expected timesteps, the next
-        trajectory is expected to be like this one."""
+        trajectory is expected to be like this one. Contents of inputs with several timesteps can't be expected."""
+        if isinstance(timestep, VariedTimesteps):
+            return
         if not self.visited or self.visited[-1] != timestep:
             self.visited.append(timestep)
         is_unexpected = self.expected and timestep not in self.expected
@@ -113,9 +116,9 @@ class Hoisted:
         self.inputs.clear()
         self.weights.clear()
         self.fixed: Values = {}
-        self.last: tuple[float, Values] = (0.0, {})
+        self.last: tuple[StepKey, Values] = (0.0, {})
         self.table: Values = {}
-        self.rows: dict[float, int] = {}
+        self.rows: dict[StepKey, int] = {}
 
     @property
     def bytes(self) -> int:
@@ -132,7 +135,7 @@ class Hoisted:
         return True
 
     def of(
-        self, prologues: HasPrologues, positions: tuple[int, ...], args: Sequence[Any], timestep: float | None,
+        self, prologues: HasPrologues, positions: tuple[int, ...], args: Sequence[Any], timestep: StepKey | None,
         contents: Contents | None = None,
     ) -> list[torch.Tensor]:  # fmt: skip
         """The values that a variant reads in a call, stored or computed.
@@ -141,7 +144,7 @@ class Hoisted:
             prologues: of the call's graph.
             positions: of the values, in the graph's list of hoisted values.
             args: of the call.
-            timestep: None: not known on the host.
+            timestep: of the call, or what identifies its several timesteps. None: not known on the host.
             contents: numbers for the contents of the inputs in `self.inputs`. None: the values serve this call only.
 
         Returns:
@@ -174,7 +177,7 @@ class Hoisted:
         self.fixed = self.fixed | dict(zip(missing, values, strict=True))
 
     def _at(
-        self, prologues: HasPrologues, positions: tuple[int, ...], args: Sequence[Any], timestep: float | None,
+        self, prologues: HasPrologues, positions: tuple[int, ...], args: Sequence[Any], timestep: StepKey | None,
         contents: Contents | None,
     ) -> Values:  # fmt: skip
         """Values that depend on the timestep: of the last call, from the table, or computed for this step alone."""
@@ -193,20 +196,24 @@ class Hoisted:
             self.last = timestep, by_position
         return by_position
 
-    def _fill(self, prologues: HasPrologues, args: Sequence[Any], timestep: float, contents: Contents | None) -> None:
+    def _fill(self, prologues: HasPrologues, args: Sequence[Any], timestep: StepKey, contents: Contents | None) -> None:
         """Compute the values of this timestep and the expected ones after it, where the prologue can be mapped over
         timesteps."""
         limit = TABLE_BYTES // max(1, prologues.step_bytes)
-        coming = tuple(dict.fromkeys(self.plan.after(timestep)))[:limit]
+        following = [key for key in self.plan.after(timestep) if type(key) is type(timestep)]
+        coming = tuple(dict.fromkeys(following))[:limit]
         mapped = prologues.over_steps(prologues.of_step) if len(coming) > 1 else None
-        if mapped is None or prologues.timestep is None:
+        if mapped is None:
             return
         variant, run = mapped
         inputs = self._inputs(prologues, variant, args, contents)
-        current = args[prologues.timestep]
-        times = upload(torch.tensor(coming, dtype=torch.float64).to(current.dtype), current.device)
-        times = times.reshape(-1, *[1] * current.dim()).expand(-1, *current.shape)
-        inputs[variant.takes.index(prologues.timestep)] = times
+        steps = torch.tensor(coming, dtype=torch.float64).reshape(len(coming), -1)  # [steps, timestep inputs]
+        for column, position in enumerate(prologues.timesteps):
+            if position in variant.takes:
+                current = args[position]
+                times = upload(steps[:, column].to(current.dtype), current.device)
+                times = times.reshape(-1, *[1] * current.dim()).expand(-1, *current.shape)
+                inputs[variant.takes.index(position)] = times
         try:
             values = run(inputs)
         except LoweringError as error:
@@ -229,14 +236,11 @@ class Hoisted:
                 if i in prologues.condition:
                     if i not in self.inputs:
                         self.inputs[i] = contents[i] if i in contents else self._number(args[i])
-                elif lasting and i != prologues.timestep and i not in self.weights and not needs_device_sync(args[i]):
+                elif (
+                    lasting
+                    and i not in prologues.timesteps
+                    and i not in self.weights
+                    and not needs_device_sync(args[i])
+                ):
                     self.weights[i] = Stamp(args[i])
         return [*map(args.__getitem__, variant.takes), *map(self.fixed.__getitem__, variant.hoists)]
-
-
-def uniform_timestep(value: Any) -> float | None:
-    """The timestep of a call, if it is the same for the whole batch and can be read without waiting for a device."""
-    if not isinstance(value, torch.Tensor) or needs_device_sync(value) or not value.numel():
-        return None
-    low, high = value.detach().double().aminmax()
-    return float(low) if low == high else None

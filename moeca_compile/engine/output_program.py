@@ -6,7 +6,7 @@ whose graph breaks, that is quantized, offloaded or sharded. What is kept is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ class OutputCall:
         run: from a call's arguments to the tensors that the model returns.
         regions: the model as one region, with the shapes, dtypes and devices of what it returns.
         timestep, latent: their positions among the arguments; None: not known.
+        more_timesteps: positions of further timesteps.
         condition: positions of the tensors that tell guidance streams apart.
         roles: names of the timestep and of the latent; "" where they aren't known.
     """
@@ -53,13 +54,14 @@ class OutputCall:
     latent: int | None
     condition: tuple[int, ...]
     roles: tuple[str, str] = ("", "")
+    more_timesteps: tuple[int, ...] = ()
 
 
 @dataclass
 class _NothingHoisted:
     """The prologues of a program without a graph: there are none."""
 
-    timestep: int | None
+    timesteps: tuple[int, ...]
     condition: tuple[int, ...]
     hoisted: tuple[Any, ...] = ()
     of_step: tuple[int, ...] = ()
@@ -73,18 +75,22 @@ class OutputProgram(Program):
 
     Args:
         args: of a call.
+        key: as for `Program`.
 
     Raises:
         ScheduleError: the schedule has other columns, or rows that compute a part of a region.
     """
 
     def __init__(
-        self, call: OutputCall, args: Sequence[Any], options: Options, schedule: Schedule, warned: Warned
-    ) -> None:
+        self, call: OutputCall, args: Sequence[Any], options: Options, schedule: Schedule, warned: Warned,
+        key: Hashable = None,
+    ) -> None:  # fmt: skip
         self.options, self.warned, self.call, self.is_announced = options, warned, call, False
+        self.key = object() if key is None else key
         self.compiler = Compiler(options, args)
         self.timestep, self.latent, self.condition = call.timestep, call.latent, call.condition
-        self.prologues = _NothingHoisted(call.timestep, call.condition)  # type: ignore[assignment]
+        self.more_timesteps = call.more_timesteps
+        self.prologues = _NothingHoisted((), call.condition)  # type: ignore[assignment]
         self.packs_experts, self.buffers = False, None
         self.nodes, self.roles = 0, call.roles
         self.regions = call.regions

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from operator import methodcaller
 from typing import Any
 
 import torch
 
+from moeca_compile.engine.trajectories.timesteps import (
+    EPS,
+    NOT_A_NUMBER,
+    UP_AND_DOWN,
+    StepKey,
+    VariedTimesteps,
+    read_several,
+)
 from moeca_compile.graph.content import Contents, needs_device_sync
 from moeca_compile.runtime.clock import CallObservation
 
@@ -15,7 +24,6 @@ _NO_TIMESTEP = (
     "no timestep input was found in the graph, so steps can't be told apart: every call is computed in full. "
     "Wrap the sampling loop in moeca_compile.trajectory(model, steps, stream=...)"
 )
-_PER_ROW = "the timesteps differ within the batch: computed in full, nothing kept. Use one timestep a call to cache"
 
 
 class Probe:
@@ -23,26 +31,32 @@ class Probe:
 
     Attributes:
         latents: the last latent of each kind of call, the latest call's last.
+        times: the last timesteps of each kind of call: one, or all as a tensor.
         contents: numbers the contents of tensors.
     """
 
     def __init__(self) -> None:
         self.latents: dict[Hashable, torch.Tensor] = {}
+        self.times: dict[Hashable, torch.Tensor | float] = {}
         self.contents = Contents()
 
     def start(self, kind: Hashable, condition: Hashable) -> None:
         """Begin a trajectory with the last observed call: drop the copies of earlier calls."""
         self.latents = {kind: self.latents[kind]} if kind in self.latents else {}
+        self.times = {kind: self.times[kind]} if kind in self.times else {}
         self.contents.keep(condition if isinstance(condition, tuple) else ())
 
-    def observe(self, timestep: Any, latent: Any, condition: Sequence[Any], kind: Hashable = 0) -> CallObservation:
-        """Observe a call, with one host read for all numbers.
+    def observe(
+        self, timestep: Any, latent: Any, condition: Sequence[Any], kind: Hashable = 0, more: Sequence[Any] = ()
+    ) -> CallObservation:
+        """Observe a call, with one host read for all numbers; a second one for several timesteps.
 
         Args:
             timestep: a tensor of any shape; None: the graph has no timestep input.
             latent: a tensor; None: not known.
             condition: tensors or numbers.
             kind: identifies the input signature.
+            more: tensors, the timestep inputs beside `timestep`.
         """
         if timestep is None:
             return CallObservation(None, trouble=_NO_TIMESTEP, kind=kind)
@@ -64,8 +78,12 @@ class Probe:
         low, high = answers[:2]
         if latent is not None:
             self.latents[kind] = latent.detach().clone()
-        if low != high:  # also for NaN
-            return CallObservation(None, trouble=_PER_ROW, kind=kind)
+        last_times, several = self.times.get(kind), None
+        if more or low != high or isinstance(last_times, torch.Tensor):
+            several = read_several((timestep, *more), latent, last_times)
+            if math.isnan(several.position):
+                return CallObservation(None, trouble=NOT_A_NUMBER, kind=kind)
+        self.times[kind] = low if several is None else several.values
         # a refused call, above, numbers no contents: they would push out those of the trajectory
         identities: list[Any] = list(condition)
         for i, value in enumerate(condition):
@@ -75,7 +93,16 @@ class Probe:
         for i, value, copies, same in on_device:
             identities[i] = self.contents.answer(value, copies, answers[position : position + len(same)])
             position += len(same)
-        return CallObservation(low, tuple(identities), answers[2] if has_change else 0.0, kind=kind)
+        jump, eps = answers[2] if has_change else 0.0, EPS.get(timestep.dtype, 0.0)
+        if several is None:
+            return CallObservation(low, tuple(identities), jump, kind=kind, eps=eps)
+        trouble = UP_AND_DOWN if several.moves_both_ways else ""
+        key: StepKey | None = several.uniform
+        if key is None:
+            key = VariedTimesteps(tuple(map(self.contents.number, (timestep, *more))))
+        return CallObservation(
+            several.timestep, tuple(identities), jump, trouble, kind, eps, several.position, key, several.by_sample
+        )
 
 
 def _change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Program:
         warned: counts the warnings; default: a new one.
         captured: `gm` captured for such arguments; default: it is captured now.
         pipeline: the passes that make its programs.
+        key: equal for graphs that compute the same from other weights; default: equal to no other.
 
     Attributes:
         analysis: the captured graph, with its regions and inputs.
@@ -44,6 +45,7 @@ class Program:
         compiled_schedule: the handle's schedule for the graph.
         prologues: programs of the hoisted values.
         timestep, latent, condition: positions of these inputs among a call's arguments.
+        more_timesteps: positions of further timesteps.
         buffers: for CUDA graphs, the state tensors at fixed addresses; else None.
         nodes: number of the graph's nodes.
         roles: names of the timestep and of the latent; "" where none was found.
@@ -59,10 +61,11 @@ class Program:
     def __init__(
         self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options,
         schedule: Schedule | None = None, warned: Warned | None = None, captured: Capture | None = None,
-        pipeline: Pipeline = WITH_PROLOGUES,
+        pipeline: Pipeline = WITH_PROLOGUES, key: Hashable = None,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
         self.options, self.warned, self.is_announced = options, warned or Warned(), False
+        self.key = object() if key is None else key
         self.compiler = Compiler(options, args)
         self.analysis: Analysis = analyze(gm, args, inputs, options, captured, pipeline)
         facts = self.analysis.facts
@@ -70,7 +73,8 @@ class Program:
         self.compiler.inputs = facts.inputs
         self.packs_experts = options.pack_experts and self._can_pack()
         self.prologues = Prologues(self.analysis, self.compiler)
-        self.timestep, self.condition = self.prologues.timestep, self.prologues.condition
+        self.timestep = next(iter(self.prologues.timesteps), None)
+        self.more_timesteps, self.condition = self.prologues.timesteps[1:], self.prologues.condition
         self.nodes, self.roles = len(self.analysis.gm.graph.nodes), (facts.roles.timestep, facts.roles.latent)
         positions = {source.name: i for i, source in enumerate(facts.inputs)}
         self.latent = positions.get(facts.roles.latent)

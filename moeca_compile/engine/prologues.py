@@ -28,7 +28,7 @@ class Prologues:
         hoisted: the hoisted values; all positions refer to this list.
         of_step: positions of the values that depend on the timestep.
         step_bytes: bytes of those values, for one step.
-        timestep, condition: positions of these inputs among a call's arguments.
+        timesteps, condition: positions of these inputs among a call's arguments.
         ready: each compiled prologue, by the positions of the values that it computes.
         by_step: values can't be computed for many timesteps at once.
     """
@@ -39,14 +39,14 @@ class Prologues:
         self.hoisted = facts.hoisted
         self.of_step = tuple(position for position, value in enumerate(self.hoisted) if value.level == "step")
         self.step_bytes = sum(self.hoisted[position].bytes for position in self.of_step)
-        self.timestep = positions.get(facts.roles.timestep)
+        self.timesteps = tuple(positions[name] for name in facts.roles.timesteps)
         self.condition = tuple(positions[name] for name in facts.roles.condition)
         self.ready: dict[tuple[int, ...], tuple[Variant, Executable]] = {}
         self._analysis, self._compiler = analysis, compiler
         self._built: dict[tuple[int, ...], Variant] = {}
         self._mapped: dict[tuple[int, ...], Executable] = {}
         # in the interpreter each value must be bitwise that of one step computed alone
-        self.by_step = compiler.options.inner == "eager" or self.timestep is None
+        self.by_step = compiler.options.inner == "eager" or not self.timesteps
 
     def prologue(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Executable]:
         """The compiled program of some hoisted values.
@@ -68,13 +68,14 @@ class Prologues:
         return self.ready[gives]
 
     def over_steps(self, gives: tuple[int, ...]) -> tuple[Variant, Executable] | None:
-        """The program of some hoisted values for many timesteps at once. The timestep and the results have a leading
-        axis [timesteps]. None: values are computed for each step by itself."""
-        if self.by_step or self.timestep is None:
+        """The program of some hoisted values for many timesteps at once. The timestep inputs and the results have a
+        leading axis [timesteps]. None: values are computed for each step by itself."""
+        if self.by_step:
             return None
         variant = self._variant(gives)
         if gives not in self._mapped:
-            self._mapped[gives] = without_autocast(lower_over_steps(variant, variant.takes.index(self.timestep)))
+            axes = [position for position, i in enumerate(variant.takes) if i in self.timesteps]
+            self._mapped[gives] = without_autocast(lower_over_steps(variant, axes))
         return variant, self._mapped[gives]
 
     def give_up_steps(self, error: LoweringError) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
-from moeca_compile.engine.hoisted import Hoisted, uniform_timestep
+from moeca_compile.engine.hoisted import Hoisted
+from moeca_compile.engine.trajectories.timesteps import StepKey, uniform_timesteps
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import GraphState, Stream, TrajectoryState
 from moeca_compile.errors import StateError
@@ -73,15 +74,18 @@ def _run(
         at_start()
     if placement.restart:
         declared = trajectory.timesteps if trajectory is not None else ()
-        running.begin(placement, observation, declared or compiled.schedule.timesteps)
+        expected = () if program.more_timesteps else declared or compiled.schedule.timesteps
+        running.begin(placement, observation, expected)
     if placement.warning and compiled.layout:  # without state nothing is lost
         program.warned.once(placement.warning)
     if trajectory is not None and trajectory.steps is not None:
         driver.refuse_surplus(step, trajectory.steps, trajectory.stream or "")
     stream = None
     if placement.stream is not None:
-        stream = graph.streams.get(placement.stream) or running.stream(compiled, graph, placement.stream)
-    elif observation.timestep is None:
+        stream = graph.streams.get(placement.stream) or running.stream(compiled, graph, placement.stream, step)
+        if len(running.by_schedule) > 1:
+            running.drop_useless(step)
+    elif observation.trouble:
         running.forget()  # the call's step isn't known, so the state may be of an older step than the last
     contents: dict[int, Hashable] = {}
     if observation.condition:
@@ -89,7 +93,8 @@ def _run(
     elif stream is not None and stream.hoisted.inputs:
         contents = _likely_contents(compiled, running, stream, args)
     state = None if stream is None else stream.state
-    row, cold = driver.choose(state, step, observation.timestep)
+    timestep = None if observation.by_sample else observation.timestep
+    row, cold = driver.choose(state, step, timestep, observation.eps)
     start, compiled_before = time.perf_counter(), compiler.spent
     variant = variants.built.get(row) or variants.variant(row)
     hoisted: Sequence[torch.Tensor] = ()
@@ -98,12 +103,12 @@ def _run(
     elif row == driver.full and (trajectory is None or trajectory.frozen is None):
         _start_cold_if_weights_changed(graph, stream, args)
     if stream is not None and variant.hoists:
-        timestep = observation.timestep
+        key: Any = observation.timestep if observation.key is None else observation.key
         if running.counts and not compiled.schedule.timesteps:
-            timestep = _timestep_of_counted(compiled, running, step, args)
-        if timestep is not None:
-            running.timestep_plan.visit(timestep)
-        hoisted = stream.hoisted.of(program.prologues, variant.hoists, args, timestep, contents)
+            key = _timesteps_of_counted(compiled, running, step, args)
+        if key is not None:
+            running.timestep_plan.visit(key)
+        hoisted = stream.hoisted.of(program.prologues, variant.hoists, args, key, contents)
     compiling = compiler.spent - compiled_before
     begin, hoisting = begin + compiling, time.perf_counter() - start - compiling
     arguments = compiled.arguments(variant, args, state, step, hoisted)
@@ -148,9 +153,11 @@ def _observe(
     program = compiled.program
     timestep = None if program.timestep is None else args[program.timestep]
     if running.counts:
-        return running.probe.observe(timestep, None, (), graph.kind)
+        more = [*map(args.__getitem__, program.more_timesteps)]
+        return running.probe.observe(timestep, None, (), graph.kind, more)
     latent = None if program.latent is None else args[program.latent]
-    return running.probe.observe(timestep, latent, [*map(args.__getitem__, program.condition)], graph.kind)
+    more: Sequence[Any] = [*map(args.__getitem__, program.more_timesteps)] if program.more_timesteps else ()
+    return running.probe.observe(timestep, latent, [*map(args.__getitem__, program.condition)], graph.kind, more)
 
 
 def _likely_contents(
@@ -184,13 +191,12 @@ def _start_cold_if_weights_changed(graph: GraphState, stream: Stream, args: Sequ
                 del graph.streams[name]
 
 
-def _timestep_of_counted(
+def _timesteps_of_counted(
     compiled: CompiledSchedule, running: TrajectoryState, step: int, args: Sequence[Any]
-) -> float | None:
-    """The timestep of a call in a named stream: read where the host needn't wait for it, else as declared."""
-    if compiled.program.timestep is None:
-        return None
-    value = args[compiled.program.timestep]
-    if running.declared is not None and needs_device_sync(value):
-        return running.declared.at(step, value)
-    return uniform_timestep(value)
+) -> StepKey | None:
+    """What identifies the timesteps of a call in a named stream: read where the host needn't wait for them, else as
+    declared."""
+    values = [args[position] for position in compiled.program.prologues.timesteps]
+    if running.declared is not None and len(values) == 1 and values[0].dim() < 2 and needs_device_sync(values[0]):
+        return running.declared.at(step, values[0])
+    return uniform_timesteps(values)

@@ -88,7 +88,8 @@ def start_of_last(records: Sequence[StepRecord]) -> int:
 class TrajectoryState:
     """State of one trajectory of a handle.
 
-    The compiled schedules of a trajectory differ in their input signature. The signature may change during a
+    The compiled schedules of a trajectory differ in their input signature, or are of models that take turns (two
+    transformers, one for each range of timesteps). The signature may change during a
     trajectory: the clock goes on, and the state of another signature is kept for calls of that signature, where it
     serves the next step only.
 
@@ -97,6 +98,7 @@ class TrajectoryState:
         latent_jump: of the clock, for calls outside any trajectory.
         timestep_history: of the handle.
         history: the handle's records of its trajectories; those of this one are added.
+        hands_over: a stream that continues in another model uses the state of the model before it.
 
     Attributes:
         exact: the caller marks where the trajectory begins and ends.
@@ -115,6 +117,7 @@ class TrajectoryState:
         latent_jump: float = math.inf,
         timestep_history: TimestepHistory | None = None,
         history: RecordHistory | None = None,
+        hands_over: bool = False,
     ) -> None:
         self.exact = trajectory is not None
         self.counts = trajectory is not None and trajectory.stream is not None
@@ -124,6 +127,7 @@ class TrajectoryState:
         self.history = history or RecordHistory()
         self.by_schedule: weakref.WeakKeyDictionary[CompiledSchedule, GraphState] = weakref.WeakKeyDictionary()
         self.lock = threading.Lock()
+        self._hands_over = hands_over
         self._kinds = itertools.count()
         self.reset()
 
@@ -134,11 +138,37 @@ class TrajectoryState:
             graph = self.by_schedule[compiled] = GraphState(next(self._kinds))
         return graph
 
-    def stream(self, compiled: CompiledSchedule, graph: GraphState, name: Hashable) -> Stream:
-        """Add an empty stream."""
+    def stream(self, compiled: CompiledSchedule, graph: GraphState, name: Hashable, step: int) -> Stream:
+        """Add a stream at its first call, number `step`. It is empty, or continues that of the model before it."""
         hoisted = Hoisted(self.timestep_plan, self.probe.contents.number)
         stream = graph.streams[name] = Stream(compiled.state(), hoisted)
+        before = self._predecessor(compiled, graph, name, step) if self._hands_over else None
+        if before is not None:
+            stream.state, before.state = before.state, stream.state
         return stream
+
+    def _predecessor(self, compiled: CompiledSchedule, graph: GraphState, name: Hashable, step: int) -> Stream | None:
+        """The stream with the same conditioning that another model, which computes the same from other weights, had at
+        the step before."""
+        for other, its_graph in self.graphs():
+            if its_graph is graph or other.program.key != compiled.program.key or other.layout != compiled.layout:
+                continue
+            for its_name, stream in its_graph.streams.items():
+                if stream.state.last_step == step - 1 and self._condition(its_name) == self._condition(name):
+                    return stream
+        return None
+
+    def _condition(self, name: Hashable) -> Hashable:
+        if isinstance(self.clock, Clock) and isinstance(name, int):
+            return self.clock.streams[name][1]
+        return name
+
+    def drop_useless(self, step: int) -> None:
+        """Release the state of other graphs that is too old for call `step`: kept outputs serve the next step only."""
+        for _, graph in self.graphs():
+            for stream in graph.streams.values():
+                if -1 < stream.state.last_step < step - 1:
+                    stream.state.clear()
 
     def graphs(self) -> list[tuple[CompiledSchedule, GraphState]]:
         """The compiled schedules that have run, each with its state."""

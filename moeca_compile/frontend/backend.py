@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moeca_compile.engine.trajectories.group import TrajectoryGroup
 from moeca_compile.errors import MoecaError, OptionError
 from moeca_compile.frontend.calls import find_owner, gate_of
 from moeca_compile.frontend.entry import entry_of
@@ -46,16 +47,23 @@ def moeca(
 
 
 class Backend:
-    """The backend of one `moeca_compile.compile`: its options, and the schedule as it was read then."""
+    """The backend of one `moeca_compile.compile`: its options, and the schedule as it was read then.
 
-    def __init__(self, options: Options) -> None:
+    Attributes:
+        trajectories: those of models that were compiled together; None: one model.
+    """
+
+    def __init__(self, options: Options, together: bool = False) -> None:
         self.options, self.schedule = options, options.resolved_schedule()
+        self.trajectories = TrajectoryGroup(options.latent_jump, options.hand_over) if together else None
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
         return entry_of(gm, example_inputs, partial(_read, self.options))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Backend) and (self.options, self.schedule) == (other.options, other.schedule)
+        if not isinstance(other, Backend) or self.trajectories is not other.trajectories:
+            return False
+        return (self.options, self.schedule) == (other.options, other.schedule)
 
     __hash__ = object.__hash__
 

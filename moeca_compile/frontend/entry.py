@@ -329,7 +329,9 @@ class Entry:
         any_strides_key = self._any_strides_key(args, numbers, key[-1])
         if runtime.find(any_strides_key) is not None:
             return self._beside(key, any_strides_key, runtime, captured)
-        program = Program(gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured)
+        program = Program(
+            gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured, key=graph_key
+        )
         program.compiler.compile_id = self._compile_id
         graph = partial(text_of, program.analysis.gm)
         log_capture(program.regions, program.roles, program.schedule, graph, self._compile_id)

@@ -72,7 +72,8 @@ class HandleState:
         self.lock = threading.RLock()
         self.warned = Warned() if context is None else gate_of(context).warned
         self.first, self.is_full_model = FirstCalls(), dict[int, bool]()
-        self.runtime = HandleRuntime(context, options, schedule, self.warned, self.lock)
+        trajectories = None if context is None else getattr(_compiler_of(context), "trajectories", None)
+        self.runtime = HandleRuntime(context, options, schedule, self.warned, self.lock, trajectories)
         self.parts, self.uncached = 0, ""
         self.announced: set[object] = set()
         _ALL.add(self)
@@ -126,6 +127,12 @@ def states_of(model: Any) -> list[HandleState]:
 
 def all_states() -> Iterator[HandleState]:
     return iter(list(_ALL))
+
+
+def _compiler_of(context: Any) -> Any:
+    """The backend itself."""
+    compiled = backend_of(context)
+    return getattr(compiled, "compiler_fn", compiled)
 
 
 def backend_of(context: Any) -> Any:

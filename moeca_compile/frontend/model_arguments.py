@@ -42,6 +42,10 @@ def single_model(model: Any, what: str) -> Any:
         name = type(model).__name__
         both = " or ".join(f"{what}(pipe.{part}, ...)" for part in parts)
         raise StateError(f"{what}: {name} has {len(parts)} transformers. Pass one of them: {both}")
+    if isinstance(model, (list, tuple)):
+        raise StateError(
+            f"{what}: expected one model, and got {len(model)} in a {type(model).__name__}. Pass one of them"
+        )
     return next(iter(parts.values()), model)
 
 
@@ -49,13 +53,18 @@ def models_of(model: Any, what: str) -> list[torch.nn.Module]:
     """The module itself, or the transformers of a pipeline.
 
     Args:
-        model: a module or pipeline.
+        model: a module or pipeline, or a list of modules that share trajectories.
         what: name of the public function, for the message.
 
     Raises:
-        StateError: neither a module nor a pipeline with a transformer.
+        StateError: neither a module nor a pipeline with a transformer, or one module twice.
     """
-    models = [model] if isinstance(model, torch.nn.Module) else list(parts_of(model).values())
+    if isinstance(model, (list, tuple)):
+        models = [part for parts in model for part in models_of(parts, what)]
+        if len({id(plain_module(part)) for part in models}) < len(models):
+            raise StateError(f"{what}: one model is given twice. Models that are compiled together are different ones")
+    else:
+        models = [model] if isinstance(model, torch.nn.Module) else list(parts_of(model).values())
     if not models:
         raise StateError(
             f"{what}: expected a torch.nn.Module, or a pipeline with a `transformer`, and got {type(model).__name__}"
@@ -76,13 +85,13 @@ def compiled_parts(model: Any, what: str) -> list[Any]:
     """The compiled model itself, or the transformers of a pipeline.
 
     Args:
-        model: a compiled model, a compiled function, or a pipeline.
+        model: a compiled model, a compiled function, a pipeline, or a list of compiled models.
         what: name of the public function, for the message.
 
     Raises:
         StateError: nothing of it is compiled with moeca.
     """
-    parts = list(parts_of(model).values()) or [model]
+    parts = list(model) if isinstance(model, (list, tuple)) else list(parts_of(model).values()) or [model]
     if not any(map(_is_compiled_here, parts)):
         raise StateError(
             f"{what}: this {type(model).__name__} isn't compiled with moeca. Pass what "
@@ -153,12 +162,14 @@ def disable(model: Any) -> Any:
     """Return the plain model, as it was before it was compiled and prepared. Its graphs and state are dropped.
 
     Args:
-        model: a model, what `torch.compile` returned for a model or function, or a pipeline. A model that isn't
-            compiled is returned as it is.
+        model: a model, what `torch.compile` returned for a model or function, a pipeline, or a list of models. A model
+            that isn't compiled is returned as it is.
 
     Returns:
-        The plain model; for a pipeline the pipeline, with its plain transformers set.
+        The plain model; for a pipeline the pipeline, with its plain transformers set; for a list a list.
     """
+    if isinstance(model, (list, tuple)):
+        return type(model)(map(disable, model))
     parts = parts_of(model)
     for name, part in parts.items():
         plain = disable(part)
@@ -229,4 +240,5 @@ def _call_counts(handles: Sequence[Any]) -> list[tuple[int, int]]:
     gates = [hook for context in contexts for hook in context.enter_exit_hooks if isinstance(hook, Gate)]
     runtimes = [state.runtime for handle in handles for state in states_of(handle)]
     graphs = [(id(gate), gate.graphs) for gate in gates]
-    return graphs + [(id(runtime.latest), len(runtime.latest.last_trajectory())) for runtime in runtimes]
+    latest = [runtime.trajectories.latest for runtime in runtimes]
+    return graphs + [(id(running), len(running.last_trajectory())) for running in latest]

@@ -31,6 +31,7 @@ from moeca_compile.frontend.owner import modules_of, parameters_of
 from moeca_compile.frontend.signature import refuse_gradients
 from moeca_compile.frontend.summary import announce
 from moeca_compile.graph.capture import Input
+from moeca_compile.passes.analysis.find_inputs import has_word_of_time
 
 TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")  # names of arguments
 LATENTS = ("hidden_states", "sample", "latents", "latent", "x", "img", "z")
@@ -102,9 +103,11 @@ class OutputPath:
         at = len(leaves) - 1 if timestep is not None and len(leaves) > spec.num_leaves else timestep
         roles = names[timestep] if timestep is not None else "", names[latent] if latent is not None else ""
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in (latent, at)]
+        more = tuple(i for i in tensors if at is not None and i < len(names) and has_word_of_time(names[i]))
+        condition = tuple(i for i in tensors if i not in more)
         regions = output_regions(outputs)
-        call = OutputCall(lambda given: self.run(spec, given), regions, at, latent, tuple(tensors), roles)
-        program = OutputProgram(call, leaves, runtime.options, runtime.schedule, runtime.warned)
+        call = OutputCall(lambda given: self.run(spec, given), regions, at, latent, condition, roles, more)
+        program = OutputProgram(call, leaves, runtime.options, runtime.schedule, runtime.warned, key)
         self._results[id(program)] = structure, [None if isinstance(value, Tensor) else value for value in values]
         weakref.finalize(program, self._results.pop, id(program), None)
         runtime.place((key,), program)

@@ -16,22 +16,24 @@ def stats_of(states: Sequence[HandleState]) -> Stats:
     seconds: dict[str, float] = {}
     warned = Counter[str]()
     state_bytes = hoisted_bytes = 0
-    for runtime in [state.runtime for state in states]:
-        with runtime.lock:
-            programs, trajectories = list(runtime.programs.values()), list(runtime.trajectories)
-            latest, history = runtime.latest.last_trajectory(), runtime.history.trajectories()
+    groups = dict.fromkeys(state.runtime.trajectories for state in states)  # two transformers may have one
+    for group in groups:
+        latest, history = group.latest.last_trajectory(), group.history.trajectories()
         steps += latest
         earlier += [tuple(records) for records in history if not latest or records[0] is not latest[0]]
-        warned |= runtime.warned.counts.copy()
-        for program in programs:
-            for name, spent in list(program.compiler.seconds.items()):
-                seconds[name] = seconds.get(name, 0.0) + spent
-        for compiled, graph in [pair for running in trajectories for pair in running.graphs()]:
+        for compiled, graph in [pair for running in group.states() for pair in running.graphs()]:
             for stream in list(graph.streams.values()):
                 hoisted_bytes += stream.hoisted.bytes
                 pairs = zip(list(stream.state.tensors), compiled.layout, strict=True)
                 state_bytes += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
-    if len(states) > 1:
+    for runtime in [state.runtime for state in states]:
+        with runtime.lock:
+            programs = list(runtime.programs.values())
+        warned |= runtime.warned.counts.copy()
+        for program in programs:
+            for name, spent in list(program.compiler.seconds.items()):
+                seconds[name] = seconds.get(name, 0.0) + spent
+    if len(groups) > 1:
         steps.sort(key=lambda record: record.step)  # stable: calls of one handle stay in their order
     full = sum(record.full_macs for record in steps)
     fraction = sum(record.macs for record in steps) / full if full else 1.0

@@ -20,11 +20,18 @@ class Roles:
     """What the model's own inputs mean, by placeholder name; '' or () where there is none.
 
     `timestep` feeds the sinusoid; `latent` is what the sampler moves; `condition` are the others (labels, prompts).
+    `more_timesteps` are those of other tokens or modalities.
     """
 
     timestep: str = ""
     latent: str = ""
     condition: tuple[str, ...] = ()
+    more_timesteps: tuple[str, ...] = ()
+
+    @property
+    def timesteps(self) -> tuple[str, ...]:
+        """All timestep inputs, the one that schedules go by first."""
+        return (self.timestep, *self.more_timesteps) if self.timestep else ()
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ class Call:
 
     @property
     def timestep(self) -> float | None:
-        """The timestep of the call's first sample; None: the graph has none."""
-        if self.program.timestep is None:
-            return None
+        """The call's timestep as the clock took it, or else that of its first sample; None: the graph has none."""
+        if self.record.timestep is not None or self.program.timestep is None:
+            return self.record.timestep
         return float(torch.as_tensor(self.args[self.program.timestep]).reshape(-1)[0])
 
 

@@ -25,12 +25,16 @@ class CallObservation:
     """What the clock is told about one call.
 
     Attributes:
-        timestep: as the model received it. None: it can't be read, and `trouble` says why.
+        timestep: as the model received it; of several the middle one. None: it can't be read.
         condition: for each conditioning input, a number that identifies its contents.
         jump: relative change of the latent since the last call of this kind in the trajectory, or else since any call.
             0: there was no earlier call. Negative: the latents can't be compared.
-        trouble: why `timestep` is None.
+        trouble: why the call can't be the next step.
         kind: identifies the input signature; calls of one signature have the same kind.
+        eps: relative spacing of the timestep's dtype, if two steps may have the same timestep in it; else 0.
+        position: of several timesteps, a number that moves with each of them. None: `timestep` is the only one.
+        key: of several timesteps, what identifies them. None: `timestep` does.
+        by_sample: samples of the batch have different timesteps.
     """
 
     timestep: float | None
@@ -38,6 +42,10 @@ class CallObservation:
     jump: float = 0.0
     trouble: str = ""
     kind: Hashable = 0
+    eps: float = 0.0
+    position: float | None = None
+    key: Hashable = None
+    by_sample: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,9 @@ class Clock:
         latent_jump: the largest relative change of the latent between two calls of one trajectory; inf: any.
         step: the current step; -1 before the first call.
         timestep: of the current step.
+        moved: change of the timestep in the last step.
         direction: 1 where timesteps increase, -1 where they decrease, 0 before the second step.
+        positions: by kind, where several timesteps of a call of the current step are.
         streams: kind and condition of each stream.
         since: by kind, the step of its first call.
         placed: numbers of the streams whose call of the current step has come.
@@ -81,7 +91,9 @@ class Clock:
     latent_jump: float = 0.7
     step: int = -1
     timestep: float = 0.0
+    moved: float = 0.0
     direction: int = 0
+    positions: dict[Hashable, float] = field(default_factory=dict)
     streams: list[tuple[Hashable, Hashable]] = field(default_factory=list)
     since: dict[Hashable, int] = field(default_factory=dict)
     placed: set[int] = field(default_factory=set)
@@ -94,22 +106,40 @@ class Clock:
         if self.step < 0:
             return self._start(call)
         forward = (call.timestep > self.timestep) - (call.timestep < self.timestep)
+        if not forward and call.position is not None:  # the middle timestep may be one that stays as it is
+            before = self.positions.setdefault(call.kind, call.position)
+            forward = (call.position > before) - (call.position < before)
         if forward and self.direction and forward != self.direction:
             return self._start(call)
         if self._is_elsewhere(call):
             return self._start(call, self._interrupted(call), broken_off=bool(forward))
-        if not forward:
+        if call.trouble:
+            return StepPlacement(self.step, None, warning=call.trouble)
+        if not (forward or self._is_rounded_step(call)):
             return self._same_timestep(call)
-        self.direction, self.timestep = forward, call.timestep
+        self.direction = forward or self.direction
+        self.moved, self.timestep = call.timestep - self.timestep, call.timestep
         self.step += 1
         self.placed = set()
         self.broken_off = 0
+        self.positions = {} if call.position is None else {call.kind: call.position}
         return self._place(call)
 
     def miss(self) -> None:
         """Count a call that didn't reach the clock. With one stream the call was a step. With several streams the next
         call's timestep shows whether a step passed."""
         self.step += self.step >= 0 and len(self.streams) == 1
+
+    def _is_rounded_step(self, call: CallObservation) -> bool:
+        """Whether the call is the next step although its timestep is the last one's: its stream has had its call of
+        this step, the latent moved on, and the steps are as small as the spacing of the timestep's dtype."""
+        if not call.eps or not call.jump > 0:
+            return False
+        assert call.timestep is not None
+        spacing = math.ldexp(call.eps, math.frexp(call.timestep)[1] - 1)
+        identity = call.kind, call.condition
+        numbers = {number for number, stream in enumerate(self.streams) if stream == identity}
+        return bool(numbers) and numbers <= self.placed and abs(self.moved) <= 2 * spacing
 
     def _is_elsewhere(self, call: CallObservation) -> bool:
         if math.isinf(self.latent_jump) or (call.kind not in self.since and call.timestep == self.timestep):
@@ -131,7 +161,8 @@ class Clock:
 
     def _start(self, call: CallObservation, warning: str = "", broken_off: bool = False) -> StepPlacement:
         assert call.timestep is not None
-        self.step, self.timestep, self.direction = 0, call.timestep, 0
+        self.step, self.timestep, self.moved, self.direction = 0, call.timestep, 0.0, 0
+        self.positions = {} if call.position is None else {call.kind: call.position}
         self.streams, self.since, self.placed = [(call.kind, call.condition)], {call.kind: 0}, {0}
         return StepPlacement(0, 0, True, warning, broken_off)
 

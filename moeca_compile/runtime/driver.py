@@ -76,13 +76,14 @@ class StepDriver:
                 f"{f' of stream {stream!r}' if stream else ''}: start a new trajectory"
             )
 
-    def choose(self, state: StreamState | None, step: int, timestep: float | None) -> Choice:
+    def choose(self, state: StreamState | None, step: int, timestep: float | None, eps: float = 0.0) -> Choice:
         """Choose the row of `step`, and drop state that can't serve it.
 
         Args:
             state: of the stream. None: the call belongs to no stream; everything is computed and nothing kept.
             step: number of the call, from 0.
             timestep: of the call. None: it wasn't read; calls are counted to find the row.
+            eps: relative spacing of the timestep's dtype, where it is coarse; else 0.
 
         Returns:
             The row, and whether the step is cold.
@@ -93,7 +94,7 @@ class StepDriver:
             self._drop_if_not_finite(state, wait=False)
         schedule = self.schedule
         if schedule.timesteps and timestep is not None:
-            choice = self._by_timestep(state, step, timestep)
+            choice = self._by_timestep(state, step, timestep, eps)
         else:
             if schedule.timesteps:
                 self.warned.once(_COUNTED)
@@ -177,14 +178,14 @@ class StepDriver:
         assert self.schedule.adaptive is not None
         return self.schedule.rows[state.pace.choose(self.schedule.adaptive, step, state.drift())]
 
-    def _by_timestep(self, state: StreamState, step: int, timestep: float) -> Choice:
+    def _by_timestep(self, state: StreamState, step: int, timestep: float, eps: float) -> Choice:
         schedule, timeline, before = self.schedule, self.schedule.timeline, state.place
         if before is None or state.last_step != step - 1:
-            here = state.coming = timeline.begin(timestep)
+            here = state.coming = timeline.begin(timestep, eps)
             if here.off_schedule or (step == 0 and here.row > 0):
                 self.warned.once(_not_calibrated_for(schedule, step, timestep, here.row))
             return Choice(self.full, schedule.rows[here.row] != self.full)
-        row, here = timeline.advance(before, timestep)
+        row, here = timeline.advance(before, timestep, eps)
         state.coming = here
         if here.off_schedule and not before.off_schedule:
             self.warned.once(_not_calibrated_for(schedule, step, timestep, before.row + 1))

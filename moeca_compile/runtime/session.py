@@ -309,16 +309,17 @@ class Trajectory:
 
 
 def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:
-    """The call's timestep; None: the model takes none, it isn't finite, or it differs within the batch.
+    """The call's timestep; of several tokens' the middle one. None: the model takes none, it isn't finite, or it
+    differs within the batch.
 
     Rows are counted then, with a warning, as in the torch engine: the row at a step doesn't depend on the samples, and
     a sampler that gives each of them a timestep of its own can be run. Weights that were fitted for a timestep don't
     serve.
     """
-    times = np.asarray(feeds.get(manifest.timestep or "", ()), np.float64).reshape(-1)
-    if not times.size or not math.isfinite(times[0]) or (times != times[0]).any():
+    times = np.asarray(feeds.get(manifest.timestep or "", ()), np.float64)
+    if not times.size or not np.isfinite(times).all() or (times.ndim and (times != times[:1]).any()):
         return None
-    return float(times[0])
+    return float(np.sort(times, axis=None)[times.size // 2])
 
 
 def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:

@@ -82,22 +82,27 @@ class Timeline:
             return after - 1
         return after
 
-    def is_at(self, row: int, timestep: float) -> bool:
-        """Whether a timestep is that of a row, up to rounding."""
+    def is_at(self, row: int, timestep: float, eps: float = 0.0) -> bool:
+        """Whether a timestep is that of a row, up to rounding. `eps`: relative spacing of the timestep's dtype, where
+        several rows may have become one timestep."""
         neighbors = self.times[max(row - 1, 0) : row + 2]
         distance = min((b - a for a, b in itertools.pairwise(neighbors)), default=0.0)
-        return abs(self.sign * timestep - self.times[row]) <= _NEAR * distance
+        rounding = eps * abs(timestep) / 2
+        return abs(self.sign * timestep - self.times[row]) <= max(_NEAR * distance, rounding)
 
-    def begin(self, timestep: float) -> TimelinePosition:
+    def begin(self, timestep: float, eps: float = 0.0) -> TimelinePosition:
         """The position of a stream whose first call, at `timestep`, computes everything."""
         row = self.nearest(timestep)
-        return TimelinePosition(row, self.sign * timestep, row, not self.is_at(row, timestep))
+        while eps and row and self.is_at(row - 1, timestep, eps):
+            row -= 1  # of the rows that this timestep may be, the first
+        return TimelinePosition(row, self.sign * timestep, row, not self.is_at(row, timestep, eps))
 
-    def advance(self, position: TimelinePosition, timestep: float) -> tuple[Row, TimelinePosition]:
+    def advance(self, position: TimelinePosition, timestep: float, eps: float = 0.0) -> tuple[Row, TimelinePosition]:
         """The row of the stream's next call, and the position of the stream after it."""
-        row, time = self.nearest(timestep), self.sign * timestep
-        if not position.off_schedule and row == position.row + 1 and self.is_at(row, timestep):
-            return self.rows[row], TimelinePosition(row, time, position.first)
+        time, following = self.sign * timestep, position.row + 1
+        if not position.off_schedule and following < len(self.rows) and self.is_at(following, timestep, eps):
+            return self.rows[following], TimelinePosition(following, time, position.first)
+        row = self.nearest(timestep)
         return self._make_up(position if position.computed else self._expanded(position), row, time)
 
     def _make_up(self, position: TimelinePosition, row: int, time: float) -> tuple[Row, TimelinePosition]:

@@ -61,7 +61,7 @@ def program_of(model: nn.Module) -> Program:
 def timestep_history_of(model: nn.Module) -> TimestepHistory:
     (state,) = states_of(model)
     runtime = state.runtime
-    return runtime.timestep_history
+    return runtime.trajectories.timestep_history
 
 
 def mapped(model: nn.Module) -> list[int]:

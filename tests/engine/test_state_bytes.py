@@ -44,7 +44,7 @@ def state_of(compiled: torch.nn.Module) -> Iterator[Tensor]:
     runtimes = [runtime for entry in ENTRIES for runtime in entry.runtimes.values()]
     for runtime in runtimes:
         if runtime.handle is not None and runtime.handle() is handle_of(compiled):
-            for running in runtime.trajectories:
+            for running in runtime.trajectories.states():
                 for graph in running.by_schedule.values():
                     for stream in graph.streams.values():
                         yield from (tensor for tensor in stream.state.tensors if tensor is not None)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import moeca_compile as moeca
-from tests.real.zoo import normal, pixart
+from tests.real.tiny import normal
+from tests.real.zoo import pixart
 
 hidream = importlib.import_module("examples.02_diffusers_hidream")
 

@@ -91,10 +91,10 @@ def test_a_cause_is_told_once_a_handle_and_counted() -> None:
             warnings.simplefilter("default")
             for _ in range(3):
                 with torch.no_grad():
-                    model(INPUTS[0], torch.tensor([500.0, 400.0]), INPUTS[2])
+                    model(INPUTS[0], torch.tensor([500.0, float("nan")]), INPUTS[2])
         assert [one.category for one in seen] == [MoecaWarning]
         ((text, count),) = moeca.stats(model).warnings.items()
-        assert "differ within the batch" in text
+        assert "a timestep is NaN" in text
         assert count == 3
 
 

@@ -148,6 +148,38 @@ def test_of_two_that_reach_waves_the_one_with_the_name_is_the_timestep(name: str
     assert (found.timestep, found.condition) == (name, ("guidance",))
 
 
+def embedding(t: Tensor) -> Tensor:
+    """[..., DIM], as a timestep's embedding: waves, then a matmul."""
+    angles = t[..., None] * torch.tensor([1.0, 2.0])
+    return torch.cat([angles.sin(), angles.cos()], dim=-1) @ torch.ones(4, DIM)
+
+
+def test_a_timestep_for_each_token_is_one() -> None:
+    found = roles(lambda x, noise_level: x + embedding(noise_level), latent(), torch.rand(2, 4))
+    assert (found.timestep, found.latent, found.condition) == ("noise_level", "x", ())
+
+
+def test_positions_in_a_sequence_are_no_timesteps_beside_one() -> None:
+    found = roles(lambda x, t, size: x + embedding(t)[:, None] + embedding(size), latent(), times(), torch.rand(2, 4))
+    assert (found.timesteps, found.condition) == (("t",), ("size",))
+
+
+@pytest.mark.parametrize("name", ["audio_timestep", "t_audio", "audio_sigma", "text_time", "noise_of_audio"])
+def test_a_second_timestep_is_one_if_its_name_says_so_and_it_is_embedded(name: str) -> None:
+    code = f"lambda x, {name}, t: x + embedding({name})[:, None] + embedding(t)[:, None]"
+    found = roles(eval(code, {"embedding": embedding}), latent(), times(), times() * 2)
+    assert (found.timesteps, found.condition) == (("t", name), ())
+
+
+def test_a_model_with_two_outputs_has_a_latent_for_each() -> None:
+    def model(video: Tensor, audio: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        return video + prompt.mean(), audio + video.mean()
+
+    context = analyze_module(model, latent(), torch.rand(2, 3, DIM), torch.rand(2, 5, DIM)).facts
+    assert (context.roles.latent, context.roles.condition) == ("video", ("prompt",))
+    assert context.dependence["audio"] == "latent"
+
+
 def test_a_list_of_latents_is_given_back_as_a_list() -> None:
     """The clock watches the first; the others are no conditioning."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import moeca_compile as moeca
 from moeca_compile.engine.intercept import intercepting
@@ -19,7 +20,8 @@ from moeca_compile.engine.program import Program
 from moeca_compile.errors import MoecaWarning
 from tests.facts import Recorder
 from tests.following import gathered
-from tests.real.zoo import ZOO, Model, nucleus, nucleus_inputs
+from tests.real.tiny import Model
+from tests.real.zoo import ZOO, nucleus, nucleus_inputs
 from tests.reference import Reference
 from tests.tools import same
 
@@ -43,9 +45,9 @@ WHOLE = tuple(name for name, model in ZOO.items() if not model.in_parts)
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """What a model gave: a dataclass, or a tuple, of a tensor or a list of them."""
-    sample = result.sample if hasattr(result, "sample") else result[0]
-    return list(sample) if isinstance(sample, list) else [sample]
+    """What a model gave: a dataclass, or a tuple, of tensors and lists of them."""
+    values = result.values() if hasattr(result, "values") else result
+    return [value for value in tree_leaves(tuple(values)) if isinstance(value, Tensor)]
 
 
 def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

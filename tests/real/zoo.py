@@ -6,65 +6,12 @@ its code. Tests run over it; a table of models can be made from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Model:
-    """One real model.
-
-    Attributes:
-        build: a tiny random one, in eval mode, its parameters without gradients.
-        inputs: the keyword arguments of a step, as the pipeline passes them; neighbouring steps are alike.
-        timestep, latent: the names of those inputs.
-        regions: what must be found, in order; `x2`: with two outputs, for two streams.
-        attention: the kind of each attention in the graph, in order; `fixed`: its keys depend on the prompt alone.
-        misses: a piece of the reason of each miss.
-        in_parts: why it can't be one graph; '' for the others.
-    """
-
-    build: Callable[[], nn.Module]
-    inputs: Callable[[int], Arguments]
-    timestep: str
-    latent: str
-    regions: tuple[str, ...] = ()
-    attention: tuple[str, ...] = ()
-    rejected: tuple[str, ...] = ()
-    in_parts: str = ""
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def moving(step: int, *shape: int) -> Tensor:
-    """A latent that a sampler moves a little each step."""
-    return normal(*shape) + 0.1 * step * normal(*shape, seed=1) + 0.01 * step**2 * normal(*shape, seed=2)
-
-
-def time(step: int, batch: int = 2, scale: float = 1.0) -> Tensor:
-    return torch.full((batch,), (900.0 - 40 * step) * scale)
-
-
-def tiny(cls: Any, **config: Any) -> nn.Module:
-    """Random weights everywhere: gates and output layers that start at zero would hide their whole block."""
-    torch.manual_seed(0)
-    model: nn.Module = cls(**config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 3:  # packed experts and tables
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-            elif (parameter == parameter.flatten()[0]).all():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
+from tests.real.tiny import Arguments, Model, moving, normal, time, tiny
+from tests.real.video_and_audio import ltx2, ltx2_inputs, minimax_h3, minimax_h3_inputs
 
 
 def hidream() -> nn.Module:
@@ -175,6 +122,12 @@ def wan_inputs(step: int) -> Arguments:
         "hidden_states": moving(step, 1, 4, 2, 8, 8), "timestep": torch.full((1,), 900 - 40 * step),
         "encoder_hidden_states": normal(1, 6, 16), "attention_kwargs": None,
     }  # fmt: skip
+
+
+def wan_image_inputs(step: int) -> Arguments:
+    """A video from its first frame, whose tokens are clean: a timestep for each token."""
+    tokens = torch.cat([torch.zeros(1, 16), torch.full((1, 16), 900.0 - 40 * step)], dim=1)
+    return {**wan_inputs(step), "timestep": tokens}
 
 
 def hunyuan() -> nn.Module:
@@ -344,6 +297,17 @@ ZOO: dict[str, Model] = {
         ("attention x2", "mlp", "mlp", "attention", "attention"), ("joint", "self", "self"),
     ),
     "Wan": Model(wan, wan_inputs, "timestep", "hidden_states", CROSS * 2, ("self", "cross, fixed") * 2),
+    "Wan, an image to a video": Model(
+        wan, wan_image_inputs, "timestep", "hidden_states", CROSS * 2, ("self", "cross, fixed") * 2
+    ),
+    "LTX2Video": Model(
+        ltx2, ltx2_inputs, "timestep", "hidden_states", (*("attention",) * 6, "mlp", "mlp"),
+        ("self", "self", "cross, fixed", "cross, fixed", "cross", "cross"),
+    ),
+    "MiniMaxH3": Model(
+        minimax_h3, minimax_h3_inputs, "timestep", "hidden_states", ("attention", "mlp") * 2,
+        ("self, fixed", "self", "self"), ("doesn't depend on the latent",) * 2,
+    ),
     "HunyuanDiT": Model(
         hunyuan, hunyuan_inputs, "timestep", "hidden_states",
         CROSS * 4, ("self, fixed", *("self", "cross, fixed") * 4),  # the first pools the prompt

@@ -267,13 +267,13 @@ def test_calls_that_belong_to_no_step_leave_the_trajectory_its_stream(model: nn.
 
     def others() -> None:
         for number in range(13):
-            model(x, torch.tensor([5.0, 6.0]), torch.tensor([number % 10, number // 10]))
+            model(x, torch.tensor([5.0, float("nan")]), torch.tensor([number % 10, number // 10]))
 
     with torch.no_grad(), moeca.trajectory(model):
         for step in range(9):
             model(x, torch.full((2,), 1000.0 - 80 * step), y)
             if step == 3:
-                with pytest.warns(MoecaWarning, match="differ within the batch"):
+                with pytest.warns(MoecaWarning, match="a timestep is NaN"):
                     others()
     placed = [record for record in records(model) if record.timestep is not None]
     assert [record.stream for record in placed] == ["0"] * 9

@@ -240,6 +240,62 @@ def test_an_unreadable_timestep_is_computed_in_full_with_its_reason() -> None:
     assert (placement.stream, placement.warning) == (None, "why")
 
 
+def test_a_step_is_made_by_any_of_several_timesteps() -> None:
+    """The middle one stands still, another one moves."""
+    clock = Clock()
+    calls = [CallObservation(0.0, stream, position=p) for p in (9.0, 8.0, 7.0) for stream in ("cat", "null")]
+    placements = [clock.observe(call) for call in calls]
+    assert [(placed.step, placed.stream) for placed in placements] == [(s, n) for s in range(3) for n in range(2)]
+    assert clock.observe(CallObservation(0.0, "cat", position=9.0)).restart
+
+
+def test_positions_of_two_kinds_of_calls_are_not_compared() -> None:
+    """One stream has a clean first frame, so its timesteps have another mean."""
+    clock = Clock()
+    calls = [
+        CallObservation(t, kind, kind=kind, position=t * share)
+        for t in (9.0, 8.0)
+        for kind, share in ((1, 0.5), (2, 1.0))
+    ]
+    placements = [clock.observe(call) for call in calls]
+    assert [(placed.step, placed.stream) for placed in placements] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_timesteps_that_move_both_ways_are_computed_in_full_with_their_reason() -> None:
+    clock = Clock()
+    calls = [(9.0, ""), (8.0, "both ways"), (7.0, "")]
+    placements = [clock.observe(CallObservation(t, jump=NEAR, trouble=trouble)) for t, trouble in calls]
+    assert [(placed.step, placed.stream) for placed in placements] == [(0, 0), (0, None), (1, 0)]
+    assert placements[1].warning == "both ways"
+
+
+BFLOAT16 = 2.0**-7
+
+
+def rounded(times: Sequence[float], streams: Sequence[str] = ("",), jump: float = NEAR) -> list[StepPlacement]:
+    """A loop whose timesteps are bfloat16; within a step the latent stays as it is."""
+    clock = Clock()
+    calls = [(t, stream, jump if number == 0 else 0.0) for t in times for number, stream in enumerate(streams)]
+    return [clock.observe(CallObservation(t, stream, change, eps=BFLOAT16)) for t, stream, change in calls]
+
+
+@pytest.mark.parametrize("times", [(1000, 1000, 996, 992, 992, 988), (1000, 996, 996), (0.5, 0.5, 0.498, 0.498)])
+def test_steps_whose_timesteps_round_to_one_are_two(times: tuple[float, ...]) -> None:
+    assert [placed.step for placed in rounded(times)] == list(range(len(times)))
+    placements = rounded(times, ("cat", "null"))
+    assert [(placed.step, placed.stream) for placed in placements] == [
+        (s, n) for s in range(len(times)) for n in (0, 1)
+    ]
+
+
+def test_a_second_visit_is_none_of_them_where_timesteps_are_far_apart() -> None:
+    assert [placed.stream for placed in rounded((1000, 950, 950, 900))] == [0, 0, None, 0]
+
+
+def test_the_first_call_again_with_the_same_latent_is_another_image_in_any_dtype() -> None:
+    assert all(placed.restart for placed in rounded((1000, 1000), jump=0.0))
+
+
 def test_a_latent_that_is_not_finite_starts_cold() -> None:
     clock = Clock()
     for t in (3.0, 2.0):

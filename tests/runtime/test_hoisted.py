@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moeca_compile.engine import hoisted
-from moeca_compile.engine.hoisted import Hoisted, TimestepPlan, uniform_timestep
+from moeca_compile.engine.hoisted import Hoisted, TimestepPlan
+from moeca_compile.engine.trajectories.timesteps import VariedTimesteps, uniform_timesteps
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph.regions import HoistedValue
 from moeca_compile.graph.variant import Variant
@@ -25,7 +26,7 @@ class Program:
     """One value of the timestep and the prompt's (t * sum), one of the prompt alone (its sum), and what was run."""
 
     hoisted = (HoistedValue("a", "step", 8), HoistedValue("b", "invariant", 8))
-    timestep = 1
+    timesteps = (1,)
     condition = (2,)
     of_step = (STEP,)
     step_bytes = 8
@@ -177,7 +178,14 @@ def test_without_a_timestep_on_the_host_nothing_of_a_step_is_kept() -> None:
     ],
 )  # fmt: skip
 def test_the_timestep_of_a_call(value: Any, expected: float | None) -> None:
-    assert uniform_timestep(value) == expected
+    assert uniform_timesteps([value]) == expected
+
+
+def test_contents_of_several_timesteps_are_never_expected() -> None:
+    plan = TimestepPlan()
+    plan.visit(VariedTimesteps((1,)))
+    assert plan.visited == []
+    assert plan.history.last == ()
 
 
 def test_what_lies_ahead() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeca_compile.engine import probe as probe_file
 from moeca_compile.engine.probe import Probe
+from moeca_compile.runtime.clock import CallObservation
 
 
 def condition_of(probe: Probe, *tensors: object) -> Hashable:
@@ -88,11 +89,56 @@ def test_timesteps_that_differ_in_the_last_bit_differ() -> None:
     assert seen == times
 
 
-@pytest.mark.parametrize("rows", [[1.0, 2.0], [math.nan, math.nan], [1.0, math.nan]])
-def test_timesteps_that_differ_within_the_batch_are_trouble(rows: list[float]) -> None:
+@pytest.mark.parametrize("rows", [[math.nan, math.nan], [1.0, math.nan]])
+def test_a_timestep_that_is_not_a_number_is_trouble(rows: list[float]) -> None:
     observation = Probe().observe(torch.tensor(rows), None, ())
     assert observation.timestep is None
-    assert "differ within the batch" in observation.trouble
+    assert "a timestep is NaN" in observation.trouble
+
+
+def several(probe: Probe, *timesteps: Tensor) -> CallObservation:
+    return probe.observe(timesteps[0], torch.zeros(2, 3), (), more=timesteps[1:])
+
+
+def test_of_several_timesteps_the_middle_one_counts_and_each_of_them_moves_the_position() -> None:
+    probe = Probe()
+    first = several(probe, torch.tensor([[0.0, 9.0, 9.0, 9.0]]))
+    second = several(probe, torch.tensor([[0.0, 9.0, 9.0, 8.0]]))
+    assert (first.timestep, second.timestep) == (9.0, 9.0)
+    assert first.position is not None
+    assert second.position is not None
+    assert second.position < first.position
+    assert first.key != second.key
+    assert several(probe, torch.tensor([[0.0, 9.0, 9.0, 8.0]])).key == second.key
+
+
+def test_one_timestep_an_input_is_told_by_its_numbers() -> None:
+    observation = several(Probe(), torch.tensor([9.0, 9.0]), torch.tensor([[4.0, 4.0], [4.0, 4.0]]))
+    assert (observation.timestep, observation.position, observation.key) == (9.0, 13.0, (9.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "by_sample"),
+    [
+        (torch.tensor([2.0, 1.0]), True), (torch.tensor([3.0, 2.0, 1.0]), False),
+        (torch.tensor([[2.0, 1.0], [2.0, 1.0]]), False), (torch.tensor([[2.0, 1.0], [2.0, 2.0]]), True),
+    ],
+)  # fmt: skip
+def test_timesteps_of_samples_are_told_from_those_of_tokens(timesteps: Tensor, by_sample: bool) -> None:
+    """A latent has two samples here; three timesteps are a table that tokens index."""
+    assert several(Probe(), timesteps).by_sample is by_sample
+
+
+def test_timesteps_that_move_both_ways_are_trouble_until_they_move_one_way_again() -> None:
+    probe = Probe()
+    troubles = [several(probe, torch.tensor([[a, b]])).trouble for a, b in [(9.0, 5.0), (8.0, 6.0), (7.0, 6.0)]]
+    assert ["up and down at once" in trouble for trouble in troubles] == [False, True, False]
+
+
+def test_only_coarse_dtypes_say_that_steps_may_fall_together() -> None:
+    dtypes = [torch.float64, torch.float32, torch.int64, torch.bfloat16, torch.float16]
+    eps = [Probe().observe(torch.ones(2, dtype=dtype), None, ()).eps for dtype in dtypes]
+    assert eps == [0.0, 0.0, 0.0, 2.0**-7, 2.0**-10]
 
 
 def test_a_missing_timestep_is_trouble_that_names_the_remedy() -> None:

@@ -12,19 +12,18 @@ from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.lower import Executable
 
 
-def lower_over_steps(variant: Variant, timestep: int) -> Executable:
+def lower_over_steps(variant: Variant, timesteps: Sequence[int]) -> Executable:
     """Not compiled: it runs once a trajectory, is all matrix multiplications, and would be compiled for each number of
     steps.
 
     Args:
         variant: a prologue.
-        timestep: which of its inputs is the timestep; it comes as [steps, *shape], and every result has that axis too.
+        timesteps: which of its inputs are timesteps; they come as [steps, *shape], and every result has that axis too.
 
     Raises:
         LoweringError: (when run) an operator that can't be mapped.
     """
-    axes = [None] * (len(variant.takes) + len(variant.hoists))
-    axes[timestep] = 0  # type: ignore[call-overload]
+    axes = [0 if i in timesteps else None for i in range(len(variant.takes) + len(variant.hoists))]
 
     def once(*args: Any) -> Sequence[torch.Tensor]:
         results: Sequence[torch.Tensor] = torch.fx.Interpreter(variant.gm).run(*args)

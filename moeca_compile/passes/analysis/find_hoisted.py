@@ -6,7 +6,8 @@ the same for all latents. Values stand at the boundary, where something of a hig
 parts and sums with a number: these cost nothing, and one tensor serves the six parts of an adaLN.
 
 Left where they are: values without a matmul or a wave behind them (reading them back would cost as much), random and
-complex ones, those whose size depends on data, and those that the model hands out (the caller may write to them).
+complex ones, those whose size depends on data, those that the model hands out (the caller may write to them), and the
+largest values of a step where those of one step take too much memory.
 Does nothing where every value of any cost follows from the latent.
 """
 
@@ -24,6 +25,7 @@ from moeca_compile.graph.regions import HoistedValue
 from moeca_compile.passes.analysis.find_inputs import CONDITION, LATENT, LEVELS, STEP
 from moeca_compile.passes.facts import Facts
 
+STEP_BYTES = 256 * 2**20
 _NAMES = {CONDITION: "invariant", STEP: "step"}
 _WAVES = frozenset({aten.sin.default, aten.cos.default, aten.polar.default})
 _WITH_NUMBER = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
@@ -52,7 +54,21 @@ def find_hoisted(gm: GraphModule, facts: Facts) -> Facts:
         for node in sorted(found, key=place.__getitem__)
         if node in costly and node not in random and _can_wait(node)
     ]
-    return replace(facts, hoisted=tuple(values))
+    return replace(facts, hoisted=_within_limit(values))
+
+
+def _within_limit(values: list[HoistedValue]) -> tuple[HoistedValue, ...]:
+    """Without the largest values of a step, if those of one step together take more than `STEP_BYTES`. Hoisted values
+    of all layers are in memory at once; with a timestep for each token they are as large as the layers' activations."""
+    total = sum(value.bytes for value in values if value.level == "step")
+    left_out = set[HoistedValue]()
+    for value in sorted(values, key=lambda value: -value.bytes):
+        if total <= STEP_BYTES:
+            break
+        if value.level == "step":
+            left_out.add(value)
+            total -= value.bytes
+    return tuple(value for value in values if value not in left_out)
 
 
 def _source(node: Node, level: dict[str, int]) -> Node:

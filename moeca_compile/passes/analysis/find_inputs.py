@@ -1,10 +1,15 @@
 """Which input is the timestep, which the latent, and what each node depends on.
 
 The timestep is the input of at most one dimension that reaches both a sine and a cosine without meeting a matmul; of
-several (guidance, frame rate) the one whose name says so, else the first. The latent is the largest floating-point
-input that isn't a weight, with preference for one whose sizes an output has, and among equals (a picture to edit) again
-for the name; models that take and give a list of tensors have several, and the clock watches the first. The other
-inputs are the condition: prompts, labels, masks, positions, which stay the same in a trajectory.
+several (guidance, frame rate) the one whose name says so, else the first. An input of more dimensions, such as one
+timestep for each token, must be embedded too: a matmul reads its waves, and no other input comes in before. (Positions
+of a rotary embedding reach waves, but these are multiplied with queries and keys.) A model may have more timesteps, for
+example of its audio: inputs that are embedded and have a word of time in their names.
+
+The latent is the largest floating-point input that isn't a weight, with preference for one whose sizes an output has,
+and among equals (a picture to edit) again for the name. A model that gives several tensors has a latent for each (a
+list of them, video and audio): the inputs of their shapes. The clock watches the first. The other inputs are the
+condition: prompts, labels, masks, positions, which stay the same in a trajectory.
 
 Every node is `const`, `condition` (depends on the condition only, so it is the same in every step of a trajectory),
 `step` (depends on the timestep, not on the latent) or `latent`.
@@ -27,6 +32,7 @@ LEVELS = ("const", "condition", "step", "latent")
 CONDITION, STEP, LATENT = 1, 2, 3
 # Names decide between inputs that their use doesn't tell apart, and never else.
 _TIME = r"t|time_?steps?|times?|sigmas?"
+_TIME_WORD = r"t|time|time_?steps?|sigmas?|noise|tau"
 _LATENT = r"x|z|x_?t|latents?|hidden_states|samples?"
 _WAVES = ({aten.sin.default}, {aten.cos.default})
 
@@ -38,21 +44,62 @@ def find_inputs(gm: GraphModule, facts: Facts) -> Facts:
         if not one.is_weight and fx.tensor(node) is not None
     ]
     labels = {one.name: one.label for one in facts.inputs}
-    clocks = [node for node in own if fx.need(node).dim() <= 1 and _reaches_waves(node)]
-    timestep = max(clocks, key=lambda node: _is_called(_TIME, labels[node.name]), default=None)  # the first of equals
-    latents = _latents(gm, [node for node in own if node is not timestep], labels)
-    condition = tuple(node.name for node in own if node is not timestep and node not in latents)
-    roles = Roles(timestep.name if timestep else "", latents[0].name if latents else "", condition)
+    timesteps = _timesteps(gm, own, labels)
+    latents = _latents(gm, [node for node in own if node not in timesteps], labels)
+    condition = tuple(node.name for node in own if node not in timesteps and node not in latents)
+    names = [node.name for node in timesteps]
+    roles = Roles(names[0] if names else "", latents[0].name if latents else "", condition, tuple(names[1:]))
     levels = {
         **dict.fromkeys(condition, CONDITION),
-        roles.timestep: STEP,
+        **dict.fromkeys(names, STEP),
         **{node.name: LATENT for node in latents},
     }
     return replace(facts, roles=roles, dependence=_dependence(gm, levels))
 
 
+def _timesteps(gm: GraphModule, own: list[Node], labels: dict[str, str]) -> list[Node]:
+    """The timestep inputs, the one that schedules go by first."""
+    waving = [node for node in own if _reaches_waves(node)]
+    embedded = _embedded(gm, own, waving)
+    named = [node for node in waving if node in embedded and has_word_of_time(labels[node.name])]
+    vectors = [node for node in waving if fx.need(node).dim() <= 1]
+    candidates = [node for node in waving if node in vectors or node in named]
+    candidates = candidates or [node for node in waving if node in embedded]
+
+    def rank(node: Node) -> tuple[bool, bool]:
+        return _is_called(_TIME, labels[node.name]), node in vectors
+
+    timestep = max(candidates, key=rank, default=None)  # the first of equals
+    return [] if timestep is None else [timestep, *(node for node in named if node is not timestep)]
+
+
+def has_word_of_time(label: str) -> bool:
+    """Whether an input's name has a word that timesteps are called by, as `audio_timestep`."""
+    words = label.rpartition(".")[2].lower().split("_")
+    return any(re.fullmatch(_TIME_WORD, word) for word in words)
+
+
 def _is_called(names: str, label: str) -> bool:
     return re.fullmatch(names, label.rpartition(".")[2]) is not None
+
+
+def _embedded(gm: GraphModule, own: list[Node], candidates: list[Node]) -> set[Node]:
+    """The candidates whose waves, together with no other input, are multiplied with a matrix."""
+    source: dict[Node, Node | None] = {node: node for node in own}  # the only input that a node depends on
+    waved, found = set[Node](), set[Node]()
+    for node in gm.graph.nodes:
+        inputs = {source[above] for above in node.all_input_nodes if above in source}
+        if not inputs:
+            continue
+        only = source[node] = inputs.pop() if len(inputs) == 1 else None
+        if only is None or only not in candidates:
+            continue
+        has_waves = not waved.isdisjoint(node.all_input_nodes)
+        if has_waves and node.target in fx.MATMULS:
+            found.add(only)
+        if has_waves or any(node.target in wave for wave in _WAVES):
+            waved.add(node)
+    return found
 
 
 def _reaches_waves(start: Node) -> bool:
@@ -80,8 +127,12 @@ def _latents(gm: GraphModule, own: list[Node], labels: dict[str, str]) -> list[N
     if not floats:
         return []
     best = max(floats, key=rank)
-    like_it = [node for node in floats if node is not best and fx.shape(node) == fx.shape(best)]
-    return [best, *like_it[: max(0, outputs.count(fx.shape(best)) - 1)]]
+    latents = [best]
+    for shape in dict.fromkeys([fx.shape(best), *outputs]):
+        alike = [node for node in floats if fx.shape(node) == shape]
+        alike.sort(key=lambda node: node is not best)
+        latents += [node for node in alike[: outputs.count(shape)] if node is not best]
+    return latents
 
 
 def _dependence(gm: GraphModule, levels: dict[str, int]) -> dict[str, str]:
