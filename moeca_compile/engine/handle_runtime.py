@@ -125,7 +125,9 @@ class HandleRuntime:
             else:
                 if group not in trajectory.states:
                     trajectory.states[group] = TrajectoryState(
-                        trajectory, timestep_history=group.timestep_history, history=group.history,
+                        trajectory,
+                        timestep_history=group.timestep_history,
+                        history=group.history,
                         hands_over=group.hands_over,
                     )
                 group.latest = trajectory.states[group]

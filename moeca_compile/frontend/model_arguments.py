@@ -136,24 +136,26 @@ def remove_in_place_compilation(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def swapped_in(handle: Any, model: Any) -> Iterator[None]:
-    """Use a handle in place of the model that it was compiled from, inside a `with` block.
+def swapped_in(handles: Sequence[Any], model: Any) -> Iterator[None]:
+    """Use handles in place of the models that they were compiled from, inside a `with` block.
 
     Args:
-        handle: the compiled module.
-        model: what the caller passed: the model, whose compilation in place is suspended; or a pipeline, on which
-            `handle` is set.
+        handles: the compiled modules.
+        model: what the caller passed: the model or models, whose compilation in place is suspended; or a pipeline, on
+            which the handles are set.
     """
-    plain, parts = plain_module(handle), parts_of(model)
-    in_place = plain._compiled_call_impl
-    remove_in_place_compilation(plain)
-    for name in parts:
+    plain_modules, parts = [plain_module(handle) for handle in handles], parts_of(model)
+    in_place = [plain._compiled_call_impl for plain in plain_modules]
+    for plain in plain_modules:
+        remove_in_place_compilation(plain)
+    for name, handle in zip(parts, handles, strict=False):
         setattr(model, name, handle)
     try:
         yield
     finally:
-        if in_place is not None:
-            plain._compiled_call_impl = in_place
+        for plain, compiled_call in zip(plain_modules, in_place, strict=True):
+            if compiled_call is not None:
+                plain._compiled_call_impl = compiled_call
         for name, part in parts.items():
             setattr(model, name, part)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeca_compile.errors import CaptureError
+from moeca_compile.frontend.model_arguments import single_model
 from moeca_compile.frontend.prompts import Prompt, check_seeds, sampler_of
 from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.output.rule import with_output_rule
@@ -57,9 +58,10 @@ def calibrate(
 
     Args:
         model: as `moeca_compile.compile` takes it; its weights are only read. For a pipeline, the compiled transformer
-            is set on it during sampling, so `sample` may call the pipeline.
+            is set on it during sampling, so `sample` may call the pipeline. Two transformers of one loop (a list, or a
+            pipeline that has them) get one schedule; it computes the step at which the other one takes over.
         sample: the caller's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`. With
-            several prompts, it chooses the prompt by the seed.
+            several prompts, it chooses the prompt by the seed. It gets a list of two transformers.
         prompts: for a pipeline, in place of `sample`: texts, or mappings with keywords of the pipeline's call such as
             `prompt_embeds`. Seed s draws prompt s modulo their number, so give at least as many seeds.
         call: further keywords of the pipeline's call, such as `{"num_inference_steps": 28}`.
@@ -160,6 +162,7 @@ class Studies:
         if granularity in self.by_granularity:
             self.by_granularity[granularity].request = request
         elif granularity == OUTPUT:
+            single_model(self.model, "calibrate")  # its rule is of one model's outputs
             self.by_granularity[granularity] = OutputStudy(
                 self.model, self.sample, granularity, self.inner, request, self.report_progress, goal=self.truth
             )
@@ -279,8 +282,11 @@ def _schedule(result: _Result) -> Schedule:
         schedule = schedule_of(plan, program.regions.keys, study.sampled.kinds)
     else:
         schedule = result.thinned.schedule
-    rows = "".join(f", {letter}: {PARTIAL[letter].description}" for letter in sorted(plan.partial))
-    method = f"{plan.predictor}, granularity {study.granularity}{rows}"
+    if study.costs.full_steps:
+        rows = tuple(schedule.rows[0 if i in study.costs.full_steps else i] for i in range(len(schedule.rows)))
+        schedule = replace(schedule, rows=rows)
+    letters = "".join(f", {letter}: {PARTIAL[letter].description}" for letter in sorted(plan.partial))
+    method = f"{plan.predictor}, granularity {study.granularity}{letters}"
     if study.sampled.caches_branches:
         method += f", {request.branches:g} of the branches in every cheap row"
     if result.thinned is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
 from moeca_compile.errors import ScheduleError
 from moeca_compile.frontend.entry import Entry
-from moeca_compile.frontend.model_arguments import plain_module, single_model, swapped_in
+from moeca_compile.frontend.model_arguments import models_of, plain_module, swapped_in
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.planner.origin import Origin, origin_of
 from moeca_compile.planner.search.predict import PREDICTORS
@@ -130,7 +130,7 @@ class StopRun(BaseException):
 
 
 class SampledModel:
-    """One compiled model and its sampler.
+    """One compiled model and its sampler; or the transformers that take turns in one loop.
 
     Args:
         model: as `moeca_compile.compile` takes it.
@@ -142,6 +142,7 @@ class SampledModel:
             that row, and every forecast has its order.
 
     Attributes:
+        handles: the compiled models.
         steps: of a trajectory; set by the first uncached run.
         seconds: of the runs so far, without compiling. Processor time if the model runs on the CPU, so that other
             processes do not count.
@@ -153,22 +154,30 @@ class SampledModel:
     ) -> None:
         self.sample, self.granularity = sample, granularity
         self.caching = caching or Schedule.uniform(2, order=2)
-        self._argument, module = model, plain_module(single_model(model, "calibrate"))
-        callers_compiled_call = getattr(module, "_compiled_call_impl", None)
-        self.model = moeca_compile_model(module, schedule=self.caching, inner=inner, granularity=granularity)
-        if callers_compiled_call is not None:
-            module._compiled_call_impl = callers_compiled_call
+        self._argument, modules = model, [plain_module(part) for part in models_of(model, "calibrate")]
+        callers_compiled_calls = [module._compiled_call_impl for module in modules]
+        self.handles: list[Any] = moeca_compile_model(
+            modules, schedule=self.caching, inner=inner, granularity=granularity
+        )
+        for module, compiled_call in zip(modules, callers_compiled_calls, strict=True):
+            if compiled_call is not None:
+                module._compiled_call_impl = compiled_call
         self._programs: list[Program] = []
         self.steps = 0
         self.seconds = 0.0
         self.uncached: list[float] = []
-        on_cpu = all(weight.device.type == "cpu" for weight in module.parameters())
+        weights = [weight for module in modules for weight in module.parameters()]
+        on_cpu = all(weight.device.type == "cpu" for weight in weights)
         self.clock = time.process_time if on_cpu else time.perf_counter
 
     @property
     def program(self) -> Program:
         """The graph with the most regions; known after the first run. The other graphs run the same plans."""
         return max(self._programs, key=lambda program: len(program.regions))
+
+    def is_main(self, program: Program) -> bool:
+        """Whether it is `program`, or computes the same from the weights of another transformer of the loop."""
+        return program.key == self.program.key
 
     @property
     def kinds(self) -> Kinds:
@@ -265,12 +274,12 @@ class SampledModel:
             self.seconds += self.clock() - begin
 
     def _call(self, seed: int, interceptor: Interceptor) -> torch.Tensor:
-        with (
-            swapped_in(self.model, self._argument),
-            intercepting(interceptor, handle_of(self.model)),
-            torch.no_grad(),
-        ):
-            samples = self.sample(self.model, seed)
+        with ExitStack() as stack:
+            stack.enter_context(swapped_in(self.handles, self._argument))
+            for handle in self.handles:
+                stack.enter_context(intercepting(interceptor, handle_of(handle)))
+            stack.enter_context(torch.no_grad())
+            samples = self.sample(self.handles[0] if len(self.handles) == 1 else list(self.handles), seed)
         if not isinstance(samples, torch.Tensor):
             raise ScheduleError(
                 f"calibrate: sample(model, seed) gave a {type(samples).__name__}, expected a tensor of final samples"
@@ -281,7 +290,7 @@ class SampledModel:
         """The compiled schedule of a graph. A `Schedule` is for `program` alone: other graphs compute everything."""
         if program not in self._programs:
             self._programs.append(program)
-        if isinstance(plan, Schedule) and program is self.program:
+        if isinstance(plan, Schedule) and self.is_main(program):
             return program.compiled(plan)
         if not isinstance(plan, Plan):
             return program.compiled(Schedule.full(), state_schedule=self.caching)

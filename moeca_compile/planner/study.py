@@ -176,7 +176,7 @@ class Study:
         return self.sampled.run(seed)
 
     def _record(self, call: Call) -> None:
-        if call.program is self.sampled.program:
+        if self.sampled.is_main(call.program):
             self.recording.record(call)
 
     def _finite(self, seed: int, samples: torch.Tensor) -> torch.Tensor:
@@ -310,7 +310,8 @@ class Study:
         """The costs of each row kind; milliseconds only with a latency budget."""
         timed = self.request.budget.latency is not None
         if self._costs is None or (timed and not self._costs.ms):
-            self._costs = costs(self.sampled, self.letters, self.request.predictors, self.request.seeds[0], timed)
+            found = costs(self.sampled, self.letters, self.request.predictors, self.request.seeds[0], timed)
+            self._costs = replace(found, full_steps=frozenset(self.recording.changes))
         return self._costs
 
     # -- search -----------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_of_two_transformers_one_must_be_said() -> None:
         with pytest.raises(StateError, match=r"2 transformers.*pipe\.transformer, \.\.\.\) or .*pipe\.transformer_2"):
             use(pipe, *inputs())
     with pytest.raises(StateError, match=r"calibrate\(pipe\.transformer, "):
-        moeca.calibrate(pipe, sample, budget="macs:0.6", progress=False)
+        moeca.calibrate(pipe, sample, budget="macs:0.6", granularity="output", progress=False)
 
 
 def test_calibrate_samples_a_pipeline_with_what_it_compiled() -> None:

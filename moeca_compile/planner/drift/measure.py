@@ -83,7 +83,6 @@ def measure(
     Returns:
         The drift over these seeds, and the uncached samples of each seed.
     """
-    program = sampled.program
     atoms = atoms_of(sampled.kinds, letters)
     pairs = {pair: number for number, pair in enumerate(pairs_of(sampled.steps, lookback))}
     parts: list[np.ndarray] = []
@@ -94,7 +93,7 @@ def measure(
             recorder = _PairRecorder(sampled, mixing, atoms, pairs, lookback, FeatureBuffer(folder, memory))
 
             def observe(call: Call, recorder: _PairRecorder = recorder) -> None:
-                if call.program is program:
+                if sampled.is_main(call.program):
                     recorder.observe(call)
                 watch(call)
 

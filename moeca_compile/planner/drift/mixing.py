@@ -30,6 +30,7 @@ class CallRecording:
         outputs: of each call.
         latents: at the start of each step.
         timesteps: of each step.
+        changes: steps at which another transformer took over.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -37,9 +38,14 @@ class CallRecording:
     outputs: list[tuple[Any, ...]] = field(default_factory=list)
     latents: dict[int, torch.Tensor] = field(default_factory=dict)
     timesteps: dict[int, float] = field(default_factory=dict)
+    changes: set[int] = field(default_factory=set)
+    _program: object = None
 
     def record(self, call: Call) -> None:
         """Add one call."""
+        if call.program is not self._program and self.steps and call.record.step > self.steps[-1]:
+            self.changes.add(call.record.step)
+        self._program = call.program
         self.steps.append(call.record.step)
         self.streams.append(call.stream)
         self.outputs.append(

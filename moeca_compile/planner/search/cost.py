@@ -18,16 +18,19 @@ class Costs:
             the regions (embeddings, the last layer).
         ms: by letter, milliseconds of one row; empty if it was not measured.
         state_bytes: by predictor, bytes of the cache of one guidance stream.
+        full_steps: steps that are computed in full whatever the plan says, because another transformer takes over.
     """
 
     macs: Mapping[str, float]
     ms: Mapping[str, float]
     state_bytes: Mapping[str, int]
+    full_steps: frozenset[int] = frozenset()
 
     def fraction(self, plan: Plan, kind: str = "macs") -> float:
         """The cost of the plan as a fraction of that of as many full steps; `kind`: `macs` or `ms`."""
         row_costs = self.macs if kind == "macs" else self.ms
-        return sum(row_costs[letter] for letter in plan.letters) / (row_costs[FULL] * len(plan.letters))
+        letters = [FULL if step in self.full_steps else letter for step, letter in enumerate(plan.letters)]
+        return sum(row_costs[letter] for letter in letters) / (row_costs[FULL] * len(letters))
 
     def state_of(self, plan: Plan) -> int:
         """Bytes of the cache tensors of one guidance stream."""
