@@ -152,11 +152,10 @@ def _observe(
     """Read what the clock needs from the call's inputs."""
     program = compiled.program
     timestep = None if program.timestep is None else args[program.timestep]
+    more = [*map(args.__getitem__, program.more_timesteps)]
     if running.counts:
-        more = [*map(args.__getitem__, program.more_timesteps)]
         return running.probe.observe(timestep, None, (), graph.kind, more)
     latent = None if program.latent is None else args[program.latent]
-    more: Sequence[Any] = [*map(args.__getitem__, program.more_timesteps)] if program.more_timesteps else ()
     return running.probe.observe(timestep, latent, [*map(args.__getitem__, program.condition)], graph.kind, more)
 
 

@@ -1,6 +1,6 @@
 """Many experts: several heads with experts of their own, 128 experts with group limits, all forms of transformers.
 
-Each is found and cached as a whole DiT would have it, and a call runs no more operators for experts that no token chose.
+Each is found and cached as a whole DiT would have it. A call runs no more operators for experts that no token chose.
 """
 
 from __future__ import annotations
