@@ -1,10 +1,11 @@
-"""Fitted weights of the model's output, to both truths: digits model, 256 held-out digits, 95 % intervals.
+"""Fitted weights of the model's output, to both truths: 256 held-out samples of a trained model, 95 % intervals.
 
-    python -m benchmarks.fitted            # about 25 minutes on one core; writes results/fitted.json
-    python -m benchmarks.fitted --quick    # few steps and digits: does it run?
-    python -m benchmarks.fitted --report   # docs/fitted.md from results/fitted.json
+    python -m benchmarks.fitted                  # about 25 minutes on one core; writes results/fitted.json
+    python -m benchmarks.fitted --task glyphs    # the glyphs model; writes results/fitted_glyphs.json
+    python -m benchmarks.fitted --quick          # few steps and digits: does it run?
+    python -m benchmarks.fitted --report         # docs/fitted.md from the results (with --task, of that one)
 
-Every contender makes the same digits with Euler steps and guidance 2, and computes the model at as many of 50 steps.
+Every contender makes the same samples with Euler steps and guidance 2, and computes the model at as many of 50 steps.
 Schedules are calibrated on other seeds than those told. Finished schedules and samples stay in `--work`, so that a
 stopped run goes on. Quality doesn't depend on the machine's load; no time is told here.
 """
@@ -25,15 +26,17 @@ from torch import Tensor
 import moeca_compile as moeca
 from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
-from benchmarks.schedules import sampler
-from examples import digits
+from benchmarks.tasks import DIGITS, TASKS, Task
 from moeca_compile.schedule import Action, Schedule
 
 WORK = Path("build/fitted")
 PAGE = Path("docs/fitted.md")
-REGIONS = Path("examples/schedules")
-UNCACHED, CONVERGED = "uncached", "converged"
-MARK = "<!-- python -m benchmarks.fitted --report -->"
+REGIONS, UNCACHED, CONVERGED = "regions", "uncached", "converged"
+BRANCHES = 0.04  # of the expert branches, that calibrated schedules of regions may compute in cheap rows
+MARKS = {
+    "digits": "<!-- python -m benchmarks.fitted --report -->",
+    "glyphs": "<!-- python -m benchmarks.fitted --task glyphs --report -->",
+}
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,16 @@ class Size:
     Attributes:
         steps: of the sampler.
         finer: times the steps of the second-order run that counts as converged.
-        shares: of the steps, in percent, that compute the model; with a committed schedule each.
-        seeds, digits: of the calibration: seeds, and digits a seed.
-        held_out, batch: seeds that are told, and digits a seed.
+        shares: of the steps, in percent, that compute the model.
+        seeds, samples: of the calibration: seeds, and samples a seed.
+        held_out, batch: seeds that are told, and samples a seed.
     """
 
     steps: int
     finer: int
     shares: tuple[int, ...]
     seeds: int
-    digits: int
+    samples: int
     held_out: int
     batch: int
 
@@ -62,31 +65,42 @@ QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
 
 
 class Bench:
-    """The model, and what was sampled with it."""
+    """A task's model, and what was sampled with it."""
 
-    def __init__(self, size: Size, work: Path) -> None:
-        self.size, self.work = size, work
+    def __init__(self, size: Size, work: Path, task: Task = DIGITS) -> None:
+        self.size, self.work, self.task = size, work, task
         work.mkdir(parents=True, exist_ok=True)
 
-    def schedule(self, share: int, truth: str) -> Schedule:
-        """Calibrated with granularity `output`."""
-        size = self.size
-        path = self.work / f"{truth}_{share}.json"
+    def schedule(self, share: int, family: str) -> Schedule:
+        """The committed schedule of regions, or a calibrated one. `family`: `REGIONS`, or the truth of the weights."""
+        path = self.task.committed(share) if family == REGIONS else None
+        path = path or self.work / f"{family}_{share}.json"
         if not path.exists():
-            region = Schedule.load(REGIONS / f"digits_{share}.json")
-
-            def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
-                return sampler(size.digits, steps)(model, seed)
-
-            budget = f"macs:{computed(region) / size.steps}"
-            moeca.calibrate(
-                digits.load_model(), calibrated_on, budget=budget, granularity="output", truth=truth, seeds=size.seeds,
-                holdout=2, data_range=2.0,
-            ).save(path)  # fmt: skip
+            self._calibrate(family)
         return Schedule.load(path)
 
+    def _calibrate(self, family: str) -> None:
+        """Save the schedules of a family, for all shares that lack one."""
+        size, paths = self.size, {share: self.work / f"{family}_{share}.json" for share in self.size.shares}
+        # half a step more than the computed ones, for what cheap steps cost
+        budgets = {share: f"macs:{(round(share * size.steps / 100) + 0.5) / size.steps:.4f}" for share in paths}
+        missing = [share for share in paths if not paths[share].exists()]
+
+        def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
+            return self.task.sampler(size.samples, steps)(model, seed)
+
+        kind: dict[str, Any] = {"granularity": "region", "branches": BRANCHES}
+        if family != REGIONS:
+            kind = {"granularity": "output", "truth": family}
+        front = moeca.calibrate_front(
+            self.task.load(), calibrated_on, budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2,
+            data_range=2.0, **kind,
+        )  # fmt: skip
+        for share in missing:
+            front.at(budgets[share]).save(paths[share])
+
     def samples(self, name: str, schedule: Schedule | None = None, order: str = "euler") -> Tensor:
-        """The held-out digits; kept in a file of that name."""
+        """The held-out samples; kept in a file of that name."""
         path = self.work / f"{name}.pt"
         if path.exists():
             samples: Tensor = torch.load(path)
@@ -94,7 +108,7 @@ class Bench:
         size = self.size
         model = self._model(schedule)
         times, second_order = (1, False) if order == "euler" else (size.finer, True)
-        sample = sampler(size.batch, times * size.steps, second_order)
+        sample = self.task.sampler(size.batch, times * size.steps, second_order)
         images = []
         with torch.no_grad():
             for seed in range(70_000, 70_000 + size.held_out):
@@ -107,7 +121,7 @@ class Bench:
 
     def _model(self, schedule: Schedule | None) -> Callable[..., Any]:
         torch._dynamo.reset()  # each contender compiles the same class anew
-        model = digits.load_model().requires_grad_(False)
+        model = self.task.load().requires_grad_(False)
         if schedule is None:
             moeca.prepare(model)
             return torch.compile(model)
@@ -125,10 +139,9 @@ def measure(bench: Bench, console: Console) -> dict[str, Any]:
     own = {name: psnr(truths[UNCACHED], truth) for name, truth in truths.items()}
     lines = [_line("every step computed", bench.size.steps, {CONVERGED: own[CONVERGED]}, {}, None)]
     for share in bench.size.shares:
-        region = Schedule.load(REGIONS / f"digits_{share}.json")
         fitted = {truth: bench.schedule(share, truth) for truth in truths}
         contenders = {
-            "regions, polynomial": region,
+            "regions, polynomial": bench.schedule(share, REGIONS),
             "output, polynomial": replace(fitted[UNCACHED], output=None),
             "output, fitted to uncached": fitted[UNCACHED],
             "output, fitted to converged": fitted[CONVERGED],
@@ -142,7 +155,7 @@ def measure(bench: Bench, console: Console) -> dict[str, Any]:
             leads[CONVERGED] = paired(qualities[CONVERGED], own[CONVERGED])
             lines.append(_line(name, computed(schedule), qualities, leads, schedule.predicted.get("trajectories")))
             console.print(lines[-1], highlight=False)
-    return {"digits": len(own[CONVERGED]), "lines": lines}
+    return {"task": bench.task.name, "samples": len(own[CONVERGED]), "lines": lines}
 
 
 def _line(
@@ -191,32 +204,35 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def report(results: Path, page: Path) -> None:
-    """Write the table into the page, between its two marks."""
+    """Write the table of a task into the page, between its two marks."""
     result = json.loads(results.read_text())
+    mark = MARKS[result["task"]]
     lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
     lines += [f"| {' | '.join(row)} |" for row in rows_of(result)]
-    lines += ["", f"{result['digits']} held-out digits; {when(result['machine'])}."]
-    before, _, after = page.read_text().split(MARK)
-    page.write_text(f"{before}{MARK}\n\n" + "\n".join(lines) + f"\n\n{MARK}{after}")
+    lines += ["", f"{result['samples']} held-out {result['task']}; {when(result['machine'])}."]
+    before, _, after = page.read_text().split(mark)
+    page.write_text(f"{before}{mark}\n\n" + "\n".join(lines) + f"\n\n{mark}{after}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run as a command."""
     parser = arguments(__doc__.splitlines()[0], "one budget, few digits")
+    parser.add_argument("--task", choices=TASKS, default=DIGITS.name, help="the model; default digits")
     parser.add_argument("--work", type=Path, help=f"folder of finished work; default {WORK}")
     parser.add_argument("--report", action="store_true", help=f"only write {PAGE}")
     args = parser.parse_args(argv)
+    name = "fitted" if args.task == DIGITS.name else f"fitted_{args.task}"
     if args.report:
-        report(RESULTS / "fitted.json", PAGE)
+        report(RESULTS / f"{name}.json", PAGE)
         return
     pin_threads()
     console = Console(width=180)
-    work = args.work or (WORK / "quick" if args.quick else WORK)
-    result = measure(Bench(QUICK if args.quick else WHOLE, work), console)
+    work = args.work or (WORK / (f"quick_{args.task}" if args.quick else args.task))
+    result = measure(Bench(QUICK if args.quick else WHOLE, work, TASKS[args.task]), console)
     show(result, console)
     folder = folder_of(args)
     if folder is not None:
-        save("fitted", result, folder)
+        save(name, result, folder)
 
 
 if __name__ == "__main__":

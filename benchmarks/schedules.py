@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
+from benchmarks.tasks import DIGITS, GUIDANCE
 from examples import digits
 from moeca_compile.inspect import plots
 from moeca_compile.planner.rollout import SampledModel
@@ -38,7 +39,6 @@ from moeca_compile.planner.store import Store
 from moeca_compile.schedule import Action, Schedule
 
 WORK = Path("build/schedules")
-GUIDANCE = 2.0
 CONVERGED = 100  # second-order steps: the reference for "how far from the exact solution"
 LEADING_SEEDS = 8  # uniform schedules are compared on so many held-out seeds, the best then on all
 PARTS = ("calibrated", "rest", "sweep")  # of a run: the contender itself, the others, every uniform for the picture
@@ -73,26 +73,7 @@ class Line:
     frechet: float
 
 
-def labels_of(seed: int, n: int) -> Tensor:
-    return (torch.arange(n) + seed * n) % digits.CLASSES
-
-
-def sampler(n: int, steps: int, second_order: bool = False) -> Callable[[Any, int], Tensor]:
-    """The loop: Euler steps, or second-order Adams-Bashforth ones (the usual multistep solver of a flow)."""
-
-    def sample(model: Any, seed: int) -> Tensor:
-        x, labels = digits.initial_noise(seed, n), labels_of(seed, n)
-        both = torch.cat([labels, torch.full_like(labels, digits.CLASSES)])
-        before = None
-        for step in range(steps):
-            t = torch.full((2 * n,), 1000.0 * (1 - step / steps))
-            cond, uncond = model(torch.cat([x, x]), t, both).chunk(2)
-            v = uncond + GUIDANCE * (cond - uncond)
-            x = x - (v if before is None or not second_order else 1.5 * v - 0.5 * before) / steps
-            before = v
-        return x
-
-    return sample
+labels_of, sampler = DIGITS.labels_of, DIGITS.sampler
 
 
 class Bench:

@@ -1,5 +1,5 @@
 """The harder task: letters and digits in many typefaces, 62 classes, 32 x 32, and the DiT-MoE that draws them."""
 
-from examples.glyphs.model import build_model, labels_of, load_model, sample
+from examples.glyphs.model import CLASSES, build_model, initial_noise, labels_of, load_model, sample
 
-__all__ = ["build_model", "labels_of", "load_model", "sample"]
+__all__ = ["CLASSES", "build_model", "initial_noise", "labels_of", "load_model", "sample"]

@@ -10,11 +10,12 @@ import pytest
 from benchmarks import fitted
 
 
-def test_the_page_shows_the_committed_figures(tmp_path: Path) -> None:
-    page = tmp_path / "fitted.md"
-    page.write_text(f"before\n{fitted.MARK}\nold\n{fitted.MARK}\nafter")
-    fitted.report(Path("benchmarks/results/fitted.json"), page)
-    table = page.read_text().split(fitted.MARK)[1]
+@pytest.mark.parametrize(("task", "file"), [("digits", "fitted"), ("glyphs", "fitted_glyphs")])
+def test_the_page_shows_the_committed_figures(task: str, file: str, tmp_path: Path) -> None:
+    page, mark = tmp_path / "fitted.md", fitted.MARKS[task]
+    page.write_text(f"before\n{mark}\nold\n{mark}\nafter")
+    fitted.report(Path(f"benchmarks/results/{file}.json"), page)
+    table = page.read_text().split(mark)[1]
     assert table in Path("docs/fitted.md").read_text()
     assert "old" not in page.read_text()
 

@@ -26,6 +26,7 @@ from benchmarks.peers.equal.measure import Bench, measure
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 
 WORK = Path("build/peers_equal")
+OURS = fitted.WORK / "digits"
 WHOLE = Size(steps=50, finer=4, counts=(25, 17, 13, 10), seeds=16, each=2, held_out=8, batch=32)
 QUICK = Size(steps=50, finer=2, counts=(10,), seeds=2, each=2, held_out=1, batch=4)
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run as a command."""
     parser = arguments(__doc__.splitlines()[0], "one number of evaluations, few digits")
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder of finished samples; default {WORK}")
-    parser.add_argument("--fitted", type=Path, default=fitted.WORK, help=f"the same of ours; default {fitted.WORK}")
+    parser.add_argument("--fitted", type=Path, default=OURS, help=f"the same of ours; default {OURS}")
     parser.add_argument("--only", default="", help="contenders whose kind or name begins so; default all")
     parser.add_argument("--held-out", type=int, help="seeds that are drawn now; default all")
     parser.add_argument("--report", action="store_true", help=f"only write {page.PAGE}")

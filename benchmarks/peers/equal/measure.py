@@ -75,10 +75,9 @@ class Bench:
         """Samples of one of our schedules."""
         slug = name.replace(", ", "_").replace(" ", "_")
         truth = CONVERGED if name == BEST[CONVERGED] else UNCACHED
-        schedule = self.fitted.schedule(int(SHARES[count]), truth)
-        if name == REGIONS:
-            schedule = fitted.Schedule.load(fitted.REGIONS / f"digits_{SHARES[count]}.json")
-        elif name == POLYNOMIAL:
+        family = fitted.REGIONS if name == REGIONS else truth
+        schedule = self.fitted.schedule(int(SHARES[count]), family)
+        if name == POLYNOMIAL:
             schedule = fitted.replace(schedule, output=None)
         return self.fitted.samples(f"{slug}_{SHARES[count]}", schedule)
 
