@@ -242,3 +242,11 @@ def test_picture_has_a_row_for_each_62(tmp_path: Path, folder: Path) -> None:
 def test_wrong_options_are_refused(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="Options:"):
         main(argv)
+
+
+def test_the_committed_model_draws_what_its_labels_say() -> None:
+    network = glyphs.load_model()
+    assert sum(parameter.numel() for parameter in network.parameters()) < 4_500_000
+    images = glyphs.sample(network, seed=0, n=62, steps=20)
+    assert images.shape == (62, 1, 32, 32)
+    assert judge.accuracy(judge.load(), images, glyphs.labels_of(62)) > 0.8
