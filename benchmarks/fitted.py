@@ -67,6 +67,8 @@ QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
 class Bench:
     """A task's model, and what was sampled with it."""
 
+    inner = "inductor"
+
     def __init__(self, size: Size, work: Path, task: Task = DIGITS) -> None:
         self.size, self.work, self.task = size, work, task
         work.mkdir(parents=True, exist_ok=True)
@@ -91,13 +93,17 @@ class Bench:
 
         kind: dict[str, Any] = {"granularity": "region", "branches": BRANCHES}
         if family != REGIONS:
-            kind = {"granularity": "output", "truth": family}
+            kind = {"granularity": "output", "truth": self.truth(family)}
         front = moeca.calibrate_front(
             self.task.load(), calibrated_on, budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2,
-            data_range=2.0, **kind,
+            data_range=2.0, inner=self.inner, **kind,
         )  # fmt: skip
         for share in missing:
             front.at(budgets[share]).save(paths[share])
+
+    def truth(self, family: str) -> Any:
+        """What the weights of a family are fitted to, as `calibrate` takes it."""
+        return family
 
     def samples(self, name: str, schedule: Schedule | None = None, order: str = "euler") -> Tensor:
         """The held-out samples; kept in a file of that name."""
@@ -124,8 +130,8 @@ class Bench:
         model = self.task.load().requires_grad_(False)
         if schedule is None:
             moeca.prepare(model)
-            return torch.compile(model)
-        return moeca.compile(model, schedule=schedule, granularity=schedule.granularity or "region")
+            return torch.compile(model, backend=self.inner)
+        return moeca.compile(model, schedule=schedule, granularity=schedule.granularity or "region", inner=self.inner)
 
 
 def computed(schedule: Schedule) -> int:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fitted
+from benchmarks import fitted, transfer
+
+MADE_BY = {"fitted": fitted, "fitted_glyphs": fitted, "transfer": transfer}
 
 
-@pytest.mark.parametrize(("task", "file"), [("digits", "fitted"), ("glyphs", "fitted_glyphs")])
-def test_the_page_shows_the_committed_figures(task: str, file: str, tmp_path: Path) -> None:
-    page, mark = tmp_path / "fitted.md", fitted.MARKS[task]
+@pytest.mark.parametrize("file", MADE_BY)
+def test_the_page_shows_the_committed_figures(file: str, tmp_path: Path) -> None:
+    results, module = Path(f"benchmarks/results/{file}.json"), MADE_BY[file]
+    page, mark = tmp_path / "fitted.md", module.MARKS[json.loads(results.read_text())["task"]]
     page.write_text(f"before\n{mark}\nold\n{mark}\nafter")
-    fitted.report(Path(f"benchmarks/results/{file}.json"), page)
+    module.report(results, page)
     table = page.read_text().split(mark)[1]
     assert table in Path("docs/fitted.md").read_text()
     assert "old" not in page.read_text()
@@ -27,3 +30,10 @@ def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     assert [line["computed"] for line in lines] == [50, 10, 10, 10, 10]
     nearest = max(lines, key=lambda line: line["psnr_db"]["converged"][0])
     assert nearest["name"] == "output, fitted to converged"
+
+
+@pytest.mark.slow
+def test_quick_transfer_tells_guidance(tmp_path: Path) -> None:
+    transfer.main(["--quick", "--fitted", str(tmp_path / "work"), "--out", str(tmp_path)])
+    here, elsewhere = json.loads((tmp_path / "transfer.json").read_text())["lines"]
+    assert (here["warned"], elsewhere["warned"]) == (False, True)
