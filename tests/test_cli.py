@@ -102,6 +102,11 @@ def test_calibrate_and_then_another_budget(tmp_path: Path) -> None:
     assert status == 0
     assert "calibrated for macs:0.4" in said
     assert Schedule.load(tmp_path / "40.json").predicted["mac_fraction"] <= 0.4
+    front = tmp_path / "front.json"
+    status, said = run("calibrate", *common, "--budget", "macs:0.4", "--budget", "macs:0.6", "--out", str(front))
+    assert status == 0
+    assert f"schedule='{front}@macs:0.4'" in said.replace("\n", "")
+    assert Schedule.parse(f"{front}@macs:0.6").rows == Schedule.load(tmp_path / "60.json").rows
     assert run("drift", str(kept), "--picture", str(tmp_path / "d.png"), "--experts", str(tmp_path / "e.svg"))[0] == 0
     assert (tmp_path / "d.png").stat().st_size > 1000
     status, said = run("drift", str(kept), "--json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,14 +17,24 @@ from moeca_compile.errors import OptionError
 from moeca_compile.inspect import schedules
 from moeca_compile.schedule.granularity import Granularity
 
-Budget = Annotated[
-    str,
+Budgets = Annotated[
+    list[str],
     typer.Option(
+        "--budget",
         help="What the schedule may cost, or how good it must be: speedup:2, latency:0.5, macs:0.26, state:64MiB or "
-        "psnr:45; several of them with commas between."
+        "psnr:45; several of them with commas between. Repeat the option for a front: schedules for several budgets in "
+        "one file.",
     ),
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="Write the schedule to this .json file.")]
+Truths = Annotated[
+    str,
+    typer.Option(
+        "--truth",
+        help="With --granularity output, what samples should be near: uncached, or converged for the solution that "
+        "the sampler comes to with more steps.",
+    ),
+]
 Order = Annotated[str, typer.Option(help="The order of the forecasts: 0, 1 or 2; auto tries all of them.")]
 Granularities = Annotated[
     str,
@@ -64,7 +74,7 @@ def mount(app: typer.Typer) -> None:
 def calibrate(
     source: Model,
     sample: Sample,
-    budget: Budget,
+    budgets: Budgets,
     out: Out,
     weights: Weights = None,
     order: Order = "auto",
@@ -75,6 +85,7 @@ def calibrate(
     resume: Resume = None,
     perturb: Perturb = 0,
     branches: Branches = 0.0,
+    truth: Truths = "uncached",
     json: AsJson = False,
 ) -> None:
     """Find the best schedule that a budget allows.
@@ -83,26 +94,38 @@ def calibrate(
     folder that an earlier calibration kept, only new schedules are sampled.
     """
     forecast_order = int(order) if order.isdecimal() else order
-    _refuse_early(source, sample, out, budget, forecast_order, granularity, seeds, holdout, resume, perturb, branches)
+    for budget in budgets:
+        _refuse_early(
+            source, sample, out, budget, forecast_order, granularity, seeds, holdout, resume, perturb, branches
+        )
     model, sampler = model_of(source, weights), load(sample)
-    from moeca_compile.planner import calibrate as find
+    from moeca_compile import planner
 
     if perturb and not json:
         say(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
-    schedule = find(
-        model,
-        sampler,
-        budget=budget,
-        order=forecast_order,
-        granularity=granularity,
-        seeds=seeds,
-        holdout=holdout,
-        inner=inner,
-        resume=resume,
-        perturb=perturb,
-        branches=branches,
-        progress=not json,
-    )
+    arguments: dict[str, Any] = {
+        "order": forecast_order,
+        "granularity": granularity,
+        "seeds": seeds,
+        "holdout": holdout,
+        "inner": inner,
+        "resume": resume,
+        "perturb": perturb,
+        "branches": branches,
+        "truth": truth,
+        "progress": not json,
+    }
+    if len(budgets) > 1:
+        front = planner.calibrate_front(model, sampler, budgets=budgets, **arguments)
+        front.save(out)
+        if json:
+            print_json([schedules.facts(schedule) for schedule in front])
+            return
+        for schedule in front:
+            show(schedules.table_of_facts(schedule), "", schedules.grid(schedule), "")
+        say_next(f"moeca.compile(model, schedule='{out}@{budgets[0]}')")
+        return
+    schedule = planner.calibrate(model, sampler, budget=budgets[0], **arguments)
     schedule.save(out)
     if json:
         print_json(schedules.facts(schedule))
