@@ -100,6 +100,8 @@ def _masks(lab: Lab, count: int) -> list[Setting]:
     }  # fmt: skip
     fitting = []
     for (place, steps), (name, options) in itertools.product(places.items(), forecasts.items()):
+        if place != "placed" and name != "Taylor 1":
+            continue
         cached = _cached(lab, **options)
         fields = {"steps_computation_mask": _mask(lab, steps), "steps_computation_policy": "static"}
         fitting.append(_of(f"{count}: {place}, {name}", dbcache.Setting(cached, lab.work, **fields)))
@@ -129,7 +131,7 @@ def _dbcache(lab: Lab, count: int) -> list[Setting]:
 
 @cache
 def _mag(lab: Lab) -> hooked_blocks.HookedBlocks:
-    return hooked_blocks.mag_cache(lab.work, lab.batch)
+    return hooked_blocks.mag_cache(lab.work, lab.few)
 
 
 def _mag_cache(lab: Lab, count: int) -> list[Setting]:
