@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fitted import CONVERGED, UNCACHED
+from benchmarks.peers.equal import roster
 from benchmarks.peers.equal.measure import BEST
 from benchmarks.peers.tables import markdown
 from benchmarks.protocol import when
@@ -79,7 +80,7 @@ To the converged solution, of *{BEST[CONVERGED]}*:
 ## How settings are chosen
 
 {notes(lines)}
-"""
+{missing(lines)}"""
 
 
 def leads(lines: Sequence[Line], truth: str, counts: Sequence[int]) -> str:
@@ -147,6 +148,13 @@ load is in the wall's time and hardly in that of the processor. All compute 17 o
 
 {markdown(head, rows)}
 """
+
+
+def missing(lines: Sequence[Line]) -> str:
+    """Contenders that have no figures yet."""
+    measured = {line["name"] for line in lines}
+    names = [contender.name for contender in roster.contenders() if contender.name not in measured]
+    return f"\nWritten, without figures yet: {', '.join(names)}.\n" if names else ""
 
 
 def notes(lines: Sequence[Line]) -> str:
