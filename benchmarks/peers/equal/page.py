@@ -53,7 +53,7 @@ held-out digits, paired digit by digit. `python -m benchmarks.peers.equal`, {whe
   converged truth is a second-order run of 200 steps; the uncached run comes {level:.1f} ± {half:.1f} dB near.
 - The best of a family's settings, or of its steps and weights, is chosen on seeds 0 to 15, two digits each; caches on
   the first 8 of these (TaylorSeer on all). *Tried* is the number of settings that were sampled there. What is told are
-  other digits, the same as in [fitted output weights](fitted.md).
+  other digits, the same as in [fitted output weights](fitted.md); of caches fewer, by the column *digits*.
 - *Evaluations* are full ones, a mean over the digits; a setting that computes less was the best that fits. *MACs* are
   the share of the uncached run's: caches inside the network run its first block, or its ends, at cheap steps too.
 - *moeca's lead* is over that row: the schedule fitted to that truth less the row, mean and 95 % interval of the
