@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeca_compile import __version__
-from moeca_compile.cli import bundles, deploy, doctor, drift, plans
+from moeca_compile.cli import bundles, compare, deploy, doctor, drift, plans
 from moeca_compile.cli.command import add
 from moeca_compile.cli.params import AsJson, Picture
 from moeca_compile.cli.say import print_json, say
@@ -82,6 +82,7 @@ def _schedule(path: Path) -> Schedule:
 add(app, show, example="moeca show half.json --picture half.svg", if_stopped="nothing was written")
 add(app, diff, example="moeca diff half.json model.moeca", if_stopped="nothing was written")
 plans.mount(app)
+compare.mount(app)
 drift.mount(app)
 bundles.mount(app)
 deploy.mount(app)

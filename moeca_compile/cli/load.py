@@ -51,14 +51,18 @@ def model_and_inputs(source: str) -> tuple[Any, ...]:
 
 
 def model_of(source: str, weights: Path | None) -> Any:
-    """The model that the function returns, in eval mode, with the weights of a file in the dtype that it has. Example
-    inputs after the model are left aside.
+    """The model that the function returns, in eval mode, with the weights of a file in the dtype that it has; or a
+    pipeline, as it is. Example inputs after the model are left aside.
 
     Raises:
         OptionError: it returns no model, or the weights don't fit.
     """
+    from moeca_compile.frontend import denoisers
+
     returned = call(source)
     model = returned[0] if isinstance(returned, tuple) and returned else returned
+    if weights is None and denoisers.parts_of(model):
+        return model
     if not hasattr(model, "load_state_dict"):
         raise OptionError(f"{source!r} returned {type(model).__name__}; expected a model, or (model, example_inputs)")
     if weights is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import moeca_compile as moeca
-from moeca_compile.errors import StateError
+from moeca_compile.cli import app
+from moeca_compile.errors import OptionError, StateError
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, named
@@ -58,3 +61,13 @@ def test_streams_of_a_bundle_are_told_apart(exported: Bundle) -> None:
 def test_a_sampler_that_calls_no_step_of_the_bundle_is_refused(exported: Bundle) -> None:
     with pytest.raises(StateError, match="never called the model that it was given"):
         moeca.compare(Session.open(exported.path), lambda step, seed: np.zeros((2, 2)), seeds=1)
+
+
+def test_a_bundle_is_compared_at_the_command_line(exported: Bundle) -> None:
+    words = ["compare", str(exported.path), "--sample", "tests.bundle.test_compare:sample", "--seeds", "1", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert [each["name"] for each in json.loads(done.stdout)["contenders"]] == ["computed", "cached"]
+    refused = CliRunner().invoke(app, [*words, "--schedule", "uniform:2"]).exception
+    assert isinstance(refused, OptionError)
+    assert str(refused).startswith("--schedule: a bundle has its own")
