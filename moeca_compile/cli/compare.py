@@ -124,9 +124,7 @@ def _refuse_early(
         named.check(source, 0)
         Options(**options).resolved_schedule()
     elif options:
-        raise OptionError(
-            f"--{next(iter(options))}: a bundle has its own. Export another bundle to compare another one"
-        )
+        raise OptionError(f"--{next(iter(options))}: a bundle has its own. Export another bundle for another one")
     if (sample is None) == (not prompts):
         raise OptionError("give --sample MODULE:FUNCTION, or --prompt for a pipeline")
     if steps is not None and not prompts:
