@@ -46,21 +46,26 @@ class RecordHistory:
 
     def __init__(self) -> None:
         self._entries = deque[tuple[bool, deque[StepRecord]]](maxlen=MAX_TRAJECTORIES)
+        self._lock = threading.Lock()  # trajectories of several threads are added
 
     def add(self, records: deque[StepRecord], exact: bool) -> None:
         """Add a trajectory, which may grow; one that is there already isn't added again. `exact`: the caller marks
         where it begins and ends."""
-        if not any(records is present for _, present in self._entries):
-            self._entries.append((exact, records))
+        with self._lock:
+            if not any(records is present for _, present in self._entries):
+                self._entries.append((exact, records))
 
     def clear(self) -> None:
         """Forget all trajectories."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
     def trajectories(self) -> list[list[StepRecord]]:
         """The records of each trajectory, in the order in which they began."""
         separated: list[list[StepRecord]] = []
-        for exact, entry in list(self._entries):
+        with self._lock:
+            entries = list(self._entries)
+        for exact, entry in entries:
             records, parts = list(entry), []
             while records:
                 first = 0 if exact else start_of_last(records)
