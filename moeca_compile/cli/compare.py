@@ -95,8 +95,8 @@ def compare(
     else:
         from moeca_compile.api import compile as compile_model
 
-        options = {"schedule": DEFAULT_SCHEDULE, **given}
-        compared = compile_model(model_of(source, weights), inner=inner, **options)
+        chosen: dict[str, Any] = {"schedule": DEFAULT_SCHEDULE, **given}
+        compared = compile_model(model_of(source, weights), inner=inner, **chosen)
     from moeca_compile.comparison import compare as compare_model
 
     comparison = compare_model(
