@@ -55,6 +55,7 @@ from moeca_compile.passes.transform.drop_noops import drop_noops
 from moeca_compile.passes.transform.hoist import hand_out, hoist_invariant, hoist_step_only, name_of
 from moeca_compile.passes.transform.insert_signal import insert_signal
 from moeca_compile.passes.transform.insert_state import insert_state
+from moeca_compile.passes.transform.keep_caches import keep_caches
 from moeca_compile.passes.transform.layout import state_layout
 from moeca_compile.passes.transform.materialize_casts import materialize_casts
 from moeca_compile.passes.transform.plain_einsum import plain_einsum
@@ -92,6 +93,7 @@ REWRITE: tuple[Pass[RewriteRequest], ...] = (
     tag_row,  # decide: one mark per region output
     insert_state,  # act: read, extrapolate, write the state of whole regions
     insert_partial,  # the same for regions whose tokens and branches age one by one
+    keep_caches,  # NOTE: after insert_state and insert_partial; what a skipped region would write in place
     insert_signal,  # what an adaptive schedule decides by
     drop_dead,  # NOTE: after those that insert; only now are the skipped regions dead
     hoist_step_only,  # NOTE: after drop_dead; what depends on the timestep and not on the latent comes in from outside
@@ -167,7 +169,7 @@ def analyze(
     """
     manager = manager_of(options)
     captured = captured or capture(gm, args, inputs)
-    facts = Facts(captured.inputs, Granularity.parse(options.granularity))
+    facts = Facts(captured.inputs, Granularity.parse(options.granularity), caches=captured.caches)
     before = replace(facts, indices=_indices(captured.inputs, inputs, args), autocast=captured.autocast)
     passes = _with_registered("normalize", NORMALIZE, pipeline.normalize, first=1)
     normal = manager.rewrite(passes, captured.gm, before)

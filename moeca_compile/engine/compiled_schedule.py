@@ -111,7 +111,7 @@ class CompiledSchedule:
         outputs: tuple[Any, ...] = ()
         for variant, examples in map(example, rows):
             results = self.variants.compile(variant, examples)(examples)
-            outputs = outputs or tuple(results[: variant.outputs])
+            outputs = outputs or tuple(results[: variant.outputs - len(self.program.caches)])
         return outputs
 
     def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Hoisted) -> list[Any]:

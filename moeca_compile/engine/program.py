@@ -46,6 +46,7 @@ class Program:
         prologues: programs of the hoisted values.
         timestep, latent, condition: positions of these inputs among a call's arguments.
         more_timesteps: positions of further timesteps.
+        caches: positions of the inputs that the model overwrites in place; their new values follow its results.
         buffers: for CUDA graphs, the state tensors at fixed addresses; else None.
         nodes: number of the graph's nodes.
         roles: names of the timestep and of the latent; "" where none was found.
@@ -79,8 +80,11 @@ class Program:
         positions = {source.name: i for i, source in enumerate(facts.inputs)}
         self.latent = positions.get(facts.roles.latent)
         self.latent_shape = shape_of_sample(args, self.latent)
+        self.caches = tuple(positions[name] for name in facts.caches)
         self._variants: dict[Hashable, VariantCache] = {}
         schedule = schedule or options.resolved_schedule()
+        if self.caches and self.timestep is None:  # a call that fills the caches with a prompt, or one of text
+            schedule = Schedule.full()
         if not len(self.regions):
             if any(schedule.depth(column) for column in range(len(schedule.rows[0]))):
                 raise CaptureError(_nothing_found(self.analysis))

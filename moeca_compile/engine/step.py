@@ -123,6 +123,8 @@ def _run(
         results = run(arguments)
         end = time.perf_counter()
         outputs = tuple(results[: variant.outputs])
+        if program.caches:
+            outputs = _with_caches_written(program.caches, args, outputs)
         if state is not None:
             finite = _finite(results[0]) if variant.writes else True
             driver.keep(state, step, row, variant.writes, results[variant.outputs :], finite)
@@ -136,6 +138,24 @@ def _run(
         )
     )  # fmt: skip
     return outputs
+
+
+def _with_caches_written(caches: Sequence[int], args: Sequence[Any], results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the new values of caches, which follow the model's own results, into the caller's tensors.
+
+    Args:
+        caches: positions of the caches among `args`.
+        args: of the call.
+        results: of the graph.
+
+    Returns:
+        The model's own results.
+    """
+    count = len(results) - len(caches)
+    for position, value in zip(caches, results[count:], strict=True):
+        if value is not args[position]:
+            args[position].copy_(value)
+    return results[:count]
 
 
 def _finite(output: Any) -> bool | Flag:
@@ -156,7 +176,8 @@ def _observe(
     if running.counts:
         return running.probe.observe(timestep, None, (), graph.kind, more)
     latent = None if program.latent is None else args[program.latent]
-    return running.probe.observe(timestep, latent, [*map(args.__getitem__, program.condition)], graph.kind, more)
+    kind: Hashable = graph.kind_with(args[program.caches[0]].data_ptr()) if program.caches else graph.kind
+    return running.probe.observe(timestep, latent, [*map(args.__getitem__, program.condition)], kind, more)
 
 
 def _likely_contents(

@@ -15,7 +15,7 @@ from moeca_compile.engine.compiled_schedule import CompiledSchedule
 from moeca_compile.engine.hoisted import Hoisted, TimestepHistory, TimestepPlan
 from moeca_compile.engine.probe import Probe
 from moeca_compile.engine.trajectories.trajectory import Trajectory
-from moeca_compile.runtime.clock import CallObservation, Clock, Counter, StepPlacement
+from moeca_compile.runtime.clock import MAX_STREAMS, CallObservation, Clock, Counter, StepPlacement
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import MAX_RECORDS, MAX_TRAJECTORIES, StepRecord
 
@@ -35,10 +35,19 @@ class GraphState:
     Attributes:
         kind: number of its input signature, in the order in which the trajectory met them.
         streams: by the clock's name or number of the stream.
+        caches: addresses of the caches that calls came with, one for each guidance stream of a decoder.
     """
 
     kind: int
     streams: dict[Hashable, Stream] = field(default_factory=dict)
+    caches: list[int] = field(default_factory=list)
+
+    def kind_with(self, address: int) -> Hashable:
+        """The kind of calls with the cache at this address. A cache that is another at every call tells nothing: past
+        `MAX_STREAMS` addresses in a trajectory all calls are of one kind."""
+        if address not in self.caches and len(self.caches) < MAX_STREAMS:
+            self.caches.append(address)
+        return self.kind, address if address in self.caches else None
 
 
 class RecordHistory:
@@ -200,6 +209,8 @@ class TrajectoryState:
     def begin(self, placement: StepPlacement, observation: CallObservation, timesteps: Sequence[float]) -> None:
         """Begin a trajectory with this call. `timesteps`: those it will have; empty: the last trajectory's."""
         self.forget()
+        for _, graph in self.graphs():
+            graph.caches = [address for address in graph.caches if (graph.kind, address) == observation.kind]
         self.probe.start(observation.kind, observation.condition)
         self.timestep_plan = TimestepPlan(tuple(timesteps or self.timestep_history.last), self.timestep_history)
         if not (self.exact or placement.broken_off):

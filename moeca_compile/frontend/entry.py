@@ -24,7 +24,16 @@ from moeca_compile.frontend.calls import CALLS, Call, Owner, call_of, find_owner
 from moeca_compile.frontend.first_call import is_outdated, retrace_without_hooks
 from moeca_compile.frontend.handles import STATES, HandleState, Read, all_states, state_of
 from moeca_compile.frontend.owner import is_full_model
-from moeca_compile.frontend.signature import captured_of, floats_of, kind_of, refuse_gradients, strides_of, with_floats
+from moeca_compile.frontend.signature import (
+    captured_of,
+    floats_of,
+    labelled_kinds,
+    refuse_gradients,
+    strides_of,
+    warn_of_numbers,
+    with_caches_as_arguments,
+    with_floats,
+)
 from moeca_compile.frontend.summary import announce
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import ambient_autocast
@@ -69,9 +78,7 @@ class Entry:
         self.number = next(_numbers)
         self._compile_id = current_compile()
         placeholders = fx.placeholders(gm)
-        self._weights = [i for i, source in enumerate(inputs) if source.is_weight]
-        self._labels = [inputs[i].label for i in self._weights]
-        self._others = [i for i, source in enumerate(inputs) if not source.is_weight]
+        self._classify(inputs)
         self._floats = floats_of(gm)
         self._unread = {i for i, node in enumerate(placeholders) if not node.users}  # strides and sizes, mostly
         self._follows = {i for i, node in enumerate(placeholders) if follows_from_call(node)}
@@ -80,6 +87,13 @@ class Entry:
         self._without_handle: HandleState | None = None  # of calls without torch.compile
         self._uncached: Callable[..., Any] | None = None
         ENTRIES.add(self)
+
+    def _classify(self, inputs: tuple[Input, ...]) -> None:
+        self.inputs = inputs
+        self.__dict__.pop("_identity", None)
+        self._weights = [i for i, source in enumerate(inputs) if source.is_weight]
+        self._labels = [inputs[i].label for i in self._weights]
+        self._others = [i for i, source in enumerate(inputs) if not source.is_weight]
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         call = CALLS.last
@@ -248,9 +262,12 @@ class Entry:
         Raises:
             CaptureError: the graph can't be captured, or has nothing to cache.
         """
-        weights = runtime.invalidate_if_weights_changed(self.number, self._labels, [args[i] for i in self._weights])
-        program, arrangement = self._find(args, runtime, weights)
+        program, arrangement = self._find(args, runtime, self._bind(args, runtime))
         return program, args if arrangement is None else arrangement.arranged(args)
+
+    def _bind(self, args: Sequence[Any], runtime: HandleRuntime) -> WeightBinding:
+        weights = [args[i] for i in self._weights]
+        return runtime.invalidate_if_weights_changed(self.number, self._labels, weights)
 
     @property
     def runtimes(self) -> dict[int, HandleRuntime]:
@@ -312,15 +329,17 @@ class Entry:
         Graphs compute the same if they are equal, if they are equal once captured (then sizes are numbers), or if only
         the strides of their inputs differ. In the last case the state serves a latent in another memory format too.
         """
-        arguments = []
-        for i, source in enumerate(self.inputs):
-            arguments.append((source.label, repr(numbers.get(i)), kind_of(args[i])))
-        graph_key: Hashable = (self._identity, tuple(sorted(arguments)), key[-1])
+        graph_key: Hashable = (self._identity, labelled_kinds(self.inputs, args, numbers), key[-1])
         if runtime.find(graph_key) is not None:
             return self._beside(key, graph_key, runtime)
-        self._warn_of_numbers(key, numbers, runtime)
+        labels = [self.inputs[i].label for i in numbers if i not in self._unread]
+        warn_of_numbers(key, runtime.keys_of(self.number), labels, runtime.warned)
         gm = with_floats(self.gm, {i: numbers[i] for i in self._floats})
         captured = captured_of(gm, args, self.inputs)
+        inputs = with_caches_as_arguments(self.inputs, captured)
+        if inputs != self.inputs:
+            self._classify(inputs)
+            return self._find(args, runtime, self._bind(args, runtime))
         captured_key = graph_key
         if self._identity is not self:
             captured_key = (identity(captured.gm, captured.inputs), captured.autocast)
@@ -337,8 +356,7 @@ class Entry:
         log_capture(program.regions, program.roles, program.schedule, graph, self._compile_id)
         runtime.place((key, graph_key, any_strides_key, captured_key), program)
         program.place_weights(args)
-        weights = [args[i] for i in self._weights]
-        runtime.invalidate_if_weights_changed(self.number, self._labels, weights)  # some may have been moved
+        self._bind(args, runtime)  # some may have been moved
         return program, None
 
     def _beside(
@@ -361,11 +379,8 @@ class Entry:
         """A key that is equal for graphs that differ only in the strides of their inputs; strides of weights count."""
         if self._identity is self or reads_strides(self.gm) or any(map(overlaps, args)):
             return object()
-        kinds = []
-        for i, source in enumerate(self.inputs):
-            if i not in self._unread:
-                kinds.append((source.label, repr(numbers.get(i)), kind_of(args[i], source.is_weight)))
-        return "any strides", identity(self.gm, self.inputs, strides=False), tuple(sorted(kinds)), autocast
+        kinds = labelled_kinds(self.inputs, args, numbers, self._unread, strides=False)
+        return "any strides", identity(self.gm, self.inputs, strides=False), kinds, autocast
 
     @cached_property
     def _identity(self) -> Hashable:
@@ -378,16 +393,3 @@ class Entry:
         if i in self._floats:
             return args[i].item()
         return None if isinstance(args[i], torch.Tensor) else args[i]
-
-    def _warn_of_numbers(self, key: tuple[Any, ...], numbers: Mapping[int, Any], runtime: HandleRuntime) -> None:
-        """Warn of a number that changes from call to call, at its third value: two may be a changed setting."""
-        values = [other[1] for other in runtime.keys_of(self.number) if other[2:] == key[2:]]
-        if len(values) == 2:
-            values.append(key[1])
-            labels = [self.inputs[i].label for i in numbers if i not in self._unread]
-            changing = [label for n, label in enumerate(labels) if len({value[n] for value in values}) == 3]
-            runtime.warned.once(
-                f"{', '.join(changing) or 'an input'} comes as a Python number that changes from call to call, and a "
-                "graph is captured and compiled for each value. Pass it as a tensor",
-                "numbers",
-            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from moeca_compile.errors import CaptureError, MoecaError, StateError
 from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Capture, Input, capture
+from moeca_compile.runtime.warned import Warned
 
 
 def refuse_gradients(values: Iterable[Any]) -> None:
@@ -33,7 +35,7 @@ def captured_of(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[
         CaptureError: the graph can't be captured; torch's own errors are converted.
     """
     try:
-        return capture(gm, args, inputs)
+        return capture(gm, args, inputs, with_caches=True)
     except MoecaError:
         raise
     except Exception as error:
@@ -41,11 +43,38 @@ def captured_of(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[
         raise CaptureError(f"torch can't trace the graph once more: {type(error).__name__}: {first}") from error
 
 
+def with_caches_as_arguments(inputs: Sequence[Input], captured: Capture) -> tuple[Input, ...]:
+    """The inputs of a graph, with buffers that the model overwrites as arguments of the call: when their values change,
+    the model is no other."""
+    written = {source.label for source in captured.inputs if not source.is_weight}
+    return tuple(replace(one, is_weight=one.is_weight and one.label not in written) for one in inputs)
+
+
 def kind_of(value: Any, strides: bool = True) -> tuple[Any, ...]:
     """Shape, strides, dtype and device of a tensor; empty for any other value."""
     if not isinstance(value, torch.Tensor):
         return ()
     return tuple(value.shape), strides_of(value) if strides else (), str(value.dtype), str(value.device)
+
+
+def labelled_kinds(
+    inputs: Sequence[Input], args: Sequence[Any], numbers: Mapping[int, Any], skip: Container[int] = (),
+    strides: bool = True,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The kind of each argument with its label and number, in the order of the labels.
+
+    Args:
+        inputs: of a graph.
+        args: of a call of it.
+        numbers: Python numbers among them, by position.
+        skip: positions to leave out.
+        strides: strides of tensors that aren't weights count too.
+    """
+    kinds = []
+    for i, source in enumerate(inputs):
+        if i not in skip:
+            kinds.append((source.label, repr(numbers.get(i)), kind_of(args[i], strides or source.is_weight)))
+    return tuple(sorted(kinds))
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -80,3 +109,25 @@ def with_floats(gm: torch.fx.GraphModule, values: Mapping[int, float]) -> torch.
         else:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
     return torch.fx.GraphModule(gm, graph)
+
+
+def warn_of_numbers(
+    key: tuple[Any, ...], earlier: Sequence[tuple[Any, ...]], labels: Sequence[str], warned: Warned
+) -> None:
+    """Warn of a number that changes from call to call, at its third value: two may be a changed setting.
+
+    Args:
+        key: of a call; its second entry are the call's numbers.
+        earlier: keys of earlier calls of the graph.
+        labels: one for each number.
+        warned: counts the warnings.
+    """
+    values = [other[1] for other in earlier if other[2:] == key[2:]]
+    if len(values) == 2:
+        values.append(key[1])
+        changing = [label for n, label in enumerate(labels) if len({value[n] for value in values}) == 3]
+        warned.once(
+            f"{', '.join(changing) or 'an input'} comes as a Python number that changes from call to call, and a "
+            "graph is captured and compiled for each value. Pass it as a tensor",
+            "numbers",
+        )

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map_only
 from moeca_compile.errors import CaptureError
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import Casts, ambient_autocast, autocast_is
+from moeca_compile.graph.caches import is_overwritten
 from moeca_compile.graph.constants import constants_of, takes_sizes
 
 _RESERVED = re.compile(r"coefficients|now|(state|hoisted)_\d+")  # what variants call their own inputs
@@ -78,12 +79,14 @@ class Input:
 class Capture:
     """A functional graph, what its placeholders are, in order, and the autocasts under which it was traced.
 
-    The graph holds no casts of theirs until the pass `materialize_casts` has run.
+    The graph holds no casts of theirs until the pass `materialize_casts` has run. `caches` are the names of the inputs
+    that the model overwrites in place; their new values are the graph's last results.
     """
 
     gm: GraphModule
     inputs: tuple[Input, ...]
     autocast: Casts = ()
+    caches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(self.gm.code)
@@ -104,8 +107,14 @@ def inputs_of(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Input, ..
     return tuple(found)
 
 
-def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:
+def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_caches: bool = False) -> Capture:
     """Trace `gm` for the shapes, dtypes and devices of `args`, under the ambient autocast.
+
+    Args:
+        gm: Dynamo's graph.
+        args: of a call.
+        inputs: of the graph.
+        with_caches: inputs and buffers may be overwritten in place as a cache of keys and values is.
 
     Raises:
         CaptureError: the graph changes one of its inputs or buffers (the cache could not keep that), or its shapes
@@ -113,18 +122,20 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     constants = constants_of(gm, args)
-    mutated: list[str] = []
+    mutated: list[int] = []
 
     def functional(*fakes: Any) -> Any:
         below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(below), FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = tree_map_only(torch.Tensor, FunctionalTensor.to_functional, fakes)
             result = _Eager(gm, constants).run(*wrapped)
-            for one, tensor in zip(inputs, wrapped, strict=True):
+            for i, tensor in enumerate(wrapped):
                 if isinstance(tensor, FunctionalTensor):
                     _sync(tensor)
                     if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[attr-defined]
-                        mutated.append(one.label)
+                        mutated.append(i)
+            if mutated and with_caches:
+                result = (*result, *(wrapped[i] for i in mutated))
             return tree_map_only(FunctionalTensor, _plain, result)
 
     casts = ambient_autocast()
@@ -134,13 +145,21 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Ca
     ):  # fmt: skip
         fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
         graph = make_fx(functional, pre_dispatch=True)(*fakes)
-    if mutated:
+    changed = [inputs[i].label for i in mutated]
+    if with_caches:
+        olds, news = fx.placeholders(graph), list(fx.nodes_of(fx.output_node(graph).args[0]))
+        pairs = zip(mutated, news[len(news) - len(mutated) :], strict=True)
+        changed = [inputs[i].label for i, new in pairs if not is_overwritten(olds[i], new)]
+    if changed:
         raise CaptureError(
-            f"the model changes {', '.join(sorted(set(mutated)))} in place while it runs. A cached step would skip "
-            "that change: make it an input or an output of the model, or leave it out of inference"
+            f"the model changes {', '.join(sorted(set(changed)))} in place while it runs. A cached step would skip "
+            "that change: make it an input or an output of the model, or leave it out of inference. (A cache of keys "
+            "and values may be overwritten in place, if what is written isn't computed from it.)"
         )
     _note_sizes(graph, args, casts)
-    return Capture(graph, _rename(graph, inputs), casts)
+    sources = [replace(one, is_weight=one.is_weight and i not in mutated) for i, one in enumerate(inputs)]
+    renamed = _rename(graph, sources)
+    return Capture(graph, renamed, casts, tuple(renamed[i].name for i in mutated))
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Facts:
         granularity: what the schedule's columns are, as the options say.
         indices: the call's one-dimensional indices and masks, by placeholder; only while the captured graph is
             normalized.
+        caches: placeholders that the model overwrites in place; their new values are the graph's last results.
         autocast: the autocasts under which the graph was captured; only until `materialize_casts` has written them
             into it.
         roles: what the model's own inputs mean.
@@ -72,6 +73,7 @@ class Facts:
     inputs: tuple[Input, ...]
     granularity: Granularity = Granularity("region")
     indices: Mapping[str, Tensor] = field(default_factory=dict)
+    caches: tuple[str, ...] = ()
     autocast: Casts = ()
     roles: Roles = Roles()
     dependence: Mapping[str, str] = field(default_factory=dict)

@@ -9,7 +9,9 @@ example of its audio: inputs that are embedded and have a word of time in their 
 The latent is the largest floating-point input that isn't a weight, with preference for one whose sizes an output has,
 and among equals (a picture to edit) again for the name. A model that gives several tensors has a latent for each (a
 list of them, video and audio): the inputs of their shapes. The clock watches the first. The other inputs are the
-condition: prompts, labels, masks, positions, which stay the same in a trajectory.
+condition: prompts, labels, masks, positions, which stay the same in a trajectory. A cache that the model overwrites is
+none of these; what is computed from it changes with the latent. In such a model a vector may also be the positions of
+tokens in the cache, so a timestep must be embedded.
 
 Every node is `const`, `condition` (depends on the condition only, so it is the same in every step of a trajectory),
 `step` (depends on the timestep, not on the latent) or `latent`.
@@ -41,11 +43,13 @@ def find_inputs(gm: GraphModule, facts: Facts) -> Facts:
     own = [
         node
         for node, one in zip(fx.placeholders(gm), facts.inputs, strict=True)
-        if not one.is_weight and fx.tensor(node) is not None
+        if not one.is_weight and fx.tensor(node) is not None and node.name not in facts.caches
     ]
     labels = {one.name: one.label for one in facts.inputs}
-    timesteps = _timesteps(gm, own, labels)
-    latents = _latents(gm, [node for node in own if node not in timesteps], labels)
+    timesteps = _timesteps(gm, own, labels, only_embedded=bool(facts.caches))
+    results = [fx.shape(node) for node in fx.nodes_of(fx.output_node(gm).args[0])]
+    outputs = results[: len(results) - len(facts.caches)]
+    latents = _latents([node for node in own if node not in timesteps], outputs, labels)
     condition = tuple(node.name for node in own if node not in timesteps and node not in latents)
     names = [node.name for node in timesteps]
     roles = Roles(names[0] if names else "", latents[0].name if latents else "", condition, tuple(names[1:]))
@@ -53,14 +57,17 @@ def find_inputs(gm: GraphModule, facts: Facts) -> Facts:
         **dict.fromkeys(condition, CONDITION),
         **dict.fromkeys(names, STEP),
         **{node.name: LATENT for node in latents},
+        **dict.fromkeys(facts.caches, LATENT),
     }
     return replace(facts, roles=roles, dependence=_dependence(gm, levels))
 
 
-def _timesteps(gm: GraphModule, own: list[Node], labels: dict[str, str]) -> list[Node]:
-    """The timestep inputs, the one that schedules go by first."""
+def _timesteps(gm: GraphModule, own: list[Node], labels: dict[str, str], only_embedded: bool) -> list[Node]:
+    """The timestep inputs, the one that schedules go by first. `only_embedded`: vectors must be embedded too."""
     waving = [node for node in own if _reaches_waves(node)]
     embedded = _embedded(gm, own, waving)
+    if only_embedded:
+        waving = [node for node in waving if node in embedded]
     named = [node for node in waving if node in embedded and has_word_of_time(labels[node.name])]
     vectors = [node for node in waving if fx.need(node).dim() <= 1]
     candidates = [node for node in waving if node in vectors or node in named]
@@ -114,9 +121,8 @@ def _reaches_waves(start: Node) -> bool:
     return all(wave & waves for wave in _WAVES)
 
 
-def _latents(gm: GraphModule, own: list[Node], labels: dict[str, str]) -> list[Node]:
+def _latents(own: list[Node], outputs: list[tuple[int, ...]], labels: dict[str, str]) -> list[Node]:
     floats = [node for node in own if fx.need(node).is_floating_point() and fx.need(node).dim() >= 2]
-    outputs = [fx.shape(node) for node in fx.nodes_of(fx.output_node(gm).args[0])]
 
     def rank(node: Node) -> tuple[int, int, bool]:
         shape = fx.shape(node)
