@@ -346,7 +346,7 @@ class Entry:
         if runtime.find(captured_key) is not None:
             return self._beside(key, captured_key, runtime)
         any_strides_key = self._any_strides_key(args, numbers, key[-1])
-        if runtime.find(any_strides_key) is not None:
+        if not captured.caches and runtime.find(any_strides_key) is not None:  # a copy isn't the caller's cache
             return self._beside(key, any_strides_key, runtime, captured)
         program = Program(
             gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured, key=graph_key
