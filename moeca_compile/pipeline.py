@@ -47,7 +47,7 @@ from moeca_compile.passes.analysis.find_spans import find_spans
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.facts import Facts, RewriteRequest
 from moeca_compile.passes.manager import Finder, Pass, PassManager, PassRecord
-from moeca_compile.passes.partial.find_tokens import find_tokens
+from moeca_compile.passes.partial.find_divisions import find_divisions
 from moeca_compile.passes.partial.insert_partial import insert_partial
 from moeca_compile.passes.registry import is_registered, with_registered
 from moeca_compile.passes.transform.drop_dead import drop_dead
@@ -84,8 +84,8 @@ FIND: tuple[Finder, ...] = (
     count_macs,  # what each node costs
     find_regions,  # NOTE: after those above, it joins their facts
     find_spans,  # NOTE: after find_regions; one span of blocks in place of its regions, where the options ask for it
-    find_tokens,  # NOTE: after find_spans; which regions can be recomputed in part
-    find_signal,  # NOTE: after find_tokens; what an adaptive schedule watches
+    find_divisions,  # NOTE: after find_spans; which regions can be recomputed in part
+    find_signal,  # NOTE: after find_divisions; what an adaptive schedule watches
     find_hoisted,  # what doesn't change with the latent
 )
 
@@ -128,7 +128,9 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
 
 HOIST: tuple[Pass[RewriteRequest], ...] = (hoist_step_only, hoist_invariant)
 # may be disabled: results stay right without them
-OPTIONAL = frozenset(one.__name__ for one in (*NORMALIZE[1:], *HOIST, fold_linear, straight_stream, repeat_blocks))
+OPTIONAL = frozenset(
+    function.__name__ for function in (*NORMALIZE[1:], *HOIST, fold_linear, straight_stream, repeat_blocks)
+)
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class Pipeline:
 WITH_PROLOGUES = Pipeline()
 # Programs that stand by themselves: no prologue beside them, and no operator that looks at a call's indices.
 STANDALONE = Pipeline(
-    normalize=tuple(one for one in NORMALIZE if one is not separate_rows),
-    rewrite=tuple(one for one in REWRITE if one not in HOIST),
+    normalize=tuple(function for function in NORMALIZE if function is not separate_rows),
+    rewrite=tuple(function for function in REWRITE if function not in HOIST),
 )
 
 
@@ -181,11 +183,11 @@ _INDICES = (torch.bool, torch.int32, torch.int64)
 
 
 def _indices(captured: Sequence[Input], inputs: Sequence[Input], args: Sequence[Any]) -> dict[str, Tensor]:
-    given = {one.label: arg for one, arg in zip(inputs, args, strict=True) if not one.is_weight}
-    found = {one.name: given.get(one.label) for one in captured}
+    arguments = {entry.label: arg for entry, arg in zip(inputs, args, strict=True) if not entry.is_weight}
+    by_name = {entry.name: arguments.get(entry.label) for entry in captured}
     return {
         name: arg
-        for name, arg in found.items()
+        for name, arg in by_name.items()
         if type(arg) is Tensor and arg.dim() == 1 and arg.dtype in _INDICES and not arg.is_meta
     }
 
@@ -203,12 +205,12 @@ def build_variant(
     manager = manager_of(options)
     passes = _with_registered("rewrite", REWRITE, analysis.pipeline.rewrite)
     if not layout:
-        passes = [one for one in passes if one not in HOIST]
+        passes = [function for function in passes if function not in HOIST]
     variant = _variant(name, manager.rewrite(passes, analysis.gm, request, label=f"{name} "), request)
     if manager.dump is not None:
         dump = Dump(manager.dump)
         dump.schedule(schedule)
-        dump.variant(variant, layout, [one.name for one in analysis.facts.inputs])
+        dump.variant(variant, layout, [entry.name for entry in analysis.facts.inputs])
     return variant, tuple(manager.records)
 
 
@@ -220,7 +222,7 @@ def build_prologue(
     manager = manager_of(options)
     variant = _variant(name, manager.rewrite(PROLOGUE, analysis.gm, request, label=f"{name} "), request)
     if manager.dump is not None:
-        Dump(manager.dump).variant(variant, (), [one.name for one in analysis.facts.inputs])
+        Dump(manager.dump).variant(variant, (), [entry.name for entry in analysis.facts.inputs])
     return variant, tuple(manager.records)
 
 
@@ -239,12 +241,12 @@ def _with_registered(
     stage: str, page: tuple[Pass[C], ...], passes: tuple[Pass[C], ...], first: int = 0
 ) -> list[Pass[C]]:
     """The passes of a stage that make a program, and registered ones: those have their place by the whole page."""
-    return [step for step in with_registered(stage, page, first) if step in passes or step not in page]
+    return [function for function in with_registered(stage, page, first) if function in passes or function not in page]
 
 
 def _variant(name: str, gm: GraphModule, request: RewriteRequest) -> Variant:
     layout = request.layout
-    positions = {one.name: i for i, one in enumerate(request.facts.inputs)}
+    positions = {entry.name: i for i, entry in enumerate(request.facts.inputs)}
     hoisted = {name_of(i): i for i in range(len(request.facts.hoisted))}
     slots = {slot.name: i for i, slot in enumerate(layout)}
     names = [node.name for node in fx.placeholders(gm)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from moeca_compile.graph.capture import Capture, capture
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.lower import Executable, lower_eager
+from moeca_compile.options import Options
 from moeca_compile.passes.facts import Facts
 from moeca_compile.pipeline import Analysis, analyze
 from moeca_compile.runtime.driver import StepDriver
@@ -50,10 +51,14 @@ class Subject:
             return self.model(**self.inputs(step))
 
 
-def subject_of(model: Callable[..., Any], inputs: Callable[[int], dict[str, Tensor]]) -> Subject:
+def subject_of(
+    model: Callable[..., Any], inputs: Callable[[int], dict[str, Tensor]], options: Options = EAGER
+) -> Subject:
+    """Traced and captured once: the oracle runs the captured graph as it is, the passes a copy."""
     traced = trace_module(model, *inputs(0).values())
-    captured = with_casts(capture(traced.gm, traced.args, traced.inputs))
-    return Subject(model, inputs, captured, analyze(traced.gm, traced.args, traced.inputs, EAGER), traced.args)
+    captured = capture(traced.gm, traced.args, traced.inputs)
+    analysis = analyze(traced.gm, traced.args, traced.inputs, options, captured)
+    return Subject(model, inputs, with_casts(captured), analysis, traced.args)
 
 
 class Runner:

@@ -83,7 +83,7 @@ class Reference(Interpreter):
         aging = {column for column in range(len(regions)) if schedule.partials(column)}
         whole = [(column, region) for column, region in enumerate(regions) if column not in aging]
         self.region_of = {name: column for column, region in whole for name in region.outputs}
-        self.base_of = {name: base for _, r in whole for name, base in zip(r.outputs, r.bases, strict=bool(r.bases))}
+        self.base_of = {cut.node: cut.base for _, region in whole for cut in region.cuts if cut.base}
         self.node_of = {node.name: node for node in gm.graph.nodes}
         self.history: dict[str, list[Computed]] = {name: [] for name in self.region_of}  # by output, oldest first
         self.aging = {column: regions.regions[column] for column in sorted(aging)}

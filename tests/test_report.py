@@ -146,7 +146,9 @@ def test_shares_of_a_model_without_macs_are_zero() -> None:
 
 
 def test_all_outputs_of_a_region_are_shown() -> None:
-    both = replace(report().regions[0], shapes=((2, 4, 16), (2, 3, 16)))
+    region = report().regions[0]
+    cuts = [replace(region.cuts[0], shape=shape) for shape in ((2, 4, 16), (2, 3, 16))]
+    both = replace(region, cuts=tuple(cuts))
     assert " 2x4x16 2x3x16 " in str(replace(report(), regions=(both,)))
 
 

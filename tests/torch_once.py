@@ -14,7 +14,13 @@ from typing import Any
 
 
 def collect_rarely() -> None:
-    """What was imported lives for ever: the collector needn't look at it, neither by itself nor when a test asks."""
+    """What was imported lives for ever: the collector needn't look at it, neither by itself nor when a test asks.
+
+    Dynamo would also run it after every compile.
+    """
+    dynamo = importlib.import_module("torch._dynamo.config")
+    if hasattr(dynamo, "run_gc_after_compile"):
+        dynamo.run_gc_after_compile = False
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

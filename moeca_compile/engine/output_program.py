@@ -19,7 +19,7 @@ from moeca_compile.engine.compiler import Compiler
 from moeca_compile.engine.program import Program, shape_of_sample
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.errors import ScheduleError
-from moeca_compile.graph.regions import Region, RegionMap
+from moeca_compile.graph.regions import Cut, Region, RegionMap
 from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.lower import Executable
 from moeca_compile.options import Options
@@ -270,16 +270,9 @@ def _wide(value: Tensor) -> Tensor:
 
 def output_regions(outputs: Outputs) -> RegionMap:
     """A model that returns such tensors, as one region."""
-    region = Region(
-        key=OUTPUT,
-        kind="span",
-        layer=0,
-        outputs=tuple(f"output_{number}" for number, _ in enumerate(outputs)),
-        body=(),
-        shapes=tuple(tuple(output.shape) for output in outputs),
-        dtypes=tuple(name_of(output.dtype) for output in outputs),
-        devices=tuple(str(output.device) for output in outputs),
-        macs=1,
-        state_bytes=sum(output.numel() * output.element_size() for output in outputs),
-    )
-    return RegionMap((region,))
+    cuts = []
+    for number, output in enumerate(outputs):
+        size = output.numel() * output.element_size()
+        dtype, device = name_of(output.dtype), str(output.device)
+        cuts.append(Cut(f"output_{number}", tuple(output.shape), dtype, device, size))
+    return RegionMap((Region(key=OUTPUT, kind="span", layer=0, cuts=tuple(cuts), body=(), macs=1),))

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.node import map_arg
@@ -94,7 +95,7 @@ class Capture:
 
 def inputs_of(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Input, ...]:
     """What each placeholder of a Dynamo graph is. Parameters and buffers arrive as the real tensors."""
-    found = []
+    inputs = []
     for node, example in zip(fx.placeholders(gm), example_inputs, strict=True):
         source = getattr(node, "_dynamo_source", None)
         name = str(getattr(source, "name", "") or node.name)
@@ -103,8 +104,8 @@ def inputs_of(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Input, ..
             or hasattr(example, "_dynamo_static_input_type")
             or re.search(r"\._(parameters|buffers)\b", name) is not None
         )
-        found.append(Input(node.name, fx.dotted(name) or node.name, is_weight))
-    return tuple(found)
+        inputs.append(Input(node.name, fx.dotted(name) or node.name, is_weight))
+    return tuple(inputs)
 
 
 def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_caches: bool = False) -> Capture:
@@ -141,7 +142,7 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
     casts = ambient_autocast()
     with (
         torch.inference_mode(False), torch.no_grad(), refuse_data_dependence(), autocast_is(casts),
-        tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), fake,
+        tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), _use_lazy_graph_module(True), fake,
     ):  # fmt: skip
         fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
         graph = make_fx(functional, pre_dispatch=True)(*fakes)
@@ -241,10 +242,10 @@ def _plain(tensor: FunctionalTensor) -> torch.Tensor:
 def _rename(graph: GraphModule, inputs: Sequence[Input]) -> tuple[Input, ...]:
     """Name the placeholders after what they are, so that a printed graph can be read."""
     renamed = []
-    for node, one in zip(fx.placeholders(graph), inputs, strict=True):
-        name = re.sub(r"\W+", "_", one.label).strip("_") or "input"
+    for node, entry in zip(fx.placeholders(graph), inputs, strict=True):
+        name = re.sub(r"\W+", "_", entry.label).strip("_") or "input"
         node._rename(f"{name}_input" if _RESERVED.fullmatch(name) else name)
         node.target = node.name
-        renamed.append(Input(node.name, one.label, one.is_weight))
+        renamed.append(Input(node.name, entry.label, entry.is_weight))
     graph.recompile()
     return tuple(renamed)

@@ -1,7 +1,7 @@
 """Numbers that a model reads out of tensors which it made of constants: image sizes, tokens per expert.
 
 `torch.tensor([h, w]).repeat(b, 1)` and then `x[:h * w]` is no dependence on data, but a tracer, which sees tensors
-without values, takes it for one. What hangs on no tensor from outside is computed here, for real, before tracing.
+without values, takes it for one. What depends on no tensor from outside is computed here, for real, before tracing.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ _CHANGE = {
 def constants_of(gm: GraphModule, args: Sequence[Any]) -> dict[Node, Number]:
     """The numbers in a Dynamo graph that are the same for all tensors of these shapes: what `item()` gives, and 0-d
     integer tensors that are used as sizes. Arguments that are numbers count as known."""
-    known = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), args, strict=True))
-    env: dict[Node, Any] = {node: arg for node, arg in known.items() if not isinstance(arg, torch.Tensor)}
-    fixed = set(env)
+    arguments = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), args, strict=True))
+    values: dict[Node, Any] = {node: arg for node, arg in arguments.items() if not isinstance(arg, torch.Tensor)}
+    constant_nodes = set(values)
     for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_method") and fixed.issuperset(node.all_input_nodes):
-            fixed.add(node)
-    wanted = [n for n in gm.graph.nodes if n in fixed and n not in env and (n.target == "item" or _is_a_size(n, fixed))]
-    found: dict[Node, Number] = {}
-    for node in wanted:
-        above = _cone([node], lambda n: n.all_input_nodes)
-        if not _changed(above - set(env)) and _compute(gm, above, env):
-            value = env[node]
+        if node.op in ("call_function", "call_method") and constant_nodes.issuperset(node.all_input_nodes):
+            constant_nodes.add(node)
+    computed = [node for node in gm.graph.nodes if node in constant_nodes and node not in values]
+    candidates = [node for node in computed if node.target == "item" or _is_a_size(node, constant_nodes)]
+    constants: dict[Node, Number] = {}
+    for node in candidates:
+        sources = _cone([node], lambda n: n.all_input_nodes)
+        if not _changed(sources - set(values)) and _compute(gm, sources, values):
+            value = values[node]
             if not isinstance(value, torch.Tensor):
-                found[node] = value
+                constants[node] = value
             elif value.dim() == 0 and not value.is_floating_point() and not value.is_complex():
-                found[node] = int(value)
-    return found
+                constants[node] = int(value)
+    return constants
 
 
 def takes_sizes(node: Node) -> bool:
@@ -52,21 +53,21 @@ def takes_sizes(node: Node) -> bool:
     return getattr(node.target, "__name__", node.target) in _TAKE_SIZES
 
 
-def _is_a_size(node: Node, fixed: set[Node]) -> bool:
+def _is_a_size(node: Node, constant_nodes: set[Node]) -> bool:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.dim() or value.is_floating_point():
         return False
-    return any(takes_sizes(user) and user not in fixed for user in node.users)
+    return any(takes_sizes(user) and user not in constant_nodes for user in node.users)
 
 
 def _cone(start: Iterable[Node], step: Any) -> set[Node]:
-    seen = set(start)
-    front = list(seen)
-    while front:
-        new = [node for node in step(front.pop()) if node not in seen]
-        seen.update(new)
-        front += new
-    return seen
+    reached = set(start)
+    pending = list(reached)
+    while pending:
+        new = [node for node in step(pending.pop()) if node not in reached]
+        reached.update(new)
+        pending += new
+    return reached
 
 
 def _changed(nodes: set[Node]) -> bool:
@@ -75,8 +76,8 @@ def _changed(nodes: set[Node]) -> bool:
     for node in below:
         name = node.target if isinstance(node.target, str) else ""
         in_place = node.target in _CHANGE or (name.endswith("_") and not name.endswith("__"))
-        changed = [node.kwargs.get("out"), *(node.args[:1] if in_place else ())]
-        if any(isinstance(one, Node) and one in below for one in changed):
+        targets = [node.kwargs.get("out"), *(node.args[:1] if in_place else ())]
+        if any(isinstance(target, Node) and target in below for target in targets):
             return True
     return False
 
@@ -94,15 +95,15 @@ class _Unsteady(Exception):
     pass
 
 
-def _compute(gm: GraphModule, nodes: set[Node], env: dict[Node, Any]) -> bool:
-    """Compute these nodes for real, into `env`; False if one of them isn't the same each time."""
+def _compute(gm: GraphModule, nodes: set[Node], values: dict[Node, Any]) -> bool:
+    """Compute these nodes for real, into `values`; False if one of them isn't the same each time."""
     run = Interpreter(gm, garbage_collect_values=False)
-    run.env = env
+    run.env = values
     with torch.no_grad(), _Steady():  # type: ignore[no-untyped-call]
         for node in gm.graph.nodes:
-            if node in nodes and node not in env:
+            if node in nodes and node not in values:
                 try:
-                    env[node] = run.run_node(node)
+                    values[node] = run.run_node(node)
                 except _Unsteady:
                     return False
     return True

@@ -27,21 +27,21 @@ def needs_device_sync(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
-class _Kept:
-    """A content that was seen, and the tensor that had it last."""
+class _Content:
+    """A content that a tensor had, and the tensor that had it last."""
 
     def __init__(self, number: int, value: torch.Tensor) -> None:
         self.number, self.copy = number, bits(value).clone()
         self.flag: Flag | None = None  # asked of an accelerator at an earlier call
-        self.seen_in(value)
+        self.note_holder(value)
 
-    def seen_in(self, value: torch.Tensor) -> None:
+    def note_holder(self, value: torch.Tensor) -> None:
         self._ref, self._version = weakref.ref(value), _version(value)
 
-    def is_likely_in(self, value: torch.Tensor) -> bool:
+    def is_likely_held_by(self, value: torch.Tensor) -> bool:
         return self._ref() is value and _version(value) == self._version
 
-    def same_in(self, value: torch.Tensor) -> torch.Tensor:
+    def equal_bits(self, value: torch.Tensor) -> torch.Tensor:
         """Whether `value` holds it: a bool where the tensor is."""
         return (self.copy == bits(value)).all()
 
@@ -50,65 +50,66 @@ class Contents:
     """Numbers for what tensors hold: the same number for equal bits, shape, dtype and device, and for nothing else."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, list[_Kept]] = {}  # by kind, the latest first
+        self._contents: dict[Any, list[_Content]] = {}  # by kind, the latest first
         self._count = 0
 
     def number(self, value: torch.Tensor) -> int:
         """The number of what `value` holds; waits for an accelerator."""
-        now, kept = bits(value), self._like(value)
-        if kept and torch.equal(kept[0].copy, now) and not needs_device_sync(value):
-            return kept[0].number  # nearly always
-        found = next((one for one in kept if torch.equal(one.copy, now)), None)
-        if found is None:
+        value_bits, contents = bits(value), self._of_kind(value)
+        if contents and torch.equal(contents[0].copy, value_bits) and not needs_device_sync(value):
+            return contents[0].number  # nearly always
+        content = next((known for known in contents if torch.equal(known.copy, value_bits)), None)
+        if content is None:
             self._count += 1
-            found = _Kept(self._count, value)
-        return self._latest(found, value)
+            content = _Content(self._count, value)
+        return self._move_to_front(content, value)
 
-    def ask(self, value: torch.Tensor) -> tuple[list[_Kept], list[torch.Tensor]]:
+    def ask(self, value: torch.Tensor) -> tuple[list[_Content], list[torch.Tensor]]:
         """The same without waiting: contents that are known, and for each a bool, on the device, whether it is this."""
-        kept = list(self._like(value))
-        return kept, [one.same_in(value) for one in kept]
+        contents = list(self._of_kind(value))
+        return contents, [content.equal_bits(value) for content in contents]
 
-    def answer(self, value: torch.Tensor, kept: Sequence[_Kept], same: Sequence[float]) -> int:
+    def answer(self, value: torch.Tensor, contents: Sequence[_Content], is_equal: Sequence[float]) -> int:
         """The number, once the bools were read."""
-        found = next((one for one, yes in zip(kept, same, strict=True) if yes), None)
-        return self.number(value) if found is None else self._latest(found, value)
+        content = next((known for known, equal in zip(contents, is_equal, strict=True) if equal), None)
+        return self.number(value) if content is None else self._move_to_front(content, value)
 
     def likely_number(self, value: torch.Tensor) -> tuple[int, bool]:
         """The number, not waiting for an accelerator if the tensor seems untouched: it is compared there, and what came
         out is told by a later call. Second: whether an earlier call got a wrong number so."""
         if not needs_device_sync(value):
             return self.number(value), False
-        kept = self._like(value)
-        one = next((one for one in kept if one.is_likely_in(value)), None)
-        if one is None:
+        contents = self._of_kind(value)
+        content = next((known for known in contents if known.is_likely_held_by(value)), None)
+        if content is None:
             return self.number(value), False
-        if one.flag is not None and one.flag.ready():
-            was_right, one.flag = one.flag.holds(), None
+        if content.flag is not None and content.flag.ready():
+            was_right, content.flag = content.flag.holds(), None
             if not was_right:
-                kept.remove(one)
+                contents.remove(content)
                 return self.number(value), True
-        one.flag = one.flag or Flag(one.same_in(value))
-        return one.number, False
+        content.flag = content.flag or Flag(content.equal_bits(value))
+        return content.number, False
 
     def keep(self, numbers: Container[Any]) -> None:
         """Forget all contents but these."""
-        self._kept = {kind: [one for one in kept if one.number in numbers] for kind, kept in self._kept.items()}
+        for kind, contents in self._contents.items():
+            self._contents[kind] = [content for content in contents if content.number in numbers]
 
-    def _like(self, value: torch.Tensor) -> list[_Kept]:
-        kind = value.shape, value.dtype, value.device
-        kept = self._kept.get(kind)
-        if kept is None:
-            kept = self._kept[kind] = []
-        return kept
+    def _of_kind(self, value: torch.Tensor) -> list[_Content]:
+        key = value.shape, value.dtype, value.device
+        contents = self._contents.get(key)
+        if contents is None:
+            contents = self._contents[key] = []
+        return contents
 
-    def _latest(self, found: _Kept, value: torch.Tensor) -> int:
-        kept = self._like(value)
-        if not kept or kept[0] is not found:
-            kept[:] = [found, *(one for one in kept if one is not found)][:MOST]
+    def _move_to_front(self, content: _Content, value: torch.Tensor) -> int:
+        contents = self._of_kind(value)
+        if not contents or contents[0] is not content:
+            contents[:] = [content, *(other for other in contents if other is not content)][:MOST]
         if needs_device_sync(value):
-            found.seen_in(value)
-        return found.number
+            content.note_holder(value)
+        return content.number
 
 
 class Stamp:
@@ -163,13 +164,13 @@ def _parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
             yield from _parts(getattr(weight, name))
         return
     flat = bits(weight).contiguous().view(-1)
-    row = CHUNK * 8 // flat.element_size()
-    whole = flat.numel() // row * row
-    if whole:
+    row_length = CHUNK * 8 // flat.element_size()
+    full_rows = flat.numel() // row_length * row_length
+    if full_rows:
         if flat.storage_offset() * flat.element_size() % 8:
             flat = flat.clone()
-        yield flat[:whole].view(torch.int64).view(-1, CHUNK)
-        flat = flat[whole:]
+        yield flat[:full_rows].view(torch.int64).view(-1, CHUNK)
+        flat = flat[full_rows:]
     if flat.numel():
         yield flat
 

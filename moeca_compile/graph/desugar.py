@@ -19,10 +19,10 @@ _Tree = Node | tuple[Callable[..., Any], list[Any]]
 
 
 def desugar(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, Flatten]:
-    """The graph of plain tensors, and what turns the arguments of Dynamo's into its own."""
-    wrapped = [is_traceable_wrapper_subclass(one) for one in example_inputs]
+    """The graph of plain tensors, and what turns the arguments of Dynamo's graph into those of this one."""
+    wrapped = [is_traceable_wrapper_subclass(example) for example in example_inputs]
     if not any(wrapped):
-        return gm, _as_they_are
+        return gm, _unchanged
     graph = Graph()
     copies: dict[Node, Node] = {}
     parts: dict[Node, Any] = {}
@@ -36,8 +36,8 @@ def desugar(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule
                 copies[node] = graph.node_copy(node)
                 copies[node]._dynamo_source = source
             continue
-        for one, tree in parts.items():
-            copies[one] = _assembled(graph, tree)
+        for subclass_node, tree in parts.items():
+            copies[subclass_node] = _assembled(graph, tree)
         parts.clear()
         copies[node] = graph.node_copy(node, copies.__getitem__)
     plain = GraphModule(gm, graph)
@@ -55,7 +55,7 @@ def desugar(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule
     return plain, flatten
 
 
-def _as_they_are(args: Sequence[Any]) -> Sequence[Any]:
+def _unchanged(args: Sequence[Any]) -> Sequence[Any]:
     return args
 
 
@@ -77,10 +77,12 @@ def _placeholders(graph: Graph, name: str, source: Any, example: Any) -> _Tree:
         part._dynamo_source = source
         return part
     names, context = example.__tensor_flatten__()
-    names = [one for one in names if getattr(example, one) is not None]
+    names = [attribute for attribute in names if getattr(example, attribute) is not None]
     parts = [
-        _placeholders(graph, f"{name}_{one}", source and AttrSource(source, one), getattr(example, one))
-        for one in names
+        _placeholders(
+            graph, f"{name}_{attribute}", source and AttrSource(source, attribute), getattr(example, attribute)
+        )
+        for attribute in names
     ]
     kind, size, stride = type(example), example.size(), example.stride()
 

@@ -15,6 +15,7 @@ import torch
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import tree_leaves
 
 from moeca_compile.errors import InvariantError
@@ -75,8 +76,8 @@ class Cone:
         """The nodes on any path from `above` (left out) to `below` (included), in graph order."""
         low, high = self.index[above], self.index[below]
         up = self._up[high]
-        found = [i for i in range(low + 1, high) if up >> i & 1 and self._up[i] >> low & 1]
-        return [self.nodes[i] for i in found] + [below]
+        inner = [i for i in range(low + 1, high) if up >> i & 1 and self._up[i] >> low & 1]
+        return [self.nodes[i] for i in inner] + [below]
 
 
 def value(node: Node) -> Any:
@@ -86,10 +87,10 @@ def value(node: Node) -> Any:
 
 def arg(node: Node, position: int) -> Node:
     """An argument that must be a node."""
-    found = node.args[position]
-    if not isinstance(found, Node):
-        raise InvariantError(f"{node.name}: argument {position} is {found!r}, expected a node")
-    return found
+    argument = node.args[position]
+    if not isinstance(argument, Node):
+        raise InvariantError(f"{node.name}: argument {position} is {argument!r}, expected a node")
+    return argument
 
 
 def need(node: Node) -> torch.Tensor:
@@ -120,10 +121,11 @@ def copy_noted_shape(source: Node, node: Node) -> None:
         node.meta[NOTED_SHAPE] = source.meta[NOTED_SHAPE]
 
 
-def fills(part: Node, whole: Node) -> bool:
-    """Whether `part` has the shape of `whole`, or holds one sample for its whole batch, broadcast."""
-    have, want = shape(part), shape(whole)
-    return have == want or (len(have) == len(want) > 1 and have[0] == 1 and have[1:] == want[1:])
+def fills(part: Node, full: Node) -> bool:
+    """Whether `part` has the shape of `full`, or holds one sample for its whole batch, broadcast."""
+    part_shape, full_shape = shape(part), shape(full)
+    one_sample = len(part_shape) == len(full_shape) > 1 and part_shape[0] == 1
+    return part_shape == full_shape or (one_sample and part_shape[1:] == full_shape[1:])
 
 
 def has_unknown_size(node: Node) -> bool:
@@ -162,10 +164,19 @@ def is_view_or_part(node: Node) -> bool:
 
 
 def copied(gm: GraphModule) -> GraphModule:
-    """A copy of the graph over the same tensors; names stay, each node has a meta dict of its own."""
-    twin = GraphModule(gm, copy.deepcopy(gm.graph))
+    """A copy of the graph over the same tensors; names stay, each node has a meta dict of its own.
+
+    Its Python code is generated when it first runs, not after each pass.
+    """
+    twin = _LazyGraphModule(gm, copy.deepcopy(gm.graph))
     twin.meta = dict(gm.meta)
     return twin
+
+
+def code_of(gm: GraphModule) -> Callable[..., Any]:
+    """The graph's own Python code, generated now if it wasn't yet."""
+    _LazyGraphModule.force_recompile(gm)
+    return gm.forward
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
@@ -179,8 +190,8 @@ def has_effect(node: Node) -> bool:
 
 
 def output_node(gm: GraphModule) -> Node:
-    found: Node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    return found
+    output: Node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    return output
 
 
 def resolve(gm: GraphModule, names: Iterable[str]) -> list[Node]:
@@ -189,12 +200,12 @@ def resolve(gm: GraphModule, names: Iterable[str]) -> list[Node]:
     Raises:
         InvariantError: a name that the graph doesn't have.
     """
-    table = {node.name: node for node in gm.graph.nodes}
-    wanted = list(names)
-    missing = [name for name in wanted if name not in table]
+    nodes = {node.name: node for node in gm.graph.nodes}
+    requested = list(names)
+    missing = [name for name in requested if name not in nodes]
     if missing:
         raise InvariantError(f"the graph has no node named {missing}")
-    return [table[name] for name in wanted]
+    return [nodes[name] for name in requested]
 
 
 def resort(gm: GraphModule) -> None:
@@ -257,11 +268,11 @@ def marked(gm: GraphModule) -> list[tuple[Node, Mark]]:
     Raises:
         InvariantError: two nodes carry the same mark (some pass copied our meta).
     """
-    found = [(node, node.meta[MARK]) for node in gm.graph.nodes if MARK in node.meta]
-    roles = [(mark.region, mark.output) for _, mark in found]
+    marks = [(node, node.meta[MARK]) for node in gm.graph.nodes if MARK in node.meta]
+    roles = [(mark.region, mark.output) for _, mark in marks]
     if len(set(roles)) != len(roles):
         raise InvariantError(f"marks appear twice: {sorted(r for r in roles if roles.count(r) > 1)}")
-    return found
+    return marks
 
 
 def call(

@@ -146,6 +146,30 @@ class Indivisible:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """An output of a region: the node at which a cached value takes the place of a computed one.
+
+    It lies before the adaLN gate, so that a cached value meets the current step's gate.
+
+    Attributes:
+        node: the output.
+        shape: of the output.
+        dtype: of the output, as torch names it without the prefix.
+        device: of the output.
+        bytes: of one kept copy.
+        base: the node whose value is subtracted before the output is kept; a span of blocks keeps the change that it
+            makes. "": the output is kept as it is.
+    """
+
+    node: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    bytes: int = 0
+    base: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """A part of the graph with one purpose whose outputs can be taken from an earlier step.
 
@@ -153,47 +177,54 @@ class Region:
         key: the region's name, made of parameter names; a column of a schedule.
         kind: `attention`, `experts`, `mlp` or `span`.
         layer: the number of its block, from 0.
-        outputs: the nodes at the cut, before the adaLN gate, so that a cached value meets the current step's gate.
+        cuts: its outputs, one or more.
         body: the nodes that only a COMPUTE runs, in graph order.
-        shapes: of the outputs.
-        dtypes: of the outputs, as torch names them without the prefix.
-        devices: of the outputs.
         parameters: names and shapes of the parameters that the body reads.
         macs: multiply-accumulates of the body, for one call.
-        state_bytes: of one kept copy of the outputs.
         experts: its routed experts.
         attention: its attention operators.
         routers: its routers.
-        bases: for each output, the node whose value is subtracted before the output is kept; a span of blocks keeps the
-            change that it makes. Empty: outputs are kept as they are.
         division: how a part of the region is recomputed, or why that can't be done.
 
     Raises:
-        InvariantError: an unknown kind, or not one base for each output.
+        InvariantError: an unknown kind.
     """
 
     key: str
     kind: str
     layer: int
-    outputs: tuple[str, ...]
+    cuts: tuple[Cut, ...]
     body: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    devices: tuple[str, ...]
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
     macs: int = 0
-    state_bytes: int = 0
     experts: tuple[ExpertsInfo, ...] = ()
     attention: tuple[AttentionInfo, ...] = ()
     routers: tuple[RouterInfo, ...] = ()
-    bases: tuple[str, ...] = ()
     division: Divisible | Indivisible = Indivisible()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InvariantError(f"region {self.key}: kind {self.kind!r} is none of {KINDS}")
-        if self.bases and len(self.bases) != len(self.outputs):
-            raise InvariantError(f"region {self.key}: {len(self.bases)} bases for {len(self.outputs)} outputs")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The nodes of the outputs."""
+        return tuple(cut.node for cut in self.cuts)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the outputs."""
+        return tuple(cut.shape for cut in self.cuts)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the outputs, as torch names them without the prefix."""
+        return tuple(cut.dtype for cut in self.cuts)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one kept copy of the outputs."""
+        return sum(cut.bytes for cut in self.cuts)
 
     def divisible(self) -> Divisible:
         """Give how a part of the region is recomputed.

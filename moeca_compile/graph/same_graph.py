@@ -33,34 +33,34 @@ class Identity:
 def identity(gm: GraphModule, inputs: Sequence[Input], strides: bool = True) -> Identity:
     """Of a graph whose placeholders are `inputs`. Placeholders that nothing uses don't count; `strides`: whether those
     of inputs other than weights do."""
-    teller = _Teller(gm)
+    graph_hash = _GraphHash(gm)
     placeholders = fx.placeholders(gm)
-    used = [(one.label, one.is_weight, node) for node, one in zip(placeholders, inputs, strict=True) if node.users]
-    used.sort(key=lambda one: one[0])
-    for label, is_weight, node in used:
-        teller.tell("input", label, is_weight, _kind(node, strides or is_weight), name=node)
+    used = [(node, entry) for node, entry in zip(placeholders, inputs, strict=True) if node.users]
+    for node, entry in sorted(used, key=lambda pair: pair[1].label):
+        kind = _kind(node, strides or entry.is_weight)
+        graph_hash.add("input", entry.label, entry.is_weight, kind, name=node)
     for node in gm.graph.nodes:
         if node.op != "placeholder":
-            teller.node(node)
-    return Identity(teller.hash.digest(), tuple(teller.held))
+            graph_hash.add_node(node)
+    return Identity(graph_hash.hash.digest(), tuple(graph_hash.referenced))
 
 
-class _Teller:
+class _GraphHash:
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self.hash = hashlib.blake2b(digest_size=32)
-        self.held: list[Any] = []
+        self.referenced: list[Any] = []
         self.numbers: dict[Node, int] = {}
 
-    def tell(self, *parts: object, name: Node) -> None:
+    def add(self, *parts: object, name: Node) -> None:
         self.numbers[name] = len(self.numbers)
         self.hash.update(repr(parts).encode())
 
-    def node(self, node: Node) -> None:
+    def add_node(self, node: Node) -> None:
         target = self._constant(str(node.target)) if node.op == "get_attr" else self._target(node.target)
         where = [str(module) for module, _ in (node.meta.get("nn_module_stack") or {}).values()]
         sizes = node.meta.get(fx.NOTED_SHAPE)
-        self.tell(node.op, target, self._value(node.args), self._value(node.kwargs), where, sizes, name=node)
+        self.add(node.op, target, self._value(node.args), self._value(node.kwargs), where, sizes, name=node)
 
     def _value(self, value: Any) -> str:
         if isinstance(value, Node):
@@ -68,7 +68,7 @@ class _Teller:
         if isinstance(value, (tuple, list)):
             return f"{type(value).__name__}({','.join(map(self._value, value))})"
         if isinstance(value, dict):
-            return f"{{{','.join(f'{key!r}:{self._value(one)}' for key, one in value.items())}}}"
+            return f"{{{','.join(f'{key!r}:{self._value(item)}' for key, item in value.items())}}}"
         if isinstance(value, slice):
             return f"slice({self._value([value.start, value.stop, value.step])})"
         plain = (str, int, float, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -87,7 +87,7 @@ class _Teller:
         return f"{value.dtype}{tuple(value.shape)}{hashlib.blake2b(raw.numpy().tobytes()).hexdigest()}"
 
     def _address(self, value: Any) -> str:
-        self.held.append(value)
+        self.referenced.append(value)
         return f"@{type(value).__name__}{id(value)}"
 
 

@@ -109,12 +109,12 @@ def text_of(gm: GraphModule) -> str:
     return str(gm.print_readable(print_output=False))
 
 
-def does_nothing(one: Callable[..., Any]) -> str:
+def does_nothing(function: Callable[..., Any]) -> str:
     """What a pass, or its file, says of graphs in which it finds nothing to do."""
-    for place in (one, sys.modules.get(one.__module__)):
-        found = re.search(r"Does nothing[^.]*\.", " ".join((getattr(place, "__doc__", None) or "").split()))
-        if found:
-            return found.group(0)
+    for place in (function, sys.modules.get(function.__module__)):
+        sentence = re.search(r"Does nothing[^.]*\.", " ".join((getattr(place, "__doc__", None) or "").split()))
+        if sentence:
+            return sentence.group(0)
     return ""
 
 

@@ -72,7 +72,7 @@ class PassManager:
             start = time.perf_counter()
             with self._named(finder.__name__):
                 after = finder(gm, facts)
-            added = [one.name for one in fields(facts) if getattr(facts, one.name) != getattr(after, one.name)]
+            added = [entry.name for entry in fields(facts) if getattr(facts, entry.name) != getattr(after, entry.name)]
             self._record(finder.__name__, start, size, size, bool(added))
             if self.dump is not None:
                 Dump(self.dump).found(self.records[-1], added, does_nothing(finder))
@@ -90,29 +90,29 @@ class PassManager:
             InvariantError: one failed, or left a graph that is none.
         """
         gm = fx.copied(gm)
-        for one in passes:
-            if one.__name__ in self.disable:
-                log.info("pass %s is disabled", one.__name__)
+        for function in passes:
+            if function.__name__ in self.disable:
+                log.info("pass %s is disabled", function.__name__)
                 continue
-            gm = self._run(one, gm, context, label)
+            gm = self._run(function, gm, context, label)
         gm.recompile()
         return gm
 
-    def _run(self, one: Pass[C], gm: GraphModule, context: C, label: str) -> GraphModule:
-        name, before = label + one.__name__, calls_of(gm)
+    def _run(self, function: Pass[C], gm: GraphModule, context: C, label: str) -> GraphModule:
+        name, before = label + function.__name__, calls_of(gm)
         dump = None if self.dump is None else Dump(self.dump).begin(name, gm)
         state = GraphState(gm) if self.verify else None
         start = time.perf_counter()
-        with self._named(one.__name__):
-            after = one(gm, context)
+        with self._named(function.__name__):
+            after = function(gm, context)
             if dump is not None:
                 dump.write(after)
             after.graph.lint()
         self._record(name, start, len(before), len(after.graph.nodes), calls_of(after) != before)
-        if state is not None and (problem := state.problem_of(after, one, context)):
-            raise InvariantError(f"pass {one.__name__} broke the graph: {problem}{self._around(1)}")
+        if state is not None and (problem := state.problem_of(after, function, context)):
+            raise InvariantError(f"pass {function.__name__} broke the graph: {problem}{self._around(1)}")
         if dump is not None:
-            dump.note(self.records[-1], does_nothing(one))
+            dump.note(self.records[-1], does_nothing(function))
         return after
 
     @contextmanager
@@ -125,9 +125,13 @@ class PassManager:
         except Exception as error:
             raise InvariantError(f"pass {name} failed: {error!r}{self._around(0)}") from error
 
-    def _around(self, own: int) -> str:
-        """What helps to find a fault: the passes before, and where their graphs are. `own` records are of the pass."""
-        names = [record.name for record in self.records[: len(self.records) - own]]
+    def _around(self, count: int) -> str:
+        """What helps to find a fault: the passes before, and where their graphs are.
+
+        Args:
+            count: how many of the last records are of the pass itself.
+        """
+        names = [record.name for record in self.records[: len(self.records) - count]]
         graphs = f"the graphs are in {self.dump}" if self.dump else "MOECA_DUMP=folder writes the graphs there"
         return f"; passes before it: {', '.join(names[-6:]) or 'none'}; {graphs}"
 

@@ -36,7 +36,7 @@ def register(one: Pass, stage: str, after: str = "") -> Pass:
     name: str = getattr(one, "__name__", "")
     if not name:
         raise OptionError(f"register: expected a function (gm, ctx), and got {type(one).__name__}")
-    if any(name == known.__name__ for passes in _registered.values() for known, _ in passes):
+    if any(name == function.__name__ for passes in _registered.values() for function, _ in passes):
         raise OptionError(f"register: a pass {name} is registered already. Take it out first: unregister({name!r})")
     _registered[stage].append((one, after))
     return one
@@ -56,8 +56,8 @@ def unregister(name: str) -> None:
             if entry[0].__name__ == name:
                 passes.remove(entry)
                 return
-    known = [one.__name__ for passes in _registered.values() for one, _ in passes]
-    raise OptionError(f"unregister: no pass {name!r} is registered; registered are {known}")
+    names = [function.__name__ for passes in _registered.values() for function, _ in passes]
+    raise OptionError(f"unregister: no pass {name!r} is registered; registered are {names}")
 
 
 def with_registered(stage: str, passes: Sequence[Pass], first: int = 0) -> tuple[Pass, ...]:
@@ -71,7 +71,7 @@ def with_registered(stage: str, passes: Sequence[Pass], first: int = 0) -> tuple
     """
     ordered: list[Any] = list(passes)
     for function, after in _registered[stage]:
-        names = [known.__name__ for known in ordered]
+        names = [entry.__name__ for entry in ordered]
         if function.__name__ in names:
             raise OptionError(f"register: stage {stage} has a pass {function.__name__} of its own")
         if after and after not in names:
@@ -82,4 +82,4 @@ def with_registered(stage: str, passes: Sequence[Pass], first: int = 0) -> tuple
 
 def is_registered(name: str) -> bool:
     """Whether it may be left out by the option `disable`."""
-    return any(one.__name__ == name for passes in _registered.values() for one, _ in passes)
+    return any(function.__name__ == name for passes in _registered.values() for function, _ in passes)

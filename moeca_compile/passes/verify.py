@@ -29,10 +29,10 @@ _RUN_AGAIN = (operator.getitem, operator.add, operator.mul)  # beside operators 
 _changing: set[str] = set()
 
 
-def changes_outputs(one: F) -> F:
+def changes_outputs(function: F) -> F:
     """Marks a pass that may change which results a graph gives."""
-    _changing.add(one.__name__)
-    return one
+    _changing.add(function.__name__)
+    return function
 
 
 class GraphState:
@@ -43,8 +43,8 @@ class GraphState:
         self.values = {node: fx.value(node) for node in gm.graph.nodes}
         self.results = results_of(gm)
 
-    def problem_of(self, gm: GraphModule, one: Callable[..., Any], context: object) -> str:
-        """What is wrong with the graph that the pass `one` left; '' if nothing is.
+    def problem_of(self, gm: GraphModule, function: Callable[..., Any], context: object) -> str:
+        """What is wrong with the graph that the pass `function` left; '' if nothing is.
 
         Args:
             context: the pass's own; where it has a `layout`, states are held against it.
@@ -54,7 +54,7 @@ class GraphState:
         if layout is not None:
             yield_states = state_problems(gm, layout)
             problems = _both(problems, yield_states)
-        if one.__name__ not in _changing:
+        if function.__name__ not in _changing:
             problems = _both(problems, self._results_of(gm))
         return next(problems, "")
 
@@ -76,7 +76,7 @@ class GraphState:
     def _is_unchanged(self, node: Node) -> bool:
         if self.calls.get(node) != (node.target, node.args, node.kwargs):
             return False
-        return all(self.values.get(one) is fx.value(one) for one in (node, *node.all_input_nodes))
+        return all(self.values.get(read) is fx.value(read) for read in (node, *node.all_input_nodes))
 
     def _results_of(self, gm: GraphModule) -> Iterator[str]:
         before, after = self.results, results_of(gm)
@@ -84,7 +84,7 @@ class GraphState:
             yield f"the graph gave {len(before)} results, now it gives {len(after)}"
             return
         if before != after and set(before) == set(after):
-            yield f"its results {[one.name for one in before]} come in another order: {[one.name for one in after]}"
+            yield f"its results {[node.name for node in before]} come in another order: {[node.name for node in after]}"
         for place, (old, new) in enumerate(zip(before, after, strict=True)):
             was, now = _kinds(self.values[old]), _kinds(fx.value(new))
             if was != now and fx.value(new) is not None:
@@ -129,15 +129,16 @@ def _unlike(node: Node, slot: StateSlot) -> str:
 
 def _can_run(node: Node) -> bool:
     """Whether the node's value can be computed again: it and what it reads have values of known sizes."""
-    known = isinstance(node.target, OpOverload) or node.target in _RUN_AGAIN
+    can_call = isinstance(node.target, OpOverload) or node.target in _RUN_AGAIN
     nodes = (node, *node.all_input_nodes)
-    return known and not any(fx.value(one) is None or fx.has_unknown_size(one) for one in nodes)
+    return can_call and not any(fx.value(read) is None or fx.has_unknown_size(read) for read in nodes)
 
 
 def _kinds(values: Any) -> str:
     """Shapes and dtypes of the tensors in `values`."""
-    tensors = [one for one in tree_leaves(values) if isinstance(one, torch.Tensor)]
-    return ", ".join(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in tensors) or "no tensor"
+    tensors = [tensor for tensor in tree_leaves(values) if isinstance(tensor, torch.Tensor)]
+    kinds = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors]
+    return ", ".join(kinds) or "no tensor"
 
 
 def _both(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:

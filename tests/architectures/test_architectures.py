@@ -115,7 +115,9 @@ def test_a_wrong_finding_is_told() -> None:
     assert extra.startswith("false region")
     renamed = replace(regions[0], kind="span")
     assert f"{renamed.key} is called span" in differences(expected, (renamed, *regions[1:]), rejected)[0]
-    assert "outputs" in differences(expected, (replace(regions[0], outputs=("a",) * 5), *regions[1:]), rejected)[0]
+    assert (
+        "outputs" in differences(expected, (replace(regions[0], cuts=regions[0].cuts * 5), *regions[1:]), rejected)[0]
+    )
     (new,) = differences(expected, regions, (*rejected, Rejected("unheard of", "add_1")))
     assert "unheard of" in new
 

@@ -19,6 +19,7 @@ CLASSES = {name for name, value in vars(errors).items() if isinstance(value, typ
 OURS = {"InvariantError"}  # faults of the package: one row stands for all of them
 WARNS = {"once", "warn", "warn_explicit", "_warn"}
 GAP = "…"  # what an f-string fills in
+END = "\0"  # between the strings of the package
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ def messages() -> list[Message]:
     return found
 
 
-def strings() -> set[str]:
-    """Every string of the package."""
+def strings() -> str:
+    """Every string of the package, each once, with `END` between them."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text()))
         found |= {text_of(node) or "" for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)}
-    return found
+    return END.join(found)
 
 
 @functools.cache
@@ -89,7 +90,7 @@ def fragments() -> list[str]:
 @functools.cache
 def pattern_of(fragment: str) -> re.Pattern[str]:
     """Cached: there are more fragments than patterns that `re` keeps."""
-    return re.compile(".*".join(map(re.escape, fragment.split(GAP))), re.DOTALL)
+    return re.compile(f"[^{END}]*".join(map(re.escape, fragment.split(GAP))))
 
 
 def covers(fragment: str, text: str) -> bool:

@@ -179,7 +179,7 @@ def windowed(steps: int, interval: int, window: tuple[float, float]) -> Schedule
     return Schedule(tuple(R if here and (step - start) % interval else C for step, here in enumerate(inside)), order=0)
 
 
-@pytest.mark.parametrize(("kept", "interval"), [(1, 2), (1, 5), (2, 3)])
+@pytest.mark.parametrize(("kept", "interval"), [(1, 5), (2, 3)])
 def test_skip_span_is_skip_cache(kept: int, interval: int) -> None:
     model = tiny()
     cached = moeca.compile(model, schedule=f"uniform:{interval}", granularity=f"skip:{kept}", **EAGER)
@@ -271,17 +271,17 @@ def test_checkpoints_are_small(name: str) -> None:
     assert {value.dtype for value in load_file(path).values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("n", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "steps"), [(20, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRAINED)
-def test_samples_show_their_class(name: str, n: int) -> None:
-    images = digits.sample(skip_dit.load_digits(TRAINED[name][0]), seed=1, n=n)
+def test_samples_show_their_class(name: str, n: int, steps: int) -> None:
+    images = digits.sample(skip_dit.load_digits(TRAINED[name][0]), seed=1, n=n, steps=steps)
     assert digits.accuracy(images, digits.labels_of(n)) >= 0.9
 
 
 def test_trained_model_under_skip_cache() -> None:
     """The whole way on trained weights, guidance included: the same digits bit by bit, and near the uncached ones."""
     model = skip_dit.load_digits(skips=True)
-    sampling: dict[str, Any] = {"seed": 0, "n": 4, "steps": 20}
+    sampling: dict[str, Any] = {"seed": 0, "n": 2, "steps": 20}
     cached = moeca.compile(model, schedule="uniform:2", granularity="skip:1", **EAGER)
     made = digits.sample(cached, **sampling)
     assert torch.equal(made, skip_cache_sample(model, kept=1, interval=2, **sampling))

@@ -70,9 +70,10 @@ def follows(model: Any, module: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "targets", [EXPERTS, ATTENTION, f"{EXPERTS}|{ATTENTION}"], ids=["experts", "attention", "both"]
+    ("style", "targets"),
+    [("numpy", EXPERTS), ("numpy", ATTENTION), ("hf", f"{EXPERTS}|{ATTENTION}")],
+    ids=["experts", "attention", "both, another dispatch"],
 )
-@pytest.mark.parametrize("style", ["numpy", "hf"])
 def test_adapters_put_on_after_compiling_are_followed_and_cached(style: str, targets: str) -> None:
     module = dit(style=style)
     model = compiled(module)

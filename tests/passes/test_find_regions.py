@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeca_compile.errors import InvariantError
 from moeca_compile.graph import fx
-from moeca_compile.graph.regions import Region, RegionMap, Rejected, fingerprint
+from moeca_compile.graph.regions import Cut, Region, RegionMap, Rejected, fingerprint
 from moeca_compile.passes.analysis.find_regions import find_regions
 from moeca_compile.passes.facts import Branch, Facts
 from moeca_compile.pipeline import Analysis
@@ -175,7 +175,8 @@ def test_cost_and_bytes_are_those_of_the_body() -> None:
     for region in regions:
         assert region.macs == sum(macs.get(name, 0) for name in region.body) > 0
         assert region.state_bytes == 2 * 4 * DIM * 4
-        assert (region.shapes, region.dtypes, region.devices) == (((2, 4, DIM),), ("float32",), ("cpu",))
+        (cut,) = region.cuts
+        assert (cut.shape, cut.dtype, cut.device, cut.base) == ((2, 4, DIM), "float32", "cpu", "")
     assert regions.total_macs == sum(macs.values()) > sum(region.macs for region in regions)
 
 
@@ -216,18 +217,23 @@ def test_the_fingerprint_tells_other_shapes_and_other_layers_apart() -> None:
     assert first != timed(Stack(Block())).facts.regions.fingerprint
 
 
+CUT = Cut("n", (1,), "float32", "cpu")
+
+
 def region(key: str = "a", kind: str = "mlp", **changes: Any) -> Region:
-    return replace(Region(key, kind, 0, ("n",), ("n",), ((1,),), ("float32",), ("cpu",)), **changes)
+    return replace(Region(key, kind, 0, (CUT,), ("n",)), **changes)
 
 
 @pytest.mark.parametrize(
-    "change", [{"key": "b"}, {"kind": "attention"}, {"parameters": (("w", (2,)),)}, {"outputs": ("n", "m")}]
+    "change", [{"key": "b"}, {"kind": "attention"}, {"parameters": (("w", (2,)),)}, {"cuts": (CUT, CUT)}]
 )
 def test_the_fingerprint_hashes_key_kind_parameter_shapes_and_output_count(change: dict[str, Any]) -> None:
     assert fingerprint((region(),)) != fingerprint((region(**change),))
 
 
-@pytest.mark.parametrize("change", [{"shapes": ((9,),)}, {"dtypes": ("bfloat16",)}, {"macs": 7}, {"body": ("x", "n")}])
+@pytest.mark.parametrize(
+    "change", [{"cuts": (Cut("m", (9,), "bfloat16", "cuda", 2, "k"),)}, {"macs": 7}, {"body": ("x", "n")}]
+)
 def test_the_fingerprint_hashes_nothing_else(change: dict[str, Any]) -> None:
     assert fingerprint((region(),)) == fingerprint((region(**change),))
 

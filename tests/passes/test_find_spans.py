@@ -15,9 +15,9 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Region
 from moeca_compile.options import Options
 from moeca_compile.pipeline import Analysis
-from tests.following import Runner, Subject, assert_follows_the_oracle
+from tests.following import Runner, assert_follows_the_oracle, subject_of
 from tests.passes.blocks import DIM, Block, Mlp, Stack, TextOfItsOwn, Timed, TwoStreams, latent, times
-from tests.tools import analyze_module, capture_module, node, ops, row, schedule_of, trace_module, variant_of
+from tests.tools import analyze_module, node, ops, row, schedule_of, variant_of
 
 
 class LongSkips(nn.Module):
@@ -158,14 +158,14 @@ def test_a_slice_keeps_the_change_of_each_stream(body: str) -> None:
     """Each output is kept relative to what its own stream was before: image to image, text to text."""
     span = span_of(body, "blocks:0:2")
     gm = analyzed(body, "blocks:0:2").gm
-    pairs = [(node(gm, out), node(gm, base)) for out, base in zip(span.outputs, span.bases, strict=True)]
+    pairs = [(node(gm, cut.node), node(gm, cut.base)) for cut in span.cuts]
     assert pairs
     assert all(fx.shape(out) == fx.shape(base) for out, base in pairs)
     assert len({base for _, base in pairs}) == (2 if body == "two streams" else 1)
 
 
 def test_the_blocks_before_a_slice_go_on_to_matter_and_those_before_a_stack_s_end_don_t() -> None:
-    assert not span_of("plain", "stack").bases
+    assert not any(cut.base for cut in span_of("plain", "stack").cuts)
     module = module_of("plain")
     for granularity, matters in (("stack", False), ("blocks:1:", True)):
         options = Options(inner="eager", granularity=granularity)
@@ -204,13 +204,9 @@ def test_spans_follow_the_oracle(case: tuple[str, str], order: int) -> None:
         x = torch.randn(2, 4, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
         return {"x": x * (1 - 0.05 * step), "t": torch.full((2,), 0.5 - 0.05 * step, dtype=torch.float64)}
 
-    traced = trace_module(module, *inputs(0).values())
-    captured, _ = capture_module(module, *inputs(0).values())
-    options = Options(inner="eager", granularity=granularity)
-    analysis = analyze_module(module, *inputs(0).values(), options=options)
-    one = Subject(module, inputs, captured, analysis, traced.args)
+    one = subject_of(module, inputs, Options(inner="eager", granularity=granularity))
     rows = ["C", "C", "C", "F" if order else "R", "C", "R", "R", "C", "F" if order else "R"]
-    schedule = schedule_of(analysis, *rows, order=order)
+    schedule = schedule_of(one.analysis, *rows, order=order)
     assert_follows_the_oracle(one, Runner(one, schedule), [row(text) for text in rows])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeca_compile.graph import fx
-from moeca_compile.graph.regions import Region, RegionMap
+from moeca_compile.graph.regions import Cut, Region, RegionMap
 from moeca_compile.graph.variant import SLOTS, StateSlot, Variant
 from moeca_compile.passes.transform.insert_state import insert_state
 from moeca_compile.passes.transform.layout import state_layout
@@ -74,7 +74,8 @@ def test_names_are_zero_padded_so_that_they_sort_as_they_are_numbered() -> None:
 
 def region(key: str, shapes: tuple[tuple[int, ...], ...] = ((2, 3),), dtype: str = "float32") -> Region:
     names = tuple(f"{key}_{i}" for i in range(len(shapes)))
-    return Region(key, "mlp", 0, names, names, shapes, (dtype,) * len(shapes), ("cpu",) * len(shapes))
+    cuts = tuple(Cut(name, shape, dtype, "cpu") for name, shape in zip(names, shapes, strict=True))
+    return Region(key, "mlp", 0, cuts, names)
 
 
 @settings(max_examples=50, deadline=None)

@@ -49,7 +49,8 @@ def test_a_row_of_another_length_is_refused_by_the_pass_s_name(text: str) -> Non
 
 
 def test_a_region_of_another_graph_is_refused_by_the_node_s_name() -> None:
-    foreign = replace(analyzed().facts.regions.regions[0], outputs=("nowhere",))
+    region = analyzed().facts.regions.regions[0]
+    foreign = replace(region, cuts=(replace(region.cuts[0], node="nowhere"),))
     facts = replace(analyzed().facts, regions=RegionMap((foreign,)))
     context = RewriteRequest(facts, row("F"))
     with pytest.raises(InvariantError, match=r"no node named \['nowhere'\]"):

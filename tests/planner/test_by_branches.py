@@ -99,8 +99,8 @@ def test_the_cheaper_one_is_returned_for_a_quality(model: nn.Module) -> None:
 class Dense(DiT):
     """Nothing routed."""
 
-    def __init__(self) -> None:
-        super().__init__(depth=2)
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth=depth)
         for block in self.blocks:
             block.moe = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
 
@@ -119,4 +119,4 @@ def test_what_cannot_be_is_refused(net: type[DiT], wrong: dict[str, Any], says: 
     torch.manual_seed(0)
 
     with pytest.raises(ScheduleError, match=says):
-        moeca.calibrate(net().eval(), sample, budget="macs:0.6", **{**QUICK, **wrong})
+        moeca.calibrate(net(depth=1).eval(), sample, budget="macs:0.6", **{**QUICK, **wrong})

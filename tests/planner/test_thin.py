@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeca_compile.graph.regions import Region, RegionMap
+from moeca_compile.graph.regions import Cut, Region, RegionMap
 from moeca_compile.planner.thin import UNTOUCHED, thin, ways_of
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.action import format_row, legend_of
@@ -16,7 +16,7 @@ def regions(layers: int) -> RegionMap:
     columns = [(layer, kind) for layer in range(layers) for kind in ("attention", "experts")]
     return RegionMap(
         tuple(
-            Region(f"blocks.{layer}.{kind}", kind, layer, ("y",), ("y",), ((1, 4, 2),), ("float32",), ("cpu",))
+            Region(f"blocks.{layer}.{kind}", kind, layer, (Cut("y", (1, 4, 2), "float32", "cpu"),), ("y",))
             for layer, kind in columns
         )
     )

@@ -10,6 +10,7 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.fit import fit
 from moeca_compile.graph.regions import (
     BranchesInfo,
+    Cut,
     Divisible,
     Indivisible,
     Region,
@@ -30,11 +31,8 @@ def region(key: str, kind: str, division: Divisible | Indivisible) -> Region:
         key,
         kind,
         0,
+        (Cut(key, SHAPE, "float32", "cpu"),),
         (key,),
-        (key,),
-        (SHAPE,),
-        ("float32",),
-        ("cpu",),
         routers=routers,
         division=division,
     )

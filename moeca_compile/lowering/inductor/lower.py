@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.repeat_blocks import has_bodies, repeat_blocks
@@ -25,7 +26,7 @@ IN_ONE_KERNEL = 8  # of Inductor's nodes on a GPU, each of about as many states
 
 def lower_eager(variant: Variant) -> Executable:
     """Run the graph's own code, operator by operator: bitwise what the captured graph gives."""
-    return without_autocast(variant.gm.forward, unpack=True)
+    return without_autocast(fx.code_of(variant.gm), unpack=True)
 
 
 def lower_inductor(

@@ -30,17 +30,19 @@ _BETWEEN = fx.VIEWS | {
 
 
 def find_attention(gm: GraphModule, facts: Facts) -> Facts:
-    found = []
+    candidates = []
     for node in gm.graph.nodes:
         if node.target is fx.SDPA:
             query, key, val = (fx.arg(node, i).name for i in range(3))
-            found.append(AttentionInfo(node.name, query, key, val))
+            candidates.append(AttentionInfo(node.name, query, key, val))
         elif node.target in _PRODUCTS and (written_out := _written_out(node)):
-            found.append(written_out)
+            candidates.append(written_out)
     streams = _Streams(gm, facts)
-    depends = facts.dependence
-    told = [replace(one, kind=streams.kind(one), invariant=is_invariant(one, depends)) for one in found]
-    return replace(facts, attention=tuple(told))
+    classified = []
+    for candidate in candidates:
+        invariant = is_invariant(candidate, facts.dependence)
+        classified.append(replace(candidate, kind=streams.kind(candidate), invariant=invariant))
+    return replace(facts, attention=tuple(classified))
 
 
 def is_invariant(attention: AttentionInfo, depends: Mapping[str, str]) -> bool:
@@ -54,13 +56,14 @@ class _Streams:
     def __init__(self, gm: GraphModule, facts: Facts) -> None:
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.depends = facts.dependence
-        self.weights = {one.name for one in facts.inputs if one.is_weight}
+        self.weights = {entry.name for entry in facts.inputs if entry.is_weight}
 
     def kind(self, attention: AttentionInfo) -> str:
-        asking, asked = (self._of(self.nodes[name]) for name in (attention.query, attention.key))
-        if not any(a & b for a in asking for b in asked):
+        query_streams = self._of(self.nodes[attention.query])
+        key_streams = self._of(self.nodes[attention.key])
+        if not any(a & b for a in query_streams for b in key_streams):
             return "cross"
-        return "joint" if len(asked) > 1 else "self"
+        return "joint" if len(key_streams) > 1 else "self"
 
     def _of(self, start: Node) -> list[set[Node]]:
         """The streams behind queries or keys, each as the values met on its way up to the matmuls that made them.
@@ -82,10 +85,14 @@ class _Streams:
 
     def _projected(self, node: Node) -> list[Node]:
         """What a projection reads; for several streams joined end to end, each of them."""
-        inputs = [one for one in node.all_input_nodes if not self._is_weight(one)] if self._projects(node) else []
-        joined = [fx.strip(one, fx.is_view) for one in inputs]
-        parts = [list(one.all_input_nodes) if one.target is aten.cat.default else [one] for one in joined]
-        return [part for some in parts for part in some]
+        if not self._projects(node):
+            return []
+        streams: list[Node] = []
+        for source in node.all_input_nodes:
+            if not self._is_weight(source):
+                value = fx.strip(source, fx.is_view)
+                streams += value.all_input_nodes if value.target is aten.cat.default else [value]
+        return streams
 
     def _is_weight(self, node: Node) -> bool:
         return fx.strip(node, fx.is_view_or_part).name in self.weights
@@ -97,21 +104,21 @@ class _Streams:
 def _makes(node: Node) -> bool:
     """Whether a stream begins here: what a matmul made, or a part of a sequence that is used in parts only."""
     if node.target in fx.PARTS:
-        whole = fx.strip(node, lambda one: one is node or fx.tensor(one) is None)
-        of_tokens = fx.shape(whole)[-1:] == fx.shape(node)[-1:] and fx.shape(whole) != fx.shape(node)
-        return of_tokens and all(user.target in fx.PARTS for user in whole.users)
+        full = fx.strip(node, lambda source: source is node or fx.tensor(source) is None)
+        of_tokens = fx.shape(full)[-1:] == fx.shape(node)[-1:] and fx.shape(full) != fx.shape(node)
+        return of_tokens and all(user.target in fx.PARTS for user in full.users)
     return node.target in fx.MATMULS or node.target is fx.SDPA or fx.is_experts(node)
 
 
 def _above(start: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
     """`start` and what it comes from, not going past nodes where `stop` holds; these are given too."""
-    seen, front = {start}, [start]
-    while front:
-        node = front.pop()
+    seen, pending = {start}, [start]
+    while pending:
+        node = pending.pop()
         yield node
         new = [] if stop(node) else [source for source in node.all_input_nodes if source not in seen]
         seen.update(new)
-        front += new
+        pending += new
 
 
 def _written_out(product: Node) -> AttentionInfo | None:
@@ -129,12 +136,12 @@ def _written_out(product: Node) -> AttentionInfo | None:
 
 def _climb(node: object, targets: tuple[object, ...]) -> Node | None:
     """The nearest ancestor with one of `targets`, through scaling, masking and views only."""
-    front = [node]
-    while front:
-        here = front.pop()
-        if isinstance(here, Node):
-            if here.target in targets:
-                return here
-            if here.target in _BETWEEN:
-                front.extend(reversed(here.all_input_nodes))
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, Node):
+            if current.target in targets:
+                return current
+            if current.target in _BETWEEN:
+                pending.extend(reversed(current.all_input_nodes))
     return None

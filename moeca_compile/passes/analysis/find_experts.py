@@ -17,16 +17,16 @@ from moeca_compile.passes.facts import Facts
 
 
 def find_experts(gm: GraphModule, facts: Facts) -> Facts:
-    found: list[ExpertsInfo] = []
+    experts: list[ExpertsInfo] = []
     rejected = list(facts.rejected)
     for node in gm.graph.nodes:
         if not fx.is_experts(node):
             continue
         ids = fx.arg(node, 1)
-        router = next((one for one in facts.routers if node.name in one.steers), None)
-        found.append(ExpertsInfo(node.name, ids.name, router))
+        router = next((info for info in facts.routers if node.name in info.steers), None)
+        experts.append(ExpertsInfo(node.name, ids.name, router))
         if router is None:
             rejected.append(
                 Rejected("no router found for its expert ids: no branch cache for it", node.name, fx.where(node))
             )
-    return replace(facts, experts=tuple(found), rejected=tuple(rejected))
+    return replace(facts, experts=tuple(experts), rejected=tuple(rejected))

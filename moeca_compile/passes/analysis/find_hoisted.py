@@ -36,22 +36,22 @@ def find_hoisted(gm: GraphModule, facts: Facts) -> Facts:
     level = {name: max(LEVELS.index(word), CONDITION) for name, word in facts.dependence.items()}
     costly, random = set[Node](), set[Node]()
     for node in gm.graph.nodes:
-        sources = node.all_input_nodes
-        same = [source for source in sources if level[source.name] == level[node.name]]
-        if node.name in facts.macs or node.target in _WAVES or not costly.isdisjoint(same):
+        inputs = node.all_input_nodes
+        same_level = [source for source in inputs if level[source.name] == level[node.name]]
+        if node.name in facts.macs or node.target in _WAVES or not costly.isdisjoint(same_level):
             costly.add(node)
-        if _is_random(node) or not random.isdisjoint(sources):
+        if _is_random(node) or not random.isdisjoint(inputs):
             random.add(node)
 
     def at_boundary(node: Node) -> bool:
         users = [user for user in node.users if user.op != "output"]
         return level[node.name] < LATENT and any(level[user.name] > level[node.name] for user in users)
 
-    found = {_source(node, level): None for node in gm.graph.nodes if at_boundary(node)}
+    sources = {_source(node, level): None for node in gm.graph.nodes if at_boundary(node)}
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     values = [
         HoistedValue(node.name, _NAMES[level[node.name]], _bytes(node))
-        for node in sorted(found, key=place.__getitem__)
+        for node in sorted(sources, key=place.__getitem__)
         if node in costly and node not in random and _can_wait(node)
     ]
     return replace(facts, hoisted=_within_limit(values))

@@ -26,33 +26,33 @@ def find_regions(gm: GraphModule, facts: Facts) -> Facts:
     nodes = {node.name: node for node in cone.nodes}
     depends, macs = facts.dependence, facts.macs
     rejected = list(facts.rejected)
-    kept: list[Branch] = []
+    accepted: list[Branch] = []
     heavy = [b for b in facts.branches if any(name in macs for name in b.body)]
     joined = {b.join: b for b in heavy}
     anchors = {a.node for a in facts.attention} | {e.node for e in facts.experts}
     shortcuts = {short.join for b in heavy for short in _shortcuts(b, joined, anchors)}
-    for whole in heavy:
-        if whole.join in shortcuts:
+    for outer in heavy:
+        if outer.join in shortcuts:
             continue
-        inner = [joined[name] for name in whole.body if name in joined and name not in shortcuts]
-        branch = _after_the_last(whole, inner, cone, nodes) if inner else whole
-        at = (whole.join, fx.where(nodes[whole.join]))
+        inner = [joined[name] for name in outer.body if name in joined and name not in shortcuts]
+        branch = _after_the_last(outer, inner, cone, nodes) if inner else outer
+        position = (outer.join, fx.where(nodes[outer.join]))
         if branch.reason:
-            rejected.append(Rejected(branch.reason, *at))
+            rejected.append(Rejected(branch.reason, *position))
         elif not any(name in macs for name in branch.body):
             rejected.append(
-                Rejected(f"a residual around {len(inner)} others: each of them is a region of its own", *at)
+                Rejected(f"a residual around {len(inner)} others: each of them is a region of its own", *position)
             )
         elif depends.get(branch.cut) != "latent":
-            rejected.append(Rejected("doesn't depend on the latent: hoisted, not cached", *at))
+            rejected.append(Rejected("doesn't depend on the latent: hoisted, not cached", *position))
         elif fx.tensor(nodes[branch.cut]) is None:
-            rejected.append(Rejected("its output isn't one tensor", *at))
+            rejected.append(Rejected("its output isn't one tensor", *position))
         elif fx.has_unknown_size(nodes[branch.cut]):
-            rejected.append(Rejected("the size of its output depends on data: no state can hold it", *at))
+            rejected.append(Rejected("the size of its output depends on data: no state can hold it", *position))
         else:
-            kept.append(branch)
+            accepted.append(branch)
     regions = []
-    for group in _groups(kept, macs):
+    for group in _groups(accepted, macs):
         reader = _outside_reader(group, nodes, facts)
         if reader is None:
             inside = {name for branch in group for name in branch.body}
@@ -69,15 +69,16 @@ def _shortcuts(branch: Branch, joined: Mapping[str, Branch], anchors: set[str]) 
     """The residuals inside a branch that are no blocks: an mlp's own, or those of experts side by side. There are no
     attention and no routed experts in them, they share a trunk of their own, and none is inside another."""
     inner = [joined[name] for name in branch.body if name in joined]
-    plain = all(one.trunk == inner[0].trunk != branch.trunk and anchors.isdisjoint(one.body) for one in inner)
-    joins = {one.join for one in inner}
-    return inner if plain and all(joins.isdisjoint(one.body) for one in inner) else []
+    one_trunk = all(nested.trunk == inner[0].trunk != branch.trunk for nested in inner)
+    plain = one_trunk and all(anchors.isdisjoint(nested.body) for nested in inner)
+    joins = {nested.join for nested in inner}
+    return inner if plain and all(joins.isdisjoint(nested.body) for nested in inner) else []
 
 
 def _after_the_last(branch: Branch, inner: list[Branch], cone: fx.Cone, nodes: Mapping[str, Node]) -> Branch:
     """What lies behind the inner sum in `x + mlp(norm(x + attention(x)))`: the sum is only what the mlp sees."""
     cut, last = nodes[branch.cut], nodes[inner[-1].join]
-    leaps = all(one.trunk == branch.trunk for one in inner)
+    leaps = all(nested.trunk == branch.trunk for nested in inner)
     body = cone.between(last, cut) if leaps and last is not cut else []
     return replace(branch, body=tuple(node.name for node in body))
 
@@ -86,11 +87,11 @@ def _groups(branches: list[Branch], macs: Mapping[str, int]) -> list[list[Branch
     """Branches that share a matmul or a cut, together; in graph order. One that reads another's cut stays apart."""
     groups: list[list[Branch]] = []
     for branch in branches:
-        home = next((group for group in groups if any(_belong(branch, other, macs) for other in group)), None)
-        if home is None:
+        shared_group = next((group for group in groups if any(_belong(branch, other, macs) for other in group)), None)
+        if shared_group is None:
             groups.append([branch])
         else:
-            home.append(branch)
+            shared_group.append(branch)
     return groups
 
 
@@ -106,16 +107,16 @@ def _outside_reader(group: list[Branch], nodes: dict[str, Node], facts: Facts) -
     inside = {name for branch in group for name in branch.body}
     cuts = {branch.cut for branch in group}
     anchors = [a.node for a in facts.attention] + [e.node for e in facts.experts]
-    front = [name for name in anchors if name in inside]
-    seen = set(front)
-    while front:
-        name = front.pop()
+    pending = [name for name in anchors if name in inside]
+    seen = set(pending)
+    while pending:
+        name = pending.pop()
         for user in nodes[name].users if name not in cuts else ():
             if user.name not in inside:
                 return user
             if user.name not in seen:
                 seen.add(user.name)
-                front.append(user.name)
+                pending.append(user.name)
     return None
 
 

@@ -30,8 +30,8 @@ _OTHER_JOINS = (
 
 def find_residuals(gm: GraphModule, facts: Facts) -> Facts:
     finder = _Finder(fx.Cone(gm), facts.dependence)
-    found = [branch for node in finder.cone.nodes for branch in (*finder.otherwise(node), *finder.added(node))]
-    return replace(facts, branches=tuple(found))
+    branches = [branch for node in finder.cone.nodes for branch in (*finder.otherwise(node), *finder.added(node))]
+    return replace(facts, branches=tuple(branches))
 
 
 class _Finder:
@@ -43,7 +43,7 @@ class _Finder:
         """The branches that a plain add of two tensors joins to their trunk."""
         if node.target is not aten.add.Tensor or node.kwargs:
             return
-        operands = [one for one in node.args if isinstance(one, Node)]
+        operands = [operand for operand in node.args if isinstance(operand, Node)]
         for trunk, branch in (operands, operands[::-1]) if len(operands) == 2 else ():
             root = self._root(trunk, branch) if fx.fills(trunk, node) else None
             cuts = [cut for cut in self._cuts(root, branch) if cut is not root] if root is not None else []
@@ -103,9 +103,9 @@ class _Finder:
     def _cuts(self, root: Node, branch: Node) -> Iterator[Node]:
         """Before the gate; of a sum of two gated values, before each one's gate."""
         cut, _ = self._before_gates(root, branch)
-        parts = [one for one in cut.args if isinstance(one, Node)] if cut.target is aten.add.Tensor else []
+        parts = [operand for operand in cut.args if isinstance(operand, Node)] if cut.target is aten.add.Tensor else []
         under = [self._before_gates(root, part) for part in parts]
-        if len(under) == 2 and not cut.kwargs and all(self._steers(found) for _, found in under):
+        if len(under) == 2 and not cut.kwargs and all(self._steers(gates) for _, gates in under):
             yield from (inner for inner, _ in under)
         else:
             yield self._as_it_was(cut)

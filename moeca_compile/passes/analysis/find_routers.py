@@ -38,7 +38,7 @@ _OTHER_VALUES = {
 
 def find_routers(gm: GraphModule, facts: Facts) -> Facts:
     depends = facts.dependence
-    found: dict[tuple[str, str], RouterInfo] = {}
+    routers: dict[tuple[str, str], RouterInfo] = {}
     for node in gm.graph.nodes:
         if node.target not in _CHOICES or (node.target is aten.max.dim and not _reads_index(node)):
             continue
@@ -46,12 +46,13 @@ def find_routers(gm: GraphModule, facts: Facts) -> Facts:
         steers = None if path is None else _steered(node, path[0])
         if path is None or not steers:
             continue
-        info = _info(node, path, depends, steers, {one.node for one in facts.attention})
-        known = found.get((path[0].name, info.choice))
-        if known is not None:  # one top-k for each expert, over the same scores
-            info = replace(known, steers=(*known.steers, *(one for one in info.steers if one not in known.steers)))
-        found[path[0].name, info.choice] = info
-    return replace(facts, routers=tuple(found.values()))
+        info = _info(node, path, depends, steers, {attention.node for attention in facts.attention})
+        earlier = routers.get((path[0].name, info.choice))
+        if earlier is not None:  # one top-k for each expert, over the same scores
+            new = [name for name in info.steers if name not in earlier.steers]
+            info = replace(earlier, steers=(*earlier.steers, *new))
+        routers[path[0].name, info.choice] = info
+    return replace(facts, routers=tuple(routers.values()))
 
 
 def _reads_index(node: Node) -> bool:
@@ -66,8 +67,8 @@ def _to_projection(choice: Node, depends: Mapping[str, str]) -> list[Node] | Non
         if node.target not in _SCORING or not node.args:
             return None
         if node.target in (aten.add.Tensor, aten.sub.Tensor):
-            others = [one for one in node.all_input_nodes if one is not node.args[0]]
-            if any(depends.get(one.name) == "latent" for one in others):
+            others = [source for source in node.all_input_nodes if source is not node.args[0]]
+            if any(depends.get(source.name) == "latent" for source in others):
                 return None  # a residual add
         first = node.args[1] if node.target is aten.where.self else node.args[0]
         if not isinstance(first, Node):
@@ -78,20 +79,21 @@ def _to_projection(choice: Node, depends: Mapping[str, str]) -> list[Node] | Non
 
 def _steered(choice: Node, projection: Node) -> list[Node]:
     """The matmuls that act on the choice and what combines their results by it; none where another choice follows."""
-    light, front, steered = {choice}, [choice], dict[Node, None]()
-    while front:
-        for user in front.pop().users:
+    light, pending, steered = {choice}, [choice], dict[Node, None]()
+    while pending:
+        for user in pending.pop().users:
             if user in light or user.op == "output":
                 continue
             if user.target is aten.topk.default:
                 return []
             heavy = user.target in fx.MATMULS or fx.is_experts(user)
             beside = [part for other in user.all_input_nodes if other not in light for part in _parts(other, user)]
-            if heavy or (not _of_gates(user, beside) and any(_heavy(one) not in (None, projection) for one in beside)):
+            combines = any(_heavy(value) not in (None, projection) for value in beside)
+            if heavy or (combines and not _of_gates(user, beside)):
                 steered[user] = None
             else:
                 light.add(user)
-                front.append(user)
+                pending.append(user)
     return list(steered)
 
 
@@ -104,9 +106,9 @@ def _parts(value: Node, user: Node) -> list[Node]:
 
 def _of_gates(node: Node, beside: Sequence[Node]) -> bool:
     """Whether gates only meet other gates here: they are concatenated, or scaled by what holds fewer values."""
-    few = all(math.prod(fx.shape(one)) < math.prod(fx.shape(node)) for one in beside)
-    scaled = any(fx.shape(one) == fx.shape(node) for one in node.all_input_nodes if one not in beside)
-    return node.target is aten.cat.default or (node.target is aten.mul.Tensor and few and scaled)
+    smaller = all(math.prod(fx.shape(source)) < math.prod(fx.shape(node)) for source in beside)
+    scaled = any(fx.shape(source) == fx.shape(node) for source in node.all_input_nodes if source not in beside)
+    return node.target is aten.cat.default or (node.target is aten.mul.Tensor and smaller and scaled)
 
 
 def _heavy(node: Node) -> Node | None:
@@ -144,8 +146,8 @@ def _info(
 
 def _gates_heads(node: Node, attention: set[str]) -> bool:
     """Whether an attention's result is combined with the choice before anything else is done with it."""
-    sources = (_heavy(one) for one in node.all_input_nodes)
-    return any(one is not None and one.name in attention for one in sources)
+    sources = (_heavy(operand) for operand in node.all_input_nodes)
+    return any(source is not None and source.name in attention for source in sources)
 
 
 def _expert_axes(path: list[Node]) -> tuple[int, ...]:
@@ -162,13 +164,13 @@ def _moved(axes: tuple[int, ...], before: Node, node: Node) -> tuple[int, ...]:
     args: Any = node.args
     order = list(range(len(old)))
     if node.target is aten.permute.default:
-        order = [one % len(old) for one in args[1]]
+        order = [axis % len(old) for axis in args[1]]
     elif node.target is aten.transpose.int or node.target is aten.t.default:
-        a, b = (one % len(old) for one in args[1:3]) if len(args) > 1 else (0, 1)
+        a, b = (axis % len(old) for axis in args[1:3]) if len(args) > 1 else (0, 1)
         order[a], order[b] = b, a
     elif node.target is aten.select.int:
-        gone = args[1] % len(old)
-        return () if gone in axes else tuple(axis - (gone < axis) for axis in axes)
+        dropped = args[1] % len(old)
+        return () if dropped in axes else tuple(axis - (dropped < axis) for axis in axes)
     elif old != new:
         return _same_place(axes, old, new)
     return tuple(sorted(order.index(axis) for axis in axes))

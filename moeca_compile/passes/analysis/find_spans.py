@@ -34,11 +34,11 @@ class _Ends:
 
 
 def find_spans(gm: GraphModule, facts: Facts) -> Facts:
-    wanted = facts.granularity
-    if wanted.kind == "region" or not len(facts.regions):
+    granularity = facts.granularity
+    if granularity.kind == "region" or not len(facts.regions):
         return facts
     layout = _Blocks(fx.Cone(gm), facts)
-    ends = layout.skip(wanted.outer) if wanted.kind == "skip" else layout.slice(wanted)
+    ends = layout.skip(granularity.outer) if granularity.kind == "skip" else layout.slice(granularity)
     span = ends if isinstance(ends, str) else layout.span(ends)
     if isinstance(span, str):
         rejected = (*facts.rejected, Rejected(span))
@@ -61,29 +61,29 @@ class _Blocks:
             for name, cuts in self.cuts.items()
         }
 
-    def slice(self, wanted: Granularity) -> _Ends | str:
-        chosen = self.names[wanted.start : wanted.stop]
+    def slice(self, granularity: Granularity) -> _Ends | str:
+        chosen = self.names[granularity.start : granularity.stop]
         if not chosen:
-            text = f"{wanted.start}:{wanted.stop} are none of the {len(self.names)} blocks"
+            text = f"{granularity.start}:{granularity.stop} are none of the {len(self.names)} blocks"
             return f"blocks {text}, {self.names[0]} to {self.names[-1]}"
         joins = [join for name in chosen for join in self.joins[name]]
         trunks = [self.nodes[branch.trunk] for branch in self.facts.branches if self.nodes[branch.join] in joins]
         inside = set(joins)
         entries = [t for t in trunks if t not in inside and not any(self.cone.feeds(join, t) for join in joins)]
         exits = [join for join in joins if not any(self.cone.feeds(join, other) for other in joins)]
-        return _Ends(list(dict.fromkeys(entries)), exits, wanted.relative)
+        return _Ends(list(dict.fromkeys(entries)), exits, granularity.relative)
 
-    def skip(self, kept: int) -> _Ends | str:
-        """The widest long skip before whose early end there are `kept` blocks."""
-        found: dict[int, _Ends] = {}
+    def skip(self, outer: int) -> _Ends | str:
+        """The widest long skip before whose early end there are `outer` blocks."""
+        ends_by_count: dict[int, _Ends] = {}
         for early, late in self._long_skips():
             before = sum(any(join is early or self.cone.feeds(join, early) for join in j) for j in self.joins.values())
-            found.setdefault(before, _Ends([early], [late]))
-        if kept in found:
-            return found[kept]
-        known = f"those in this model keep {sorted(found)}" if found else "this model has none"
+            ends_by_count.setdefault(before, _Ends([early], [late]))
+        if outer in ends_by_count:
+            return ends_by_count[outer]
+        counts = f"those in this model keep {sorted(ends_by_count)}" if ends_by_count else "this model has none"
         return (
-            f"no long skip (an early and a late feature concatenated or added) keeps {kept} outer blocks: {known}. "
+            f"no long skip (an early and a late feature concatenated or added) keeps {outer} outer blocks: {counts}. "
             "'blocks:START:STOP' caches a slice of the blocks"
         )
 
@@ -112,25 +112,25 @@ class _Blocks:
                 what = "isn't a floating-point tensor of known size"
                 return f"{cut.name} ({fx.where(cut)}) in the span is read outside it and {what}"
         bases = [self._base(cut, ends.entries) for cut in cuts] if ends.relative else []
-        found = [base for base in bases if base is not None]
-        if len(found) < len(bases):
+        entries = [base for base in bases if base is not None]
+        if len(entries) < len(bases):
             stray = cuts[bases.index(None)]
             return (
                 f"{stray.name} ({fx.where(stray)}) leaves the blocks, but nothing of its shape enters: slice otherwise"
             )
         names = self._within(reached)
         key = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-        return region_of(body, cuts, self.facts, kind="span", key=key, bases=found)
+        return region_of(body, cuts, self.facts, kind="span", key=key, bases=entries)
 
     def _base(self, cut: Node, entries: Sequence[Node]) -> Node | None:
         """The entry that `cut`'s stream began at: the nearest of its shape, for residual adds are the shortest way."""
-        front, seen = [cut], {cut}
-        for node in front:  # grows: breadth first
+        pending, seen = [cut], {cut}
+        for node in pending:  # grows: breadth first
             if node in entries and fx.fills(node, cut):
                 return node
             new = [source for source in node.all_input_nodes if source not in seen]
             seen.update(new)
-            front += new
+            pending += new
         return None
 
 

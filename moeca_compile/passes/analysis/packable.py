@@ -22,14 +22,14 @@ _ALIASES = fx.PARTS | {
 
 def why_not_packed(gm: GraphModule, inputs: Sequence[Input]) -> str:
     """'' where all may be."""
-    weights = {one.name for one in inputs if one.is_weight}
+    weights = {entry.name for entry in inputs if entry.is_weight}
     layers = [node for node in gm.graph.nodes if fx.is_experts(node)]
     if not layers:
         return "the graph has no moeca::experts"
     for node in layers:
         for group in node.args[2:]:
             for weight in fx.nodes_of(group):
-                source = fx.strip(weight, lambda one: one.target in _ALIASES)
+                source = fx.strip(weight, lambda node: node.target in _ALIASES)
                 if source.name not in weights:
                     return f"{node.name} computes with {source.name}, which isn't a parameter: it is made at each call"
     return ""

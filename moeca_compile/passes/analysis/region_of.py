@@ -2,60 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch.fx import Node
 
 from moeca_compile.dtypes import name_of
 from moeca_compile.graph import fx
-from moeca_compile.graph.regions import Region
+from moeca_compile.graph.regions import Cut, Region
 from moeca_compile.passes.facts import Facts
 
 
 def region_of(
-    body: Sequence[Node], cuts: Sequence[Node], facts: Facts, kind: str = "", key: str = "", bases: Sequence[Node] = ()
-) -> Region:
-    """The region of the nodes `body`, in graph order, with its outputs at `cuts`.
+    body: Sequence[Node], outputs: Sequence[Node], facts: Facts, kind: str = "", key: str = "",
+    bases: Sequence[Node] = (),
+) -> Region:  # fmt: skip
+    """The region of the nodes `body`, in graph order, with these outputs.
 
     Kind and key are found if not given. `bases`: the nodes that the outputs are kept relative to, one each or none.
     """
     macs = facts.macs
-    weights = {one.name: one.label for one in facts.inputs if one.is_weight}
+    weights = {entry.name: entry.label for entry in facts.inputs if entry.is_weight}
     inside = {node.name for node in body}
     attention = tuple(a for a in facts.attention if a.node in inside)
     experts = tuple(e for e in facts.experts if e.node in inside)
     routers = tuple(r for r in facts.routers if inside.intersection(r.steers))
     routed = experts or any(r.choice != "head" for r in routers)
-    found = "span" if attention and routed else "attention" if attention else "experts" if routed else "mlp"
-    key = key or _key(body, weights) or fx.module_path(cuts[0]) or found
-    values = [fx.need(cut) for cut in cuts]
+    kind_of_anchors = "span" if attention and routed else "attention" if attention else "experts" if routed else "mlp"
+    key = key or _key(body, weights) or fx.module_path(outputs[0]) or kind_of_anchors
     return Region(
         key=key,
-        kind=kind or found,
+        kind=kind or kind_of_anchors,
         layer=next((int(part) for part in key.split(".") if part.isdigit()), -1),
-        outputs=tuple(cut.name for cut in cuts),
+        cuts=tuple(_cut(*pair) for pair in itertools.zip_longest(outputs, bases)),
         body=tuple(node.name for node in body),
-        shapes=tuple(tuple(v.shape) for v in values),
-        dtypes=tuple(name_of(v.dtype) for v in values),
-        devices=tuple(str(v.device) for v in values),
         parameters=_parameters(body, weights),
         macs=sum(macs.get(node.name, 0) for node in body),
-        state_bytes=sum(v.numel() * v.element_size() for v in values),
         experts=experts,
         attention=attention,
         routers=routers,
-        bases=tuple(base.name for base in bases),
     )
 
 
+def _cut(output: Node, base: Node | None) -> Cut:
+    value = fx.need(output)
+    size = value.numel() * value.element_size()
+    base_name = base.name if base is not None else ""
+    return Cut(output.name, tuple(value.shape), name_of(value.dtype), str(value.device), size, base_name)
+
+
 def _parameters(body: Sequence[Node], weights: dict[str, str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    found = {}
+    shapes = {}
     for node in body:
         for source in node.all_input_nodes:
             origin = fx.strip(source, fx.is_view_or_part)
             if origin.name in weights:
-                found[weights[origin.name]] = fx.shape(origin)
-    return tuple(found.items())
+                shapes[weights[origin.name]] = fx.shape(origin)
+    return tuple(shapes.items())
 
 
 def _key(body: Sequence[Node], weights: dict[str, str]) -> str:

@@ -16,8 +16,8 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import BranchesInfo, Divisible, Region
 from moeca_compile.graph.variant import Slot
-from moeca_compile.passes.partial.branches import due, settle
-from moeca_compile.passes.partial.kept import State
+from moeca_compile.passes.partial.branches import branch_priority, updated_branches
+from moeca_compile.passes.partial.item_state import State
 from moeca_compile.passes.partial.parts import Parts, computes, copies
 from moeca_compile.passes.partial.slice_tokens import Slice
 from moeca_compile.schedule import Act, Action, Partial
@@ -32,15 +32,15 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
     state = parts.ports.of(column, 0)
     chosen = parts.chosen(column, act.rho, routing["scores"]) if isinstance(act, Partial) and act.rho else None
     if act is Action.COMPUTE:
-        fresh = parts.inline(_everything, experts=experts, shape=info.branches.value.shape)
+        fresh = parts.inline(_compute_all, experts=experts, shape=info.branches.value.shape)
     elif computes(act):
         assert isinstance(act, Partial)
-        fresh = _some(parts, region, info, act, routing, state, chosen)
+        fresh = _compute_chosen(parts, region, info, act, routing, state, chosen)
     else:
-        fresh = parts.inline(_nothing, state=state)
+        fresh = parts.inline(_compute_none, state=state)
     users = list(experts.users)
     after = parts.inline(
-        settle, **fresh, **routing, now=parts.ports.now(), order=parts.order, copy=copies(act), state=state
+        updated_branches, **fresh, **routing, now=parts.ports.now(), order=parts.order, copy=copies(act), state=state
     )
     branches = after.pop("branches")
     if computes(act):
@@ -52,7 +52,7 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
             if user in experts.users:
                 user.replace_input_with(experts, flat)
     for number, part in enumerate(info.parts, 1):
-        _beside(parts, info, act, column, number, parts.nodes[part.node], chosen)
+        _shared_part(parts, info, act, column, number, parts.nodes[part.node], chosen)
 
 
 def _routing(parts: Parts, info: Divisible, branches: BranchesInfo, experts: Node) -> dict[str, Node]:
@@ -62,15 +62,15 @@ def _routing(parts: Parts, info: Divisible, branches: BranchesInfo, experts: Nod
     return {name: parts.call(aten.reshape.default, node, items) for name, node in nodes.items()}
 
 
-def _everything(experts: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _compute_all(experts: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
     return {"fresh": experts.reshape(shape), "chosen": torch.ones(shape[:-1], dtype=torch.bool, device=experts.device)}
 
 
-def _nothing(state: State) -> dict[str, Tensor]:
+def _compute_none(state: State) -> dict[str, Tensor]:
     return {"fresh": state[Slot.Y], "chosen": torch.zeros_like(state[Slot.HELD], dtype=torch.bool)}
 
 
-def _some(
+def _compute_chosen(
     parts: Parts, region: Region, info: Divisible, act: Partial, routing: dict[str, Node], state: dict[Slot, Node],
     chosen: Node | None,
 ) -> dict[str, Node]:  # fmt: skip
@@ -99,8 +99,8 @@ def _some(
         threshold=table(control.threshold.get(key)),
         quota=table(quota and tuple(round(share * count) for share in quota), torch.int64),
     )
-    made = parts.call(experts.target, picked["rows"], picked["experts"], *weights)
-    return parts.inline(_spread, made=made, positions=picked["positions"], shape=info.branches.value.shape)
+    computed = parts.call(experts.target, picked["rows"], picked["experts"], *weights)
+    return parts.inline(_spread, computed=computed, positions=picked["positions"], shape=info.branches.value.shape)
 
 
 def _pick(
@@ -117,11 +117,13 @@ def _pick(
     if tokens is not None:
         positions.append((tokens[..., None] * top_k + torch.arange(top_k, device=ids.device)).flatten(1))
     if count:
-        taken = None
+        token_is_chosen = None
         if tokens is not None:
-            taken = torch.zeros(batch, length, dtype=torch.bool, device=ids.device).scatter(1, tokens, True)
-        wanted = due(scores, now, order, state)
-        picked = torch.ops.moeca.pick(ids, gates, state[Slot.HELD], wanted, taken, sensitivity, threshold, quota, count)
+            token_is_chosen = torch.zeros(batch, length, dtype=torch.bool, device=ids.device).scatter(1, tokens, True)
+        priority = branch_priority(scores, now, order, state)
+        picked = torch.ops.moeca.pick(
+            ids, gates, state[Slot.HELD], priority, token_is_chosen, sensitivity, threshold, quota, count
+        )
         positions.append(picked)
     where = torch.cat(positions, dim=1)
     rows = x.reshape(batch, length, -1)
@@ -133,24 +135,24 @@ def _pick(
     }
 
 
-def _spread(made: Tensor, positions: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _spread(computed: Tensor, positions: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """The computed branches [B * R, 1, D] in their places."""
     batch, length, top_k, width = shape
-    rows = made.reshape(batch, -1, width)
+    rows = computed.reshape(batch, -1, width)
     index = positions[..., None].expand(-1, -1, width)
     fresh = rows.new_zeros(batch, length * top_k, width).scatter(1, index, rows)
-    chosen = torch.zeros(batch, length * top_k, dtype=torch.bool, device=made.device).scatter(1, positions, True)
+    chosen = torch.zeros(batch, length * top_k, dtype=torch.bool, device=computed.device).scatter(1, positions, True)
     return {"fresh": fresh.view(shape), "chosen": chosen.view(shape[:-1])}
 
 
-def _beside(
+def _shared_part(
     parts: Parts, info: Divisible, act: Act, column: int, output: int, node: Node,
     chosen: Node | None,
 ) -> None:  # fmt: skip
     """A shared part: computed, or recomputed for the block's chosen tokens, or forecast."""
     sizes = list(info.parts[output - 1].shape)
     if act is Action.COMPUTE or (isinstance(act, Partial) and act.shared):
-        parts.settle(column, output, parts.call(aten.reshape.default, node, sizes), None, False)
+        parts.update_tokens(column, output, parts.call(aten.reshape.default, node, sizes), None, False)
         return
     fresh = None
     if chosen is not None:
@@ -159,7 +161,7 @@ def _beside(
             part.follow([parts.nodes[name] for name in info.body])
         fresh = parts.call(aten.reshape.default, part.made[node], [sizes[0], -1, sizes[2]])
     users = list(node.users)
-    value = parts.settle(column, output, fresh, chosen, copies(act))
+    value = parts.update_tokens(column, output, fresh, chosen, copies(act))
     shaped = parts.call(aten.reshape.default, value, list(fx.shape(node)))
     for user in users:
         user.replace_input_with(node, shaped)

@@ -16,12 +16,12 @@ def insert_tokens(parts: Parts, mark: fx.Mark) -> None:
     region, info = parts.info(mark.region)
     act, output = mark.action, parts.nodes[region.outputs[0]]
     if act is Action.COMPUTE:
-        parts.settle(mark.region, 0, output, None, False)
-        for slot, one in zip(KEYS, info.keys, strict=False):
-            parts.ports.write(mark.region, 0, slot, parts.nodes[one.node])
+        parts.update_tokens(mark.region, 0, output, None, False)
+        for slot, key in zip(KEYS, info.keys, strict=False):
+            parts.ports.write(mark.region, 0, slot, parts.nodes[key.node])
         return
     if not (isinstance(act, Partial) and act.rho):
-        output.replace_all_uses_with(parts.settle(mark.region, 0, None, None, copies(act)))
+        output.replace_all_uses_with(parts.update_tokens(mark.region, 0, None, None, copies(act)))
         return
     chosen = parts.chosen(mark.region, act.rho)
     body = [parts.nodes[name] for name in info.body]
@@ -30,12 +30,12 @@ def insert_tokens(parts: Parts, mark: fx.Mark) -> None:
         start = body.index(parts.nodes[region.attention[0].node]) if info.keys else len(body)
         part.follow(body[:start])
         keys = {}
-        for slot, one in zip(KEYS, info.keys, strict=False):
-            node, full = parts.nodes[one.node], parts.ports.read(mark.region, 0, slot)
-            keys[node] = part.put(full, part.made[node], part.axes[one.node].dim)
+        for slot, key in zip(KEYS, info.keys, strict=False):
+            node, full = parts.nodes[key.node], parts.ports.read(mark.region, 0, slot)
+            keys[node] = part.put(full, part.made[node], part.axes[key.node].dim)
             parts.ports.write(mark.region, 0, slot, keys[node])
         part.follow(body[start:], keys)
     users = list(output.users)
-    value = parts.settle(mark.region, 0, part.made[output], chosen, False)
+    value = parts.update_tokens(mark.region, 0, part.made[output], chosen, False)
     for user in users:
         user.replace_input_with(output, value)

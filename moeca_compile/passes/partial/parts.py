@@ -17,8 +17,8 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.regions import Divisible, Region
 from moeca_compile.graph.variant import KEYS, Slot
 from moeca_compile.passes.facts import RewriteRequest
-from moeca_compile.passes.partial.branches import due, moved
-from moeca_compile.passes.partial.kept import State, forecast, overdue, refreshed
+from moeca_compile.passes.partial.branches import branch_priority, l1_change
+from moeca_compile.passes.partial.item_state import State, expected_error, forecast, updated
 from moeca_compile.passes.transform.inline import constant, inline
 from moeca_compile.passes.transform.ports import Ports
 from moeca_compile.schedule import Act, Action, Partial
@@ -38,9 +38,9 @@ class Parts:
         region = self.request.facts.regions.regions[column]
         return region, region.divisible()
 
-    def inline(self, function: Any, **given: Any) -> dict[str, Node]:
+    def inline(self, function: Any, **arguments: Any) -> dict[str, Node]:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):
-            return inline(self.gm, function, **given)
+            return inline(self.gm, function, **arguments)
 
     def call(self, target: Any, *args: Any) -> Node:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):
@@ -54,15 +54,15 @@ class Parts:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):
             return constant(self.gm, torch.tensor(values, dtype=dtype, device=value.device), value)
 
-    def settle(self, column: int, output: int, fresh: Node | None, chosen: Node | None, copy: bool) -> Node:
+    def update_tokens(self, column: int, output: int, fresh: Node | None, chosen: Node | None, copy: bool) -> Node:
         """The value of tokens that age one by one: `fresh` [B, M, D] at `chosen` [B, M], the others forecast; no
         `fresh`: all forecast. What was computed is written. Returns [B, N, D]."""
         state = self.ports.of(column, output)
-        own = {name: slot for name, slot in state.items() if name not in KEYS}
-        entering = self._entering(column) if Slot.ENTERED in own else None
+        item_states = {name: slot for name, slot in state.items() if name not in KEYS}
+        entering = self._entering(column) if Slot.ENTERED in item_states else None
         after = self.inline(
-            settle, fresh=fresh, chosen=chosen, entering=entering, now=self.ports.now(), order=self.order, copy=copy,
-            state=own,
+            updated_tokens, fresh=fresh, chosen=chosen, entering=entering, now=self.ports.now(), order=self.order,
+            copy=copy, state=item_states,
         )  # fmt: skip
         value = after.pop("value")
         if fresh is not None:
@@ -79,21 +79,21 @@ class Parts:
         count = Partial(rho).tokens(info.tokens)
         block = block_of(region.key)
         if (block, count) not in self._chosen:
-            own = self.ports.of(column, 0) if info.enters is not None else None
+            entry_state = self.ports.of(column, 0) if info.enters is not None else None
             experts = next((c for k, c in self.columns.items() if block_of(k) == block and self._has_branches(c)), None)
             branches = None if experts is None else self.ports.of(experts, 0)
-            weights = None
+            sensitivity = None
             if experts is not None:
                 key = self.request.facts.regions.regions[experts].key
                 like = self.nodes[region.outputs[0]]
-                weights = self.constant(self.request.control.sensitivity.get(key), torch.float32, like)
-            found = self.inline(
-                choose, count=count, now=self.ports.now(), order=self.order, own=own, branches=branches,
-                entering=self._entering(column) if own is not None and Slot.ENTERED in own else None,
-                sensitivity=weights,
-                scores=scores if own is None and branches is not None and Slot.SCORES in branches else None,
+                sensitivity = self.constant(self.request.control.sensitivity.get(key), torch.float32, like)
+            choice = self.inline(
+                choose, count=count, now=self.ports.now(), order=self.order, entry_state=entry_state, branches=branches,
+                entering=self._entering(column) if entry_state is not None and Slot.ENTERED in entry_state else None,
+                sensitivity=sensitivity,
+                scores=scores if entry_state is None and branches is not None and Slot.SCORES in branches else None,
             )  # fmt: skip
-            self._chosen[block, count] = found["chosen"]
+            self._chosen[block, count] = choice["chosen"]
         return self._chosen[block, count]
 
     def _entering(self, column: int) -> Node | None:
@@ -106,8 +106,8 @@ class Parts:
 
 def block_of(key: str) -> str:
     """`blocks.3` of `blocks.3.attn`: what lies up to the first number; else the key itself."""
-    found = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", key)
-    return found[1] if found else key
+    match = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", key)
+    return match[1] if match else key
 
 
 def computes(act: Act) -> bool:
@@ -121,14 +121,14 @@ def copies(act: Act) -> bool:
 
 
 def choose(
-    count: int, now: Tensor, order: int, own: State | None, branches: State | None, entering: Tensor | None,
+    count: int, now: Tensor, order: int, entry_state: State | None, branches: State | None, entering: Tensor | None,
     scores: Tensor | None, sensitivity: Tensor | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The `count` tokens of each sample that most need to be computed: by what their branches weigh times how far the
     block's input drifted, or how wrong their forecast must be.
 
     Args:
-        own: the state [B, N, ..] of the region that the block begins with; None where that is the experts.
+        entry_state: the state [B, N, ..] of the region that the block begins with; None where that is the experts.
         branches: the block's branch state [B, N, K, ..], or None.
         entering: [B, N, D], what enters the block, and scores: [B, N, E], the router's where the block begins with the
             experts: what drift is seen by.
@@ -141,16 +141,19 @@ def choose(
     if branches is not None:
         held = (branches[Slot.HELD] - 1).clamp_min(0)
         weight = branches[Slot.GATES].float().abs() * (1.0 if sensitivity is None else sensitivity[held])
-    if own is None:
+    if entry_state is None:
         assert branches is not None  # an experts region: what chooses there is its own state
-        score = (weight * due(scores, now, order, branches)).sum(-1)
+        score = (weight * branch_priority(scores, now, order, branches)).sum(-1)
     else:
-        wanted = overdue(own, now, order) if entering is None else own[Slot.DRIFT] + moved(entering, own[Slot.ENTERED])
-        score = wanted * (weight if isinstance(weight, float) else weight.sum(-1))
+        if entering is None:
+            priority = expected_error(entry_state, now, order)
+        else:
+            priority = entry_state[Slot.DRIFT] + l1_change(entering, entry_state[Slot.ENTERED])
+        score = priority * (weight if isinstance(weight, float) else weight.sum(-1))
     return {"chosen": score.topk(count, dim=1).indices.sort(dim=1).values}
 
 
-def settle(
+def updated_tokens(
     fresh: Tensor | None, chosen: Tensor | None, entering: Tensor | None, now: Tensor, order: int, copy: bool,
     state: State,
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -168,8 +171,8 @@ def settle(
     else:
         picked = torch.zeros_like(state[Slot.AT], dtype=torch.bool).scatter(1, chosen, True)
         full = value.scatter(1, chosen[..., None].expand_as(fresh), fresh)
-    after = refreshed(state, full, picked, state[Slot.AT] > 0, now, order)
+    after = updated(state, full, picked, state[Slot.AT] > 0, now, order)
     if entering is not None:
-        after[Slot.DRIFT] = torch.where(picked, 0.0, state[Slot.DRIFT] + moved(entering, state[Slot.ENTERED]))
+        after[Slot.DRIFT] = torch.where(picked, 0.0, state[Slot.DRIFT] + l1_change(entering, state[Slot.ENTERED]))
         after[Slot.ENTERED] = entering
     return {"value": full, **after}

@@ -1,7 +1,7 @@
 """A second copy of a part of the graph that runs on M chosen tokens of each sample in place of all N.
 
-Before: nodes whose token axes are known (`find_tokens`), and the chosen positions [B, M].  After: new nodes beside the
-old ones, each of the same shape but for M at its token axis. What has no token axis is shared with the old ones.
+Before: nodes whose token axes are known (`find_divisions`), and the chosen positions [B, M].  After: new nodes beside
+the old ones, each of the same shape but for M at its token axis. What has no token axis is shared with the old ones.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class Slice:
         self.count = fx.shape(chosen)[1]
         self.made: dict[Node, Node] = {}
 
-    def follow(self, body: Sequence[Node], given: Mapping[Node, Node] | None = None) -> None:
-        """Copy `body`, in graph order. `given`: in place of what the named nodes would give, full-size values."""
+    def follow(self, body: Sequence[Node], replaced: Mapping[Node, Node] | None = None) -> None:
+        """Copy `body`, in graph order. `replaced`: in place of what the named nodes would give, full-size values."""
         for node in body:
             if node.name not in self.axes:
                 continue
             target: Any = node.target
-            args, kwargs = map_arg((node.args, node.kwargs), functools.partial(self._source, node, given or {}))
+            args, kwargs = map_arg((node.args, node.kwargs), functools.partial(self._source, node, replaced or {}))
             if target in VIEWING:
                 target, args, kwargs = aten.reshape.default, (args[0], self._sizes(node)), {}
             elif target is aten.expand.default:
                 args = (args[0], self._sizes(node), *args[2:])
-            made = fx.call(self.gm, target, args, kwargs, like=node)
+            copy = fx.call(self.gm, target, args, kwargs, like=node)
             val = fx.tensor(node)
-            if val is not None and fx.shape(made) != self._sizes(node):
-                raise InvariantError(f"{node.name} on {self.count} tokens is {fx.shape(made)}, not {self._sizes(node)}")
-            self.made[node] = made
+            if val is not None and fx.shape(copy) != self._sizes(node):
+                raise InvariantError(f"{node.name} on {self.count} tokens is {fx.shape(copy)}, not {self._sizes(node)}")
+            self.made[node] = copy
 
     def take(self, node: Node, axis: Axis, lead: int = 0) -> Node:
         """The chosen tokens of a full value.
@@ -84,18 +84,18 @@ class Slice:
     def _gather(self, node: Node, dim: int) -> Node:
         return self._call(aten.gather.default, node, dim, self.index(dim, fx.shape(node)))
 
-    def _source(self, user: Node, given: Mapping[Node, Node], one: Node) -> Node:
-        """What stands for the operand `one` of `user` in the copy."""
-        if one in given:
-            return given[one]
-        if one in self.made:
-            return self.made[one]
-        axis = self.axes.get(one.name)
+    def _source(self, user: Node, replaced: Mapping[Node, Node], operand: Node) -> Node:
+        """What stands for the `operand` of `user` in the copy."""
+        if operand in replaced:
+            return replaced[operand]
+        if operand in self.made:
+            return self.made[operand]
+        axis = self.axes.get(operand.name)
         if axis is None:
-            return one
-        lead = len(fx.shape(user)) - len(fx.shape(one)) if is_pointwise(user.target) else 0
-        self.made[one] = self.take(one, axis, lead)
-        return self.made[one]
+            return operand
+        lead = len(fx.shape(user)) - len(fx.shape(operand)) if is_pointwise(user.target) else 0
+        self.made[operand] = self.take(operand, axis, lead)
+        return self.made[operand]
 
     def _sizes(self, node: Node) -> tuple[int, ...]:
         axis = self.axes[node.name]

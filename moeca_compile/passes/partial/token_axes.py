@@ -88,18 +88,18 @@ class TokenAxes:
     def _pointwise(self, node: Node) -> Axis:
         """The operands' axes, aligned from the right; one that has the axis unmarked (a table of positions) gets it."""
         rank = len(fx.shape(node))
-        known = [(one, self.of[one]) for one in node.all_input_nodes if one in self.of]
-        aligned = {Axis(axis.dim + rank - len(fx.shape(one)), axis.merged) for one, axis in known}
+        with_axes = [(operand, self.of[operand]) for operand in node.all_input_nodes if operand in self.of]
+        aligned = {Axis(axis.dim + rank - len(fx.shape(operand)), axis.merged) for operand, axis in with_axes}
         if len(aligned) != 1:
             raise MixesTokens(f"{node.name}: its operands have their tokens in different places")
         (axis,) = aligned
         for source in node.all_input_nodes:
             shape = fx.shape(source)
-            own = axis.dim - (rank - len(shape))
-            if source not in self.of and own >= 0 and shape[own] != 1:
-                if axis.merged or shape[own] != self.tokens or fx.shape(node)[0] != self.batch:
+            dim = axis.dim - (rank - len(shape))
+            if source not in self.of and dim >= 0 and shape[dim] != 1:
+                if axis.merged or shape[dim] != self.tokens or fx.shape(node)[0] != self.batch:
                     raise MixesTokens(f"{node.name}: {source.name} {shape} can't be taken apart by tokens")
-                self.of[source] = Axis(own)
+                self.of[source] = Axis(dim)
         return axis
 
     def _same(self, node: Node) -> Axis:
@@ -125,10 +125,10 @@ class TokenAxes:
     def _reduce(self, node: Node) -> Axis:
         axis, rank = self._first(node), len(fx.shape(fx.arg(node, 0)))
         dims: Any = node.args[1] if len(node.args) > 1 else None
-        gone = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
-        self._not_at(node, *gone)
-        kept = len(node.args) > 2 and bool(node.args[2])
-        return axis if kept else Axis(axis.dim - sum(d < axis.dim for d in gone), axis.merged)
+        reduced = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
+        self._not_at(node, *reduced)
+        keeps_dims = len(node.args) > 2 and bool(node.args[2])
+        return axis if keeps_dims else Axis(axis.dim - sum(d < axis.dim for d in reduced), axis.merged)
 
     def _drop(self, node: Node) -> Axis:
         """Unbind, select, squeeze: one dim goes away."""
@@ -162,8 +162,8 @@ class TokenAxes:
                 continue
             if size == self.tokens and math.prod(new[:dim]) == (before * self.batch if axis.merged else before):
                 return Axis(dim)
-            whole = self.batch * self.tokens
-            if size == whole and (axis.merged or (axis.dim == 1 and old[0] == self.batch)) and dim == 0:
+            all_tokens = self.batch * self.tokens
+            if size == all_tokens and (axis.merged or (axis.dim == 1 and old[0] == self.batch)) and dim == 0:
                 return Axis(0, merged=True)
         raise MixesTokens(f"{node.name}: {node.target} from {old} to {new} puts tokens and other things in one axis")
 
@@ -198,17 +198,17 @@ class TokenAxes:
             raise MixesTokens(f"{node.name}: its mask differs from query to query")
         if (node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal")) is True:
             raise MixesTokens(f"{node.name}: a causal attention")
-        wanted = Axis(rank - 2)
-        axes = [self.of.get(query), *(self.of.get(one, wanted) for one in read)]
-        if fx.shape(query)[0] != self.batch or any(axis != wanted for axis in axes):
+        expected = Axis(rank - 2)
+        axes = [self.of.get(query), *(self.of.get(operand, expected) for operand in read)]
+        if fx.shape(query)[0] != self.batch or any(axis != expected for axis in axes):
             raise MixesTokens(f"{node.name}: its queries or keys lie in an unusual order")
-        return wanted
+        return expected
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
     def _first(self, node: Node) -> Axis:
         axis = self.of.get(fx.arg(node, 0))
-        if axis is None or any(one in self.of for one in node.all_input_nodes if one is not node.args[0]):
+        if axis is None or any(source in self.of for source in node.all_input_nodes if source is not node.args[0]):
             raise MixesTokens(f"{node.name}: {node.target} of tokens in more than its first operand")
         return axis
 

@@ -50,9 +50,9 @@ def _hoist(gm: GraphModule, request: RewriteRequest, level: str) -> GraphModule:
     before = sum(map(node_macs, gm.graph.nodes))
     nodes = {node.name: node for node in gm.graph.nodes}
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    for position, one in enumerate(request.facts.hoisted):
-        if one.level == level and one.value in nodes:
-            node, val = nodes[one.value], fx.need(nodes[one.value])
+    for position, entry in enumerate(request.facts.hoisted):
+        if entry.level == level and entry.value in nodes:
+            node, val = nodes[entry.value], fx.need(nodes[entry.value])
             with gm.graph.inserting_before(first):
                 shared = gm.graph.placeholder(name_of(position))
             with fx.fake_mode_of(val):

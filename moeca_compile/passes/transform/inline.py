@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -19,7 +20,7 @@ _TRACES: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, tuple[GraphModule, 
 )
 
 
-def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **given: Any) -> dict[str, Node]:
+def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **arguments: Any) -> dict[str, Node]:
     """Add what `function` does with tensors, at the insertion point: plain torch code becomes nodes.
 
     A graph has many equal layers: what was traced for one serves all.
@@ -27,31 +28,31 @@ def inline(gm: GraphModule, function: Callable[..., dict[str, torch.Tensor]], **
     Args:
         gm: the graph, changed in place.
         function: gives tensors by name.
-        given: its arguments: nodes (in dicts too) in place of tensors, anything else hashable.
+        arguments: its arguments: nodes (in dicts too) in place of tensors, anything else hashable.
 
     Returns:
         The new nodes by the names that `function` gives.
     """
-    flat, spec = tree_flatten(given)
-    nodes = [one for one in flat if isinstance(one, Node)]
+    leaves, spec = tree_flatten(arguments)
+    nodes = [leaf for leaf in leaves if isinstance(leaf, Node)]
     values = [fx.need(node) for node in nodes]
     kinds = tuple((v.shape, v.dtype, v.device) for v in values)
-    key = (function, spec, tuple(None if isinstance(one, Node) else (type(one), one) for one in flat), kinds)
+    key = (function, spec, tuple(None if isinstance(leaf, Node) else (type(leaf), leaf) for leaf in leaves), kinds)
     mode = fx.fake_mode(values)
-    known = {} if mode is None else _TRACES.setdefault(mode, {})
-    if key not in known:
+    traces = {} if mode is None else _TRACES.setdefault(mode, {})
+    if key not in traces:
         names: list[str] = []
 
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            left = iter(tensors)
-            given = tree_unflatten([next(left) if isinstance(one, Node) else one for one in flat], spec)
-            result = function(**given)
+            remaining = iter(tensors)
+            filled = [next(remaining) if isinstance(leaf, Node) else leaf for leaf in leaves]
+            result = function(**tree_unflatten(filled, spec))
             names[:] = result
             return tuple(result.values())
 
-        with fx.fake_mode_of(values), torch.no_grad():
-            known[key] = make_fx(run, pre_dispatch=True)(*values), names
-    traced, names = known[key]
+        with fx.fake_mode_of(values), torch.no_grad(), _use_lazy_graph_module(True):
+            traces[key] = make_fx(run, pre_dispatch=True)(*values), names
+    traced, names = traces[key]
     copies: dict[Node, Node] = dict(zip(fx.placeholders(traced), nodes, strict=True))
     for node in traced.graph.nodes:
         if node.op == "call_function":

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.facts import RewriteRequest
-from moeca_compile.passes.partial.kept import State, forecast, refreshed
+from moeca_compile.passes.partial.item_state import State, forecast, updated
 from moeca_compile.passes.transform.inline import inline
 from moeca_compile.passes.transform.layout import MODEL
 from moeca_compile.passes.transform.ports import Ports
@@ -39,10 +39,12 @@ def insert_signal(gm: GraphModule, request: RewriteRequest) -> GraphModule:
 
 
 def measure(signal: Tensor, now: Tensor, order: int, full: bool, state: State) -> dict[str, Tensor]:
-    """`signal` [B, ..]; state: y [B, M], at [B] and so on (`kept`). Returns figure float32 [B] and, at a full step, the
-    state after it."""
-    x, known = signal.flatten(1), state[Slot.AT] > 0
-    wrong = (x - forecast(state, now, order)).abs().float().mean(1)
-    figure = torch.where(known, wrong / x.abs().float().mean(1).clamp_min(1e-12), 0.0)
-    after = refreshed(state, x, torch.ones_like(known), known, now, order) if full else {}
+    """`signal` [B, ..]; state: y [B, M], at [B] and so on (`partial/item_state.py`).
+
+    Returns figure float32 [B] and, at a full step, the state after it.
+    """
+    x, has_history = signal.flatten(1), state[Slot.AT] > 0
+    error = (x - forecast(state, now, order)).abs().float().mean(1)
+    figure = torch.where(has_history, error / x.abs().float().mean(1).clamp_min(1e-12), 0.0)
+    after = updated(state, x, torch.ones_like(has_history), has_history, now, order) if full else {}
     return {Slot.FIGURE: figure, **after}

@@ -33,7 +33,8 @@ def insert_state(gm: GraphModule, request: RewriteRequest) -> GraphModule:
     nodes = {node.name: node for node in gm.graph.nodes}
     for node, mark in fx.marked(gm):
         region = request.facts.regions.regions[mark.region]
-        base = nodes[region.bases[mark.output]] if region.bases else None
+        base_name = region.cuts[mark.output].base
+        base = nodes[base_name] if base_name else None
         if not ports.has(mark.region, mark.output, Slot.Y0):
             continue
         if mark.action is Action.COMPUTE:
@@ -58,11 +59,11 @@ def _read(ports: Ports, node: Node, mark: fx.Mark, base: Node | None) -> None:
         anchor = gm.graph.call_function(aten.alias.default, (node,))  # where the new nodes go
     with gm.graph.inserting_before(anchor):
         forecasts = mark.action is Action.FORECAST
-        kept = _forecast(ports, node, mark) if forecasts else ports.read(mark.region, mark.output, Slot.Y0)
+        value = _forecast(ports, node, mark) if forecasts else ports.read(mark.region, mark.output, Slot.Y0)
         if base is not None:
-            kept = fx.call(gm, aten.add.Tensor, (base, kept), like=node)
+            value = fx.call(gm, aten.add.Tensor, (base, value), like=node)
     gm.graph.erase_node(anchor)
-    node.replace_all_uses_with(kept)
+    node.replace_all_uses_with(value)
 
 
 def _forecast(ports: Ports, node: Node, mark: fx.Mark) -> Node:
@@ -71,8 +72,8 @@ def _forecast(ports: Ports, node: Node, mark: fx.Mark) -> Node:
     total: Node | None = None
     for age, slot in enumerate(SLOTS):
         if ports.has(mark.region, mark.output, slot):
-            value = _as(ports.gm, ports.read(mark.region, mark.output, slot), wide, node)
-            term = fx.call(ports.gm, aten.mul.Tensor, (value, ports.weight(mark.region, age)), like=node)
+            output = _as(ports.gm, ports.read(mark.region, mark.output, slot), wide, node)
+            term = fx.call(ports.gm, aten.mul.Tensor, (output, ports.weight(mark.region, age)), like=node)
             total = term if total is None else fx.call(ports.gm, aten.add.Tensor, (total, term), like=node)
     assert total is not None
     return _as(ports.gm, total, dtype, node)

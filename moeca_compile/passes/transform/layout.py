@@ -11,7 +11,7 @@ from moeca_compile.dtypes import name_of
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap, Value
 from moeca_compile.graph.variant import KEYS, SLOTS, STAMPS, Slot, StateSlot
-from moeca_compile.passes.partial.kept import slots_of, wide
+from moeca_compile.passes.partial.item_state import slots_of, wide
 from moeca_compile.schedule import Schedule
 
 MODEL = -1  # in place of a region: state that belongs to the whole graph
@@ -21,16 +21,13 @@ Entry = tuple[int, Slot, tuple[int, ...], str]  # output, slot, shape, dtype
 def state_layout(regions: RegionMap, schedule: Schedule) -> tuple[StateSlot, ...]:
     """The state that `schedule` (fitted to these regions) keeps, in the order of the regions."""
     slots: list[StateSlot] = []
-    kept = {
-        column: _aging(region, schedule) if schedule.partials(column) else _whole(region, schedule.depth(column))
-        for column, region in enumerate(regions)
-    }
+    entries = {column: _entries(region, schedule, column) for column, region in enumerate(regions)}
     if schedule.adaptive is not None:
-        kept[MODEL] = _signal(regions, schedule.order)
-    for column, found in kept.items():
-        devices = regions.regions[max(column, 0)].devices
-        for output, slot, shape, dtype in found:
-            device = devices[min(output, len(devices) - 1)]
+        entries[MODEL] = _signal(regions, schedule.order)
+    for column, column_entries in entries.items():
+        cuts = regions.regions[max(column, 0)].cuts
+        for output, slot, shape, dtype in column_entries:
+            device = cuts[min(output, len(cuts) - 1)].device
             size = math.prod(shape) * getattr(torch, dtype).itemsize
             slots.append(StateSlot(f"state_{len(slots):03d}", column, output, slot, shape, dtype, device, size))
     return tuple(slots)
@@ -45,13 +42,19 @@ def _signal(regions: RegionMap, order: int) -> Iterator[Entry]:
     yield 0, Slot.FIGURE, (batch,), "float32"
 
 
-def _whole(region: Region, depth: int) -> Iterator[Entry]:
-    for output, (shape, dtype) in enumerate(zip(region.shapes, region.dtypes, strict=True)):
+def _entries(region: Region, schedule: Schedule, column: int) -> Iterator[Entry]:
+    if schedule.partials(column):
+        return _item_states(region, schedule)
+    return _region_outputs(region, schedule.depth(column))
+
+
+def _region_outputs(region: Region, depth: int) -> Iterator[Entry]:
+    for output, cut in enumerate(region.cuts):
         for slot in SLOTS[:depth]:
-            yield output, slot, shape, dtype
+            yield output, slot, cut.shape, cut.dtype
 
 
-def _aging(region: Region, schedule: Schedule) -> Iterator[Entry]:
+def _item_states(region: Region, schedule: Schedule) -> Iterator[Entry]:
     info, score = region.divisible(), schedule.control.score
     items = (info.batch, info.tokens)
     first = 0
@@ -73,16 +76,16 @@ def _aging(region: Region, schedule: Schedule) -> Iterator[Entry]:
             yield output, Slot.ENTERED, info.enters.shape, info.enters.dtype
         elif info.enters is not None:
             yield output, Slot.ERROR, items, "float32"
-    for slot, one in zip(KEYS, info.keys, strict=False):
-        yield 0, slot, one.shape, one.dtype
+    for slot, key in zip(KEYS, info.keys, strict=False):
+        yield 0, slot, key.shape, key.dtype
 
 
-def _value(output: int, one: Value, order: int) -> Iterator[Entry]:
+def _value(output: int, value: Value, order: int) -> Iterator[Entry]:
     for slot in slots_of(order):
         if slot in STAMPS:
-            yield output, slot, one.shape[:-1], "float32"
+            yield output, slot, value.shape[:-1], "float32"
         else:
-            yield output, slot, one.shape, one.dtype if slot is Slot.Y else _wide(one.dtype)
+            yield output, slot, value.shape, value.dtype if slot is Slot.Y else _wide(value.dtype)
 
 
 def _wide(dtype: str) -> str:

@@ -32,11 +32,11 @@ def _axes(node: Node) -> tuple[list[str], str]:
     """The letters of each operand and of the result; none where it is no einsum of one or two that sums nothing."""
     if node.target is not aten.einsum.default:
         return [], ""
-    given, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
-    operands = given.split(",")
+    letters, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    operands = letters.split(",")
     if not arrow:
-        result = "".join(sorted(letter for letter in set(given) if given.count(letter) == 1))
-    plain = len(operands) <= 2 and all(one.isalpha() and len(set(one)) == len(one) for one in operands)
+        result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    plain = len(operands) <= 2 and all(operand.isalpha() and len(set(operand)) == len(operand) for operand in operands)
     return (operands, result) if plain and set("".join(operands)) == set(result) else ([], "")
 
 

@@ -27,10 +27,10 @@ class Ports:
 
     def __init__(self, gm: GraphModule, layout: Sequence[StateSlot], regions: int) -> None:
         self.gm, self.regions = gm, regions
-        self.slots = {(one.region, one.output, one.slot): one for one in layout}
+        self.slots = {(slot.region, slot.output, slot.slot): slot for slot in layout}
         self._first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         self._like = next(node for node in gm.graph.nodes if fx.tensor(node) is not None)
-        names = {*(one.name for one in layout), COEFFICIENTS, NOW}
+        names = {*(slot.name for slot in layout), COEFFICIENTS, NOW}
         self._inputs = {node.name: node for node in fx.placeholders(gm) if node.name in names}
         self._flat_table: Node | None = None
         self._weights: dict[tuple[int, int], Node] = {}
@@ -44,8 +44,8 @@ class Ports:
         return {slot: self.read(r, o, slot) for r, o, slot in self.slots if (r, o) == (region, output)}
 
     def read(self, region: int, output: int, slot: Slot) -> Node:
-        one = self.slots[region, output, slot]
-        return self._input(one.name, one.shape, getattr(torch, one.dtype), one.device)
+        entry = self.slots[region, output, slot]
+        return self._input(entry.name, entry.shape, getattr(torch, entry.dtype), entry.device)
 
     def now(self) -> Node:
         """step + 1, float32 scalar."""
@@ -68,29 +68,31 @@ class Ports:
 
     def write(self, region: int, output: int, slot: Slot, node: Node) -> None:
         """Hand `node` out as the new value of a slot; nothing where the schedule doesn't keep it."""
-        one = self.slots.get((region, output, slot))
-        if one is None:
+        entry = self.slots.get((region, output, slot))
+        if entry is None:
             return
         last = fx.output_node(self.gm)
         if not fx.need(node).is_contiguous() or node in fx.nodes_of(last.args[0]):
             # an output may be changed in place by the caller; a state has one memory format for all variants
             with self.gm.graph.inserting_before(last):
                 node = fx.call(self.gm, aten.clone.default, (node,), {"memory_format": torch.contiguous_format}, node)
-        self._written.append((one.name, node))
+        self._written.append((entry.name, node))
 
     def finish(self) -> None:
         """Hand the writes out behind the model's results, together with those of passes before, in order of names."""
         output = fx.output_node(self.gm)
-        own = list(output.args[0])  # type: ignore[arg-type]
+        results = list(output.args[0])  # type: ignore[arg-type]
         names: tuple[str, ...] = self.gm.meta.get("moeca_writes", ())
-        self._written += zip(names, own[len(own) - len(names) :], strict=True)
-        own = own[: len(own) - len(names)]
+        self._written += zip(names, results[len(results) - len(names) :], strict=True)
+        results = results[: len(results) - len(names)]
         outside = set(self._inputs.values())
         with self.gm.graph.inserting_before(output):
             # a state handed out as it came in could be changed by whoever gets it
-            own = [fx.call(self.gm, aten.clone.default, (one,)) if one in outside else one for one in own]
+            for position, result in enumerate(results):
+                if result in outside:
+                    results[position] = fx.call(self.gm, aten.clone.default, (result,))
         self._written.sort(key=lambda pair: pair[0])
-        output.args = ((*own, *(node for _, node in self._written)),)
+        output.args = ((*results, *(node for _, node in self._written)),)
         self.gm.meta["moeca_writes"] = tuple(name for name, _ in self._written)
 
     def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Node:

@@ -22,11 +22,11 @@ from moeca_compile.passes.facts import Facts
 
 
 def separate_rows(gm: GraphModule, facts: Facts) -> GraphModule:
-    found = [node for node in gm.graph.nodes if _written_rows(node) is not None]
-    if not found:
+    reads = [node for node in gm.graph.nodes if _written_rows(node) is not None]
+    if not reads:
         return gm
     latent = {name for name, level in find_inputs(gm, facts).dependence.items() if level == "latent"}
-    for node in found:  # grows: a buffer may have been written several times
+    for node in reads:  # grows: a buffer may have been written several times
         put = fx.arg(node, 0)
         buffer, rows, tokens = fx.arg(put, 0), _written_rows(node), fx.arg(put, 2)
         start, end = _range(node)
@@ -41,7 +41,7 @@ def separate_rows(gm: GraphModule, facts: Facts) -> GraphModule:
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         if _written_rows(part) is not None:
-            found.append(part)
+            reads.append(part)
     return gm
 
 

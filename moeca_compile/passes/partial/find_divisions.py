@@ -23,7 +23,7 @@ from moeca_compile.passes.facts import Facts
 from moeca_compile.passes.partial.token_axes import MixesTokens, TokenAxes
 
 
-def find_tokens(gm: GraphModule, facts: Facts) -> Facts:
+def find_divisions(gm: GraphModule, facts: Facts) -> Facts:
     finder = _Finder(gm, facts)
     regions = tuple(replace(region, division=finder.division(region)) for region in facts.regions)
     return replace(facts, regions=replace(facts.regions, regions=regions))
@@ -74,7 +74,7 @@ class _Finder:
     def _axes(self, body: Sequence[Node], output: Node, batch: int, tokens: int) -> tuple[TokenAxes, list[Node]]:
         """Axes of `body`, from the streams that enter it to `output`; and these streams."""
         axes, inside = TokenAxes(batch, tokens), set(body)
-        entering = dict.fromkeys(one for node in body for one in node.all_input_nodes if one not in inside)
+        entering = dict.fromkeys(source for node in body for source in node.all_input_nodes if source not in inside)
         for node in entering:
             if node.name in self.latent and not axes.seed(node):
                 raise MixesTokens(f"{node.name} {list(fx.shape(node))} enters it and isn't [B, N, ...]")
@@ -98,16 +98,16 @@ class _Finder:
             raise MixesTokens(f"{gates.name}: not one gate weight a branch")
         axes = TokenAxes(batch, tokens)
         parts = self._beside(body, experts, gates)
-        again: set[Node] = set()
+        recomputed: set[Node] = set()
         for part in parts:
-            alone = self._only_for(part, body, experts, gates)
-            again.update(alone)
-            axes.of.update(self._axes(alone, part, batch, tokens)[0].of)
+            nodes = self._only_for(part, body, experts, gates)
+            recomputed.update(nodes)
+            axes.of.update(self._axes(nodes, part, batch, tokens)[0].of)
         return Divisible(
             batch,
             tokens,
             parts=tuple(_value(part, batch, tokens) for part in parts),
-            body=tuple(node.name for node in body if node in again),
+            body=tuple(node.name for node in body if node in recomputed),
             axes=_plain(axes),
             branches=BranchesInfo(_value(experts, batch, tokens), gates.name, router.scores, router.num_experts),
         )
@@ -135,12 +135,12 @@ class _Finder:
     def _only_for(self, part: Node, body: list[Node], experts: Node, gates: Node) -> list[Node]:
         """What of the body makes `part` and nothing that is always run: the router and what feeds it."""
         always_run = (experts, gates)
-        alone = []
+        nodes = []
         for node in body:
             makes_part = node is part or self.cone.feeds(node, part)
-            if makes_part and not any(node is last or self.cone.feeds(node, last) for last in always_run):
-                alone.append(node)
-        return alone
+            if makes_part and not any(node is node_run or self.cone.feeds(node, node_run) for node_run in always_run):
+                nodes.append(node)
+        return nodes
 
 
 def _gates(experts: Node) -> Node:
