@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import warnings
@@ -19,6 +20,7 @@ from moeca_compile.errors import MoecaWarning
 from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.frontend.handles import states_of
 from moeca_compile.runtime.warned import Warned
+from moeca_compile.schedule import Schedule
 from tests.sampling import TIMES, compiled, dit, noise, plain, records, run, same
 
 INPUTS = noise(99, 2), torch.full((2,), 500.0), torch.tensor([1, 2])
@@ -34,6 +36,12 @@ def fresh_dynamo() -> Iterator[None]:
 def variants(model: nn.Module) -> list[str]:
     run(plain(model))
     return [record.variant for record in records(model)]
+
+
+@functools.cache
+def schedule_every(interval: int) -> Schedule:
+    """Made for the toy's regions."""
+    return moeca.explain(dit(), *INPUTS, schedule=f"uniform:{interval}", inner="eager").schedule
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -54,14 +62,14 @@ def test_a_schedule_file_that_was_rewritten_is_read_again(door: str, tmp_path: P
 
     found = []
     for interval in (2, 5):
-        moeca.explain(module, *INPUTS, schedule=f"uniform:{interval}", inner="eager").schedule.save(path)
+        schedule_every(interval).save(path)
         found.append(variants(handle()).count("v0"))
     assert found == [5, 2]
 
 
 def test_a_handle_keeps_the_schedule_that_it_read(tmp_path: Path) -> None:
     module, path = dit(), str(tmp_path / "schedule.json")
-    moeca.explain(module, *INPUTS, schedule="uniform:2", inner="eager").schedule.save(path)
+    schedule_every(2).save(path)
     model = moeca.compile(module, schedule=path, inner="eager")
     Path(path).unlink()
     assert variants(model).count("v0") == 5
