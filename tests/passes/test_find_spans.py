@@ -12,12 +12,13 @@ from torch import Tensor, nn
 import moeca_compile as moeca
 from moeca_compile.errors import CaptureError, MoecaWarning
 from moeca_compile.graph import fx
+from moeca_compile.graph.capture import Capture, capture
 from moeca_compile.graph.regions import Region
 from moeca_compile.options import Options
-from moeca_compile.pipeline import Analysis
+from moeca_compile.pipeline import Analysis, analyze
 from tests.following import Runner, assert_follows_the_oracle, subject_of
 from tests.passes.blocks import DIM, Block, Mlp, Stack, TextOfItsOwn, Timed, TwoStreams, latent, times
-from tests.tools import analyze_module, node, ops, row, schedule_of, variant_of
+from tests.tools import Traced, analyze_module, node, ops, row, schedule_of, trace_module, variant_of
 
 
 class LongSkips(nn.Module):
@@ -88,8 +89,16 @@ def module_of(body: str) -> nn.Module:
 
 
 @cache
+def traced(body: str) -> tuple[Traced, Capture]:
+    trace = trace_module(module_of(body), latent(), times())
+    return trace, capture(trace.gm, trace.args, trace.inputs)
+
+
+@cache
 def analyzed(body: str, granularity: str) -> Analysis:
-    return analyze_module(module_of(body), latent(), times(), options=Options(inner="eager", granularity=granularity))
+    trace, captured = traced(body)
+    options = Options(inner="eager", granularity=granularity)
+    return analyze(trace.gm, trace.args, trace.inputs, options, captured)
 
 
 def span_of(body: str, granularity: str) -> Region:
