@@ -32,6 +32,7 @@ VERIFIED = {"passes", "graph", "lowering", "architectures", "real", "test_golden
 VERIFY = os.environ.get("MOECA_VERIFY")
 
 FOUND: facts.Facts = {}
+last_file = Path()  # whose tests ran last in this process
 
 
 @pytest.fixture
@@ -56,6 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    global last_file
+    if item.path != last_file:
+        last_file = item.path
+        torch_once.forget_sizes()
     here = item.path.relative_to(Path(__file__).parent).parts[0]
     os.environ["MOECA_VERIFY"] = VERIFY if VERIFY is not None else "1" if here in VERIFIED else ""
 

@@ -26,6 +26,15 @@ def collect_rarely() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+def forget_sizes() -> None:
+    """Dynamo remembers for all instances of a class which sizes of their inputs changed, and traces these as symbols,
+    which takes much longer. The next file's models begin anew."""
+    try:
+        importlib.import_module("torch._dynamo.pgo").reset_code_state()
+    except (ImportError, AttributeError):
+        return
+
+
 def measure_no_guards() -> None:
     """Dynamo empties the processor's cache to measure each graph's guards, and logs the time."""
     guards = importlib.import_module("torch._dynamo.guards")
