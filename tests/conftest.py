@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_finish() -> None:
     torch_once.collect_rarely()
+    durations.begin()
 
 
 @pytest.fixture
@@ -77,6 +79,13 @@ def fact(record_property: facts.Recorder) -> facts.Recorder:
         record_property("fact", (table, row, columns))
 
     return record
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    durations.measure(report)
+    return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

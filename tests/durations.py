@@ -1,12 +1,14 @@
 """Which test files take long. pytest-xdist starts with those, so that no process is alone with one at the end.
 
-`MOECA_DURATIONS=1 make test` writes the record anew; files that take less than `SHORT` seconds aren't in it.
+The record has seconds of processor time, child processes included, which other work on the machine leaves as they are.
+`MOECA_DURATIONS=1 make test` writes it anew; files that take less than `SHORT` seconds aren't in it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,7 @@ RECORD = Path(__file__).with_name("durations.json")
 SHORT = 3.0
 
 seconds: Counter[str] = Counter()
+spent = 0.0  # by this process and its children when the last report was made
 
 
 def file_of(nodeid: str) -> str:
@@ -29,9 +32,27 @@ def longest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -recorded.get(file_of(item.nodeid), 0.0))
 
 
+def begin() -> None:
+    """What was spent so far, on imports, is no test's."""
+    global spent
+    spent = _processor_seconds()
+
+
+def measure(report: pytest.TestReport) -> None:
+    """Note in a report, in the process that made it, the processor time since the report before."""
+    before = spent
+    begin()
+    report.processor_seconds = spent - before
+
+
+def _processor_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def add(report: pytest.TestReport) -> None:
     """Count setup, call and teardown of a test for its file."""
-    seconds[file_of(report.nodeid)] += report.duration
+    seconds[file_of(report.nodeid)] += getattr(report, "processor_seconds", 0.0)  # none of a process that died
 
 
 def write_if_asked() -> None:
