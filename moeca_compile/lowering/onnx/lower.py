@@ -72,6 +72,7 @@ def lower_onnx(
     dynamic = tuple(
         {i: _symbol(dim, batch) for i, dim in enumerate(shape) if isinstance(dim, str)} for _, shape in signature.inputs
     )
+    fx.code_of(gm)  # torch.export reads the signature of the generated code
     with _quiet():
         try:
             exported = torch.export.export(gm, example, dynamic_shapes=dynamic if twins else None, strict=False)
