@@ -60,5 +60,5 @@ def write_if_asked() -> None:
     if not os.environ.get("MOECA_DURATIONS"):
         return
     merged = json.loads(RECORD.read_text()) | {file: round(taken, 1) for file, taken in seconds.items()}
-    long = {file: taken for file, taken in merged.items() if taken >= SHORT and RECORD.with_name(file).exists()}
+    long = {file: taken for file, taken in merged.items() if taken >= SHORT and (RECORD.parent / file).exists()}
     RECORD.write_text(json.dumps(dict(sorted(long.items())), indent=1) + "\n")
