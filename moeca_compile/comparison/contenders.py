@@ -60,7 +60,8 @@ class CompiledModel:
         if not all(isinstance(handle, torch.nn.Module) for handle in self._handles):
             raise StateError("compare: a compiled function has no plain model beside it. Compile the model itself")
         parts = parts_of(model)
-        self.name = type(model if parts else plain_module(model)).__name__
+        names = [type(model)] if parts else [type(plain_module(handle)) for handle in self._handles]
+        self.name = " and ".join(name.__name__ for name in names)
         self.runs: Mapping[str, Callable[[], AbstractContextManager[Any]]] = {
             PLAIN: self._plain,
             COMPUTED: self._computed,
@@ -78,7 +79,9 @@ class CompiledModel:
         return Facts(" and ".join(schedules), stats.mac_fraction, stats.state_bytes, steps, stats.uncached)
 
     def _argument(self, modules: Sequence[Any]) -> Any:
-        """What the sampler is called with: the only model, or the pipeline of several."""
+        """What the sampler is called with: the only model, a list where one was given, or the pipeline of several."""
+        if isinstance(self._model, (list, tuple)):
+            return type(self._model)(modules)
         return modules[0] if len(modules) == 1 else self._model
 
     @contextmanager

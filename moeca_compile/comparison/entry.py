@@ -45,8 +45,8 @@ def compare(
         model: a model or pipeline that is compiled with moeca, or a `Session` of a bundle.
         sample: the caller's own loop: `sample(model, seed)` returns the final samples [N, ...], deterministic in
             `seed`. It must call the model that it is given; for a pipeline it may call the pipeline, on which that
-            model is set. With two transformers it gets the pipeline. For a bundle it gets a function of one step,
-            `model({"x": x, ...}, stream="")`, which returns arrays by output name.
+            model is set. With two transformers it gets the pipeline, for a list of models a list. For a bundle it gets
+            a function of one step, `model({"x": x, ...}, stream="")`, which returns arrays by output name.
         prompts: for a pipeline, in place of `sample`: texts, or mappings with keywords of the pipeline's call such as
             `prompt_embeds`. Seed s draws prompt s modulo their number.
         call: further keywords of the pipeline's call, such as `{"num_inference_steps": 28}`.

@@ -133,6 +133,19 @@ def test_of_two_transformers_each_has_its_schedule() -> None:
     assert moeca.compare(pipe, sample, seeds=1).mac_fraction < 1
 
 
+def test_a_list_of_models_is_compared_as_a_list() -> None:
+    models = moeca.compile([world.model(), world.model()], schedule="uniform:2", inner="eager")
+
+    def sample(called: Any, seed: int) -> Tensor:
+        assert isinstance(called, list)
+        return world.sample(called[0], seed)
+
+    comparison = moeca.compare(models, sample, seeds=1)
+    assert comparison.model == "DiT and DiT"
+    assert np.array_equal(comparison.samples["plain"], world.sample(world.model(), 0).numpy())
+    assert comparison.psnr_db < 150
+
+
 # -- truths and metrics -----------------------------------------------------------------------------------------------
 
 
