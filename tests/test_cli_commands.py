@@ -56,6 +56,12 @@ def test_completion() -> None:
     assert done.stdout.split() == ["calibrate"], done.stderr
 
 
+def test_help_and_completion_wait_for_no_large_package() -> None:
+    code = "import sys; import moeca_compile.cli.commands; print(*{'torch', 'numpy', 'rich'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "\n", done.stderr
+
+
 def tiny() -> tuple[Any, Any]:
     return small_model(), call_of(2)
 

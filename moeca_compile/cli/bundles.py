@@ -1,4 +1,7 @@
-"""`moeca export`, `verify`, `info`, `run` and `bench`: bundles, at the command line."""
+"""`moeca export`, `verify`, `info`, `run` and `bench`: bundles, at the command line.
+
+What a command works with is imported inside it: help, completion and mistakes of other commands don't wait for numpy.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
-import numpy as np
 import typer
-from rich.table import Table
 
 from moeca_compile.cli import deploy, named
 from moeca_compile.cli.command import add
 from moeca_compile.cli.load import model_and_inputs
 from moeca_compile.cli.params import (
     BATCHES,
+    CPU,
     Arch,
     AsJson,
     Batches,
@@ -28,16 +29,6 @@ from moeca_compile.cli.params import (
 )
 from moeca_compile.cli.say import print_json, say, say_next, show
 from moeca_compile.errors import BundleError, OptionError
-from moeca_compile.lowering.experts.choose import FORMS
-from moeca_compile.options import Options
-from moeca_compile.runtime.bundle.bench import bench_bundle
-from moeca_compile.runtime.bundle.bundle import Bundle, engine_file
-from moeca_compile.runtime.bundle.fused import FusedSession
-from moeca_compile.runtime.bundle.summary import VARIANT_COLUMNS, facts, variants
-from moeca_compile.runtime.bundle.verify import verify as verify_session
-from moeca_compile.runtime.providers.onnxruntime import CPU
-from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.triton import write_repository
 
 Order = Annotated[
     int | None,
@@ -111,7 +102,7 @@ def export(
         experts=experts, order=order, granularity=granularity, fused=fused, dynamic_batch=not fixed_batch,
         progress=not json, engines=asked if arch or batches != BATCHES else None,
     )  # fmt: skip
-    models = write_repository(bundle, triton) if triton is not None else []
+    models = deploy.written(bundle, triton) if triton is not None else ()
     if json:
         print_json(
             {
@@ -143,6 +134,11 @@ def verify(
 
     Its checksums first, then its golden steps; exit status 1 if they differ from what was recorded.
     """
+    from moeca_compile.runtime.bundle.bundle import engine_file
+    from moeca_compile.runtime.bundle.fused import FusedSession
+    from moeca_compile.runtime.bundle.verify import verify as verify_session
+    from moeca_compile.runtime.session import Session
+
     kind = FusedSession if fused else Session
     session = kind.open(path, provider, memory, threads)
     for engine in session.manifest.engines:  # those too that this machine has no use for
@@ -159,6 +155,12 @@ def verify(
 
 def info(path: BundlePath, json: AsJson = False) -> None:
     """Show what is in a bundle; its checksums are verified."""
+    import msgspec
+    from rich.table import Table
+
+    from moeca_compile.runtime.bundle.bundle import Bundle
+    from moeca_compile.runtime.bundle.summary import VARIANT_COLUMNS, facts, variants
+
     bundle = Bundle.open(path)
     if json:
         print_json(msgspec.to_builtins(bundle.manifest))
@@ -188,6 +190,10 @@ def run(
     """Run one trajectory over recorded inputs."""
     if not out.resolve().parent.is_dir():
         raise OptionError(f"--out {out}: there is no folder {out.parent}")
+    import numpy as np
+
+    from moeca_compile.runtime.session import Session
+
     session = Session.open(path, provider, memory, threads)
     try:
         with np.load(inputs, allow_pickle=False) as data:
@@ -227,6 +233,11 @@ def bench(
 
     The milliseconds of each variant, and of whole trajectories, cached and full in turn.
     """
+    from rich.table import Table
+
+    from moeca_compile.runtime.bundle.bench import bench_bundle
+    from moeca_compile.runtime.session import Session
+
     figures = [
         bench_bundle(Session.open(path, provider, memory, threads), steps=steps, rounds=rounds, batch=batch)
         for provider in providers.split(",")
@@ -250,6 +261,9 @@ def _refuse_early(
     source: str, path: Path, schedule: str, order: int | None, granularity: str, targets: list[str]
 ) -> None:
     """Refuse what is wrong whatever the model is, before torch is imported, which takes seconds."""
+    from moeca_compile.lowering.experts.choose import FORMS
+    from moeca_compile.options import Options
+
     named.check(source, 0)
     if path.exists():
         raise BundleError(f"{str(path)!r} exists already; remove it, or export to another name")

@@ -10,12 +10,11 @@ import typer
 from moeca_compile.cli import named
 from moeca_compile.cli.command import add
 from moeca_compile.cli.load import load, model_of
-from moeca_compile.cli.params import NAMED, AsJson, Inner, Picture, Provider, Seeds, Threads, Weights
+from moeca_compile.cli.params import CPU, NAMED, AsJson, Inner, Picture, Provider, Seeds, Threads, Weights
 from moeca_compile.cli.say import print_json, say
 from moeca_compile.errors import OptionError
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle.manifest import MANIFEST
-from moeca_compile.runtime.providers.onnxruntime import CPU
 
 DEFAULT_SCHEDULE = "uniform:3"
 

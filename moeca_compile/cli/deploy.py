@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moeca_compile.cli.command import add
-from moeca_compile.cli.params import BATCHES, Arch, AsJson, Batches, BundlePath, Provider
+from moeca_compile.cli.params import BATCHES, CPU, Arch, AsJson, Batches, BundlePath, Provider
 from moeca_compile.cli.say import print_json, say, say_next
 from moeca_compile.errors import OptionError
 from moeca_compile.inspect.progress import bar
-from moeca_compile.lowering.tensorrt.build import EngineRequest, build_engines
-from moeca_compile.runtime.bundle.bundle import Bundle
-from moeca_compile.runtime.triton import write_repository
+
+if TYPE_CHECKING:
+    from moeca_compile.lowering.tensorrt.build import EngineRequest
+    from moeca_compile.runtime.bundle.bundle import Bundle
 
 Library = Annotated[
     Literal["tensorrt", "tensorrt-rtx"] | None,
@@ -52,6 +53,9 @@ def engines(
     json: AsJson = False,
 ) -> None:
     """Build a TensorRT engine of each variant into the bundle."""
+    from moeca_compile.lowering.tensorrt.build import build_engines
+    from moeca_compile.runtime.bundle.bundle import Bundle
+
     request = request_of(library or "", arch, batches, timing_cache)
     with bar(not json) as tick:
         bundle = build_engines(Bundle.open(path), request, tick)
@@ -71,19 +75,28 @@ def triton(
     idle_seconds: Annotated[
         int, typer.Option(min=1, help="Drop a sequence after so many seconds without a request.")
     ] = 60,
-    provider: Provider = "CPUExecutionProvider",
+    provider: Provider = CPU,
     threads: Annotated[int, typer.Option(min=0, help="How many threads an operator uses; 0: the runtime chooses.")] = 0,
     json: AsJson = False,
 ) -> None:
     """Write a bundle as models of a Triton server."""
-    models = write_repository(
-        Bundle.open(path), directory, name, batch=batch, sequences=sequences, idle_seconds=idle_seconds,
+    from moeca_compile.runtime.bundle.bundle import Bundle
+
+    models = written(
+        Bundle.open(path), directory, name=name, batch=batch, sequences=sequences, idle_seconds=idle_seconds,
         provider=provider, threads=threads,
     )  # fmt: skip
     if json:
         print_json({"models": [str(folder) for folder in models]})
     else:
         show_models(models, directory)
+
+
+def written(bundle: Bundle, directory: Path, **options: Any) -> tuple[Path, ...]:
+    """The folders of a bundle's models, written to a repository. `options`: as `write_repository` takes them."""
+    from moeca_compile.runtime.triton import write_repository
+
+    return write_repository(bundle, directory, **options)
 
 
 def show_models(models: Sequence[Path], directory: Path) -> None:
@@ -98,6 +111,8 @@ def request_of(library: str = "", arch: str = "", batches: str = BATCHES, cache:
     Raises:
         OptionError: batches that aren't three numbers.
     """
+    from moeca_compile.lowering.tensorrt.build import EngineRequest
+
     try:
         least, usual, largest = map(int, batches.split(","))
     except ValueError:

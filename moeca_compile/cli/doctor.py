@@ -10,7 +10,6 @@ from moeca_compile import __version__
 from moeca_compile.cli.command import add
 from moeca_compile.cli.params import AsJson
 from moeca_compile.cli.say import print_json, say, say_next, show
-from moeca_compile.inspect.doctor.diagnosis import diagnose
 
 Compile = Annotated[
     bool, typer.Option("--compile", help="Also compile a small function with Inductor; it takes up to a minute.")
@@ -31,6 +30,8 @@ def doctor(compile: Compile = False, report: Report = False, json: AsJson = Fals
     Each of torch, the C++ compiler, onnxruntime, OpenVINO, TensorRT and diffusers is tried in a process of its own.
     Exit status 1 if torch doesn't work.
     """
+    from moeca_compile.inspect.doctor.diagnosis import diagnose
+
     diagnosis = diagnose(__version__, compile)
     if json:
         print_json(diagnosis.to_json())

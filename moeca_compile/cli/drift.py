@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from moeca_compile.cli import named
 from moeca_compile.cli.command import add
@@ -16,9 +15,6 @@ from moeca_compile.cli.load import load, model_of
 from moeca_compile.cli.params import NAMED, AsJson, Inner, Picture, Seeds, Weights, drawable
 from moeca_compile.cli.say import print_json, show
 from moeca_compile.errors import OptionError, ScheduleError
-from moeca_compile.inspect import plots
-from moeca_compile.inspect.drift import lines, tables
-from moeca_compile.inspect.drift import plots as drift_plots
 from moeca_compile.inspect.progress import bar
 
 if TYPE_CHECKING:
@@ -83,6 +79,9 @@ def _sampled(
 ) -> None:  # fmt: skip
     named.check(source, 0)
     named.check(sample, 2)
+    from moeca_compile.inspect import plots
+    from moeca_compile.inspect.drift import plots as drift_plots
+    from moeca_compile.inspect.drift import tables
     from moeca_compile.planner.drift.branches import branch_drift
 
     model, sampler = model_of(source, weights), load(sample)
@@ -114,6 +113,11 @@ def _store_in(kept: Path) -> Store | None:
 
 
 def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
+    from rich.table import Table
+
+    from moeca_compile.inspect import plots
+    from moeca_compile.inspect.drift import lines
+
     store = _store_in(kept)
     found = store.drift() if store is not None else None
     if store is None or found is None:

@@ -10,6 +10,7 @@ import typer
 from moeca_compile.errors import OptionError
 
 BATCHES = "1,2,8"
+CPU = "CPUExecutionProvider"
 NAMED = "MODULE:FUNCTION"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
-
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.segment import Segment
+from typing import TYPE_CHECKING, Any
 
 from moeca_compile.runtime.bundle.summary import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 
 class _Visible:
@@ -20,12 +20,16 @@ class _Visible:
         self.inner = inner
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.segment import Segment
+
         for segment in console.render(self.inner, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def show(*parts: RenderableType) -> None:
     """Print tables, grids and lines. A text is no markup: region names have brackets."""
+    from rich.console import Console
+
     console = Console(highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(_Visible(part))
