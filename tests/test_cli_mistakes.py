@@ -101,6 +101,12 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("engines", "{}/empty", "--library", "tensorflow"), "'tensorflow' is not one of 'tensorrt', 'tensorrt-rtx'"),
     (("triton", "{}/empty", "{}/models"), "manifest.json is missing"),
     (("triton", "{}/empty", "{}/models", "--sequences", "0"), "--sequences"),
+    (("compare", "tests.toy:model"), "sample"),
+    (("compare", "tests.toy:model", *FIND[:2], "--schedule", "unifrom:3"), "unifrom:3"),
+    (("compare", "tests.toy:modell", *FIND[:2]), "did you mean 'model'?"),
+    (("compare", "{}/empty"), "expected MODULE:FUNCTION"),
+    (("calibrate", "tests.toy:model", *FIND, "--truth", "true"), "'true' is not one of 'uncached', 'converged'"),
+    (("calibrate", "tests.toy:model", *FIND, "--budget", "2x"), "did you mean speedup:2?"),
     (("doctor", "now"), "Got unexpected extra argument"),
 ]  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,7 +28,7 @@ Budgets = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="Write the schedule to this .json file.")]
 Truths = Annotated[
-    str,
+    Literal["uncached", "converged"],
     typer.Option(
         "--truth",
         help="With --granularity output, what samples should be near: uncached, or converged for the solution that "
