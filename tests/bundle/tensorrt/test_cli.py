@@ -53,7 +53,7 @@ def test_batches_that_are_none(exported: Bundle, batches: str) -> None:
 def test_triton(exported: Bundle, tmp_path: Path) -> None:
     said = run("triton", exported.path, tmp_path / "models", "--name", "m", "--sequences", 3)
     models = tmp_path / "models"
-    serve = f"serve with: tritonserver --model-repository={models}"
+    serve = f"next: tritonserver --model-repository={models}"
     assert said.splitlines() == [str(models / "m"), str(models / "m_fused"), serve]
     assert "max_candidate_sequences: 3" in (tmp_path / "models" / "m" / "config.pbtxt").read_text()
 
