@@ -1,6 +1,6 @@
 """The pictures of the documentation that no benchmark draws.
 
-python -m docs.pictures            # all of them, into docs/img; about half a minute
+python -m docs.pictures            # all of them; about a minute
 python -m docs.pictures imports    # one of them
 """
 
@@ -10,10 +10,14 @@ import re
 import sys
 from pathlib import Path
 
+from docs import rooms
+
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
+ROOMS = ROOT / "docs" / "explanation" / "rooms.svg"
 SCHEDULE = ROOT / "examples" / "schedules" / "digits_34.json"
 DIGITS, FIRST_SEED = 10, 2000  # no seed of the calibration
+REPORT_STEP = 18
 
 
 def draw_digits(path: Path) -> float:
@@ -44,6 +48,32 @@ def draw_schedule(path: Path) -> None:
     from moeca_compile.schedule import Schedule
 
     plots.schedule_grid(Schedule.load(SCHEDULE)).savefig(path, dpi=90, bbox_inches="tight")
+
+
+def draw_report(path: Path) -> None:
+    """The head of the report's page, at a step that skips all regions. Chromium takes the picture."""
+    import shutil
+    import subprocess
+    import tempfile
+
+    from PIL import Image
+
+    import moeca_compile as moeca
+    from examples import digits
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        raise SystemExit("the picture of the report needs Chromium")
+    model = moeca.compile(digits.load_model(), schedule=SCHEDULE, inner="eager")
+    for _ in range(2):  # the first time the variants are made
+        digits.sample(model, seed=FIRST_SEED, n=2)
+    with tempfile.TemporaryDirectory() as folder:
+        page, picture = Path(folder) / "report.html", Path(folder) / "report.png"
+        moeca.explain(model, html=page)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,1080"]
+        address = f"{page.as_uri()}#step={REPORT_STEP}"
+        subprocess.run([chromium, *options, f"--screenshot={picture}", address], check=True, capture_output=True)
+        Image.open(picture).convert("RGB").quantize(48).save(path, optimize=True)
 
 
 def import_order() -> list[tuple[str, str]]:
@@ -80,10 +110,14 @@ def draw_imports(path: Path) -> None:
 def main(names: list[str]) -> None:
     """Draw the pictures that are named, or all."""
     IMAGES.mkdir(exist_ok=True)
+    if not names or "rooms" in names:
+        ROOMS.write_text(rooms.svg())
     if not names or "imports" in names:
         draw_imports(IMAGES / "imports.svg")
     if not names or "schedule" in names:
         draw_schedule(IMAGES / "schedule.png")
+    if not names or "report" in names:
+        draw_report(IMAGES / "report.png")
     if not names or "digits" in names:
         sys.stdout.write(f"digits: {draw_digits(IMAGES / 'digits.png'):.1f} dB\n")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moeca_compile.exporting import export
     from moeca_compile.frontend.model_arguments import disable
     from moeca_compile.options import Options
-    from moeca_compile.planner import calibrate, calibrate_front, expert_thresholds
+    from moeca_compile.planner import calibrate, calibrate_front, expert_thresholds, measurements
     from moeca_compile.schedule import Schedule
     from moeca_compile.schedule.front import Front
 
@@ -30,6 +30,7 @@ _HOMES = {
     "compile": "api",
     "disable": "frontend.model_arguments",
     "expert_thresholds": "planner",
+    "measurements": "planner",
     "explain": "api",
     "export": "exporting",
     "prepare": "api",
@@ -42,7 +43,8 @@ _HOMES = {
 
 __all__ = [
     "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "compare", "compile", "disable",
-    "expert_thresholds", "explain", "export", "prepare", "reset", "stats", "trajectory", "unprepare", "warmup",
+    "expert_thresholds", "explain", "export", "measurements", "prepare", "reset", "stats", "trajectory", "unprepare",
+    "warmup",
 ]  # fmt: skip
 __version__ = "0.2.0"
 

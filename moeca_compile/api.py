@@ -39,6 +39,8 @@ from moeca_compile.frontend.model_arguments import (
 )
 from moeca_compile.frontend.output_path import OutputEntry, install_output_path
 from moeca_compile.frontend.owner import handle_of, parameters_of
+from moeca_compile.frontend.reporting.calls import with_calls
+from moeca_compile.frontend.reporting.recorder import GraphRecorder
 from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.frontend.summary import report_of
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
@@ -274,6 +276,7 @@ def explain(
     *inputs: Any,
     keywords: Mapping[str, Any] | None = None,
     schedule: Schedule | str | Path | None = None,
+    html: str | Path | None = None,
     **named: Any,
 ) -> Report:
     """Capture the model for these inputs and report what was found and what would be built. Nothing is compiled.
@@ -286,6 +289,9 @@ def explain(
         *inputs: inputs of one call, as the model takes them.
         keywords: inputs by name that are named like options.
         schedule: the schedule to explain, as in `Options`.
+        html: a file to write the report to as one page, with the graphs of all passes (`Report.to_html` adds images
+            and what a calibration measured). After a trajectory, explain the compiled model: the page then shows the
+            milliseconds of each step.
         **named: inputs that the model takes by name, and fields of `Options`.
 
     Returns:
@@ -296,13 +302,25 @@ def explain(
         StateError: no inputs, and no call that could be explained; or a pipeline with two transformers.
         OptionError: a keyword that is neither an option nor an input of the model.
         ScheduleError: a schedule that can't be read, or doesn't fit the model.
+        UserError: the page can't be written.
     """
+    with GraphRecorder(html is not None) as recorder:
+        report = recorder.add_to(_explained(model, inputs, keywords, schedule, named, recorder))
+    if html is not None:
+        report.to_html(html)
+    return report
+
+
+def _explained(
+    model: Any, inputs: Sequence[Any], keywords: Mapping[str, Any] | None, schedule: Schedule | str | Path | None,
+    named: Mapping[str, Any], recorder: GraphRecorder,
+) -> Report:  # fmt: skip
     model = single_model(model, "explain")
     named_inputs, overrides = inputs_and_options(model, named)
     if schedule is not None:
         overrides["schedule"] = schedule
     if not (inputs or named_inputs or keywords):
-        return _last_call(model, overrides)
+        return _last_call(model, overrides, recorder)
     Options.from_backend_options(overrides)
     if isinstance(model, torch.nn.Module) and not _is_compiled(model):
         prepare(model)
@@ -319,15 +337,19 @@ def explain(
             programs.append(entry.place(args, runtime)[0])
             return entry.run_uncached(args, "")
         handle_schedule = None if overrides.keys() & {"schedule", "order"} else runtime.schedule
-        programs.append(Program(entry.gm, args, entry.inputs, replace(runtime.options, **overrides), handle_schedule))
+        options = recorder.options(replace(runtime.options, **overrides))
+        programs.append(Program(entry.gm, args, entry.inputs, options, handle_schedule))
         return tuple(entry.gm(*args))
 
     with torch.no_grad():
         _intercept(model, inputs, {**named_inputs, **(keywords or {})}, analyze)
-    broken = [state for state in states_of(model) if state.parts]
+    states = states_of(model)
+    broken = [state for state in states if state.parts]
     parts, breaks = sum(state.parts for state in broken), "\n".join(state.uncached for state in broken)
     if programs:
-        return replace(report_of(programs), graphs=len(programs) + parts, breaks=breaks)
+        if len(programs) > 1:
+            recorder.forget()
+        return replace(with_calls(model, report_of(programs), states), graphs=len(programs) + parts, breaks=breaks)
     if broken:
         return Report.of_parts(parts, breaks)
     raise CaptureError(
@@ -336,7 +358,7 @@ def explain(
     )
 
 
-def _last_call(model: Any, options: Mapping[str, Any]) -> Report:
+def _last_call(model: Any, options: Mapping[str, Any], recorder: GraphRecorder) -> Report:
     """The report of the last call of a compiled model."""
     states = states_of(model)
     programs = [program for state in states for program in state.runtime.programs.values()]
@@ -345,7 +367,8 @@ def _last_call(model: Any, options: Mapping[str, Any]) -> Report:
         reason = "options are explained for inputs" if options else "no call of the compiled model was made yet"
         raise StateError(f"explain: {reason}. Pass inputs as the model takes them: explain(model, *inputs)")
     if programs:
-        return replace(report_of(programs[-1:]), graphs=len(programs))
+        recorder.rewrite(programs[-1])
+        return replace(with_calls(model, report_of(programs[-1:]), states), graphs=len(programs))
     return Report.of_parts(sum(state.parts for state in uncached), "\n".join(state.uncached for state in uncached))
 
 

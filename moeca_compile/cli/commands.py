@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeca_compile import __version__
-from moeca_compile.cli import bundles, compare, deploy, doctor, drift, plans
+from moeca_compile.cli import bundles, compare, deploy, doctor, drift, explain, plans
 from moeca_compile.cli.command import add
 from moeca_compile.cli.params import AsJson, Picture
 from moeca_compile.cli.say import print_json, say
@@ -84,6 +84,7 @@ add(app, diff, example="moeca diff half.json model.moeca", if_stopped="nothing w
 plans.mount(app)
 compare.mount(app)
 drift.mount(app)
+explain.mount(app)
 bundles.mount(app)
 deploy.mount(app)
 doctor.mount(app)

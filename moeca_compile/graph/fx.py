@@ -231,6 +231,13 @@ def where(node: Node) -> str:
     return f"{lines[-1][0].rsplit('/', 1)[-1]}:{lines[-1][1]}" if lines else ""
 
 
+def code(node: Node) -> str:
+    """The text of the model's own line that made `node`, or ''."""
+    lines = (node.meta.get("stack_trace") or "").rstrip().splitlines()
+    text = lines[-1].strip() if lines else ""
+    return "" if text.startswith("File ") else text
+
+
 def module_path(node: Node) -> str:
     """Dotted path of the innermost module that made `node`, or ''; a label, never evidence."""
     stack = node.meta.get("nn_module_stack")

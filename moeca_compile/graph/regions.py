@@ -24,11 +24,13 @@ class Rejected:
         reason: why.
         node: the node's or the module's name; "" where there is none.
         where: the source line, or the module; "" where it isn't known.
+        code: the text of the source line; "" where it isn't known.
     """
 
     reason: str
     node: str = ""
     where: str = ""
+    code: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         at = " ".join(part for part in (self.node, f"({self.where})" if self.where else "") if part)

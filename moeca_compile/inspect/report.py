@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from moeca_compile.graph.regions import HoistedValue, Region, Rejected
+from moeca_compile.inspect.html.data import page_data
+from moeca_compile.inspect.html.graphs import PassGraphs
+from moeca_compile.inspect.html.images import pairs_of
+from moeca_compile.inspect.html.measured import Measured
+from moeca_compile.inspect.html.page import write_page
+from moeca_compile.inspect.routing import attending, routing
 from moeca_compile.schedule import Schedule
 
 Rows = list[tuple[str, ...]]
@@ -51,6 +60,10 @@ class Report:
         variants: the programs of the schedule.
         hoisted: values that are computed outside the variants, once for several calls.
         breaks: where and why Dynamo broke the model's graph, and what helps; parts of a broken graph aren't cached.
+        model: the name of the model's class.
+        calls: of the model's last trajectory, if it ran this schedule: the attributes of each `StepRecord`, and `row`,
+            the number of the row that ran, in order of first use; None where that isn't known.
+        pass_graphs: the graphs before and after each pass that has some; only where `html` was asked for.
     """
 
     graphs: int
@@ -67,6 +80,9 @@ class Report:
     variants: tuple[VariantReport, ...]
     hoisted: tuple[HoistedValue, ...] = ()
     breaks: str = ""
+    model: str = ""
+    calls: tuple[Mapping[str, Any], ...] = ()
+    pass_graphs: tuple[PassGraphs, ...] = ()
 
     @classmethod
     def of_parts(cls, parts: int, breaks: str) -> Report:
@@ -89,6 +105,36 @@ class Report:
         data["schedule"] = json.loads(self.schedule.to_json())
         return json.dumps(data, indent=1)
 
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        uncached: Sequence[Any] = (),
+        cached: Sequence[Any] = (),
+        measured: Measured | None = None,
+        others: Sequence[Schedule] = (),
+        steps: int | None = None,
+    ) -> Path:
+        """Write the report as one HTML page that needs no network and no other file.
+
+        Args:
+            path: the file to write; an existing one is replaced.
+            uncached: images of PIL or paths of image files, sampled with every step computed.
+            cached: images of the same prompts and seeds, sampled with the schedule.
+            measured: what the calibration of the schedule measured (`moeca_compile.measurements`), for the plots.
+            others: schedules of the same model, such as those for other budgets, for the front.
+            steps: how many steps to show; default: those of the last trajectory, else those of the schedule; 50 of one
+                that repeats.
+
+        Returns:
+            The path.
+
+        Raises:
+            UserError: the file can't be written; or images that aren't pairs, or no images.
+        """
+        pairs = pairs_of(uncached, cached)
+        return write_page(path, page_data(self, pairs=pairs, measured=measured, others=others, steps=steps), str(self))
+
     def __str__(self) -> str:
         if self.breaks and not self.nodes:
             return self.breaks
@@ -110,7 +156,7 @@ class Report:
         for r in self.regions:
             shapes = " ".join("x".join(map(str, shape)) for shape in r.shapes)
             share = r.macs / self.total_macs if self.total_macs else 0.0
-            how = _attending(r) or _routing(r)
+            how = attending(r) or routing(r)
             rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes), how))
         return _columns(rows)
 
@@ -133,32 +179,6 @@ class Report:
         rows: Rows = [("pass", "ms", "nodes", "after")]
         rows += [(name, f"{ms:.1f}", str(before), str(after)) for name, ms, before, after in self.passes]
         return _columns(rows)
-
-
-def _attending(region: Region) -> str:
-    """What a region's attention attends to; `fixed keys` depend on the prompt alone."""
-    if region.kind != "attention":
-        return ""
-    return "; ".join(attention.kind + (", fixed keys" if attention.invariant else "") for attention in region.attention)
-
-
-def _routing(region: Region) -> str:
-    """How a region's experts are chosen, and whether its branches can be told apart."""
-    if region.kind == "span":
-        return ""
-    routers = {experts.router for experts in region.experts}
-    texts = []
-    for router in region.routers:
-        k, n = router.top_k, router.num_experts
-        says = {
-            "token": f"{k} of {n} experts a token",
-            "expert": f"{k} tokens a sample for each of {n} experts",
-            "step": f"{k} of {n} experts, the same at a step whatever the latent",
-            "batch": f"{n} experts choose over the whole batch: samples depend on their neighbours",
-            "head": f"{k} of {n} heads",
-        }[router.choice]
-        texts.append(says if router in routers else f"{says}, cached as a whole")
-    return "; ".join(texts)
 
 
 def _columns(rows: Rows) -> list[str]:

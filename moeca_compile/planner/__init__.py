@@ -12,9 +12,15 @@ if TYPE_CHECKING:
     from moeca_compile.planner.calibration import calibrate
     from moeca_compile.planner.drift.thresholds import expert_thresholds
     from moeca_compile.planner.front import calibrate_front
+    from moeca_compile.planner.measured import measurements
 
-_MODULES = {"calibrate": "calibration", "calibrate_front": "front", "expert_thresholds": "drift.thresholds"}
-__all__ = ["calibrate", "calibrate_front", "expert_thresholds"]
+_MODULES = {
+    "calibrate": "calibration",
+    "calibrate_front": "front",
+    "expert_thresholds": "drift.thresholds",
+    "measurements": "measured",
+}
+__all__ = ["calibrate", "calibrate_front", "expert_thresholds", "measurements"]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,6 +77,10 @@ def test_the_drawing_of_imports_is_that_of_the_test(tmp_path: Path) -> None:
     assert (tmp_path / "imports.svg").read_text() == (pictures.IMAGES / "imports.svg").read_text()
 
 
+def test_the_drawing_of_rooms_is_what_its_command_draws() -> None:
+    assert pictures.ROOMS.read_text() == pictures.rooms.svg()
+
+
 def test_the_grid_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pictures.draw_schedule(tmp_path / "schedule.png")

@@ -26,7 +26,6 @@ def find_experts(gm: GraphModule, facts: Facts) -> Facts:
         router = next((info for info in facts.routers if node.name in info.steers), None)
         experts.append(ExpertsInfo(node.name, ids.name, router))
         if router is None:
-            rejected.append(
-                Rejected("no router found for its expert ids: no branch cache for it", node.name, fx.where(node))
-            )
+            reason = "no router found for its expert ids: no branch cache for it"
+            rejected.append(Rejected(reason, node.name, fx.where(node), fx.code(node)))
     return replace(facts, experts=tuple(experts), rejected=tuple(rejected))

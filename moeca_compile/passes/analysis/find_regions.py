@@ -36,7 +36,7 @@ def find_regions(gm: GraphModule, facts: Facts) -> Facts:
             continue
         inner = [joined[name] for name in outer.body if name in joined and name not in shortcuts]
         branch = _after_the_last(outer, inner, cone, nodes) if inner else outer
-        position = (outer.join, fx.where(nodes[outer.join]))
+        position = _place(nodes[outer.join])
         if branch.reason:
             rejected.append(Rejected(branch.reason, *position))
         elif not any(name in macs for name in branch.body):
@@ -60,9 +60,14 @@ def find_regions(gm: GraphModule, facts: Facts) -> Facts:
             regions.append(region_of([node for name, node in nodes.items() if name in inside], cuts, facts))
         else:
             reason = f"its attention or experts are read outside it too, by {reader.name}, and would run all the same"
-            rejected.append(Rejected(reason, group[0].join, fx.where(nodes[group[0].join])))
+            rejected.append(Rejected(reason, *_place(nodes[group[0].join])))
     total = sum(macs.values())
     return replace(facts, rejected=tuple(rejected), regions=RegionMap(_unique_keys(regions), tuple(rejected), total))
+
+
+def _place(join: Node) -> tuple[str, str, str]:
+    """Of a rejected branch: its node, and the source line by number and text."""
+    return join.name, fx.where(join), fx.code(join)
 
 
 def _shortcuts(branch: Branch, joined: Mapping[str, Branch], anchors: set[str]) -> list[Branch]:

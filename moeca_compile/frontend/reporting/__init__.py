@@ -1,0 +1,1 @@
+"""What `explain` adds to a report: the calls that ran, and the graphs of the passes."""
