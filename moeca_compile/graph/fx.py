@@ -233,9 +233,8 @@ def where(node: Node) -> str:
 
 def code(node: Node) -> str:
     """The text of the model's own line that made `node`, or ''."""
-    lines = (node.meta.get("stack_trace") or "").rstrip().splitlines()
-    text = lines[-1].strip() if lines else ""
-    return "" if text.startswith("File ") else text
+    found = re.findall(r'File "[^"]+", line \d+.*\n +(\S.*)', node.meta.get("stack_trace") or "")
+    return str(found[-1]).rstrip() if found and not found[-1].startswith('File "') else ""
 
 
 def module_path(node: Node) -> str:

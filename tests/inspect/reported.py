@@ -10,11 +10,16 @@ import torch
 
 import moeca_compile as moeca
 from moeca_compile.inspect.report import Report
-from moeca_compile.schedule import Schedule
+from moeca_compile.schedule import Partial, Row, Schedule
+from moeca_compile.schedule.action import parse_row
 from tests import toy
-from tests.tools import row
 
 KEYS = ["blocks.0", "blocks.0.moe", "blocks.1", "blocks.1.moe"]
+
+
+def row(text: str) -> Row:
+    """A letter a region; `a` computes a part of it."""
+    return parse_row(text, {"a": Partial(0.1, 0.2)})
 
 
 @cache

@@ -13,8 +13,7 @@ import pytest
 from moeca_compile.graph.regions import Rejected
 from moeca_compile.inspect.html.measured import Measured
 from moeca_compile.inspect.report import Report
-from tests.inspect.reported import report
-from tests.tools import row
+from tests.inspect.reported import report, row
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
