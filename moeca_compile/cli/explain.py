@@ -82,7 +82,12 @@ def explain(
 
     With --html it writes a page to look at: each step, milliseconds, quality, images, and the graphs of all passes.
     """
-    of_page = {"--calibration": calibration, "--beside": beside, "--uncached": uncached, "--cached": cached}
+    of_page: dict[str, object] = {
+        "--calibration": calibration,
+        "--beside": beside,
+        "--uncached": uncached,
+        "--cached": cached,
+    }
     of_page["--steps"] = steps
     if html is None and (unused := [name for name, value in of_page.items() if value]):
         raise OptionError(f"{', '.join(unused)}: these are for the page: add --html report.html")
