@@ -107,6 +107,10 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("compare", "{}/empty"), "expected MODULE:FUNCTION"),
     (("calibrate", "tests.toy:model", *FIND, "--truth", "true"), "'true' is not one of 'uncached', 'converged'"),
     (("calibrate", "tests.toy:model", *FIND, "--budget", "2x"), "did you mean speedup:2?"),
+    (("explain", "tests.toy:modell"), "did you mean 'model'?"),
+    (("explain", "tests.toy:model", "--schedule", "unifrom:3"), "unifrom:3"),
+    (("explain", "tests.toy:model", "--steps", "3"), "--steps: these are for the page: add --html report.html"),
+    (("explain", "tests.toy:model", "--html", "{}/no/r.html"), "there is no folder"),
     (("doctor", "now"), "Got unexpected extra argument"),
 ]  # fmt: skip
 
