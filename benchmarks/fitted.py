@@ -32,7 +32,6 @@ from moeca_compile.schedule import Action, Schedule
 WORK = Path("build/fitted")
 PAGE = Path("docs/fitted.md")
 REGIONS, UNCACHED, CONVERGED = "regions", "uncached", "converged"
-BRANCHES = 0.04  # of the expert branches, that calibrated schedules of regions may compute in cheap rows
 MARKS = {
     "digits": "<!-- python -m benchmarks.fitted --report -->",
     "glyphs": "<!-- python -m benchmarks.fitted --task glyphs --report -->",
@@ -61,6 +60,7 @@ class Size:
 
 
 WHOLE = Size(50, 4, (50, 34, 26, 20), 8, 8, 8, 32)
+WHOLE_GLYPHS = replace(WHOLE, shares=(34, 20))
 QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
 
 
@@ -91,7 +91,7 @@ class Bench:
         def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
             return self.task.sampler(size.samples, steps)(model, seed)
 
-        kind: dict[str, Any] = {"granularity": "region", "branches": BRANCHES}
+        kind: dict[str, Any] = {"granularity": "region"}
         if family != REGIONS:
             kind = {"granularity": "output", "truth": self.truth(family)}
         front = moeca.calibrate_front(
@@ -234,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pin_threads()
     console = Console(width=180)
     work = args.work or (WORK / (f"quick_{args.task}" if args.quick else args.task))
-    result = measure(Bench(QUICK if args.quick else WHOLE, work, TASKS[args.task]), console)
+    whole = WHOLE if args.task == DIGITS.name else WHOLE_GLYPHS
+    result = measure(Bench(QUICK if args.quick else whole, work, TASKS[args.task]), console)
     show(result, console)
     folder = folder_of(args)
     if folder is not None:
