@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import fitted, transfer
 
-MADE_BY = {"fitted": fitted, "transfer": transfer}
+MADE_BY = {"fitted": fitted, "fitted_glyphs": fitted, "transfer": transfer}
 
 
 @pytest.mark.parametrize("file", MADE_BY)
