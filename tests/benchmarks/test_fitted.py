@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fitted, transfer
+from benchmarks import few_steps, fitted, transfer
 
 MADE_BY = {"fitted": fitted, "fitted_glyphs": fitted, "transfer": transfer}
 
@@ -37,3 +37,10 @@ def test_quick_transfer_tells_guidance(tmp_path: Path) -> None:
     transfer.main(["--quick", "--fitted", str(tmp_path / "work"), "--out", str(tmp_path)])
     here, elsewhere = json.loads((tmp_path / "transfer.json").read_text())["lines"]
     assert (here["warned"], elsewhere["warned"]) == (False, True)
+
+
+def test_the_page_of_few_steps_shows_the_committed_figures(tmp_path: Path) -> None:
+    page = tmp_path / "few-steps.md"
+    page.write_text(f"before\n{few_steps.MARK}\nold\n{few_steps.MARK}\nafter")
+    few_steps.report(Path("benchmarks/results/few_steps.json"), page)
+    assert page.read_text().split(few_steps.MARK)[1] in Path("docs/few-steps.md").read_text()
