@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from moeca_compile.engine.intercept import intercepting
 from moeca_compile.errors import StateError
 from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.handles import states_of
-from moeca_compile.frontend.model_arguments import compiled_parts, plain_module, remove_in_place_compilation
+from moeca_compile.frontend.model_arguments import compiled_parts, plain_module, swapped_in
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.inspect.comparison import CACHED, COMPUTED, PLAIN
@@ -49,11 +49,13 @@ class CompiledModel:
 
     Attributes:
         name: of its class.
-        runs: by name, a context in which the model runs that way; it gives what the sampler is called with.
+        ways: of running it, by name.
 
     Raises:
         StateError: it isn't compiled with moeca, or is a compiled function.
     """
+
+    ways = (PLAIN, COMPUTED, CACHED)
 
     def __init__(self, model: Any) -> None:
         self._model, self._handles = model, compiled_parts(model, "compare")
@@ -62,11 +64,11 @@ class CompiledModel:
         parts = parts_of(model)
         names = [type(model)] if parts else [type(plain_module(handle)) for handle in self._handles]
         self.name = " and ".join(name.__name__ for name in names)
-        self.runs: Mapping[str, Callable[[], AbstractContextManager[Any]]] = {
-            PLAIN: self._plain,
-            COMPUTED: self._computed,
-            CACHED: self._cached,
-        }
+
+    def running(self, way: str) -> AbstractContextManager[Any]:
+        """A context in which the model runs one of the `ways`; it gives what the sampler is called with."""
+        # made at each use: methods kept on the object would be a cycle, and keep the handles until garbage collection
+        return {PLAIN: self._plain, COMPUTED: self._computed, CACHED: self._cached}[way]()
 
     def facts(self) -> Facts:
         """Of the last cached run."""
@@ -101,20 +103,8 @@ class CompiledModel:
     def _plain(self) -> Iterator[Any]:
         """The model's own code. Expert dispatches that `prepare` replaced are seen by compilers alone."""
         modules = [plain_module(handle) for handle in self._handles]
-        in_place = [module._compiled_call_impl for module in modules]
-        parts = parts_of(self._model)
-        for name, module in zip(parts, modules, strict=False):
-            setattr(self._model, name, module)
-        for module in modules:
-            remove_in_place_compilation(module)
-        try:
+        with swapped_in(modules, self._model):
             yield self._argument(modules)
-        finally:
-            for module, call in zip(modules, in_place, strict=True):
-                if call is not None:
-                    module._compiled_call_impl = call
-            for name, part in parts.items():
-                setattr(self._model, name, part)
 
 
 class BundleModel:
@@ -149,14 +139,16 @@ class BundleModel:
 class CompiledBundle:
     """A session, with the attributes and methods of `CompiledModel`. A bundle has no plain model."""
 
+    ways = (COMPUTED, CACHED)
+
     def __init__(self, session: Session) -> None:
         self._session = session
         self.name = session.manifest.model.name
-        self.runs: Mapping[str, Callable[[], AbstractContextManager[Any]]] = {
-            COMPUTED: self._computed,
-            CACHED: self._cached,
-        }
         self._facts = Facts(session.schedule.made_by, 1.0, 0, 0)
+
+    def running(self, way: str) -> AbstractContextManager[Any]:
+        """As `CompiledModel.running`."""
+        return {COMPUTED: self._computed, CACHED: self._cached}[way]()
 
     def facts(self) -> Facts:
         """Of the last cached run."""

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from moeca_compile.comparison.contenders import CompiledBundle, CompiledModel, Facts
 from moeca_compile.comparison.metrics import Metric, Metrics
-from moeca_compile.comparison.truth import Truth, check_truth, true_samples
+from moeca_compile.comparison.truth import check_truth, true_samples
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.frontend.prompts import Prompt, PromptSampler, check_seeds, sampler_of
 from moeca_compile.inspect.comparison import CACHED, Comparison, Contender
+from moeca_compile.planner.output.study import Truth
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.output import UNCACHED
@@ -73,7 +74,7 @@ def compare(
     check_seeds(sampler, len(numbers), "compare")
     check_truth(truth, sampler)
     runner = _Runner(compared, sampler)
-    names = list(compared.runs)
+    names = list(compared.ways)
     # the cached run goes first: it says where nothing is cached, and there the graph may not be computed apart
     first = {name: runner.run(name, numbers[0]) for name in reversed(names)}
     samples: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -134,7 +135,7 @@ class _Runner:
             OptionError: the samples aren't a tensor of finite numbers.
             StateError: nothing was cached.
         """
-        with torch.no_grad(), self._compared.runs[name]() as model:
+        with torch.no_grad(), self._compared.running(name) as model:
             begin = time.perf_counter()
             drawn = self._sampler(model, seed) if steps is None else self._sampler(model, seed, steps=steps)
             drawn = _checked(drawn, seed)  # copied to the host, so that the device has finished

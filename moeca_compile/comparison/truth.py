@@ -11,10 +11,9 @@ from torch import Tensor
 
 from moeca_compile.errors import OptionError
 from moeca_compile.planner.output.paths import FINER, extrapolation_weight
+from moeca_compile.planner.output.study import Truth
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.output import CONVERGED, UNCACHED
-
-Truth = str | Mapping[int, Tensor] | Callable[[int], Tensor]
 
 
 def check_truth(truth: Any, sampler: Callable[..., Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +121,25 @@ def test_a_pipeline_is_compared_by_prompts() -> None:
         pipe, lambda model, seed: torch.stack(pipe(generator=torch.Generator().manual_seed(seed)).images), seeds=1
     )
     assert by_function.mac_fraction < 1
+
+
+def test_after_a_comparison_a_disabled_pipeline_is_forgotten_at_once() -> None:
+    pipe = world.Pipeline()
+    moeca.compile(pipe, schedule="uniform:3", inner="eager")
+    moeca.compare(pipe, prompts=["a fox"], call={"num_inference_steps": 6}, seeds=1)
+    gc.collect()
+    gc.disable()  # nothing may wait for the collector
+    try:
+        moeca.compare(pipe, prompts=["a fox"], call={"num_inference_steps": 6}, seeds=1)
+        handle = weakref.ref(pipe.transformer)
+        moeca.disable(pipe)
+        assert handle() is None
+        with pytest.raises(StateError, match="isn't compiled with moeca"):
+            moeca.stats(pipe)
+        with pytest.raises(StateError, match="isn't compiled with moeca"):
+            moeca.compare(pipe, prompts=["a fox"], seeds=1)
+    finally:
+        gc.enable()
 
 
 def test_of_two_transformers_each_has_its_schedule() -> None:
