@@ -159,14 +159,11 @@ class CompiledOutput(CompiledSchedule):
         return [_Step(args, kept, terms, weights, polynomial, values, self._checked(state, step, values))]
 
     def _checked(self, state: StreamState | None, step: int, latent: Tensor | None) -> Callable[[Tensor], None] | None:
-        """The check of the sampler's first update: begins at step 0, ends at step 1."""
+        """The check of the sampler's first update."""
         check = None if self._rule is None else self._rule.sampler
-        if check is None or state is None or latent is None or step > 1:
+        if check is None or state is None or latent is None:
             return None
-        if step == 1:
-            check.compare(state, _wide(latent), torch.finfo(latent.dtype).eps)
-            return None
-        return lambda output: check.expect(state, _wide(latent), _wide(output))
+        return check.observer(state, step, lambda: _wide(latent), torch.finfo(latent.dtype).eps)
 
     def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Any) -> list[Any]:
         kept = [self.zeros(slot) for slot in range(len(self.layout))]
@@ -219,7 +216,7 @@ class OutputVariants(VariantCache):
             values = [kept[0], *(value for value in step.kept[: self.depth - 1] if value is not None)]
             outputs = (_weighted(step, values), *outputs[1:])
         if step.observe is not None:
-            step.observe(outputs[0])
+            step.observe(_wide(outputs[0]))
         return [*outputs, *kept]
 
     def _forecast(self, arguments: Sequence[Any]) -> Sequence[Tensor]:

@@ -28,12 +28,12 @@ class Kept(NamedTuple):
     Attributes:
         values: by number of the model's output, the last ones that were computed, latest first.
         weights: of the output rule; None: the polynomial serves.
-        observe: is called with the feeds and what a computed step returns.
+        observe: is called with what a computed step returns, in at least float32.
     """
 
     values: tuple[tuple[Any, ...], ...]
     weights: Sequence[float] | None
-    observe: Callable[[Mapping[str, Any], Any], None] | None = None
+    observe: Callable[[Any], None] | None = None
 
 
 class OutputRows:
@@ -78,18 +78,13 @@ class OutputRows:
                 values[spec.output].append(value)
         return Kept(tuple(map(tuple, values)), weights, self._checked(state, step, feeds))
 
-    def _checked(
-        self, state: StreamState, step: int, feeds: Mapping[str, Any]
-    ) -> Callable[[Mapping[str, Any], Any], None] | None:
-        """The check of the sampler's first update: begins at step 0, ends at step 1."""
+    def _checked(self, state: StreamState, step: int, feeds: Mapping[str, Any]) -> Callable[[Any], None] | None:
+        """The check of the sampler's first update."""
         check, latent = None if self.rule is None else self.rule.sampler, self.latent
-        if check is None or latent is None or step > 1:
+        if check is None or latent is None:
             return None
-        if step == 1:
-            check.compare(state, wide(feeds[latent.name], latent.dtype), EPSILONS.get(latent.dtype, 0.0))
-            return None
-        dtype = self.manifest.outputs[0].dtype
-        return lambda feeds, output: check.expect(state, wide(feeds[latent.name], latent.dtype), wide(output, dtype))
+        array, rounding = feeds[latent.name], EPSILONS.get(latent.dtype, 0.0)
+        return check.observer(state, step, lambda: wide(array, latent.dtype), rounding)
 
     def weighted(self, feeds: Mapping[str, Any], weights: Sequence[float], outputs: Sequence[Any]) -> Any:
         """The output rule's sum for the model's first output."""
@@ -118,7 +113,7 @@ class _Computed:
         if kept and step is not None and step.weights is not None:
             arrays[0] = rows.weighted(feeds, step.weights, (kept[0], *step.values[0]))
         if step is not None and step.observe is not None:
-            step.observe(feeds, arrays[0])
+            step.observe(wide(arrays[0], rows.manifest.outputs[0].dtype))
         return [*arrays, *kept, *values[count:]]
 
 

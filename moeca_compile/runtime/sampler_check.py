@@ -7,7 +7,8 @@ schedule keeps the sampler's first update, and another guidance scale, solver or
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from moeca_compile.runtime.state import StreamState
@@ -27,6 +28,27 @@ class SamplerCheck:
 
     def __init__(self, update: Sequence[float], warned: Warned) -> None:
         self.update, self.warned = update, warned
+
+    def observer(
+        self, state: StreamState, step: int, latent: Callable[[], Any], rounding: float
+    ) -> Callable[[Any], None] | None:
+        """Check a call: the first step's update is computed, the second step's latent compared with it.
+
+        Args:
+            state: of the stream.
+            step: number of the call, from 0.
+            latent: gives the call's, [B, C, ...], in at least float32; called in the first two steps only.
+            rounding: the relative rounding error of the latent's own dtype, without unit.
+
+        Returns:
+            What is to be called with the output of the first step, [B, at least C, ...], in at least float32; None at
+            every other step.
+        """
+        if step == 0:
+            return partial(self.expect, state, latent())
+        if step == 1:
+            self.compare(state, latent(), rounding)
+        return None
 
     def expect(self, state: StreamState, latent: Any, output: Any) -> None:
         """After the first step: compute the next latent.
