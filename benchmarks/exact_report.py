@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.pages import markdown
 from benchmarks.protocol import when
 
 Rows = Iterable[tuple[object, ...]]
@@ -38,7 +39,7 @@ the passes do: [running](running.md).{_note(data)}
 50 steps, order 1, told their timesteps (`moeca.trajectory(model, timesteps=...)`). The trajectories walk side by side,
 a step of each in turn; seconds are the sums of their steps. MACs are those of the programs that ran.
 
-{_table(("", "seconds", "speedup", "share of the MACs", "speedup x share"), _runs(data))}
+{markdown(("", "seconds", "speedup", "share of the MACs", "speedup x share"), _runs(data), left=None)}
 
 ## Compiling
 
@@ -47,11 +48,11 @@ the contenders in turn; in brackets the share of torch.compile's. On a *new mach
 the header that every C++ kernel includes among them: it is compiled once for a machine's torch. moeca has it compiled,
 and asks for vector instructions, while it captures.
 
-{_table(COMPILING, _compiling(data["compile_seconds"]))}
+{markdown(COMPILING, _compiling(data["compile_seconds"]), left=None)}
 
 ## What was asked
 
-{_table(("", "bound", "measured", ""), _targets(data["targets"]))}
+{markdown(("", "bound", "measured", ""), _targets(data["targets"]), left=None)}
 """
 
 
@@ -62,12 +63,13 @@ def _note(data: Mapping[str, Any]) -> str:
 
 def _timings(timings: Mapping[str, Any], baseline: str) -> str:
     head = ("", "median ms", "least", "most", f"times {baseline}")
-    return _table(
+    return markdown(
         head,
         (
             (name, f"{one['median_ms']:.1f}", f"{one['min_ms']:.1f}", f"{one['max_ms']:.1f}", f"{one['speedup']:.2f}")
             for name, one in timings.items()
         ),
+        left=None,
     )
 
 
@@ -93,8 +95,3 @@ def _of(seconds: Mapping[str, Mapping[str, float]], name: str, depth: str) -> fl
 def _targets(targets: Mapping[str, Any]) -> Rows:
     for name, one in targets.items():
         yield name, one["bound"], f"{one['measured']:.3f}", "met" if one["met"] else "missed"
-
-
-def _table(head: tuple[str, ...], rows: Rows) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

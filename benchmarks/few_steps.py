@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import fitted
 from benchmarks.fitted import CONVERGED, Size
+from benchmarks.pages import write_table
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
 from benchmarks.tasks import DIGITS
 
@@ -62,13 +63,9 @@ HEADS = ("steps", *("computed" if head.startswith("computed") else head for head
 def report(results: Path, page: Path) -> None:
     """Write the table into the page, between its two marks."""
     result = json.loads(results.read_text())
-    lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
-    for table in result["tables"]:
-        lines += [f"| {table['steps']} | {' | '.join(row)} |" for row in fitted.rows_of(table)]
+    rows = [[str(table["steps"]), *row] for table in result["tables"] for row in fitted.rows_of(table)]
     samples = result["tables"][0]["samples"]
-    lines += ["", f"{samples} held-out digits; {when(result['machine'])}."]
-    before, _, after = page.read_text().split(MARK)
-    page.write_text(f"{before}{MARK}\n\n" + "\n".join(lines) + f"\n\n{MARK}{after}")
+    write_table(page, MARK, HEADS, rows, f"{samples} held-out digits; {when(result['machine'])}.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

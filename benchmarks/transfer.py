@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from benchmarks import fitted
+from benchmarks.pages import write_table
 from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
 from benchmarks.tasks import DIGITS, GUIDANCE, TASKS, Task
@@ -188,12 +189,8 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
 def report(results: Path, page: Path) -> None:
     """Write the table of a task into the page, between its two marks."""
     result = json.loads(results.read_text())
-    mark = MARKS[result["task"]]
-    lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
-    lines += [f"| {' | '.join(row)} |" for row in rows_of(result)]
-    lines += ["", f"{result['samples']} held-out {result['task']}; {when(result['machine'])}."]
-    before, _, after = page.read_text().split(mark)
-    page.write_text(f"{before}{mark}\n\n" + "\n".join(lines) + f"\n\n{mark}{after}")
+    note = f"{result['samples']} held-out {result['task']}; {when(result['machine'])}."
+    write_table(page, MARKS[result["task"]], HEADS, rows_of(result), note)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.pages import markdown
 from benchmarks.peers import plain
-from benchmarks.peers.tables import UNCACHED, markdown, spread
+from benchmarks.peers.tables import UNCACHED, spread
 from benchmarks.peers.verdict import Point, points_of
 from benchmarks.protocol import when
 

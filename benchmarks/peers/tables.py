@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.pages import markdown
 from benchmarks.peers import plain, roster
 from benchmarks.peers.verdict import SPEEDUPS, Hull, Point, at, best_peer, group_of, hulls, lead, ours, tried
 
@@ -15,12 +16,6 @@ SHORT = (
 TOLD = "moeca, calibrated"  # whose lead the README tells: one family, not the best of several
 NEVER, EAGER, AS_A_WHOLE = ", never a hit", ", eager", ", compiled as a whole"
 UNCACHED, RECOMPILED = "eager, as shipped", "the baseline, compiled anew"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table, all but the first `left` columns to the right."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
 def equal_latency(points: Sequence[Point], against: str = "uncached", figure: str = "psnr_db") -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fitted import CONVERGED, UNCACHED
+from benchmarks.pages import markdown
 from benchmarks.peers.equal import roster
 from benchmarks.peers.equal.measure import BEST
-from benchmarks.peers.tables import markdown
 from benchmarks.protocol import when
 
 PAGE = Path("docs/peers.md")

@@ -13,31 +13,19 @@ from torch import Tensor
 import moeca_compile as moeca
 from benchmarks.peers import dbcache, fora, macs, ours, taylorseer, teacache
 from benchmarks.peers.thirds import Thirds
-from benchmarks.peers.way import Plain, Way, bytes_in
+from benchmarks.peers.way import Way, bytes_in
 from benchmarks.peers.workload import Batch, Size
 from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
-from examples import digits
+from tests.benchmarks.peers.conftest import BATCH, WORK, psnr
 
 NEEDS_DIFFUSERS = "diffusers isn't installed: pip install -e '.[bench]'"
 NEEDS_CACHE_DIT = "cache-dit isn't installed: pip install -e '.[bench]'"
-WORK = TrainedDigits(QUICK)
-BATCH = WORK.batches()[0]
 
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(scope="module")
-def uncached() -> Tensor:
-    with torch.no_grad():
-        return Plain(WORK.prepared(), WORK).sample(BATCH)
-
-
-def psnr(way: Way, uncached: Tensor) -> float:
-    return digits.psnr(way.sample(BATCH), uncached).clamp(max=200).mean().item()
 
 
 def calls_of(model: Any, way: Way) -> Counter[str]:

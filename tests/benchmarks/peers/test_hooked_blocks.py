@@ -12,28 +12,14 @@ pytest.importorskip("diffusers", reason="diffusers isn't installed: pip install 
 
 from benchmarks.peers import hooked_blocks
 from benchmarks.peers.hooked_blocks import HookedBlocks, Setting
-from benchmarks.peers.way import Plain
-from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
-from examples import digits
-
-WORK = TrainedDigits(QUICK)
-BATCH = WORK.batches()[0]
+from benchmarks.peers.workloads.trained_digits import QUICK
+from tests.benchmarks.peers.conftest import BATCH, WORK, psnr
 
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(scope="module")
-def uncached() -> Tensor:
-    with torch.no_grad():
-        return Plain(WORK.prepared(), WORK).sample(BATCH)
-
-
-def psnr(way: Setting, uncached: Tensor) -> float:
-    return digits.psnr(way.sample(BATCH), uncached).clamp(max=200).mean().item()
 
 
 def mag_cache() -> HookedBlocks:
