@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -81,6 +83,15 @@ def test_all_trajectories_since_the_reset_are_told() -> None:
     assert [len(trajectory) for trajectory in moeca.stats(model).trajectories] == [world.STEPS] * 2
 
 
+@pytest.fixture
+def _no_collection() -> Iterator[None]:
+    """No step is timed together with a garbage collection, which takes longer than compiling this small model."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collection")
 def test_compiling_is_in_no_step_s_time() -> None:
     model = moeca.compile(world.model(), schedule="uniform:3", inner="eager")
     world.sample(model)
