@@ -46,7 +46,7 @@ install: $(INSTALLED) ## make .venv with the package and all tools
 demo: $(INSTALLED) ## sample digits plain and cached, print the table, write demo.png
 	$(BIN)/python -m examples.01_generate
 
-# loadfile: what a file's tests share is made once, by the process that runs them all
+# loadfile: what the tests of a file, or of some folders, share is made once, by the process that runs them all
 test: $(INSTALLED) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 

@@ -1,4 +1,5 @@
-"""Which test files take long. pytest-xdist starts with those, so that no process is alone with one at the end.
+"""Which test files take long, and which belong in one process. pytest-xdist starts with the longest, so that no process
+is alone with one at the end.
 
 The record has seconds of processor time, child processes included, which other work on the machine leaves as they are.
 `MOECA_DURATIONS=1 make test` writes it anew; files that take less than `SHORT` seconds aren't in it.
@@ -16,6 +17,8 @@ import pytest
 
 RECORD = Path(__file__).with_name("durations.json")
 SHORT = 3.0
+# Folders whose files share what a process makes once: the exported bundles, analyzed blocks, a report, uncached digits.
+TOGETHER = ("bundle/", "passes/", "inspect/", "benchmarks/peers/")
 
 seconds: Counter[str] = Counter()
 spent = 0.0  # by this process and its children when the last report was made
@@ -26,10 +29,18 @@ def file_of(nodeid: str) -> str:
     return nodeid.split("::", 1)[0].removeprefix("tests/")
 
 
+def unit_of(nodeid: str) -> str:
+    """What one process runs: the test's file, or its folder if that is one of `TOGETHER`."""
+    file = file_of(nodeid)
+    return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+
+
 def longest_first(items: list[pytest.Item]) -> None:
-    """Sort in place. The tests of a file stay together and in order, and so do files without a record, at the end."""
-    recorded = json.loads(RECORD.read_text())
-    items.sort(key=lambda item: -recorded.get(file_of(item.nodeid), 0.0))
+    """Sort in place. The tests of a unit stay together and in order, and so do units without a record, at the end."""
+    recorded: Counter[str] = Counter()
+    for file, taken in json.loads(RECORD.read_text()).items():
+        recorded[unit_of(file)] += taken
+    items.sort(key=lambda item: -recorded[unit_of(item.nodeid)])
 
 
 def begin() -> None:

@@ -32,7 +32,7 @@ class CountedCalls:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return DiT(depth=2).eval()
+    return DiT(depth=1).eval()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_file_holds_all_and_one_is_chosen_by_budget(front: moeca.Front, model:
     assert moeca.stats(compiled).mac_fraction == pytest.approx(chosen.predicted["mac_fraction"], abs=1e-3)
     with pytest.raises(ScheduleError, match=r"is a front of several schedules: name one by a budget"):
         Schedule.load(file)
-    with pytest.raises(OptionError, match=r"order=2: the schedule '.*front.json@speedup:2' has order"):
+    with pytest.raises(OptionError, match=r"order=[12]: the schedule '.*front.json@speedup:2' has order"):
         moeca.compile(model, schedule=f"{file}@speedup:2", order=2 if chosen.order != 2 else 1, inner="eager")
 
 

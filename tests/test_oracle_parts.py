@@ -99,8 +99,18 @@ def schedules(draw: st.DrawFn, one: Subject) -> Schedule:
     return schedule_of(one.analysis, "CC", *rows, order=order, legend=LEGEND, control=control)
 
 
-@pytest.mark.parametrize("speed", [WILD, TAME])
-@pytest.mark.parametrize("style", ["numpy", "nonzero"])
+SLOW = pytest.mark.slow  # both styles and both speeds are in the others
+
+
+@pytest.mark.parametrize(
+    ("style", "speed"),
+    [
+        ("numpy", WILD),
+        ("nonzero", TAME),
+        pytest.param("numpy", TAME, marks=SLOW),
+        pytest.param("nonzero", WILD, marks=SLOW),
+    ],
+)
 @settings(NO_DEADLINE, max_examples=5)
 @given(data=st.data())
 def test_any_partial_schedule_is_run_as_the_oracle_says(style: str, speed: float, data: st.DataObject) -> None:

@@ -13,6 +13,11 @@ import logging
 from typing import Any
 
 
+def import_without_collector() -> None:
+    """Until `collect_rarely`: what imports make lives for ever."""
+    gc.disable()
+
+
 def collect_rarely() -> None:
     """What was imported lives for ever: the collector needn't look at it, neither by itself nor when a test asks.
 
@@ -24,6 +29,7 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 def forget_sizes() -> None:

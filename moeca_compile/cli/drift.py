@@ -68,7 +68,7 @@ def drift(
     if sample is None:
         if weights is not None or (seeds, gap, inner) != (1, 1, "eager"):
             raise OptionError("--weights, --seeds, --gap and --inner are for a model that is sampled now: add --sample")
-        _kept(Path(of), picture, experts, json)
+        _calibrated(Path(of), picture, experts, json)
     else:
         _sampled(of, sample, weights, seeds, gap, inner, picture, experts, json)
 
@@ -102,9 +102,9 @@ def _sampled(
         show(f"as a whole only, for their branches can't be told apart: {', '.join(apart)}")
 
 
-def _store_in(kept: Path) -> Store | None:
-    """What a calibration kept in the folder, or in one below it; looked for before torch is imported."""
-    file = next(iter(sorted(kept.rglob("drift.npz"))), None)
+def _store_in(folder: Path) -> Store | None:
+    """What a calibration stored in the folder, or in one below it; looked for before torch is imported."""
+    file = next(iter(sorted(folder.rglob("drift.npz"))), None)
     if file is None:
         return None
     from moeca_compile.planner.store import Store
@@ -112,23 +112,22 @@ def _store_in(kept: Path) -> Store | None:
     return Store(file.parent)
 
 
-def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
+def _calibrated(folder: Path, picture: Path | None, experts: Path | None, json: bool) -> None:
     from rich.table import Table
 
     from moeca_compile.inspect import plots
     from moeca_compile.inspect.drift import lines
 
-    store = _store_in(kept)
-    found = store.drift() if store is not None else None
-    if store is None or found is None:
-        raise ScheduleError(f"{kept} holds no calibration: `moeca calibrate --resume {kept}` makes one")
-    measured, noted = found
-    split = store.drift(name="split")
-    steps: dict[str, list[float]] = {}
-    for one in (*((split[0],) if split is not None else ()), measured):
-        groups = [f"regions {', '.join(map(str, atom))}" for atom in one.atoms]
-        steps |= lines.by_step(one.steps, one.pairs, one.parts, groups)
-    layers = lines.by_expert(noted.get("experts", ()))
+    store = _store_in(folder)
+    if store is None:
+        raise _without_calibration(folder)
+    from moeca_compile.planner.measured import stored_drift
+
+    drift = stored_drift(store)
+    if drift is None:
+        raise _without_calibration(folder)
+    steps, extra = drift
+    layers = lines.by_expert(extra.get("experts", ()))
     stale = lines.by_harm(map(asdict, store.perturbations()))
     if picture is not None:
         plots.save(plots.drift_map(steps, "how far the latent is moved by older outputs"), picture)
@@ -137,16 +136,20 @@ def _kept(kept: Path, picture: Path | None, experts: Path | None, json: bool) ->
     if json:
         print_json({"steps": steps, "experts": layers, "stale": stale})
         return
-    for title, axis, found_lines in (
+    for title, axis, lines_by_name in (
         ("drift by step", "step", steps),
         ("drift by expert", "expert", layers),
         ("PSNR in dB with one expert stale", "expert", stale),
     ):
         table = Table(title, "least", "median", "most", "where it is most", box=None, padding=(0, 2, 0, 0))
-        for name, line in found_lines.items():
+        for name, line in lines_by_name.items():
             known = {at: value for at, value in enumerate(line) if value == value}
             low, middle, high = (f(known.values()) for f in (min, statistics.median, max))
             most = max(known, key=known.__getitem__)
             table.add_row(name, f"{low:.3g}", f"{middle:.3g}", f"{high:.3g}", f"{axis} {most}")
-        if found_lines:
+        if lines_by_name:
             show(table)
+
+
+def _without_calibration(folder: Path) -> ScheduleError:
+    return ScheduleError(f"{folder} holds no calibration: `moeca calibrate --resume {folder}` makes one")

@@ -148,9 +148,11 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
         graph = make_fx(functional, pre_dispatch=True)(*fakes)
     changed = [inputs[i].label for i in mutated]
     if with_caches:
-        olds, news = fx.placeholders(graph), list(fx.nodes_of(fx.output_node(graph).args[0]))
-        pairs = zip(mutated, news[len(news) - len(mutated) :], strict=True)
-        changed = [inputs[i].label for i, new in pairs if not is_overwritten(olds[i], new)]
+        caches = [fx.placeholders(graph)[i] for i in mutated]
+        results = list(fx.nodes_of(fx.output_node(graph).args[0]))
+        values = results[len(results) - len(mutated) :]
+        overwritten = [is_overwritten(cache, value) for cache, value in zip(caches, values, strict=True)]
+        changed = [label for label, is_cache in zip(changed, overwritten, strict=True) if not is_cache]
     if changed:
         raise CaptureError(
             f"the model changes {', '.join(sorted(set(changed)))} in place while it runs. A cached step would skip "
@@ -158,8 +160,8 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
             "and values may be overwritten in place, if what is written isn't computed from it.)"
         )
     _note_sizes(graph, args, casts)
-    sources = [replace(one, is_weight=one.is_weight and i not in mutated) for i, one in enumerate(inputs)]
-    renamed = _rename(graph, sources)
+    arguments = [replace(entry, is_weight=entry.is_weight and i not in mutated) for i, entry in enumerate(inputs)]
+    renamed = _rename(graph, arguments)
     return Capture(graph, renamed, casts, tuple(renamed[i].name for i in mutated))
 
 

@@ -233,8 +233,8 @@ def where(node: Node) -> str:
 
 def code(node: Node) -> str:
     """The text of the model's own line that made `node`, or ''."""
-    found = re.findall(r'File "[^"]+", line \d+.*\n +(\S.*)', node.meta.get("stack_trace") or "")
-    return str(found[-1]).rstrip() if found and not found[-1].startswith('File "') else ""
+    lines = re.findall(r'File "[^"]+", line \d+.*\n +(\S.*)', node.meta.get("stack_trace") or "")
+    return str(lines[-1]).rstrip() if lines and not lines[-1].startswith('File "') else ""
 
 
 def module_path(node: Node) -> str:

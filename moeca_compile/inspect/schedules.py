@@ -122,14 +122,14 @@ def _cells(schedule: Schedule) -> dict[tuple[int, str], str]:
     }
 
 
-def table_of_differences(found: Difference, left: str, right: str) -> Table:
+def table_of_differences(differences: Difference, left: str, right: str) -> Table:
     """`left` and `right` are the names of the two schedules."""
     from rich.table import Table
 
     table = Table("what", left, right, box=None, padding=(0, 2, 0, 0))
-    for name, a, b in found.facts:
+    for name, a, b in differences.facts:
         table.add_row(name.replace("_", " "), _short(a), _short(b))
-    for (step, a_b), cells in itertools.groupby(found.cells, key=lambda one: (one[0], one[2:])):
+    for (step, a_b), cells in itertools.groupby(differences.cells, key=lambda cell: (cell[0], cell[2:])):
         table.add_row(f"step {step}, {_named([cell[1] for cell in cells])}", *(action or "absent" for action in a_b))
     return table
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,15 +41,31 @@ def measurements(folder: str | Path, report: Report) -> Measured:
         )
     store = Store(place)
     store.check({"graph": report.fingerprint, "granularity": granularity})
-    return Measured(_drift(store), _front(store, report))
+    drift = stored_drift(store)
+    return Measured(drift[0] if drift is not None else {}, _front(store, report))
 
 
-def _drift(store: Store) -> dict[str, list[float]]:
+def stored_drift(store: Store) -> tuple[dict[str, list[float]], Mapping[str, Any]] | None:
+    """How far the latent moves where older outputs stand in, by step.
+
+    Returns:
+        By name one number a step, for all regions together and for each group of regions that was displaced by itself
+        (a group is named after its columns); and what else was measured with it, the drift of each expert. None: no
+        drift is stored.
+
+    Raises:
+        ScheduleError: a file is damaged.
+    """
     stored = store.drift()
     if stored is None:
-        return {}
-    drift, _ = stored
-    return by_step(drift.steps, drift.pairs, drift.parts, [f"regions {atom}" for atom in drift.atoms])
+        return None
+    total, extra = stored
+    split = store.drift(name="split")
+    lines: dict[str, list[float]] = {}
+    for drift in (split[0], total) if split is not None else (total,):  # the lines of all regions are those of `total`
+        groups = [f"regions {', '.join(map(str, columns))}" for columns in drift.atoms]
+        lines |= by_step(drift.steps, drift.pairs, drift.parts, groups)
+    return lines, extra
 
 
 def _front(store: Store, report: Report) -> dict[str, list[tuple[float, float]]]:

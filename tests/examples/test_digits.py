@@ -37,7 +37,7 @@ def test_every_expert_is_used(model: digits.DiTMoE) -> None:
         assert share.min() > 0.02
 
 
-@pytest.mark.parametrize(("n", "steps"), [(20, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "steps"), [(10, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
 def test_samples_show_their_class(model: digits.DiTMoE, n: int, steps: int) -> None:
     images = digits.sample(model, seed=1, n=n, steps=steps)
     assert images.shape == (n, 1, 16, 16)

@@ -119,8 +119,8 @@ def test_every_expert_is_used() -> None:
         assert share.min() > 0.01
 
 
-@pytest.mark.parametrize("n", [20, pytest.param(100, marks=pytest.mark.slow)])
-def test_samples_show_their_class(n: int) -> None:
-    images = digits.sample(dsmoe.load_digits(), seed=1, n=n)
+@pytest.mark.parametrize(("n", "steps"), [(10, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
+def test_samples_show_their_class(n: int, steps: int) -> None:
+    images = digits.sample(dsmoe.load_digits(), seed=1, n=n, steps=steps)
     assert images.shape == (n, 1, 16, 16)
     assert digits.accuracy(images, digits.labels_of(n)) >= 0.9

@@ -271,7 +271,7 @@ def test_checkpoints_are_small(name: str) -> None:
     assert {value.dtype for value in load_file(path).values()} == {torch.float16}
 
 
-@pytest.mark.parametrize(("n", "steps"), [(20, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "steps"), [(10, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRAINED)
 def test_samples_show_their_class(name: str, n: int, steps: int) -> None:
     images = digits.sample(skip_dit.load_digits(TRAINED[name][0]), seed=1, n=n, steps=steps)

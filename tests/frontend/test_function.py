@@ -40,8 +40,8 @@ def test_one_model_compiled_in_many_ways_is_cached_in_each() -> None:
     """Dynamo counts recompilations by a model's code, and past its limit would run eager, uncached."""
     model = DiT(depth=1).eval()
     x, y = torch.ones(2, 4, 8, 8), torch.tensor([1, 2])
-    limit = torch._dynamo.config.recompile_limit
-    with torch.no_grad():
+    limit = 2
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=limit):
         for interval in range(2, limit + 4):
             handle = moeca.compile(model, schedule=f"uniform:{interval}", inner="eager")
             for step in range(3):

@@ -97,7 +97,11 @@ def test_a_model_that_reads_by_strides_is_given_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "first"),
-    [("full", True), ("uniform:3", True), ("uniform:3", False)],  # in the middle, "full" has no state to change
+    [
+        pytest.param("full", True, marks=pytest.mark.slow),  # in the middle, "full" has no state to change
+        ("uniform:3", True),
+        ("uniform:3", False),
+    ],
     ids=["full, first call", "first call", "in the middle"],
 )
 def test_no_samples_give_an_empty_tensor_and_change_nothing(schedule: str, first: bool) -> None:

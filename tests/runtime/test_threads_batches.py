@@ -40,7 +40,7 @@ def sample(model: nn.Module, way: dict[str, Any], seed: int, batch: int, steps: 
         return run(plain(model, seed=seed, batch=batch, times=TIMES[:steps]))
 
 
-def in_threads(work: Callable[[int], None]) -> None:
+def in_threads(work: Callable[[int], None], count: int = THREADS) -> None:
     errors: list[BaseException] = []
 
     def guarded(number: int) -> None:
@@ -51,8 +51,8 @@ def in_threads(work: Callable[[int], None]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    together = threading.Barrier(THREADS)
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(THREADS)]
+    together = threading.Barrier(count)
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
     for one in threads:
         one.start()
     for one in threads:
@@ -60,7 +60,9 @@ def in_threads(work: Callable[[int], None]) -> None:
     assert not errors, errors
 
 
-def wrong(model: nn.Module, serial: nn.Module, way: str, each: int, steps: int) -> list[tuple[int, int]]:
+def wrong(
+    model: nn.Module, serial: nn.Module, way: str, each: int, steps: int, count: int = THREADS
+) -> list[tuple[int, int]]:
     """(thread, batch) of the trajectories in threads that didn't give what `serial` gives in one thread; the first
     calls of `model` are among them."""
     torch._dynamo.reset()
@@ -71,7 +73,7 @@ def wrong(model: nn.Module, serial: nn.Module, way: str, each: int, steps: int) 
             key = number, BATCHES[(number + i) % len(BATCHES)]
             found.append((key, sample(model, WAYS[way], *key, steps)))
 
-    in_threads(work)
+    in_threads(work, count)
     truth = {key: sample(serial, WAYS[way], *key, steps) for key in {key for key, _ in found}}
     return [key for key, outputs in found if not same(outputs, truth[key])]
 
@@ -97,4 +99,4 @@ def test_threads_that_meet_an_unprepared_model_at_once(way: str) -> None:
     module = dit()
     serial = compiled(copy.deepcopy(module))
     model = torch.compile(module, backend="moeca", options={"schedule": "uniform:3", "inner": "eager"})
-    assert wrong(model, serial, way, each=1, steps=4) == []
+    assert wrong(model, serial, way, each=1, steps=4, count=len(BATCHES) + 1) == []

@@ -35,20 +35,22 @@ def _norms(steps: int, pairs: Mapping[tuple[int, int], int], part: Any, gap: int
     return [float(size[pairs[s - gap, s]]) if (s - gap, s) in pairs else float("nan") for s in range(steps)]
 
 
-def by_expert(found: Iterable[Mapping[str, Any]], what: str = "forecast") -> dict[str, list[float]]:
+def by_expert(experts: Iterable[Mapping[str, Any]], what: str = "forecast") -> dict[str, list[float]]:
     """A line for each MoE layer, a column for each expert: the drift of its gated output, relative; `load` too."""
     lines: dict[str, list[float]] = {}
-    for one in found:
-        lines.setdefault(str(one["region"]), []).append(float(one[what]))
+    for expert in experts:
+        lines.setdefault(str(expert["region"]), []).append(float(expert[what]))
     return lines
 
 
-def by_harm(found: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+def by_harm(trials: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     """A line for each MoE layer, a column for each expert: the samples' mean PSNR with it stale; nan: not tried."""
-    lines: dict[str, dict[int, list[float]]] = {}
-    for one in found:
-        lines.setdefault(str(one["region"]), {}).setdefault(int(one["expert"]), []).append(float(one["psnr_db"]))
-    return {
-        region: [fmean(tried[expert]) if expert in tried else float("nan") for expert in range(1 + max(tried))]
-        for region, tried in lines.items()
-    }
+    tried: dict[str, dict[int, list[float]]] = {}
+    for trial in trials:
+        of_region = tried.setdefault(str(trial["region"]), {})
+        of_region.setdefault(int(trial["expert"]), []).append(float(trial["psnr_db"]))
+    lines: dict[str, list[float]] = {}
+    for region, experts in tried.items():
+        columns = range(1 + max(experts))
+        lines[region] = [fmean(experts[expert]) if expert in experts else float("nan") for expert in columns]
+    return lines

@@ -32,9 +32,9 @@ _SCALES = {
 _LOGARITHMIC = ("drift", "error", "positions")
 
 
-def by_layer(found: Mapping[str, Any], title: str = "") -> Figure:
+def by_layer(drift: Mapping[str, Any], title: str = "") -> Figure:
     """A panel for each quantity: layers from top to bottom, steps or positions from left to right."""
-    regions = found["regions"]
+    regions = drift["regions"]
     panels = [(name, _SCALES.get(what, what), _lines(regions, kind, "by_step", what)) for name, kind, what in _STEPS]
     panels += [(name, "positions", _lines(regions, kind, "by_position", "reuse")) for name, kind in _POSITIONS]
     panels = [panel for panel in panels if panel[2]]
@@ -42,12 +42,10 @@ def by_layer(found: Mapping[str, Any], title: str = "") -> Figure:
         raise UserError("drift: nothing to draw; neither attention nor experts were found")
     rows = math.ceil(len(panels) / 2)
     figure, grid = _figure(rows, 2, (9.0, 0.5 + 1.45 * rows), title)
-    norms = {
-        scale: _norm(
-            (line for _, panel_scale, lines in panels if panel_scale == scale for line in lines.values()), scale
-        )
-        for _, scale, _ in panels
-    }
+    drawn: dict[str, list[Sequence[float]]] = {}  # by color scale
+    for _, scale, lines in panels:
+        drawn.setdefault(scale, []).extend(lines.values())
+    norms = {scale: _norm(lines, scale) for scale, lines in drawn.items()}
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, (name, scale, lines) in zip(grid, panels, strict=False):
@@ -58,20 +56,23 @@ def by_layer(found: Mapping[str, Any], title: str = "") -> Figure:
     return figure
 
 
-def by_expert(found: Mapping[str, Any], title: str = "") -> Figure:
+def by_expert(drift: Mapping[str, Any], title: str = "") -> Figure:
     """A row for each MoE layer: of its experts the load and the drift by step, and the load by position."""
-    layers = routed(found["regions"])
+    layers = routed(drift["regions"])
     if not layers:
         raise UserError("drift: no layer whose branches can be told apart, so no experts to draw")
     names = ("load by step", "drift of persisting branches by step", "load by position")
     figure, grid = _figure(len(layers), 3, (10.0, 0.5 + 1.3 * len(layers)), title)
-    drift = _norm((line for layer in layers.values() for line in layer["by_expert"]["branches by step"]), "drift")
+    drifts: list[Sequence[float]] = []
+    for layer in layers.values():
+        drifts += layer["by_expert"]["branches by step"]
+    norm_of_drift = _norm(drifts, "drift")
     for row, layer in enumerate(layers.values()):
         each, last = layer["by_expert"], row == len(layers) - 1
         shown = (each["load by step"], each["branches by step"], layer["by_position"]["load"])
         for column, lines in enumerate(shown):
             axes = grid[3 * row + column]
-            norm = drift if column == 1 else _norm(lines, "load")
+            norm = norm_of_drift if column == 1 else _norm(lines, "load")
             _heat(figure, axes, lines, "" if row else names[column], norm)
             axes.set_xlabel("" if not last else "position" if column == 2 else "step", fontsize=7)
         grid[3 * row].set_ylabel(f"layer {layer['layer']}: expert", fontsize=7)

@@ -40,32 +40,31 @@ _WAVES = ({aten.sin.default}, {aten.cos.default})
 
 
 def find_inputs(gm: GraphModule, facts: Facts) -> Facts:
-    own = [
-        node
-        for node, one in zip(fx.placeholders(gm), facts.inputs, strict=True)
-        if not one.is_weight and fx.tensor(node) is not None and node.name not in facts.caches
-    ]
-    labels = {one.name: one.label for one in facts.inputs}
-    timesteps = _timesteps(gm, own, labels, only_embedded=bool(facts.caches))
+    arguments: list[Node] = []
+    labels: dict[str, str] = {}
+    for node, entry in zip(fx.placeholders(gm), facts.inputs, strict=True):
+        labels[node.name] = entry.label
+        if not entry.is_weight and fx.tensor(node) is not None and node.name not in facts.caches:
+            arguments.append(node)
+    timesteps = _timesteps(gm, arguments, labels, only_embedded=bool(facts.caches))
     results = [fx.shape(node) for node in fx.nodes_of(fx.output_node(gm).args[0])]
     outputs = results[: len(results) - len(facts.caches)]
-    latents = _latents([node for node in own if node not in timesteps], outputs, labels)
-    condition = tuple(node.name for node in own if node not in timesteps and node not in latents)
+    latents = _latents([node for node in arguments if node not in timesteps], outputs, labels)
+    levels = dict.fromkeys(facts.caches, LATENT)
+    condition: list[str] = []
+    for node in arguments:
+        levels[node.name] = STEP if node in timesteps else LATENT if node in latents else CONDITION
+        if levels[node.name] == CONDITION:
+            condition.append(node.name)
     names = [node.name for node in timesteps]
-    roles = Roles(names[0] if names else "", latents[0].name if latents else "", condition, tuple(names[1:]))
-    levels = {
-        **dict.fromkeys(condition, CONDITION),
-        **dict.fromkeys(names, STEP),
-        **{node.name: LATENT for node in latents},
-        **dict.fromkeys(facts.caches, LATENT),
-    }
+    roles = Roles(names[0] if names else "", latents[0].name if latents else "", tuple(condition), tuple(names[1:]))
     return replace(facts, roles=roles, dependence=_dependence(gm, levels))
 
 
-def _timesteps(gm: GraphModule, own: list[Node], labels: dict[str, str], only_embedded: bool) -> list[Node]:
+def _timesteps(gm: GraphModule, arguments: list[Node], labels: dict[str, str], only_embedded: bool) -> list[Node]:
     """The timestep inputs, the one that schedules go by first. `only_embedded`: vectors must be embedded too."""
-    waving = [node for node in own if _reaches_waves(node)]
-    embedded = _embedded(gm, own, waving)
+    waving = [node for node in arguments if _reaches_waves(node)]
+    embedded = _embedded(gm, arguments, waving)
     if only_embedded:
         waving = [node for node in waving if node in embedded]
     named = [node for node in waving if node in embedded and has_word_of_time(labels[node.name])]
@@ -90,10 +89,10 @@ def _is_called(names: str, label: str) -> bool:
     return re.fullmatch(names, label.rpartition(".")[2]) is not None
 
 
-def _embedded(gm: GraphModule, own: list[Node], candidates: list[Node]) -> set[Node]:
+def _embedded(gm: GraphModule, arguments: list[Node], candidates: list[Node]) -> set[Node]:
     """The candidates whose waves, together with no other input, are multiplied with a matrix."""
-    source: dict[Node, Node | None] = {node: node for node in own}  # the only input that a node depends on
-    waved, found = set[Node](), set[Node]()
+    source: dict[Node, Node | None] = {node: node for node in arguments}  # the only one that a node depends on
+    waved, embedded = set[Node](), set[Node]()
     for node in gm.graph.nodes:
         inputs = {source[above] for above in node.all_input_nodes if above in source}
         if not inputs:
@@ -103,10 +102,10 @@ def _embedded(gm: GraphModule, own: list[Node], candidates: list[Node]) -> set[N
             continue
         has_waves = not waved.isdisjoint(node.all_input_nodes)
         if has_waves and node.target in fx.MATMULS:
-            found.add(only)
+            embedded.add(only)
         if has_waves or any(node.target in wave for wave in _WAVES):
             waved.add(node)
-    return found
+    return embedded
 
 
 def _reaches_waves(start: Node) -> bool:
@@ -121,8 +120,8 @@ def _reaches_waves(start: Node) -> bool:
     return all(wave & waves for wave in _WAVES)
 
 
-def _latents(own: list[Node], outputs: list[tuple[int, ...]], labels: dict[str, str]) -> list[Node]:
-    floats = [node for node in own if fx.need(node).is_floating_point() and fx.need(node).dim() >= 2]
+def _latents(arguments: list[Node], outputs: list[tuple[int, ...]], labels: dict[str, str]) -> list[Node]:
+    floats = [node for node in arguments if fx.need(node).is_floating_point() and fx.need(node).dim() >= 2]
 
     def rank(node: Node) -> tuple[int, int, bool]:
         shape = fx.shape(node)
