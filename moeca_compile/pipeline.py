@@ -47,6 +47,7 @@ from moeca_compile.passes.analysis.find_spans import find_spans
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.facts import Facts, RewriteRequest
 from moeca_compile.passes.manager import Finder, Pass, PassManager, PassRecord
+from moeca_compile.passes.partial.expand_slots import expand_slots
 from moeca_compile.passes.partial.find_divisions import find_divisions
 from moeca_compile.passes.partial.insert_partial import insert_partial
 from moeca_compile.passes.registry import is_registered, with_registered
@@ -93,6 +94,7 @@ REWRITE: tuple[Pass[RewriteRequest], ...] = (
     tag_row,  # decide: one mark per region output
     insert_state,  # act: read, extrapolate, write the state of whole regions
     insert_partial,  # the same for regions whose tokens and branches age one by one
+    expand_slots,  # NOTE: after insert_partial; in programs that other runtimes run
     keep_caches,  # NOTE: after insert_state and insert_partial; what a skipped region would write in place
     insert_signal,  # what an adaptive schedule decides by
     drop_dead,  # NOTE: after those that insert; only now are the skipped regions dead
@@ -141,7 +143,8 @@ class Pipeline:
     rewrite: tuple[Pass[RewriteRequest], ...] = REWRITE
 
 
-WITH_PROLOGUES = Pipeline()
+# Programs for torch: operators of ours stay what they are.
+WITH_PROLOGUES = Pipeline(rewrite=tuple(function for function in REWRITE if function is not expand_slots))
 # Programs that stand by themselves: no prologue beside them, and no operator that looks at a call's indices.
 STANDALONE = Pipeline(
     normalize=tuple(function for function in NORMALIZE if function is not separate_rows),

@@ -19,8 +19,9 @@ from moeca_compile.lowering.experts.choose import Lowering
 from moeca_compile.lowering.experts.rewrite import calls
 from moeca_compile.lowering.onnx.batch import Batches, dims
 from moeca_compile.runtime.bundle.dims import Dim
-from moeca_compile.runtime.bundle.manifest import FORMAT, VERSION, letters_of
+from moeca_compile.runtime.bundle.manifest import FORMAT, VERSION
 from moeca_compile.schedule import Row
+from moeca_compile.schedule.action import format_row, legend_of
 from moeca_compile.schedule.granularity import OUTPUT
 
 PACKAGES = ("moeca-compile", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -76,14 +77,14 @@ def _variant(row: Row, variant: Variant, size: int, main: Captured, experts: Low
     return {
         "name": variant.name,
         "file": file_of(variant, size),
-        "row": letters_of(row),
+        "row": format_row(row, legend_of(main.program.schedule.rows)),
         "takes": [names[inputs[i].name] for i in variant.takes if inputs[i].name in names],
         "reads": [layout[slot].name for slot in variant.reads],
         "writes": [layout[slot].name for slot in variant.writes],
         "coefficients": variant.wants_coefficients,
         "counts_dropped": experts.name == "capacity" and bool(calls(variant.gm)),
         "macs": variant.macs,
-    }
+    } | ({"now": True} if variant.wants_now else {})
 
 
 def _state(captured: Sequence[Captured], batches: Batches) -> list[dict[str, Any]]:

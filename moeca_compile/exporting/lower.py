@@ -15,9 +15,11 @@ from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.lowering.experts.choose import Lowering, choose
 from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
 from moeca_compile.lowering.onnx.lower import lower_onnx
+from moeca_compile.passes.transform import ports
 from moeca_compile.pipeline import LOWER_ONNX, manager_of
 from moeca_compile.runtime.bundle.dims import Dim
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, letters_of
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW
+from moeca_compile.schedule.action import format_row, legend_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,14 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
     """Every distinct row's graph at one size."""
     main = captures[0]
     layout = main.network.layout
-    names = main.names | {slot.name: f"{slot.name}_in" for slot in layout} | {COEFFICIENTS: COEFFICIENTS}
+    names = (
+        main.names
+        | {slot.name: f"{slot.name}_in" for slot in layout}
+        | {ports.COEFFICIENTS: COEFFICIENTS, ports.NOW: NOW}
+    )
     models: dict[str, tuple[str, Any]] = {}
     shapes: dict[str, tuple[Dim, ...]] = {}
+    legend = legend_of(main.program.schedule.rows)
     count = len(main.variants)
     for i, ((row, variant), *others) in enumerate(zip(*(capture.variants for capture in captures), strict=True)):
         tick(f"variant {i + 1} of {count} to ONNX", 0.1 + 0.6 * i / count)
@@ -80,6 +87,6 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
         model, signature = lower_onnx(
             alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options)
         )
-        models[file_of(variant, size)] = letters_of(row), model
+        models[file_of(variant, size)] = format_row(row, legend), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
     return Lowered(models, {"opset": opset, **describe(captures, size, shapes, BATCHES, experts)})

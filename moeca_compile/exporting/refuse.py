@@ -14,8 +14,8 @@ from moeca_compile.exporting.request import Arguments
 from moeca_compile.lowering.experts.choose import FORMS
 from moeca_compile.lowering.onnx.lower import OPSETS
 from moeca_compile.lowering.tensorrt import build as tensorrt
-from moeca_compile.runtime.bundle.manifest import FUSED, letters_of
-from moeca_compile.schedule import Schedule
+from moeca_compile.runtime.bundle.manifest import FUSED
+from moeca_compile.schedule import Action, Schedule
 from moeca_compile.schedule.granularity import OUTPUT
 
 TARGETS = tuple(FORMS)
@@ -72,6 +72,7 @@ def _is_call(example: Any) -> bool:
 def refuse_schedule(schedule: Schedule, granularity: str, fused: bool) -> None:
     """Raises:
     BundleError: a manifest can't say it.
+    LoweringError: a fused graph of a schedule with PARTIAL rows.
     OptionError: a fused graph of what has one graph.
     """
     if granularity == OUTPUT and fused:
@@ -84,5 +85,8 @@ def refuse_schedule(schedule: Schedule, granularity: str, fused: bool) -> None:
             "the schedule is adaptive: its rows are chosen while a trajectory runs, and a bundle's are fixed. Export a "
             "static one, such as 'uniform:3' or what moeca_compile.calibrate gives"
         )
-    for row in schedule.distinct_rows():
-        letters_of(row)
+    if fused and not all(isinstance(act, Action) for row in schedule.rows for act in row):
+        raise LoweringError(
+            f"{FUSED} holds rows of COMPUTE, REUSE and FORECAST alone, and the schedule has PARTIAL ones: export with "
+            "fused=False"
+        )

@@ -13,8 +13,6 @@ from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Action, Schedule
 from moeca_compile.schedule.forecast import NOTHING, Coefficients
 
-_KNOWN = {Action.COMPUTE, Action.REUSE, Action.FORECAST}
-
 
 @dataclass(frozen=True)
 class StepTable:
@@ -37,11 +35,9 @@ def step_table(schedule: Schedule, layout: Sequence[StateSlot], regions: int) ->
     """Unroll a schedule.
 
     Raises:
-        LoweringError: it forecasts over ever larger distances, so that no entries repeat; or has rows of another kind.
+        LoweringError: it forecasts over ever larger distances, so that no entries repeat.
     """
     distinct, period = schedule.distinct_rows(), schedule.period
-    if not all(action in _KNOWN for row in distinct for action in row):
-        raise LoweringError("a fused graph holds rows of COMPUTE, REUSE and FORECAST alone: export with fused=False")
     state, driver = StreamState(tuple(layout), regions), StepDriver(schedule, Warned())
     # after that many periods every region that a period computes has its whole history from periods
     end = len(schedule.rows) + period * (1 + max(state.depths, default=0))

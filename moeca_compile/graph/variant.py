@@ -49,6 +49,12 @@ KEYS = (Slot.KEYS0, Slot.KEYS1)  # what every token of an attention reads of all
 STAMPS = frozenset({Slot.AT, Slot.BEFORE})  # one number an item, not a vector
 
 
+def item_slots(order: int) -> tuple[Slot, ...]:
+    """What is kept of a value that ages by itself, for a forecast of this order: value and stamp, first difference,
+    second and its stamp."""
+    return ITEM[: (2, 3, 5)[order]]
+
+
 @dataclass(frozen=True, slots=True)
 class StateSlot:
     """One cache tensor: what it holds (`slot`) of an output of a region.

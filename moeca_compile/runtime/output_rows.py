@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moeca_compile.graph.variant import SLOTS
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest, VariantSpec, letters_of
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest, VariantSpec
 from moeca_compile.runtime.output_weights import OutputWeights
 from moeca_compile.runtime.providers.provider import Loaded, Runtime
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.runtime.weighted import polynomial, weighted, wide
-from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule import Act, Action, Row, Schedule
+from moeca_compile.schedule.action import format_row
 from moeca_compile.schedule.forecast import COPY
 
 EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of latents; finer dtypes round less than the check sees
@@ -57,7 +58,7 @@ class OutputRows:
 
     def variant(self, row: Row) -> Loaded:
         """What runs a row."""
-        return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, letters_of(row))
+        return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, row[0])
 
     def kept(self, state: StreamState, step: int, batch: int, feeds: Mapping[str, Any]) -> Kept:
         """What a step finds in the stream.
@@ -120,9 +121,10 @@ class _Computed:
 class _Forecast:
     """A row that runs no graph."""
 
-    def __init__(self, rows: OutputRows, row: str) -> None:
+    def __init__(self, rows: OutputRows, act: Act) -> None:
         self._rows = rows
-        self.spec = VariantSpec("v1", "", row, (), (), (), row == Action.FORECAST.value, False, 0)
+        row = format_row((act,), {})
+        self.spec = VariantSpec("v1", "", row, (), (), (), act is Action.FORECAST, False, 0)
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         step: Kept = feeds[KEPT]

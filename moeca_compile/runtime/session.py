@@ -24,7 +24,7 @@ from moeca_compile.graph.variant import Slot, StateSlot
 from moeca_compile.runtime.bundle import bfloat16
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, Manifest
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW, Manifest
 from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.output_rows import KEPT, OutputRows
 from moeca_compile.runtime.providers.onnxruntime import CPU
@@ -132,9 +132,9 @@ class Session:
         """
         arrays = arrays_of(self.manifest, inputs)
         session = self.for_sizes_of(arrays)
-        feeds, _ = admit(session.manifest, arrays)
+        feeds, batch = admit(session.manifest, arrays)
         variant = session.variant_of(session.schedule.rows[0])
-        values = variant.run(feeds)
+        values = variant.run(feeds | session.beside(variant, None, 0, batch))
         if dropped := session.dropped_branches(variant, values):
             session.warned.once(_left_out("this call", dropped))
         return session.outputs_by_name(values)
@@ -164,7 +164,34 @@ class Session:
     def _variant(self, row: Row) -> Loaded:
         if self.output_rows is not None:
             return self.output_rows.variant(row)
-        return self.variants[self.manifest.variant_of(row)]
+        number = self.manifest.steps[self.schedule.rows.index(row)]
+        assert number is not None
+        return self.variants[number]
+
+    def beside(self, variant: Loaded, state: StreamState | None, step: int, batch: int) -> Arrays:
+        """What a variant takes beside the model's inputs.
+
+        Args:
+            variant: that runs.
+            state: of the stream; what was never written is zeros. None: the call is in no stream.
+            step: number of the call, from 0.
+            batch: of the call.
+
+        Returns:
+            Values by the names of the graph's inputs.
+        """
+        feeds: Arrays = {}
+        for name in variant.spec.reads:
+            number = _slot_number(name)
+            tensor, spec = None if state is None else state.tensors[number], self.manifest.state[number]
+            feeds[f"{name}_in"] = self.runtime.zeros(spec.sizes(batch), spec.dtype) if tensor is None else tensor
+        if variant.spec.now:
+            feeds[NOW] = np.array(step + 1, np.float32)
+        if variant.spec.coefficients:
+            assert state is not None  # without state the row is full, and a full row has no forecast
+            table = np.asarray(self.driver.coefficients(state, step), np.float32)
+            feeds[COEFFICIENTS] = table.reshape(self.manifest.regions, MAX_KEPT)
+        return feeds
 
     def outputs_by_name(self, values: list[Any]) -> Arrays:
         """The model's outputs by name, from the values of a variant; bfloat16 as float32."""
@@ -270,13 +297,7 @@ class Trajectory:
         timestep = timestep_of(session.manifest, feeds) if session.schedule.timesteps else None
         row, cold = driver.choose(state, step, timestep)
         variant = session.variant_of(row)
-        for name in variant.spec.reads:
-            tensor = state.tensors[_slot_number(name)]
-            spec = session.manifest.state[_slot_number(name)]
-            feeds[f"{name}_in"] = session.runtime.zeros(spec.sizes(batch), spec.dtype) if tensor is None else tensor
-        if variant.spec.coefficients:
-            table = np.asarray(driver.coefficients(state, step), np.float32)
-            feeds[COEFFICIENTS] = table.reshape(session.manifest.regions, MAX_KEPT)
+        feeds |= session.beside(variant, state, step, batch)
         if session.output_rows is not None:
             feeds[KEPT] = session.output_rows.kept(state, step, batch, feeds)
         start = time.perf_counter()

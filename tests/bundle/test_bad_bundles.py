@@ -16,7 +16,7 @@ import pytest
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.consistency import check_consistency
-from moeca_compile.runtime.bundle.manifest import VERSION, Manifest, bundle_id
+from moeca_compile.runtime.bundle.manifest import OLDEST, VERSION, Manifest, bundle_id
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
@@ -98,7 +98,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     ),
     "an older format": (
         lambda d: d.update(version=1),
-        rf"this package reads {VERSION}: export it again with moeca_compile\.export",
+        rf"this package reads {OLDEST} to {VERSION}: export it again with moeca_compile\.export",
     ),
     "another format": (lambda d: d.update(format="zip"), "isn't of a moeca bundle"),
     "an unknown entry": (lambda d: d.update(plugin="x.so"), r"unknown field `plugin`"),

@@ -182,8 +182,8 @@ def test_an_activation_without_a_form_is_refused() -> None:
 
 
 def test_it_is_the_only_operator_of_ours_that_a_bundle_meets() -> None:
-    """Another one would need a translation too. Those of PARTIAL rows are refused before (`exporting/refuse.py`), and
-    an export leaves the pass out that inserts `unwritten`."""
+    """Another one would need a translation too. `expand_slots` takes those of PARTIAL rows apart, and an export leaves
+    the pass out that inserts `unwritten`."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moeca::")}
     assert names - {"moeca::align", "moeca::pick", "moeca::unwritten"} == {"moeca::experts"}
 

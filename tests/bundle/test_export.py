@@ -336,10 +336,10 @@ def test_wrong_requests(wrong: dict[str, Any], says: str, tmp_path: Path, model:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_partial_rows_are_refused(tmp_path: Path, model: DiT, schedule: Schedule) -> None:
+def test_a_fused_graph_with_partial_rows_is_refused(tmp_path: Path, model: DiT, schedule: Schedule) -> None:
     partial = replace(schedule, rows=(*schedule.rows[:1], (Partial(0.5), Partial(0.5))), period=2)
-    with pytest.raises(BundleError, match="has PARTIAL ones"):
-        moeca.export(model, call_of(2), partial, tmp_path / "b")
+    with pytest.raises(LoweringError, match="the schedule has PARTIAL ones: export with fused=False"):
+        moeca.export(model, call_of(2), partial, tmp_path / "b", fused=True)
     assert list(tmp_path.iterdir()) == []
 
 

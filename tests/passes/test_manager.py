@@ -21,7 +21,7 @@ from moeca_compile.passes.facts import Facts, Roles
 from moeca_compile.passes.manager import PassManager, PassRecord
 from moeca_compile.passes.transform.materialize_casts import materialize_casts
 from moeca_compile.passes.transform.plain_einsum import plain_einsum
-from moeca_compile.pipeline import FIND, HOIST, LOWER_INDUCTOR, NORMALIZE, OPTIONAL, REWRITE
+from moeca_compile.pipeline import FIND, HOIST, LOWER_INDUCTOR, NORMALIZE, OPTIONAL, REWRITE, WITH_PROLOGUES
 from tests.tools import analyze_module, build, capture_module, ops, row, schedule_of
 
 W = torch.randn(4, 4)
@@ -256,7 +256,7 @@ def test_a_variant_s_passes_are_dumped_under_its_name(tmp_path: Path, monkeypatc
     schedule = schedule_of(analysis, "C", "F")
     build(analysis, schedule, row("F"))
     names = sorted(path.name for path in tmp_path.iterdir() if "before" in path.name)
-    ran = [one for one in REWRITE if one not in HOIST]
+    ran = [one for one in WITH_PROLOGUES.rewrite if one not in HOIST]
     assert names == [f"{i:03d}_v1_{one.__name__}.before.txt" for i, one in enumerate(ran)]
 
 

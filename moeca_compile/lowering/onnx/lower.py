@@ -14,11 +14,13 @@ from torch.fx import Node
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.experts.choose import Lowering
 from moeca_compile.lowering.experts.segments import segments
 from moeca_compile.lowering.onnx.batch import Batches, dims
 from moeca_compile.lowering.onnx.request import OnnxRequest
+from moeca_compile.lowering.onnx.stable_sort import stable_sort
 from moeca_compile.passes.manager import Pass, PassManager
 from moeca_compile.runtime.bundle.dims import Dim, parts
 from moeca_compile.runtime.bundle.manifest import DROPPED
@@ -82,7 +84,10 @@ def lower_onnx(
                 opset_version=opset,
                 input_names=[name for name, _ in signature.inputs],
                 output_names=[name for name, _ in signature.outputs],
-                custom_translation_table={torch.ops.moeca.experts.default: segments(opset)},
+                custom_translation_table={
+                    torch.ops.moeca.experts.default: segments(opset),
+                    aten.sort.stable: stable_sort(opset),
+                },
                 optimize=True,
                 verbose=False,
             )

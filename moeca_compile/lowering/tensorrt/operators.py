@@ -33,10 +33,25 @@ def refuse_unsupported(graph: bytes, file: str) -> None:
             wrong.append(f"{operator} (node {node}): no operator of ONNX itself, and there is no plugin for it")
         elif operator in REFUSED:
             wrong.append(f"{operator} (node {node}): {REFUSED[operator]}")
+    if reduced := _reducing(graph_of(graph)):
+        wrong.append(
+            f"ScatterElements that reduces (node {reduced}): it has no such form. A Control's thresholds need it: "
+            "export a schedule without them"
+        )
     if doubles := _doubles(graph_of(graph)):
         wrong.append(f"float64 ({doubles[0]}): TensorRT has no such type; export the model in float32")
     if wrong:
         raise LoweringError(f"{file} can't become an engine of TensorRT: {'; '.join(wrong)}")
+
+
+def _reducing(graph: Any) -> str | None:
+    """The first ScatterElements that adds up, or reduces otherwise."""
+    for node in nodes_of(graph):
+        if node.op_type == "ScatterElements" and any(
+            attribute.name == "reduction" and attribute.s != b"none" for attribute in node.attribute
+        ):
+            return str(node.name)
+    return None
 
 
 def _doubles(graph: Any) -> list[str]:

@@ -43,7 +43,7 @@ def updated_branches(
         ids, gates: [B, N, K], routed now; scores: [B, N, E].
         now: step + 1, float32 scalar.
         order: of the forecast; `copy` takes the last values as they are.
-        state: held, gates [B, N, K], the slots of `item_state.slots_of(order)` [B, N, K, ..], and what
+        state: held, gates [B, N, K], the slots of `item_slots(order)` [B, N, K, ..], and what
             `branch_priority` reads.
 
     Returns:

@@ -12,14 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moeca_compile.graph.variant import ITEM, Slot
+from moeca_compile.graph.variant import Slot
 
 State = Mapping[str, Tensor]  # by `Slot`
-
-
-def slots_of(order: int) -> tuple[Slot, ...]:
-    """What is kept of a value for a forecast of this order: value and stamp, first difference, second and its stamp."""
-    return ITEM[: (2, 3, 5)[order]]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -10,8 +10,8 @@ import torch
 from moeca_compile.dtypes import name_of
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap, Value
-from moeca_compile.graph.variant import KEYS, SLOTS, STAMPS, Slot, StateSlot
-from moeca_compile.passes.partial.item_state import slots_of, wide
+from moeca_compile.graph.variant import KEYS, SLOTS, STAMPS, Slot, StateSlot, item_slots
+from moeca_compile.passes.partial.item_state import wide
 from moeca_compile.schedule import Schedule
 
 MODEL = -1  # in place of a region: state that belongs to the whole graph
@@ -81,7 +81,7 @@ def _item_states(region: Region, schedule: Schedule) -> Iterator[Entry]:
 
 
 def _value(output: int, value: Value, order: int) -> Iterator[Entry]:
-    for slot in slots_of(order):
+    for slot in item_slots(order):
         if slot in STAMPS:
             yield output, slot, value.shape[:-1], "float32"
         else:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moeca_compile.errors import BundleError
-from moeca_compile.graph.variant import SLOTS
 from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     COEFFICIENTS,
     DROPPED,
     FUSED,
     MANIFEST,
+    NOW,
     SCHEDULE,
     STEP,
     WEIGHTS,
@@ -19,10 +19,11 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     Manifest,
     VariantSpec,
     golden_file,
-    letters_of,
 )
 from moeca_compile.runtime.bundle.output_misfit import output_misfit
-from moeca_compile.schedule import Action, Schedule
+from moeca_compile.runtime.bundle.state_misfit import readable, state_misfit, written
+from moeca_compile.schedule import Action, Row, Schedule
+from moeca_compile.schedule.action import format_row, legend_of
 
 
 def check_consistency(manifest: Manifest, schedule: Schedule) -> None:
@@ -63,7 +64,8 @@ def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
     _demand(schedule.regions == manifest.model.regions, "the schedule is for other regions")
     _demand(schedule.fingerprint == manifest.model.fingerprint, "the schedule is of another graph")
     _distinct(manifest.model.regions, "region")
-    rows = [letters_of(row) for row in schedule.rows]
+    legend = legend_of(schedule.rows)
+    rows = [format_row(row, legend) for row in schedule.rows]
     variant_rows = [variant.row for variant in manifest.variants]
     with_graph = {row for row in rows if not manifest.caches_output or row == Action.COMPUTE.value}
     _demand(len(set(variant_rows)) == len(variant_rows), "two variants have the same row")
@@ -72,35 +74,20 @@ def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
     _demand(steps == list(manifest.steps), "steps and schedule differ")
     inputs = [spec.name for spec in manifest.inputs]
     states = [STEP, *(spec.name for spec in manifest.state)]
-    _distinct([*inputs, *(f"{name}_in" for name in states), COEFFICIENTS], "input")
+    _distinct([*inputs, *(f"{name}_in" for name in states), COEFFICIENTS, NOW], "input")
     _distinct([*(spec.name for spec in manifest.outputs), *(f"{name}_out" for name in states), DROPPED], "output")
     timestep = manifest.timestep
     _demand(timestep is None or timestep in inputs, f"the timestep {timestep!r} is no input")
     _demand(not schedule.timesteps or timestep is not None, "a schedule with timesteps needs a timestep input")
-    _check_state(manifest, schedule)
-    misfit = output_misfit(manifest, schedule)
-    _demand(not misfit, misfit)
+    for misfit in (state_misfit(manifest, schedule), output_misfit(manifest, schedule)):
+        _demand(not misfit, misfit)
+    by_letters = dict(zip(rows, schedule.rows, strict=True))
     for variant in manifest.variants:
-        _check_variant(variant, manifest)
+        _check_variant(variant, manifest, schedule, by_letters[variant.row])
 
 
 def _names(manifest: Manifest) -> list[tuple[str, str]]:
     return [(spec.name, spec.dtype) for spec in (*manifest.inputs, *manifest.outputs, *manifest.state)]
-
-
-def _check_state(manifest: Manifest, schedule: Schedule) -> None:
-    outputs: dict[int, int] = {}  # by region: how many of its outputs have state
-    for spec in manifest.state:
-        outputs[spec.region] = max(outputs.get(spec.region, 0), spec.output + 1)
-    places = [
-        (region, output, slot)
-        for region in range(manifest.regions)
-        for output in range(outputs.get(region, 1 if schedule.depth(region) else 0))
-        for slot in SLOTS[: schedule.depth(region)]
-    ]
-    _demand([(s.region, s.output, s.slot) for s in manifest.state] == places, "state and schedule differ")
-    names = [f"state_{i:03d}" for i in range(len(manifest.state))]
-    _demand([spec.name for spec in manifest.state] == names, "state has other names than its places")
 
 
 def _check_engines(manifest: Manifest) -> None:
@@ -116,15 +103,13 @@ def _check_engines(manifest: Manifest) -> None:
         _demand(len(kinds) == 1, f"{folder} has engines of several kinds")
 
 
-def _check_variant(variant: VariantSpec, manifest: Manifest) -> None:
-    computed = {region for region, letter in enumerate(variant.row) if letter == Action.COMPUTE.value}
-    writes = tuple(s.name for s in manifest.state if s.region in computed and s.slot == SLOTS[0])
-    if manifest.caches_output:  # the session keeps the outputs themselves
-        writes = ()
-    readable = {s.name for s in manifest.state if s.region not in computed}
+def _check_variant(variant: VariantSpec, manifest: Manifest, schedule: Schedule, row: Row) -> None:
+    # where the output is cached, the session keeps the outputs themselves
+    writes = () if manifest.caches_output else written(manifest, schedule, row)
     inputs = {spec.name for spec in manifest.inputs}
     _demand(variant.writes == writes, f"variant {variant.name} doesn't write what its row computes")
-    _demand(readable.issuperset(variant.reads), f"variant {variant.name} reads state that its row computes")
+    may_read = readable(manifest, schedule, row)
+    _demand(may_read.issuperset(variant.reads), f"variant {variant.name} reads state that its row computes")
     _demand(inputs.issuperset(variant.takes), f"variant {variant.name} takes unknown inputs")
     _distinct([*variant.takes, *variant.reads], f"variant {variant.name}: an input")
 

@@ -18,14 +18,16 @@ from msgspec import Meta, Struct
 
 from moeca_compile.dtypes import DTYPES
 from moeca_compile.errors import BundleError
+from moeca_compile.graph.variant import Slot
 from moeca_compile.runtime.bundle.dims import DIM_PATTERN, batch_in, evaluate
-from moeca_compile.schedule import Action, Row
 from moeca_compile.schedule.granularity import OUTPUT
 
-FORMAT, VERSION = "moeca-bundle", 3
+FORMAT, VERSION = "moeca-bundle", 4
+OLDEST = 3  # a manifest of version 3 is one of version 4 without the entries that came since
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
 FUSED, FUSED_ROW = "fused.onnx", "fused"  # all variants in one graph, and what it carries in place of a row
 COEFFICIENTS = "coefficients"
+NOW = "moeca_now"  # an input, float32 []: step + 1, for values that age one by one
 STEP = "moeca_step"  # a state of the fused graph, int64 [1]: how many steps were made
 DROPPED = "moeca_dropped"  # an output, int64 []: how many branches found their expert's rows taken
 
@@ -94,24 +96,27 @@ class StateSpec(TensorSpec, frozen=True, forbid_unknown_fields=True):
 
     region: Annotated[int, Meta(ge=0, le=100_000)]
     output: Annotated[int, Meta(ge=0, le=1000)]
-    slot: Annotated[str, Meta(pattern=r"^y[0123]\Z")]
+    slot: Annotated[str, Meta(pattern=rf"^({'|'.join(Slot)})\Z")]
 
 
-class VariantSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """One graph: `row` is its actions' letters, `takes`, `reads` and `writes` are names of inputs and state.
+class VariantSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One graph: `row` is its actions' letters, as the schedule's file writes them; `takes`, `reads` and `writes` are
+    names of inputs and state.
 
     `counts_dropped`: whether `moeca_dropped` is an output: branches without a row in their expert's capacity.
+    `now`: whether `moeca_now` is an input.
     """
 
     name: Name
     file: File
-    row: Annotated[str, Meta(pattern=r"^[CRF]*\Z", max_length=100_000)]
+    row: Annotated[str, Meta(pattern=r"^[CRFa-z]*\Z", max_length=100_000)]
     takes: Names
     reads: Names
     writes: Names
     coefficients: bool
     counts_dropped: bool
     macs: Annotated[int, Meta(ge=0)]
+    now: bool = False
 
 
 class EngineSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -243,10 +248,6 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     def dynamic_batch(self) -> bool:
         return any(isinstance(dim, str) for spec in self.inputs for dim in spec.shape)
 
-    def variant_of(self, row: Row) -> int:
-        letters = letters_of(row)
-        return next(i for i, variant in enumerate(self.variants) if variant.row == letters)
-
     def further_sizes(self) -> Iterator[Manifest]:
         """The manifest at each of `sizes`."""
         for size in self.sizes:
@@ -278,10 +279,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
             raise BundleError(
                 f"the bundle's format is version {version}, this package reads up to {VERSION}: update moeca-compile"
             )
-        if isinstance(version, int) and 0 < version < VERSION:
+        if isinstance(version, int) and 0 < version < OLDEST:
             raise BundleError(
-                f"the bundle's format is version {version}, this package reads {VERSION}: export it again with "
-                "moeca_compile.export(model, inputs, schedule, path), or open it with the moeca-compile that made it"
+                f"the bundle's format is version {version}, this package reads {OLDEST} to {VERSION}: export it "
+                "again with moeca_compile.export(model, inputs, schedule, path), or open it with the moeca-compile "
+                "that made it"
             )
         try:
             manifest = msgspec.convert(data, cls)
@@ -301,17 +303,6 @@ def digest_of(data: Mapping[str, Any]) -> str:
     """The digest of a manifest, without the digest it may have."""
     rest = {name: value for name, value in data.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def letters_of(row: Row) -> str:
-    """A row in a bundle: one letter a region.
-
-    Raises:
-        BundleError: it recomputes parts of regions.
-    """
-    if not all(isinstance(action, Action) for action in row):
-        raise BundleError("bundles hold rows of COMPUTE, REUSE and FORECAST; the schedule has PARTIAL ones")
-    return "".join(action.value for action in row if isinstance(action, Action))
 
 
 def golden_file(size: int) -> str:

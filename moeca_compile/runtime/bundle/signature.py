@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, Manifest, TensorSpec, VariantSpec
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, NOW, Manifest, TensorSpec, VariantSpec
 from moeca_compile.schedule.forecast import MAX_KEPT
 
 Specs = dict[str, TensorSpec]
@@ -23,6 +23,8 @@ def signature_of(spec: VariantSpec, manifest: Manifest) -> tuple[Specs, Specs]:
     takes |= {f"{name}_in": state[name] for name in spec.reads}
     if spec.coefficients:
         takes[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, MAX_KEPT))
+    if spec.now:
+        takes[NOW] = TensorSpec(NOW, "float32", ())
     gives: Specs = {output.name: output for output in manifest.outputs}
     gives |= {f"{name}_out": state[name] for name in spec.writes}
     if spec.counts_dropped:
