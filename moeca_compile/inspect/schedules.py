@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moeca_compile.inspect.actions import legend
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 from moeca_compile.schedule.action import legend_of, name_of
 
@@ -69,7 +70,7 @@ def grid(schedule: Schedule) -> Group:
         cells = ((glyphs[act], _STYLES.get(act, "green")) for act in acts)
         table.add_row(_named(names), Text.assemble(*cells))
     tail = f"   the last {schedule.period} steps repeat" if schedule.period else ""
-    return Group(table, Text("   ".join(f"{glyph} {name_of(act).lower()}" for act, glyph in glyphs.items()) + tail))
+    return Group(table, Text("   ".join(f"{glyph} {legend(act)}" for act, glyph in glyphs.items()) + tail))
 
 
 def _lines(schedule: Schedule) -> Iterator[tuple[list[str], tuple[Act, ...]]]:

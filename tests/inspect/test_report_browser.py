@@ -141,6 +141,49 @@ def test_the_search_finds_the_experts_that_a_step_skips(page: Any) -> None:
     assert page.query_selector_all(".region.hit, .region.dim") == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "step", "answer"),
+    [
+        ("which experts are skipped at step 8?", 8, "no experts are skipped at step 8: everything is computed"),
+        ("attention in part at step 7", 7, "no attention is computed in part at step 7: they are skipped, forecast"),
+        ("experts computed step 9", 9, "no experts are computed at step 9: they are skipped, forecast"),
+        ("what is reused at step 4", 4, "no region is reused at step 4: everything is computed"),
+        ("partial experts in step 1", 1, "no experts are computed in part at step 1: they are skipped, forecast"),
+    ],
+)
+def test_a_search_for_what_a_step_does_not_do_says_so(page: Any, asked: str, step: int, answer: str) -> None:
+    page.fill("#search", asked)
+    assert page.inner_text("#where") == f"{step} / 11"
+    assert page.inner_text("#hits") == answer
+    shown = "attention" if "attention" in asked else "experts" if "experts" in asked else ""
+    faded = [str(node.get_attribute("aria-label")) for node in page.query_selector_all(".region.dim")]
+    assert all(f", {shown}:" not in label for label in faded) if shown else faded == []
+
+
+def test_a_question_finds_what_a_step_skips(page: Any) -> None:
+    page.fill("#search", "Which experts are skipped at step 9?")
+    assert [node.get_attribute("title") for node in page.query_selector_all(".region.hit")] == [
+        "blocks.0.moe", "blocks.1.moe",
+    ]  # fmt: skip
+    page.fill("#search", "which step 99")
+    assert page.inner_text("#hits") == "there is no step 99: the last one shown is 11"
+    assert page.inner_text("#where") == "9 / 11"
+
+
+def test_a_part_is_explained_and_counts_as_skipped(page: Any) -> None:
+    for asked in ("experts skipped at step 3", "partial experts at step 3", "experts forecast step 3"):
+        page.fill("#search", asked)
+        hits = [node.get_attribute("title") for node in page.query_selector_all(".region.hit")]
+        assert hits == ["blocks.0.moe", "blocks.1.moe"], asked
+    says = (
+        "computed in part: 10 % of the tokens and beyond them 20 % of the expert branches, chosen at each step; "
+        "the others are skipped, forecast"
+    )
+    assert f"experts {says}: layers 0, 1" in page.inner_text("#told")
+    assert says in page.inner_text("#step .legend")
+    assert "An expert branch is one expert's output for one token" in page.inner_text("#step")
+
+
 def test_the_search_finds_rejected_candidates_and_nodes_of_graphs(page: Any) -> None:
     page.fill("#search", "too odd")
     assert page.inner_text("#hits") == "0 regions, 1 rejected candidate, 0 passes"
@@ -195,6 +238,7 @@ def test_names_of_the_model_are_no_markup(page: Any) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_is_wider_than_the_window(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
+    page.fill("#search", "which experts are skipped at step 8?")
     page.evaluate("document.querySelectorAll('details').forEach(node => { node.open = true; })")
     page.wait_for_timeout(100)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

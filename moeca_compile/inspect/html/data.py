@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moeca_compile.graph.regions import Indivisible, Region
+from moeca_compile.inspect.actions import does
 from moeca_compile.inspect.html.graphs import interned
 from moeca_compile.inspect.html.measured import Measured, tried
 from moeca_compile.inspect.routing import attending, routing
@@ -51,7 +52,7 @@ def page_data(
         "version": VERSION,
         "model": _model(report),
         "schedule": _schedule(report.schedule),
-        "actions": [{"name": name_of(act).lower(), "kind": _KINDS.get(act, "partial")} for act in acts],
+        "actions": [_action(act, report.regions) for act in acts],
         "regions": [_region(region, report.total_macs) for region in report.regions],
         "rows": [[acts.index(act) for act in row] for row in rows],
         "variants": [{**asdict(variant), "share": shares[variant.name]} for variant in report.variants],
@@ -82,6 +83,12 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
         "rows": len(schedule.rows),
         "predicted": {name: value for name, value in schedule.predicted.items() if not name.startswith("tried ")},
     }
+
+
+def _action(act: Act, regions: Sequence[Region]) -> dict[str, Any]:
+    kinds = dict.fromkeys(region.kind for region in regions)
+    by_kind = {kind: does(act, kind) for kind in kinds}
+    return {"name": name_of(act).lower(), "kind": _KINDS.get(act, "partial"), "does": by_kind}
 
 
 def _region(region: Region, total_macs: int) -> dict[str, Any]:

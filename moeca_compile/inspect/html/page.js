@@ -56,10 +56,15 @@ function go(step) {
 }
 
 // "step 17" in the search moves the slider; the other words filter what is shown, and all of them have to be there.
-const STEP = /\bstep\s*(\d+)\b/i;
+// Words that only make a sentence of it are left aside: "which experts are skipped at step 17?"
+const STEP = /\bsteps?\s*(\d+)\b/i;
+const FILLERS = new Set("which what where who are is was were be at in on of the a an do does did all any and there show me".split(" "));
+// Words for what a step does with a region, and how the page says it.
+const STATES = [[/^skip/, "skipped"], [/^forecast/, "forecast"], [/^reus/, "reused"], [/^part(ial|ially|ly)?$/, "computed in part"], [/^comput/, "computed"]];
+const stateOf = (word) => (STATES.find(([written]) => written.test(word)) || [])[1];
 
 function find() {
-  const step = byId("search").value.match(STEP);
+  const step = askedStep();
   const { words, matches } = wanted();
   state.lines = new Set();
   if (words.length) DATA.graphs.lines.forEach((line, number) => matches(line) && state.lines.add(number));
@@ -69,30 +74,56 @@ function find() {
     state.found["rejected candidate"] += !row.hidden;
   }
   for (const pass of document.querySelectorAll(".pass")) state.found.pass += searchPass(pass, words, matches);
-  if (step) go(Number(step[1]));
+  if (step !== null && step < DATA.steps.length) go(step);
   else markRegions();
 }
 
+function askedStep() {
+  const step = byId("search").value.match(STEP);
+  return step ? Number(step[1]) : null;
+}
+
 function wanted() {
-  const words = byId("search").value.replace(STEP, "").toLowerCase().split(/\s+/).filter(Boolean);
+  const written = byId("search").value.replace(STEP, " ").toLowerCase().split(/[\s?,;]+/).filter(Boolean);
+  const words = written.filter((word) => !FILLERS.has(word));
   return { words, matches: (text) => words.every((word) => text.toLowerCase().includes(word)) };
 }
 
-// What a region does is searched too, so this is asked again at each step.
+// What a region does is searched too, so this is asked again at each step. Where the step does with no region what was
+// asked, the regions that were meant stay as they are, and a sentence says what the step does with them.
 function markRegions() {
-  const { words, matches } = wanted();
+  const { words } = wanted();
   const rows = document.querySelectorAll("#regions tbody tr");
-  let n = 0;
-  DATA.regions.forEach((region, column) => {
-    const hit = matches(`${regionText(region)} ${doing(actionOf(state.step, column))}`);
-    n += hit;
-    byId("region-" + column).classList.toggle("hit", hit && words.length > 0);
-    byId("region-" + column).classList.toggle("dim", !hit);
-    rows[column].hidden = !hit;
+  const has = (region, word) => regionText(region).toLowerCase().includes(word);
+  const does = DATA.regions.map((region, column) => doing(actionOf(state.step, column), region));
+  const hits = DATA.regions.map((region, column) => words.every((word) => has(region, word) || does[column].includes(stateOf(word) || word)));
+  const meant = DATA.regions.map((region) => words.every((word) => stateOf(word) || has(region, word)));
+  const n = sum(hits.map(Number));
+  DATA.regions.forEach((_, column) => {
+    const shown = n ? hits[column] : meant[column];
+    byId("region-" + column).classList.toggle("hit", hits[column] && words.length > 0);
+    byId("region-" + column).classList.toggle("dim", !shown);
+    rows[column].hidden = !shown;
   });
-  const plural = (noun, count) => `${count} ${count === 1 ? noun : noun === "pass" ? "passes" : noun + "s"}`;
-  const hits = Object.entries({ region: n, ...state.found }).map(([noun, found]) => plural(noun, found));
-  byId("hits").textContent = words.length ? hits.join(", ") : STEP.test(byId("search").value) ? `step ${state.step}` : "";
+  const isNone = !n && words.some(stateOf) && meant.includes(true);
+  byId("hits").textContent = isNone ? none(words, does, meant) : hitText(words, n);
+}
+
+function hitText(words, n) {
+  const asked = askedStep();
+  if (asked !== null && asked >= DATA.steps.length) return `there is no step ${asked}: the last one shown is ${DATA.steps.length - 1}`;
+  if (!words.length) return asked === null ? "" : `step ${asked}`;
+  const plural = (noun, n) => `${n} ${n === 1 ? noun : noun === "pass" ? "passes" : noun + "s"}`;
+  return Object.entries({ region: n, ...state.found }).map(([noun, n]) => plural(noun, n)).join(", ");
+}
+
+// "no experts are skipped at step 17: everything is computed"
+function none(words, does, meant) {
+  const nouns = words.filter((word) => !stateOf(word)).join(" ") || "region";
+  const asked = [...new Set(words.map(stateOf).filter(Boolean))].join(" and ");
+  const instead = [...new Set(does.filter((_, column) => meant[column]))].map((says) => (says === UNKNOWN.name || says === PAST.name ? says : `they are ${says}`)).join("; ");
+  const all = does.every((says) => says === "computed") ? "everything is computed" : instead;
+  return `no ${nouns} ${nouns.endsWith("s") ? "are" : "is"} ${asked} at step ${state.step}: ${all}`;
 }
 
 // Whether a pass has the words in its name or its graphs; an opened one is drawn again, with the lines marked.

@@ -19,9 +19,7 @@ function stepKind(step) {
 }
 
 const NOUN = { attention: "attention", experts: "experts", mlp: "MLP", span: "span of blocks" };
-const SAYS = { compute: "computed", reuse: "skipped, reused", forecast: "skipped, forecast", partial: "computed in part" };
-
-const doing = (action) => (action.kind === "partial" ? `${SAYS.partial}: ${action.name}` : action.kind === "unknown" ? action.name : SAYS[action.kind]);
+const doing = (action, region) => (action.kind === "unknown" ? action.name : action.does[region.kind]);
 
 // What a step does, in sentences: for each kind of region and action the layers.
 function sentences(step) {
@@ -34,7 +32,7 @@ function sentences(step) {
   });
   return [...groups.values()].map(({ region, action, layers }) => {
     const each = region.experts ? ` (${region.experts} experts each)` : "";
-    return el("li", {}, el("b", {}, `${NOUN[region.kind]} ${doing(action)}`), `: ${new Set(layers).size > 1 ? "layers" : "layer"} ${ranges(layers)}${each}`);
+    return el("li", {}, el("b", {}, `${NOUN[region.kind]} ${doing(action, region)}`), `: ${new Set(layers).size > 1 ? "layers" : "layer"} ${ranges(layers)}${each}`);
   });
 }
 
@@ -54,9 +52,9 @@ function stepText() {
 }
 
 function legend() {
-  const shown = new Map(DATA.actions.filter((_, act) => DATA.rows.some((row) => row.includes(act))).map((action) => [action.name, action]));
-  return el("ul", { class: "legend" }, [...shown.values()].map((action) =>
-    el("li", {}, el("span", { class: "chip " + action.kind }), doing(action))));
+  const shown = new Map();
+  for (const row of DATA.rows) row.forEach((act, column) => shown.set(doing(DATA.actions[act], DATA.regions[column]), DATA.actions[act].kind));
+  return el("ul", { class: "legend" }, [...shown].map(([says, kind]) => el("li", {}, el("span", { class: "chip " + kind }), says)));
 }
 
 function map() {
@@ -79,14 +77,15 @@ function paintMap() {
     const action = actionOf(state.step, column);
     node.className = "region " + action.kind + (node.classList.contains("hit") ? " hit" : "") + (node.classList.contains("dim") ? " dim" : "");
     node.dataset.action = action.kind;
-    node.querySelector(".does").textContent = doing(action);
-    node.setAttribute("aria-label", `${region.key}, ${NOUN[region.kind]}: ${doing(action)}`);
+    node.querySelector(".does").textContent = doing(action, region);
+    node.setAttribute("aria-label", `${region.key}, ${NOUN[region.kind]}: ${doing(action, region)}`);
   });
 }
 
 function stepSection() {
   if (!DATA.regions.length) return el("p", {}, DATA.model.breaks || "Nothing of this model is cached.");
   return [el("div", { class: "told", id: "told", role: "status", "aria-live": "polite" }), legend(), map(),
+    DATA.actions.some((action) => action.kind === "partial") && el("p", { class: "soft" }, "An expert branch is one expert's output for one token. Of a part, each step computes first the branches whose expert the cache doesn't hold for the token, then those of the highest priority (gate weight, age, drift); every other branch and token is forecast from its own last values."),
     el("p", { class: "soft" }, "The number beside a region is its share of the model's multiply-accumulates (MACs) when it is computed. Squares are experts. What lies outside the regions is computed at every step.")];
 }
 
