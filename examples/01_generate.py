@@ -37,7 +37,7 @@ FIRST_SEED = 2000
 
 @dataclass(frozen=True)
 class Figures:
-    """What one comparison found; seconds are medians of one run of `BATCH` digits.
+    """What one comparison found; seconds are medians of one run of `BATCH` digits, speedups are ratios of these.
 
     Attributes:
         speedup: of moeca over torch.compile of the model as shipped.
@@ -83,6 +83,10 @@ class Contender:
         self.seconds.append(time.perf_counter() - started)
         self.images.append(images)
 
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
     def accuracy(self) -> float:
         return digits.accuracy(torch.cat(self.images), digits.labels_of(BATCH).repeat(len(self.images)))
 
@@ -116,17 +120,17 @@ def compare(runs: int, steps: int, console: Console) -> tuple[Figures, Contender
                 contender.run(lambda step, x: progress.advance(task))
     stats = moeca.stats(cached.model)
     figures = Figures(
-        speedup=median_ratio(plain, cached),
-        speedup_prepared=median_ratio(plain, prepared),
-        speedup_caching=median_ratio(prepared, cached),
+        speedup=plain.median_seconds / cached.median_seconds,
+        speedup_prepared=plain.median_seconds / prepared.median_seconds,
+        speedup_caching=prepared.median_seconds / cached.median_seconds,
         mac_fraction=stats.mac_fraction,
         psnr_db=digits.psnr(torch.cat(cached.images), torch.cat(plain.images)).mean().item(),
         class_accuracy_uncached=plain.accuracy(),
         class_accuracy_cached=cached.accuracy(),
         state_bytes=stats.state_bytes,
-        seconds_uncached=statistics.median(plain.seconds),
-        seconds_prepared=statistics.median(prepared.seconds),
-        seconds_cached=statistics.median(cached.seconds),
+        seconds_uncached=plain.median_seconds,
+        seconds_prepared=prepared.median_seconds,
+        seconds_cached=cached.median_seconds,
         compile_seconds_uncached=plain.compile_seconds,
         compile_seconds_prepared=prepared.compile_seconds,
         compile_seconds_cached=cached.compile_seconds,
@@ -134,11 +138,6 @@ def compare(runs: int, steps: int, console: Console) -> tuple[Figures, Contender
         steps=steps,
     )
     return figures, plain, cached
-
-
-def median_ratio(slow: Contender, fast: Contender) -> float:
-    """The median over the runs of slow's seconds over fast's of the same round."""
-    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
 def print_table(figures: Figures, console: Console) -> None:
@@ -158,6 +157,7 @@ def print_table(figures: Figures, console: Console) -> None:
     table.add_row("cached state", "", "", f"{f.state_bytes / 1e6:.1f} MB")
     table.add_row("compile seconds, once", *(f"{each:.1f}" for each in compiling))
     console.print(table)
+    console.print("seconds: medians of runs that take turns; a speedup is the ratio of two of them")
 
 
 def draw(uncached: Tensor, cached: Tensor, regions: Sequence[str], steps: int, path: Path) -> None:

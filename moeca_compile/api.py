@@ -40,6 +40,7 @@ from moeca_compile.frontend.model_arguments import (
 from moeca_compile.frontend.output_path import OutputEntry, install_output_path
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.frontend.reporting.calls import with_calls
+from moeca_compile.frontend.reporting.last_call import report_of_last_call
 from moeca_compile.frontend.reporting.recorder import GraphRecorder
 from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.frontend.summary import report_of
@@ -320,7 +321,7 @@ def _explained(
     if schedule is not None:
         overrides["schedule"] = schedule
     if not (inputs or named_inputs or keywords):
-        return _last_call(model, overrides, recorder)
+        return report_of_last_call(model, overrides, recorder)
     Options.from_backend_options(overrides)
     if isinstance(model, torch.nn.Module) and not _is_compiled(model):
         prepare(model)
@@ -356,20 +357,6 @@ def _explained(
         "explain: no graph of the model came to this backend. Dynamo gave up on its whole forward "
         '(TORCH_LOGS="graph_breaks" shows why), or it was compiled for another backend'
     )
-
-
-def _last_call(model: Any, options: Mapping[str, Any], recorder: GraphRecorder) -> Report:
-    """The report of the last call of a compiled model."""
-    states = states_of(model)
-    programs = [program for state in states for program in state.runtime.programs.values()]
-    uncached = [state for state in states if state.uncached]
-    if options or not (programs or uncached):
-        reason = "options are explained for inputs" if options else "no call of the compiled model was made yet"
-        raise StateError(f"explain: {reason}. Pass inputs as the model takes them: explain(model, *inputs)")
-    if programs:
-        recorder.rewrite(programs[-1])
-        return replace(with_calls(model, report_of(programs[-1:]), states), graphs=len(programs))
-    return Report.of_parts(sum(state.parts for state in uncached), "\n".join(state.uncached for state in uncached))
 
 
 def _intercept(

@@ -6,6 +6,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+# Packages that call models, or this one, for the caller: a warning points past their frames.
+_BETWEEN = frozenset(("moeca_compile", "torch", "diffusers", "transformers", "accelerate", "contextlib"))
+
 
 class MoecaError(Exception):
     """Base of all errors of moeca-compile."""
@@ -45,3 +51,19 @@ class InvariantError(MoecaError):
 
 class MoecaWarning(UserWarning):
     """The result is right, but not what was asked for: slower, colder, or mapped from elsewhere."""
+
+
+def warn(text: str, each_time: bool = False) -> None:
+    """Give a `MoecaWarning` that points at the caller's line, not at that of a library in between.
+
+    Args:
+        text: the warning.
+        each_time: hand it to Python's filters as new. False: they may show a text once for each line.
+    """
+    frame = sys._getframe(1)
+    # code that torch generates has no module's name
+    while frame.f_back and frame.f_globals.get("__name__", "torch").partition(".")[0] in _BETWEEN:
+        frame = frame.f_back
+    module = frame.f_globals.get("__name__", "torch")
+    registry = {} if each_time else frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, MoecaWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)

@@ -49,6 +49,8 @@ def test_a_pipeline_is_compared_by_prompts() -> None:
     [
         (("tests.toy:model",), "give --sample MODULE:FUNCTION, or --prompt for a pipeline"),
         ((*MODEL, "--prompt", "a fox"), "give --sample MODULE:FUNCTION, or --prompt for a pipeline"),
+        (("moeca_compile", *MODEL[1:]), "this folder is no bundle: it has no"),
+        (("toy", *MODEL[1:]), "'toy': expected MODULE:FUNCTION, as in my.models:build, or the folder of a bundle"),
         ((*MODEL, "--steps", "4"), "--steps is for the pipeline that --prompt calls"),
         ((*MODEL, "--schedule", "uniform"), "schedule 'uniform' is not understood"),
         ((*MODEL, "--truth", "converged"), "give it a keyword steps"),

@@ -104,7 +104,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("compare", "tests.toy:model"), "sample"),
     (("compare", "tests.toy:model", *FIND[:2], "--schedule", "unifrom:3"), "unifrom:3"),
     (("compare", "tests.toy:modell", *FIND[:2]), "did you mean 'model'?"),
-    (("compare", "{}/empty"), "expected MODULE:FUNCTION"),
+    (("compare", "{}/empty"), "this folder is no bundle: it has no manifest.json"),
     (("calibrate", "tests.toy:model", *FIND, "--truth", "true"), "'true' is not one of 'uncached', 'converged'"),
     (("calibrate", "tests.toy:model", *FIND, "--budget", "2x"), "did you mean speedup:2?"),
     (("explain", "tests.toy:modell"), "did you mean 'model'?"),

@@ -89,10 +89,12 @@ def argument(value: Any, names: dict[Node, str]) -> str:
 
 
 def report_text() -> str:
-    """What `explain` prints, without the times."""
+    """What `explain` prints, and its passes with the nodes before and after; without the times."""
     torch._dynamo.reset()
     report = moeca.explain(tiny(), *inputs(), schedule="uniform:3", inner="eager")
-    return str(replace(report, passes=tuple((name, 0.0, *rest) for name, _, *rest in report.passes))) + "\n"
+    passes = [f"{name}  {before}  {after}\n" for name, _, before, after in report.passes]
+    timeless = replace(report, passes=tuple((name, 0.0, *rest) for name, _, *rest in report.passes))
+    return f"{timeless}\n\n{''.join(passes)}"
 
 
 TEXTS = {

@@ -57,7 +57,7 @@ def show(schedule: ScheduleFile, json: AsJson = False, picture: Picture = None) 
     if json:
         print_json(schedules.facts(loaded))
     else:
-        show_parts(schedules.table_of_facts(loaded), "", schedules.grid(loaded))
+        show_parts(*schedules.parts(loaded))
     if picture is not None:
         plots.save(plots.schedule_grid(loaded), picture)
 

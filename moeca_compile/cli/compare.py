@@ -105,6 +105,7 @@ def compare(
         call=None if steps is None else {"num_inference_steps": steps},
         seeds=seeds,
         truth=truth,
+        progress=not json,
     )
     if json:
         print_json(comparison.to_dict())
@@ -119,6 +120,13 @@ def _refuse_early(
     is_bundle: bool,
 ) -> None:  # fmt: skip
     """Refuse what is wrong whatever the model is, before torch is imported, which takes seconds."""
+    if not is_bundle and Path(source).is_dir():
+        raise OptionError(
+            f"{source}: this folder is no bundle: it has no {MANIFEST}. Expected MODULE:FUNCTION, or a folder that "
+            "`moeca export` wrote"
+        )
+    if not is_bundle and ":" not in source:
+        raise OptionError(f"{source!r}: expected MODULE:FUNCTION, as in my.models:build, or the folder of a bundle")
     if not is_bundle:
         named.check(source, 0)
         Options(**options).resolved_schedule()

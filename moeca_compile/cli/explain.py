@@ -125,7 +125,11 @@ def _report(source: str, weights: Path | None, sample: str | None, options: dict
         for _ in range(2):  # variants are made the first time
             sampler(compiled, 0)
         return moeca.explain(compiled, html=html)
-    inputs = model_and_inputs(source)[1]
+    otherwise = (
+        f"; this one returns no inputs. Add --sample with a function of (model, seed) that samples, which needs none: "
+        f"moeca explain {source} --sample {source.partition(':')[0]}:sample"
+    )
+    inputs = model_and_inputs(source, otherwise)[1]
     model = model_of(source, weights)
     if isinstance(inputs, Mapping):
         return moeca.explain(model, keywords=inputs, html=html, **options)

@@ -38,15 +38,19 @@ def call(source: str) -> Any:
     return function()
 
 
-def model_and_inputs(source: str) -> tuple[Any, ...]:
+def model_and_inputs(source: str, otherwise: str = "") -> tuple[Any, ...]:
     """The model and its example inputs, of one size or several.
+
+    Args:
+        source: `MODULE:FUNCTION`.
+        otherwise: for the message: what does without inputs.
 
     Raises:
         OptionError: the function returns something else.
     """
     returned = call(source)
     if not isinstance(returned, tuple) or len(returned) < 2:
-        raise OptionError(f"{source}: expected a function that returns (model, example_inputs)")
+        raise OptionError(f"{source}: expected a function that returns (model, example_inputs){otherwise}")
     return returned
 
 

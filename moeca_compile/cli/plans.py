@@ -122,7 +122,7 @@ def calibrate(
             print_json([schedules.facts(schedule) for schedule in front])
             return
         for schedule in front:
-            show(schedules.table_of_facts(schedule), "", schedules.grid(schedule), "")
+            show(*schedules.parts(schedule), "")
         say_next(f"moeca.compile(model, schedule='{out}@{budgets[0]}')")
         return
     schedule = planner.calibrate(model, sampler, budget=budgets[0], **arguments)
@@ -130,7 +130,7 @@ def calibrate(
     if json:
         print_json(schedules.facts(schedule))
         return
-    show(schedules.table_of_facts(schedule), "", schedules.grid(schedule))
+    show(*schedules.parts(schedule))
     say_next(f"moeca export {source} model.moeca --schedule {out}, or moeca.compile(model, schedule={str(out)!r})")
 
 

@@ -16,6 +16,7 @@ from moeca_compile.comparison.truth import check_truth, true_samples
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.frontend.prompts import Prompt, PromptSampler, check_seeds, sampler_of
 from moeca_compile.inspect.comparison import CACHED, Comparison, Contender
+from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.output.study import Truth
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule.decode import short
@@ -34,6 +35,7 @@ def compare(
     truth: Truth = UNCACHED,
     metrics: Mapping[str, Metric] | None = None,
     data_range: float | None = None,
+    progress: bool = True,
 ) -> Comparison:
     """Sample the same seeds uncached and cached, and tell the speedup and what it costs in quality.
 
@@ -57,6 +59,7 @@ def compare(
             tensors; or a function of the seed.
         metrics: more metrics by name: functions of samples and truth, both [N, ...] float32, that return N numbers.
         data_range: of the samples, for PSNR and SSIM; None: 1 with prompts, else the range of the uncached samples.
+        progress: show a progress bar on stderr, where that is a terminal and `rich` is installed.
 
     Returns:
         Seconds, speedups, share of the MACs, and the metrics: PSNR in dB, SSIM (with scikit-image), LPIPS (with lpips).
@@ -73,26 +76,27 @@ def compare(
     sampler = sampler_of(model, sample, prompts, call, "compare")
     check_seeds(sampler, len(numbers), "compare")
     check_truth(truth, sampler)
-    runner = _Runner(compared, sampler)
     names = list(compared.ways)
-    # the cached run goes first: it says where nothing is cached, and there the graph may not be computed apart
-    first = {name: runner.run(name, numbers[0]) for name in reversed(names)}
-    samples: dict[str, list[Tensor]] = {name: [] for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for seed in numbers:
-        for name in names:
-            spent, drawn = runner.run(name, seed)
-            samples[name].append(drawn)
-            seconds[name].append(spent)
-    uncached = samples[names[0]]
-    _check_repeats(first[names[0]][1], uncached[0])
-    truths = {UNCACHED: uncached}
-    if truth != UNCACHED:
-        label = truth if isinstance(truth, str) else "given"
-        steps = runner.facts.steps
-        truths[label] = true_samples(
-            truth, numbers, uncached, lambda seed, times: runner.run(names[0], seed, times * steps)[1]
-        )
+    with bar(progress) as report_progress:
+        runner = _Runner(compared, sampler, len(names) * (1 + len(numbers)), report_progress)
+        # the cached run goes first: it says where nothing is cached, and there the graph may not be computed apart
+        first = {name: runner.run(name, numbers[0]) for name in reversed(names)}
+        samples: dict[str, list[Tensor]] = {name: [] for name in names}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for seed in numbers:
+            for name in names:
+                spent, drawn = runner.run(name, seed)
+                samples[name].append(drawn)
+                seconds[name].append(spent)
+        uncached = samples[names[0]]
+        _check_repeats(first[names[0]][1], uncached[0])
+        truths = {UNCACHED: uncached}
+        if truth != UNCACHED:
+            label = truth if isinstance(truth, str) else "given"
+            steps = runner.facts.steps
+            truths[label] = true_samples(
+                truth, numbers, uncached, lambda seed, times: runner.run(names[0], seed, times * steps)[1]
+            )
     low, high = (float(extreme) for extreme in torch.cat([each.flatten() for each in uncached]).aminmax())
     if data_range is None:
         data_range = 1.0 if isinstance(sampler, PromptSampler) else max(high - low, 1e-12)
@@ -120,12 +124,22 @@ def compare(
 class _Runner:
     """Runs a sampler in the ways of a compared model.
 
+    Args:
+        compared: the model.
+        sampler: of `compare`.
+        runs: how many there will be, those for a truth not counted.
+        report_progress: called before each run with what is run, and the share of the runs that is done.
+
     Attributes:
         facts: of the last cached run.
     """
 
-    def __init__(self, compared: CompiledModel | CompiledBundle, sampler: Callable[..., Any]) -> None:
+    def __init__(
+        self, compared: CompiledModel | CompiledBundle, sampler: Callable[..., Any], runs: int,
+        report_progress: ProgressCallback,
+    ) -> None:  # fmt: skip
         self._compared, self._sampler = compared, sampler
+        self._runs, self._done, self._report_progress = runs, 0, report_progress
         self.facts = compared.facts()
 
     def run(self, name: str, seed: int, steps: int | None = None) -> tuple[float, Tensor]:
@@ -135,6 +149,10 @@ class _Runner:
             OptionError: the samples aren't a tensor of finite numbers.
             StateError: nothing was cached.
         """
+        first = "first run, " if self._done < len(self._compared.ways) else ""
+        text = f"{first}{name}, seed {seed}" if steps is None else f"{name}, seed {seed}, {steps} steps"
+        self._report_progress(text, self._done / self._runs)
+        self._done += 1
         with torch.no_grad(), self._compared.running(name) as model:
             begin = time.perf_counter()
             drawn = self._sampler(model, seed) if steps is None else self._sampler(model, seed, steps=steps)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from moeca_compile.engine.compiler import Compiler
-from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.errors import LoweringError, warn
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.capture import under_compile_lock
@@ -81,7 +80,7 @@ class Prologues:
     def give_up_steps(self, error: LoweringError) -> None:
         """Compute each step by itself from now on, because the mapped program failed."""
         self.by_step = True
-        warnings.warn(f"{error}. They are computed at each step, which is slower", MoecaWarning, stacklevel=2)
+        warn(f"{error}. They are computed at each step, which is slower")
 
     def _variant(self, gives: tuple[int, ...]) -> Variant:
         if gives not in self._built:

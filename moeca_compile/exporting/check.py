@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from moeca_compile.errors import BundleError, LoweringError, MoecaWarning
+from moeca_compile.errors import BundleError, LoweringError, MoecaWarning, warn
 from moeca_compile.exporting import request
 from moeca_compile.exporting.golden import TOLERANCE, WRONG
 from moeca_compile.exporting.request import Arguments, Captured
@@ -70,11 +70,7 @@ def check_export(
     if not errors[worst] <= WRONG * TOLERANCE[dtype]:
         raise LoweringError(f"{difference}: the export is wrong. dynamic_batch=False may work; please report it")
     if errors[worst] > TOLERANCE[dtype]:
-        warnings.warn(
-            f"{difference}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that",
-            MoecaWarning,
-            stacklevel=3,
-        )
+        warn(f"{difference}, more than {TOLERANCE[dtype]:.0e}: a router with near-ties does that")
     return [
         {"runtime": runtime.version(), "provider": runtime.provider, "relative_error": error}
         for runtime, error in measured
@@ -96,7 +92,7 @@ def _opened(folder: Path, dtype: str) -> Session | None:
             return session
         except BundleError:
             text = f"the bundle is written but couldn't be tried here: {error}"
-            warnings.warn(text, MoecaWarning, stacklevel=4)
+            warn(text)
             return None
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
-from moeca_compile.errors import BundleError, MoecaWarning
+from moeca_compile.errors import BundleError, warn
 from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.lowering.tensorrt import build as tensorrt
 from moeca_compile.lowering.tensorrt.build import EngineRequest
@@ -27,10 +26,6 @@ def add_engines(folder: Path, path: Path, request: EngineRequest | None, tick: P
         try:
             tensorrt.targets(find(), ())
         except BundleError as error:
-            warnings.warn(
-                f"no engines were built: {error}. On the machine that is to run them: moeca engines {path}",
-                MoecaWarning,
-                stacklevel=3,
-            )
+            warn(f"no engines were built: {error}. On the machine that is to run them: moeca engines {path}")
             return
     tensorrt.build_engines(Bundle.open(folder), request, lambda text, done: tick(text, 0.9 + 0.1 * done))

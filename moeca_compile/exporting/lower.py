@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeca_compile.errors import MoecaWarning
+from moeca_compile.errors import warn
 from moeca_compile.exporting.capture import BATCHES
 from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.request import Captured
@@ -42,11 +41,7 @@ def expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Low
     gm = main.variants[0][1].gm
     chosen, slower = choose(experts, targets, why_no_moe(gm))
     if slower and calls(gm):
-        warnings.warn(
-            f"a bundle has one form of the experts, here {str(chosen)!r}: {slower}. A bundle a target is fastest",
-            MoecaWarning,
-            stacklevel=3,
-        )
+        warn(f"a bundle has one form of the experts, here {str(chosen)!r}: {slower}. A bundle a target is fastest")
     return chosen
 
 

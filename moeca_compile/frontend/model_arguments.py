@@ -92,7 +92,7 @@ def compiled_parts(model: Any, what: str) -> list[Any]:
         StateError: nothing of it is compiled with moeca.
     """
     parts = list(model) if isinstance(model, (list, tuple)) else list(parts_of(model).values()) or [model]
-    if not any(map(_is_compiled_here, parts)):
+    if not any(map(is_compiled_here, parts)):
         raise StateError(
             f"{what}: this {type(model).__name__} isn't compiled with moeca. Pass what "
             'torch.compile(model, backend="moeca") or moeca_compile.compile(model) gave, or the pipeline that it is '
@@ -101,7 +101,7 @@ def compiled_parts(model: Any, what: str) -> list[Any]:
     return parts
 
 
-def _is_compiled_here(model: Any) -> bool:
+def is_compiled_here(model: Any) -> bool:
     """Whether a model or function is compiled with this backend, or may call what is."""
     context = handle_of(getattr(model, "__func__", model))
     if context is not None:

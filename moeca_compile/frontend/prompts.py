@@ -12,6 +12,7 @@ from torch import Tensor
 from moeca_compile.errors import OptionError
 from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.model_arguments import plain_module
+from moeca_compile.schedule.decode import short
 
 Prompt = str | Mapping[str, Any]
 STEPS = "num_inference_steps"
@@ -49,7 +50,18 @@ class PromptSampler:
         keywords["generator"] = torch.Generator().manual_seed(seed)
         if steps is not None:
             keywords[STEPS] = steps
-        return samples_of(self._pipeline(**keywords))
+        try:
+            return samples_of(self._pipeline(**keywords))
+        except (AttributeError, TypeError) as error:
+            missing = _missing_for_text(self._pipeline)
+            if not missing or not isinstance(prompt, str):
+                raise
+            name = type(self._pipeline).__name__
+            raise OptionError(
+                f"{name} has no {' and no '.join(missing)}, and the text {short(prompt)} needs "
+                f"it ({error}). Load the pipeline with it, or give embeddings in place of texts, as keywords of the "
+                "pipeline's call: prompts=[{'prompt_embeds': tensor}], and what all calls share in call={...}"
+            ) from error
 
 
 def sampler_of(
@@ -142,6 +154,16 @@ def _sample_of(value: Any) -> Tensor:
         f"the pipeline returned {type(value).__name__}, in which no images were found. Give a sample function, or "
         "call={'output_type': ...} with a type that gives tensors or arrays"
     )
+
+
+def _missing_for_text(pipeline: Any) -> list[str]:
+    """The components that turn texts into embeddings and are None, as diffusers names them."""
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, Mapping):
+        return []
+    return [
+        name for name, part in components.items() if part is None and name.startswith(("text_encoder", "tokenizer"))
+    ]
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

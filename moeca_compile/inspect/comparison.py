@@ -179,8 +179,9 @@ class Comparison:
                 values = contender.quality.get(truth, {}).get(metric)
                 cells.append("" if values is None else f"{statistics.fmean(values):.4g}")
             rows.append(cells)
-        title = f"{self.model}, schedule {self.schedule}, {len(self.seeds)} seeds, medians of interleaved runs"
-        return "\n".join([title, *_columns(rows), "", *self._conclusion(), *self.notes])
+        title = f"{self.model}, schedule {self.schedule}, {len(self.seeds)} seeds"
+        how = "seconds: medians of interleaved runs; speedup: the ratio of these medians"
+        return "\n".join([title, *_columns(rows), how, "", *self._conclusion(), *self.notes])
 
     def _conclusion(self) -> list[str]:
         graph = self.graph_speedup

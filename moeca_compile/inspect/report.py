@@ -176,9 +176,12 @@ class Report:
         return [f"schedule {self.schedule.made_by}, {self.state_bytes} bytes of state a stream", *_columns(rows)]
 
     def _passes(self) -> list[str]:
-        rows: Rows = [("pass", "ms", "nodes", "after")]
-        rows += [(name, f"{ms:.1f}", str(before), str(after)) for name, ms, before, after in self.passes]
-        return _columns(rows)
+        milliseconds = sum(ms for _, ms, _, _ in self.passes)
+        changed = sum(before != after for _, _, before, after in self.passes)
+        return [
+            f"{len(self.passes)} passes, {milliseconds:.0f} ms, {changed} changed the number of nodes; the attribute "
+            "passes and the page (html=) list them"
+        ]
 
 
 def _columns(rows: Rows) -> list[str]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeca_compile.inspect.actions import legend
+from moeca_compile.inspect.html.measured import TRIED, tried
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 from moeca_compile.schedule.action import legend_of, name_of
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
 EVERY = "every region"
+MOST_TRIED = 3  # families of schedules that the table of facts lists, the best first
 _STYLES: dict[Act, str] = {Action.COMPUTE: "bold", Action.REUSE: "dim", Action.FORECAST: "cyan"}
 _GLYPHS: dict[Act, str] = {Action.COMPUTE: "█", Action.REUSE: "░", Action.FORECAST: "▒"}
 _DESCRIBED = ("made_by", "order", "period", "fingerprint", "granularity", "timesteps", "latent", "regions")
@@ -43,14 +45,25 @@ def facts(schedule: Schedule) -> dict[str, Any]:
     }
 
 
+def parts(schedule: Schedule) -> tuple[RenderableType, ...]:
+    """What is printed of a schedule: its grid, an empty line, and its facts."""
+    return grid(schedule), "", table_of_facts(schedule)
+
+
 def table_of_facts(schedule: Schedule) -> Table:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts(schedule).items():
         if name == "predicted":
+            best = tried(schedule)
             for inner, number in value.items():
-                table.add_row(f"predicted {inner}", f"{number:.4g}")
+                if not inner.startswith(TRIED):
+                    table.add_row(f"predicted {inner}", f"{number:.4g}")
+            for family in best[:MOST_TRIED]:
+                table.add_row(f"predicted {TRIED}{family['name']}", f"{family['psnr_db']:.4g}")
+            if len(best) > MOST_TRIED:
+                table.add_row("", f"and {len(best) - MOST_TRIED} more were tried: --json lists all")
         elif value not in (None, "", []):
             table.add_row(name.replace("_", " "), str(value))
     return table

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeca_compile.errors import MoecaWarning, ScheduleError
+from moeca_compile.errors import ScheduleError, warn
 from moeca_compile.frontend.prompts import sampler_of
 from moeca_compile.planner.calibration import Studies, calibrate, find_schedule, reported
 from moeca_compile.planner.output.study import check_truth
@@ -70,7 +69,7 @@ def calibrate_front(model: Any, sample: Sampler | None = None, *, budgets: Seque
     if not schedules:
         raise ScheduleError("calibrate_front: no budget can be kept. " + " ".join(failures))
     for failure in failures:
-        warnings.warn(f"calibrate_front leaves a budget out: {failure}", MoecaWarning, stacklevel=2)
+        warn(f"calibrate_front leaves a budget out: {failure}")
     total = max(schedule.predicted["trajectories"] for schedule in schedules)
     costs = {"trajectories": total}
     return Front(tuple(replace(schedule, predicted={**schedule.predicted, **costs}) for schedule in schedules))

@@ -92,10 +92,11 @@ class Stats:
     def speedup(self) -> float | None:
         """Time of the last trajectory's calls if each took as long as a computed step, over the time they took.
 
-        A computed step counts with its median over all trajectories since the last reset. None: there was no computed
-        step to compare with, or the milliseconds are the host's alone.
+        A computed step counts with its median over this trajectory and those before it since the last reset, so that
+        the figure of a trajectory stays as it is. None: there was no computed step to compare with, or the milliseconds
+        are the host's alone.
         """
-        return self._speedup(self.steps)
+        return self._speedup(self.steps, self.trajectories or (self.steps,))
 
     def __str__(self) -> str:
         ran = Counter(record.variant for record in self.steps)
@@ -110,24 +111,26 @@ class Stats:
         if self.uncached:
             lines.append(self.uncached)
         if self.steps:
-            lines += [self._time(self.steps), "", *_table(self.steps)]
+            lines += [self._time(self.steps, self.trajectories or (self.steps,)), "", *_table(self.steps)]
         if len(self.trajectories) > 1:
             calls = sum(map(len, self.trajectories))
             lines += ["", f"{len(self.trajectories)} trajectories since the last reset, {calls} calls:"]
             for number, records in enumerate(self.trajectories):
-                lines.append(f"{number:>3}: {len(records)} calls, {self._time(records)}")
+                so_far = self.trajectories[: number + 1]
+                lines.append(f"{number:>3}: {len(records)} calls, {self._time(records, so_far)}")
         return "\n".join(lines)
 
-    def _time(self, records: Sequence[StepRecord]) -> str:
+    def _time(self, records: Sequence[StepRecord], so_far: Sequence[Sequence[StepRecord]]) -> str:
         milliseconds = f"{sum(record.total_ms for record in records):.1f} ms"
         if not self.on_host:
             return f"{milliseconds} on the host, which doesn't wait for the device; moeca_compile.compare times both"
-        speedup = self._speedup(records)
+        speedup = self._speedup(records, so_far)
         return milliseconds if speedup is None else f"{milliseconds}, {speedup:.2f} times as fast as computed steps"
 
-    def _speedup(self, records: Sequence[StepRecord]) -> float | None:
+    def _speedup(self, records: Sequence[StepRecord], so_far: Sequence[Sequence[StepRecord]]) -> float | None:
+        """Of one trajectory, which is the last of those so far."""
         spent = sum(record.total_ms for record in records)
-        computed = _computed_ms(record for trajectory in (*self.trajectories, self.steps) for record in trajectory)
+        computed = _computed_ms(record for trajectory in so_far for record in trajectory)
         if not (self.on_host and spent) or any(record.full_macs not in computed for record in records):
             return None
         return sum(computed[record.full_macs] for record in records) / spent

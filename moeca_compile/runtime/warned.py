@@ -6,17 +6,10 @@ stay silent.
 
 from __future__ import annotations
 
-import sys
 import threading
-import warnings
 from collections import Counter
-from pathlib import Path
-from types import FrameType
 
-from moeca_compile.errors import MoecaWarning
-
-_PACKAGE = str(Path(__file__).parents[1])
-_TORCH = f"{Path('/torch/')}"
+from moeca_compile.errors import warn
 
 
 class Warned:
@@ -44,20 +37,10 @@ class Warned:
             self.counts[shown] += 1
             if self.counts[shown] > 1:
                 return
-        frame = _caller_outside(sys._getframe(1))
-        warnings.warn_explicit(
-            text, MoecaWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals["__name__"]
-        )
+        warn(text, each_time=True)
 
     def clear(self) -> None:
         """Forget all causes: each is shown again."""
         with self._lock:
             self.counts.clear()
             self._texts.clear()
-
-
-def _caller_outside(frame: FrameType) -> FrameType:
-    """The nearest frame outside this package and torch: the call of the model."""
-    while frame.f_back is not None and (_PACKAGE in frame.f_code.co_filename or _TORCH in frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame

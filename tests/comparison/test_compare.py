@@ -6,6 +6,8 @@ import gc
 import json
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +52,7 @@ def test_speedups_are_ratios_of_medians_with_both_halves_apart() -> None:
     text = str(figures(3.0, 2.0, 1.0))
     assert "3.00 times as fast (graph 1.50, caching 2.00), 48.0 dB from uncached, worst 46.0 dB" in text
     assert text.endswith("ssim is left out: why")
+    assert "seconds: medians of interleaved runs; speedup: the ratio of these medians" in text
     table = [line.split() for line in text.split("\n")[1:5]]
     assert table == [
         ["seconds", "speedup", "MACs", "psnr_db"],
@@ -102,6 +105,25 @@ def test_a_model_s_output_is_compared() -> None:
     comparison = moeca.compare(compiled(granularity="output"), world.sample, seeds=1)
     assert comparison.mac_fraction == pytest.approx(3 / 8)
     assert comparison.mean("psnr_db", contender="computed") == 150.0
+
+
+def test_each_run_is_told(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, float]] = []
+
+    @contextmanager
+    def recording(show: bool) -> Iterator[Any]:
+        yield lambda text, share: told.append((text, share)) if show else None
+
+    monkeypatch.setattr("moeca_compile.comparison.entry.bar", recording)
+    moeca.compare(model, world.sample, seeds=[7], truth="converged", progress=True)
+    assert [text for text, _ in told] == [
+        "first run, cached, seed 7", "first run, computed, seed 7", "first run, plain, seed 7",
+        "plain, seed 7", "computed, seed 7", "cached, seed 7", "plain, seed 7, 16 steps", "plain, seed 7, 32 steps",
+    ]  # fmt: skip
+    assert [share for _, share in told[:6]] == pytest.approx([number / 6 for number in range(6)])
+    told.clear()
+    moeca.compare(model, world.sample, seeds=[7], progress=False)
+    assert told == []
 
 
 # -- pipelines --------------------------------------------------------------------------------------------------------

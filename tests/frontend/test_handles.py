@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import threading
 import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
+from moeca_compile import errors
 from moeca_compile.engine.program import Program
 from moeca_compile.errors import MoecaWarning
 from moeca_compile.frontend.entry import ENTRIES
@@ -123,6 +126,26 @@ def test_warnings_name_the_line_that_called_the_model_and_differ_by_cause() -> N
     warned.clear()
     with pytest.warns(MoecaWarning, match="step 7"):
         warned.once("step 7 is odd")
+
+
+def test_a_warning_skips_the_frames_of_libraries_between() -> None:
+    """A pipeline of diffusers calls the model: the line of interest is the one that calls the pipeline."""
+    library: dict[str, Any] = {"__name__": "diffusers.pipelines.flux", "warned": Warned(), "warn": errors.warn}
+    exec(compile("def run():\n    warned.once('odd')\n    warn('even')", "flux.py", "exec"), library)
+    generated: dict[str, Any] = {"run": library["run"]}  # as torch makes it: its module has no name
+    exec(compile("def call():\n    run()", "<eval_with_key>.0", "exec"), generated)
+    with pytest.warns(MoecaWarning) as seen:
+        generated["call"]()
+    assert [str(one.message) for one in seen] == ["odd", "even"]
+    assert {Path(one.filename).name for one in seen} == {Path(__file__).name}
+
+
+def test_all_warnings_go_through_the_one_that_skips_frames() -> None:
+    package = Path(moeca.__file__).parent
+    direct = [
+        path.name for path in package.rglob("*.py") if re.search(r"warnings\.warn(_explicit)?\(", path.read_text())
+    ]
+    assert direct == ["errors.py"]
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------

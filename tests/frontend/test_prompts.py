@@ -133,6 +133,31 @@ def test_prompts_that_are_none(arguments: dict[str, Any], text: str) -> None:
         moeca.calibrate(world.Pipeline(), budget="macs:0.5", progress=False, **arguments)
 
 
+class Encoding(world.Pipeline):
+    """Encodes texts, with parts that may be missing, as diffusers' pipelines do."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        self.components = {"transformer": self.transformer, "text_encoder": None, "tokenizer": None, **parts}
+
+    def __call__(self, prompt: str = "", prompt_embeds: Any = None, generator: Any = None) -> Any:
+        if prompt_embeds is None:
+            self.components["tokenizer"].encode(prompt)
+        return super().__call__(generator=generator)
+
+
+def test_a_text_for_a_pipeline_without_text_encoder_is_refused() -> None:
+    pipe = Encoding()
+    moeca.compile(pipe, schedule="uniform:3", inner="eager")
+    text = r"Encoding has no text_encoder and no tokenizer, and the text 'a fox' needs it .*prompts=\[\{'prompt_embeds'"
+    with pytest.raises(OptionError, match=text):
+        moeca.compare(pipe, prompts=["a fox"], seeds=1)
+    embeddings = [{"prompt_embeds": torch.zeros(1, 2)}]
+    assert moeca.compare(pipe, prompts=embeddings, seeds=1).mac_fraction < 1
+    with pytest.raises(AttributeError):  # nothing is missing: the pipeline's own error
+        sampler_of(Encoding(text_encoder=1, tokenizer=2), None, ["a fox"], None, "compare")(None, 0)
+
+
 def test_prompts_are_for_pipelines() -> None:
     with pytest.raises(OptionError, match="compare: prompts are for a pipeline, and this is DiT"):
         moeca.compare(moeca.compile(world.model(), inner="eager"), prompts=["a fox"])

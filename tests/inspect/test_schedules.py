@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
-from moeca_compile.inspect.schedules import difference, facts, grid, table_of_differences, table_of_facts
+from moeca_compile.inspect.schedules import difference, facts, grid, parts, table_of_differences, table_of_facts
 from moeca_compile.schedule import Schedule
 from tests.tools import row
 
@@ -38,6 +38,16 @@ def test_the_table_shows_what_was_predicted() -> None:
     assert "predicted psnr_db" in shown
     assert "48.25" in shown
     assert "period" in shown
+
+
+def test_the_grid_comes_first_and_few_of_what_was_tried() -> None:
+    families = {f"tried family {number}": 40.0 + number for number in range(9)}
+    schedule = replace(ONE, predicted={"psnr_db": 48.0, **families})
+    shown = text(Group(*parts(schedule)))
+    assert shown.index("█▒██") < shown.index("made by")
+    assert [line.split()[3] for line in shown.splitlines() if "predicted tried" in line] == ["8", "7", "6"]
+    assert "and 6 more were tried: --json lists all" in shown
+    assert len(facts(schedule)["predicted"]) == 10
 
 
 def test_regions_that_do_the_same_share_a_line_of_the_grid() -> None:

@@ -31,6 +31,14 @@ def test_speedup_is_against_the_median_computed_step() -> None:
     assert stats(last[1:]).speedup is None  # no computed step
 
 
+def test_the_speedup_of_a_trajectory_stays_as_it_is() -> None:
+    first = (record(0, 9.0, 10), record(1, 1.0, 2))
+    slow = (record(0, 49.0, 10), record(1, 49.0, 10))
+    alone = str(stats(first)).splitlines()[1]
+    line = next(line for line in str(stats(first, slow)).splitlines() if line.startswith("  0:"))
+    assert line == f"  0: 2 calls, {alone}"
+
+
 def test_steps_of_other_sizes_are_compared_with_their_own() -> None:
     small, large = (record(0, 1.0, 10), record(1, 0.0, 2)), (record(0, 19.0, 40, 40), record(1, 1.0, 8, 40))
     assert stats(small, large).speedup == pytest.approx(40 / 22)

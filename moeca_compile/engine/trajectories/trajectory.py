@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
 from moeca_compile.engine.trajectories.blocks import Block, acting, close_block, open_block
 from moeca_compile.engine.trajectories.declared_timesteps import DeclaredTimesteps
-from moeca_compile.errors import MoecaWarning, StateError
+from moeca_compile.errors import StateError, warn
 
 RAN_EAGERLY = (
     "ran uncached, as if the model weren't compiled: torch made no graph for that kind of call (shapes, dtypes, modes, "
@@ -104,21 +103,19 @@ class Trajectory:
                 "went to that one. Enter a trajectory around each call of its loop, or around the whole loop"
             )
         if not (is_here or block.inside or block.outside):
-            warnings.warn(
+            warn(
                 "no call of the model was counted to a trajectory that was entered in one thread or task and left in "
-                "another: a call counts where the trajectory was entered. Enter it around each call",
-                MoecaWarning,
-                stacklevel=2,
+                "another: a call counts where the trajectory was entered. Enter it around each call"
             )
         all_calls = self.calls + self.uncached_calls
         if self._warns_of_uncached and not self._open:
             self._warns_of_uncached = False
             count = f"{self.uncached_calls} of {all_calls} calls of the model in this trajectory"
-            warnings.warn(f"{count} {RAN_EAGERLY}", MoecaWarning, stacklevel=2)
+            warn(f"{count} {RAN_EAGERLY}")
         if self.if_empty is not None and is_here and not (self._open or all_calls):
             warning, self.if_empty = self.if_empty(), None
             if warning is not None:
-                warnings.warn(warning, MoecaWarning, stacklevel=2)
+                warn(warning)
         for timesteps in self._declared:
             timesteps.check()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from moeca_compile.schedule import Schedule
 
-_TRIED = "tried "  # how `calibrate` names, in `Schedule.predicted`, the best of each family of schedules
+TRIED = "tried "  # how `calibrate` names, in `Schedule.predicted`, the best of each family of schedules
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,5 @@ class Measured:
 
 def tried(schedule: Schedule) -> list[dict[str, str | float]]:
     """The best PSNR in dB that each family of schedules reached within the schedule's budget, the best first."""
-    families = {
-        name.removeprefix(_TRIED): value for name, value in schedule.predicted.items() if name.startswith(_TRIED)
-    }
+    families = {name.removeprefix(TRIED): value for name, value in schedule.predicted.items() if name.startswith(TRIED)}
     return [{"name": name, "psnr_db": families[name]} for name in sorted(families, key=lambda name: -families[name])]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.errors import LoweringError, warn
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.variant import Variant
@@ -72,11 +71,9 @@ def lower_inductor(
         raise
     except Exception as error:
         if has_bodies(gm):
-            warnings.warn(
+            warn(
                 f"Inductor refused variant {variant.name} with one body for equal blocks ({error}): each block is "
-                "compiled for itself. options={'disable': ('repeat_blocks',)} does so from the start",
-                MoecaWarning,
-                stacklevel=2,
+                "compiled for itself. options={'disable': ('repeat_blocks',)} does so from the start"
             )
             return lower_inductor(variant, args, mode, inner_options, _without_bodies(passes), manager)
         repro = write_repro(variant.name, gm, split(args), options, error)

@@ -9,7 +9,6 @@ overwrites; but for those that are lent, which the caller copies away itself.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.errors import MoecaWarning, UserError
+from moeca_compile.errors import UserError, warn
 from moeca_compile.lowering.inductor.buffers import copy_all
 
 MOST = 8  # recordings of a variant: as many streams and sets of weights
@@ -90,11 +89,9 @@ class Replayed:
                 self.recordings[key] = self._recorded(args)
             except (RuntimeError, UserError) as error:
                 self.gave_up = True
-                warnings.warn(
+                warn(
                     f"variant {self.name} can't be recorded as a CUDA graph ({str(error).splitlines()[0]}): it runs "
-                    "without one. Leave cuda_graphs out, or give the experts a dispatch that never waits for the GPU",
-                    MoecaWarning,
-                    stacklevel=2,
+                    "without one. Leave cuda_graphs out, or give the experts a dispatch that never waits for the GPU"
                 )
                 return None
             if len(self.recordings) > MOST:
