@@ -81,7 +81,7 @@ def export(
         CaptureError: the model isn't one graph, or has nothing to cache.
         LoweringError: no ONNX form, sizes that aren't linear in the batch, or a result that isn't the model's.
             An expert lowering that a target or the model doesn't take, or a capacity that drops golden branches.
-        BundleError: the path is taken, what was written can't be run, or the schedule is adaptive or has PARTIAL rows.
+        BundleError: the path is taken, or what was written can't be run.
         ScheduleError, OptionError: as for `compile`.
     """
     model = plain_module(single_model(model, "export"))

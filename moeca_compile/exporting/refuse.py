@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moeca_compile.errors import BundleError, LoweringError, OptionError
+from moeca_compile.errors import LoweringError, OptionError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.request import Arguments
 from moeca_compile.lowering.experts.choose import FORMS
@@ -71,8 +71,7 @@ def _is_call(example: Any) -> bool:
 
 def refuse_schedule(schedule: Schedule, granularity: str, fused: bool) -> None:
     """Raises:
-    BundleError: a manifest can't say it.
-    LoweringError: a fused graph of a schedule with PARTIAL rows.
+    LoweringError: a fused graph of a schedule that is adaptive or has PARTIAL rows.
     OptionError: a fused graph of what has one graph.
     """
     if granularity == OUTPUT and fused:
@@ -80,10 +79,10 @@ def refuse_schedule(schedule: Schedule, granularity: str, fused: bool) -> None:
             f"fused=True: with granularity='output' a cheap step runs no graph, so there are no variants to put into "
             f"{FUSED}. Leave fused out; a Session runs the sums of a cheap step itself"
         )
-    if schedule.adaptive is not None:
-        raise BundleError(
-            "the schedule is adaptive: its rows are chosen while a trajectory runs, and a bundle's are fixed. Export a "
-            "static one, such as 'uniform:3' or what moeca_compile.calibrate gives"
+    if fused and schedule.adaptive is not None:
+        raise LoweringError(
+            f"{FUSED} has a fixed table of steps, and the rows of an adaptive schedule are chosen while a trajectory "
+            "runs: export with fused=False"
         )
     if fused and not all(isinstance(act, Action) for row in schedule.rows for act in row):
         raise LoweringError(

@@ -46,6 +46,7 @@ class Slot(StrEnum):
 SLOTS = (Slot.Y0, Slot.Y1, Slot.Y2, Slot.Y3)  # a region's outputs in order of age, latest first; MAX_KEPT of them
 ITEM = (Slot.Y, Slot.AT, Slot.D1, Slot.D2, Slot.BEFORE)  # what is kept of a value that ages by itself
 KEYS = (Slot.KEYS0, Slot.KEYS1)  # what every token of an attention reads of all others
+MODEL = -1  # in place of a region: state that belongs to the whole graph
 STAMPS = frozenset({Slot.AT, Slot.BEFORE})  # one number an item, not a vector
 
 

@@ -305,7 +305,11 @@ class Trajectory:
         end = time.perf_counter()
         outputs, writes = session.outputs_by_name(values), [_slot_number(name) for name in variant.spec.writes]
         finite = not writes or all(_finite(array) for array in outputs.values())
-        driver.keep(state, step, row, writes, values[len(outputs) : len(outputs) + len(writes)], finite)
+        written = values[len(outputs) : len(outputs) + len(writes)]
+        for place, number in enumerate(writes):
+            if state.layout[number].slot is Slot.FIGURE:  # the step rule reads it on the host; no graph does
+                written[place] = session.runtime.numpy(written[place])
+        driver.keep(state, step, row, writes, written, finite)
         if dropped := session.dropped_branches(variant, values):
             session.warned.once(_left_out(f"step {step}", dropped))
         self._step = step

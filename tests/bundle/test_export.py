@@ -343,13 +343,6 @@ def test_a_fused_graph_with_partial_rows_is_refused(tmp_path: Path, model: DiT, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adaptive_schedules_are_refused(tmp_path: Path, model: DiT) -> None:
-    for schedule in ("adaptive:0.1", Schedule.by_drift(0.2, order=0)):
-        with pytest.raises(BundleError, match=r"adaptive: .* Export a static one, such as 'uniform:3'"):
-            moeca.export(model, call_of(2), schedule, tmp_path / "b")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_training_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"model\.eval"):
         moeca.export(small_model().train(), call_of(2), "full", tmp_path / "b")

@@ -347,7 +347,7 @@ TIMED = Schedule((C, F), ("output",), granularity="output", timesteps=(1.0, 0.0)
         (Flat(), (torch.ones(2, 3, 4), 0.5), OF_X, {}, LoweringError, "no input has the output's sizes"),
         (Flat(), (torch.ones(2, 3, 4), 0.5), TIMED, {}, LoweringError, "pass the timestep as a tensor"),
         (None, None, "uniform:3", {"fused": True}, OptionError, "a cheap step runs no graph"),
-        (None, None, "adaptive:0.1", {}, BundleError, "the schedule is adaptive"),
+        (None, None, "adaptive:0.1", {}, ScheduleError, "no drift metric"),
         (None, None, Schedule((C, (Partial(0.5),)), ("output",)), {}, ScheduleError, "the model's output has no parts"),
         (None, None, Schedule((C, F), ("attn",)), {}, ScheduleError, "another graph"),
         (None, None, TIMED, {"granularity": "region"}, ScheduleError, "pass granularity='output'"),

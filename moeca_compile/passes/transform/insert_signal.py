@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
-from moeca_compile.graph.variant import Slot
+from moeca_compile.graph.variant import MODEL, Slot
 from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.partial.item_state import State, forecast, updated
 from moeca_compile.passes.transform.inline import inline
-from moeca_compile.passes.transform.layout import MODEL
 from moeca_compile.passes.transform.ports import Ports
 from moeca_compile.schedule import Action
 

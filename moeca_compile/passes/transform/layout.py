@@ -10,11 +10,10 @@ import torch
 from moeca_compile.dtypes import name_of
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Region, RegionMap, Value
-from moeca_compile.graph.variant import KEYS, SLOTS, STAMPS, Slot, StateSlot, item_slots
+from moeca_compile.graph.variant import KEYS, MODEL, SLOTS, STAMPS, Slot, StateSlot, item_slots
 from moeca_compile.passes.partial.item_state import wide
 from moeca_compile.schedule import Schedule
 
-MODEL = -1  # in place of a region: state that belongs to the whole graph
 Entry = tuple[int, Slot, tuple[int, ...], str]  # output, slot, shape, dtype
 
 

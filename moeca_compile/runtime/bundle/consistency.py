@@ -43,7 +43,8 @@ def check_consistency(manifest: Manifest, schedule: Schedule) -> None:
     _demand(len(sizes) == 1 or not manifest.engines, "engines are of one size, and there are several")
     if manifest.fused is not None:
         steps = None if schedule.period else len(schedule.rows)
-        _demand(manifest.fused == FusedSpec(FUSED, steps), "the fused graph is of another schedule")
+        is_counted = schedule.adaptive is None and manifest.fused == FusedSpec(FUSED, steps)
+        _demand(is_counted, "the fused graph is of another schedule")
         _demand(len(sizes) == 1, "a fused graph is of one size, and there are several")
     _check_files(manifest, sizes)
 
@@ -60,7 +61,6 @@ def _check_files(manifest: Manifest, sizes: Sequence[Manifest]) -> None:
 
 
 def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
-    _demand(schedule.adaptive is None, "the schedule is adaptive, which a bundle can't be")
     _demand(schedule.regions == manifest.model.regions, "the schedule is for other regions")
     _demand(schedule.fingerprint == manifest.model.fingerprint, "the schedule is of another graph")
     _distinct(manifest.model.regions, "region")

@@ -92,9 +92,10 @@ class InputSpec(TensorSpec, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class StateSpec(TensorSpec, frozen=True, forbid_unknown_fields=True):
-    """A cache tensor; as an input it is called `<name>_in`, as an output `<name>_out`."""
+    """A cache tensor; as an input it is called `<name>_in`, as an output `<name>_out`. Region -1 is the whole
+    graph."""
 
-    region: Annotated[int, Meta(ge=0, le=100_000)]
+    region: Annotated[int, Meta(ge=-1, le=100_000)]
     output: Annotated[int, Meta(ge=0, le=1000)]
     slot: Annotated[str, Meta(pattern=rf"^({'|'.join(Slot)})\Z")]
 

@@ -16,8 +16,8 @@ def output_misfit(manifest: Manifest, schedule: Schedule) -> str:
         return "latent: it is for bundles of granularity 'output'" if manifest.latent is not None else ""
     if manifest.fused is not None:
         return "a fused graph is for schedules whose every row is a graph"
-    if not all(isinstance(row[0], Action) for row in schedule.rows):
-        return "a model's output has no parts that could be recomputed"
+    if schedule.adaptive is not None or not all(isinstance(row[0], Action) for row in schedule.rows):
+        return "a model's output has no parts that could be recomputed, and no drift metric"
     if not all(_is_kept(spec, manifest) for spec in manifest.state):
         return "the state isn't made of the outputs"
     latent = next((spec for spec in manifest.inputs if spec.name == manifest.latent), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from moeca_compile.graph.variant import KEYS, SLOTS, Slot, item_slots
+from moeca_compile.graph.variant import KEYS, MODEL, SLOTS, Slot, item_slots
 from moeca_compile.runtime.bundle.manifest import Manifest, StateSpec
 from moeca_compile.schedule import Act, Action, Partial, Row, Schedule
 
@@ -21,6 +21,8 @@ def state_misfit(manifest: Manifest, schedule: Schedule) -> str:
         needed = _items if schedule.partials(region) else _outputs
         pairs = needed(schedule, region, by_region.get(region, []))
         places += [(region, output, slot.value) for output, slot in pairs]
+    if schedule.adaptive is not None:
+        places += [(MODEL, 0, slot.value) for slot in (*item_slots(schedule.order), Slot.FIGURE)]
     if [(spec.region, spec.output, spec.slot) for spec in manifest.state] != places:
         return "state and schedule differ"
     names = [f"state_{i:03d}" for i in range(len(manifest.state))]
@@ -58,9 +60,12 @@ def written(manifest: Manifest, schedule: Schedule, row: Row) -> tuple[str, ...]
     """The states that the variant of a row writes."""
     has_branches = {spec.region for spec in manifest.state if spec.slot == Slot.HELD}
     names = []
+    is_full = all(act is Action.COMPUTE for act in row)
     for spec in manifest.state:
         act = row[spec.region]
-        if not schedule.partials(spec.region):
+        if spec.region == MODEL:
+            writes = is_full or spec.slot == Slot.FIGURE
+        elif not schedule.partials(spec.region):
             writes = act is Action.COMPUTE and spec.slot == Slot.Y0
         else:
             writes = _writes_items(act, spec.region in has_branches, spec.output)
@@ -79,6 +84,12 @@ def _writes_items(act: Act, has_branches: bool, output: int) -> bool:
 
 def readable(manifest: Manifest, schedule: Schedule, row: Row) -> set[str]:
     """The states that the variant of a row may read."""
-    return {
-        spec.name for spec in manifest.state if schedule.partials(spec.region) or row[spec.region] is not Action.COMPUTE
-    }
+    names = set()
+    for spec in manifest.state:
+        if spec.region == MODEL:
+            reads = spec.slot != Slot.FIGURE
+        else:
+            reads = bool(schedule.partials(spec.region)) or row[spec.region] is not Action.COMPUTE
+        if reads:
+            names.add(spec.name)
+    return names
