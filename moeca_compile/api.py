@@ -165,16 +165,20 @@ def warmup(model: Any, *inputs: Any, **keywords: Any) -> Any:
     No state is kept: the next call starts a trajectory.
 
     Args:
-        model: the compiled model, or a pipeline with one compiled transformer.
+        model: the compiled model, a pipeline, or a list of compiled models. Of several models, each is warmed up with
+            the same inputs.
         *inputs: inputs of one call, as the model takes them. Their shapes and dtypes count, their values don't.
         **keywords: inputs that the model takes by name.
 
     Returns:
-        The model's output for these inputs, everything computed.
+        The model's output for these inputs, everything computed; of several models a list.
 
     Raises:
-        StateError: the model isn't compiled with moeca, or the pipeline has two transformers.
+        StateError: the model isn't compiled with moeca.
     """
+    several = list(model) if isinstance(model, (list, tuple)) else list(parts_of(model).values())
+    if len(several) > 1:
+        return [warmup(part, *inputs, **keywords) for part in several]
     model = single_model(model, "warmup")
 
     def warm(entry: Entry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:

@@ -28,15 +28,17 @@ from moeca_compile.runtime.stats import NO_CALL
 
 
 def single_model(model: Any, what: str) -> Any:
-    """The model itself, or the transformer of a pipeline.
+    """The model itself, the transformer of a pipeline, or the only model of a list.
 
     Args:
-        model: a model or pipeline.
+        model: a model or pipeline, or a list with one of them.
         what: name of the public function, for the message.
 
     Raises:
-        StateError: a pipeline with two transformers.
+        StateError: a pipeline with two transformers, or a list with several models.
     """
+    if isinstance(model, (list, tuple)) and len(model) == 1:
+        return single_model(model[0], what)
     parts = parts_of(model)
     if len(parts) > 1:
         name = type(model).__name__
@@ -44,7 +46,8 @@ def single_model(model: Any, what: str) -> Any:
         raise StateError(f"{what}: {name} has {len(parts)} transformers. Pass one of them: {both}")
     if isinstance(model, (list, tuple)):
         raise StateError(
-            f"{what}: expected one model, and got {len(model)} in a {type(model).__name__}. Pass one of them"
+            f"{what}: expected one model, and got {len(model)} in a {type(model).__name__}. Pass one of them: "
+            f"{what}(models[0], ...)"
         )
     return next(iter(parts.values()), model)
 

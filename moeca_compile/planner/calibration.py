@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moeca_compile.errors import CaptureError
-from moeca_compile.frontend.model_arguments import single_model
+from moeca_compile.errors import CaptureError, OptionError
+from moeca_compile.frontend.model_arguments import models_of
 from moeca_compile.frontend.prompts import Prompt, check_seeds, sampler_of
 from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.output.rule import with_output_rule
@@ -162,7 +162,11 @@ class Studies:
         if granularity in self.by_granularity:
             self.by_granularity[granularity].request = request
         elif granularity == OUTPUT:
-            single_model(self.model, "calibrate")  # its rule is of one model's outputs
+            if (count := len(models_of(self.model, "calibrate"))) > 1:
+                raise OptionError(
+                    f"calibrate: granularity='output' fits what one model returns, and there are {count} here. Take "
+                    "another granularity, such as 'region' or 'stack'"
+                )
             self.by_granularity[granularity] = OutputStudy(
                 self.model, self.sample, granularity, self.inner, request, self.report_progress, goal=self.truth
             )

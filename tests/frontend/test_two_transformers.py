@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -171,6 +171,18 @@ def test_disabled_they_are_the_plain_models() -> None:
     assert moeca.disable(moeca.compile(list(pair), **EAGER)) == pair
 
 
+def test_a_warmup_of_two_compiles_both() -> None:
+    inputs = torch.randn(2, 4, 8, 8), torch.full((2,), 950.0), torch.tensor([1, 2])
+    pair = compiled()
+    expected = [part(*inputs) for part in models()]
+    assert all(map(torch.equal, moeca.warmup(pair, *inputs), expected))
+    pipe = Pipeline(*models())
+    moeca.compile(pipe, **EAGER)
+    assert all(map(torch.equal, moeca.warmup(pipe, *inputs), expected))
+    assert torch.equal(moeca.warmup([pair[0]], *inputs), expected[0])
+    assert moeca.stats(pair).compile_seconds.keys() >= {"v0", "v1"}
+
+
 def test_bad_lists_are_refused() -> None:
     pair = models()
     with pytest.raises(StateError, match=r"one model is given twice"):
@@ -180,7 +192,16 @@ def test_bad_lists_are_refused() -> None:
     bad: list[Any] = [pair[0], 3]
     with pytest.raises(StateError, match=r"expected a torch.nn.Module.* got int"):
         moeca.compile(bad, **EAGER)
-    with pytest.raises(StateError, match=r"expected one model, and got 2 in a list. Pass one of them"):
-        moeca.warmup(moeca.compile(pair, **EAGER), torch.zeros(1))
+    text = r"expected one model, and got 2 in a list. Pass one of them: {}\(models\[0\], ...\)"
+    with pytest.raises(StateError, match=text.format("explain")):
+        moeca.explain(pair)
+    with pytest.raises(StateError, match=text.format("export")):
+        moeca.export(cast(Any, pair), (), "full", "bundle")
+    with pytest.raises(StateError, match=text.format("trajectory")):
+        moeca.trajectory(pair, frozen=True)
+    with pytest.raises(OptionError, match=r"granularity='output' fits what one model returns, and there are 2 here"):
+        moeca.calibrate(
+            pair, lambda called, seed: torch.zeros(1), budget="macs:0.5", granularity="output", progress=False
+        )  # fmt: skip
     with pytest.raises(OptionError, match="hand_over moves state"):
         moeca.compile(pair, hand_over=True, cuda_graphs=True)

@@ -57,6 +57,31 @@ def test_the_graph_of_the_trials_is_what_it_is_said_to_be() -> None:
     assert (node.op_type, list(node.input), model.opset_import[0].version) == ("Add", ["x", "x"], 20)
 
 
+@pytest.mark.slow  # Inductor compiles; .ci/run has it
+def test_compile_tries_inductor() -> None:
+    result = run_trial(INDUCTOR)
+    assert (result.outcome, result.remedy) == (Outcome.WORKS, "")
+    assert result.text.startswith("a small function was compiled in ")
+
+
+def test_inductor_is_tried_on_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def trial(trial: Trial) -> Result:
+        asked.append(trial.name)
+        return Result(trial.name, Outcome.WORKS, "found", "", trial.needed)
+
+    monkeypatch.setattr("moeca_compile.inspect.doctor.trials.run_trial", trial)
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    *_, last = json.loads(done.stdout)["results"]
+    assert (last["name"], last["outcome"]) == ("Inductor", "not tried")
+    assert "moeca doctor --compile" in last["text"]
+    assert "Inductor" not in asked
+    done = CliRunner().invoke(app, ["doctor", "--compile", "--json"])
+    *_, last = json.loads(done.stdout)["results"]
+    assert (last["name"], last["outcome"], done.exit_code) == ("Inductor", "works", 0)
+
+
 def test_programs_are_python() -> None:
     for trial in (*TRIALS, INDUCTOR):
         compile(trial.program, trial.name, "exec")
