@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeca_compile.api import compile, explain, prepare, reset, stats, trajectory, unprepare, warmup
     from moeca_compile.comparison import compare
+    from moeca_compile.engine.packages import load
     from moeca_compile.errors import MoecaError
     from moeca_compile.exporting import export
+    from moeca_compile.exporting.packages import save
     from moeca_compile.frontend.model_arguments import disable
     from moeca_compile.options import Options
     from moeca_compile.planner import calibrate, calibrate_front, expert_thresholds, measurements
@@ -30,11 +32,13 @@ _HOMES = {
     "compile": "api",
     "disable": "frontend.model_arguments",
     "expert_thresholds": "planner",
+    "load": "engine.packages",
     "measurements": "planner",
     "explain": "api",
     "export": "exporting",
     "prepare": "api",
     "reset": "api",
+    "save": "exporting.packages",
     "stats": "api",
     "trajectory": "api",
     "unprepare": "api",
@@ -43,8 +47,8 @@ _HOMES = {
 
 __all__ = [
     "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "compare", "compile", "disable",
-    "expert_thresholds", "explain", "export", "measurements", "prepare", "reset", "stats", "trajectory", "unprepare",
-    "warmup",
+    "expert_thresholds", "explain", "export", "load", "measurements", "prepare", "reset", "save", "stats", "trajectory",
+    "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.2.0"
 

@@ -18,7 +18,9 @@ from moeca_compile import backend, expert_dispatch
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import Interceptor, intercepting
+from moeca_compile.engine.packages import LoadedModel
 from moeca_compile.engine.program import Program
+from moeca_compile.engine.trajectories.statistics import stats_of
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import CaptureError, OptionError, StateError
 from moeca_compile.expert_dispatch import PrepareReport
@@ -26,7 +28,7 @@ from moeca_compile.expert_dispatch.isolate import isolate, share_again
 from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.entry import Entry
-from moeca_compile.frontend.handles import HandleState, states_of
+from moeca_compile.frontend.handles import HandleState, runs_of, states_of
 from moeca_compile.frontend.methods import route_methods
 from moeca_compile.frontend.model_arguments import (
     compiled_parts,
@@ -42,7 +44,6 @@ from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.frontend.reporting.calls import with_calls
 from moeca_compile.frontend.reporting.last_call import report_of_last_call
 from moeca_compile.frontend.reporting.recorder import GraphRecorder
-from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.frontend.summary import report_of
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
 from moeca_compile.inspect.report import Report
@@ -249,8 +250,8 @@ def reset(model: Any) -> None:
     Raises:
         StateError: the model isn't compiled with moeca.
     """
-    for state in _states(model, "reset"):
-        state.runtime.reset()
+    for run in _runs(model, "reset"):
+        run.runtime.reset()
 
 
 def stats(model: Any) -> Stats:
@@ -268,12 +269,12 @@ def stats(model: Any) -> Stats:
     Raises:
         StateError: the model isn't compiled with moeca.
     """
-    return stats_of(_states(model, "stats"))
+    return stats_of(_runs(model, "stats"))
 
 
-def _states(model: Any, what: str) -> list[HandleState]:
-    """The states of all handles of the model, each once. `what`: the public function, for the message."""
-    return list(dict.fromkeys(state for handle in compiled_parts(model, what) for state in states_of(handle)))
+def _runs(model: Any, what: str) -> list[HandleState | LoadedModel]:
+    """What holds the trajectories of all handles of the model. `what`: the public function, for the message."""
+    return list(dict.fromkeys(run for handle in compiled_parts(model, what) for run in runs_of(handle)))
 
 
 def explain(

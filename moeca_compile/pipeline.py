@@ -25,6 +25,7 @@ from moeca_compile.graph.capture import Capture, Input, capture
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.fold_linear import fold_linear
 from moeca_compile.lowering.inductor.lower import Executable, lower_inductor
+from moeca_compile.lowering.inductor.native import write_native
 from moeca_compile.lowering.inductor.repeat_blocks import repeat_blocks
 from moeca_compile.lowering.inductor.split_table import split_table
 from moeca_compile.lowering.inductor.straight_stream import straight_stream
@@ -116,6 +117,8 @@ LOWER_INDUCTOR: tuple[Pass[Variant], ...] = (
     repeat_blocks,  # NOTE: last; equal blocks are compiled once
 )
 
+LOWER_NATIVE: tuple[Pass[Variant], ...] = (fold_linear,)  # AOTInductor has no shared bodies of equal blocks
+
 LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
     any_batch,  # NOTE: first; it compares the graph with the captures at other batches
     drop_squeezes,  # ONNX refuses to squeeze a dimension that isn't 1
@@ -150,6 +153,8 @@ STANDALONE = Pipeline(
     normalize=tuple(function for function in NORMALIZE if function is not separate_rows),
     rewrite=tuple(function for function in REWRITE if function not in HOIST),
 )
+# Programs beside prologues that no Python checks at a call.
+NATIVE = Pipeline(normalize=STANDALONE.normalize)
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,15 @@ def lower(variant: Variant, args: Sequence[Any], options: Options) -> tuple[Exec
     manager = manager_of(options)
     run = lower_inductor(variant, args, options.mode, options.inner_options, LOWER_INDUCTOR, manager)
     return run, tuple(manager.records)
+
+
+def lower_native(variant: Variant, args: Sequence[Any], options: Options, file: Path) -> None:
+    """lower: a variant or prologue, written to `file` as native code for tensors like `args`.
+
+    Raises:
+        LoweringError: AOTInductor refused the graph, the mode, or an option.
+    """
+    write_native(variant, args, file, options.mode, options.inner_options, LOWER_NATIVE, manager_of(options))
 
 
 def _with_registered(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ from moeca_compile.cli.params import (
 from moeca_compile.cli.say import print_json, say, say_next, show
 from moeca_compile.errors import BundleError, OptionError
 
+if TYPE_CHECKING:
+    from moeca_compile.runtime.packages.package import Package
+
 Order = Annotated[
     int | None,
     typer.Option(min=0, max=2, help="The order of the forecasts of a short form, 1 by default. A file has its own."),
@@ -38,7 +41,10 @@ Granularity = Annotated[
     str, typer.Option(help="What a column of the schedule is: region, stack, blocks:2:-2, skip:1 or output.")
 ]
 Targets = Annotated[
-    str, typer.Option(help="What is to run the bundle: onnx, openvino, cuda or tensorrt; several with commas between.")
+    str,
+    typer.Option(
+        help="What is to run the bundle: onnx, openvino, cuda or tensorrt, several with commas between; or aoti alone."
+    ),
 ]
 Experts = Annotated[
     str, typer.Option(help="How experts are written: auto, segments, dense, moe, capacity or capacity:1.25.")
@@ -89,19 +95,25 @@ def export(
 ) -> None:
     """Write a model and a schedule as a bundle.
 
-    A bundle runs without torch; for the target tensorrt it gets engines. The function returns (model, example_inputs);
-    more example inputs after them become further sizes.
+    A bundle runs without torch; for the target tensorrt it gets engines. The target aoti makes a package in its place:
+    native code for the example's batch, which moeca_compile.load runs in torch without a compiler. The function returns
+    (model, example_inputs); more example inputs after them become further sizes.
     """
     asked = deploy.request_of(arch=arch, batches=batches)
     _refuse_early(source, path, schedule, order, granularity, targets.split(","))
     model, inputs, *other_sizes = model_and_inputs(source)
     from moeca_compile.exporting import export as export_model
+    from moeca_compile.runtime.packages.package import Package
 
     bundle = export_model(
         model, inputs, schedule, path, other_sizes=other_sizes, targets=targets.split(","), opset=opset,
-        experts=experts, order=order, granularity=granularity, fused=fused, dynamic_batch=not fixed_batch,
+        experts=experts, order=order, granularity=granularity, fused=fused,
+        dynamic_batch=not fixed_batch and targets != "aoti",
         progress=not json, engines=asked if arch or batches != BATCHES else None,
     )  # fmt: skip
+    if isinstance(bundle, Package):
+        _show_package(bundle, json)
+        return
     models = deploy.written(bundle, triton) if triton is not None else ()
     if json:
         print_json(
@@ -120,6 +132,15 @@ def export(
         deploy.show_models(models, triton)
     else:
         say_next(f"moeca verify {path}")
+
+
+def _show_package(package: Package, json: bool) -> None:
+    variants = len(package.manifest.sizes[0].variants)
+    if json:
+        print_json({"package": str(package.path), "variants": variants, "bytes": package.bytes})
+        return
+    say(f"{package.path}: {variants} variants, {package.bytes / 2**20:.1f} MiB")
+    say_next(f"moeca info {package.path}")
 
 
 def verify(
@@ -154,13 +175,21 @@ def verify(
 
 
 def info(path: BundlePath, json: AsJson = False) -> None:
-    """Show what is in a bundle; its checksums are verified."""
+    """Show what is in a bundle, or in a package of native code; its checksums are verified."""
     import msgspec
     from rich.table import Table
 
     from moeca_compile.runtime.bundle.bundle import Bundle
     from moeca_compile.runtime.bundle.summary import VARIANT_COLUMNS, facts, variants
+    from moeca_compile.runtime.packages.package import Package, is_package
 
+    if is_package(path):
+        package = Package.open(path)
+        if json:
+            print_json(msgspec.to_builtins(package.manifest))
+        else:
+            say(package)
+        return
     bundle = Bundle.open(path)
     if json:
         print_json(msgspec.to_builtins(bundle.manifest))
@@ -267,6 +296,8 @@ def _refuse_early(
     named.check(source, 0)
     if path.exists():
         raise BundleError(f"{str(path)!r} exists already; remove it, or export to another name")
-    if unknown := [name for name in targets if name not in FORMS]:
-        raise OptionError(f"--targets {','.join(unknown)}: expected one or several of {', '.join(FORMS)}")
+    if targets != ["aoti"] and (unknown := [name for name in targets if name not in FORMS]):
+        raise OptionError(
+            f"--targets {','.join(unknown)}: expected one or several of {', '.join(FORMS)}, or aoti by itself"
+        )
     Options(schedule=schedule, order=order, granularity=granularity).resolved_schedule()

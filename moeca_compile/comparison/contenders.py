@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.intercept import intercepting
+from moeca_compile.engine.trajectories.statistics import stats_of
 from moeca_compile.errors import StateError
 from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.handles import states_of
 from moeca_compile.frontend.model_arguments import compiled_parts, plain_module, swapped_in
 from moeca_compile.frontend.owner import handle_of
-from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.inspect.comparison import CACHED, COMPUTED, PLAIN
 from moeca_compile.planner.rollout import Rollout
 from moeca_compile.runtime.session import Session, Trajectory

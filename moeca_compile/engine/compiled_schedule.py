@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from moeca_compile.engine.hoisted import Hoisted
-from moeca_compile.engine.variant_cache import VariantCache
+from moeca_compile.engine.hoisted import HasPrologues, Hoisted
 from moeca_compile.graph.nowait import upload
 from moeca_compile.graph.variant import StateSlot, Variant
-from moeca_compile.lowering.inductor.buffers import zeros_of
+from moeca_compile.lowering.inductor.buffers import Buffers, zeros_of
 from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row, Schedule
 from moeca_compile.schedule.forecast import MAX_KEPT, Coefficients
 
-if TYPE_CHECKING:
-    from moeca_compile.engine.program import Program
-
 MAX_TABLES = 512
+
+Run = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class StepCompiler(Protocol):
+    """What a step asks of a compiler: seconds spent so far, and the lock of a replay. See `engine/compiler.py`."""
+
+    spent: float
+    replaying: AbstractContextManager[Any]
+
+
+class Variants(Protocol):
+    """The variants of one graph by row: compiled when a row first needs them, or loaded. See
+    `engine/variant_cache.py`."""
+
+    layout: tuple[StateSlot, ...]
+    built: dict[Row, Variant]
+    executables: dict[Row, Run]
+
+    def variant(self, row: Row) -> Variant: ...
+    def compile(self, variant: Variant, args: Sequence[Any]) -> Run: ...
+    def compile_together(self, variants: Iterable[tuple[Variant, Sequence[Any]]]) -> None: ...
+
+
+class StepProgram(Protocol):
+    """What a step needs to know of a program, captured or loaded. See `engine/program.py`."""
+
+    warned: Warned
+    timestep: int | None
+    more_timesteps: tuple[int, ...]
+    latent: int | None
+    condition: tuple[int, ...]
+    caches: tuple[int, ...]
+    buffers: Buffers | None
+    key: Hashable
+
+    @property
+    def compiler(self) -> StepCompiler: ...
+    @property
+    def prologues(self) -> HasPrologues: ...
 
 
 class CompiledSchedule:
@@ -39,7 +77,7 @@ class CompiledSchedule:
         device: of the state; the CPU without state.
     """
 
-    def __init__(self, program: Program, schedule: Schedule, variants: VariantCache, order: int | None = None) -> None:
+    def __init__(self, program: StepProgram, schedule: Schedule, variants: Variants, order: int | None = None) -> None:
         self.program, self.schedule, self.variants = program, schedule, variants
         self.driver = StepDriver(schedule, program.warned, order)
         self.layout: tuple[StateSlot, ...] = variants.layout
@@ -105,7 +143,7 @@ class CompiledSchedule:
         @cache  # called twice for each row, and hoisted values are computed once
         def example(row: Row) -> tuple[Variant, list[Any]]:
             variant = self.variants.variant(row)
-            return variant, self._examples(variant, args, hoisted)
+            return variant, self.examples(variant, args, hoisted)
 
         self.variants.compile_together(map(example, rows))
         outputs: tuple[Any, ...] = ()
@@ -114,7 +152,7 @@ class CompiledSchedule:
             outputs = outputs or tuple(results[: variant.outputs - len(self.program.caches)])
         return outputs
 
-    def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Hoisted) -> list[Any]:
+    def examples(self, variant: Variant, args: Sequence[Any], hoisted: Hoisted) -> list[Any]:
         """Example arguments of a variant, for inputs like `args`."""
         examples = [
             *(args[i] for i in variant.takes),

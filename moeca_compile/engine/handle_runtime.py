@@ -7,12 +7,10 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moeca_compile.engine.arrangement import Arrangement
-from moeca_compile.engine.program import Program
 from moeca_compile.engine.trajectories.group import TrajectoryGroup
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
@@ -20,6 +18,10 @@ from moeca_compile.ops.packed import Packs
 from moeca_compile.options import Options
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Schedule
+
+if TYPE_CHECKING:
+    from moeca_compile.engine.arrangement import Arrangement
+    from moeca_compile.engine.program import Program
 
 Lock = AbstractContextManager[Any]
 Stamp = tuple[int, int, int]  # of one weight: id, data pointer, version counter

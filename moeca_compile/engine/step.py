@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,19 @@ from moeca_compile.graph.content import needs_device_sync
 from moeca_compile.graph.nowait import Flag
 from moeca_compile.runtime.clock import CallObservation
 from moeca_compile.runtime.stats import StepRecord
+
+
+def refuse_gradients(values: Iterable[Any]) -> None:
+    """Refuse a call that would be recorded for gradients. Call it where grad mode is on.
+
+    Raises:
+        StateError: one of the values is a tensor that requires grad.
+    """
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
+        raise StateError(
+            "moeca is for inference: grad mode is on and some tensors require grad. Call the model under "
+            "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
+        )
 
 
 def run_step(

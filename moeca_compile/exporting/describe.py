@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -42,9 +42,9 @@ def describe(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "made_with": _versions(),
+        "made_with": versions(),
         "model": {"fingerprint": program.regions.fingerprint, "regions": list(program.regions.keys)},
-        "dtype": _dtype(main),
+        "dtype": most_common_dtype(main.weights.values()),
         "expert_lowering": str(experts) if calls(variants[0].gm) else "none",
         "inputs": [
             _tensor(names[name], arg.dtype, shapes) | ranges.get(name, {})
@@ -115,20 +115,21 @@ def _tensor(name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[Dim, ...]]
     return {"name": name, "dtype": name_of(dtype), "shape": list(shapes[name])}
 
 
-def _dtype(main: Captured) -> str:
+def most_common_dtype(weights: Iterable[torch.Tensor]) -> str:
     """The floating dtype that most weights have."""
     counted = Counter[str]()
-    for weight in main.weights.values():
+    for weight in weights:
         if weight.is_floating_point():
             counted[name_of(weight.dtype)] += weight.numel()
     return counted.most_common(1)[0][0] if counted else "float32"
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that an export is made with."""
+    by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            versions[name] = version(name)
+            by_name[name] = version(name)
         except PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    return versions
+            by_name[name] = "not installed as a package"
+    return by_name

@@ -18,7 +18,14 @@ from moeca_compile.exporting.check import check_export
 from moeca_compile.exporting.engines import add_engines
 from moeca_compile.exporting.golden import TOLERANCE
 from moeca_compile.exporting.lower import expert_lowering, lower_sizes
-from moeca_compile.exporting.refuse import refuse_request, refuse_schedule, refuse_sizes
+from moeca_compile.exporting.packages.entry import write_package
+from moeca_compile.exporting.refuse import (
+    NATIVE,
+    refuse_beside_native,
+    refuse_request,
+    refuse_schedule,
+    refuse_sizes,
+)
 from moeca_compile.exporting.request import Arguments
 from moeca_compile.exporting.write import write_fused, write_golden_steps, write_graphs
 from moeca_compile.frontend.model_arguments import plain_module, single_model
@@ -27,6 +34,7 @@ from moeca_compile.lowering.experts.choose import choose
 from moeca_compile.lowering.tensorrt.build import EngineRequest
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.packages.package import Package
 from moeca_compile.runtime.writing import building, write_manifest
 from moeca_compile.schedule import Schedule
 
@@ -47,7 +55,7 @@ def export(
     granularity: str = "region",
     engines: EngineRequest | None = None,
     progress: bool = False,
-) -> Bundle:
+) -> Bundle | Package:
     """Write a bundle: one ONNX graph for each distinct row of the schedule, over one file of weights.
 
     The model is prepared in place, as for compiling. What was written is opened and run before this returns: the golden
@@ -60,7 +68,8 @@ def export(
         schedule: a `Schedule`, the path of one, or a short form such as "uniform:3".
         path: the directory to make; it must not exist.
         targets: what is to run the graphs: "onnx" (onnxruntime on CPUs), "openvino", "cuda" (onnxruntime on CUDA),
-            "tensorrt"; one, or several. They decide the form of the experts.
+            "tensorrt"; one, or several. They decide the form of the experts. "aoti", by itself: a package as
+            `moeca_compile.save` writes it, with dynamic_batch=False.
         opset: of the graphs, 18 to 22; for "tensorrt" to 20.
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
@@ -75,7 +84,7 @@ def export(
         progress: show a bar.
 
     Returns:
-        The bundle, opened.
+        The bundle, opened; for the target "aoti" the package.
 
     Raises:
         CaptureError: the model isn't one graph, or has nothing to cache.
@@ -86,6 +95,18 @@ def export(
     """
     model = plain_module(single_model(model, "export"))
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    if NATIVE in targets:
+        for_bundles = {
+            "opset": opset != 20,
+            "experts": experts != "auto",
+            "fused": fused,
+            "engines": engines is not None,
+        }
+        refuse_beside_native(targets, dynamic_batch, for_bundles)
+        native = Options(schedule=schedule, order=order, granularity=granularity)
+        return write_package(
+            model, (example_inputs, *other_sizes), (native, native.resolved_schedule()), path, progress
+        )
     refuse_request(model, targets, opset)
     choose(experts, targets)  # raises; what the model's own experts need comes when it is captured
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)

@@ -18,7 +18,8 @@ from moeca_compile.runtime.bundle.manifest import FUSED
 from moeca_compile.schedule import Action, Schedule
 from moeca_compile.schedule.granularity import OUTPUT
 
-TARGETS = tuple(FORMS)
+NATIVE = "aoti"  # the target that is a package, and no bundle
+TARGETS = (*FORMS, NATIVE)
 
 
 def refuse_request(model: torch.nn.Module, targets: Sequence[str], opset: int) -> None:
@@ -38,6 +39,29 @@ def refuse_request(model: torch.nn.Module, targets: Sequence[str], opset: int) -
         raise OptionError(f"export takes a torch.nn.Module, not {type(model).__name__}")
     if model.training:
         raise LoweringError("the model is in training mode: call model.eval() first")
+
+
+def refuse_beside_native(targets: Sequence[str], dynamic_batch: bool, others: Mapping[str, bool]) -> None:
+    """Refuse what a package can't be.
+
+    Args:
+        targets: of the export, the native one among them.
+        dynamic_batch: of the export.
+        others: by name of an argument, whether it was given.
+
+    Raises:
+        OptionError: other targets beside it, any batch, or an argument that is for bundles.
+    """
+    if len(targets) > 1:
+        raise OptionError(f"targets={list(targets)}: {NATIVE!r} makes a package and no bundle: export it by itself")
+    if dynamic_batch:
+        raise OptionError(
+            f"targets={NATIVE!r}: a package is for the batches of its examples. Pass dynamic_batch=False, and examples "
+            "with other batches as other_sizes"
+        )
+    given = sorted(name for name, is_given in others.items() if is_given)
+    if given:
+        raise OptionError(f"{', '.join(given)}: for bundles alone; leave it out for targets={NATIVE!r}")
 
 
 def refuse_sizes(

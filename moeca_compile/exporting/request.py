@@ -19,8 +19,8 @@ from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwa
 from moeca_compile.graph.desugar import desugar
 from moeca_compile.graph.variant import Variant
 from moeca_compile.options import Options
-from moeca_compile.pipeline import STANDALONE
-from moeca_compile.schedule import Row
+from moeca_compile.pipeline import STANDALONE, Pipeline
+from moeca_compile.schedule import Row, Schedule
 
 Arguments = Sequence[Any] | Mapping[str, Any]
 
@@ -95,8 +95,18 @@ def try_call(model: torch.nn.Module, arguments: Arguments) -> None:
         ) from error
 
 
-def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> Captured:
+def capture(
+    model: torch.nn.Module, arguments: Arguments, options: Options, pipeline: Pipeline = STANDALONE,
+    schedule: Schedule | None = None,
+) -> Captured:  # fmt: skip
     """Run a prepared model once through Dynamo. Its `program` is the network's own.
+
+    Args:
+        model: prepared.
+        arguments: of one call.
+        options: of the export.
+        pipeline: the passes that make the programs.
+        schedule: the options' schedule as it was read before; default: it is read now.
 
     Raises:
         CaptureError: it isn't one graph, or has nothing to cache.
@@ -131,7 +141,7 @@ def capture(model: torch.nn.Module, arguments: Arguments, options: Options) -> C
             raise LoweringError(f"{entry.label} reaches the graph as {type(arg).__name__}; pass it as a tensor")
         if arg.device.type != "cpu":
             raise LoweringError(f"{entry.label} is on {arg.device}: move model and inputs to the CPU for the export")
-    program = Program(gm, args, inputs, options, pipeline=STANDALONE)
+    program = Program(gm, args, inputs, options, schedule, pipeline=pipeline)
     place_of = {id(tensor): place for place, tensor in enumerate(tensors(arguments))}
     names = [entry.name for entry in program.analysis.facts.inputs]
     places = {name: place_of[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in place_of}

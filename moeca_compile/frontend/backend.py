@@ -43,7 +43,7 @@ def moeca(
     owner = find_owner()
     if owner is not None:
         gate_of(owner.handle).count()
-    return entry_of(gm, example_inputs, partial(_read, parsed))
+    return entry_of(gm, example_inputs, partial(read_options, parsed))
 
 
 class Backend:
@@ -58,7 +58,7 @@ class Backend:
         self.trajectories = TrajectoryGroup(options.latent_jump, options.hand_over) if together else None
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
-        return entry_of(gm, example_inputs, partial(_read, self.options))
+        return entry_of(gm, example_inputs, partial(read_options, self.options))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Backend) or self.trajectories is not other.trajectories:
@@ -68,7 +68,7 @@ class Backend:
     __hash__ = object.__hash__
 
 
-def _read(options: Options, context: Any) -> Read:
+def read_options(options: Options, context: Any) -> Read:
     """The options of the handle with this compile context (None: `options`), and its schedule as it is now."""
     compiled = None if context is None else backend_of(context)
     function = getattr(compiled, "compiler_fn", compiled)

@@ -16,7 +16,7 @@ from moeca_compile.engine.frozen import OBSERVED, GraphRun, follows_from_call
 from moeca_compile.engine.handle_runtime import HandleRuntime, WeightBinding
 from moeca_compile.engine.intercept import INTERCEPTORS, interceptor_of
 from moeca_compile.engine.program import Program
-from moeca_compile.engine.step import run_step
+from moeca_compile.engine.step import refuse_gradients, run_step
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import CaptureError, OptionError
@@ -28,7 +28,6 @@ from moeca_compile.frontend.signature import (
     captured_of,
     floats_of,
     labelled_kinds,
-    refuse_gradients,
     strides_of,
     warn_of_numbers,
     with_caches_as_arguments,

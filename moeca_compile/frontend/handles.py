@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import innermost_backend
 from torch.nn import Module
 
 from moeca_compile.engine.handle_runtime import HandleRuntime
+from moeca_compile.engine.packages import LoadedModel
 from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.graph_breaks import GraphBreak, describe
 from moeca_compile.frontend.owner import handle_of, parameters_of
@@ -123,6 +124,11 @@ def states_of(model: Any) -> list[HandleState]:
     if not weights:
         return [state for state in list(_ALL) if state.context is None]
     return [state for state in list(_ALL) if not weights.isdisjoint(state.runtime.ids)]
+
+
+def runs_of(model: Any) -> list[HandleState | LoadedModel]:
+    """What holds the trajectories of a model: the loaded package itself, or the states of a handle."""
+    return [model] if isinstance(model, LoadedModel) else [*states_of(model)]
 
 
 def all_states() -> Iterator[HandleState]:

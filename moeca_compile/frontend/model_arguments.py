@@ -15,13 +15,14 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import expert_dispatch
 from moeca_compile.engine.intercept import INTERCEPTORS
+from moeca_compile.engine.packages import LoadedModel
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.expert_dispatch import prepared
 from moeca_compile.expert_dispatch.isolate import isolated, share_again
 from moeca_compile.frontend.backend import Backend, moeca
 from moeca_compile.frontend.calls import Gate
 from moeca_compile.frontend.denoisers import parts_of
-from moeca_compile.frontend.handles import backend_of, states_of
+from moeca_compile.frontend.handles import backend_of, runs_of, states_of
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.options import Options
 from moeca_compile.runtime.stats import NO_CALL
@@ -35,7 +36,7 @@ def single_model(model: Any, what: str) -> Any:
         what: name of the public function, for the message.
 
     Raises:
-        StateError: a pipeline with two transformers, or a list with several models.
+        StateError: a pipeline with two transformers, a list with several models, or a loaded package.
     """
     if isinstance(model, (list, tuple)) and len(model) == 1:
         return single_model(model[0], what)
@@ -49,7 +50,17 @@ def single_model(model: Any, what: str) -> Any:
             f"{what}: expected one model, and got {len(model)} in a {type(model).__name__}. Pass one of them: "
             f"{what}(models[0], ...)"
         )
-    return next(iter(parts.values()), model)
+    part = next(iter(parts.values()), model)
+    _refuse_loaded(part, what)
+    return part
+
+
+def _refuse_loaded(model: Any, what: str) -> None:
+    if isinstance(model, LoadedModel):
+        raise StateError(
+            f"{what}: this {type(model).__name__} is native code out of a package, without graph and plain model. "
+            "Pass the model that it was saved from"
+        )
 
 
 def models_of(model: Any, what: str) -> list[torch.nn.Module]:
@@ -60,7 +71,7 @@ def models_of(model: Any, what: str) -> list[torch.nn.Module]:
         what: name of the public function, for the message.
 
     Raises:
-        StateError: neither a module nor a pipeline with a transformer, or one module twice.
+        StateError: neither a module nor a pipeline with a transformer, one module twice, or a loaded package.
     """
     if isinstance(model, (list, tuple)):
         models = [part for parts in model for part in models_of(parts, what)]
@@ -68,6 +79,8 @@ def models_of(model: Any, what: str) -> list[torch.nn.Module]:
             raise StateError(f"{what}: one model is given twice. Models that are compiled together are different ones")
     else:
         models = [model] if isinstance(model, torch.nn.Module) else list(parts_of(model).values())
+    for part in models:
+        _refuse_loaded(part, what)
     if not models:
         raise StateError(
             f"{what}: expected a torch.nn.Module, or a pipeline with a `transformer`, and got {type(model).__name__}"
@@ -106,6 +119,8 @@ def compiled_parts(model: Any, what: str) -> list[Any]:
 
 def is_compiled_here(model: Any) -> bool:
     """Whether a model or function is compiled with this backend, or may call what is."""
+    if isinstance(model, LoadedModel):
+        return True
     context = handle_of(getattr(model, "__func__", model))
     if context is not None:
         compiler = backend_of(context)
@@ -172,7 +187,11 @@ def disable(model: Any) -> Any:
 
     Returns:
         The plain model; for a pipeline the pipeline, with its plain transformers set; for a list a list.
+
+    Raises:
+        StateError: a loaded package, which has no plain model.
     """
+    _refuse_loaded(model, "disable")
     if isinstance(model, (list, tuple)):
         return type(model)(map(disable, model))
     parts = parts_of(model)
@@ -243,7 +262,7 @@ def _call_counts(handles: Sequence[Any]) -> list[tuple[int, int]]:
     """Counts that a call of a handle changes: of Dynamo's graphs (a first call may do no more), and of records."""
     contexts = [context for handle in handles if (context := handle_of(handle)) is not None]
     gates = [hook for context in contexts for hook in context.enter_exit_hooks if isinstance(hook, Gate)]
-    runtimes = [state.runtime for handle in handles for state in states_of(handle)]
+    runtimes = [run.runtime for handle in handles for run in runs_of(handle)]
     graphs = [(id(gate), gate.graphs) for gate in gates]
     latest = [runtime.trajectories.latest for runtime in runtimes]
     return graphs + [(id(running), len(running.last_trajectory())) for running in latest]

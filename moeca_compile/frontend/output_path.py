@@ -22,13 +22,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, 
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import INTERCEPTORS, interceptor_of
 from moeca_compile.engine.output_program import OutputCall, OutputProgram, Outputs, output_regions
-from moeca_compile.engine.step import run_step
+from moeca_compile.engine.step import refuse_gradients, run_step
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.handles import HandleState, Read, state_of
 from moeca_compile.frontend.owner import modules_of, parameters_of
-from moeca_compile.frontend.signature import refuse_gradients
 from moeca_compile.frontend.summary import announce
 from moeca_compile.graph.capture import Input
 from moeca_compile.passes.analysis.find_inputs import has_word_of_time

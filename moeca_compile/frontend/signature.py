@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from moeca_compile.errors import CaptureError, MoecaError, StateError
+from moeca_compile.errors import CaptureError, MoecaError
 from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Capture, Input, capture
 from moeca_compile.runtime.warned import Warned
-
-
-def refuse_gradients(values: Iterable[Any]) -> None:
-    """Refuse a call that would be recorded for gradients. Call it where grad mode is on.
-
-    Raises:
-        StateError: one of the values is a tensor that requires grad.
-    """
-    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
-        raise StateError(
-            "moeca is for inference: grad mode is on and some tensors require grad. Call the model under "
-            "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
-        )
 
 
 def captured_of(gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input]) -> Capture:

@@ -232,11 +232,12 @@ def _check(x: Tensor, idx: Tensor, groups: Sequence[Weights], activation: str) -
 
 def _kernel(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def kernel(x: Tensor, idx: Tensor, *rest: Any) -> Tensor:
-        *groups, activation = rest
+        *given, activation = rest
+        groups = [weights or [] for weights in given]  # AOTInductor passes an empty list as None
         _check(x, idx, groups, activation)
         # There is no backward: without this the kernel's own in-place work would be recorded.
         with torch._C._AutoDispatchBelowAutograd():
-            return form(x, idx, *rest)
+            return form(x, idx, *groups, activation)
 
     return kernel
 

@@ -60,7 +60,9 @@ class Call:
     @property
     def program(self) -> Program:
         """The graph that ran."""
-        return self.compiled.program
+        program = self.compiled.program
+        assert isinstance(program, Program)
+        return program
 
     @property
     def latent(self) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ if not (ROOT / "docs").exists():
 
 WRITTEN = [page for page in page_names() if page not in GENERATED]
 # what takes seconds, and what is made by it: run by the `slow` tests
-LONG = re.compile(r"\b(calibrate|expert_thresholds|export)\(|\.moeca\b|\"(half|fox)\.json\"")
+LONG = re.compile(r"\b(calibrate|expert_thresholds|export|moeca\.save|moeca\.load)\(|\.moeca\b|\"(half|fox)\.json\"")
 SEVERAL = {
     f"docs/{name}.md" for name in ("how-to/reports", "how-to/pipelines", "how-to/trajectories", "start/first-run")
 }

@@ -19,6 +19,7 @@ MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the 
     "_difference": "but the trajectory declared",
     "_left_out": "result is approximate. Export with a larger capacity",
     "_not_calibrated_for": "it was made for another sampler or number",
+    "_other_call": "the package wasn't saved for a call with",
     "_nothing_found": "nothing to cache was found in this graph",
     "_past_end": "is past the schedule's last row",
     "warning": "no call of the compiled model came in this trajectory",

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from moeca_compile.engine.trajectories.statistics import stats_of
 from moeca_compile.frontend.handles import HandleState
 from moeca_compile.frontend.model_arguments import plain_module
-from moeca_compile.frontend.statistics import stats_of
 from moeca_compile.inspect.report import Report
 from moeca_compile.schedule import Row, Schedule
 

@@ -46,7 +46,7 @@ def lower_inductor(
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
     """
-    from torch._inductor import config, list_mode_options, standalone_compile
+    from torch._inductor import standalone_compile
 
     manager = manager or PassManager()
     if repeat_blocks.__name__ in manager.disable:
@@ -55,12 +55,7 @@ def lower_inductor(
     split = arguments_of(gm)
     options: dict[str, Any] = {}
     try:
-        options = {**_for_device(variant, args), **(list_mode_options(mode) if mode else {}), **(inner_options or {})}
-        unknown = [name for name in options if name not in config.get_config_copy()]
-        if unknown:
-            raise LoweringError(
-                f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())"
-            )
+        options = _for_device(variant, args) | inductor_options(mode, inner_options)
         for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
             node.meta.pop("unbacked_bindings", None)
         with torch.inference_mode(False), torch.no_grad():
@@ -83,6 +78,21 @@ def lower_inductor(
             "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"
         ) from error
     return lambda given: compiled(*split(given))
+
+
+def inductor_options(mode: str | None, inner_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Inductor's config keys for a mode of torch.compile's, and the caller's own.
+
+    Raises:
+        LoweringError: a key that Inductor doesn't have.
+    """
+    from torch._inductor import config, list_mode_options
+
+    options = {**(list_mode_options(mode) if mode else {}), **(inner_options or {})}
+    unknown = [name for name in options if name not in config.get_config_copy()]
+    if unknown:
+        raise LoweringError(f"inner_options {unknown} are no options of Inductor (see torch._inductor.list_options())")
+    return options
 
 
 def _without_bodies(passes: Sequence[Pass[Variant]]) -> Sequence[Pass[Variant]]:

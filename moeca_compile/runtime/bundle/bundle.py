@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     golden_file,
 )
 from moeca_compile.runtime.bundle.summary import summary
+from moeca_compile.runtime.reading import read, verified
 from moeca_compile.schedule import Schedule
 
 _LARGEST_TEXT = 1 << 26  # a manifest or a schedule beyond this is no such thing
@@ -69,10 +67,10 @@ class Bundle:
         folder = Path(path)
         if not folder.is_dir():
             raise BundleError(f"{str(path)!r} is no directory; a bundle is one, made by moeca_compile.export")
-        manifest = Manifest.parse(_read(folder, MANIFEST, _LARGEST_TEXT))
+        manifest = Manifest.parse(read(folder, MANIFEST, _LARGEST_TEXT))
         if SCHEDULE in manifest.files and manifest.files[SCHEDULE].bytes > _LARGEST_TEXT:
             raise BundleError(f"{SCHEDULE} is too large to be one")
-        text = _verified(folder, SCHEDULE, manifest)
+        text = verified(folder, SCHEDULE, manifest.files)
         try:
             schedule = Schedule.from_json(text.decode())
         except (ScheduleError, UnicodeDecodeError, RecursionError) as error:
@@ -80,11 +78,11 @@ class Bundle:
         check_consistency(manifest, schedule)
         manifests = [manifest, *manifest.further_sizes()]
         graphs, *others = (
-            tuple(_verified(folder, variant.file, manifest) for variant in size.variants) for size in manifests
+            tuple(verified(folder, variant.file, manifest.files) for variant in size.variants) for size in manifests
         )
-        fused = _verified(folder, FUSED, manifest) if manifest.fused is not None else None
+        fused = verified(folder, FUSED, manifest.files) if manifest.fused is not None else None
         for name in (WEIGHTS, *map(golden_file, range(len(manifests)))):
-            _verified(folder, name, manifest, keep=False)
+            verified(folder, name, manifest.files, keep=False)
         if bundle_id(manifest.files[SCHEDULE].sha256, manifest.files[WEIGHTS].sha256) != manifest.id:
             raise BundleError(f"{MANIFEST}: the id isn't that of this schedule and these weights. Export again")
         sizes = tuple(
@@ -138,56 +136,4 @@ def engine_file(folder: Path, engine: EngineSpec, manifest: Manifest) -> bytes:
     Raises:
         BundleError: it is missing or damaged.
     """
-    return _verified(folder, engine.file, manifest)
-
-
-def _verified(folder: Path, name: str, manifest: Manifest, keep: bool = True) -> bytes:
-    if name not in manifest.files:
-        raise BundleError(f"{MANIFEST} doesn't list {name}. Export again")
-    listed = manifest.files[name]
-    file = _inside(folder, name)
-    size = file.stat().st_size
-    if size != listed.bytes:
-        raise BundleError(
-            f"{name} has {size} bytes, the manifest says {listed.bytes}: the bundle is damaged. Copy it again"
-        )
-    if keep:
-        raw = _read(folder, name, size)
-        digest = hashlib.sha256(raw).hexdigest()
-    else:
-        raw = b""
-        with _reading(file) as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != listed.sha256:
-        raise BundleError(f"{name} isn't what was exported: its checksum differs. Copy the bundle again")
-    return raw
-
-
-def _read(folder: Path, name: str, most: int) -> bytes:
-    with _reading(_inside(folder, name)) as stream:
-        raw: bytes = stream.read(most + 1)
-    if len(raw) > most:
-        raise BundleError(f"{name} is larger than {most} bytes")
-    return raw
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The file, if it is a plain one of the directory: no link leads out, no pipe blocks."""
-    file = folder / name
-    for parent in reversed(Path(name).parents[:-1]):
-        if (folder / parent).is_symlink():
-            raise BundleError(f"{parent} is a link; a bundle holds its own files")
-    try:
-        kind = os.lstat(file).st_mode
-    except (OSError, ValueError):
-        raise BundleError(f"{name} is missing from the bundle {str(folder)!r}") from None
-    if not stat.S_ISREG(kind):
-        raise BundleError(f"{name} is a link or no plain file; a bundle holds its own files")
-    return file
-
-
-def _reading(file: Path) -> Any:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise BundleError(f"{file.name} can't be read: {error.strerror}") from None
+    return verified(folder, engine.file, manifest.files)

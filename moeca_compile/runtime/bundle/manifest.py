@@ -24,6 +24,7 @@ from moeca_compile.schedule.granularity import OUTPUT
 
 FORMAT, VERSION = "moeca-bundle", 4
 OLDEST = 3  # a manifest of version 3 is one of version 4 without the entries that came since
+PACKAGE_FORMAT = "moeca-package"  # of `runtime/packages`
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
 FUSED, FUSED_ROW = "fused.onnx", "fused"  # all variants in one graph, and what it carries in place of a row
 COEFFICIENTS = "coefficients"
@@ -273,6 +274,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
             data = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST} isn't JSON: {error}") from None
+        if isinstance(data, dict) and data.get("format") == PACKAGE_FORMAT:
+            raise BundleError("this is a package of native code, and no bundle: moeca_compile.load opens it")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST} isn't of a moeca bundle")
         version = data.get("version")

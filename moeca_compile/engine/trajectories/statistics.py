@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from moeca_compile.frontend.handles import HandleState
 from moeca_compile.runtime.stats import Stats, StepRecord
 
+if TYPE_CHECKING:
+    from moeca_compile.engine.handle_runtime import HandleRuntime
 
-def stats_of(states: Sequence[HandleState]) -> Stats:
+
+class Ran(Protocol):
+    """What ran a model: a compiled handle, or a loaded package.
+
+    Attributes:
+        runtime: its programs and trajectories.
+        parts: how many graphs a call runs that are no programs of `runtime`.
+        uncached: why calls run uncached; "": they don't.
+    """
+
+    parts: int
+    uncached: str
+
+    @property
+    def runtime(self) -> HandleRuntime: ...
+
+
+def stats_of(states: Sequence[Ran]) -> Stats:
     """The statistics of one handle, or the sums over all handles of a model."""
     steps: list[StepRecord] = []
     earlier: list[tuple[StepRecord, ...]] = []
