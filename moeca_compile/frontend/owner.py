@@ -116,9 +116,9 @@ def is_full_model(owner: Owner | None, graph: GraphModule, earlier: int = 0) -> 
 
 
 def _wrappers(owner: Owner) -> Iterator[CodeType]:
-    """Code objects of the wrappers around the models' forward."""
+    """Code objects of the wrappers around the models' forward. A decorated forward is the innermost function."""
     for module in owner.modules:
-        forward = getattr(type(module).forward, "__code__", None)
+        *_, forward = (None, *_codes(type(module).forward))
         for code in _codes(module.forward):
             if forward is None or _place(code) != _place(forward):
                 yield code

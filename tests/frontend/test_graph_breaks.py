@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -228,6 +229,55 @@ def test_a_part_that_is_a_model_of_its_own_too() -> None:
     with pytest.warns(MoecaWarning, match="graph break"):
         assert equal(steps(both), steps(outer))
     assert len(moeca.stats(alone).steps) == 4
+
+
+def decorated(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Table:
+    """As some rotary embeddings are: what they hold is made at the first call, where Dynamo can't follow."""
+
+    values: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.values is None:
+            with torch.device("cpu"):
+                self.values = torch.ones(DIM)
+        return x * self.values
+
+
+class MakesItsTableLate(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Table()
+
+    def scaled(self, samples: list[Tensor]) -> list[Tensor]:
+        results = []
+        for sample in samples:  # Dynamo can't resume in the middle of a loop
+            results.append(self.table(sample))
+        return results
+
+    @decorated
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(torch.stack(self.scaled(list(x))), t)
+
+
+def test_a_break_in_the_first_call_alone_leaves_the_model_cached() -> None:
+    """The rest of a decorated forward is no wrapper that runs the entire model."""
+    model = moeca.compile(MakesItsTableLate().eval(), schedule="uniform:2", order=0, inner="eager")
+    x = torch.randn(1, 4, DIM)
+    with torch.no_grad():
+        for step in range(5):
+            model(x, torch.full((1,), 1.0 - 0.1 * step))
+    stats = moeca.stats(model)
+    assert stats.graphs == 1
+    assert [record.step for record in stats.steps] == list(range(5))
+    assert "v1" in [record.variant for record in stats.steps]
 
 
 def test_a_broken_model_is_warmed_up() -> None:

@@ -47,6 +47,18 @@ def test_timestep_latent_and_conditions_are_told_apart(roles_and_dependence: tup
     assert set(roles.condition) == {"prompt", "y"}
 
 
+class Fourier(Model):
+    """Frequencies by a matmul of one column and one row, as Gaussian Fourier features are written."""
+
+    def forward(self, prompt: Tensor, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(prompt, x, (t[:, None] @ self.freqs[None, :1])[:, 0], y)
+
+
+def test_frequencies_may_be_multiplied_by_a_matmul() -> None:
+    inputs = (torch.randn(2, 7, 6), torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([1, 2]))
+    assert analyze_module(Fourier(), *inputs).facts.roles.timestep == "t"
+
+
 def test_every_node_is_const_condition_step_or_latent(roles_and_dependence: tuple[Roles, dict[str, str]]) -> None:
     _, depends = roles_and_dependence
     wanted = {

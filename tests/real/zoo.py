@@ -10,8 +10,10 @@ import diffusers
 import torch
 from torch import nn
 
+from tests.real.images import IMAGES
 from tests.real.tiny import Arguments, Model, moving, normal, time, tiny
 from tests.real.video_and_audio import ltx2, ltx2_inputs, minimax_h3, minimax_h3_inputs
+from tests.real.videos import VIDEOS
 
 
 def hidream() -> nn.Module:
@@ -336,4 +338,6 @@ ZOO: dict[str, Model] = {
     "Sana": Model(  # linear attention is no softmax: found as what lies along a residual
         sana, sana_inputs, "timestep", "hidden_states", ("mlp", "attention", "mlp") * 2, ("cross, fixed",) * 2,
     ),
+    **IMAGES,
+    **VIDEOS,
 }  # fmt: skip

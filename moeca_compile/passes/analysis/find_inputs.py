@@ -1,10 +1,10 @@
 """Which input is the timestep, which the latent, and what each node depends on.
 
-The timestep is the input of at most one dimension that reaches both a sine and a cosine without meeting a matmul; of
-several (guidance, frame rate) the one whose name says so, else the first. An input of more dimensions, such as one
-timestep for each token, must be embedded too: a matmul reads its waves, and no other input comes in before. (Positions
-of a rotary embedding reach waves, but these are multiplied with queries and keys.) A model may have more timesteps, for
-example of its audio: inputs that are embedded and have a word of time in their names.
+The timestep is the input of at most one dimension that reaches both a sine and a cosine without meeting a matmul that
+adds products up; of several (guidance, frame rate) the one whose name says so, else the first. An input of more
+dimensions, such as one timestep for each token, must be embedded too: a matmul reads its waves, and no other input
+comes in before. (Positions of a rotary embedding reach waves, but these are multiplied with queries and keys.) A model
+may have more timesteps, for example of its audio: inputs that are embedded and have a word of time in their names.
 
 The latent is the largest floating-point input that isn't a weight, with preference for one whose sizes an output has,
 and among equals (a picture to edit) again for the name. A model that gives several tensors has a latent for each (a
@@ -114,10 +114,18 @@ def _reaches_waves(start: Node) -> bool:
     while front:
         for user in front.pop().users:
             waves.add(user.target)
-            if user not in seen and user.target not in fx.MATMULS:
+            if user not in seen and (user.target not in fx.MATMULS or _is_outer_product(user)):
                 seen.add(user)
                 front.append(user)
     return all(wave & waves for wave in _WAVES)
+
+
+def _is_outer_product(matmul: Node) -> bool:
+    """Whether each result is one product: Gaussian Fourier features multiply a timestep with each frequency so."""
+    if matmul.target not in (aten.linear.default, aten.matmul.default, aten.mm.default):
+        return False
+    left = matmul.args[0]
+    return isinstance(left, Node) and fx.shape(left)[-1:] == (1,)
 
 
 def _latents(arguments: list[Node], outputs: list[tuple[int, ...]], labels: dict[str, str]) -> list[Node]:
