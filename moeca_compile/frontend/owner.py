@@ -118,10 +118,8 @@ def is_full_model(owner: Owner | None, graph: GraphModule, earlier: int = 0) -> 
 def _wrappers(owner: Owner) -> Iterator[CodeType]:
     """Code objects of the wrappers around the models' forward. A decorated forward is the innermost function."""
     for module in owner.modules:
-        *_, forward = (None, *_codes(type(module).forward))
-        for code in _codes(module.forward):
-            if forward is None or _place(code) != _place(forward):
-                yield code
+        *_, innermost = (None, *map(_place, _codes(type(module).forward)))
+        yield from (code for code in _codes(module.forward) if _place(code) != innermost)
 
 
 def _resumes(code: CodeType, of: CodeType) -> bool:

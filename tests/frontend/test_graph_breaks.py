@@ -259,7 +259,7 @@ class MakesItsTableLate(Body):
     def scaled(self, samples: list[Tensor]) -> list[Tensor]:
         results = []
         for sample in samples:  # Dynamo can't resume in the middle of a loop
-            results.append(self.table(sample))
+            results.append(self.table(sample))  # noqa: PERF401
         return results
 
     @decorated

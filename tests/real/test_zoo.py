@@ -303,7 +303,7 @@ def test_a_model_that_must_run_in_parts_says_so_and_is_right(name: str, fact: Re
     assert any("graph break: " in str(one.message) for one in seen)
     for left, right in zip(found, eager(name, 3), strict=True):
         assert distance(left, right) <= CLOSE
-    fact("models", row_of(name), cached="no: its graph breaks, it runs in parts and says so")
+    fact("models", row_of(name), cached=f"no: its graph breaks, it runs in parts and says so. {case.in_parts}")
 
 
 def test_the_report_says_what_an_attention_attends_to() -> None:
