@@ -42,6 +42,7 @@ from moeca_compile.frontend.model_arguments import (
 from moeca_compile.frontend.output_path import OutputEntry, install_output_path
 from moeca_compile.frontend.owner import handle_of, parameters_of
 from moeca_compile.frontend.reporting.calls import with_calls
+from moeca_compile.frontend.reporting.dry_run import is_dry, traced_dry
 from moeca_compile.frontend.reporting.last_call import report_of_last_call
 from moeca_compile.frontend.reporting.recorder import GraphRecorder
 from moeca_compile.frontend.summary import report_of
@@ -344,10 +345,11 @@ def _explained(
             return entry.run_uncached(args, "")
         handle_schedule = None if overrides.keys() & {"schedule", "order"} else runtime.schedule
         options = recorder.options(replace(runtime.options, **overrides))
-        programs.append(Program(entry.gm, args, entry.inputs, options, handle_schedule))
-        return tuple(entry.gm(*args))
+        program = Program(entry.gm, args, entry.inputs, options, handle_schedule)
+        programs.append(program)
+        return tuple(program.analysis.gm(*args)) if is_dry(model) else tuple(entry.gm(*args))
 
-    with torch.no_grad():
+    with torch.no_grad(), traced_dry(model):
         _intercept(model, inputs, {**named_inputs, **(keywords or {})}, analyze)
     states = states_of(model)
     broken = [state for state in states if state.parts]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from moeca_compile.engine.program import Program
 from moeca_compile.frontend.handles import HandleState
+from moeca_compile.graph import fx
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.inspect.summary import summary
 
@@ -46,6 +47,9 @@ def report_of(programs: Sequence[Program]) -> Report:
     variants = [main.variant(row) for row in main.schedule.distinct_rows()]
     row_counts = {row: main.schedule.rows.count(row) for row in main.schedule.distinct_rows()}
     hoisted = sorted({position for variant in variants for position in variant.hoists})
+    weight_bytes = _weight_bytes(main)
+    of_variants = [sum(weight_bytes.get(position, 0) for position in variant.takes) for variant in variants]
+    taken = {position for variant in variants for position in variant.takes}
     return Report(
         graphs=len(programs),
         nodes=main.nodes,
@@ -59,8 +63,16 @@ def report_of(programs: Sequence[Program]) -> Report:
         state_bytes=sum(slot.bytes for slot in main.layout),
         passes=tuple((r.name, r.ms, r.nodes_before, r.nodes_after) for r in main.compiler.records),
         variants=tuple(
-            VariantReport(v.name, row_counts[v.row], v.node_count, v.macs, len(v.reads), len(v.writes))
-            for v in variants
+            VariantReport(v.name, row_counts[v.row], v.node_count, v.macs, len(v.reads), len(v.writes), size)
+            for v, size in zip(variants, of_variants, strict=True)
         ),
         hoisted=tuple(main.prologues.hoisted[position] for position in hoisted),
+        hoisted_weight_bytes=sum(size for position, size in weight_bytes.items() if position not in taken),
     )
+
+
+def _weight_bytes(program: Program) -> dict[int, int]:
+    """Bytes of each weight that the graph uses, by its position among the inputs."""
+    inputs = zip(fx.placeholders(program.analysis.gm), program.analysis.facts.inputs, strict=True)
+    used = [(i, fx.need(node)) for i, (node, entry) in enumerate(inputs) if entry.is_weight and node.users]
+    return {i: tensor.numel() * tensor.element_size() for i, tensor in used}

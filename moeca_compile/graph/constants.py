@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 Number = int | float | bool
 
@@ -95,11 +97,23 @@ class _Unsteady(Exception):
     pass
 
 
+class _WithData(TorchFunctionMode):
+    """Makes on the CPU what a model on the meta device, which has no data, makes of constants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(torch.device, _with_data, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _with_data(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _compute(gm: GraphModule, nodes: set[Node], values: dict[Node, Any]) -> bool:
     """Compute these nodes for real, into `values`; False if one of them isn't the same each time."""
     run = Interpreter(gm, garbage_collect_values=False)
     run.env = values
-    with torch.no_grad(), _Steady():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), _WithData(), _Steady():  # type: ignore[no-untyped-call]
         for node in gm.graph.nodes:
             if node in nodes and node not in values:
                 try:

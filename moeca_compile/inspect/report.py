@@ -31,6 +31,7 @@ class VariantReport:
         macs: multiply-accumulates of one call.
         reads: how many state tensors it takes.
         writes: how many state tensors it gives.
+        weight_bytes: of all weights that it reads.
     """
 
     name: str
@@ -39,6 +40,7 @@ class VariantReport:
     macs: int
     reads: int
     writes: int
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Report:
         model: the name of the model's class.
         calls: of the model's last trajectory, if it ran this schedule: the attributes of each `StepRecord`, and `row`,
             the number of the row that ran, in order of first use; None where that isn't known.
+        hoisted_weight_bytes: of the weights that no variant reads, only the programs of hoisted values.
         pass_graphs: the graphs before and after each pass that has some; only where `html` was asked for.
     """
 
@@ -82,6 +85,7 @@ class Report:
     breaks: str = ""
     model: str = ""
     calls: tuple[Mapping[str, Any], ...] = ()
+    hoisted_weight_bytes: int = 0
     pass_graphs: tuple[PassGraphs, ...] = ()
 
     @classmethod
@@ -166,7 +170,10 @@ class Report:
     def _hoisted(self) -> list[str]:
         says = {"step": "computed once a timestep", "invariant": "computed once a trajectory"}
         sizes = {level: [value.bytes for value in self.hoisted if value.level == level] for level in says}
-        return [f"{says[level]}: {len(of)} values, {sum(of)} bytes" for level, of in sizes.items() if of]
+        lines = [f"{says[level]}: {len(of)} values, {sum(of)} bytes" for level, of in sizes.items() if of]
+        if lines and self.hoisted_weight_bytes:
+            lines[-1] += f"; no step reads their {self.hoisted_weight_bytes} bytes of weights"
+        return lines
 
     def _variants(self) -> list[str]:
         rows: Rows = [("variant", "rows", "nodes", "MACs", "reads", "writes")]

@@ -23,18 +23,22 @@ _LAYER = "base_layer"  # where peft's adapter layers, of every kind, keep the mo
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """A module's class, names and shapes of its parameters, and its submodules; adapters are looked through."""
+    """A module's class, names and shapes of its parameters, and its submodules; adapters are looked through.
+
+    `on_meta`: it was proven without data, for a dry run. Otherwise a weight on the meta device is offloaded.
+    """
 
     kind: type
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     children: tuple[tuple[str, Anatomy], ...]
+    on_meta: bool = False
 
 
 def anatomy_of(module: nn.Module) -> Anatomy:
     bare = beneath_adapters(module)
     children = tuple((name, anatomy_of(child)) for name, child in bare._modules.items() if child is not None)
     parameters = tuple((name, tuple(p.shape)) for name, p in bare._parameters.items() if p is not None)
-    return Anatomy(type(bare), parameters, children)
+    return Anatomy(type(bare), parameters, children, any(p.is_meta for p in bare.parameters()))
 
 
 def compare(module: nn.Module, proven: Anatomy) -> int:
@@ -49,7 +53,9 @@ def compare(module: nn.Module, proven: Anatomy) -> int:
     worst = SAME
     for name, shape in proven.parameters:
         parameter = module._parameters.get(name)
-        if parameter is None or parameter.device.type == "meta" or parameter.shape != shape:
+        if parameter is None or parameter.shape != shape:
+            return CHANGED
+        if parameter.device.type == "meta" and not proven.on_meta:
             return CHANGED
         if not is_plain(parameter):
             worst = ADAPTED

@@ -301,7 +301,7 @@ def _identify(expert: nn.Module) -> ExpertBody | str:
                 continue
             if not isinstance(expected, Tensor):
                 return f"returns a {type(expected).__name__}, not one tensor"
-            bodies = list(_bodies(twin, candidates, rank))
+            bodies = list(_bodies(twin, anatomy_of(expert), candidates, rank))
             errors = [_error(twin, x, expected, body) for body in bodies]
             if min(errors) < _TOLERANCE:
                 return bodies[errors.index(min(errors))]
@@ -309,8 +309,9 @@ def _identify(expert: nn.Module) -> ExpertBody | str:
     return problem
 
 
-def _bodies(expert: nn.Module, roles: list[tuple[Part, Part, Part | None]], rank: int) -> Iterator[ExpertBody]:
-    anatomy = anatomy_of(expert)
+def _bodies(
+    expert: nn.Module, anatomy: Anatomy, roles: list[tuple[Part, Part, Part | None]], rank: int
+) -> Iterator[ExpertBody]:
     for up, down, gate in roles:
         d_in, d_out = walk(expert, up.path).weight.shape[1], walk(expert, down.path).weight.shape[0]
         for activation in ACTIVATIONS:

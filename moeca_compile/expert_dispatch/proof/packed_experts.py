@@ -30,17 +30,23 @@ def packed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True, slots=True)
 class PackedPart:
-    """Some output rows of a parameter [E, out, in], or [E, in, out] where `transposed`; `shape` leaves E out."""
+    """Some output rows of a parameter [E, out, in], or [E, in, out] where `transposed`; `shape` leaves E out.
+
+    `on_meta`: it was proven without data, for a dry run. Otherwise a parameter on the meta device is offloaded.
+    """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
     rows: Rows = ALL_ROWS
+    on_meta: bool = False
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether the parameter is there, in the shape and of the kind that was proven."""
         p = owner._parameters.get(self.name)
-        return p is not None and p.device.type != "meta" and is_plain(p) and p.shape[1:] == self.shape
+        if p is None or (p.device.type == "meta" and not self.on_meta):
+            return False
+        return is_plain(p) and p.shape[1:] == self.shape
 
     def tensors(self, owner: nn.Module) -> list[Tensor]:
         """E weights [out, in]: views."""
@@ -135,11 +141,13 @@ def readings(module: nn.Module) -> Iterator[PackedExperts]:
 
     Neither order nor orientation shows in a name: at most 3! * 2^3 products are looked at, and shapes leave few.
     """
-    shapes = {name: tuple(p.shape[1:]) for name, p in packed_weights(module).items()}
+    packed = packed_weights(module)
+    shapes = {name: tuple(p.shape[1:]) for name, p in packed.items()}
     if len(shapes) not in (2, 3):
         return
+    on_meta = any(p.is_meta for p in packed.values())
     for order, turned in product(permutations(shapes), product((False, True), repeat=len(shapes))):
-        parts = [PackedPart(name, shapes[name], t) for name, t in zip(order, turned, strict=True)]
+        parts = [PackedPart(name, shapes[name], t, on_meta=on_meta) for name, t in zip(order, turned, strict=True)]
         width, out = parts[0].sizes(module)[1], parts[1].sizes(module)[0]
         for up, down, gate in _roles(module, parts):
             for activation in ACTIVATIONS:
