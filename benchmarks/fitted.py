@@ -61,7 +61,6 @@ class Size:
 
 
 WHOLE = Size(50, 4, (50, 34, 26, 20), 8, 8, 8, 32)
-WHOLE_GLYPHS = replace(WHOLE, shares=(34, 20))
 QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
 
 
@@ -231,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pin_threads()
     console = Console(width=180)
     work = args.work or (WORK / (f"quick_{args.task}" if args.quick else args.task))
-    whole = WHOLE if args.task == DIGITS.name else WHOLE_GLYPHS
-    result = measure(Bench(QUICK if args.quick else whole, work, TASKS[args.task]), console)
+    result = measure(Bench(QUICK if args.quick else WHOLE, work, TASKS[args.task]), console)
     show(result, console)
     folder = folder_of(args)
     if folder is not None:
