@@ -274,6 +274,20 @@ def ernie_inputs(step: int) -> Arguments:
     }  # fmt: skip
 
 
+def unet() -> nn.Module:
+    return tiny(
+        diffusers.UNet2DConditionModel, sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+        block_out_channels=(16, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=12, attention_head_dim=2,
+        norm_num_groups=8,
+    )  # fmt: skip
+
+
+def unet_inputs(step: int) -> Arguments:
+    t = torch.full((2,), 900 - 40 * step)
+    return {"sample": moving(step, 2, 4, 8, 8), "timestep": t, "encoder_hidden_states": normal(2, 6, 12)}
+
+
 CROSS = ("attention", "attention", "mlp")  # to itself, to the prompt
 NOT_LATENT = "doesn't depend on the latent"
 PARTS = "Lumina2 counts the prompt's tokens on the host, and compares the counts: one graph would fit one prompt only"
@@ -334,6 +348,10 @@ ZOO: dict[str, Model] = {
     "LTXVideo": Model(ltx, ltx_inputs, "timestep", "hidden_states", CROSS * 2, ("self", "cross, fixed") * 2),
     "ErnieImage": Model(  # one adaLN for all layers, expanded to the tokens
         ernie, ernie_inputs, "timestep", "hidden_states", ("attention", "mlp") * 3, ("self",) * 3,
+    ),
+    "UNet2DCondition": Model(  # a block of convolutions that keeps its width is a branch like another
+        unet, unet_inputs, "timestep", "sample", ("mlp", *CROSS, "mlp", *CROSS, "mlp", *CROSS * 2),
+        ("self", "cross, fixed") * 4, rejected=("a residual around 3 others",) * 4,
     ),
     "Sana": Model(  # linear attention is no softmax: found as what lies along a residual
         sana, sana_inputs, "timestep", "hidden_states", ("mlp", "attention", "mlp") * 2, ("cross, fixed",) * 2,
