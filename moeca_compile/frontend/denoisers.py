@@ -30,6 +30,19 @@ def parts_of(pipeline: object) -> dict[str, nn.Module]:
     return {name: part for name, part in components.items() if isinstance(part, nn.Module) and _denoises(part)}
 
 
+def pipeline_in(function: object) -> str:
+    """Why a function that torch.compile got isn't cached: it is a pipeline, or a method of one; "": it isn't."""
+    compiled = getattr(function, "__wrapped__", function)  # torch puts a function around an object
+    pipeline = getattr(compiled, "__self__", compiled)
+    parts = " and ".join(parts_of(pipeline))
+    if not parts:
+        return ""
+    return (
+        f"torch.compile got a {type(pipeline).__name__}, whose loop is no model. Use moeca_compile.compile(pipeline, "
+        f"...), which compiles its {parts}"
+    )
+
+
 def _denoises(module: nn.Module) -> bool:
     names = set(inspect.signature(module.forward).parameters)
     return BESIDE not in names and not names.isdisjoint(LATENTS) and not names.isdisjoint(TIMESTEPS)

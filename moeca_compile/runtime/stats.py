@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 NO_CALL = (
-    "Methods of the original model run past what torch.compile gave: use moeca_compile.compile(model), or compile "
-    'the method, as in torch.compile(model.forward_with_cfg, backend="moeca")'
+    "Methods of the original model, and the models of a pipeline, run past what torch.compile gave: use "
+    "moeca_compile.compile(model or pipeline), or compile the method, as in torch.compile(model.forward_with_cfg, "
+    'backend="moeca")'
 )
 
 MAX_RECORDS = 4096  # of one trajectory; the oldest are dropped

@@ -260,6 +260,18 @@ def test_methods_run_past_a_handle_are_told_of(name: str) -> None:
     assert "no call came through this handle" in str(moeca.stats(compiled))
 
 
+@pytest.mark.parametrize("way", ["the pipeline", "its method"])
+def test_a_pipeline_given_to_torch_is_told_what_compiles_it(way: str) -> None:
+    pipe = Pipeline(model())
+    truth = pipe()
+    compiled = torch.compile(pipe if way == "the pipeline" else pipe.__call__, backend="moeca", options=EAGER)
+    with pytest.warns(MoecaWarning) as warned:
+        assert torch.allclose(compiled(), truth, rtol=1e-5, atol=1e-6)
+    (text,) = [str(warning.message) for warning in warned]
+    assert "torch.compile got a Pipeline, whose loop is no model. Use moeca_compile.compile(pipeline, ...)" in text
+    assert text.endswith("which compiles its transformer")
+
+
 def test_calls_of_a_trajectory_inside_another_are_calls() -> None:
     compiled = moeca.compile(model(), **EAGER)
     with moeca.trajectory(compiled), moeca.trajectory(compiled, stream="inner"):
