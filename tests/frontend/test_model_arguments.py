@@ -104,9 +104,10 @@ def test_a_pipeline_s_only_transformer_is_the_model() -> None:
 
 def test_of_two_transformers_one_must_be_said() -> None:
     pipe = Pipeline(model(), model(1))
-    for use in (moeca.warmup, moeca.explain):
-        with pytest.raises(StateError, match=r"2 transformers.*pipe\.transformer, \.\.\.\) or .*pipe\.transformer_2"):
-            use(pipe, *inputs())
+    with pytest.raises(StateError, match=r"2 transformers.*pipe\.transformer, \.\.\.\) or .*pipe\.transformer_2"):
+        moeca.explain(pipe, *inputs())
+    with pytest.raises(StateError, match=r"warmup: nothing was compiled"):
+        moeca.warmup(pipe, *inputs())
     with pytest.raises(StateError, match=r"calibrate\(pipe\.transformer, "):
         moeca.calibrate(pipe, sample, budget="macs:0.6", granularity="output", progress=False)
 
