@@ -67,7 +67,7 @@ def test_a_page_with_times_of_a_sampled_model(tmp_path: Path) -> None:
 def test_what_cannot_be_explained_is_said(tmp_path: Path) -> None:
     source = "tests.test_cli_explain:with_inputs"
     no_inputs = refused("tests.toy:model")
-    assert "expected a function that returns (model, example_inputs); this one returns no inputs" in no_inputs
+    assert "expected a function that returns (model, example_inputs), and it returned DiT. Add --sample" in no_inputs
     assert "moeca explain tests.toy:model --sample tests.toy:sample" in no_inputs
     assert refused(source, "--steps", "9").startswith("--steps: these are for the page: add --html")
     assert "there is no folder" in refused(source, "--html", str(tmp_path / "nowhere" / "report.html"))

@@ -126,7 +126,7 @@ def _report(source: str, weights: Path | None, sample: str | None, options: dict
             sampler(compiled, 0)
         return moeca.explain(compiled, html=html)
     otherwise = (
-        f"; this one returns no inputs. Add --sample with a function of (model, seed) that samples, which needs none: "
+        f". Add --sample with a function of (model, seed) that samples; then no inputs are needed: "
         f"moeca explain {source} --sample {source.partition(':')[0]}:sample"
     )
     inputs = model_and_inputs(source, otherwise)[1]

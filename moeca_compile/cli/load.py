@@ -50,7 +50,10 @@ def model_and_inputs(source: str, otherwise: str = "") -> tuple[Any, ...]:
     """
     returned = call(source)
     if not isinstance(returned, tuple) or len(returned) < 2:
-        raise OptionError(f"{source}: expected a function that returns (model, example_inputs){otherwise}")
+        name = type(returned).__name__
+        raise OptionError(
+            f"{source}: expected a function that returns (model, example_inputs), and it returned {name}{otherwise}"
+        )
     return returned
 
 

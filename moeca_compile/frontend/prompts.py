@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,9 +30,9 @@ class PromptSampler:
 
     def __init__(self, pipeline: Callable[..., Any], prompts: Sequence[Prompt], call: Mapping[str, Any]) -> None:
         self._pipeline, self.prompts = pipeline, prompts
-        parameters = _parameters(pipeline)
+        self._parameters = _parameters(pipeline)
         self._call = dict(call)
-        if "output_type" in parameters:
+        if "output_type" in self._parameters:
             self._call.setdefault("output_type", "pt")
 
     def __call__(self, model: Any, seed: int, steps: int | None = None) -> Tensor:
@@ -56,11 +57,11 @@ class PromptSampler:
             missing = _missing_for_text(self._pipeline)
             if not missing or not isinstance(prompt, str):
                 raise
-            name = type(self._pipeline).__name__
+            embeddings = {name: "..." for name in self._parameters if re.fullmatch(r"(pooled_)?prompt_embeds", name)}
             raise OptionError(
-                f"{name} has no {' and no '.join(missing)}, and the text {short(prompt)} needs "
-                f"it ({error}). Load the pipeline with it, or give embeddings in place of texts, as keywords of the "
-                "pipeline's call: prompts=[{'prompt_embeds': tensor}], and what all calls share in call={...}"
+                f"{type(self._pipeline).__name__} has no {', '.join(missing)}; without, the text {short(prompt)} can't "
+                f"be encoded ({error}). Load the pipeline with its encoders, or give embeddings in place of texts: "
+                f"prompts=[{embeddings or {'prompt_embeds': '...'}}]; what all calls share goes into call={{...}}"
             ) from error
 
 

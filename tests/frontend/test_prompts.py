@@ -149,7 +149,7 @@ class Encoding(world.Pipeline):
 def test_a_text_for_a_pipeline_without_text_encoder_is_refused() -> None:
     pipe = Encoding()
     moeca.compile(pipe, schedule="uniform:3", inner="eager")
-    text = r"Encoding has no text_encoder and no tokenizer, and the text 'a fox' needs it .*prompts=\[\{'prompt_embeds'"
+    text = r"Encoding has no text_encoder, tokenizer; without, the text 'a fox' can't be .*prompts=\[\{'prompt_embeds'"
     with pytest.raises(OptionError, match=text):
         moeca.compare(pipe, prompts=["a fox"], seeds=1)
     embeddings = [{"prompt_embeds": torch.zeros(1, 2)}]

@@ -32,7 +32,8 @@ def shown(folder: Path) -> Report:
     base = report(str(folder / "graphs.html"))
     rows = tuple(map(row, ("CCCC", "FFFF", "RCFC", "FaFa"))) * 3
     predicted = {"mac_fraction": 0.4, "psnr_db": 50.0, "tried order-1": 50.0, "tried order-2": 49.0}
-    schedule = replace(base.schedule, rows=rows, period=0, predicted=predicted)
+    made_by = "calibrated for macs:0.4 on 2 seeds: order-1, granularity region"
+    schedule = replace(base.schedule, rows=rows, period=0, predicted=predicted, made_by=made_by)
     variants = tuple(replace(base.variants[0], name=f"v{i}", macs=base.total_macs // (i + 1)) for i in range(4))
     call = {"stream": "0", "overhead_ms": 0.5, "macs": 1, "dropped": 0, "full_macs": 1}
     calls = tuple(
@@ -228,6 +229,10 @@ def test_controls_and_regions_have_names(page: Any) -> None:
         "(node.labels && node.labels.length))).map(node => node.outerHTML.slice(0, 80))"
     )
     assert unnamed == []
+
+
+def test_the_granularity_is_named_once(page: Any) -> None:
+    assert page.inner_text("#subtitle").count("granularity region") == 1
 
 
 def test_names_of_the_model_are_no_markup(page: Any) -> None:

@@ -17,7 +17,9 @@ function build() {
   const { model, schedule, steps } = DATA;
   byId("title").textContent = model.model || "A model";
   document.title = `${model.model || "model"}: moeca report`;
-  byId("subtitle").textContent = [schedule.made_by || "a schedule", schedule.granularity && `granularity ${schedule.granularity}`].filter(Boolean).join(", ");
+  const madeBy = schedule.made_by || "a schedule";
+  const granularity = `granularity ${schedule.granularity}`;
+  byId("subtitle").textContent = schedule.granularity && !madeBy.includes(granularity) ? `${madeBy}, ${granularity}` : madeBy;
   const shares = steps.map((_, step) => variantOf(step)).filter(Boolean).map((variant) => variant.share);
   const quality = schedule.predicted.psnr_db_holdout ?? schedule.predicted.psnr_db;
   const facts = [
