@@ -17,8 +17,9 @@ import pytest
 
 RECORD = Path(__file__).with_name("durations.json")
 SHORT = 3.0
-# Folders whose files share what a process makes once: the exported bundles, analyzed blocks, a report, uncached digits.
-TOGETHER = ("bundle/", "passes/", "inspect/", "benchmarks/peers/")
+# Folders whose files share what a process makes once: exported bundles, a saved package, analyzed blocks, a report,
+# uncached digits.
+TOGETHER = ("bundle/", "packages/", "passes/", "inspect/", "benchmarks/peers/")
 
 seconds: Counter[str] = Counter()
 spent = 0.0  # by this process and its children when the last report was made
