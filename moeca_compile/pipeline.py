@@ -153,7 +153,7 @@ STANDALONE = Pipeline(
     normalize=tuple(function for function in NORMALIZE if function is not separate_rows),
     rewrite=tuple(function for function in REWRITE if function not in HOIST),
 )
-# Programs beside prologues that no Python checks at a call.
+# Programs for other runtimes and for native code, with prologues beside them.
 NATIVE = Pipeline(normalize=STANDALONE.normalize)
 
 

@@ -12,13 +12,14 @@ from moeca_compile.exporting import request
 from moeca_compile.exporting.output import capture_output
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.options import Options
+from moeca_compile.pipeline import NATIVE, STANDALONE, Pipeline
 from moeca_compile.schedule.granularity import OUTPUT
 
 BATCHES = (2, 3, 7)  # what a graph for any batch is captured at: not 1, which torch takes for a size of its own
 
 
 def capture_sizes(
-    model: torch.nn.Module, examples: Sequence[Arguments], options: Options, dynamic_batch: bool
+    model: torch.nn.Module, examples: Sequence[Arguments], options: Options, dynamic_batch: bool, prologues: bool
 ) -> list[list[Captured]]:
     """Prepare the model and capture it.
 
@@ -26,6 +27,7 @@ def capture_sizes(
         model: prepared in place.
         examples: what one call gets, one for each size.
         dynamic_batch: at each of `BATCHES`; False: at the example's own.
+        prologues: whether hoisted values get graphs of their own.
 
     Returns:
         For each size its captures, one for each batch. The first is the one that is written.
@@ -34,11 +36,12 @@ def capture_sizes(
         CaptureError: the model can't be called so, or isn't one graph, or has nothing to cache.
         LoweringError: its regions depend on the batch, or on the size.
     """
+    pipeline = NATIVE if prologues else STANDALONE
     report = prepare(model)
     for example in examples:
         request.try_call(model, example)
     try:
-        sizes = [_capture(model, example, options, dynamic_batch) for example in examples]
+        sizes = [_capture(model, example, options, dynamic_batch, pipeline) for example in examples]
     except CaptureError as error:
         if not report.rejected:
             raise
@@ -59,19 +62,26 @@ def _shape_of(captured: Captured) -> tuple[object, ...]:
     return captured.program.regions.fingerprint, captured.called, captured.results
 
 
-def _capture(model: torch.nn.Module, example: Arguments, options: Options, dynamic_batch: bool) -> list[Captured]:
+def _capture(
+    model: torch.nn.Module, example: Arguments, options: Options, dynamic_batch: bool, pipeline: Pipeline
+) -> list[Captured]:
     if not dynamic_batch:
-        return [_captured(model, example, options)]
+        return [_captured(model, example, options, pipeline)]
     try:
-        captures = [_captured(model, request.rebatched(example, batch), options) for batch in BATCHES]
+        captures = [_captured(model, request.rebatched(example, batch), options, pipeline) for batch in BATCHES]
     except CaptureError as error:
         raise CaptureError(f"{error} (at another batch; dynamic_batch=False takes the example as it is)") from error
-    if len({captured.program.regions.fingerprint for captured in captures}) > 1:
+    kinds = {(captured.program.regions.fingerprint, _hoisted(captured)) for captured in captures}
+    if len(kinds) > 1:
         raise LoweringError("the model's regions depend on its batch: export it with dynamic_batch=False")
     return captures
 
 
-def _captured(model: torch.nn.Module, arguments: Arguments, options: Options) -> Captured:
+def _hoisted(captured: Captured) -> tuple[object, ...]:
+    return tuple((prologue.per, prologue.gives) for prologue in captured.prologues)
+
+
+def _captured(model: torch.nn.Module, arguments: Arguments, options: Options, pipeline: Pipeline) -> Captured:
     if options.granularity == OUTPUT:
         return capture_output(model, arguments, options)
-    return request.capture(model, arguments, options)
+    return request.capture(model, arguments, options, pipeline)

@@ -18,6 +18,7 @@ from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.experts.choose import Lowering
 from moeca_compile.lowering.experts.rewrite import calls
 from moeca_compile.lowering.onnx.batch import Batches, dims
+from moeca_compile.passes.transform.hoist import name_of as name_of_hoisted
 from moeca_compile.runtime.bundle.dims import Dim
 from moeca_compile.runtime.bundle.manifest import FORMAT, VERSION
 from moeca_compile.schedule import Row
@@ -57,6 +58,7 @@ def describe(
         "variants": [_variant(row, variant, size, main, experts) for row, variant in main.variants],
         "steps": [rows.index(row) if row in rows else None for row in program.schedule.rows],
         **_of_output(main),
+        **_of_prologues(main, size, shapes),
     }
 
 
@@ -68,23 +70,48 @@ def _of_output(main: Captured) -> dict[str, Any]:
     return {"granularity": OUTPUT, "latent": None if latent is None else main.names[main.inputs[latent].name]}
 
 
+def _of_prologues(main: Captured, size: int, shapes: Mapping[str, tuple[Dim, ...]]) -> dict[str, Any]:
+    """What is said where hoisted values have graphs of their own."""
+    hoisted, entries = [], []
+    for prologue in main.prologues:
+        variant, given = prologue.variant, [name_of_hoisted(position) for position in prologue.gives]
+        results = fx.nodes_of(fx.output_node(variant.gm).args[0])
+        for name, node in zip(given, results, strict=True):
+            hoisted.append({"name": name, "dtype": name_of(fx.need(node).dtype), "shape": list(shapes[f"{name}_out"])})
+        entries.append(
+            {"per": prologue.per, "file": file_of(variant, size), "takes": _takes(main, variant),
+             "hoists": [name_of_hoisted(position) for position in variant.hoists], "gives": given}
+        )  # fmt: skip
+    return {"hoisted": hoisted, "prologues": entries} if entries else {}
+
+
+def _takes(main: Captured, variant: Variant) -> list[str]:
+    """The inputs of a graph, by the names that people see."""
+    return [main.names[main.inputs[i].name] for i in variant.takes if main.inputs[i].name in main.names]
+
+
 def file_of(variant: Variant, size: int) -> str:
     return f"{variant.name}.onnx" if not size else f"size_{size}_{variant.name}.onnx"
 
 
 def _variant(row: Row, variant: Variant, size: int, main: Captured, experts: Lowering) -> dict[str, Any]:
-    names, inputs, layout = main.names, main.inputs, main.network.layout
-    return {
+    layout = main.network.layout
+    entry = {
         "name": variant.name,
         "file": file_of(variant, size),
         "row": format_row(row, legend_of(main.program.schedule.rows)),
-        "takes": [names[inputs[i].name] for i in variant.takes if inputs[i].name in names],
+        "takes": _takes(main, variant),
         "reads": [layout[slot].name for slot in variant.reads],
         "writes": [layout[slot].name for slot in variant.writes],
         "coefficients": variant.wants_coefficients,
         "counts_dropped": experts.name == "capacity" and bool(calls(variant.gm)),
         "macs": variant.macs,
-    } | ({"now": True} if variant.wants_now else {})
+    }
+    if variant.wants_now:
+        entry["now"] = True
+    if variant.hoists:
+        entry["hoists"] = [name_of_hoisted(position) for position in variant.hoists]
+    return entry
 
 
 def _state(captured: Sequence[Captured], batches: Batches) -> list[dict[str, Any]]:
@@ -101,14 +128,24 @@ def _ranges(captured: Sequence[Captured]) -> dict[str, dict[str, list[int]]]:
     """Of inputs that index a table of the same size at every batch."""
     by_capture = []
     for capture in captured:
-        _, full = capture.variants[0]
-        inputs = [node for node in fx.placeholders(full.gm) if node.name in capture.names]
-        by_capture.append({node.name: index_range(node) for node in inputs})
+        graphs = [capture.variants[0][1], *(prologue.variant for prologue in capture.prologues)]
+        inputs = [node for graph in graphs for node in fx.placeholders(graph.gm) if node.name in capture.names]
+        by_capture.append(_narrowest((node.name, index_range(node)) for node in inputs))
     ranges = {}
     for name, limits in by_capture[0].items():
-        if limits is not None and all(other.get(name) == limits for other in by_capture):
+        if all(other.get(name) == limits for other in by_capture):
             ranges[name] = {"range": list(limits)}
     return ranges
+
+
+def _narrowest(limits: Iterable[tuple[str, tuple[int, int] | None]]) -> dict[str, tuple[int, int]]:
+    """The values that all graphs take which an input goes into."""
+    by_name: dict[str, tuple[int, int]] = {}
+    for name, limit in limits:
+        if limit is not None:
+            low, end = by_name.get(name, limit)
+            by_name[name] = max(low, limit[0]), min(end, limit[1])
+    return by_name
 
 
 def _tensor(name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[Dim, ...]]) -> dict[str, Any]:

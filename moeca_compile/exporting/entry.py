@@ -21,6 +21,7 @@ from moeca_compile.exporting.lower import expert_lowering, lower_sizes
 from moeca_compile.exporting.packages.entry import write_package
 from moeca_compile.exporting.refuse import (
     NATIVE,
+    has_prologues,
     refuse_beside_native,
     refuse_request,
     refuse_schedule,
@@ -53,6 +54,7 @@ def export(
     fused: bool = False,
     order: int | None = None,
     granularity: str = "region",
+    prologues: bool | None = None,
     engines: EngineRequest | None = None,
     progress: bool = False,
 ) -> Bundle | Package:
@@ -79,6 +81,9 @@ def export(
         fused: also write `fused.onnx`, all variants in one graph that counts its steps.
         order: of the forecast, for short forms (None: 1). A `Schedule` and a file have their own.
         granularity: as in `Options`.
+        prologues: whether values that don't depend on the latent become graphs of their own, which a session runs once
+            a trajectory or once a timestep, so that no variant has the weights that only they read. None: yes, unless
+            `fused`, the target "tensorrt" or granularity "output" needs whole graphs.
         engines: which to build for the target "tensorrt". By default those that can be built here: without TensorRT, or
             without the GPU that it needs, there are none, with a warning.
         progress: show a bar.
@@ -101,6 +106,7 @@ def export(
             "experts": experts != "auto",
             "fused": fused,
             "engines": engines is not None,
+            "prologues": prologues is not None,
         }
         refuse_beside_native(targets, dynamic_batch, for_bundles)
         native = Options(schedule=schedule, order=order, granularity=granularity)
@@ -112,10 +118,11 @@ def export(
     refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
     options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager")
     refuse_schedule(options.resolved_schedule(), granularity, fused)
+    hoist = has_prologues(prologues, targets, granularity, fused)
     examples = (example_inputs, *other_sizes)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)
-        sizes = capture_sizes(model, examples, options, dynamic_batch)
+        sizes = capture_sizes(model, examples, options, dynamic_batch, hoist)
         mains = [size[0] for size in sizes]
         lowering = expert_lowering(mains[0], experts, targets)
         lowered = lower_sizes(sizes, opset, lowering, tick)

@@ -15,9 +15,10 @@ from moeca_compile.lowering.experts.choose import Lowering, choose
 from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
 from moeca_compile.lowering.onnx.lower import lower_onnx
 from moeca_compile.passes.transform import ports
+from moeca_compile.passes.transform.hoist import name_of
 from moeca_compile.pipeline import LOWER_ONNX, manager_of
 from moeca_compile.runtime.bundle.dims import Dim
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW, OF_SIZE
 from moeca_compile.schedule.action import format_row, legend_of
 
 
@@ -58,7 +59,7 @@ def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Loweri
     models, entries = main.models, main.entries | {"sizes": []}
     for other in others:
         models |= other.models
-        entries["sizes"].append({name: other.entries[name] for name in ("inputs", "outputs", "state", "variants")})
+        entries["sizes"].append({name: other.entries[name] for name in OF_SIZE if name in other.entries})
     return Lowered(models, entries)
 
 
@@ -68,6 +69,7 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
     layout = main.network.layout
     names = (
         main.names
+        | {value: f"{value}_in" for value in map(name_of, range(len(main.network.prologues.hoisted)))}
         | {slot.name: f"{slot.name}_in" for slot in layout}
         | {ports.COEFFICIENTS: COEFFICIENTS, ports.NOW: NOW}
     )
@@ -83,5 +85,13 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
             alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options)
         )
         models[file_of(variant, size)] = format_row(row, legend), model
+        shapes |= dict(signature.inputs) | dict(signature.outputs)
+    for prologue, *twins in zip(*(capture.prologues for capture in captures), strict=True):
+        alike = [prologue.variant, *(twin.variant for twin in twins)]
+        outputs = [f"{name_of(position)}_out" for position in prologue.gives]
+        model, signature = lower_onnx(
+            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options)
+        )
+        models[file_of(prologue.variant, size)] = prologue.variant.name, model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
     return Lowered(models, {"opset": opset, **describe(captures, size, shapes, BATCHES, experts)})

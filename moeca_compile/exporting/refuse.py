@@ -93,6 +93,22 @@ def _is_call(example: Any) -> bool:
     return isinstance(example, (tuple, list, Mapping))
 
 
+def has_prologues(asked: bool | None, targets: Sequence[str], granularity: str, fused: bool) -> bool:
+    """Whether hoisted values get graphs of their own: where nothing asks for graphs that stand by themselves.
+
+    Raises:
+        OptionError: both are asked for.
+    """
+    reasons = ["fused=True"] if fused else []
+    reasons += ["the target 'tensorrt'"] if "tensorrt" in targets else []
+    reasons += ["granularity='output'"] if granularity == OUTPUT else []
+    if asked and reasons:
+        raise OptionError(
+            f"prologues=True: {reasons[0]} takes whole graphs. Leave prologues out, or export a bundle for each"
+        )
+    return not reasons if asked is None else asked
+
+
 def refuse_schedule(schedule: Schedule, granularity: str, fused: bool) -> None:
     """Raises:
     LoweringError: a fused graph of a schedule that is adaptive or has PARTIAL rows.

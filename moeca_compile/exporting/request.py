@@ -7,7 +7,8 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -19,10 +20,24 @@ from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwa
 from moeca_compile.graph.desugar import desugar
 from moeca_compile.graph.variant import Variant
 from moeca_compile.options import Options
-from moeca_compile.pipeline import STANDALONE, Pipeline
+from moeca_compile.pipeline import STANDALONE, Pipeline, build_prologue
 from moeca_compile.schedule import Row, Schedule
 
 Arguments = Sequence[Any] | Mapping[str, Any]
+
+
+class Prologue(NamedTuple):
+    """A graph of hoisted values.
+
+    Attributes:
+        per: "trajectory" or "step", what the values hold for.
+        variant: the graph.
+        gives: positions of its results in the program's list of hoisted values.
+    """
+
+    per: str
+    variant: Variant
+    gives: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,22 @@ class Captured:
         """The bundle's graphs, each with the row that it runs."""
         of_rows = [(row, self.network.variant(row)) for row in self.network.schedule.distinct_rows()]
         return of_rows if self.program is self.network else [(self.program.schedule.rows[0], of_rows[0][1])]
+
+    @cached_property
+    def prologues(self) -> list[Prologue]:
+        """The graphs of the values that some variant takes from outside: of those that hold for a trajectory, then of
+        those that hold for a step."""
+        hoisted = self.network.prologues.hoisted
+        positions = {position for _, variant in self.variants for position in variant.hoists}
+        graphs = list[Prologue]()
+        for per, level in (("step", "step"), ("trajectory", "invariant")):
+            gives = tuple(sorted(position for position in positions if hoisted[position].level == level))
+            if gives:
+                name = f"prologue_{per}"
+                variant, _ = build_prologue(self.network.analysis, gives, self.network.options, name)
+                graphs.insert(0, Prologue(per, variant, gives))
+                positions.update(variant.hoists)
+        return graphs
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW, Manifest
 from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.output_rows import KEPT, OutputRows
+from moeca_compile.runtime.prologues import HoistedValues, Prologue
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.providers.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.state import StreamState
@@ -44,6 +45,7 @@ class Session:
         provider: name of the provider that was asked for.
         runtime: runs the graphs.
         variants: the loaded graphs.
+        prologues: the loaded graphs of hoisted values, with their entries of the manifest.
         output_rows: how rows run where the model's output is cached; None: each row is a graph.
         inputs, outputs: names, shapes and dtypes of what a call takes and returns.
         driver: the step rule.
@@ -52,10 +54,10 @@ class Session:
 
     def __init__(
         self, bundle: Bundle, runtime: Runtime, variants: tuple[Loaded, ...], sizes: tuple[Session, ...] = (),
-        warned: Warned | None = None,
+        warned: Warned | None = None, prologues: tuple[Prologue, ...] = (),
     ) -> None:  # fmt: skip
         self.bundle, self.runtime, self.variants, self.sizes = bundle, runtime, variants, sizes
-        self.provider = runtime.provider
+        self.prologues, self.provider = prologues, runtime.provider
         self.manifest, self.schedule = bundle.manifest, bundle.schedule
         self.inputs, self.outputs = self.manifest.inputs, self.manifest.outputs
         self.warned = warned or Warned()
@@ -99,7 +101,11 @@ class Session:
         pairs = zip(bundle.graphs, bundle.manifest.variants, strict=True)
         variants = tuple(runtime.load(graph, spec, bundle.manifest, bundle.path) for graph, spec in pairs)
         sizes = tuple(cls._load(sized_bundle, runtime, warned) for sized_bundle in bundle.sizes)
-        return cls(bundle, runtime, variants, sizes, warned)
+        prologues = tuple(
+            (spec, runtime.load(graph, spec, bundle.manifest, bundle.path))
+            for graph, spec in zip(bundle.prologues, bundle.manifest.prologues, strict=True)
+        )
+        return cls(bundle, runtime, variants, sizes, warned, prologues)
 
     def for_sizes_of(self, inputs: Mapping[str, Any]) -> Session:
         """The session for the size (resolution) of these inputs.
@@ -134,7 +140,8 @@ class Session:
         session = self.for_sizes_of(arrays)
         feeds, batch = admit(session.manifest, arrays)
         variant = session.variant_of(session.schedule.rows[0])
-        values = variant.run(feeds | session.beside(variant, None, 0, batch))
+        hoisted = HoistedValues(session.prologues).of(variant.spec.hoists, feeds)
+        values = variant.run(feeds | hoisted | session.beside(variant, None, 0, batch))
         if dropped := session.dropped_branches(variant, values):
             session.warned.once(_left_out("this call", dropped))
         return session.outputs_by_name(values)
@@ -219,6 +226,7 @@ class Trajectory:
         self._lock = threading.Lock()
         self._step, self._batch = -1, 0
         self._state: StreamState | None = None
+        self._hoisted = HoistedValues(())
         self._closed = False
 
     @property
@@ -249,7 +257,7 @@ class Trajectory:
     def reset(self) -> None:
         """Drop the state and the records: the next call is the first step."""
         with self._lock:
-            self._step, self._state = -1, None
+            self._step, self._state, self._hoisted = -1, None, HoistedValues(())
             self._records.clear()
 
     def close(self) -> None:
@@ -291,6 +299,7 @@ class Trajectory:
         if self._state is None:
             self._batch = batch
             self._state = StreamState(_layout(session, batch), session.manifest.regions)
+            self._hoisted = HoistedValues(session.prologues)
         elif batch != self._batch:
             raise StateError(f"the trajectory began with batch {self._batch}, this call has {batch}: open another one")
         state, driver = self._state, session.driver
@@ -301,7 +310,7 @@ class Trajectory:
         if session.output_rows is not None:
             feeds[KEPT] = session.output_rows.kept(state, step, batch, feeds)
         start = time.perf_counter()
-        values = variant.run(feeds)
+        values = variant.run(feeds | self._hoisted.of(variant.spec.hoists, feeds))
         end = time.perf_counter()
         outputs, writes = session.outputs_by_name(values), [_slot_number(name) for name in variant.spec.writes]
         finite = not writes or all(_finite(array) for array in outputs.values())

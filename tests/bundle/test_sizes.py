@@ -152,7 +152,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "another input": (lambda d: d["sizes"][0]["inputs"][0].update(name="z"), "takes unknown inputs"),
     "another dtype": (lambda d: d["sizes"][0]["outputs"][0].update(dtype="float16"), "other names or dtypes"),
     "another shape": (lambda d: d["sizes"][0]["inputs"][0].update(shape=["batch", 4, 5, 5]), "x is float32"),
-    "a fused graph": (lambda d: d.update(fused={"file": "fused.onnx", "steps": None}), "a fused graph is of one size"),
+    "a fused graph": (
+        lambda d: d.update(fused={"file": "fused.onnx", "steps": None}),
+        "prologues are for bundles whose variants run one",
+    ),
     "an unknown entry": (lambda d: d["sizes"][0].update(files={}), "unknown field `files` - at"),
 }
 

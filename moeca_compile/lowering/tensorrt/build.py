@@ -71,12 +71,17 @@ def build_engines(bundle: Bundle, request: EngineRequest | None = None, say: Say
         The bundle, opened anew.
 
     Raises:
-        BundleError: no TensorRT, a bundle that can't be written, or one of several sizes.
+        BundleError: no TensorRT, a bundle that can't be written, one of several sizes, or one with prologues.
         LoweringError: an operator that TensorRT doesn't have, or a failed build.
         OptionError: architectures that the library doesn't build for.
     """
     if bundle.sizes:
         raise BundleError("engines are of one size and this bundle has several: export a bundle for each")
+    if bundle.prologues:
+        raise BundleError(
+            "the bundle's variants take values of its prologues, and engines are whole: export with "
+            "targets=('tensorrt',), or with prologues=False"
+        )
     request = request or EngineRequest()
     library = find(request.library) if request.library else find()
     for spec, graph in zip(bundle.manifest.variants, bundle.graphs, strict=True):

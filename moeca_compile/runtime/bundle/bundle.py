@@ -41,6 +41,7 @@ class Bundle:
         fused: all variants in one ONNX file, if the bundle has it.
         sizes: the same bundle at its further sizes (resolutions), one each.
         golden_name: the file of the recorded steps.
+        prologues: the ONNX files of the prologues.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Bundle:
     fused: bytes | None = None
     sizes: tuple[Bundle, ...] = ()
     golden_name: str = GOLDEN
+    prologues: tuple[bytes, ...] = ()
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -80,16 +82,21 @@ class Bundle:
         graphs, *others = (
             tuple(verified(folder, variant.file, manifest.files) for variant in size.variants) for size in manifests
         )
+        prologues, *other_prologues = (
+            tuple(verified(folder, prologue.file, manifest.files) for prologue in size.prologues) for size in manifests
+        )
         fused = verified(folder, FUSED, manifest.files) if manifest.fused is not None else None
         for name in (WEIGHTS, *map(golden_file, range(len(manifests)))):
             verified(folder, name, manifest.files, keep=False)
         if bundle_id(manifest.files[SCHEDULE].sha256, manifest.files[WEIGHTS].sha256) != manifest.id:
             raise BundleError(f"{MANIFEST}: the id isn't that of this schedule and these weights. Export again")
         sizes = tuple(
-            cls(folder, size, schedule, size_graphs, golden_name=golden_file(i))
-            for i, (size, size_graphs) in enumerate(zip(manifests[1:], others, strict=True), 1)
+            cls(folder, size, schedule, size_graphs, golden_name=golden_file(i), prologues=size_prologues)
+            for i, (size, size_graphs, size_prologues) in enumerate(
+                zip(manifests[1:], others, other_prologues, strict=True), 1
+            )
         )
-        return cls(folder, manifest, schedule, graphs, fused, sizes)
+        return cls(folder, manifest, schedule, graphs, fused, sizes, prologues=prologues)
 
     def golden(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Read the recorded steps of one trajectory, whose outputs torch made.

@@ -21,6 +21,7 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     golden_file,
 )
 from moeca_compile.runtime.bundle.output_misfit import output_misfit
+from moeca_compile.runtime.bundle.prologue_misfit import prologue_misfit
 from moeca_compile.runtime.bundle.state_misfit import readable, state_misfit, written
 from moeca_compile.schedule import Action, Row, Schedule
 from moeca_compile.schedule.action import format_row, legend_of
@@ -52,7 +53,7 @@ def check_consistency(manifest: Manifest, schedule: Schedule) -> None:
 def _check_files(manifest: Manifest, sizes: Sequence[Manifest]) -> None:
     files = [SCHEDULE, WEIGHTS, *(engine.file for engine in manifest.engines)]
     for i, size in enumerate(sizes):
-        files += [golden_file(i), *(variant.file for variant in size.variants)]
+        files += [golden_file(i), *(spec.file for spec in size.variants), *(spec.file for spec in size.prologues)]
     if manifest.fused is not None:
         files.append(FUSED)
     differing = set(manifest.files) ^ set(files)
@@ -73,13 +74,13 @@ def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
     steps = [variant_rows.index(row) if row in with_graph else None for row in rows]
     _demand(steps == list(manifest.steps), "steps and schedule differ")
     inputs = [spec.name for spec in manifest.inputs]
-    states = [STEP, *(spec.name for spec in manifest.state)]
+    states = [STEP, *(spec.name for spec in (*manifest.state, *manifest.hoisted))]
     _distinct([*inputs, *(f"{name}_in" for name in states), COEFFICIENTS, NOW], "input")
     _distinct([*(spec.name for spec in manifest.outputs), *(f"{name}_out" for name in states), DROPPED], "output")
     timestep = manifest.timestep
     _demand(timestep is None or timestep in inputs, f"the timestep {timestep!r} is no input")
     _demand(not schedule.timesteps or timestep is not None, "a schedule with timesteps needs a timestep input")
-    for misfit in (state_misfit(manifest, schedule), output_misfit(manifest, schedule)):
+    for misfit in (state_misfit(manifest, schedule), output_misfit(manifest, schedule), prologue_misfit(manifest)):
         _demand(not misfit, misfit)
     by_letters = dict(zip(rows, schedule.rows, strict=True))
     for variant in manifest.variants:
@@ -87,7 +88,8 @@ def _check_tables(manifest: Manifest, schedule: Schedule) -> None:
 
 
 def _names(manifest: Manifest) -> list[tuple[str, str]]:
-    return [(spec.name, spec.dtype) for spec in (*manifest.inputs, *manifest.outputs, *manifest.state)]
+    every = (*manifest.inputs, *manifest.outputs, *manifest.state, *manifest.hoisted)
+    return [(spec.name, spec.dtype) for spec in every]
 
 
 def _check_engines(manifest: Manifest) -> None:

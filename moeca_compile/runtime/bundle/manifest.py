@@ -106,7 +106,7 @@ class VariantSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     names of inputs and state.
 
     `counts_dropped`: whether `moeca_dropped` is an output: branches without a row in their expert's capacity.
-    `now`: whether `moeca_now` is an input.
+    `now`: whether `moeca_now` is an input. `hoists`: the hoisted values that it takes.
     """
 
     name: Name
@@ -119,6 +119,30 @@ class VariantSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     counts_dropped: bool
     macs: Annotated[int, Meta(ge=0)]
     now: bool = False
+    hoists: Names = ()
+
+
+class PrologueSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph of hoisted values, which don't depend on the latent. It takes inputs and hoisted values (`hoists`), and
+    `gives` hoisted values, that hold for a trajectory or for a step."""
+
+    per: Annotated[str, Meta(pattern=r"^(trajectory|step)\Z")]
+    file: File
+    takes: Names
+    hoists: Names
+    gives: Names
+
+    @property
+    def name(self) -> str:
+        return f"prologue_{self.per}"
+
+    @property
+    def row(self) -> str:
+        """What the graph carries in place of a row."""
+        return self.name
+
+
+GraphSpec = VariantSpec | PrologueSpec
 
 
 class EngineSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -187,9 +211,12 @@ Inputs = Annotated[tuple[InputSpec, ...], Meta(min_length=1, max_length=1000)]
 Outputs = Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1000)]
 State = Annotated[tuple[StateSpec, ...], Meta(max_length=100_000)]
 Variants = Annotated[tuple[VariantSpec, ...], Meta(min_length=1, max_length=10_000)]
+Hoisted = Annotated[tuple[TensorSpec, ...], Meta(max_length=100_000)]
+Prologues = Annotated[tuple[PrologueSpec, ...], Meta(max_length=2)]
+OF_SIZE = ("inputs", "outputs", "state", "variants", "hoisted", "prologues")  # entries that each size has its own of
 
 
-class SizeSpec(Struct, frozen=True, forbid_unknown_fields=True):
+class SizeSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a further size (resolution) says differently. Its golden steps are in golden_1.npz, golden_2.npz, ..."""
 
     inputs: Inputs
@@ -198,6 +225,8 @@ class SizeSpec(Struct, frozen=True, forbid_unknown_fields=True):
     variants: Variants
     baked: Baked
     golden_steps: GoldenSteps
+    hoisted: Hoisted = ()
+    prologues: Prologues = ()
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -208,6 +237,9 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
         id: of schedule and weights; every graph carries it.
         steps: the variant of each row of the schedule; None: the row runs no graph.
         granularity: of the schedule, where it isn't one of regions: `output`, where the one variant is the whole model.
+        hoisted: values that the prologues give, in their order; an input of a graph is called `<name>_in`, an output
+            `<name>_out`.
+        prologues: graphs of values that don't depend on the latent.
         latent: the input that the model's output is a change of, where the model's output is cached; None: not known.
         sizes: further resolutions: the same model, schedule and weights, with graphs of their own.
     """
@@ -235,6 +267,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     engines: Annotated[tuple[EngineSpec, ...], Meta(max_length=100_000)] = ()
     granularity: Annotated[str, Meta(pattern=r"^(output)?\Z")] = ""
     latent: Name | None = None
+    hoisted: Hoisted = ()
+    prologues: Prologues = ()
 
     @property
     def caches_output(self) -> bool:
@@ -255,7 +289,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
         for size in self.sizes:
             yield msgspec.structs.replace(
                 self,
-                **{name: getattr(size, name) for name in ("inputs", "outputs", "state", "variants")},
+                **{name: getattr(size, name) for name in OF_SIZE},
                 model=msgspec.structs.replace(self.model, baked=size.baked),
                 golden=msgspec.structs.replace(self.golden, steps=size.golden_steps),
                 sizes=(),

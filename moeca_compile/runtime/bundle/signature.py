@@ -8,18 +8,30 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, DROPPED, NOW, Manifest, TensorSpec, VariantSpec
+from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
+    COEFFICIENTS,
+    DROPPED,
+    NOW,
+    GraphSpec,
+    Manifest,
+    PrologueSpec,
+    TensorSpec,
+)
 from moeca_compile.schedule.forecast import MAX_KEPT
 
 Specs = dict[str, TensorSpec]
 
 
-def signature_of(spec: VariantSpec, manifest: Manifest) -> tuple[Specs, Specs]:
-    """A variant's inputs and outputs by their names in its graph; the outputs in order: the model's, what is written,
-    the count of dropped branches."""
+def signature_of(spec: GraphSpec, manifest: Manifest) -> tuple[Specs, Specs]:
+    """A graph's inputs and outputs by their names in it. The outputs in order: of a variant the model's, what is
+    written, the count of dropped branches; of a prologue what it gives."""
     state = {spec.name: spec for spec in manifest.state}
     inputs = {spec.name: spec for spec in manifest.inputs}
+    hoisted = {spec.name: spec for spec in manifest.hoisted}
     takes: Specs = {name: inputs[name] for name in spec.takes}
+    takes |= {f"{name}_in": hoisted[name] for name in spec.hoists}
+    if isinstance(spec, PrologueSpec):
+        return takes, {f"{name}_out": hoisted[name] for name in spec.gives}
     takes |= {f"{name}_in": state[name] for name in spec.reads}
     if spec.coefficients:
         takes[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, MAX_KEPT))
@@ -38,7 +50,7 @@ def batch_of(takes: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> int:
     return max([1, *(spec.batch_of(array.shape) or 1 for spec, array in arrays)])
 
 
-def check_identity(spec: VariantSpec, manifest: Manifest, carried: Mapping[str, str]) -> None:
+def check_identity(spec: GraphSpec, manifest: Manifest, carried: Mapping[str, str]) -> None:
     """Raises:
     BundleError: the graph's metadata is of another bundle or row.
     """

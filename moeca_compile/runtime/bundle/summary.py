@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moeca_compile.runtime.bundle.manifest import FUSED
+from moeca_compile.runtime.bundle.manifest import FUSED, PrologueSpec
 
 if TYPE_CHECKING:
     from moeca_compile.runtime.bundle.bundle import Bundle
@@ -31,6 +31,7 @@ def facts(bundle: Bundle) -> dict[str, str]:
         "baked in": ", ".join(f"{k}={v}" for k, v in manifest.model.baked.items()),
         "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows{without_graph}",
         "state": f"{len(manifest.state)} tensors",
+        "prologues": "\n".join(_of_prologue(spec) for spec in manifest.prologues),
         "experts": manifest.expert_lowering,
         "for": ", ".join(manifest.targets),
         "engines": "\n".join(sorted({engine.folder for engine in manifest.engines})),
@@ -39,6 +40,10 @@ def facts(bundle: Bundle) -> dict[str, str]:
         "size": f"{bundle.bytes / 2**20:.1f} MiB",
     }
     return {name: value for name, value in lines.items() if value}
+
+
+def _of_prologue(spec: PrologueSpec) -> str:
+    return f"{spec.file}, once a {'timestep' if spec.per == 'step' else spec.per}: {len(spec.gives)} values"
 
 
 def variants(bundle: Bundle) -> list[tuple[str, ...]]:

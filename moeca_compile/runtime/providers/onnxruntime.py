@@ -13,7 +13,7 @@ from moeca_compile.dtypes import OF_ONNXRUNTIME
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bfloat16 import NAME as BFLOAT16
 from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
-from moeca_compile.runtime.bundle.manifest import WEIGHTS, Manifest, VariantSpec
+from moeca_compile.runtime.bundle.manifest import WEIGHTS, GraphSpec, Manifest
 from moeca_compile.runtime.bundle.signature import Specs, batch_of, check_identity, check_side, signature_of
 
 MEMORY = ("speed", "shared")
@@ -67,7 +67,7 @@ class OrtRuntime:
         self.device = _DEVICES.get(provider, "cpu")
         self.device_id = int(self.options.get("device_id", 0))
 
-    def load(self, graph: bytes, spec: VariantSpec, manifest: Manifest, folder: Path) -> OrtVariant:
+    def load(self, graph: bytes, spec: GraphSpec, manifest: Manifest, folder: Path) -> OrtVariant:
         """Raises:
         BundleError: onnxruntime refuses the graph, leaves parts of it to a CPU, or its signature isn't the manifest's.
         """
@@ -125,7 +125,7 @@ class OrtRuntime:
 class OrtVariant:
     """One variant, ready to run. Several threads may run it at once: each run binds its own values."""
 
-    def __init__(self, runtime: OrtRuntime, session: Any, spec: VariantSpec, manifest: Manifest) -> None:
+    def __init__(self, runtime: OrtRuntime, session: Any, spec: GraphSpec, manifest: Manifest) -> None:
         self.runtime, self.session, self.spec = runtime, session, spec
         takes, gives = signature_of(spec, manifest)
         check_side(spec.file, "inputs", takes, signature_reported(session.get_inputs()))

@@ -14,7 +14,7 @@ from moeca_compile.dtypes import OF_OPENVINO
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bfloat16 import NAME as BFLOAT16
 from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
-from moeca_compile.runtime.bundle.manifest import Manifest, VariantSpec
+from moeca_compile.runtime.bundle.manifest import GraphSpec, Manifest
 from moeca_compile.runtime.bundle.signature import (
     Specs,
     batch_of,
@@ -55,7 +55,7 @@ class OpenvinoRuntime:
         self.options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
         self.options |= dict(options or {})
 
-    def load(self, graph: bytes, spec: VariantSpec, manifest: Manifest, folder: Path) -> OpenvinoVariant:
+    def load(self, graph: bytes, spec: GraphSpec, manifest: Manifest, folder: Path) -> OpenvinoVariant:
         """Raises:
         BundleError: OpenVINO refuses the graph, or its signature isn't the manifest's.
         """
@@ -92,7 +92,7 @@ class OpenvinoRuntime:
 class OpenvinoVariant:
     """One variant, ready to run. Several threads may run it at once: each has an inference request of its own."""
 
-    def __init__(self, runtime: OpenvinoRuntime, model: Any, spec: VariantSpec, manifest: Manifest) -> None:
+    def __init__(self, runtime: OpenvinoRuntime, model: Any, spec: GraphSpec, manifest: Manifest) -> None:
         self.spec = spec
         self._takes, self._gives = signature_of(spec, manifest)
         check_side(spec.file, "inputs", self._takes, signature_reported(model.inputs))

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from moeca_compile.runtime.bundle.manifest import Manifest, VariantSpec
+from moeca_compile.runtime.bundle.manifest import GraphSpec, Manifest
 from moeca_compile.runtime.providers import onnxruntime as ort
 from moeca_compile.runtime.providers import openvino
 from moeca_compile.runtime.tensorrt import runtime as trt
 
 
 class Loaded(Protocol):
-    """One variant, ready to run in any thread."""
+    """One graph, ready to run in any thread."""
 
-    spec: VariantSpec
+    spec: Any  # the VariantSpec of a variant
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
-        """Values of the runtime's own: the model's outputs, what is written, and what is counted, in this order."""
+        """Values of the runtime's own: the model's outputs, what is written, and what is counted, in this order; of a
+        prologue what it gives."""
 
 
 class Runtime(Protocol):
@@ -26,7 +27,7 @@ class Runtime(Protocol):
 
     provider: str
 
-    def load(self, graph: bytes, spec: VariantSpec, manifest: Manifest, folder: Path) -> Loaded: ...
+    def load(self, graph: bytes, spec: GraphSpec, manifest: Manifest, folder: Path) -> Loaded: ...
 
     def zeros(self, sizes: tuple[int, ...], dtype: str) -> Any: ...
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moeca_compile.dtypes import OF_TENSORRT
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.bundle.manifest import EngineSpec, Manifest, VariantSpec
+from moeca_compile.runtime.bundle.manifest import EngineSpec, GraphSpec, Manifest
 from moeca_compile.runtime.bundle.signature import batch_of, check_shape, check_side, signature_of
 from moeca_compile.runtime.tensorrt.memory import DeviceTensor, Pool
 
@@ -25,7 +25,7 @@ class EngineVariant:
     """
 
     def __init__(
-        self, loaded: Any, engine: EngineSpec, spec: VariantSpec, manifest: Manifest, api: Any, pool: Pool
+        self, loaded: Any, engine: EngineSpec, spec: GraphSpec, manifest: Manifest, api: Any, pool: Pool
     ) -> None:
         self.spec, self.engine, self.pool = spec, engine, pool
         self._inputs, self._outputs = signature_of(spec, manifest)

@@ -8,7 +8,7 @@ from typing import Any
 
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bundle import engine_file
-from moeca_compile.runtime.bundle.manifest import EngineSpec, Manifest, VariantSpec
+from moeca_compile.runtime.bundle.manifest import EngineSpec, GraphSpec, Manifest
 from moeca_compile.runtime.tensorrt.engine import EngineVariant
 from moeca_compile.runtime.tensorrt.library import MODULES, Library, find, logger
 from moeca_compile.runtime.tensorrt.memory import Device, DeviceTensor, Pool
@@ -38,7 +38,7 @@ class TensorrtRuntime:
             raise OptionError(f"provider_options={options}: expected {{'library': one of {tuple(MODULES)}}}")
         self._ready: tuple[Library, Any, Pool, Any, list[str]] | None = None
 
-    def load(self, graph: bytes, spec: VariantSpec, manifest: Manifest, folder: Path) -> EngineVariant:
+    def load(self, graph: bytes, spec: GraphSpec, manifest: Manifest, folder: Path) -> EngineVariant:
         """The variant's engine; its checksum is verified first. `graph` isn't used.
 
         Raises:
@@ -75,7 +75,7 @@ class TensorrtRuntime:
         return library, device, Pool(device), library.api.Runtime(logger(library.api, errors)), errors
 
 
-def fitting(spec: VariantSpec, manifest: Manifest, library: Library, arch: str, folder: Path) -> EngineSpec:
+def fitting(spec: GraphSpec, manifest: Manifest, library: Library, arch: str, folder: Path) -> EngineSpec:
     """The variant's engine of this library's very version for this architecture.
 
     Raises:
