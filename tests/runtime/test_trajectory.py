@@ -210,6 +210,7 @@ def test_a_block_inside_a_generator_s_step_is_nearer() -> None:
     assert seen == [True] * 2
 
 
+@pytest.mark.usefixtures("own_garbage")
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_suspended_generator_may_be_dropped(resumed: bool) -> None:
     one = Trajectory(MODEL)
