@@ -60,6 +60,20 @@ def test_named_streams_and_declared_trajectories(model: LoadedModel) -> None:
     assert torch.equal(model(*call_at(0)), first)
 
 
+def test_guidance_in_two_calls(model: LoadedModel) -> None:
+    reference = compiled(small_model())
+    x, _, y = call_at()
+    with torch.no_grad():
+        for step in range(6):
+            t = torch.full((3,), 900.0 - step)
+            for labels in (y, y + 3):
+                torch.testing.assert_close(model(x, t, labels), reference(x, t, labels), rtol=1e-5, atol=1e-5)
+            x = 0.95 * x
+    streams = [(step.step, step.stream, step.variant) for step in model.stats().steps]
+    assert streams == [(step.step, step.stream, step.variant) for step in moeca.stats(reference).steps]
+    assert {stream for _, stream, _ in streams} == {"0", "1"}
+
+
 def test_trajectories_of_threads_stay_apart(model: LoadedModel) -> None:
     expected = [sample(model, seed) for seed in range(3)]
     results: dict[int, torch.Tensor] = {}
@@ -123,11 +137,14 @@ print(*(name for name in ("torch._dynamo", "torch._inductor") if name in sys.mod
 
 
 def test_a_second_process_needs_neither_dynamo_nor_a_compiler(saved: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     environment = {
         "CXX": "/bin/false",
         "CC": "/bin/false",
         "PATH": str(tmp_path),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TMPDIR": str(temporary),
     }
     done = subprocess.run(
         [sys.executable, "-c", FIRST_IMAGE, str(saved)], cwd=ROOT, text=True, capture_output=True, check=False,
@@ -136,3 +153,4 @@ def test_a_second_process_needs_neither_dynamo_nor_a_compiler(saved: Path, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not done.stdout.strip(), f"imported: {done.stdout}"
+    assert not list(temporary.iterdir())

@@ -72,6 +72,13 @@ class TestWhatIsSaved:
         with pytest.raises(BundleError, match=r"scale=2.0.*saved for .*scale=1.0"):
             loaded(**added(), scale=2.0)
 
+    def test_packed_experts(self, tmp_path: Path) -> None:
+        handle = compiled(small_model(), pack_experts=True)
+        moeca.save(handle, tmp_path / "p", *call_at())
+        loaded = moeca.load(tmp_path / "p")
+        torch.testing.assert_close(sample(loaded), sample(handle))
+        assert len(loaded.runtime.packs.layers) == 1
+
     def test_several_sizes_over_one_file_of_weights(self, tmp_path: Path) -> None:
         handle = compiled(small_model())
         package = moeca.save(handle, tmp_path / "p", *call_at(), other_sizes=[call_at(batch=2)])

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ class LoadedModel(torch.nn.Module):
         running = self.runtime.running(trajectory)
         if trajectory is not None:
             trajectory.calls += 1
-        with torch.no_grad():
+        packs = self.runtime.packs.active() if self.package.manifest.pack_experts else nullcontext()
+        with torch.no_grad(), packs:
             outputs = run_step(size.program.compiled_schedule, running, size.program.arguments(leaves), trajectory)
         return size.result(outputs, leaves)
 

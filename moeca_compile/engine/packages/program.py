@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,13 +35,15 @@ def native_code(file: Path) -> Run:
         loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
     except RuntimeError as error:
         raise BundleError(f"{file.name} can't be loaded: {error}") from error
+    loaded = [loader]
     turn = threading.Lock()  # torch waits for its turn with Python's lock held, which `moeca::experts` needs meanwhile
 
     def run(args: Sequence[Any]) -> Sequence[Any]:
         with turn:
-            results: list[Any] = loader.boxed_run(list(args))
+            results: list[Any] = loaded[0].boxed_run(list(args))
         return results
 
+    weakref.finalize(run, loaded.clear)  # torch unpacked the file into a temporary folder, which goes with the loader
     return without_autocast(run)
 
 

@@ -125,6 +125,7 @@ def _write(
         "made_for": this_machine(torch.__version__),
         "model": describe_model(module, weights, calls),
         "latent_jump": options.latent_jump,
+        "pack_experts": any(captured.program.packs_experts for captured in captures),
         "relative_error": 0.0,
         "sizes": sizes,
     }

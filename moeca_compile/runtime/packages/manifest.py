@@ -192,7 +192,7 @@ class PackageManifest(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         digest: of the manifest without its digest.
         made_for: the machine that it was compiled on.
-        latent_jump: as in `Options`.
+        latent_jump, pack_experts: as in `Options`.
         relative_error: of the steps that were run when it was saved, relative to the largest value of eager torch.
     """
 
@@ -203,6 +203,7 @@ class PackageManifest(Struct, frozen=True, forbid_unknown_fields=True):
     made_for: MachineSpec
     model: ModelSpec
     latent_jump: float
+    pack_experts: bool
     relative_error: float
     sizes: Annotated[tuple[SizeSpec, ...], Meta(min_length=1, max_length=100)]
     files: dict[File, FileSpec]
