@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from moeca_compile.cli import bundles
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bundle import Bundle
+from moeca_compile.runtime.bundle.summary import facts
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, small_model
 
@@ -78,6 +80,13 @@ def test_info(exported: Bundle) -> None:
     assert "onnxruntime 1" in said
     assert "also fused.onnx" in said
     assert json.loads(run("info", exported.path, "--json")[1])["opset"] == 20
+
+
+def test_what_the_schedule_s_maker_measured_is_shown(exported: Bundle) -> None:
+    assert "predicted" not in facts(exported)
+    predicted = {"psnr_db": 54.99, "psnr_db_holdout": 54.74, "mac_fraction": 0.34}
+    calibrated = replace(exported, schedule=replace(exported.schedule, predicted=predicted))
+    assert facts(calibrated)["predicted"] == "PSNR 55.0 dB, 54.7 dB for seeds that its search didn't see"
 
 
 def test_run(exported: Bundle, session: Session, tmp_path: Path) -> None:

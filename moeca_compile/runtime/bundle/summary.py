@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moeca_compile.runtime.bundle.manifest import FUSED, PrologueSpec
@@ -9,6 +10,12 @@ from moeca_compile.runtime.bundle.manifest import FUSED, PrologueSpec
 if TYPE_CHECKING:
     from moeca_compile.runtime.bundle.bundle import Bundle
 
+_QUALITIES = {  # see `moeca_compile.calibrate`
+    "psnr_db": "PSNR {:.1f} dB",
+    "psnr_db_holdout": "{:.1f} dB for seeds that its search didn't see",
+    "quality": "quality {:.4g}",
+    "quality_holdout": "{:.4g} for seeds that its search didn't see",
+}
 VARIANT_COLUMNS = ("variant", "computes", "reads", "writes", "MACs", "of the full one")
 
 
@@ -30,6 +37,7 @@ def facts(bundle: Bundle) -> dict[str, str]:
         "other sizes": "\n".join(", ".join(map(str, size.inputs)) for size in manifest.sizes),
         "baked in": ", ".join(f"{k}={v}" for k, v in manifest.model.baked.items()),
         "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows{without_graph}",
+        "predicted": _quality(bundle.schedule.predicted),
         "state": f"{len(manifest.state)} tensors",
         "prologues": "\n".join(_of_prologue(spec) for spec in manifest.prologues),
         "experts": manifest.expert_lowering,
@@ -40,6 +48,12 @@ def facts(bundle: Bundle) -> dict[str, str]:
         "size": f"{bundle.bytes / 2**20:.1f} MiB",
     }
     return {name: value for name, value in lines.items() if value}
+
+
+def _quality(predicted: Mapping[str, float]) -> str:
+    """What the schedule's maker measured of it: images against uncached ones."""
+    parts = [text.format(predicted[name]) for name, text in _QUALITIES.items() if name in predicted]
+    return ", ".join(parts)
 
 
 def _of_prologue(spec: PrologueSpec) -> str:
