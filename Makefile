@@ -71,7 +71,7 @@ format: $(INSTALLED) ## put the code in form
 
 docs: $(INSTALLED) ## write docs/models.md anew from the tests' results
 	MOECA_DOCS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/real tests/expert_dispatch tests/passes/test_find_routers.py \
-		tests/passes/test_find_experts.py tests/test_data_sizes.py
+		tests/passes/test_find_experts.py tests/test_data_sizes.py tests/frontend/test_lora.py tests/frontend/test_quantized.py
 
 docs-site: $(INSTALLED) ## build the site of docs/ into build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site

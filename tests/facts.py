@@ -35,6 +35,12 @@ TABLES = {
         ("choice", "cached"),
         "Who chooses what is read off the graph. *Whole*: the layer's output is cached as one value.",
     ),
+    "changed": (
+        "Adapters and quantized weights",
+        ("captured", "cached", "exact"),
+        "Tiny random models. *Captured*: how many graphs are made when adapters change, or of quantized weights. "
+        "*Exact*: a uniform schedule against the reference interpreter, with everything computed and with forecasts.",
+    ),
 }
 HEAD = """# Models that are found, cached and exported
 

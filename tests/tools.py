@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moeca_compile.graph.capture import Capture, Input, capture, inputs_of
+from moeca_compile.graph.desugar import desugar
 from moeca_compile.graph.fit import fit
 from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.options import Options
@@ -44,10 +45,11 @@ def trace_calls(module: Any, *calls: tuple[Any, ...], dynamic: bool = False) -> 
     seen: list[Traced] = []
 
     def collect(gm: GraphModule, examples: list[Any]) -> Any:
-        known = inputs_of(gm, examples)
+        plain, flatten = desugar(gm, examples)
+        known = inputs_of(plain, flatten(examples))
 
         def run(*args: Any) -> Any:
-            seen.append(Traced(gm, args, known))
+            seen.append(Traced(plain, tuple(flatten(args)), known))
             return gm(*args)
 
         return run

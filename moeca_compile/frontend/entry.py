@@ -31,6 +31,7 @@ from moeca_compile.frontend.signature import (
     labelled_kinds,
     strides_of,
     warn_of_numbers,
+    warn_of_shapes,
     with_caches_as_arguments,
     with_floats,
 )
@@ -344,14 +345,14 @@ class Entry:
         if inputs != self.inputs:
             self._classify(inputs)
             return self._find(args, runtime, self._bind(args, runtime))
-        captured_key = graph_key
-        if self._identity is not self:
-            captured_key = (identity(captured.gm, captured.inputs), captured.autocast)
+        is_known = self._identity is not self
+        captured_key = (identity(captured.gm, captured.inputs), captured.autocast) if is_known else graph_key
         if runtime.find(captured_key) is not None:
             return self._beside(key, captured_key, runtime)
         any_strides_key = self._any_strides_key(args, numbers, key[-1])
         if not captured.caches and runtime.find(any_strides_key) is not None:  # a copy isn't the caller's cache
             return self._beside(key, any_strides_key, runtime, captured)
+        warn_of_shapes(captured, runtime.programs.values(), runtime.warned)
         program = Program(
             gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured, key=graph_key
         )

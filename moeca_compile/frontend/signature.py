@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from moeca_compile.engine.program import Program
 from moeca_compile.errors import CaptureError, MoecaError
 from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Capture, Input, capture
@@ -118,3 +119,31 @@ def warn_of_numbers(
             "graph is captured and compiled for each value. Pass it as a tensor",
             "numbers",
         )
+
+
+def warn_of_shapes(captured: Capture, earlier: Iterable[Program], warned: Warned) -> None:
+    """Warn where a graph has the weights of an earlier one in other shapes, as an adapter of another rank makes it.
+
+    Args:
+        captured: the new graph.
+        earlier: the programs of the handle.
+        warned: counts the warnings.
+    """
+    shapes = _weight_shapes(captured.gm, captured.inputs)
+    for program in earlier:
+        before = _weight_shapes(program.analysis.gm, program.analysis.facts.inputs)
+        changed = [label for label, shape in shapes.items() if before.get(label, shape) != shape]
+        if changed and before.keys() == shapes.keys():
+            label = changed[0]
+            warned.once(
+                f"{len(changed)} weights have other shapes than before ({label}: {list(before[label])}, now "
+                f"{list(shapes[label])}), so the model was captured and compiled again. Adapters of several ranks "
+                "share one graph if they are padded to one rank before compiling, as "
+                "peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=...) does",
+                "weights of other shapes",
+            )
+
+
+def _weight_shapes(gm: torch.fx.GraphModule, inputs: Sequence[Input]) -> dict[str, tuple[int, ...]]:
+    pairs = zip(fx.placeholders(gm), inputs, strict=True)
+    return {entry.label: fx.shape(node) for node, entry in pairs if entry.is_weight}

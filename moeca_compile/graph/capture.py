@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from moeca_compile.graph.autocast import Casts, ambient_autocast, autocast_is
 from moeca_compile.graph.caches import is_overwritten
 from moeca_compile.graph.constants import constants_of, takes_sizes
 
+# Operators of other packages that torch keeps whole, such as torchao's dequantization: nothing that a user can change.
+_WHOLE_OPERATORS = "At pre-dispatch tracing, we assume that any custom op marked with CompositeImplicitAutograd"
 _RESERVED = re.compile(r"coefficients|now|(state|hoisted)_\d+")  # what variants call their own inputs
 
 # Inside a session other threads may go on calling what is compiled (before torch 2.13 they are refused).
@@ -145,7 +148,9 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
         tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), _use_lazy_graph_module(True), fake,
     ):  # fmt: skip
         fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
-        graph = make_fx(functional, pre_dispatch=True)(*fakes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _WHOLE_OPERATORS)
+            graph = make_fx(functional, pre_dispatch=True)(*fakes)
     changed = [inputs[i].label for i in mutated]
     if with_caches:
         caches = [fx.placeholders(graph)[i] for i in mutated]

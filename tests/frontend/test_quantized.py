@@ -3,28 +3,85 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, UserError
+from tests.facts import Recorder
+from tests.following import Runner, assert_follows_the_oracle, subject_of
 from tests.frontend.test_adapters import call, compiled, follows
 from tests.sampling import dit, plain
+from tests.tools import schedule_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from torchao.quantization import quantize_ as quantize_in_place
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "int8": Int8WeightOnlyConfig,
+    "int4, groups of 16": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
+    "float8": Float8WeightOnlyConfig,
+}
 
 
-def quantize(module: nn.Module) -> None:
+def quantize(module: nn.Module, config: str = "int8") -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantize_(module, Int8WeightOnlyConfig())
+        quantize_in_place(module, CONFIGS[config]())
     module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("style", ["dense", "numpy"])
+def test_weight_only_quantization_follows_the_oracle(config: str, style: str, fact: Recorder) -> None:
+    module = dit(style=style)
+    quantize(module, config)
+    moeca.prepare(module)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def inputs(step: int) -> dict[str, Tensor]:
+        return {"x": x * (1 - 0.05 * step), "t": torch.full((2,), 900.0 - 40 * step), "y": torch.tensor([1, 2])}
+
+    one = subject_of(module, inputs)
+    assert {region.kind for region in one.facts.regions} == {"attention", "experts"}
+    width = len(one.facts.regions)
+    schedule = schedule_of(one.analysis, "C" * width, "F" * width)
+    full, between = schedule.rows
+    runner = Runner(one, schedule)
+    assert_follows_the_oracle(one, runner, [full, full, between, between, full, between])
+    torch.testing.assert_close(runner(full, one.call(1))[0], one.eager(1), rtol=1e-5, atol=1e-5)
+    name = (
+        f"torchao: {config}, weights only, experts {'that are dispatched to' if style == 'numpy' else 'that all run'}"
+    )
+    fact("changed", name, captured="once", cached="yes", exact="equal to the reference, bit for bit")
+
+
+def test_calibrated_with_the_full_precision_model_as_truth() -> None:
+    full_precision, module = dit(style="dense"), dit(style="dense")
+    quantize(module, "int4, groups of 16")
+
+    def sample(model: Any, seed: int) -> Tensor:
+        *_, last = plain(model, seed=seed, times=(900.0, 800.0, 700.0, 600.0))
+        return last.detach()
+
+    with torch.no_grad():
+        schedule = moeca.calibrate(
+            module, sample, budget="macs:0.5", granularity="output", seeds=4, holdout=1, inner="eager",
+            truth=lambda seed: sample(full_precision, seed), progress=False,
+        )  # fmt: skip
+        cached = moeca.compile(module, schedule=schedule, granularity="output", inner="eager")
+        comparison = moeca.compare(
+            cached, sample, seeds=[7], truth=lambda seed: sample(full_precision, seed), progress=False
+        )
+    assert comparison.mean("psnr_db", "given") > 0
 
 
 @pytest.mark.parametrize("style", ["numpy", "dense"])
@@ -86,3 +143,32 @@ def test_an_operator_given_float8_says_so() -> None:
     weights: list[Any] = [torch.zeros(4, 4, dtype=torch.float8_e4m3fn)]
     with pytest.raises(UserError, match=r"a weight torch\.float8_e4m3fn"):
         torch.ops.moeca.experts(torch.ones(2, 4), torch.zeros(2, 1).long(), weights, weights, [], [], [], [], "silu")
+
+
+class Unknown(Tensor):
+    """A quantized weight of a class that says nothing of the tensors in it: nothing can be traced through it."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Unknown:
+        made: Unknown = Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        made.values = values
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        args, kwargs = tree_map_only(cls, lambda weight: 0.5 * weight.values.float(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def test_a_class_of_weights_that_nobody_knows_runs_uncached_and_right() -> None:
+    module = dit(style="dense")
+    block: Any = module.blocks[0]
+    block.proj.weight = nn.Parameter(Unknown((2.0 * block.proj.weight).round().to(torch.int8)), requires_grad=False)
+    wanted = call(module)
+    model = compiled(module)
+    with pytest.warns(MoecaWarning, match=r"graph break: 4 parts.*\n.*F\.linear\(input, self\.weight, self\.bias\)"):
+        results = [call(model) for _ in range(2)]
+    assert all(torch.equal(result, wanted) for result in results)
+    assert not moeca.stats(model).steps

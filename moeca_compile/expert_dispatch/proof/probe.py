@@ -57,7 +57,7 @@ def random_parameters(module: nn.Module, device: torch.device, skip: Collection[
             if p.dim() < 2:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
-                bound = (3 / max(1, p[0].numel())) ** 0.5
+                bound = (3 / max(1, math.prod(p.shape[1:]))) ** 0.5
                 value.uniform_(-bound, bound, generator=generator)
             made[id(p)] = nn.Parameter(value, requires_grad=False)
     return made
