@@ -14,7 +14,7 @@ import moeca_compile as moeca
 from moeca_compile.errors import CaptureError, OptionError, ScheduleError, StateError
 from moeca_compile.graph.regions import Rejected
 from moeca_compile.inspect.report import Report, VariantReport
-from moeca_compile.pipeline import FIND, NORMALIZE, REWRITE
+from moeca_compile.pipeline import FIND, NORMALIZE, WITH_PROLOGUES
 from moeca_compile.schedule import Schedule
 from tests.docs import world
 from tests.models import DiT
@@ -67,7 +67,7 @@ def test_every_miss_has_its_reason_and_its_place() -> None:
 
 def test_passes_are_all_that_ran_in_order() -> None:
     names = [name for name, *_ in report().passes]
-    rewrite = [one.__name__ for one in REWRITE]
+    rewrite = [one.__name__ for one in WITH_PROLOGUES.rewrite]
     assert names == [one.__name__ for one in (*NORMALIZE, *FIND)] + [f"v{i} {name}" for i in (0, 1) for name in rewrite]
     assert all(ms > 0 and before > 0 and after > 0 for _, ms, before, after in report().passes)
 

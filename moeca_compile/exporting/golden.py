@@ -8,7 +8,6 @@ cached, every output that is kept is the user's own model's.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from moeca_compile.dtypes import name_of
 from moeca_compile.engine.step import run_step
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
-from moeca_compile.errors import LoweringError, MoecaWarning
+from moeca_compile.errors import LoweringError, warn
 from moeca_compile.exporting import request
 from moeca_compile.exporting.request import Captured
 from moeca_compile.graph.variant import SLOTS
@@ -81,11 +80,9 @@ def golden_steps(captured: Captured, model: torch.nn.Module) -> list[Step]:
             steps.append(([args[i] for i in arguments], results))
     if missing and schedule.adaptive is not None:
         unseen = sorted(program.variant(row).name for row in missing)
-        warnings.warn(
+        warn(
             f"no golden step runs {', '.join(unseen)}: in {len(steps)} steps the drift never chose their rows, so "
             "these variants aren't compared with torch. Check that a sampler reaches the schedule's thresholds",
-            MoecaWarning,
-            stacklevel=4,
         )
     return steps
 

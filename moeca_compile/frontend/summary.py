@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from moeca_compile.engine.output_program import OutputProgram
 from moeca_compile.engine.program import Program
 from moeca_compile.frontend.handles import HandleState
 from moeca_compile.graph import fx
@@ -72,7 +73,9 @@ def report_of(programs: Sequence[Program]) -> Report:
 
 
 def _weight_bytes(program: Program) -> dict[int, int]:
-    """Bytes of each weight that the graph uses, by its position among the inputs."""
+    """Bytes of each weight that the graph uses, by its position among the inputs; none where nothing was captured."""
+    if isinstance(program, OutputProgram):
+        return {}
     inputs = zip(fx.placeholders(program.analysis.gm), program.analysis.facts.inputs, strict=True)
     used = [(i, fx.need(node)) for i, (node, entry) in enumerate(inputs) if entry.is_weight and node.users]
     return {i: tensor.numel() * tensor.element_size() for i, tensor in used}
