@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -50,6 +51,15 @@ def test_a_table_without_a_commit_is_found() -> None:
     assert without_commit(f"# Page\n\n{table}") == ["## Speed"]
     assert without_commit(f"# Page\n\n{table}\n(commit 39c0545)\n") == []
     assert without_commit(f"# Page, commit 39c0545\n\n{table}") == []
+
+
+def test_the_readme_counts_the_models_of_the_table() -> None:
+    rows = json.loads((ROOT / "docs/models.json").read_text())["models"]
+    transformers = [row for row in rows if row.startswith("diffusers: ") and ", " not in row and "UNet" not in row]
+    cached = [row for row in transformers if rows[row]["cached"].startswith("equal")]
+    readme = text_of("README.md")
+    assert f"the code of {len(transformers)} transformers of diffusers" in readme
+    assert f"{len(cached)} of the {len(transformers)} are cached" in readme
 
 
 def test_commits_that_are_named_exist() -> None:
