@@ -121,8 +121,16 @@ def test_the_latent_is_the_input_that_looks_like_an_output_not_the_largest() -> 
     assert (found.latent, found.condition) == ("x", ("prompt",))
 
 
+def test_a_latent_that_was_cut_into_patches_is_told_from_a_larger_prompt_of_the_outputs_dimensions() -> None:
+    def model(layers: Tensor, x: Tensor) -> Tensor:
+        return (x + layers.mean((0, 2))[:, None, :DIM]).view(2, 2, 2, DIM)
+
+    found = roles(model, torch.randn(9, 2, 2, 2 * DIM), latent())
+    assert (found.latent, found.condition) == ("x", ("layers",))
+
+
 def test_between_inputs_that_look_alike_the_larger_is_the_latent() -> None:
-    found = roles(lambda small, x: (x * small).sum(-1), torch.randn(2, 4, 1), latent())
+    found = roles(lambda small, x: (x * small).sum((1, 2)), torch.randn(2, 4, 1), latent())
     assert found.latent == "x"
 
 

@@ -6,12 +6,13 @@ dimensions, such as one timestep for each token, must be embedded too: a matmul 
 comes in before. (Positions of a rotary embedding reach waves, but these are multiplied with queries and keys.) A model
 may have more timesteps, for example of its audio: inputs that are embedded and have a word of time in their names.
 
-The latent is the largest floating-point input that isn't a weight, with preference for one whose sizes an output has,
-and among equals (a picture to edit) again for the name. A model that gives several tensors has a latent for each (a
-list of them, video and audio): the inputs of their shapes. The clock watches the first. The other inputs are the
-condition: prompts, labels, masks, positions, which stay the same in a trajectory. A cache that the model overwrites is
-none of these; what is computed from it changes with the latent. In such a model a vector may also be the positions of
-tokens in the cache, so a timestep must be embedded.
+The latent is the largest floating-point input that isn't a weight, with preference for one whose sizes an output has.
+If none has an output's batch and number of dimensions, one with as many numbers comes first: a latent that the caller
+cut into patches. Among equals (a picture to edit) again the name decides. A model that gives several tensors has a
+latent for each (a list of them, video and audio): the inputs of their shapes. The clock watches the first. The other
+inputs are the condition: prompts, labels, masks, positions, which stay the same in a trajectory. A cache that the model
+overwrites is none of these; what is computed from it changes with the latent. In such a model a vector may also be the
+positions of tokens in the cache, so a timestep must be embedded.
 
 Every node is `const`, `condition` (depends on the condition only, so it is the same in every step of a trajectory),
 `step` (depends on the timestep, not on the latent) or `latent`.
@@ -131,11 +132,12 @@ def _is_outer_product(matmul: Node) -> bool:
 def _latents(arguments: list[Node], outputs: list[tuple[int, ...]], labels: dict[str, str]) -> list[Node]:
     floats = [node for node in arguments if fx.need(node).is_floating_point() and fx.need(node).dim() >= 2]
 
-    def rank(node: Node) -> tuple[int, int, bool]:
-        shape = fx.shape(node)
-        same_rank = [out for out in outputs if len(out) == len(shape)]
-        alike = [sum(a == b for a, b in zip(shape, out, strict=True)) for out in same_rank]
-        return max(alike, default=0), math.prod(shape), _is_called(_LATENT, labels[node.name])
+    def rank(node: Node) -> tuple[int, bool, int, bool]:
+        shape, size = fx.shape(node), math.prod(fx.shape(node))
+        same_batch = [out for out in outputs if len(out) == len(shape) and out[0] == shape[0]]
+        alike = [sum(a == b for a, b in zip(shape, out, strict=True)) for out in same_batch]
+        is_reshaped = size in map(math.prod, outputs)
+        return max(alike, default=0), is_reshaped, size, _is_called(_LATENT, labels[node.name])
 
     if not floats:
         return []
