@@ -175,7 +175,7 @@ def verify(
 
 
 def info(path: BundlePath, json: AsJson = False) -> None:
-    """Show what is in a bundle, or in a package of native code; its checksums are verified."""
+    """Show what is in a bundle or package; checksums are verified."""
     import msgspec
     from rich.table import Table
 

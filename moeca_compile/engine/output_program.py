@@ -165,7 +165,7 @@ class CompiledOutput(CompiledSchedule):
             return None
         return check.observer(state, step, lambda: _wide(latent), torch.finfo(latent.dtype).eps)
 
-    def _examples(self, variant: Variant, args: Sequence[Any], hoisted: Any) -> list[Any]:
+    def examples(self, variant: Variant, args: Sequence[Any], hoisted: Any) -> list[Any]:
         kept = [self.zeros(slot) for slot in range(len(self.layout))]
         return [_Step(args, kept, (), None, COPY, None)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,7 +136,11 @@ def test_meta_device_and_low_precision() -> None:
     with torch.device("meta"):
         on_meta = Recognizer().body_of([Gated(F.gelu), Gated(F.gelu)])
     half = Recognizer().body_of([Gated(F.gelu).half(), Gated(F.gelu).half()])
-    assert on_meta == half == Recognizer().body_of([Gated(F.gelu), Gated(F.gelu)])
+    assert isinstance(on_meta, ExpertBody)
+    assert isinstance(half, ExpertBody)
+    assert half == Recognizer().body_of([Gated(F.gelu), Gated(F.gelu)])
+    assert on_meta != half  # it was proven without data
+    assert replace(on_meta, anatomy=half.anatomy) == half
 
 
 def test_probing_leaves_no_trace() -> None:
