@@ -48,6 +48,13 @@ def compiled(model: torch.nn.Module, **options: Any) -> Any:
     return moeca.compile(model, **{"schedule": SCHEDULE, "inner": "eager", "disable": UNHOISTED, **options})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs native code is slow: compiling the package takes half a minute. `.ci/run` runs these."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and "saved" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages") / "small"

@@ -22,6 +22,7 @@ from moeca_compile.runtime.tensorrt.library import Library, find
 from moeca_compile.schedule import Schedule
 from tests.bundle.conftest import call_of, edit_manifest, small_model
 
+pytestmark = pytest.mark.slow  # `make engines` runs these too
 rtx = pytest.mark.skipif(
     "not __import__('importlib').util.find_spec('tensorrt_rtx_bindings')", reason="TensorRT-RTX isn't installed"
 )
