@@ -144,6 +144,11 @@ def _finish(model: Any, signature: Signature) -> None:
             graph.append(node)
             graph.outputs[i] = node.outputs[0]
     Sequential(OutputFixPass(), ClearMetadataAndDocStringPass())(model)
+    ends = {name for name, _ in (*signature.inputs, *signature.outputs)}
+    inner = [value for node in ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs]
+    for value in (*inner, *graph.initializers.values()):  # an output given twice leaves its name to a value inside
+        if value.name in ends and not value.is_graph_output():
+            value.name = f"{value.name}_value"
     for values, named in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
         for value, (name, shape) in zip(values, named, strict=True):
             value.name = name
