@@ -154,7 +154,7 @@ STANDALONE = Pipeline(
     rewrite=tuple(function for function in REWRITE if function not in HOIST),
 )
 # Programs for other runtimes and for native code, with prologues beside them.
-NATIVE = Pipeline(normalize=STANDALONE.normalize)
+PORTABLE = Pipeline(normalize=STANDALONE.normalize)
 
 
 @dataclass(frozen=True)

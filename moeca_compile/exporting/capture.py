@@ -12,7 +12,7 @@ from moeca_compile.exporting import request
 from moeca_compile.exporting.output import capture_output
 from moeca_compile.exporting.request import Arguments, Captured
 from moeca_compile.options import Options
-from moeca_compile.pipeline import NATIVE, STANDALONE, Pipeline
+from moeca_compile.pipeline import PORTABLE, STANDALONE, Pipeline
 from moeca_compile.schedule.granularity import OUTPUT
 
 BATCHES = (2, 3, 7)  # what a graph for any batch is captured at: not 1, which torch takes for a size of its own
@@ -36,7 +36,7 @@ def capture_sizes(
         CaptureError: the model can't be called so, or isn't one graph, or has nothing to cache.
         LoweringError: its regions depend on the batch, or on the size.
     """
-    pipeline = NATIVE if prologues else STANDALONE
+    pipeline = PORTABLE if prologues else STANDALONE
     report = prepare(model)
     for example in examples:
         request.try_call(model, example)

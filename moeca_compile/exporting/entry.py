@@ -20,7 +20,7 @@ from moeca_compile.exporting.golden import TOLERANCE
 from moeca_compile.exporting.lower import expert_lowering, lower_sizes
 from moeca_compile.exporting.packages.entry import write_package
 from moeca_compile.exporting.refuse import (
-    NATIVE,
+    AOTI,
     has_prologues,
     refuse_beside_native,
     refuse_request,
@@ -100,7 +100,7 @@ def export(
     """
     model = plain_module(single_model(model, "export"))
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    if NATIVE in targets:
+    if AOTI in targets:
         for_bundles = {
             "opset": opset != 20,
             "experts": experts != "auto",

@@ -18,8 +18,8 @@ from moeca_compile.runtime.bundle.manifest import FUSED
 from moeca_compile.schedule import Action, Schedule
 from moeca_compile.schedule.granularity import OUTPUT
 
-NATIVE = "aoti"  # the target that is a package, and no bundle
-TARGETS = (*FORMS, NATIVE)
+AOTI = "aoti"  # the target that is a package, and no bundle
+TARGETS = (*FORMS, AOTI)
 
 
 def refuse_request(model: torch.nn.Module, targets: Sequence[str], opset: int) -> None:
@@ -53,15 +53,15 @@ def refuse_beside_native(targets: Sequence[str], dynamic_batch: bool, others: Ma
         OptionError: other targets beside it, any batch, or an argument that is for bundles.
     """
     if len(targets) > 1:
-        raise OptionError(f"targets={list(targets)}: {NATIVE!r} makes a package and no bundle: export it by itself")
+        raise OptionError(f"targets={list(targets)}: {AOTI!r} makes a package and no bundle: export it by itself")
     if dynamic_batch:
         raise OptionError(
-            f"targets={NATIVE!r}: a package is for the batches of its examples. Pass dynamic_batch=False, and examples "
+            f"targets={AOTI!r}: a package is for the batches of its examples. Pass dynamic_batch=False, and examples "
             "with other batches as other_sizes"
         )
     given = sorted(name for name, is_given in others.items() if is_given)
     if given:
-        raise OptionError(f"{', '.join(given)}: for bundles alone; leave it out for targets={NATIVE!r}")
+        raise OptionError(f"{', '.join(given)}: for bundles alone; leave it out for targets={AOTI!r}")
 
 
 def refuse_sizes(

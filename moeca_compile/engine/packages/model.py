@@ -276,7 +276,7 @@ def describe_leaves(arguments: Mapping[str, Any]) -> list[str]:
         name = leaf_name(path)
         if isinstance(leaf, Tensor):
             place = "" if leaf.device.type == "cpu" else f" on {leaf.device}"
-            described.append(f"{name}: {name_of(leaf.dtype)} {list(leaf.shape)}{place}")
+            described.append(f"{TensorLeaf(name, name_of(leaf.dtype), tuple(leaf.shape))}{place}")
         else:
             described.append(f"{name}={leaf!r}")
     return described

@@ -24,7 +24,7 @@ from moeca_compile.schedule import Row, Schedule
 
 
 def native_code(file: Path) -> Run:
-    """The program in a file that `lowering/inductor/package.py` wrote.
+    """The program in a file that `lowering/inductor/native.py` wrote.
 
     torch's public `aoti_load_package` loads the same way, but imports Dynamo and Inductor first, which takes seconds.
 

@@ -31,7 +31,7 @@ from moeca_compile.frontend.model_arguments import compiled_parts, plain_module,
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.options import Options
-from moeca_compile.pipeline import NATIVE
+from moeca_compile.pipeline import PORTABLE
 from moeca_compile.runtime.bundle.manifest import PACKAGE_FORMAT, SCHEDULE
 from moeca_compile.runtime.packages.machine import this_machine
 from moeca_compile.runtime.packages.manifest import VERSION, WEIGHTS
@@ -110,11 +110,11 @@ def _write(
         raise OptionError("other_sizes: the same shapes, dtypes and constants twice")
     plain = replace(options, inner="eager", inner_options={}, mode=None)
     weights: dict[str, torch.Tensor] = {}
-    captures = [request.capture(module, call.arguments, plain, NATIVE, schedule) for call in calls]
+    captures = [request.capture(module, call.arguments, plain, PORTABLE, schedule) for call in calls]
     golden = [golden_steps(captured, module) for captured in captures]
     sizes = []
     for number, (call, captured) in enumerate(zip(calls, captures, strict=True)):
-        programs = write_programs(folder, captured.program, captured.args, options, number, tick)
+        programs = write_programs(folder, captured, options, number, tick)
         sizes.append(describe_size(call, captured, programs, weights))
     torch.save(weights, folder / WEIGHTS)
     captures[0].program.schedule.save(folder / SCHEDULE)

@@ -82,8 +82,6 @@ def lower_onnx(
                 exported,
                 dynamo=True,
                 opset_version=opset,
-                input_names=[name for name, _ in signature.inputs],
-                output_names=[name for name, _ in signature.outputs],
                 custom_translation_table={
                     torch.ops.moeca.experts.default: segments(opset),
                     aten.sort.stable: stable_sort(opset),
@@ -144,11 +142,6 @@ def _finish(model: Any, signature: Signature) -> None:
             graph.append(node)
             graph.outputs[i] = node.outputs[0]
     Sequential(OutputFixPass(), ClearMetadataAndDocStringPass())(model)
-    ends = {name for name, _ in (*signature.inputs, *signature.outputs)}
-    inner = [value for node in ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs]
-    for value in (*inner, *graph.initializers.values()):  # an output given twice leaves its name to a value inside
-        if value.name in ends and not value.is_graph_output():
-            value.name = f"{value.name}_value"
     for values, named in ((graph.inputs, signature.inputs), (graph.outputs, signature.outputs)):
         for value, (name, shape) in zip(values, named, strict=True):
             value.name = name
