@@ -19,7 +19,7 @@ from moeca_compile.exporting.request import Captured, capture
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
-from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.session import Session, Trajectory
 from moeca_compile.schedule import Schedule
 from tests.models import DiT
 from tests.tools import UNHOISTED, row
@@ -42,6 +42,15 @@ def call_of(batch: int, seed: int = 0, size: int = 8, dtype: torch.dtype = torch
 
 def named(call: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     return {name: one.numpy() for name, one in zip("xty", call, strict=True)}
+
+
+def as_model(trajectory: Trajectory) -> Callable[..., torch.Tensor]:
+    """A bundle's trajectory as the model that was exported: a call is the next step."""
+
+    def run(*call: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(trajectory.run(named(call))["output"])
+
+    return run
 
 
 def warnings_of(run: Callable[[], object]) -> list[str]:

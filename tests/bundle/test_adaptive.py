@@ -19,7 +19,7 @@ from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.adaptive import Adaptive
-from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, small_model
+from tests.bundle.conftest import PROVIDERS, Edit, as_model, call_of, edit_manifest, small_model
 from tests.bundle.test_output import psnr
 
 STEPS = 24
@@ -119,11 +119,6 @@ def test_the_digits_model_chooses_as_in_torch(tmp_path: Path) -> None:
     assert 5 < sum(is_full) < 40
     for provider in PROVIDERS:
         with Session.open(bundle.path, provider, threads=1).trajectory(steps=50) as trajectory:
-
-            def run(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, trajectory: Any = trajectory) -> torch.Tensor:
-                arrays = {"x": x.numpy(), "t": t.numpy(), "y": y.numpy()}
-                return torch.from_numpy(trajectory.run(arrays)["output"])
-
-            found = sampled(run)
+            found = sampled(as_model(trajectory))
             assert [record.macs == record.full_macs for record in trajectory.records] == is_full
         assert psnr(found, cached) > 60

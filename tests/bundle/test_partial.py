@@ -24,7 +24,7 @@ from moeca_compile.runtime.bundle.verify import relative_error
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Action, Control, Partial, Row, Schedule
 from moeca_compile.schedule.fitted import FittedWeights
-from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, named, small_model
+from tests.bundle.conftest import PROVIDERS, Edit, as_model, call_of, edit_manifest, named, small_model
 from tests.bundle.test_fuzz import mutate_entry
 from tests.bundle.test_output import psnr
 
@@ -228,12 +228,7 @@ def test_a_mixed_schedule_of_the_digits_model(tmp_path: Path) -> None:
     uncached, cached = sampled(model), sampled(moeca.compile(model, schedule=mixed(), inner="eager"))
     for provider in PROVIDERS:
         with Session.open(bundle.path, provider, threads=1).trajectory(steps=50) as trajectory:
-
-            def run(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, trajectory: Any = trajectory) -> torch.Tensor:
-                arrays = {"x": x.numpy(), "t": t.numpy(), "y": y.numpy()}
-                return torch.from_numpy(trajectory.run(arrays)["output"])
-
-            found = sampled(run)
+            found = sampled(as_model(trajectory))
         assert psnr(found, cached) > 60
         assert abs(psnr(found, uncached) - psnr(cached, uncached)) < 0.1
 

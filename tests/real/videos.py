@@ -192,7 +192,7 @@ def consisid() -> nn.Module:
     )  # fmt: skip
 
 
-def consisid_inputs(step: int) -> Arguments:
+def cogvideox_inputs(step: int) -> Arguments:
     angles = normal(32, 16)
     return {
         **clip(step), "hidden_states": moving(step, 1, 2, 4, 8, 8), "image_rotary_emb": (angles.cos(), angles.sin()),
@@ -242,7 +242,7 @@ VIDEOS: dict[str, Model] = {
         latte, latte_inputs, ("attention", "attention", "mlp", "attention", "mlp") * 2,
         ("self", "cross, fixed", "self") * 2,
     ),
-    "ConsisID": image(consisid, consisid_inputs, ("attention x2", "mlp x2") * 2, ("joint", "joint")),
+    "ConsisID": image(consisid, cogvideox_inputs, ("attention x2", "mlp x2") * 2, ("joint", "joint")),
     "StableAudio": image(
         stable_audio, stable_audio_inputs, ("mlp", *CROSS[0], "mlp"), CROSS[1]
     ),

@@ -13,7 +13,7 @@ from torch import nn
 from tests.real.images import IMAGES
 from tests.real.tiny import Arguments, Model, moving, normal, time, tiny
 from tests.real.video_and_audio import ltx2, ltx2_inputs, minimax_h3, minimax_h3_inputs
-from tests.real.videos import VIDEOS
+from tests.real.videos import VIDEOS, cogvideox_inputs
 
 
 def hidream() -> nn.Module:
@@ -172,15 +172,6 @@ def cogvideox() -> nn.Module:
         out_channels=4, time_embed_dim=8, text_embed_dim=12, num_layers=2, sample_width=8, sample_height=8,
         sample_frames=5, max_text_seq_length=6, use_rotary_positional_embeddings=True,
     )  # fmt: skip
-
-
-def cogvideox_inputs(step: int) -> Arguments:
-    angles = normal(32, 16)
-    return {
-        "hidden_states": moving(step, 1, 2, 4, 8, 8), "encoder_hidden_states": normal(1, 6, 12),
-        "timestep": torch.full((1,), 900 - 40 * step), "image_rotary_emb": (angles.cos(), angles.sin()),
-        "attention_kwargs": None,
-    }  # fmt: skip
 
 
 def qwen() -> nn.Module:
