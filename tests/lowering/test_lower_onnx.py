@@ -31,7 +31,9 @@ def handed_through(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("function", [twice, constants, handed_through])
-def test_every_output_has_its_own_name(function: Callable[..., tuple[Tensor, ...]]) -> None:
+def test_every_output_has_its_own_name(
+    function: Callable[..., tuple[Tensor, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
     x, weight = torch.randn(3), torch.randn(3)
     gm = make_fx(function, tracing_mode="fake", pre_dispatch=True)(x, weight)
     node = next(node for node in gm.graph.nodes if node.op == "output")
@@ -43,3 +45,4 @@ def test_every_output_has_its_own_name(function: Callable[..., tuple[Tensor, ...
     session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
     for value, expected in zip(session.run(outputs, {"x": x.numpy()}), function(x, weight), strict=True):
         assert torch.allclose(torch.from_numpy(value), expected)
+    assert caplog.records == []

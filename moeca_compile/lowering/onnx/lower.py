@@ -26,9 +26,8 @@ from moeca_compile.runtime.bundle.dims import Dim, parts
 from moeca_compile.runtime.bundle.manifest import DROPPED
 
 OPSETS = range(18, 23)  # from 23 on SDPA becomes one Attention node, which fewer runtimes have
-
-
 SEGMENTS = Lowering("segments")
+_TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
 
 @dataclass(frozen=True)
@@ -162,13 +161,16 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the translator's talk of packages that aren't there, and of its own next version."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without the translator's talk of packages that aren't there, of its own next version, and of weights that are
+    outputs too."""
+    logs = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [log.level for log in logs]
     try:
+        for log in logs:
+            log.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
