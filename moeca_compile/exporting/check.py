@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from moeca_compile.errors import BundleError, LoweringError, MoecaWarning, warn
 from moeca_compile.exporting import request
+from moeca_compile.exporting.arrays import to_numpy
 from moeca_compile.exporting.golden import TOLERANCE, WRONG
 from moeca_compile.exporting.request import Arguments, Captured
-from moeca_compile.exporting.write import to_numpy
 from moeca_compile.runtime.bundle.bfloat16 import from_stored
 from moeca_compile.runtime.bundle.fused import FusedSession
 from moeca_compile.runtime.bundle.manifest import FUSED

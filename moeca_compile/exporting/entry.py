@@ -128,7 +128,7 @@ def export(
         lowered = lower_sizes(sizes, opset, lowering, tick)
         tick("writing", 0.7)
         data = lowered.entries | {"targets": list(targets)}
-        data["id"] = write_graphs(folder, lowered.models, mains[0].program.schedule, targets)
+        data["id"] = write_graphs(folder, lowered.models, mains, model, targets)
         data["fused"] = write_fused(folder, mains[0], lowered, data["id"]) if fused else None
         tick("golden steps in torch", 0.75)
         counts = write_golden_steps(folder, mains, model)

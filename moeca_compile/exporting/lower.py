@@ -82,16 +82,18 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
         outputs = [*(name for name, _ in main.results), *(f"{layout[slot].name}_out" for slot in variant.writes)]
         alike = [variant, *(twin for _, twin in others)]
         model, signature = lower_onnx(
-            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options)
-        )
+            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
+            main.parameters,
+        )  # fmt: skip
         models[file_of(variant, size)] = format_row(row, legend), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
     for prologue, *twins in zip(*(capture.prologues for capture in captures), strict=True):
         alike = [prologue.variant, *(twin.variant for twin in twins)]
         outputs = [f"{name_of(position)}_out" for position in prologue.gives]
         model, signature = lower_onnx(
-            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options)
-        )
+            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
+            main.parameters,
+        )  # fmt: skip
         models[file_of(prologue.variant, size)] = prologue.variant.name, model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
     return Lowered(models, {"opset": opset, **describe(captures, size, shapes, BATCHES, experts)})

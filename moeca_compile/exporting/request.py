@@ -50,6 +50,7 @@ class Captured:
     args: tuple[Any, ...]
     places: dict[str, int]  # by placeholder, for what the caller gave: its place among the tensors of the call
     called: dict[str, str]  # by placeholder, what the model's signature calls it
+    parameters: dict[str, str]  # by placeholder, for weights: their name in the model's state dict
     results: tuple[tuple[str, int], ...]  # for each output of the graph, its name and its place in what the model gave
 
     @property
@@ -178,7 +179,9 @@ def capture(
     places = {name: place_of[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in place_of}
     by_id = {id(value): name for name, value in bound_arguments(model, arguments).items() if torch.is_tensor(value)}
     called = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
-    return Captured(program, program, arguments, args, places, called, _results(result, outputs))
+    by_id = {id(value): name for name, value in reversed(model.state_dict(keep_vars=True).items())}
+    parameters = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
+    return Captured(program, program, arguments, args, places, called, parameters, _results(result, outputs))
 
 
 def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:

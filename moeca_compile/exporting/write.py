@@ -9,26 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeca_compile.exporting.arrays import to_numpy
 from moeca_compile.exporting.golden import Step, golden_steps
 from moeca_compile.exporting.lower import Lowered
+from moeca_compile.exporting.parameters import parameter_table
 from moeca_compile.exporting.request import Captured
 from moeca_compile.exporting.steps import step_table
 from moeca_compile.lowering.onnx.fused import fuse
 from moeca_compile.lowering.onnx.weights import externalise
 from moeca_compile.lowering.tensorrt.operators import refuse_unsupported
-from moeca_compile.runtime.bundle.bfloat16 import to_stored
 from moeca_compile.runtime.bundle.manifest import FUSED, SCHEDULE, WEIGHTS, bundle_id, golden_file
 from moeca_compile.runtime.writing import checksum
-from moeca_compile.schedule import Schedule
 
 
 def write_graphs(
-    folder: Path, models: Mapping[str, tuple[str, Any]], schedule: Schedule, targets: Sequence[str]
-) -> str:
+    folder: Path, models: Mapping[str, tuple[str, Any]], mains: Sequence[Captured], model: torch.nn.Module,
+    targets: Sequence[str],
+) -> str:  # fmt: skip
     """Write weights, schedule and graphs.
 
     Args:
         models: by file name, the letters of the row and the onnx_ir.Model.
+        mains: of each size the capture that is written.
+        model: the one captured.
 
     Returns:
         The bundle's id.
@@ -36,12 +39,13 @@ def write_graphs(
     Raises:
         LoweringError: TensorRT is a target, and a graph has an operator that it doesn't take.
     """
-    externalise([model for _, model in models.values()], folder)
-    schedule.save(folder / SCHEDULE)
+    graphs = [graph for _, graph in models.values()]
+    parameter_table(model, mains, graphs, externalise(graphs, folder)).write(folder)
+    mains[0].program.schedule.save(folder / SCHEDULE)
     identity = bundle_id(checksum(folder / SCHEDULE), checksum(folder / WEIGHTS))
-    for name, (row, model) in models.items():
-        model.metadata_props["moeca.row"] = row
-        _write_graph(folder / name, model, identity)
+    for name, (row, graph) in models.items():
+        graph.metadata_props["moeca.row"] = row
+        _write_graph(folder / name, graph, identity)
         if "tensorrt" in targets:
             refuse_unsupported((folder / name).read_bytes(), name)
     return identity
@@ -100,9 +104,3 @@ def _write_graph(file: Path, model: Any, identity: str) -> None:
     model.producer_name = "moeca-compile"
     model.metadata_props["moeca.id"] = identity
     file.write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
-
-
-def to_numpy(tensor: torch.Tensor) -> Any:
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type: its bits
-        return tensor.detach().contiguous().view(torch.uint16).numpy()
-    return to_stored(tensor.detach().numpy())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeca_compile.engine.output_program import _polynomial, _Step, _weighted
-from moeca_compile.exporting.write import to_numpy
+from moeca_compile.exporting.arrays import to_numpy
 from moeca_compile.runtime.bundle.bfloat16 import from_stored
 from moeca_compile.runtime.weighted import polynomial, weighted
 

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
+from moeca_compile.lowering.onnx.origins import Origin, origins_of
 from moeca_compile.lowering.onnx.request import OnnxRequest
 
 
@@ -33,6 +34,8 @@ def without_complex(gm: GraphModule, request: OnnxRequest) -> GraphModule:
             if node.op == "get_attr":
                 value = getattr(gm, str(node.target))
                 gm.register_buffer(f"{node.target}_real", torch.view_as_real(value.resolve_conj()).contiguous())
+                origin = origins_of(gm).get(str(node.target), Origin())
+                origins_of(gm)[f"{node.target}_real"] = Origin(origin.parameters)
                 real[node] = gm.graph.get_attr(f"{node.target}_real")
             elif node.target is aten.view_as_complex.default:
                 real[node] = fx.arg(node, 0)

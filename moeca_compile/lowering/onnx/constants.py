@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
+from moeca_compile.lowering.onnx.origins import Origin, of_call, of_parameter, origins_of
 from moeca_compile.lowering.onnx.request import OnnxRequest
+from moeca_compile.runtime.bundle.refit.recipes import Permute
 
 SMALL = 1 << 16  # elements: as many may come out of less
 
@@ -26,7 +28,9 @@ def bind_weights(gm: GraphModule, request: OnnxRequest) -> GraphModule:
     for node in fx.placeholders(gm):
         if node.name in request.weights:
             # NOTE: buffers, not the parameters themselves: those may carry attributes and hooks of the model's
-            _attribute(gm, node, request.weights[node.name].detach(), body)
+            weight = request.weights[node.name]
+            origin = of_parameter(request.parameters.get(node.name), weight)
+            _attribute(gm, node, weight.detach(), body, origin)
     return gm
 
 
@@ -35,16 +39,19 @@ def fold_constants(gm: GraphModule, request: OnnxRequest) -> GraphModule:
     known: dict[Node, Any] = {
         node: operator.attrgetter(str(node.target))(gm) for node in gm.graph.nodes if node.op == "get_attr"
     }
+    by_attribute = origins_of(gm)
+    origins = {node: by_attribute.get(str(node.target), Origin()) for node in known}
     run = torch.fx.Interpreter(gm, garbage_collect_values=False)
     run.env = dict(known)
     for node in list(gm.graph.nodes):
         sources = node.all_input_nodes
         if node.op == "call_function" and sources and known.keys() >= set(sources) and _may_fold(node):
             known[node] = run.env[node] = run.run_node(node)
+            origins[node] = of_call(node, origins)
     for node in list(known):
         used = [user for user in node.users if user not in known]
         if used and node.op == "call_function" and isinstance(known[node], torch.Tensor):
-            _attribute(gm, node, known[node].detach().clone(memory_format=torch.contiguous_format), node)
+            _attribute(gm, node, known[node].detach().contiguous(), node, origins[node])
     return gm
 
 
@@ -64,6 +71,7 @@ def _elements(values: Any) -> int:
 def transpose_linears(gm: GraphModule, request: OnnxRequest) -> GraphModule:
     """linear(x, W, b) -> x @ W^T + b with W^T in the file, where ONNX has no operator that transposes by itself (Gemm
     does, for two dimensions). Does nothing where every linear reads two dimensions."""
+    origins = origins_of(gm)
     for node in list(gm.graph.nodes):
         if node.target is not aten.linear.default or len(fx.shape(fx.arg(node, 0))) == 2:
             continue
@@ -73,6 +81,9 @@ def transpose_linears(gm: GraphModule, request: OnnxRequest) -> GraphModule:
         name = f"{weight.target}_transposed"
         if not hasattr(gm, name):
             gm.register_buffer(name, getattr(gm, str(weight.target)).t().contiguous())
+            origin = origins.get(str(weight.target), Origin())
+            recipe = None if origin.recipe is None else Permute(origin.recipe, (1, 0))
+            origins[name] = Origin(origin.parameters, recipe)
         with gm.graph.inserting_before(node):
             product = gm.graph.call_function(aten.matmul.default, (fx.arg(node, 0), gm.graph.get_attr(name)))
             bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -83,10 +94,11 @@ def transpose_linears(gm: GraphModule, request: OnnxRequest) -> GraphModule:
     return gm
 
 
-def _attribute(gm: GraphModule, node: Node, value: torch.Tensor, before: Node) -> Node:
+def _attribute(gm: GraphModule, node: Node, value: torch.Tensor, before: Node, origin: Origin) -> Node:
     """`value` as a buffer, read in place of `node`."""
     name = f"{node.name}_" if hasattr(gm, node.name) else node.name
     gm.register_buffer(name, value)
+    origins_of(gm)[name] = origin
     with gm.graph.inserting_before(before):
         read = gm.graph.get_attr(name)
     read.meta = dict(node.meta)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
@@ -19,6 +18,7 @@ from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.experts.choose import Lowering
 from moeca_compile.lowering.experts.segments import segments
 from moeca_compile.lowering.onnx.batch import Batches, dims
+from moeca_compile.lowering.onnx.parameters import COMPUTED, as_initializers, as_inputs, computed_with, example_inputs
 from moeca_compile.lowering.onnx.request import OnnxRequest
 from moeca_compile.lowering.onnx.stable_sort import stable_sort
 from moeca_compile.passes.manager import Pass, PassManager
@@ -41,7 +41,7 @@ class Signature:
 def lower_onnx(
     variants: Sequence[Variant], batches: Batches, weights: Mapping[str, torch.Tensor], names: Mapping[str, str],
     outputs: Sequence[str], opset: int, experts: Lowering = SEGMENTS, passes: Sequence[Pass[OnnxRequest]] = (),
-    manager: PassManager | None = None,
+    manager: PassManager | None = None, parameters: Mapping[str, str] | None = None,
 ) -> tuple[Any, Signature]:  # fmt: skip
     """Translate one variant.
 
@@ -54,25 +54,28 @@ def lower_onnx(
         experts: the form of the routed experts. With a capacity, the graph has one more output, `DROPPED`.
         passes: graph passes on the way to ONNX.
         manager: runs them.
+        parameters: by placeholder name, what the model calls its weights. Those in it can be exchanged in the bundle.
 
     Returns:
-        An onnx_ir.Model, and its signature.
+        An onnx_ir.Model, and its signature. The model's meta and those of its initializers say what they are made of
+        (`parameters.py`).
 
     Raises:
         LoweringError: an operator has no ONNX form, or the graph isn't linear in the batch.
     """
     variant, *twins = variants
     signature = _signature(variants, weights, names, outputs, batches)
-    request = OnnxRequest(tuple(one.gm for one in variants), batches, weights, experts)
+    request = OnnxRequest(tuple(one.gm for one in variants), batches, weights, experts, parameters or {})
     gm = (manager or PassManager()).rewrite(passes, variant.gm, request, label=f"{variant.name} ")
     if len(list(fx.nodes_of(fx.output_node(gm).args[0]))) > len(signature.outputs):
         signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))
-    placeholders = fx.placeholders(gm)
-    example = tuple(_example(node) for node in placeholders)
+    constants = as_inputs(gm)
+    example = example_inputs(gm, constants)
     batch = torch.export.Dim("batch", min=1)
     dynamic = tuple(
         {i: _symbol(dim, batch) for i, dim in enumerate(shape) if isinstance(dim, str)} for _, shape in signature.inputs
     )
+    dynamic += ({},) * len(constants)
     fx.code_of(gm)  # torch.export reads the signature of the generated code
     with _quiet():
         try:
@@ -96,6 +99,8 @@ def lower_onnx(
             ) from error
     assert program is not None
     model = program.model
+    as_initializers(model, constants)
+    model.meta[COMPUTED] = computed_with(gm)
     _finish(model, signature)
     return model, signature
 
@@ -120,11 +125,6 @@ def _symbol(dim: str, batch: Any) -> Any:
     factor, offset = parts(dim)
     found = batch if factor == 1 else factor * batch
     return found + offset if offset else found
-
-
-def _example(node: Node) -> torch.Tensor:
-    val = fx.need(node)
-    return torch.zeros(tuple(val.shape), dtype=val.dtype)
 
 
 def _finish(model: Any, signature: Signature) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -19,9 +19,11 @@ class OnnxRequest:
         graphs: the same variant, captured at each of `batches`; a single one gives a graph for its one batch only.
         weights: by placeholder name: these become constants.
         experts: the form of the routed experts.
+        parameters: by placeholder name, what the model calls the weight; those that it has no name for are left out.
     """
 
     graphs: tuple[GraphModule, ...]
     batches: tuple[int, ...]
     weights: Mapping[str, Tensor]
     experts: Lowering
+    parameters: Mapping[str, str] = field(default_factory=dict)

@@ -7,38 +7,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moeca_compile.dtypes import name_of
+from moeca_compile.lowering.onnx.parameters import RECIPE
 from moeca_compile.runtime.bundle.manifest import WEIGHTS
+from moeca_compile.runtime.bundle.refit.parameters import StoredSpec
+from moeca_compile.runtime.bundle.refit.places import append
 
 SMALLEST = 256  # bytes; what is smaller stays in the graph
-PAGE, LINE = 4096, 64
-PAGED = 1 << 18  # bytes; from here on a tensor begins a page, for mapping; below, a page's end lost would weigh more
 
 
-def externalise(models: Sequence[Any], folder: Path) -> int:
+def externalise(models: Sequence[Any], folder: Path) -> list[StoredSpec]:
     """Write the large initializers of these onnx_ir models to `folder/weights.bin`, and make them references.
 
     Returns:
-        The bytes of the tensors in it, without the gaps.
+        The constants in it that are made of parameters. Each has a place of its own, whatever its values and size are.
     """
     import onnx_ir as ir
 
     places: dict[tuple[Any, ...], tuple[int, int]] = {}
-    total = 0
+    stored: list[StoredSpec] = []
     with (folder / WEIGHTS).open("wb") as file:
         for model in models:
             for value in model.graph.initializers.values():
-                tensor = value.const_value
-                if tensor is None or tensor.nbytes < SMALLEST:
+                tensor, recipe = value.const_value, value.meta.get(RECIPE)
+                if tensor is None or (recipe is None and tensor.nbytes < SMALLEST):
                     continue
-                raw = tensor.tobytes()
-                key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest())
+                key = recipe or (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
                 if key not in places:
-                    file.seek(-file.tell() % (PAGE if len(raw) >= PAGED else LINE), 1)
-                    places[key] = file.tell(), len(raw)
-                    file.write(raw)
-                    total += len(raw)
+                    raw = tensor.tobytes()
+                    places[key] = append(file, raw), len(raw)
+                    if recipe is not None:
+                        dtype = name_of(tensor.raw.dtype)
+                        stored.append(StoredSpec(WEIGHTS, places[key][0], dtype, tuple(tensor.shape), recipe))
                 offset, length = places[key]
                 value.const_value = ir.ExternalTensor(
                     WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=str(folder)
                 )
-    return total
+    return stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     FUSED,
     GOLDEN,
     MANIFEST,
+    PARAMETERS,
     SCHEDULE,
-    WEIGHTS,
     EngineSpec,
     Manifest,
     bundle_id,
@@ -86,9 +87,11 @@ class Bundle:
             tuple(verified(folder, prologue.file, manifest.files) for prologue in size.prologues) for size in manifests
         )
         fused = verified(folder, FUSED, manifest.files) if manifest.fused is not None else None
-        for name in (WEIGHTS, *map(golden_file, range(len(manifests)))):
+        unread = [*manifest.weight_files, *map(golden_file, range(len(manifests)))]
+        for name in unread + [PARAMETERS] * (PARAMETERS in manifest.files):
             verified(folder, name, manifest.files, keep=False)
-        if bundle_id(manifest.files[SCHEDULE].sha256, manifest.files[WEIGHTS].sha256) != manifest.id:
+        weights = [manifest.files[name].sha256 for name in manifest.weight_files]
+        if bundle_id(manifest.files[SCHEDULE].sha256, *weights) != manifest.id:
             raise BundleError(f"{MANIFEST}: the id isn't that of this schedule and these weights. Export again")
         sizes = tuple(
             cls(folder, size, schedule, size_graphs, golden_name=golden_file(i), prologues=size_prologues)
@@ -124,6 +127,34 @@ class Bundle:
                 [{spec.name: from_stored(array[step], spec.dtype) for spec, array in pairs} for step in range(steps)]
             )
         return sides[0], sides[1]
+
+    def with_weights(
+        self, weights: Mapping[str, Any] | str | Path, path: str | Path, *, provider: str = "CPUExecutionProvider"
+    ) -> Bundle:
+        """Write a bundle with the same graphs and schedule, and other weights: of an adapter that was merged into the
+        model, or of a fine-tuned model.
+
+        It gives bit for bit what an export of the changed model gives. Constants that don't change stay in the
+        `weights.bin` of this bundle, which the new bundle shares as a hard link; the others are in its `changed.bin`.
+        The golden steps are run anew, by the runtime, without torch. Engines aren't taken over.
+
+        Args:
+            weights: arrays or torch tensors by the names of the model's state dict, such as `model.state_dict()`, or a
+                file in the safetensors format. In the bundle's shapes and dtypes; those left out stay as they are.
+            path: the directory to make; it must not exist.
+            provider: runs the golden steps, as for `Session.open`.
+
+        Returns:
+            The new bundle, opened.
+
+        Raises:
+            BundleError: an unknown name, another shape or dtype, a parameter that the graphs' constants were computed
+                with, an unreadable file, a path that is taken, a bundle that is older or can't be run here.
+        """
+        from moeca_compile.runtime.bundle.refit.exchange import exchange
+
+        exchange(self, weights, Path(path), provider)
+        return Bundle.open(path)
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {len(self.graphs)} variants)"

@@ -11,9 +11,9 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     FUSED,
     MANIFEST,
     NOW,
+    PARAMETERS,
     SCHEDULE,
     STEP,
-    WEIGHTS,
     EngineSpec,
     FusedSpec,
     Manifest,
@@ -51,11 +51,13 @@ def check_consistency(manifest: Manifest, schedule: Schedule) -> None:
 
 
 def _check_files(manifest: Manifest, sizes: Sequence[Manifest]) -> None:
-    files = [SCHEDULE, WEIGHTS, *(engine.file for engine in manifest.engines)]
+    files = [SCHEDULE, *manifest.weight_files, *(engine.file for engine in manifest.engines)]
     for i, size in enumerate(sizes):
         files += [golden_file(i), *(spec.file for spec in size.variants), *(spec.file for spec in size.prologues)]
     if manifest.fused is not None:
         files.append(FUSED)
+    if PARAMETERS in manifest.files:  # bundles of older versions have none
+        files.append(PARAMETERS)
     differing = set(manifest.files) ^ set(files)
     _demand(not differing, f"files: {sorted(differing)} are missing or too many")
     _demand(len(set(files)) == len(files), "two variants have the same file")

@@ -1,8 +1,8 @@
-"""What stands in an ONNX file, read with the onnx package alone. Weights outside the file aren't looked at."""
+"""What stands in an ONNX file, read and edited with the onnx package alone, without the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moeca_compile.errors import BundleError
@@ -14,12 +14,40 @@ def graph_of(raw: bytes) -> Any:
     Raises:
         BundleError: they aren't ONNX, or onnx isn't installed.
     """
+    return _model_of(raw).graph
+
+
+def with_weights_at(raw: bytes, places: Mapping[tuple[str, int], tuple[str, int]], identity: str) -> bytes:
+    """The file for another bundle.
+
+    Args:
+        raw: the bytes of the file.
+        places: for weights that lie elsewhere there: the file and the offset now, and then.
+        identity: the id of that bundle.
+
+    Raises:
+        BundleError: as `graph_of`.
+    """
+    model = _model_of(raw)
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry for entry in tensor.external_data}
+        if where:
+            place = where["location"].value, int(where["offset"].value)
+            file, offset = places.get(place, place)
+            where["location"].value, where["offset"].value = file, str(offset)
+    for entry in model.metadata_props:
+        if entry.key == "moeca.id":
+            entry.value = identity
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _model_of(raw: bytes) -> Any:
     try:
         import onnx
     except ImportError:
         raise BundleError("reading a graph needs onnx: pip install onnx") from None
     try:
-        return onnx.load_model_from_string(raw).graph
+        return onnx.load_model_from_string(raw)
     except Exception as error:  # protobuf's own classes
         raise BundleError(f"this isn't an ONNX graph: {error}") from error
 

@@ -22,10 +22,12 @@ from moeca_compile.graph.variant import Slot
 from moeca_compile.runtime.bundle.dims import DIM_PATTERN, batch_in, evaluate
 from moeca_compile.schedule.granularity import OUTPUT
 
-FORMAT, VERSION = "moeca-bundle", 4
-OLDEST = 3  # a manifest of version 3 is one of version 4 without the entries that came since
+FORMAT, VERSION = "moeca-bundle", 5
+OLDEST = 3  # a manifest of version 3 or 4 is one of version 5 without the entries that came since
 PACKAGE_FORMAT = "moeca-package"  # of `runtime/packages`
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
+PARAMETERS = "parameters.json"  # the model's parameters, and where their values lie
+CHANGED = "changed.bin"  # weights that were exchanged, beside those of the bundle that they were exchanged in
 FUSED, FUSED_ROW = "fused.onnx", "fused"  # all variants in one graph, and what it carries in place of a row
 COEFFICIENTS = "coefficients"
 NOW = "moeca_now"  # an input, float32 []: step + 1, for values that age one by one
@@ -194,12 +196,14 @@ class MeasuredSpec(Struct, frozen=True, forbid_unknown_fields=True):
 GoldenSteps = Annotated[int, Meta(ge=1, le=100_000)]
 
 
-class GoldenSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """The recorded steps: how many, and the relative error that a runtime may have."""
+class GoldenSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The recorded steps: how many, and the relative error that a runtime may have. `by`: the runtime that gave the
+    outputs; "": torch did."""
 
     steps: GoldenSteps
     tolerance: Error
     measured: tuple[MeasuredSpec, ...]
+    by: Text = ""
 
 
 class FileSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -241,6 +245,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
             `<name>_out`.
         prologues: graphs of values that don't depend on the latent.
         latent: the input that the model's output is a change of, where the model's output is cached; None: not known.
+        base: id of the bundle whose weights were exchanged; None: these are the weights that were exported.
         sizes: further resolutions: the same model, schedule and weights, with graphs of their own.
     """
 
@@ -269,6 +274,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     latent: Name | None = None
     hoisted: Hoisted = ()
     prologues: Prologues = ()
+    base: Sha256 | None = None
 
     @property
     def caches_output(self) -> bool:
@@ -279,6 +285,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     def regions(self) -> int:
         """How many there are."""
         return len(self.model.regions)
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The files that the graphs read weights from."""
+        return (WEIGHTS, CHANGED) if CHANGED in self.files else (WEIGHTS,)
 
     @property
     def dynamic_batch(self) -> bool:
@@ -332,9 +343,9 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
         return manifest
 
 
-def bundle_id(schedule_sha256: str, weights_sha256: str) -> str:
+def bundle_id(schedule_sha256: str, *weights_sha256: str) -> str:
     """What every graph of a bundle carries, so that none serves in another."""
-    return hashlib.sha256(f"{schedule_sha256} {weights_sha256}".encode()).hexdigest()
+    return hashlib.sha256(" ".join((schedule_sha256, *weights_sha256)).encode()).hexdigest()
 
 
 def digest_of(data: Mapping[str, Any]) -> str:

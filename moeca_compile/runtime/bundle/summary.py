@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from moeca_compile.runtime.bundle.manifest import FUSED, PrologueSpec
+from moeca_compile.runtime.bundle.manifest import FUSED, Manifest, PrologueSpec
 
 if TYPE_CHECKING:
     from moeca_compile.runtime.bundle.bundle import Bundle
@@ -38,6 +38,7 @@ def facts(bundle: Bundle) -> dict[str, str]:
         "baked in": ", ".join(f"{k}={v}" for k, v in manifest.model.baked.items()),
         "schedule": f"{bundle.schedule.made_by}, {len(bundle.schedule.rows)} rows{without_graph}",
         "predicted": _quality(bundle.schedule.predicted),
+        "weights": _exchanged(manifest),
         "state": f"{len(manifest.state)} tensors",
         "prologues": "\n".join(_of_prologue(spec) for spec in manifest.prologues),
         "experts": manifest.expert_lowering,
@@ -48,6 +49,12 @@ def facts(bundle: Bundle) -> dict[str, str]:
         "size": f"{bundle.bytes / 2**20:.1f} MiB",
     }
     return {name: value for name, value in lines.items() if value}
+
+
+def _exchanged(manifest: Manifest) -> str:
+    if manifest.base is None:
+        return ""
+    return f"exchanged in {manifest.base[:12]}; the golden steps are {manifest.golden.by}'s"
 
 
 def _quality(predicted: Mapping[str, float]) -> str:

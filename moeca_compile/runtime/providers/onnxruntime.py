@@ -13,7 +13,7 @@ from moeca_compile.dtypes import OF_ONNXRUNTIME
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bfloat16 import NAME as BFLOAT16
 from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
-from moeca_compile.runtime.bundle.manifest import WEIGHTS, GraphSpec, Manifest
+from moeca_compile.runtime.bundle.manifest import GraphSpec, Manifest
 from moeca_compile.runtime.bundle.signature import Specs, batch_of, check_identity, check_side, signature_of
 
 MEMORY = ("speed", "shared")
@@ -90,8 +90,9 @@ class OrtRuntime:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # it keeps the largest working memory that it ever had
         elif hasattr(options, "add_external_initializers_from_files_in_memory"):  # else it maps the file
-            weights = (folder / WEIGHTS).read_bytes()
-            options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+            names = list(manifest.weight_files)
+            weights = [(folder / name).read_bytes() for name in names]
+            options.add_external_initializers_from_files_in_memory(names, weights, list(map(len, weights)))
             # what is repacked is freed then: not into an arena that keeps it
             options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         helpers = _HELPERS.get(self.provider, ())

@@ -9,7 +9,7 @@ from pathlib import Path
 from moeca_compile.errors import BundleError, OptionError
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.fused import fused_signature
-from moeca_compile.runtime.bundle.manifest import MANIFEST, STEP, WEIGHTS, Manifest
+from moeca_compile.runtime.bundle.manifest import MANIFEST, STEP, Manifest
 from moeca_compile.runtime.tensorrt import runtime as trt
 from moeca_compile.runtime.triton.config import BUNDLE, MODEL_FILE, python_config, state_config
 from moeca_compile.runtime.triton.pbtxt import dumps
@@ -74,8 +74,7 @@ def write_repository(
         (folder / CONFIG).write_text(dumps(config))
         if bundle.fused is not None:
             models.append(directory / f"{name}_fused")
-            weights = folder / "1" / BUNDLE / WEIGHTS
-            write_fused(bundle.fused, weights, manifest, models[-1], batch, sequences, idle_seconds)
+            write_fused(bundle.fused, folder / "1" / BUNDLE, manifest, models[-1], batch, sequences, idle_seconds)
     return tuple(models)
 
 
@@ -90,7 +89,7 @@ def _copy(bundle: Bundle, folder: Path, engines: bool) -> None:
 
 
 def write_fused(
-    graph: bytes, weights: Path, manifest: Manifest, path: Path, batch: int, sequences: int, idle_seconds: int
+    graph: bytes, weights_in: Path, manifest: Manifest, path: Path, batch: int, sequences: int, idle_seconds: int
 ) -> None:
     """A bundle's fused graph as a model of onnxruntime's backend."""
     inputs, outputs = fused_signature(manifest)
@@ -105,5 +104,6 @@ def write_fused(
     with building(path) as folder:
         (folder / "1").mkdir()
         (folder / "1" / MODEL_FILE).write_bytes(graph)
-        shutil.copyfile(weights, folder / "1" / WEIGHTS)
+        for name in manifest.weight_files:
+            shutil.copyfile(weights_in / name, folder / "1" / name)
         (folder / CONFIG).write_text(dumps(config))
