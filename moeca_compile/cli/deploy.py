@@ -117,7 +117,8 @@ def request_of(library: str = "", arch: str = "", batches: str = BATCHES, cache:
         least, usual, largest = map(int, batches.split(","))
     except ValueError:
         raise OptionError(f"--batches {batches}: expected three numbers, as in {BATCHES}") from None
-    return EngineRequest(library, tuple(filter(None, arch.split(","))), (least, usual, largest), cache)
+    asked = (least, usual, largest) if batches != BATCHES else None  # a bundle may have a range of its own
+    return EngineRequest(library, tuple(filter(None, arch.split(","))), asked, cache)
 
 
 def engine_facts(bundle: Bundle) -> list[dict[str, Any]]:

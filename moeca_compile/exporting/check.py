@@ -23,7 +23,6 @@ from moeca_compile.runtime.providers import openvino
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.session import Session
 
-OTHER_BATCHES = (1, 5)  # what it is tried at
 HALVES = ("bfloat16", "float16")  # not all of it runs on a CPU
 
 
@@ -33,10 +32,10 @@ def check_export(
     examples: Sequence[Arguments],
     captured: Sequence[Captured],
     targets: Sequence[str],
-    dynamic_batch: bool,
+    batches: Sequence[int],
     dtype: str,
 ) -> list[dict[str, Any]]:
-    """Run what was written; `examples`, `captured`: of each size.
+    """Run what was written; `examples`, `captured`: of each size; `batches`: more batches to try.
 
     Raises:
         LoweringError: it gives something else than torch.
@@ -62,7 +61,7 @@ def check_export(
         errors[f"the golden steps with {FUSED}"] = verify(FusedSession.open(folder, session.provider)).error
     for size, (example, main) in enumerate(zip(examples, captured, strict=True)):
         of = f" of other_sizes[{size - 1}]" if size else ""
-        for batch in OTHER_BATCHES if dynamic_batch else ():
+        for batch in batches:
             arguments = request.rebatched(example, batch)
             errors[f"a step at batch {batch}{of}"] = _error_at(session, model, arguments, main)
     worst = max(errors, key=lambda name: errors[name])

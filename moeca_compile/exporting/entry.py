@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from moeca_compile.exporting import request
-from moeca_compile.exporting.capture import capture_sizes
+from moeca_compile.exporting.capture import batch_range, capture_sizes
 from moeca_compile.exporting.check import check_export
 from moeca_compile.exporting.engines import add_engines
 from moeca_compile.exporting.golden import TOLERANCE
@@ -49,7 +49,7 @@ def export(
     targets: str | Sequence[str] = ("onnx",),
     opset: int = 20,
     experts: str = "auto",
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | tuple[int, int] = True,
     other_sizes: Sequence[Arguments] = (),
     fused: bool = False,
     order: int | None = None,
@@ -61,7 +61,7 @@ def export(
     """Write a bundle: one ONNX graph for each distinct row of the schedule, over one file of weights.
 
     The model is prepared in place, as for compiling. What was written is opened and run before this returns: the golden
-    steps against torch, and with `dynamic_batch` two more batches against the model as it is.
+    steps against torch, and with `dynamic_batch` more batches against the model as it is.
 
     Args:
         model: on the CPU, in eval mode.
@@ -75,7 +75,8 @@ def export(
         opset: of the graphs, 18 to 22; for "tensorrt" to 20.
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
-        dynamic_batch: for any batch. False: for the example's batch only.
+        dynamic_batch: for any batch. (1, 8): for batches from 1 to 8: the export tries both, engines are built for them,
+            and sessions refuse others. False: for the example's batch only.
         other_sizes: more example inputs, one for each further resolution (or length of the prompt; or batch, without
             `dynamic_batch`). Each gets graphs of its own over the same weights; a call finds its own by its shapes.
         fused: also write `fused.onnx`, all variants in one graph that counts its steps.
@@ -108,26 +109,29 @@ def export(
             "engines": engines is not None,
             "prologues": prologues is not None,
         }
-        refuse_beside_native(targets, dynamic_batch, for_bundles)
+        refuse_beside_native(targets, bool(dynamic_batch), for_bundles)
         native = Options(schedule=schedule, order=order, granularity=granularity)
         return write_package(
             model, (example_inputs, *other_sizes), (native, native.resolved_schedule()), path, progress
         )
     refuse_request(model, targets, opset)
     choose(experts, targets)  # raises; what the model's own experts need comes when it is captured
-    refuse_sizes(example_inputs, other_sizes, targets, dynamic_batch, fused)
+    batches = batch_range(dynamic_batch)
+    refuse_sizes(example_inputs, other_sizes, targets, batches is not None, fused)
     options = Options(schedule=schedule, order=order, granularity=granularity, inner="eager")
     refuse_schedule(options.resolved_schedule(), granularity, fused)
     hoist = has_prologues(prologues, targets, granularity, fused)
     examples = (example_inputs, *other_sizes)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)
-        sizes = capture_sizes(model, examples, options, dynamic_batch, hoist)
+        sizes = capture_sizes(model, examples, options, batches, hoist)
         mains = [size[0] for size in sizes]
         lowering = expert_lowering(mains[0], experts, targets)
-        lowered = lower_sizes(sizes, opset, lowering, tick)
+        lowered = lower_sizes(sizes, batches.captured if batches else (), opset, lowering, tick)
         tick("writing", 0.7)
         data = lowered.entries | {"targets": list(targets)}
+        if batches and batches.largest:
+            data["batch"] = [batches.least, batches.largest]
         data["id"] = write_graphs(folder, lowered.models, mains, model, targets)
         data["fused"] = write_fused(folder, mains[0], lowered, data["id"]) if fused else None
         tick("golden steps in torch", 0.75)
@@ -139,7 +143,8 @@ def export(
             size |= {"baked": numbers, "golden_steps": steps}
         write_manifest(folder, data)
         tick("checking", 0.85)
-        data["golden"]["measured"] = check_export(folder, model, examples, mains, targets, dynamic_batch, data["dtype"])
+        tried = batches.tried if batches else ()
+        data["golden"]["measured"] = check_export(folder, model, examples, mains, targets, tried, data["dtype"])
         write_manifest(folder, data)
         if "tensorrt" in targets:
             add_engines(folder, Path(path), engines, tick)

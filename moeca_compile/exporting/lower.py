@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeca_compile.errors import warn
-from moeca_compile.exporting.capture import BATCHES
 from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.request import Captured
 from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.lowering.experts.choose import Lowering, choose
 from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
+from moeca_compile.lowering.onnx.batch import Batches
 from moeca_compile.lowering.onnx.lower import lower_onnx
 from moeca_compile.passes.transform import ports
 from moeca_compile.passes.transform.hoist import name_of
@@ -46,16 +46,19 @@ def expert_lowering(main: Captured, experts: str, targets: Sequence[str]) -> Low
     return chosen
 
 
-def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Lowering, tick: ProgressCallback) -> Lowered:
+def lower_sizes(
+    sizes: Sequence[Sequence[Captured]], batches: Batches, opset: int, experts: Lowering, tick: ProgressCallback
+) -> Lowered:
     """All graphs of all sizes.
 
     Args:
         sizes: for each size its captures, as `capture_sizes` gives them.
+        batches: what these are captured at, where there are several.
 
     Raises:
         LoweringError: an operator has no ONNX form, or a size isn't linear in the batch.
     """
-    main, *others = [_lower(captures, i, opset, experts, tick) for i, captures in enumerate(sizes)]
+    main, *others = [_lower(captures, i, batches, opset, experts, tick) for i, captures in enumerate(sizes)]
     models, entries = main.models, main.entries | {"sizes": []}
     for other in others:
         models |= other.models
@@ -63,7 +66,9 @@ def lower_sizes(sizes: Sequence[Sequence[Captured]], opset: int, experts: Loweri
     return Lowered(models, entries)
 
 
-def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowering, tick: ProgressCallback) -> Lowered:
+def _lower(
+    captures: Sequence[Captured], size: int, batches: Batches, opset: int, experts: Lowering, tick: ProgressCallback
+) -> Lowered:
     """Every distinct row's graph at one size."""
     main = captures[0]
     layout = main.network.layout
@@ -82,7 +87,7 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
         outputs = [*(name for name, _ in main.results), *(f"{layout[slot].name}_out" for slot in variant.writes)]
         alike = [variant, *(twin for _, twin in others)]
         model, signature = lower_onnx(
-            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
+            alike, batches, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
             main.parameters,
         )  # fmt: skip
         models[file_of(variant, size)] = format_row(row, legend), model
@@ -91,9 +96,9 @@ def _lower(captures: Sequence[Captured], size: int, opset: int, experts: Lowerin
         alike = [prologue.variant, *(twin.variant for twin in twins)]
         outputs = [f"{name_of(position)}_out" for position in prologue.gives]
         model, signature = lower_onnx(
-            alike, BATCHES, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
+            alike, batches, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
             main.parameters,
         )  # fmt: skip
         models[file_of(prologue.variant, size)] = prologue.variant.name, model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
-    return Lowered(models, {"opset": opset, **describe(captures, size, shapes, BATCHES, experts)})
+    return Lowered(models, {"opset": opset, **describe(captures, size, shapes, batches, experts)})

@@ -21,13 +21,14 @@ import msgspec
 from moeca_compile.errors import BundleError, LoweringError, OptionError
 from moeca_compile.lowering.tensorrt.operators import operators_of, refuse_unsupported
 from moeca_compile.runtime.bundle.bundle import Bundle
-from moeca_compile.runtime.bundle.manifest import TensorSpec, VariantSpec
+from moeca_compile.runtime.bundle.manifest import Manifest, TensorSpec, VariantSpec
 from moeca_compile.runtime.bundle.signature import signature_of
 from moeca_compile.runtime.tensorrt.library import MODULES, Library, find
 from moeca_compile.runtime.tensorrt.memory import Device
 from moeca_compile.runtime.writing import entry_of, seal, unfinished
 
 OPSETS = range(18, 21)  # in which attention is spelled out; as one operator it builds for some types and shapes only
+ANY_BATCH = (1, 2, 8)  # of engines, where the bundle takes any
 PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_120")  # TensorRT-RTX's own default: it compiles for the GPU at hand later
 
 Say = Callable[[str, float], None]
@@ -41,13 +42,14 @@ class EngineRequest:
         library: "tensorrt" or "tensorrt-rtx"; "": the one that is installed, classic TensorRT first.
         arch: such as ("sm_89",). Classic TensorRT builds for the GPU of this machine only; TensorRT-RTX for any that it
             knows, without a GPU too, and by default for this machine's or else for all of `PORTABLE`.
-        batch: the least, the usual and the largest, where graphs take any.
+        batch: the least, the usual and the largest, where graphs take several. None: the range of the bundle, or 1, 2
+            and 8 where it takes any.
         timing_cache: a file that keeps how fast kernels were from one build to the next; made if it isn't there.
     """
 
     library: str = ""
     arch: tuple[str, ...] = ()
-    batch: tuple[int, int, int] = (1, 2, 8)
+    batch: tuple[int, int, int] | None = None
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -55,8 +57,7 @@ class EngineRequest:
             raise OptionError(f"library={self.library!r}: expected one of {tuple(MODULES)}")
         if wrong := [arch for arch in self.arch if not (arch.startswith("sm_") and arch[3:].isdecimal())]:
             raise OptionError(f"arch={self.arch}: {wrong} aren't like 'sm_89'")
-        least, usual, largest = self.batch
-        if not 1 <= least <= usual <= largest:
+        if self.batch is not None and not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             raise OptionError(f"batch={self.batch}: expected the least, the usual and the largest")
 
 
@@ -73,7 +74,7 @@ def build_engines(bundle: Bundle, request: EngineRequest | None = None, say: Say
     Raises:
         BundleError: no TensorRT, a bundle that can't be written, one of several sizes, or one with prologues.
         LoweringError: an operator that TensorRT doesn't have, or a failed build.
-        OptionError: architectures that the library doesn't build for.
+        OptionError: architectures that the library doesn't build for, or batches that the bundle doesn't take.
     """
     if bundle.sizes:
         raise BundleError("engines are of one size and this bundle has several: export a bundle for each")
@@ -83,6 +84,7 @@ def build_engines(bundle: Bundle, request: EngineRequest | None = None, say: Say
             "targets=('tensorrt',), or with prologues=False"
         )
     request = request or EngineRequest()
+    batch = batches_of(bundle.manifest, request)
     library = find(request.library) if request.library else find()
     for spec, graph in zip(bundle.manifest.variants, bundle.graphs, strict=True):
         refuse_unsupported(graph, spec.file)
@@ -93,16 +95,32 @@ def build_engines(bundle: Bundle, request: EngineRequest | None = None, say: Say
         for i, (spec, graph) in enumerate(zip(bundle.manifest.variants, bundle.graphs, strict=True)):
             say(f"{library}: engine {i + 1} of {len(bundle.graphs)}", i / len(bundle.graphs))
             plan = scratch / f"{spec.name}.plan"
-            shapes = profile(bundle, spec, request.batch)
+            shapes = profile(bundle, spec, batch)
             build(graph, bundle.path / spec.file, plan, library, arch, shapes, request.timing_cache)
             entries.append(
                 {
                     "variant": spec.name, "file": f"engines/{name}/{plan.name}", "library": library.name,
-                    "version": library.version, "arch": list(arch), "batch": list(request.batch) if shapes else None,
+                    "version": library.version, "arch": list(arch), "batch": list(batch) if shapes else None,
                 }
             )  # fmt: skip
         _keep(bundle, scratch, name, entries)
     return Bundle.open(bundle.path)
+
+
+def batches_of(manifest: Manifest, request: EngineRequest) -> tuple[int, int, int]:
+    """The least, the usual and the largest batch to build for.
+
+    Raises:
+        OptionError: the bundle doesn't take them.
+    """
+    if manifest.batch is None:
+        return request.batch or ANY_BATCH
+    least, largest = manifest.batch
+    if request.batch is None:
+        return least, min(max(least, ANY_BATCH[1]), largest), largest
+    if request.batch[0] < least or request.batch[2] > largest:
+        raise OptionError(f"batch={request.batch}: the bundle was exported for batches {least} to {largest}")
+    return request.batch
 
 
 def targets(library: Library, asked: Sequence[str]) -> tuple[str, ...]:

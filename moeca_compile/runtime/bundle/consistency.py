@@ -40,6 +40,7 @@ def check_consistency(manifest: Manifest, schedule: Schedule) -> None:
     shapes = {tuple(spec.shape for spec in size.inputs) for size in sizes}
     _demand(len(shapes) == len(sizes), "two sizes are the same")
     _distinct(manifest.targets, "target")
+    _demand(manifest.batch is None or manifest.batch[0] <= manifest.batch[1], "the range of batches is none")
     _check_engines(manifest)
     _demand(len(sizes) == 1 or not manifest.engines, "engines are of one size, and there are several")
     if manifest.fused is not None:

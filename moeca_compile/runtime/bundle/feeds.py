@@ -37,7 +37,7 @@ def admit(manifest: Manifest, arrays: Arrays) -> tuple[Arrays, int]:
     """What `arrays_of` gave as a runtime's inputs, and their batch (1 where nothing depends on it).
 
     Raises:
-        BundleError: other shapes than the model takes, or integers outside the table that they index.
+        BundleError: other shapes or batches than the model takes, or integers outside the table that they index.
     """
     feeds, batch = {}, -1
     for spec in manifest.inputs:
@@ -50,6 +50,11 @@ def admit(manifest: Manifest, arrays: Arrays) -> tuple[Arrays, int]:
         if spec.range is not None:
             _refuse_outside(spec, array)
         feeds[spec.name] = array
+    if manifest.batch is not None and batch != -1 and not manifest.batch[0] <= batch <= manifest.batch[1]:
+        raise BundleError(
+            f"the inputs have batch {batch}; the bundle was exported for batches {manifest.batch[0]} to "
+            f"{manifest.batch[1]}"
+        )
     return feeds, max(batch, 1)
 
 

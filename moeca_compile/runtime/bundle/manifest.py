@@ -245,6 +245,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
             `<name>_out`.
         prologues: graphs of values that don't depend on the latent.
         latent: the input that the model's output is a change of, where the model's output is cached; None: not known.
+        batch: the least and the largest batch that a call may have; None: any that the shapes allow.
         base: id of the bundle whose weights were exchanged; None: these are the weights that were exported.
         sizes: further resolutions: the same model, schedule and weights, with graphs of their own.
     """
@@ -275,6 +276,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     hoisted: Hoisted = ()
     prologues: Prologues = ()
     base: Sha256 | None = None
+    batch: tuple[Count, Count] | None = None
 
     @property
     def caches_output(self) -> bool:

@@ -33,6 +33,7 @@ def facts(bundle: Bundle) -> dict[str, str]:
     lines = {
         "model": f"{manifest.model.name}, {parts}, {manifest.dtype}",
         "inputs": "\n".join(map(str, manifest.inputs)),
+        "batches": f"{manifest.batch[0]} to {manifest.batch[1]}" if manifest.batch else "",
         "outputs": "\n".join(map(str, manifest.outputs)),
         "other sizes": "\n".join(", ".join(map(str, size.inputs)) for size in manifest.sizes),
         "baked in": ", ".join(f"{k}={v}" for k, v in manifest.model.baked.items()),
