@@ -75,8 +75,8 @@ def export(
         opset: of the graphs, 18 to 22; for "tensorrt" to 20.
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
-        dynamic_batch: for any batch. (1, 8): for batches from 1 to 8: the export tries both, engines are built for them,
-            and sessions refuse others. False: for the example's batch only.
+        dynamic_batch: for any batch. (1, 8): for batches from 1 to 8; the export tries both, engines are built for
+            them, and sessions refuse others. False: for the example's batch only.
         other_sizes: more example inputs, one for each further resolution (or length of the prompt; or batch, without
             `dynamic_batch`). Each gets graphs of its own over the same weights; a call finds its own by its shapes.
         fused: also write `fused.onnx`, all variants in one graph that counts its steps.
