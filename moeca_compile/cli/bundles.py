@@ -83,7 +83,7 @@ def export(
     granularity: Granularity = "region",
     targets: Targets = "onnx",
     experts: Experts = "auto",
-    opset: Annotated[int, typer.Option(min=18, max=22, help="The ONNX opset of the graphs.")] = 20,
+    opset: Annotated[int, typer.Option(min=18, max=24, help="The ONNX opset of the graphs.")] = 20,
     fused: Annotated[bool, typer.Option("--fused", help="Also write fused.onnx, all variants in one graph.")] = False,
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch", help="Export for the example's batch alone; by default for any batch.")

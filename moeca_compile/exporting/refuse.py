@@ -31,7 +31,12 @@ def refuse_request(model: torch.nn.Module, targets: Sequence[str], opset: int) -
         raise OptionError(f"targets={list(targets)}: {', '.join(unknown)} can't be exported to; there are {TARGETS}")
     opsets = tensorrt.OPSETS if "tensorrt" in targets else OPSETS
     if opset not in opsets:
-        raise OptionError(f"opset={opset}: expected {opsets.start} to {opsets.stop - 1} for targets={list(targets)}")
+        remedy = "Leave opset out"
+        if opset in OPSETS:
+            remedy += ", or export a bundle for 'tensorrt' alone, whose parser takes no Attention operator"
+        raise OptionError(
+            f"opset={opset}: expected {opsets.start} to {opsets.stop - 1} for targets={list(targets)}. {remedy}"
+        )
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(f"export needs {', '.join(missing)}: pip install 'moeca-compile[onnx]'")

@@ -14,9 +14,9 @@ from moeca_compile.errors import LoweringError
 
 def segments(opset: int) -> Callable[..., Any]:
     """The translation for `torch.onnx.export`'s table, in ops of `opset`."""
-    import onnxscript
+    from onnxscript import onnx_opset
 
-    op: Any = getattr(onnxscript, f"opset{opset}")
+    op: Any = getattr(onnx_opset, f"opset{opset}")
 
     def moeca_experts(
         x: Any, idx: Any, up: Sequence[Any], down: Sequence[Any], gate: Sequence[Any], up_bias: Sequence[Any],

@@ -8,9 +8,9 @@ from typing import Any
 
 def stable_sort(opset: int) -> Callable[..., Any]:
     """The translation of `aten::sort.stable` for `torch.onnx.export`'s table, in ops of `opset`."""
-    import onnxscript
+    from onnxscript import onnx_opset
 
-    op: Any = getattr(onnxscript, f"opset{opset}")
+    op: Any = getattr(onnx_opset, f"opset{opset}")
 
     def aten_sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
         size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
