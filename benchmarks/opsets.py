@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,10 @@ def measure(build: Callable[[bool], Example], folder: Path, quick: bool) -> dict
         found["graphs"][f"opset {opset}"] = {"export_seconds": seconds, "relative_error": errors, **graph_of(path)}
     base = f"opset {OPSETS[0]}"
     for provider in PROVIDERS:
-        opens = {name: lambda path=path: Session.open(path, provider, threads=1) for name, path in bundles.items()}
+        opens = {name: partial(Session.open, path, provider, threads=1) for name, path in bundles.items()}
         loads = interleave(opens, rounds=2 if quick else 9, warmup=1)
         sessions = {name: Session.open(path, provider, threads=1) for name, path in bundles.items()}
-        steps = {name: lambda session=session: session.run(feeds_of(session)) for name, session in sessions.items()}
+        steps = {name: partial(session.run, feeds_of(session)) for name, session in sessions.items()}
         timings = interleave(steps, rounds=2 if quick else 41)
         for what, measured in (("load", loads), ("step", timings)):
             print_table(f"{what}, {provider}", measured, baseline=base)
