@@ -32,8 +32,8 @@ def refuse_request(model: torch.nn.Module, targets: Sequence[str], opset: int) -
     opsets = tensorrt.OPSETS if "tensorrt" in targets else OPSETS
     if opset not in opsets:
         remedy = "Leave opset out"
-        if opset in OPSETS:
-            remedy += ", or export a bundle for 'tensorrt' alone, whose parser takes no Attention operator"
+        if opset in OPSETS and len(targets) > 1:
+            remedy += ", or export a bundle of its own for 'tensorrt', which takes no Attention operator"
         raise OptionError(
             f"opset={opset}: expected {opsets.start} to {opsets.stop - 1} for targets={list(targets)}. {remedy}"
         )

@@ -56,8 +56,8 @@ def test_routed_experts_at_the_newest_opset(tmp_path: Path) -> None:
 
 def test_tensorrt_takes_no_opset_with_an_attention_operator(tmp_path: Path) -> None:
     says = (
-        r"opset=23: expected 18 to 20 for targets=\['onnx', 'tensorrt'\]. Leave opset out, or export a bundle for "
-        "'tensorrt' alone"
+        r"opset=23: expected 18 to 20 for targets=\['onnx', 'tensorrt'\]. Leave opset out, or export a bundle of "
+        "its own for 'tensorrt'"
     )
     with pytest.raises(OptionError, match=says):
         moeca.export(small_model(), call_of(2), "full", tmp_path / "b", targets=("onnx", "tensorrt"), opset=23)
