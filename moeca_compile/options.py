@@ -12,6 +12,7 @@ from moeca_compile.errors import OptionError
 from moeca_compile.schedule import MAX_ORDER, Schedule
 from moeca_compile.schedule.granularity import OUTPUT, Granularity
 
+FREE_MODES = ("host", "drop")
 INNERS = ("inductor", "eager")
 DEFAULT_SCHEDULE = "uniform:2:warmup=4"
 
@@ -51,6 +52,10 @@ class Options:
         hand_over: for models of one architecture that are compiled together, such as a pipeline's two transformers:
             the first step of the second one uses what the first one kept. Otherwise the second one starts cold. It
             saves a full step, and loses quality where the models' outputs differ for equal inputs.
+        free_hoisted: weights that only prologues read (`explain` tells their bytes) leave the device once the values of
+            a trajectory's timesteps are computed. "host" (or True): to the host's memory, from where they are copied
+            for another conditioning or other timesteps. "drop": for good; then only calls with the timesteps and
+            conditioning of that trajectory can be computed. Under it a schedule without state hoists too.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
 
@@ -70,6 +75,7 @@ class Options:
     pack_experts: bool = False
     cuda_graphs: bool = False
     hand_over: bool = False
+    free_hoisted: bool | str = False
     disable: tuple[str, ...] = ()
     dump: str | Path | None = None
 
@@ -92,6 +98,10 @@ class Options:
         if self.inner == "eager" and (self.inner_options or self.mode):
             raise OptionError("inner='eager' takes no mode and no inner_options: nothing compiles there")
         object.__setattr__(self, "disable", tuple(self.disable))
+        if not isinstance(self.free_hoisted, bool) and self.free_hoisted not in FREE_MODES:
+            raise OptionError(f"option free_hoisted={self.free_hoisted!r}: expected False, True, 'host' or 'drop'")
+        if self.free_hoisted and self.granularity == OUTPUT:
+            raise OptionError("free_hoisted is for captured graphs, and granularity='output' has none: leave one out")
         if self.hand_over and self.cuda_graphs:
             raise OptionError(
                 "hand_over moves state from one model to the other, and cuda_graphs keep it at fixed addresses: leave "
@@ -129,6 +139,13 @@ class Options:
                 raise OptionError(f"mode={mode!r} and the option mode={given['mode']!r} differ: give one of them")
             given["mode"] = mode
         return cls(**given)
+
+    @property
+    def free_mode(self) -> str:
+        """`host`, `drop`, or "": where weights go that only prologues read."""
+        if isinstance(self.free_hoisted, str):
+            return self.free_hoisted
+        return FREE_MODES[0] if self.free_hoisted else ""
 
     def resolved_schedule(self) -> Schedule:
         """Give the schedule itself: short forms are parsed with `order`, files are read.

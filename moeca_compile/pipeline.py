@@ -206,13 +206,13 @@ def build_variant(
     """rewrite: the program of one row, among others that keep the state of `schedule`, fitted to these regions.
 
     A schedule that keeps nothing hoists nothing either: each call's results are those of its own inputs and weights,
-    whatever was written to between calls, and nobody has to look.
+    whatever was written to between calls, and nobody has to look. It does if `free_hoisted` asks for it.
     """
     layout = state_layout(analysis.facts.regions, schedule)
     request = RewriteRequest(analysis.facts, row, layout, schedule.order, schedule.control)
     manager = manager_of(options)
     passes = _with_registered("rewrite", REWRITE, analysis.pipeline.rewrite)
-    if not layout:
+    if not (layout or options.free_hoisted):
         passes = [function for function in passes if function not in HOIST]
     variant = _variant(name, manager.rewrite(passes, analysis.gm, request, label=f"{name} "), request)
     if manager.dump is not None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moeca_compile.engine.freeing.plan import WeightFreeing
 from moeca_compile.engine.hoisted import HasPrologues, Hoisted
 from moeca_compile.graph.nowait import upload
 from moeca_compile.graph.variant import StateSlot, Variant
@@ -55,6 +56,7 @@ class StepProgram(Protocol):
     caches: tuple[int, ...]
     buffers: Buffers | None
     key: Hashable
+    freeing: WeightFreeing | None
 
     @property
     def compiler(self) -> StepCompiler: ...

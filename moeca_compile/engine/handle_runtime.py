@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.engine.trajectories.group import TrajectoryGroup
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
@@ -67,6 +68,7 @@ class HandleRuntime:
         ids: of the weights.
         trajectories: that the handle's calls belong to; those of handles compiled together are the same.
         packs: packed expert weights.
+        freed: weights that `free_hoisted` freed.
         refused: by key of a call, why its graph runs uncached.
     """
 
@@ -80,6 +82,7 @@ class HandleRuntime:
         self.ids: frozenset[int] = frozenset()
         self.trajectories = trajectories or TrajectoryGroup(options.latent_jump)
         self.packs = Packs()
+        self.freed = FreedWeights(options.free_mode, _weakly(self.accept_moved))
         self.refused: dict[Hashable, str] = {}
         self._placed: dict[Hashable, tuple[Hashable, Arrangement | None]] = {}  # by key of a call, a key of `programs`
         self._weights: dict[int, WeightBinding] = {}  # by number of the graph
@@ -112,11 +115,26 @@ class HandleRuntime:
             if collected or any(self._stamps.get(label, stamp) != stamp for label, stamp in stamps.items()):
                 self.packs = Packs()
                 self.trajectories.forget()
+                for program in self.programs.values():
+                    if program.freeing is not None:
+                        program.freeing.plans.clear()
             for number in collected:
                 del self._weights[number]
             self._stamps.update(stamps)
             self.ids = frozenset().union(*(other.ids for other in self._weights.values()))
         return binding
+
+    def accept_moved(self, addresses: Mapping[int, int]) -> None:
+        """Take weights, by id, for unchanged at new addresses."""
+        with self.lock:
+            for bound in self._weights.values():
+                pointers, versions = bound.stamp
+                bound.stamp = (
+                    [addresses.get(key, old) for key, old in zip(bound.order, pointers, strict=True)],
+                    versions,
+                )
+            for label, (key, pointer, version) in self._stamps.items():
+                self._stamps[label] = key, addresses.get(key, pointer), version
 
     def running(self, trajectory: Trajectory | None) -> TrajectoryState:
         """The handle's state in `trajectory`; None: outside any."""
@@ -195,3 +213,15 @@ def _stamp(weights: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     except RuntimeError:  # inference tensors have no version counter
         versions = [-1 if weight.is_inference() else weight._version for weight in weights]
     return list(map(torch.Tensor.data_ptr, weights)), versions
+
+
+def _weakly(method: Callable[[Mapping[int, int]], None]) -> Callable[[Mapping[int, int]], None]:
+    """A call of the method, which doesn't keep its object alive."""
+    ref = weakref.WeakMethod(method)
+
+    def call(addresses: Mapping[int, int]) -> None:
+        alive = ref()
+        if alive is not None:
+            alive(addresses)
+
+    return call

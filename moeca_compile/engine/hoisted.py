@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from moeca_compile.engine.freeing.plan import PlannedValues, WeightFreeing
+from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.engine.trajectories.timesteps import StepKey, VariedTimesteps
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph.content import Stamp, needs_device_sync
@@ -43,6 +45,9 @@ class HasPrologues(Protocol):
     condition: tuple[int, ...]
     ready: dict[tuple[int, ...], tuple[Variant, Run]]
     by_step: bool
+
+    @property
+    def freed(self) -> FreedWeights | None: ...
 
     def prologue(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Run]: ...
     def over_steps(self, gives: tuple[int, ...]) -> tuple[Variant, Run] | None: ...
@@ -92,9 +97,11 @@ class Hoisted:
     Args:
         plan: the trajectory's timesteps.
         number: identifies the contents of a tensor; needed where values serve more than one call.
+        freeing: of the program, if weights that only prologues read are freed.
 
     Attributes:
         inputs: by position among the call's arguments, a number for the contents of each input that values came from.
+        copies: by position, a copy of each of those inputs; only where weights are freed.
         weights: by position, a stamp of each weight that values came from.
         changes: how often those inputs have changed.
         fixed: values that don't depend on the timestep.
@@ -103,8 +110,14 @@ class Hoisted:
         rows: by timestep, its row in `table`.
     """
 
-    def __init__(self, plan: TimestepPlan | None = None, number: Callable[[Any], Hashable] | None = None) -> None:
-        self.plan, self._number = plan or TimestepPlan(), number
+    def __init__(
+        self,
+        plan: TimestepPlan | None = None,
+        number: Callable[[Any], Hashable] | None = None,
+        freeing: WeightFreeing | None = None,
+    ) -> None:
+        self.plan, self._number, self._freeing = plan or TimestepPlan(), number, freeing
+        self.copies: dict[int, Any] = {}
         self.inputs: dict[int, Hashable] = {}
         self.weights: dict[int, Stamp] = {}
         self.changes = 0
@@ -114,7 +127,7 @@ class Hoisted:
 
     def _clear(self) -> None:
         self.inputs.clear()
-        self.weights.clear()
+        self.copies, self.weights = {}, {}
         self.fixed: Values = {}
         self.last: tuple[StepKey, Values] = (0.0, {})
         self.table: Values = {}
@@ -129,10 +142,34 @@ class Hoisted:
     def weights_changed(self, args: Sequence[Any]) -> bool:
         """Whether weights that values came from have changed; if so, all values are dropped."""
         self.last = (0.0, {})  # no stamp of its weights was taken, for these values serve one step
+        if self._freeing is not None:
+            args = self._freeing.freed.stored(args)
         if all(stamp.matches(args[i]) for i, stamp in self.weights.items()):
             return False
         self._clear()
+        if self._freeing is not None:
+            self._freeing.plans.clear()
         return True
+
+    def is_planned(self, prologues: HasPrologues) -> bool:
+        """Whether the values of all expected timesteps are computed."""
+        assert self._freeing is not None
+        has_steps = not prologues.of_step or (bool(self.rows) and self.rows.keys() >= set(self.plan.expected))
+        return self.changes <= MAX_CHANGES and has_steps and self.fixed.keys() >= self._freeing.invariant
+
+    def planned(self) -> PlannedValues:
+        """All values, to be stored."""
+        return PlannedValues(self.copies, self.weights, self.fixed, self.table, self.rows)
+
+    def _take_planned(self, freeing: WeightFreeing, args: Sequence[Any], contents: Contents) -> None:
+        """Take the stored values for the call's conditioning, if there are any."""
+        plan = freeing.plan_for(args)
+        if plan is None:
+            return
+        assert self._number is not None
+        self.inputs = {i: contents[i] if i in contents else self._number(args[i]) for i in plan.inputs}
+        self.copies, self.weights = plan.inputs, plan.weights
+        self.fixed, self.table, self.rows = plan.fixed, plan.table, plan.rows
 
     def of(
         self, prologues: HasPrologues, positions: tuple[int, ...], args: Sequence[Any], timestep: StepKey | None,
@@ -161,6 +198,10 @@ class Hoisted:
             of_step = tuple(position for position in positions if prologues.hoisted[position].level == "step")
             self._levels[positions] = of_step, frozenset(positions) - frozenset(of_step)
         of_step, invariant = self._levels[positions]
+        if self._freeing is not None and contents is not None:
+            if not (self.fixed or self.rows):
+                self._take_planned(self._freeing, args, contents)
+            invariant = invariant | self._freeing.invariant
         if not invariant <= self.fixed.keys():
             self._compute_invariant(prologues, invariant, args, contents)
         values = self.fixed
@@ -184,7 +225,8 @@ class Hoisted:
         if timestep is not None:
             if self.last[0] == timestep and self.last[1].keys() >= set(positions):
                 return self.last[1]
-            if timestep not in self.rows and not (prologues.by_step or self.changes > MAX_CHANGES):
+            one_by_one = prologues.by_step and self._freeing is None
+            if timestep not in self.rows and not (one_by_one or self.changes > MAX_CHANGES):
                 self._fill(prologues, args, timestep, contents)
             if timestep in self.rows:
                 row = self.rows[timestep]
@@ -199,11 +241,16 @@ class Hoisted:
     def _fill(self, prologues: HasPrologues, args: Sequence[Any], timestep: StepKey, contents: Contents | None) -> None:
         """Compute the values of this timestep and the expected ones after it, where the prologue can be mapped over
         timesteps."""
-        limit = TABLE_BYTES // max(1, prologues.step_bytes)
+        limit = TABLE_BYTES
+        if self._freeing is not None:  # the weights go when the values are there
+            limit = max(limit, self._freeing.weight_bytes(args))
+        limit //= max(1, prologues.step_bytes)
         following = [key for key in self.plan.after(timestep) if type(key) is type(timestep)]
         coming = tuple(dict.fromkeys(following))[:limit]
         mapped = prologues.over_steps(prologues.of_step) if len(coming) > 1 else None
         if mapped is None:
+            if self._freeing is not None and coming:
+                self._fill_one_by_one(prologues, args, coming, contents)
             return
         variant, run = mapped
         inputs = self._inputs(prologues, variant, args, contents)
@@ -222,6 +269,24 @@ class Hoisted:
         self.table = dict(zip(prologues.of_step, values, strict=True))
         self.rows = {time: row for row, time in enumerate(coming)}
 
+    def _fill_one_by_one(
+        self, prologues: HasPrologues, args: Sequence[Any], coming: Sequence[StepKey], contents: Contents | None
+    ) -> None:
+        """The same where the prologue can't be mapped over timesteps."""
+        gives = prologues.of_step
+        variant, run = prologues.ready.get(gives) or prologues.prologue(gives, args)
+        inputs = self._inputs(prologues, variant, args, contents)
+        steps = torch.tensor(coming, dtype=torch.float64).reshape(len(coming), -1)  # [steps, timestep inputs]
+        found: list[Sequence[Any]] = []
+        for step in steps:
+            for time, position in zip(step.tolist(), prologues.timesteps, strict=True):
+                if position in variant.takes:
+                    inputs[variant.takes.index(position)] = torch.full_like(args[position], time)
+            found.append(run(inputs))
+        by_value = zip(*found, strict=True)
+        self.table = {position: torch.stack(values) for position, values in zip(gives, by_value, strict=True)}
+        self.rows = {time: row for row, time in enumerate(coming)}
+
     def _inputs(
         self, prologues: HasPrologues, variant: Variant, args: Sequence[Any], contents: Contents | None,
         lasting: bool = True,
@@ -230,12 +295,16 @@ class Hoisted:
         if the prologue's values serve more than one step (`lasting`)."""
         if not self.fixed.keys() >= set(variant.hoists):
             self._compute_invariant(prologues, variant.hoists, args, contents)
+        if prologues.freed and any(prologues.freed.has(args[i]) for i in variant.takes):
+            args = prologues.freed.values(args)
         if contents is not None and self.changes <= MAX_CHANGES:
             assert self._number is not None
             for i in variant.takes:
                 if i in prologues.condition:
                     if i not in self.inputs:
                         self.inputs[i] = contents[i] if i in contents else self._number(args[i])
+                        if self._freeing is not None:
+                            self.copies[i] = args[i].clone() if isinstance(args[i], torch.Tensor) else args[i]
                 elif (
                     lasting
                     and i not in prologues.timesteps

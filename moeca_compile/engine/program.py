@@ -11,6 +11,8 @@ import torch
 from moeca_compile.engine.adjacent import expert_weights, put_side_by_side
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
 from moeca_compile.engine.compiler import Compiler
+from moeca_compile.engine.freeing.plan import WeightFreeing
+from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.engine.prologues import Prologues
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.errors import CaptureError
@@ -38,12 +40,14 @@ class Program:
         captured: `gm` captured for such arguments; default: it is captured now.
         pipeline: the passes that make its programs.
         key: equal for graphs that compute the same from other weights; default: equal to no other.
+        freed: the freed weights of the handle; None: none will be freed.
 
     Attributes:
         analysis: the captured graph, with its regions and inputs.
         compiler: of the graph's variants.
         compiled_schedule: the handle's schedule for the graph.
         prologues: programs of the hoisted values.
+        freeing: frees weights that only they read; None: `free_hoisted` isn't set.
         timestep, latent, condition: positions of these inputs among a call's arguments.
         more_timesteps: positions of further timesteps.
         caches: positions of the inputs that the model overwrites in place; their new values follow its results.
@@ -62,9 +66,10 @@ class Program:
     def __init__(
         self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options,
         schedule: Schedule | None = None, warned: Warned | None = None, captured: Capture | None = None,
-        pipeline: Pipeline = WITH_PROLOGUES, key: Hashable = None,
+        pipeline: Pipeline = WITH_PROLOGUES, key: Hashable = None, freed: FreedWeights | None = None,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
+        freed = freed if options.free_hoisted else None
         self.options, self.warned, self.is_announced = options, warned or Warned(), False
         self.key = object() if key is None else key
         self.compiler = Compiler(options, args)
@@ -73,7 +78,7 @@ class Program:
         self.regions = facts.regions
         self.compiler.inputs = facts.inputs
         self.packs_experts = options.pack_experts and self._can_pack()
-        self.prologues = Prologues(self.analysis, self.compiler)
+        self.prologues = Prologues(self.analysis, self.compiler, freed)
         self.timestep = next(iter(self.prologues.timesteps), None)
         self.more_timesteps, self.condition = self.prologues.timesteps[1:], self.prologues.condition
         self.nodes, self.roles = len(self.analysis.gm.graph.nodes), (facts.roles.timestep, facts.roles.latent)
@@ -94,6 +99,7 @@ class Program:
         self.buffers = Buffers() if options.cuda_graphs else None
         self.warn_of_size(schedule)
         self.compiled_schedule = self.compiled(schedule.with_interval(self._cheap_share(schedule)))
+        self.freeing = None if freed is None else WeightFreeing(freed, self.prologues, self.compiled_schedule)
         self.compiler.note("capture", begin, self.analysis.records)
 
     def compiled(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.compiler import Compiler
+from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.errors import LoweringError, warn
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import without_autocast
@@ -30,9 +31,11 @@ class Prologues:
         timesteps, condition: positions of these inputs among a call's arguments.
         ready: each compiled prologue, by the positions of the values that it computes.
         by_step: values can't be computed for many timesteps at once.
+        weights: positions of the weights that the graph reads.
+        freed: the freed weights of the handle; None: none will be freed.
     """
 
-    def __init__(self, analysis: Analysis, compiler: Compiler) -> None:
+    def __init__(self, analysis: Analysis, compiler: Compiler, freed: FreedWeights | None = None) -> None:
         facts = analysis.facts
         positions = {source.name: i for i, source in enumerate(facts.inputs)}
         self.hoisted = facts.hoisted
@@ -41,7 +44,9 @@ class Prologues:
         self.timesteps = tuple(positions[name] for name in facts.roles.timesteps)
         self.condition = tuple(positions[name] for name in facts.roles.condition)
         self.ready: dict[tuple[int, ...], tuple[Variant, Executable]] = {}
-        self._analysis, self._compiler = analysis, compiler
+        self._analysis, self._compiler, self.freed = analysis, compiler, freed
+        inputs = enumerate(zip(fx.placeholders(analysis.gm), facts.inputs, strict=True))
+        self.weights = tuple(i for i, (node, source) in inputs if source.is_weight and node.users)
         self._built: dict[tuple[int, ...], Variant] = {}
         self._mapped: dict[tuple[int, ...], Executable] = {}
         # in the interpreter each value must be bitwise that of one step computed alone
@@ -92,7 +97,10 @@ class Prologues:
 
     def _runs_at_every_step(self, gives: tuple[int, ...], args: Sequence[Any]) -> bool:
         """Whether the program runs at every step: it depends on the timestep, which the host doesn't read. Any other
-        program runs once a trajectory; for all steps together if the timesteps are known."""
+        program runs once a trajectory; for all steps together if the timesteps are known. Freed weights are at another
+        address at each run, so a CUDA graph can't read them."""
+        if self.freed is not None:
+            return False
         unread = self._compiler.options.cuda_graphs or any(map(needs_device_sync, args))
         return unread and any(self.hoisted[position].level == "step" for position in gives)
 

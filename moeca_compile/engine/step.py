@@ -124,7 +124,8 @@ def _run(
         hoisted = stream.hoisted.of(program.prologues, variant.hoists, args, key, contents)
     compiling = compiler.spent - compiled_before
     begin, hoisting = begin + compiling, time.perf_counter() - start - compiling
-    arguments = compiled.arguments(variant, args, state, step, hoisted)
+    graph_args = args if program.freeing is None else program.freeing.arguments(variant.takes, args)
+    arguments = compiled.arguments(variant, graph_args, state, step, hoisted)
     run = variants.executables.get(row)
     if run is None:
         compile_start = time.perf_counter()
@@ -141,6 +142,8 @@ def _run(
         if state is not None:
             finite = _finite(results[0]) if variant.writes else True
             driver.keep(state, step, row, variant.writes, results[variant.outputs :], finite)
+    if program.freeing is not None and stream is not None:
+        program.freeing.after_call(compiled, [other.hoisted for other in graph.streams.values()], args, step)
     full = variants.built.get(driver.full) or variants.variant(driver.full)
     ms = (end - start + hoisting) * 1e3
     overhead = (time.perf_counter() - begin) * 1e3 - ms

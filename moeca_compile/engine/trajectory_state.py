@@ -154,7 +154,7 @@ class TrajectoryState:
 
     def stream(self, compiled: CompiledSchedule, graph: GraphState, name: Hashable, step: int) -> Stream:
         """Add a stream at its first call, number `step`. It is empty, or continues that of the model before it."""
-        hoisted = Hoisted(self.timestep_plan, self.probe.contents.number)
+        hoisted = Hoisted(self.timestep_plan, self.probe.contents.number, compiled.program.freeing)
         stream = graph.streams[name] = Stream(compiled.state(), hoisted)
         before = self._predecessor(compiled, graph, name, step) if self._hands_over else None
         if before is not None:

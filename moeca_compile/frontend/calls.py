@@ -22,6 +22,7 @@ from torch._dynamo import config
 from torch.fx import GraphModule
 from torch.nn import Module
 
+from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import RAN_EAGERLY
 from moeca_compile.frontend.graph_breaks import GraphBreak, break_after
@@ -71,6 +72,7 @@ class Gate:
         uncached_calls: number of calls that ran no graph of this backend.
         covered: whether the handle's calls are cached even if they run no graph.
         warned: counts the handle's warnings.
+        freed: weights of the handle that were freed; None: none will be.
         raise_limit: raises Dynamo's recompile limit during a call; None: the limit stays.
     """
 
@@ -81,6 +83,7 @@ class Gate:
         self.covered = False
         self.warned = Warned()
         self.raise_limit: Callable[[], Callable[[], None]] | None = None
+        self.freed: FreedWeights | None = None
         _gates.add(self)
 
     def __call__(self) -> Callable[[], None]:
@@ -88,6 +91,9 @@ class Gate:
         CALLS.last = call = Call(self, CALLS.last)
         if self.raise_limit is not None:
             call.restore = self.raise_limit()
+        if self.freed is not None:
+            call.freed = self.freed
+            call.freed.enter()
         return call.end
 
     def count(self) -> None:
@@ -117,13 +123,15 @@ class Call:
         breaks: the graph breaks between them.
         report: called with both when the call ends; None: the graph isn't broken.
         restore: restores Dynamo's recompile limit.
+        freed: freed weights, which hold their stand-ins until the call ends.
     """
 
-    __slots__ = ("breaks", "gate", "holds_gate", "is_outdated", "outer", "parts", "report", "restore")
+    __slots__ = ("breaks", "freed", "gate", "holds_gate", "is_outdated", "outer", "parts", "report", "restore")
 
     def __init__(self, gate: Gate, outer: Call | None) -> None:
         self.gate, self.outer, self.holds_gate, self.is_outdated = gate, outer, True, False
         self.restore: Callable[[], None] | None = None
+        self.freed: FreedWeights | None = None
         self.parts = 0
         self.breaks: list[GraphBreak] = []
         self.report: Callable[[int, list[GraphBreak]], None] | None = None
@@ -146,6 +154,8 @@ class Call:
         CALLS.last = self.outer
         if self.restore is not None:
             self.restore()
+        if self.freed is not None:
+            self.freed.leave()
         if sys.exc_info()[0] is None:
             if self.holds_gate and not self.gate.covered:
                 self.gate.uncached_calls += 1

@@ -129,7 +129,7 @@ class Entry:
         if INTERCEPTORS.get():
             interceptor = interceptor_of(context)
             if interceptor is not None:
-                return interceptor(self, args, runtime)
+                return interceptor(self, runtime.freed.values(args), runtime)
         try:
             program, arrangement = self._find(args, runtime, weights)
         except CaptureError as error:
@@ -223,7 +223,7 @@ class Entry:
     def _run_as_given(self, args: Sequence[Any], state: HandleState) -> tuple[Any, ...]:
         if self._uncached is None:
             self._uncached = lower_as_given(self.gm, state.options)
-        return tuple(self._uncached(*args))
+        return tuple(self._uncached(*state.runtime.freed.values(args)))
 
     def step(
         self,
@@ -353,9 +353,8 @@ class Entry:
         if not captured.caches and runtime.find(any_strides_key) is not None:  # a copy isn't the caller's cache
             return self._beside(key, any_strides_key, runtime, captured)
         warn_of_shapes(captured, runtime.programs.values(), runtime.warned)
-        program = Program(
-            gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured, key=graph_key
-        )
+        settings = runtime.options, runtime.schedule, runtime.warned
+        program = Program(gm, args, self.inputs, *settings, captured, key=graph_key, freed=runtime.freed)
         program.compiler.compile_id = self._compile_id
         graph = partial(text_of, program.analysis.gm)
         log_capture(program.regions, program.roles, program.schedule, graph, self._compile_id)

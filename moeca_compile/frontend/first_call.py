@@ -63,6 +63,7 @@ def is_outdated(owner: Owner | None, state: HandleState, is_full_model: bool, ca
         if not _has_hooks(owner):
             _call_again(owner)
         return True
+    state.runtime.freed.models.update(owner.modules)
     reports = [prepare(module) for module in owner.modules]
     first.rejected = tuple(rejected for report in reports for rejected in report.rejected)
     _warn_of_followed(state, [dispatch for report in reports for dispatch in report.followed])

@@ -75,6 +75,8 @@ class HandleState:
         self.first, self.is_full_model = FirstCalls(), dict[int, bool]()
         trajectories = None if context is None else getattr(_compiler_of(context), "trajectories", None)
         self.runtime = HandleRuntime(context, options, schedule, self.warned, self.lock, trajectories)
+        if context is not None and options.free_hoisted:
+            gate_of(context).freed = self.runtime.freed
         self.parts, self.uncached = 0, ""
         self.announced: set[object] = set()
         _ALL.add(self)
@@ -109,6 +111,7 @@ def _forget(key: int) -> Callable[[object], None]:
         state = STATES.get(key)
         if state is not None and state.context is ref:
             del STATES[key]
+            state.runtime.freed.restore()
 
     return forget
 

@@ -70,6 +70,8 @@ class Stats:
         compile_seconds: seconds of capturing, rewriting and compiling, by variant name. `kernels`: seconds of waiting
             for the C++ compiler, for all variants of a `warmup` together.
         hoisted_bytes: bytes of hoisted values, which don't depend on the latent.
+        freed_bytes: bytes that `free_hoisted` has freed on the device: those of the weights that only prologues read,
+            less those of the largest, in whose memory stand-ins lie.
         uncached: where and why calls ran uncached, and the remedy: graph breaks, or a graph that isn't cached.
         warnings: how often each warning of this handle came up; each text is shown once.
         trajectories: the records of each trajectory since the last `reset`, in order; the last is `steps`. At most 256
@@ -84,6 +86,7 @@ class Stats:
     graphs: int
     compile_seconds: dict[str, float]
     hoisted_bytes: int = 0
+    freed_bytes: int = 0
     warnings: Mapping[str, int] = field(default_factory=dict)
     uncached: str = ""
     trajectories: tuple[tuple[StepRecord, ...], ...] = ()
@@ -109,6 +112,8 @@ class Stats:
             f"{self.mac_fraction:.1%} of the MACs, {self.state_bytes / 2**20:.2f} MiB of state, "
             f"{self.graphs} graph(s){none}"
         ]
+        if self.freed_bytes:
+            lines[0] += f"; {self.freed_bytes / 2**20:.2f} MiB of weights freed"
         if self.uncached:
             lines.append(self.uncached)
         if self.steps:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from moeca_compile.engine.compiled_schedule import CompiledSchedule, Run
+from moeca_compile.engine.freeing.plan import WeightFreeing
+from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.errors import BundleError, InvariantError, LoweringError
 from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.regions import HoistedValue
@@ -80,7 +82,7 @@ class LoadedPrologues:
     """The prologues of one size: one for the values of a trajectory, one for those of a step.
 
     Attributes:
-        hoisted, of_step, step_bytes, timesteps, condition, ready, by_step: as in `engine/prologues.py`.
+        hoisted, of_step, step_bytes, timesteps, condition, ready, by_step, freed: as in `engine/prologues.py`.
     """
 
     def __init__(self, folder: Path, size: SizeSpec) -> None:
@@ -90,6 +92,7 @@ class LoadedPrologues:
         self.timesteps, self.condition = size.timesteps, size.condition
         self.ready: dict[tuple[int, ...], tuple[Variant, Run]] = {}
         self.by_step = True  # native code has fixed sizes
+        self.freed: FreedWeights | None = None
         self._programs = [(spec, native_code(folder / spec.file)) for spec in size.prologues]
 
     def prologue(self, gives: tuple[int, ...], args: Sequence[Any]) -> tuple[Variant, Run]:
@@ -147,7 +150,7 @@ class LoadedProgram:
     Attributes:
         size: what the manifest says of the size.
         compiled_schedule: what `run_step` runs.
-        warned, prologues, compiler, timestep, more_timesteps, latent, condition, caches, buffers, key: as in
+        warned, prologues, compiler, timestep, more_timesteps, latent, condition, caches, buffers, key, freeing: as in
             `engine/program.py`.
     """
 
@@ -162,6 +165,7 @@ class LoadedProgram:
         self.caches: tuple[int, ...] = ()
         self.buffers: Buffers | None = None
         self.key: Hashable = object()
+        self.freeing: WeightFreeing | None = None
         self.compiled_schedule = CompiledSchedule(self, schedule, LoadedVariants(folder, size, schedule))
         self._args = [weights[entry.weight] if entry.weight else None for entry in size.arguments]
         self._takes = [(i, entry.leaf) for i, entry in enumerate(size.arguments) if entry.leaf is not None]

@@ -65,6 +65,7 @@ def stats_of(states: Sequence[Ran]) -> Stats:
         graphs=graphs,
         compile_seconds=seconds,
         hoisted_bytes=hoisted_bytes,
+        freed_bytes=sum(state.runtime.freed.bytes for state in states),
         warnings=dict(warned),
         uncached=uncached,
         trajectories=(*earlier, tuple(steps)) if steps else tuple(earlier),
