@@ -28,6 +28,7 @@ settings.load_profile("ours")
 torch_once.import_without_collector()
 torch_once.measure_no_guards()
 torch_once.trace_for_nobody()
+torch_once.log_no_settings()
 torch_once.read_onnx_functions_once()
 
 # where passes are under test each is checked after it ran; elsewhere that would only take time
@@ -35,7 +36,6 @@ VERIFIED = {"passes", "graph", "lowering", "architectures", "real", "test_golden
 VERIFY = os.environ.get("MOECA_VERIFY")
 
 FOUND: facts.Facts = {}
-last_file = Path()  # whose tests ran last in this process
 
 
 @pytest.fixture
@@ -73,10 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    global last_file
-    if item.path != last_file:
-        last_file = item.path
-        torch_once.forget_sizes()
+    torch_once.forget_sizes()
     here = item.path.relative_to(Path(__file__).parent).parts[0]
     os.environ["MOECA_VERIFY"] = VERIFY if VERIFY is not None else "1" if here in VERIFIED else ""
 

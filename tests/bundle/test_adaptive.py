@@ -69,7 +69,7 @@ def test_golden_steps_run_every_variant(bundle: Bundle) -> None:
 
 
 def test_rows_that_the_drift_never_chooses_are_named(tmp_path: Path) -> None:
-    never = Schedule(SCHEDULE.rows, SCHEDULE.regions, adaptive=Adaptive((1e9, 1e8), most=50))
+    never = Schedule(((C, C), (C, F), (F, F)), SCHEDULE.regions, adaptive=Adaptive((1e9, 1e8), most=50))
     with pytest.warns(MoecaWarning, match="no golden step runs v1: in 26 steps the drift never chose their rows"):
         moeca.export(small_model(), call_of(2), never, tmp_path / "b", dynamic_batch=False)
 

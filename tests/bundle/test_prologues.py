@@ -18,7 +18,7 @@ from moeca_compile.errors import BundleError, MoecaError, OptionError
 from moeca_compile.lowering.tensorrt.build import build_engines
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.graphs import graph_of, nodes_of
-from moeca_compile.runtime.bundle.verify import relative_error, verify
+from moeca_compile.runtime.bundle.verify import relative_error
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, named, small_model
 from tests.bundle.test_bad_bundles import seal
@@ -68,7 +68,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def of_prompts(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("prompted") / "b"
     targets = ("onnx", "openvino")
-    return moeca.export(prompted(), (*call_of(2), prompt_of(2)), "uniform:3", path, targets=targets)
+    call = (*call_of(2), prompt_of(2))
+    return moeca.export(prompted(), call, "uniform:3", path, targets=targets, dynamic_batch=False)
 
 
 def calls(batch: int = 2) -> list[tuple[torch.Tensor, ...]]:
@@ -173,18 +174,6 @@ def test_a_table_s_range_is_known_where_only_a_prologue_reads_it(bundle: Bundle)
     labels = next(spec for spec in bundle.manifest.inputs if spec.name == "y")
     assert labels.range == (0, 11)
     assert "y" not in bundle.manifest.variants[0].takes
-
-
-def test_further_sizes_have_their_own(tmp_path: Path) -> None:
-    model = small_model(size=8)
-    model.pos.data = model.pos.data[:, :1]  # one row for any number of tokens
-    others = [call_of(2, size=4)]
-    bundle = moeca.export(model, call_of(2), "uniform:2", tmp_path / "b", other_sizes=others, dynamic_batch=False)
-    assert {"prologue_step.onnx", "size_1_prologue_step.onnx"} <= set(bundle.manifest.files)
-    session = Session.open(bundle.path, threads=1)
-    assert verify(session).passed
-    for call in (call_of(2), call_of(2, size=4)):
-        assert relative_error(session.run(named(call))["output"], model(*call).numpy()) < 1e-4
 
 
 @pytest.mark.parametrize(

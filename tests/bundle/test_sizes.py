@@ -124,6 +124,10 @@ def test_the_weights_are_there_once(sized: Bundle, model: DiT) -> None:
     assert [len(one.graphs) for one in (sized, *sized.sizes)] == [2, 2]
 
 
+def test_each_size_has_its_own_prologue(sized: Bundle) -> None:
+    assert {"prologue_step.onnx", "size_1_prologue_step.onnx"} <= set(sized.manifest.files)
+
+
 def test_all_sizes_are_verified(session: Session, sized: Bundle) -> None:
     verdict = verify(session)
     assert verdict.passed

@@ -37,6 +37,18 @@ LOOPS: dict[str, Callable[[Any], Loop]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def shared() -> nn.Module:
+    return compiled(dit())
+
+
+@pytest.fixture
+def model(shared: nn.Module) -> nn.Module:
+    """Captured once for all tests that leave it as it is."""
+    moeca.reset(shared)
+    return shared
+
+
 class Ways:
     """How often a model's calls went Dynamo's way."""
 
@@ -58,8 +70,7 @@ def frozen(model: nn.Module, loop: Callable[[Any], Loop]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-def test_a_frozen_trajectory_gives_the_same_bits_past_dynamo(loop: Callable[[Any], Loop]) -> None:
-    model = compiled(dit())
+def test_a_frozen_trajectory_gives_the_same_bits_past_dynamo(loop: Callable[[Any], Loop], model: nn.Module) -> None:
     truth = under_compile_lock(model, loop)
     ways = Ways(model)
     for _ in range(2):
@@ -82,8 +93,7 @@ def test_graphs_for_many_sizes_are_given_the_sizes() -> None:
     assert ways.count == 2
 
 
-def test_a_named_stream_is_frozen_with_its_own_count() -> None:
-    model = compiled(dit())
+def test_a_named_stream_is_frozen_with_its_own_count(model: nn.Module) -> None:
     truth = under_compile_lock(model, plain)
     streams = {name: moeca.trajectory(model, 10, name, frozen=True) for name in ("a", "b")}
     loops = [plain(model, enter=lambda _, name=name: streams[name]) for name in streams]
@@ -268,8 +278,7 @@ def test_modes_are_looked_at() -> None:
         module.requires_grad_(False)
 
 
-def test_warmup_explain_and_reset_inside() -> None:
-    model = compiled(dit())
+def test_warmup_explain_and_reset_inside(model: nn.Module) -> None:
     truth = under_compile_lock(model, plain)
     given = noise(0, 2), torch.full((2,), 900.0), torch.tensor([1, 2])
     with moeca.trajectory(model, frozen=True):
@@ -294,8 +303,7 @@ def test_another_model_inside_and_calls_outside_have_no_shortcut() -> None:
     assert ways[0].count == len(truth)
 
 
-def test_threads_have_their_own() -> None:
-    model = compiled(dit())
+def test_threads_have_their_own(model: nn.Module) -> None:
     truth, found = under_compile_lock(model, plain), dict[int, list[Tensor]]()
 
     def work(i: int) -> None:

@@ -32,7 +32,7 @@ OUTSIDE = {"digits.moeca"}  # what the example before it writes
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = DiT("numpy", depth=1, dim=16, hidden=24, heads=2, channels=1).eval().requires_grad_(False)
+    model = DiT("dense", depth=1, dim=16, hidden=24, heads=2, channels=1, num_experts=2).eval().requires_grad_(False)
     path = tmp_path_factory.mktemp("http") / "digits.moeca"
     inputs = torch.randn(2, 1, 8, 8), torch.full((2,), 1000.0), torch.tensor([1, 2])
     moeca.export(model, inputs, "uniform:3", path)

@@ -15,7 +15,13 @@ from torch import nn
 import moeca_compile as moeca
 from moeca_compile.errors import CaptureError, MoecaWarning
 from tests.frontend.test_adapters import call, compiled, follows
-from tests.sampling import dit
+from tests.models import DiT
+
+
+def dit() -> nn.Module:
+    """With few layers: each hook is a graph of its own."""
+    torch.manual_seed(0)
+    return DiT(depth=1, num_experts=2, top_k=1, shared=False).eval().requires_grad_(False)
 
 
 def accelerated(module: nn.Module) -> None:
@@ -48,7 +54,7 @@ def right(model: Any, module: nn.Module) -> list[str]:
     [
         (accelerated, "an accelerate hook (AlignDevicesHook)", "enable_model_cpu_offload()"),
         (cast, "a diffusers hook (layerwise_casting)", "in the dtype that they compute in"),
-        (grouped, "a diffusers hook (", "enable_model_cpu_offload()"),
+        pytest.param(grouped, "a diffusers hook (", "enable_model_cpu_offload()", marks=pytest.mark.slow),
     ],
 )
 def test_hooks_put_on_after_compiling(offload: Callable[[nn.Module], None], hook: str, remedy: str) -> None:

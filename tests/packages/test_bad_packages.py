@@ -147,6 +147,7 @@ moeca.save(compiled(small_model()), sys.argv[1], *call_at())
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "package")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)

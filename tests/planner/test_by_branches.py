@@ -55,6 +55,7 @@ def test_the_better_of_both_is_returned(found: Schedule) -> None:
     assert tried["mac_fraction"] <= 0.65
 
 
+@pytest.mark.slow
 def test_whole_regions_are_returned_where_they_are_better(model: nn.Module) -> None:
     """At a smaller budget the branches cost a full step that is worth more."""
     found = moeca.calibrate(model, sample, budget="macs:0.5", branches=0.1, **QUICK)

@@ -268,7 +268,7 @@ def test_more_calls_than_declared_are_refused(model: nn.Module) -> None:
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style", ["numpy", "dense"])
+@pytest.mark.parametrize("style", ["numpy", pytest.param("dense", marks=pytest.mark.slow)])
 def test_instances_of_one_class_that_take_turns_share_nothing(style: str) -> None:
     """They share one Dynamo callable, and their loops look alike."""
     models = [compiled(dit(seed, style)) for seed in range(2)]

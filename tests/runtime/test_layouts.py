@@ -30,7 +30,7 @@ def test_strides_of_single_elements_make_no_other_program() -> None:
     assert sum(record.variant != "v0" for record in records(model)) >= 4
 
 
-@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("first", [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)])
 def test_a_latent_in_changing_memory_formats_is_one_trajectory(first: torch.memory_format) -> None:
     """What was kept serves all of them; results lie as they would without the cache."""
     other = torch.channels_last if first is torch.contiguous_format else torch.contiguous_format

@@ -78,7 +78,7 @@ def wrong(
     return [key for key, outputs in found if not same(outputs, truth[key])]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["unnamed", pytest.param("named", marks=pytest.mark.slow), "frozen"])
 def test_each_thread_gets_what_it_gets_by_itself(way: str) -> None:
     model = compiled(dit())
     assert wrong(model, model, way, each=2, steps=4) == []
@@ -93,7 +93,8 @@ def test_a_hundred_and_sixty_trajectories(kind: str, way: str) -> None:
     assert wrong(compiled(module), serial, way, each=20, steps=10) == []
 
 
-@pytest.mark.parametrize("way", ["unnamed", pytest.param("named", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/runtime/test_threads.py has a quick one
+@pytest.mark.parametrize("way", ["unnamed", "named"])
 def test_threads_that_meet_an_unprepared_model_at_once(way: str) -> None:
     """Each of their first calls is the first step of its trajectory, though it comes in broken parts."""
     module = dit()

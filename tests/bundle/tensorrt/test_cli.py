@@ -32,6 +32,7 @@ def nothing() -> tuple[None, None]:
     return None, None
 
 
+@pytest.mark.slow  # `make engines` runs it too
 def test_engines(lowered: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
     shutil.copytree(lowered.path, tmp_path / "b")
@@ -62,14 +63,14 @@ def test_triton(exported: Bundle, tmp_path: Path) -> None:
     ("words", "asked"), [((), None), (("--arch", "sm_89,sm_120"), EngineRequest(arch=("sm_89", "sm_120")))]
 )
 def test_export(
-    lowered: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], asked: Any
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], asked: Any
 ) -> None:
     """What reaches the export, and what is printed of its bundle."""
     given: dict[str, Any] = {}
 
     def export(model: Any, inputs: Any, schedule: str, path: Path, **options: Any) -> Bundle:
         given.update(options)
-        return lowered
+        return exported
 
     monkeypatch.setattr(exporting, "export", export)
     where = "--triton", tmp_path / "models"
