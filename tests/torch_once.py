@@ -26,7 +26,6 @@ def collect_rarely() -> None:
     dynamo = importlib.import_module("torch._dynamo.config")
     if hasattr(dynamo, "run_gc_after_compile"):
         dynamo.run_gc_after_compile = False
-    gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 50)
     gc.enable()

@@ -69,7 +69,7 @@ def model() -> DiT:
 @pytest.fixture(scope="session")
 def schedule(model: DiT) -> Schedule:
     """All computed, all forecast, attention only, all forecast; the last three for ever."""
-    keys = tuple(region.key for region in moeca.explain(model, *call_of(2)).regions)
+    keys = tuple(region.key for region in moeca.explain(model, *call_of(2), inner="eager").regions)
     assert len(keys) == 2
     return Schedule((row("CC"), row("FF"), row("CF"), row("CC"), row("FR")), keys, order=1, period=4)
 

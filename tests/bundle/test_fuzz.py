@@ -18,7 +18,7 @@ from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, named
 
-BYTES, ENTRIES, SEALED = 400, 300, 200
+BYTES, ENTRIES, SEALED = 240, 180, 120
 FEWER = 4  # times, where every bundle that opens is compiled for seconds
 STEPS = 4
 

@@ -240,14 +240,14 @@ def test_mutated_manifests(of_prompts: Bundle, tmp_path: Path) -> None:
     shutil.copytree(of_prompts.path, folder)
     original = json.loads((folder / "manifest.json").read_text())
     expected, refused = run_of(folder), 0
-    for _ in range(100):
+    for _ in range(60):
         (folder / "manifest.json").write_text(json.dumps(original))
         edit_manifest(folder, lambda data: mutate_entry(data, dice))
         try:
             assert run_of(folder) == expected
         except MoecaError:
             refused += 1
-    assert refused > 50
+    assert refused > 30
 
 
 def run_of(folder: Path) -> list[bytes]:

@@ -33,7 +33,7 @@ from tests.bundle.test_fuzz import mutate_entry
 from tests.models import DiT
 
 SIZES = (8, 4)
-MUTATIONS = 150
+MUTATIONS = 100
 SCHEDULE = "uniform:2"
 
 

@@ -87,6 +87,7 @@ def test_training_reaches_every_parameter() -> None:
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
+@pytest.mark.slow
 def test_trained_model_is_captured_whole() -> None:
     """One graph, the router of every layer seen through its selection bias, all experts behind it."""
     model = dsmoe.load_digits().requires_grad_(False)

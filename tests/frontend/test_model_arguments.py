@@ -305,7 +305,7 @@ def test_explain_takes_the_model_s_keywords() -> None:
     for one in (model(), moeca.compile(model(), **EAGER)):
         report = moeca.explain(one, x, t=t, y=y, inner="eager", schedule="uniform:3")
         assert len(report.regions) == 2
-        assert len(moeca.explain(one, x, keywords={"t": t, "y": y}).regions) == 2
+        assert len(moeca.explain(one, x, keywords={"t": t, "y": y}, inner="eager").regions) == 2
 
 
 def test_explain_refuses_a_keyword_that_is_neither() -> None:
@@ -314,4 +314,4 @@ def test_explain_refuses_a_keyword_that_is_neither() -> None:
     with pytest.raises(OptionError, match=r"did you mean 'granularity'\? If the model takes it: keywords="):
         moeca.explain(Takes(depth=1).eval(), *inputs(), granularty="region")
     x, t, y = inputs()
-    assert len(moeca.explain(Takes(depth=1).eval(), x, t=t, y=y, image=None).regions) == 2
+    assert len(moeca.explain(Takes(depth=1).eval(), x, t=t, y=y, image=None, inner="eager").regions) == 2

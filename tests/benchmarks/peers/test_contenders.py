@@ -54,6 +54,7 @@ def counted(calls: Counter[str]) -> float:
     return ran / QUICK.steps + macs.without_modules(WORK)
 
 
+@pytest.mark.slow
 def test_shares_of_the_parts_are_those_that_moeca_counts() -> None:
     """By two counters: torch's on the model as shipped, moeca's on its graph."""
     found = moeca.explain(WORK.shipped(), *WORK.inputs_of(BATCH))
