@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.fx import config as fx_config
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
@@ -182,7 +183,7 @@ def _quiet() -> Iterator[None]:
 def _without_stack_traces() -> Iterator[None]:
     """torch would write down for every node of its traces which Python line made it. These are lines of torch, nothing
     of them is in the ONNX graph, and they take a tenth of the time."""
-    config: Any = torch.fx.config  # a version without this option reads nothing there
+    config: Any = fx_config  # a version without this option reads nothing there
     before = getattr(config, "do_not_emit_stack_traces", False)
     config.do_not_emit_stack_traces = True
     try:
