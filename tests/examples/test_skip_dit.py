@@ -179,7 +179,7 @@ def windowed(steps: int, interval: int, window: tuple[float, float]) -> Schedule
     return Schedule(tuple(R if here and (step - start) % interval else C for step, here in enumerate(inside)), order=0)
 
 
-@pytest.mark.parametrize(("kept", "interval"), [(1, 5), (2, 3)])
+@pytest.mark.parametrize(("kept", "interval"), [(2, 3), pytest.param(1, 5, marks=pytest.mark.slow)])
 def test_skip_span_is_skip_cache(kept: int, interval: int) -> None:
     model = tiny()
     cached = moeca.compile(model, schedule=f"uniform:{interval}", granularity=f"skip:{kept}", **EAGER)
@@ -189,7 +189,10 @@ def test_skip_span_is_skip_cache(kept: int, interval: int) -> None:
     assert moeca.stats(cached).graphs == 1
 
 
-@pytest.mark.parametrize(("kept", "interval", "window"), [(1, 2, (200.0, 800.0)), (2, 3, (0.0, 650.0))])
+@pytest.mark.parametrize(
+    ("kept", "interval", "window"),
+    [(1, 2, (200.0, 800.0)), pytest.param(2, 3, (0.0, 650.0), marks=pytest.mark.slow)],
+)
 def test_skip_span_with_a_window(kept: int, interval: int, window: tuple[float, float]) -> None:
     model, schedule = tiny(), windowed(10, interval, window)
     cached = moeca.compile(model, schedule=schedule, granularity=f"skip:{kept}", **EAGER)

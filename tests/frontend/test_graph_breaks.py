@@ -133,8 +133,15 @@ def equal(found: list[Tensor], truth: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
-@pytest.mark.parametrize("schedule", ["uniform:3", "full"])
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(
+    ("by_hand", "schedule"),
+    [
+        (False, "uniform:3"),
+        (True, "full"),
+        pytest.param(True, "uniform:3", marks=pytest.mark.slow),
+        pytest.param(False, "full", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_model_whose_graph_breaks_runs_in_parts_and_says_so_once(
     kind: type[nn.Module], by_hand: bool, schedule: str

@@ -119,10 +119,10 @@ def moved(module: nn.Module) -> None:
 def test_changed_weights_are_packed_again(change: Callable[[nn.Module], None]) -> None:
     module = dit()
     model = compiled(module, pack_experts=True)
-    for _ in range(2):
-        for one, truth in zip(run(plain(model)), run(plain(compiled(copy.deepcopy(module)))), strict=True):
-            torch.testing.assert_close(one, truth, rtol=1e-4, atol=1e-5)
-        change(module)
+    run(plain(model))
+    change(module)
+    for one, truth in zip(run(plain(model)), run(plain(compiled(copy.deepcopy(module)))), strict=True):
+        torch.testing.assert_close(one, truth, rtol=1e-4, atol=1e-5)
 
 
 def test_full_with_packed_experts_follows_weights_that_change_in_the_middle() -> None:
