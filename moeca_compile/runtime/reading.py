@@ -12,6 +12,8 @@ from typing import Any
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.manifest import MANIFEST, FileSpec
 
+LARGEST_TEXT = 1 << 26  # bytes; a manifest or a schedule beyond this is no such thing
+
 
 def verified(folder: Path, name: str, files: Mapping[str, FileSpec], keep: bool = True) -> bytes:
     """The bytes of a file, if they are what the manifest says.
@@ -32,7 +34,7 @@ def verified(folder: Path, name: str, files: Mapping[str, FileSpec], keep: bool 
     size = file.stat().st_size
     if size != listed.bytes:
         raise BundleError(
-            f"{name} has {size} bytes, the manifest says {listed.bytes}: the bundle is damaged. Copy it again"
+            f"{name} has {size} bytes, the manifest says {listed.bytes}: the directory is damaged. Copy it again"
         )
     if keep:
         raw = read(folder, name, size)
@@ -42,7 +44,7 @@ def verified(folder: Path, name: str, files: Mapping[str, FileSpec], keep: bool 
         with _reading(file) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != listed.sha256:
-        raise BundleError(f"{name} isn't what was exported: its checksum differs. Copy the bundle again")
+        raise BundleError(f"{name} isn't what was exported: its checksum differs. Copy the directory again")
     return raw
 
 
@@ -68,13 +70,13 @@ def _inside(folder: Path, name: str) -> Path:
     file = folder / name
     for parent in reversed(Path(name).parents[:-1]):
         if (folder / parent).is_symlink():
-            raise BundleError(f"{parent} is a link; a bundle holds its own files")
+            raise BundleError(f"{parent} is a link; a bundle or package holds its own files")
     try:
         kind = os.lstat(file).st_mode
     except (OSError, ValueError):
-        raise BundleError(f"{name} is missing from the bundle {str(folder)!r}") from None
+        raise BundleError(f"{name} is missing from {str(folder)!r}") from None
     if not stat.S_ISREG(kind):
-        raise BundleError(f"{name} is a link or no plain file; a bundle holds its own files")
+        raise BundleError(f"{name} is a link or no plain file; a bundle or package holds its own files")
     return file
 
 

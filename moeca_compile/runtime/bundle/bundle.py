@@ -24,10 +24,8 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     golden_file,
 )
 from moeca_compile.runtime.bundle.summary import summary
-from moeca_compile.runtime.reading import read, verified
+from moeca_compile.runtime.reading import LARGEST_TEXT, read, verified
 from moeca_compile.schedule import Schedule
-
-_LARGEST_TEXT = 1 << 26  # a manifest or a schedule beyond this is no such thing
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,8 +68,8 @@ class Bundle:
         folder = Path(path)
         if not folder.is_dir():
             raise BundleError(f"{str(path)!r} is no directory; a bundle is one, made by moeca_compile.export")
-        manifest = Manifest.parse(read(folder, MANIFEST, _LARGEST_TEXT))
-        if SCHEDULE in manifest.files and manifest.files[SCHEDULE].bytes > _LARGEST_TEXT:
+        manifest = Manifest.parse(read(folder, MANIFEST, LARGEST_TEXT))
+        if SCHEDULE in manifest.files and manifest.files[SCHEDULE].bytes > LARGEST_TEXT:
             raise BundleError(f"{SCHEDULE} is too large to be one")
         text = verified(folder, SCHEDULE, manifest.files)
         try:

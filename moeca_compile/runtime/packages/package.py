@@ -11,10 +11,8 @@ from moeca_compile.errors import BundleError, ScheduleError
 from moeca_compile.runtime.bundle.manifest import MANIFEST, PACKAGE_FORMAT, SCHEDULE
 from moeca_compile.runtime.bundle.summary import visible
 from moeca_compile.runtime.packages.manifest import WEIGHTS, PackageManifest
-from moeca_compile.runtime.reading import read, verified
+from moeca_compile.runtime.reading import LARGEST_TEXT, read, verified
 from moeca_compile.schedule import Schedule
-
-_LARGEST_TEXT = 1 << 28  # bytes of a manifest or schedule
 
 
 def is_package(path: str | Path) -> bool:
@@ -53,7 +51,7 @@ class Package:
         folder = Path(path)
         if not folder.is_dir():
             raise BundleError(f"{str(path)!r} is no directory; a package is one, made by moeca_compile.save")
-        manifest = PackageManifest.parse(read(folder, MANIFEST, _LARGEST_TEXT))
+        manifest = PackageManifest.parse(read(folder, MANIFEST, LARGEST_TEXT))
         try:
             schedule = Schedule.from_json(verified(folder, SCHEDULE, manifest.files).decode())
         except (ScheduleError, UnicodeDecodeError, RecursionError) as error:
