@@ -25,6 +25,7 @@ from moeca_compile.runtime.bundle import bfloat16
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW, Manifest
+from moeca_compile.runtime.bundle.signature import coefficients_of
 from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.output_rows import KEPT, OutputRows
 from moeca_compile.runtime.prologues import HoistedValues, Prologue
@@ -34,7 +35,6 @@ from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import MAX_RECORDS, Stats, StepRecord
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row
-from moeca_compile.schedule.forecast import MAX_KEPT
 
 
 class Session:
@@ -196,8 +196,7 @@ class Session:
             feeds[NOW] = np.array(step + 1, np.float32)
         if variant.spec.coefficients:
             assert state is not None  # without state the row is full, and a full row has no forecast
-            table = np.asarray(self.driver.coefficients(state, step), np.float32)
-            feeds[COEFFICIENTS] = table.reshape(self.manifest.regions, MAX_KEPT)
+            feeds[COEFFICIENTS] = coefficients_of(self.manifest, self.driver.coefficients(state, step))
         return feeds
 
     def outputs_by_name(self, values: list[Any]) -> Arrays:

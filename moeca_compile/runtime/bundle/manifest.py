@@ -23,7 +23,7 @@ from moeca_compile.runtime.bundle.dims import DIM_PATTERN, batch_in, evaluate
 from moeca_compile.schedule.granularity import OUTPUT
 
 FORMAT, VERSION = "moeca-bundle", 5
-OLDEST = 3  # a manifest of version 3 or 4 is one of version 5 without the entries that came since
+OLDEST = 2  # an older manifest is one of today without the entries that came since; `signature.py` knows the graphs
 PACKAGE_FORMAT = "moeca-package"  # of `runtime/packages`
 MANIFEST, SCHEDULE, WEIGHTS, GOLDEN = "manifest.json", "schedule.json", "weights.bin", "golden.npz"
 PARAMETERS = "parameters.json"  # the model's parameters, and where their values lie

@@ -17,9 +17,10 @@ from moeca_compile.runtime.bundle.manifest import (  # fmt: skip
     PrologueSpec,
     TensorSpec,
 )
-from moeca_compile.schedule.forecast import MAX_KEPT
+from moeca_compile.schedule.forecast import MAX_KEPT, Coefficients
 
 Specs = dict[str, TensorSpec]
+_WITH_DIFFERENCES = 2  # the last version of the format whose graphs take coefficients of differences
 
 
 def signature_of(spec: GraphSpec, manifest: Manifest) -> tuple[Specs, Specs]:
@@ -34,7 +35,7 @@ def signature_of(spec: GraphSpec, manifest: Manifest) -> tuple[Specs, Specs]:
         return takes, {f"{name}_out": hoisted[name] for name in spec.gives}
     takes |= {f"{name}_in": state[name] for name in spec.reads}
     if spec.coefficients:
-        takes[COEFFICIENTS] = TensorSpec(COEFFICIENTS, "float32", (manifest.regions, MAX_KEPT))
+        takes[COEFFICIENTS] = coefficients_spec(manifest)
     if spec.now:
         takes[NOW] = TensorSpec(NOW, "float32", ())
     gives: Specs = {output.name: output for output in manifest.outputs}
@@ -42,6 +43,27 @@ def signature_of(spec: GraphSpec, manifest: Manifest) -> tuple[Specs, Specs]:
     if spec.counts_dropped:
         gives[DROPPED] = TensorSpec(DROPPED, "int64", ())
     return takes, gives
+
+
+def coefficients_spec(manifest: Manifest) -> TensorSpec:
+    """The graphs' input of a forecast's coefficients."""
+    columns = 2 if manifest.version <= _WITH_DIFFERENCES else MAX_KEPT
+    return TensorSpec(COEFFICIENTS, "float32", (manifest.regions, columns))
+
+
+def coefficients_of(manifest: Manifest, weights: Coefficients) -> Any:
+    """The array for this input.
+
+    A forecast is w0 y0 + w1 y1 + w2 y2 + w3 y3. Graphs of version 2 compute y0 + c0 (y0 - y1) + c1 (y1 - y2): the same
+    sum with c0 = w0 - 1 and c1 = -w2, where the weights sum to 1 and w3 is 0, as those of their polynomials do.
+
+    Args:
+        weights: of each region.
+    """
+    table = np.asarray(weights, np.float64).reshape(manifest.regions, MAX_KEPT)
+    if manifest.version <= _WITH_DIFFERENCES:
+        table = np.stack([table[:, 0] - 1, -table[:, 2]], axis=1)
+    return table.astype(np.float32)
 
 
 def batch_of(takes: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> int:
