@@ -1,27 +1,47 @@
 """What a PARTIAL row costs, compiled: blocks of DiT-MoE-S/2-8E2A, every kind of row in turn, as a share of a full step.
 
     python -m benchmarks.partial            # four blocks, about 6 minutes on one core; writes results/partial.json
+    python -m benchmarks.partial --narrow   # the trained digits models, 32 samples; writes results/partial_narrow.json
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
 The bound for a row is (rho + tau) x full + 10 % of full. The experts' weights are packed, which few rows an expert need
 most. A full step here also writes what the partial ones read; what that costs is shown against a model compiled without
 a cache.
+
+Of the digits models the experts are told apart: what a row takes beyond one that forecasts whole regions, over what the
+experts of a full step take (a full step less one that computes attention and forecasts the experts).
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 import moeca_compile as moeca
 from benchmarks import models
 from benchmarks.protocol import Timing, arguments, as_json, folder_of, pin_threads, print_table, save
+from examples import digits, dsmoe
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 
 FULL, UNCACHED = "full", "moeca, full, no state"
 C, F = Action.COMPUTE, Action.FORECAST
+NARROW: dict[str, tuple[Act, Act]] = {
+    FULL: (C, C),
+    "tau 0": (F, Partial(0, 0)),
+    "tau 0.02": (F, Partial(0, 0.02)),
+    "tau 0.05": (F, Partial(0, 0.05)),
+    "tau 0.1": (F, Partial(0, 0.1)),
+}
+WHOLE: dict[str, tuple[Act, Act]] = {
+    "whole full": (C, C),
+    "whole forecast": (F, F),
+    "whole, attention computed": (C, F),
+}
+NARROW_BATCH = 32
 KINDS: dict[str, tuple[Act, Act]] = {  # attention, experts
     FULL: (C, C),
     "tau 0": (F, Partial(0, 0)),
@@ -47,9 +67,13 @@ def schedule(depth: int) -> Schedule:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("Measure what PARTIAL rows cost.", "one block, few rounds")
+    parser.add_argument("--narrow", action="store_true", help="the trained digits models, 96 channels wide")
     args = parser.parse_args(argv)
     depth, rounds = (1, 2) if args.quick else (4, 10)
     pin_threads()
+    if args.narrow:
+        main_narrow(2 if args.quick else 20, folder_of(args))
+        return
     network = models.network(depth)
     inputs = models.example_inputs()
     plain = moeca.compile(network, schedule="full", pack_experts=True)
@@ -76,6 +100,50 @@ def main(argv: Sequence[str] | None = None) -> None:
             "compile_seconds": seconds,
         }
         print(f"written: {save('partial', payload, out).name}")
+
+
+def main_narrow(rounds: int, out: Path | None) -> None:
+    """The digits models: each kind of row's time, and its share of the experts' time."""
+    payload = {}
+    for name, network in (("DiT-MoE", digits.load_model()), ("DSMoE", dsmoe.load_digits())):
+        timings = measure_narrow(network.requires_grad_(False), rounds)
+        print_table(f"one step, {name}, {NARROW_BATCH} samples", timings, baseline=FULL)
+        figures = {kind: over_experts(timings, kind) for kind in NARROW if kind.startswith("tau")}
+        for kind, (low, middle, high) in figures.items():
+            print(f"{name}, {kind}: {middle:.3f} of the experts' time (quartiles {low:.3f} to {high:.3f})")
+        payload[name] = {"one_step": as_json(timings, baseline=FULL), "of_the_experts_time": figures}
+    if out:
+        print(f"written: {save('partial_narrow', payload, out).name}")
+
+
+def measure_narrow(network: torch.nn.Module, rounds: int) -> dict[str, Timing]:
+    """Milliseconds of each kind of row, one round after the other. Rows of whole regions are another model's, which
+    keeps no branches; both take the weights as they are."""
+    inputs = digits.initial_noise(0, NARROW_BATCH), torch.full((NARROW_BATCH,), 1000.0), digits.labels_of(NARROW_BATCH)
+    keys = tuple(region.key for region in moeca.explain(network, *inputs).regions)
+    samples: dict[str, list[float]] = {}
+    handles = []
+    for kinds in (NARROW, WHOLE):
+        rows = tuple(kind * (len(keys) // 2) for kind in kinds.values())
+        handle = moeca.compile(network, schedule=Schedule(rows, keys, period=len(rows), made_by="every kind of row"))
+        moeca.warmup(handle, *inputs)
+        handles.append((kinds, handle))
+    times = inputs[1]
+    for number in range(-2, rounds):
+        for kinds, handle in handles:
+            for kind in kinds:
+                times = times * 0.999
+                begin = time.perf_counter()
+                handle(inputs[0], times, inputs[2])
+                samples.setdefault(kind, []).extend([1000 * (time.perf_counter() - begin)] * (number >= 0))
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def over_experts(timings: Mapping[str, Timing], kind: str) -> list[float]:
+    """Quartiles over the rounds of what a row takes beyond one that forecasts whole regions, over the experts' time."""
+    names = (kind, "whole forecast", "whole full", "whole, attention computed")
+    rounds = zip(*(timings[name].ms for name in names), strict=True)
+    return statistics.quantiles([(row - cheap) / (full - attention) for row, cheap, full, attention in rounds], n=4)
 
 
 def measure(cached: models.Model, plain: models.Model, rounds: int) -> tuple[dict[str, Timing], dict[str, float]]:

@@ -21,6 +21,11 @@ from tests.sampling import Taped, compiled, dit, plain, run
 D, HIDDEN, EXPERTS = 16, 24, 3
 
 
+@pytest.fixture(autouse=True)
+def _pack_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+
+
 def layer(gated: bool, biased: bool, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
     def lists(rows: int, *columns: int) -> list[Tensor]:
         return [torch.randn(rows, *columns, dtype=dtype) for _ in range(EXPERTS)]
@@ -51,6 +56,18 @@ def test_weights_that_can_not_be_packed_run_as_they_are() -> None:
     with packs.active():
         assert torch.equal(segments(x, idx, *weights, "silu"), segments(x, idx, *weights, "silu"))
     assert packs.layers == {}
+
+
+def test_small_weights_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "SMALLEST", D * HIDDEN + 1)
+    weights, packs = layer(True, True), Packs()
+    x, idx = torch.randn(4, D), torch.zeros(4, 1, dtype=torch.int64)
+    truth = segments(x, idx, *weights, "silu")
+    with packs.active():
+        assert torch.equal(segments(x, idx, *weights, "silu"), truth)
+        monkeypatch.setattr(packed, "SMALLEST", D * HIDDEN)
+        segments(x, idx, *weights, "silu")
+    assert len(packs.layers) == 1  # of the second call
 
 
 def test_packs_are_used_where_they_are_active_and_nowhere_else() -> None:

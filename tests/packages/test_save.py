@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import moeca_compile as moeca
 from moeca_compile.engine.packages import program as loading
 from moeca_compile.errors import BundleError, CaptureError, LoweringError, OptionError, StateError
+from moeca_compile.ops import packed
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.action import Action, Partial
 from tests.models import DiT
@@ -72,7 +73,8 @@ class TestWhatIsSaved:
         with pytest.raises(BundleError, match=r"scale=2.0.*saved for .*scale=1.0"):
             loaded(**added(), scale=2.0)
 
-    def test_packed_experts(self, tmp_path: Path) -> None:
+    def test_packed_experts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(packed, "SMALLEST", 0)
         handle = compiled(small_model(), pack_experts=True)
         moeca.save(handle, tmp_path / "p", *call_at())
         loaded = moeca.load(tmp_path / "p")
