@@ -46,7 +46,7 @@ class Layer:
 LAYERS = {
     "DiT-MoE-S/2": Layer(512, 384, 1536, 8, 2),
     "the same, 32 tokens": Layer(32, 384, 1536, 8, 2),
-    "digits DiT-MoE": Layer(2048, 96, 384, 8, 2),
+    "96 channels, 2 of 8": Layer(2048, 96, 384, 8, 2),
     "digits DSMoE": Layer(2048, 96, 72, 16, 4),
     "the same, 128 tokens": Layer(128, 96, 72, 16, 4),
     "many narrow experts": Layer(512, 128, 64, 64, 6),

@@ -33,8 +33,10 @@ NARROW: dict[str, tuple[Act, Act]] = {
     FULL: (C, C),
     "tau 0": (F, Partial(0, 0)),
     "tau 0.02": (F, Partial(0, 0.02)),
+    "tau 0.04": (F, Partial(0, 0.04)),
     "tau 0.05": (F, Partial(0, 0.05)),
     "tau 0.1": (F, Partial(0, 0.1)),
+    "attention computed, tau 0.04": (C, Partial(0, 0.04)),
 }
 WHOLE: dict[str, tuple[Act, Act]] = {
     "whole full": (C, C),
