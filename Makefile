@@ -15,6 +15,8 @@ PYTEST_ARGS ?=
 
 # One thread per process: the tests run two processes, and torch on shared cores is slower with more.
 export OMP_NUM_THREADS ?= 1
+# The tests start Python dozens of times: without bytecode on disk each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test engines test-slow test-newest lint format docs docs-site dist bench clean
