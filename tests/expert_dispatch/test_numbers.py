@@ -249,7 +249,13 @@ def operators(layer: Callable[[], nn.Module]) -> Counter[str]:
     return Counter(name for name in names if name.startswith("aten::") and name not in VIEWS)
 
 
-@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.endswith(("eager", "batched_mm")) else name
+        for name in GROWING
+    ],
+)
 def test_experts_that_nobody_chose_cost_nothing(name: str) -> None:
     few, many = (operators(lambda count=count: GROWING[name](count)) for count in (4, 12))  # type: ignore[misc]
     assert few == many

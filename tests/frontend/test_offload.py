@@ -88,7 +88,7 @@ def test_hooks_taken_off_again() -> None:
     assert torch.allclose(follows(model, module), base, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("first", ["compiled", "offloaded"])
+@pytest.mark.parametrize("first", ["compiled", pytest.param("offloaded", marks=pytest.mark.slow)])
 def test_the_whole_model_offloaded_is_cached(first: str) -> None:
     """`enable_model_cpu_offload` puts one hook on the model itself, and its forward runs behind the hook."""
     module = dit()

@@ -79,7 +79,9 @@ def both(**options: Any) -> tuple[nn.Module, nn.Module]:
     return compiled(dit(), cuda_graphs=True, **options), compiled(dit(), **options)
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(
+    "kind", ["lines", "adaptive", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("copies", "parabolas"))]
+)
 def test_replays_give_the_same_bits(recorder: Recorder, kind: str) -> None:
     replayed, called = both(**SCHEDULES[kind])
     for name, loop in LOOPS.items():
