@@ -23,6 +23,8 @@ from moeca_compile.expert_dispatch.proof.traceable import blocker
 from moeca_compile.expert_dispatch.rewrite.one_loop import reaches
 from moeca_compile.expert_dispatch.source.loop import Loop
 
+_PLAIN = (bool, int, float, str, type(None))
+
 
 @dataclass
 class Search:
@@ -31,6 +33,7 @@ class Search:
     recognizer: Recognizer = field(default_factory=Recognizer)
     proven: dict[Hashable, Candidate] = field(default_factory=dict)
     refused: dict[Hashable, Unproven] = field(default_factory=dict)
+    without: set[Hashable] = field(default_factory=set)  # structures of modules in which no family found a dispatch
 
     def outcomes(self, code: ModuleCode) -> Iterator[tuple[Loop, Installed | str]]:
         """What became of each dispatch in a module, those that inference doesn't reach left out. One whose experts have
@@ -47,7 +50,11 @@ class Search:
 
     def _outcomes(self, code: ModuleCode) -> Iterator[tuple[Loop, Installed | str]]:
         """One method with its helpers put in may hold all dispatches of the module: the others are tried without it."""
-        places = _claimed(code)
+        structure = _structure(code.module)
+        places = {} if structure in self.without else _claimed(code)
+        if not places:
+            self.without.add(structure)
+            return
         combined = [loop for loop in places if loop in code.combined]
         tried = [(loop, self._attempt(code.module, places[loop], loop)) for loop in combined]
         reported = [(loop, outcome) for loop, outcome in tried if outcome is not None]
@@ -154,7 +161,18 @@ def _refutation(harness: Harness, candidate: Candidate) -> Unproven | None:
     return difference
 
 
+def _structure(module: nn.Module) -> Hashable:
+    """All that families read of a module: classes and plain attributes of the module and all in it, hooks, and the
+    shapes of its own parameters. Equal blocks have one structure."""
+    parts = []
+    for path, part in module.named_modules():
+        values = tuple([(k, v if isinstance(v, _PLAIN) else type(v)) for k, v in vars(part).items()])
+        parts.append((path, type(part), values, bool(part._forward_hooks), bool(part._forward_pre_hooks)))
+    return tuple(parts), tuple((name, p.shape) for name, p in module._parameters.items() if p is not None)
+
+
 def _settings(module: nn.Module) -> Hashable:
     """The plain attributes of a module and all in it."""
-    plain = (bool, int, float, str, type(None))
-    return tuple((path, k, v) for path, m in module.named_modules() for k, v in vars(m).items() if isinstance(v, plain))
+    return tuple(
+        (path, k, v) for path, m in module.named_modules() for k, v in vars(m).items() if isinstance(v, _PLAIN)
+    )

@@ -122,6 +122,25 @@ def shown(report: Any) -> list[str]:
     return [one.kind + (f" x{len(one.outputs)}" if len(one.outputs) > 1 else "") for one in report]
 
 
+COMPILED = ("Flux", "HiDreamImage", "PixArt", "QwenImage", "SD3", "Wan")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_by_inductor_it_gives_what_the_interpreter_gives(name: str) -> None:
+    expected = run(name)
+    torch._dynamo.reset()
+    model = moeca.compile(build(name), schedule="uniform:3", order=1)
+    frames = []
+    with torch.no_grad():
+        for _ in range(2):
+            found = [tensors(model(**expected.case.inputs(step))) for step in range(STEPS)]
+            frames.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert frames[0] == frames[1]
+    for step, outputs in enumerate(found):
+        assert distance(outputs, expected.outputs[1][step]) < 10 * CLOSE, f"step {step}"
+
+
 # -- torch.compile ----------------------------------------------------------------------------------------------------
 
 
