@@ -16,8 +16,6 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import moeca_compile as moeca
@@ -74,7 +72,8 @@ def main(arguments: list[str]) -> None:
     backend = "aot_eager" if quick else "inductor"
     symbolic, fixed = torch.compile(flux(), backend=backend), torch.compile(flux(), backend=backend, dynamic=False)
     torch._dynamo.config.recompile_limit = 2 * len(SIZES)
-    table = Table("tokens", "moeca", "dynamo", "capture", "variants", "torch.compile", "torch.compile, dynamic=False")
+    columns = ("tokens", "moeca", "dynamo", "capture", "variants", "torch.compile", "dynamic=False")
+    print("".join(name.rjust(15) for name in columns))
     before: dict[str, float] = {}
     for size in SIZES[: 3 if quick else len(SIZES)]:
         traced = dynamo_seconds()
@@ -86,8 +85,7 @@ def main(arguments: list[str]) -> None:
         variants = sum(seconds for name, seconds in spent.items() if name != "capture")
         others = [seconds_of(model, size) for model in (symbolic, fixed)]
         cells = [total, traced, total - traced - variants, variants, *others]
-        table.add_row(str(size * size), *(f"{value:.1f}" for value in cells))
-    Console(width=120).print(table)
+        print(str(size * size).rjust(15) + "".join(f"{value:15.1f}" for value in cells), flush=True)
 
 
 if __name__ == "__main__":
