@@ -75,11 +75,17 @@ from moeca_compile.runtime.session import Session
 session = Session.open(sys.argv[1], sys.argv[2], threads=1)
 call = session.bundle.golden()[0][0]
 wanted = session.run(call)["output"]
-with open(sys.argv[1] + "/weights.bin", "r+b") as file:
-    if sys.argv[3] == "truncated":
-        file.truncate(0)
-    else:
-        file.write(b"\\xff" * os.path.getsize(file.name))
+weights = sys.argv[1] + "/weights.bin"
+if sys.argv[3] == "replaced":
+    with open(weights + ".new", "wb") as file:
+        file.write(b"\\xff" * os.path.getsize(weights))
+    os.replace(weights + ".new", weights)
+else:
+    with open(weights, "r+b") as file:
+        if sys.argv[3] == "truncated":
+            file.truncate(0)
+        else:
+            file.write(b"\\xff" * os.path.getsize(weights))
 for _ in range(2):
     np.testing.assert_array_equal(session.run(call)["output"], wanted)
 print("alive")
@@ -87,7 +93,7 @@ print("alive")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("how", ["truncated", "overwritten"])
+@pytest.mark.parametrize("how", ["truncated", "overwritten", "replaced"])
 def test_weights_that_change_under_a_session(copy: Path, provider: str, how: str) -> None:
     done = child(copy, provider, how, code=SERVES)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
