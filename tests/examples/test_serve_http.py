@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import io
 import json
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +63,49 @@ def test_a_label_and_a_seed_give_one_image(client: TestClient, bundle: Path) -> 
 @pytest.mark.parametrize("query", ["10", "-1", "three", "3?seed=-1", "3?steps=0", "3?steps=201"])
 def test_a_request_that_makes_no_sense_is_refused(client: TestClient, query: str) -> None:
     assert client.get(f"/digits/{query}").status_code == 422
+
+
+def events_of(response: Any) -> list[dict[str, Any]]:
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(event.removeprefix("data: ")) for event in response.text.strip().split("\n\n")]
+
+
+def test_the_page_shows_every_step(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "EventSource(`digits/${label}/steps" in page.text
+    events = events_of(client.get("/digits/3/steps?seed=7&steps=6"))
+    assert [(event["step"], event["steps"]) for event in events] == [(step, 6) for step in range(1, 7)]
+    assert len({event["png"] for event in events}) == 6
+    last = base64.b64decode(events[-1]["png"])
+    assert last == client.get("/digits/3?seed=7&steps=6").content
+
+
+@pytest.mark.parametrize("query", ["10/steps", "3/steps?seed=-1", "3/steps?steps=0", "3/steps?steps=x"])
+def test_steps_that_make_no_sense_are_refused(client: TestClient, query: str) -> None:
+    assert client.get(f"/digits/{query}").status_code == 422
+
+
+def test_several_users_at_once(client: TestClient) -> None:
+    queries = [f"/digits/{number % 10}?seed={number}&steps=4" for number in range(8)]
+    alone = [client.get(query).content for query in queries]
+    with ThreadPoolExecutor(8) as pool:
+        assert [response.content for response in pool.map(client.get, queries)] == alone
+
+
+def test_too_many_at_once_are_refused(client: TestClient) -> None:
+    """And every place is free again afterwards, whatever became of the requests."""
+    places = client.app.state.places  # type: ignore[attr-defined]
+    for _ in range(http.MOST):
+        assert places.acquire(blocking=False)
+    for query in ("/digits/3?steps=2", "/digits/3/steps?steps=2"):
+        refused = client.get(query)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    for _ in range(http.MOST):
+        places.release()
+    for _ in range(http.MOST + 1):
+        assert len(events_of(client.get("/digits/3/steps?steps=2"))) == 2
 
 
 def test_it_draws_where_torch_cannot_be_imported(bundle: Path) -> None:
