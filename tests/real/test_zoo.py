@@ -122,10 +122,11 @@ def shown(report: Any) -> list[str]:
     return [one.kind + (f" x{len(one.outputs)}" if len(one.outputs) > 1 else "") for one in report]
 
 
-COMPILED = ("Flux", "HiDreamImage", "PixArt", "SD3", "Wan")
+COMPILED = ("Flux", "HiDreamImage", "PixArt", "QwenImage", "SD3", "Wan")
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")  # Qwen's
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_by_inductor_it_gives_what_the_interpreter_gives(name: str) -> None:
     expected = run(name)
