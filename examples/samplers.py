@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moeca_compile.errors import BundleError
-from moeca_compile.runtime.session import Trajectory
+from moeca_compile.runtime.trajectory import Trajectory
 
 Model = Callable[[Any, float, Any], Any]
 

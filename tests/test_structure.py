@@ -39,6 +39,7 @@ ORDER = (
     "api",  # what people call
     "exporting",  # a bundle: the same stages, written down instead of run
     "planner",  # calibrate: schedules for a model
+    "distributed",  # the same on several ranks
     "comparison",  # compare: speed and quality of what is cached
     "__init__",
     "cli",

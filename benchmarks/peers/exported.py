@@ -17,7 +17,7 @@ from benchmarks.peers import ours
 from benchmarks.peers.way import Family
 from benchmarks.peers.workload import Batch, Workload
 from moeca_compile.runtime import Session
-from moeca_compile.runtime.session import Trajectory
+from moeca_compile.runtime.trajectory import Trajectory
 
 
 class Exported:

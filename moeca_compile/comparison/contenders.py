@@ -18,7 +18,8 @@ from moeca_compile.frontend.model_arguments import compiled_parts, plain_module,
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.inspect.comparison import CACHED, COMPUTED, PLAIN
 from moeca_compile.planner.rollout import Rollout
-from moeca_compile.runtime.session import Session, Trajectory
+from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FunctionType
 
 from torch import nn
@@ -12,6 +12,7 @@ from moeca_compile.frontend.output_path import LATENTS, TIMESTEPS
 
 PARTS = ("transformer", "transformer_2")  # of a pipeline, as diffusers calls them
 BESIDE = "controlnet_cond"  # a ControlNet takes it; it steers the denoiser and isn't one
+_DISTRIBUTED = ("DTensor", "DeviceMesh")  # by name: torch.distributed.tensor takes long to import
 
 
 def parts_of(pipeline: object) -> dict[str, nn.Module]:
@@ -41,6 +42,24 @@ def pipeline_in(function: object) -> str:
         f"torch.compile got a {type(pipeline).__name__}, whose loop is no model. Use moeca_compile.compile(pipeline, "
         f"...), which compiles its {parts}"
     )
+
+
+def reason_to_leave(function: object, is_full: bool, args: Sequence[object]) -> str:
+    """Why a graph runs uncached whatever is in it; "": nothing speaks against caching.
+
+    Args:
+        function: what torch.compile got.
+        is_full: the graph is the full model.
+        args: of the graph.
+    """
+    if not is_full and (reason := pipeline_in(function)):
+        return reason
+    if any(type(arg).__name__ in _DISTRIBUTED for arg in args):
+        return (
+            "its parameters are spread over several ranks (DTensor). granularity='output' caches what the whole model "
+            "returns, so that steps which aren't computed exchange nothing"
+        )
+    return ""
 
 
 def _denoises(module: nn.Module) -> bool:

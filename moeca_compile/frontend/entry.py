@@ -21,7 +21,7 @@ from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import CaptureError, OptionError
 from moeca_compile.frontend.calls import CALLS, Call, Owner, call_of, find_owner, gate_of
-from moeca_compile.frontend.denoisers import pipeline_in
+from moeca_compile.frontend.denoisers import reason_to_leave
 from moeca_compile.frontend.first_call import is_outdated, retrace_without_hooks
 from moeca_compile.frontend.handles import STATES, HandleState, Read, all_states, state_of
 from moeca_compile.frontend.owner import is_full_model
@@ -187,7 +187,7 @@ class Entry:
         if is_full is None:
             with gate_of(context).lock if context is not None else nullcontext(), under_compile_lock():
                 is_full = is_full_model(owner, self.gm, call.parts if call is not None else 0)
-                if owner is not None and not is_full and (reason := pipeline_in(owner.function)):
+                if owner is not None and (reason := reason_to_leave(owner.function, is_full, args)):
                     if last is not None:
                         last.release_gate()
                     return self.run_uncached(args, reason, state)

@@ -133,7 +133,8 @@ def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
     tensors: list[torch.Tensor] = []
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            tensors += plain_parts(tensor)
+            parts: Iterable[object] = plain_parts(tensor)
+            tensors += [part for part in parts if isinstance(part, torch.Tensor)]  # a DTensor has a device mesh too
     return tuple(tensors)
 
 

@@ -48,7 +48,7 @@ def calibrate_front(model: Any, sample: Sampler | None = None, *, budgets: Seque
     sample = sampler_of(model, sample, arguments.pop("prompts", None), arguments.pop("call", None), "calibrate_front")
     requests = [_request(model, sample, budget, arguments) for budget in budgets]
     requests.sort(key=_tightest)  # the drift of the cheapest schedule spans the most steps, and serves the others too
-    chosen = _bound(model, sample, budgets[0], arguments)
+    chosen = bound_arguments(model, sample, budgets[0], arguments)
     check_truth(chosen["truth"], chosen["granularity"], sample)
     schedules: list[Schedule] = []
     failures: list[str] = []
@@ -75,7 +75,7 @@ def calibrate_front(model: Any, sample: Sampler | None = None, *, budgets: Seque
     return Front(tuple(replace(schedule, predicted={**schedule.predicted, **costs}) for schedule in schedules))
 
 
-def _bound(model: Any, sample: Sampler, budget: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def bound_arguments(model: Any, sample: Sampler, budget: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `calibrate` for one budget, with their defaults."""
     bound = inspect.signature(calibrate).bind(model, sample, budget=budget, **arguments)
     bound.apply_defaults()
@@ -83,7 +83,7 @@ def _bound(model: Any, sample: Sampler, budget: str, arguments: dict[str, Any]) 
 
 
 def _request(model: Any, sample: Sampler, budget: str, arguments: dict[str, Any]) -> Request:
-    bound = _bound(model, sample, budget, arguments)
+    bound = bound_arguments(model, sample, budget, arguments)
     return Request.read(**{name: value for name, value in bound.items() if name not in NOT_FOR_REQUESTS})
 
 

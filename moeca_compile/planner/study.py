@@ -53,6 +53,7 @@ class Study:
         sampled: the compiled model.
         store: keeps the results in the `resume` folder.
         truth: the uncached samples of each seed.
+        shared: those that other processes drew, with their seconds; the store lacks them.
         seconds: what each part of the calibration took.
         recording: of an uncached run.
         drift: estimates plans without partial rows.
@@ -75,6 +76,7 @@ class Study:
             name += f"_branches_{self.request.branches:g}"
         self.store = Store(None if folder is None else folder / name)
         self.truth: dict[int, torch.Tensor] = {}
+        self.shared: dict[int, tuple[torch.Tensor, float]] = {}
         self.seconds: dict[str, float] = {"truth": 0.0, "measure": 0.0, "search": 0.0}
         self.recording = CallRecording()
         self.drift: Drift
@@ -105,6 +107,9 @@ class Study:
                 "draw all noise from a generator that is seeded with it"
             )
         self._check_store(first)
+        for seed, (samples, seconds) in self.shared.items():
+            self.truth[seed] = self._finite(seed, samples)
+            self.store.add_truth(seed, samples, seconds)
         self.drift, self.split = self._drift()
         for number, seed in enumerate(seeds[1:], start=2):
             if seed not in self.truth:
@@ -263,9 +268,7 @@ class Study:
 
         The measurement also gives the uncached samples of its seeds.
         """
-        all_seeds = self.request.seeds
-        count = max(2, len(all_seeds) // SEEDS_PER_MEASURED)
-        seeds = all_seeds[1 : 1 + count] if len(all_seeds) > count else all_seeds  # the first is sampled already
+        seeds = self.measured_seeds()
         budget = self.request.budget
         share = min(budget.macs or 1.0, budget.latency or 1.0)
         lookback = min(max(LOOKBACK, math.ceil(GAPS / share)), self.sampled.steps - 1)
@@ -274,6 +277,12 @@ class Study:
             return total, None
         split = self._measured("split", self.letters, seeds[:1], min(SPLIT_LOOKBACK, self.sampled.steps - 1))
         return total, extended(split, total)
+
+    def measured_seeds(self) -> Sequence[int]:
+        """The seeds that the drift is measured on."""
+        all_seeds = self.request.seeds
+        count = max(2, len(all_seeds) // SEEDS_PER_MEASURED)
+        return all_seeds[1 : 1 + count] if len(all_seeds) > count else all_seeds  # the first is sampled already
 
     def _measured(self, name: str, letters: str, seeds: Sequence[int], lookback: int) -> Drift:
         """The drift from the store, or a new measurement."""

@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeca_compile.runtime.batched.session import BatchedSession
     from moeca_compile.runtime.bundle.bundle import Bundle
     from moeca_compile.runtime.session import Session
 
-_MODULES = {"Bundle": "bundle.bundle", "Session": "session"}
-__all__ = ["Bundle", "Session"]
+_MODULES = {"BatchedSession": "batched.session", "Bundle": "bundle.bundle", "Session": "session"}
+__all__ = ["BatchedSession", "Bundle", "Session"]
 
 
 def __getattr__(name: str) -> Any:

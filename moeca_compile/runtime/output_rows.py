@@ -58,7 +58,7 @@ class OutputRows:
 
     def variant(self, row: Row) -> Loaded:
         """What runs a row."""
-        return _Computed(self) if row[0] is Action.COMPUTE else _Forecast(self, row[0])
+        return ComputedRow(self) if row[0] is Action.COMPUTE else ForecastRow(self, row[0])
 
     def kept(self, state: StreamState, step: int, batch: int, feeds: Mapping[str, Any]) -> Kept:
         """What a step finds in the stream.
@@ -94,12 +94,12 @@ class OutputRows:
         return weighted(self.rule.terms, weights, outputs, self.manifest.outputs[0].dtype, array, dtype)
 
 
-class _Computed:
+class ComputedRow:
     """The row that runs the network. Its values: the network's outputs, the first one weighed; the outputs as they are,
     to be kept; what the network counts."""
 
     def __init__(self, rows: OutputRows) -> None:
-        self._rows = rows
+        self._rows, self.network = rows, rows.network
         spec, state = rows.network.spec, rows.manifest.state
         writes = tuple(slot.name for slot in state if slot.slot == SLOTS[0])
         self.spec = VariantSpec(
@@ -107,8 +107,11 @@ class _Computed:
         )
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
-        rows, step = self._rows, feeds.get(KEPT)
-        values, count = rows.network.run(feeds), len(rows.manifest.outputs)
+        return self.after(feeds, self._rows.network.run(feeds))
+
+    def after(self, feeds: Mapping[str, Any], values: list[Any]) -> list[Any]:
+        """The row's values, from those of the network."""
+        rows, step, count = self._rows, feeds.get(KEPT), len(self._rows.manifest.outputs)
         arrays = [rows.runtime.numpy(value) for value in values[:count]]
         kept = [array.copy() for array in arrays] if self.spec.writes else []  # the caller may write to what it gets
         if kept and step is not None and step.weights is not None:
@@ -118,8 +121,10 @@ class _Computed:
         return [*arrays, *kept, *values[count:]]
 
 
-class _Forecast:
+class ForecastRow:
     """A row that runs no graph."""
+
+    network: Loaded | None = None
 
     def __init__(self, rows: OutputRows, act: Act) -> None:
         self._rows = rows

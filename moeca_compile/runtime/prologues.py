@@ -33,23 +33,32 @@ class HoistedValues:
             names: of hoisted values.
             feeds: the call's inputs, as a runtime stores them.
         """
+        for spec, loaded in self.needed(names):
+            if self.is_stale(spec, feeds):
+                self.put(spec, feeds, loaded.run(self.feeds(spec, feeds)))
+        return {f"{name}_in": self._values[name] for name in names}
+
+    def needed(self, names: Sequence[str]) -> list[Prologue]:
+        """The prologues that these values come from, in the order in which they run."""
         needed = set(names)
         for spec, _ in reversed(self._prologues):
             if not needed.isdisjoint(spec.gives):
                 needed.update(spec.hoists)
-        for spec, loaded in self._prologues:
-            if not needed.isdisjoint(spec.gives):
-                self._bring_up_to_date(spec, loaded, feeds)
-        return {f"{name}_in": self._values[name] for name in names}
+        return [(spec, loaded) for spec, loaded in self._prologues if not needed.isdisjoint(spec.gives)]
 
-    def _bring_up_to_date(self, spec: PrologueSpec, loaded: Loaded, feeds: Mapping[str, Any]) -> None:
+    def is_stale(self, spec: PrologueSpec, feeds: Mapping[str, Any]) -> bool:
+        """Whether a prologue must run for a call: it never did, or took other inputs."""
         last = self._inputs.get(spec.name)
-        if last is not None and all(np.array_equal(last[name], feeds[name]) for name in spec.takes):
-            return
-        inputs = {name: feeds[name] for name in spec.takes}
-        results = loaded.run(inputs | {f"{name}_in": self._values[name] for name in spec.hoists})
+        return last is None or not all(np.array_equal(last[name], feeds[name]) for name in spec.takes)
+
+    def feeds(self, spec: PrologueSpec, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """What a prologue takes: inputs of the call, and values of the prologues before it."""
+        return {name: feeds[name] for name in spec.takes} | {f"{name}_in": self._values[name] for name in spec.hoists}
+
+    def put(self, spec: PrologueSpec, feeds: Mapping[str, Any], results: Sequence[Any]) -> None:
+        """Keep what a prologue gave for a call."""
         self._values |= dict(zip(spec.gives, results, strict=True))
         for other, _ in self._prologues:
             if not set(other.hoists).isdisjoint(spec.gives):  # its values are of older ones
                 self._inputs.pop(other.name, None)
-        self._inputs[spec.name] = {name: array.copy() for name, array in inputs.items()}
+        self._inputs[spec.name] = {name: feeds[name].copy() for name in spec.takes}

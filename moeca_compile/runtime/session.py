@@ -8,31 +8,25 @@ with session.trajectory(steps=50) as t:
 
 from __future__ import annotations
 
-import math
-import threading
-import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from moeca_compile.errors import BundleError, StateError
-from moeca_compile.graph.variant import Slot, StateSlot
+from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle import bfloat16
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
-from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW, Manifest
+from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW
 from moeca_compile.runtime.bundle.signature import coefficients_of
 from moeca_compile.runtime.driver import StepDriver
-from moeca_compile.runtime.output_rows import KEPT, OutputRows
+from moeca_compile.runtime.output_rows import OutputRows
 from moeca_compile.runtime.prologues import HoistedValues, Prologue
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.providers.provider import Loaded, Runtime, runtime_of
 from moeca_compile.runtime.state import StreamState
-from moeca_compile.runtime.stats import MAX_RECORDS, Stats, StepRecord
+from moeca_compile.runtime.trajectory import Trajectory, left_out, slot_number
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row
 
@@ -143,7 +137,7 @@ class Session:
         hoisted = HoistedValues(session.prologues).of(variant.spec.hoists, feeds)
         values = variant.run(feeds | hoisted | session.beside(variant, None, 0, batch))
         if dropped := session.dropped_branches(variant, values):
-            session.warned.once(_left_out("this call", dropped))
+            session.warned.once(left_out("this call", dropped))
         return session.outputs_by_name(values)
 
     def trajectory(self, steps: int | None = None, stream: str = "") -> Trajectory:
@@ -189,7 +183,7 @@ class Session:
         """
         feeds: Arrays = {}
         for name in variant.spec.reads:
-            number = _slot_number(name)
+            number = slot_number(name)
             tensor, spec = None if state is None else state.tensors[number], self.manifest.state[number]
             feeds[f"{name}_in"] = self.runtime.zeros(spec.sizes(batch), spec.dtype) if tensor is None else tensor
         if variant.spec.now:
@@ -210,171 +204,3 @@ class Session:
     def dropped_branches(self, variant: Loaded, values: list[Any]) -> int:
         """The number of expert branches that a variant left out: the last of its values, where it counts them."""
         return int(self.runtime.numpy(values[-1])) if variant.spec.counts_dropped else 0
-
-
-class Trajectory:
-    """One guidance stream of one denoising loop, with its cached state. A context manager; leaving it drops the
-    state."""
-
-    def __init__(self, session: Session, steps: int | None, stream: str) -> None:
-        if steps is not None and steps < 1:
-            raise StateError(f"trajectory: steps={steps}, expected a whole number from 1 on")
-        self.session, self.stream, self._all_sizes = session, stream, session
-        self.steps = steps
-        self._records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
-        self._lock = threading.Lock()
-        self._step, self._batch = -1, 0
-        self._state: StreamState | None = None
-        self._hoisted = HoistedValues(())
-        self._closed = False
-
-    @property
-    def records(self) -> list[StepRecord]:
-        """One record for each step so far."""
-        return list(self._records)
-
-    def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Run the next step.
-
-        Args:
-            inputs: arrays by input name, as for `Session.run`. The batch is that of the first step.
-
-        Returns:
-            Arrays by output name.
-
-        Raises:
-            BundleError: inputs that the model doesn't take; the step doesn't count then.
-            StateError: one step too many, another batch than before, a closed trajectory, or a second thread.
-        """
-        if not self._lock.acquire(blocking=False):
-            raise StateError("this trajectory is running in another thread: open one a thread and stream")
-        try:
-            return self._run(inputs)
-        finally:
-            self._lock.release()
-
-    def reset(self) -> None:
-        """Drop the state and the records: the next call is the first step."""
-        with self._lock:
-            self._step, self._state, self._hoisted = -1, None, HoistedValues(())
-            self._records.clear()
-
-    def close(self) -> None:
-        """Drop the state and refuse further calls."""
-        self.reset()
-        self._closed = True
-
-    def stats(self) -> Stats:
-        """Report what ran so far, and the memory held.
-
-        Returns:
-            One record for each call, and the bytes of the cached state.
-        """
-        records = tuple(self._records)
-        full_macs = sum(record.full_macs for record in records)
-        macs = sum(record.macs for record in records)
-        slots = zip(self._state.layout, self._state.tensors, strict=True) if self._state else ()
-        state_bytes = sum(slot.bytes for slot, tensor in slots if tensor is not None)
-        return Stats(records, state_bytes, macs / full_macs if full_macs else 1.0, 1, {})
-
-    def __enter__(self) -> Trajectory:
-        if self._closed:
-            raise StateError("this trajectory was closed: open another one")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def _run(self, inputs: Mapping[str, Any]) -> Arrays:
-        begin = time.perf_counter()
-        session, step = self.session, self._step + 1
-        if self._closed:
-            raise StateError("this trajectory was closed: open another one")
-        session.driver.refuse_surplus(step, self.steps, self.stream)
-        arrays = arrays_of(session.manifest, inputs)
-        if self._state is None:
-            session = self.session = self._all_sizes.for_sizes_of(arrays)
-        feeds, batch = admit(session.manifest, arrays)
-        if self._state is None:
-            self._batch = batch
-            self._state = StreamState(_layout(session, batch), session.manifest.regions)
-            self._hoisted = HoistedValues(session.prologues)
-        elif batch != self._batch:
-            raise StateError(f"the trajectory began with batch {self._batch}, this call has {batch}: open another one")
-        state, driver = self._state, session.driver
-        timestep = timestep_of(session.manifest, feeds) if session.schedule.timesteps else None
-        row, cold = driver.choose(state, step, timestep)
-        variant = session.variant_of(row)
-        feeds |= session.beside(variant, state, step, batch)
-        if session.output_rows is not None:
-            feeds[KEPT] = session.output_rows.kept(state, step, batch, feeds)
-        start = time.perf_counter()
-        values = variant.run(feeds | self._hoisted.of(variant.spec.hoists, feeds))
-        end = time.perf_counter()
-        outputs, writes = session.outputs_by_name(values), [_slot_number(name) for name in variant.spec.writes]
-        finite = not writes or all(_finite(array) for array in outputs.values())
-        written = values[len(outputs) : len(outputs) + len(writes)]
-        for place, number in enumerate(writes):
-            if state.layout[number].slot is Slot.FIGURE:  # the step rule reads it on the host; no graph does
-                written[place] = session.runtime.numpy(written[place])
-        driver.keep(state, step, row, writes, written, finite)
-        if dropped := session.dropped_branches(variant, values):
-            session.warned.once(_left_out(f"step {step}", dropped))
-        self._step = step
-        full_macs = session.variant_of(driver.full).spec.macs
-        ms = (end - start) * 1e3
-        overhead = (time.perf_counter() - begin) * 1e3 - ms
-        self._records.append(
-            StepRecord(
-                step,
-                self.stream,
-                variant.spec.name,
-                ms,
-                overhead,
-                variant.spec.macs,
-                cold,
-                dropped,
-                full_macs,
-                timestep,
-            )
-        )
-        return outputs
-
-
-def timestep_of(manifest: Manifest, feeds: Arrays) -> float | None:
-    """The call's timestep; of several tokens' the middle one. None: the model takes none, it isn't finite, or it
-    differs within the batch.
-
-    Rows are counted then, with a warning, as in the torch engine: the row at a step doesn't depend on the samples, and
-    a sampler that gives each of them a timestep of its own can be run. Weights that were fitted for a timestep don't
-    serve.
-    """
-    times = np.asarray(feeds.get(manifest.timestep or "", ()), np.float64)
-    if not times.size or not np.isfinite(times).all() or (times.ndim and (times != times[:1]).any()):
-        return None
-    return float(np.sort(times, axis=None)[times.size // 2])
-
-
-def _layout(session: Session, batch: int) -> tuple[StateSlot, ...]:
-    """The state's slots, for this batch."""
-    layout = []
-    for spec in session.manifest.state:
-        shape = spec.sizes(batch)
-        size = math.prod(shape) * bfloat16.stored_dtype(spec.dtype).itemsize
-        layout.append(StateSlot(spec.name, spec.region, spec.output, Slot(spec.slot), shape, spec.dtype, "", size))
-    return tuple(layout)
-
-
-def _slot_number(name: str) -> int:
-    return int(name.removeprefix("state_"))
-
-
-def _left_out(what: str, dropped: int) -> str:
-    return (
-        f"{what} left out {dropped} branches: these (token, expert) pairs exceeded their expert's capacity, so the "
-        "result is approximate. Export with a larger capacity, or experts='dense'"
-    )
-
-
-def _finite(array: Any) -> bool:
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

@@ -19,7 +19,8 @@ from moeca_compile.exporting.request import Captured, capture
 from moeca_compile.options import Options
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
-from moeca_compile.runtime.session import Session, Trajectory
+from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
 from tests.models import DiT
 from tests.tools import UNHOISTED, row

@@ -18,7 +18,8 @@ from moeca_compile.errors import BundleError, CaptureError, LoweringError, Optio
 from moeca_compile.runtime.bundle.bench import bench_bundle
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.verify import verify
-from moeca_compile.runtime.session import Session, Trajectory
+from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.runtime.triton import write_repository
 from moeca_compile.runtime.triton.sequences import Sequences
 from moeca_compile.schedule import Action, Partial, Schedule

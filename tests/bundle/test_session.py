@@ -84,7 +84,7 @@ def test_a_call_by_itself_keeps_nothing(session: Session, model: DiT) -> None:
 def test_state_is_handed_on_without_a_copy(session: Session) -> None:
     with session.trajectory() as trajectory:
         trajectory.run(named(call_of(2)))
-        state = trajectory._state
+        state = trajectory.state
         assert state is not None
         first = [address(one) for one in state.tensors if one is not None]
         trajectory.run(named(call_of(2, seed=1)))  # forecasts: writes nothing
@@ -239,8 +239,8 @@ def test_on_a_gpu(provider: str, exported: Bundle) -> None:
     assert verify(session).passed
     with session.trajectory() as trajectory:
         trajectory.run(named(call_of(2)))
-        assert trajectory._state is not None
-        assert {one.device_name().lower() for one in trajectory._state.tensors if one is not None} == {"cuda"}
+        assert trajectory.state is not None
+        assert {one.device_name().lower() for one in trajectory.state.tensors if one is not None} == {"cuda"}
 
 
 def test_memory_modes(exported: Bundle) -> None:

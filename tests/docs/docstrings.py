@@ -16,6 +16,7 @@ from moeca_compile import errors
 
 ROOMS = (
     "moeca_compile",
+    "moeca_compile.distributed",
     "moeca_compile.errors",
     "moeca_compile.expert_dispatch",
     "moeca_compile.passes",
@@ -36,9 +37,14 @@ RETURNED = (  # classes that the functions above give or take
     "moeca_compile.inspect.report:Report",
     "moeca_compile.inspect.report:VariantReport",
     "moeca_compile.lowering.tensorrt.build:EngineRequest",
+    "moeca_compile.runtime.batched.calls:Policy",
+    "moeca_compile.runtime.batched.calls:Waiting",
+    "moeca_compile.runtime.batched.requests:PooledTrajectory",
+    "moeca_compile.runtime.batched.requests:Request",
+    "moeca_compile.runtime.batched.session:CallRecord",
     "moeca_compile.runtime.bundle.fused:FusedSession",
     "moeca_compile.runtime.bundle.fused:FusedTrajectory",
-    "moeca_compile.runtime.session:Trajectory",
+    "moeca_compile.runtime.trajectory:Trajectory",
     "moeca_compile.runtime.stats:Stats",
     "moeca_compile.runtime.stats:StepRecord",
     "moeca_compile.schedule.adaptive:Adaptive",
@@ -51,7 +57,9 @@ INTERNAL = {  # methods that only the package calls; a leading underscore would 
     "Report": {"of_parts"},
     "Rewrite": {"fitting", "following", "function", "of"},
     "Routed": {"branches"},
-    "Trajectory": {"declared", "miss", "serves", "told"},
+    "BatchedSession": {"leave", "serve"},
+    "Request": {"end"},
+    "Trajectory": {"commit", "declared", "miss", "plan", "serves", "told"},
     "Session": {"dropped_branches", "for_sizes_of", "outputs_by_name", "variant_of"},
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")

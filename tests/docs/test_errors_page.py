@@ -17,7 +17,7 @@ MADE_ELSEWHERE = {  # texts that aren't written where they are raised: what the 
     "_COUNTED": "no finite timestep that holds for its whole batch",
     "_EVERY_EXPERT_RUNS": "every expert runs on every token, by its own forward",
     "_difference": "but the trajectory declared",
-    "_left_out": "result is approximate. Export with a larger capacity",
+    "left_out": "result is approximate. Export with a larger capacity",
     "_not_calibrated_for": "it was made for another sampler or number",
     "_other_call": "the package wasn't saved for a call with",
     "_nothing_found": "nothing to cache was found in this graph",

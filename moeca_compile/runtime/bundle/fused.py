@@ -23,8 +23,8 @@ from moeca_compile.runtime.driver import StepDriver
 from moeca_compile.runtime.providers import onnxruntime as ort
 from moeca_compile.runtime.providers import openvino
 from moeca_compile.runtime.providers.provider import runtime_of
-from moeca_compile.runtime.session import timestep_of
 from moeca_compile.runtime.stats import StepRecord
+from moeca_compile.runtime.trajectory import timestep_of
 from moeca_compile.runtime.warned import Warned
 
 Specs = dict[str, TensorSpec]

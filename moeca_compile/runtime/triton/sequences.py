@@ -8,7 +8,8 @@ from typing import Any
 
 from moeca_compile.errors import StateError
 from moeca_compile.runtime.bundle.feeds import Arrays
-from moeca_compile.runtime.session import Session, Trajectory
+from moeca_compile.runtime.session import Session
+from moeca_compile.runtime.trajectory import Trajectory
 
 
 class Sequences:

@@ -78,7 +78,7 @@ def test_states_take_turns_at_addresses(with_engines: Bundle) -> None:
     session = on_engines(with_engines)
     with session.trajectory() as trajectory:
         trajectory.run(step_of(0))
-        state = trajectory._state
+        state = trajectory.state
         assert state is not None
         for step in range(1, 9):
             y0 = state.tensors[0].address

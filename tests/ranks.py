@@ -1,0 +1,233 @@
+"""What the tests of several ranks run: `python -m tests.ranks WHAT RANK RANKS FOLDER` prints its result as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+import moeca_compile as moeca
+from moeca_compile.distributed import calibrate, check_ranks, sample
+from moeca_compile.errors import MoecaError
+from tests.models import DiT
+
+ROOT = Path(__file__).parents[1]
+SEEDS = range(5)
+STEPS = 4
+CALIBRATION: dict[str, Any] = {
+    "budget": "macs:0.5", "inner": "eager", "progress": False, "granularity": "region", "seeds": 4, "holdout": 2,
+    "effort": 3, "data_range": 4.0, "max_variants": 2, "order": 1,
+}  # fmt: skip
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return DiT("numpy", depth=1, dim=16, hidden=24, heads=2).eval().requires_grad_(False)
+
+
+def compiled(schedule: str = "uniform:2", seed: int = 0) -> Any:
+    return moeca.compile(model(seed), schedule=schedule, inner="eager")
+
+
+def draw(network: Any, seed: int) -> Tensor:
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad(), moeca.trajectory(network) if hasattr(network, "_orig_mod") else torch.no_grad():
+        for step in range(STEPS):
+            x = x - network(x, torch.full((1,), 1000.0 - 250 * step), torch.tensor([seed % 10]))[:, :4] / STEPS
+    return x
+
+
+def plain_draw(network: Any, seed: int) -> Tensor:
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for step in range(STEPS):
+        x = x - network(x, torch.full((1,), 1000.0 - 250 * step), torch.tensor([seed % 10]))[:, :4] / STEPS
+    return x
+
+
+def refused(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except MoecaError as error:
+        return str(error)
+    return ""
+
+
+def differing(rank: int, folder: Path) -> dict[str, Any]:
+    """Ranks whose schedules, weights or arguments differ; then equal ones, which sample."""
+    return {
+        "schedule": refused(lambda: check_ranks(compiled(f"uniform:{2 + rank}"))),
+        "weights": refused(lambda: check_ranks(model(seed=rank))),
+        "further": refused(lambda: check_ranks(model(), resolution=256 * (rank + 1))),
+        "samples": {seed: x.flatten().tolist() for seed, x in sample(compiled(), draw, SEEDS, folder).items()},
+    }
+
+
+def failing(rank: int, folder: Path) -> dict[str, Any]:
+    """Rank 1's sampler raises at seed 3."""
+
+    def fragile(network: Any, seed: int) -> Tensor:
+        if seed == 3:
+            raise ValueError("no seed 3")
+        return draw(network, seed)
+
+    try:
+        sample(compiled(), fragile, SEEDS, folder)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {}
+
+
+def killed(rank: int, folder: Path) -> dict[str, Any]:
+    """Rank 1 ends at seed 3 as if it were killed."""
+
+    def fatal(network: Any, seed: int) -> Tensor:
+        if seed == 3:
+            os._exit(9)
+        return draw(network, seed)
+
+    return {"error": refused(lambda: sample(compiled(), fatal, SEEDS, folder))}
+
+
+def again(rank: int, folder: Path) -> dict[str, Any]:
+    """The seeds that a job which goes on draws."""
+    drawn = []
+
+    def noted(network: Any, seed: int) -> Tensor:
+        drawn.append(seed)
+        return draw(network, seed)
+
+    samples = sample(compiled(), noted, SEEDS, folder)
+    return {"drawn": drawn, "samples": {seed: x.flatten().tolist() for seed, x in samples.items()}}
+
+
+def calibrated(rank: int, folder: Path) -> dict[str, Any]:
+    schedule = calibrate(model(), plain_draw, resume=folder / "calibration", **CALIBRATION)
+    return {"schedule": schedule.to_json()}
+
+
+class Block(nn.Module):
+    """A gated MLP with a residual, as a block that tensor parallelism cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return x + condition * self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.blocks, self.out = nn.Linear(1, 16), nn.ModuleList(Block() for _ in range(2)), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        condition = self.time(t.view(-1, 1) / 1000)[:, None]
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.out(x)
+
+
+def cut(network: nn.Module, mesh: Any) -> nn.Module:
+    """The network with its MLPs cut over the ranks."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for block in network.blocks:  # type: ignore[union-attr]
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return network
+
+
+def sharded(network: nn.Module, mesh: Any) -> nn.Module:
+    """The network under FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in network.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
+
+
+def loop(network: Any, exchanges: list[int] | None = None) -> list[list[float]]:
+    """The outputs of six steps, each from the one before; `exchanges` gets the number of collectives of each."""
+    x, outputs = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1)), []
+    for step in range(6):
+        with torch.profiler.profile() as profile:
+            output = network(x, torch.tensor([1000.0 - 100 * step]))
+        if exchanges is not None:
+            names = [event.name for event in profile.events()]
+            exchanges.append(sum("c10d" in name and "wait" not in name for name in names))
+        x = x - output / 6
+        outputs.append(output.flatten().tolist())
+    return outputs
+
+
+def spread(rank: int, folder: Path) -> dict[str, Any]:
+    """Models that are spread over the ranks: plain, compiled in full, cached at the output."""
+    import warnings
+
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh, results = init_device_mesh("cpu", (2,)), {}
+
+    def blocks() -> nn.Module:
+        torch.manual_seed(0)
+        return Blocks().eval().requires_grad_(False)
+
+    for name, way in (("cut", cut), ("sharded", sharded)):
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            exchanges: list[int] = []
+            plain = loop(way(blocks(), mesh), exchanges)
+            regions = moeca.compile(way(blocks(), mesh), schedule="uniform:2", inner="eager")
+            uncached = loop(regions)
+            outputs = moeca.compile(way(blocks(), mesh), schedule="uniform:2", inner="eager", granularity="output")
+            cached_exchanges: list[int] = []
+            cached = loop(outputs, cached_exchanges)
+            whole = moeca.compile(blocks(), schedule="uniform:2", inner="eager", granularity="output")
+            results[name] = {
+                "plain": plain, "uncached": uncached, "cached": cached, "whole": loop(whole),
+                "exchanges": exchanges, "cached_exchanges": cached_exchanges,
+                "warnings": [str(warning.message) for warning in caught if "moeca" in str(warning.category).lower()],
+            }  # fmt: skip
+    return results
+
+
+def run(what: str, folder: Path, ranks: int = 2) -> list[tuple[int, Any]]:
+    """Exit status and result of each rank."""
+    meeting = folder / f"meeting_{what}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", what, str(rank), str(ranks), str(folder), str(meeting)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    results = []
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        results.append((process.returncode, json.loads(lines[-1]) if lines else None))
+    return results
+
+
+def main(what: str, rank: str, ranks: str, folder: str, meeting: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks), timeout=timedelta(seconds=120)
+    )
+    sys.stdout.write(json.dumps(globals()[what](int(rank), Path(folder) / "samples")) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # a group whose other rank is gone waits when it is destroyed
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

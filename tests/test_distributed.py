@@ -1,0 +1,147 @@
+"""Data parallel: two ranks draw what one process draws; ranks that differ or end are told, and the job goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+import moeca_compile as moeca
+from moeca_compile import distributed as parallel
+from moeca_compile.errors import OptionError, StateError
+from moeca_compile.schedule import Schedule
+from tests import ranks
+
+
+def expected() -> dict[str, list[float]]:
+    network = ranks.compiled()
+    return {str(seed): ranks.draw(network, seed).flatten().tolist() for seed in ranks.SEEDS}
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    results = ranks.run("differing", tmp_path)
+    assert [status for status, _ in results] == [0, 0]
+    for _, result in results:
+        assert "the ranks differ in schedule (" in result["schedule"]
+        assert " on rank 0; " in result["schedule"]
+        assert "the ranks differ in weights (" in result["weights"]
+        assert "the ranks differ in resolution (" in result["further"]
+        assert result["samples"] == expected()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_told_and_the_job_goes_on(tmp_path: Path) -> None:
+    (status, result), (killed, nothing) = ranks.run("killed", tmp_path)
+    assert (status, killed, nothing) == (0, 9, None)
+    assert "rank 0 lost another rank while samples were drawn. Those that are done are in" in result["error"]
+    done = {int(path.stem) for path in (tmp_path / "samples").glob("*.npy")}
+    assert done == {0, 1, 2, 4}
+    results = ranks.run("again", tmp_path)
+    assert [seed for _, result in results for seed in result["drawn"]] == [3]
+    assert all(result["samples"] == expected() for _, result in results)
+
+
+@pytest.mark.slow
+def test_a_failing_rank_is_named(tmp_path: Path) -> None:
+    (_, first), (_, second) = ranks.run("failing", tmp_path)
+    assert second["error"] == "ValueError: no seed 3"
+    assert first["error"].startswith("StateError: the job failed on rank 1: ValueError: no seed 3. Mend that")
+
+
+@pytest.mark.slow
+def test_a_calibration_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
+    alone = moeca.calibrate(ranks.model(), ranks.plain_draw, **ranks.CALIBRATION)
+    for status, result in ranks.run("calibrated", tmp_path):
+        assert status == 0
+        schedule = Schedule.from_json(result["schedule"])
+        assert schedule.rows == alone.rows
+        assert schedule.predicted["psnr_db"] == alone.predicted["psnr_db"]
+        assert schedule.predicted["psnr_db_holdout"] == alone.predicted["psnr_db_holdout"]
+
+
+@pytest.mark.slow
+def test_models_that_are_spread_over_ranks(tmp_path: Path) -> None:
+    """Regions: uncached and said so. Output: the steps between exchange nothing, and the rest is the whole model's."""
+    for status, results in ranks.run("spread", tmp_path):
+        assert status == 0
+        for name, says in (("cut", "its parameters are spread over several ranks"), ("sharded", "graph break")):
+            assert results[name]["uncached"] == results[name]["plain"], name
+            assert says in results[name]["warnings"][0]
+            assert min(results[name]["exchanges"]) > 0
+        cut = results["cut"]
+        assert cut["cached_exchanges"][1::2] == [0, 0, 0]
+        assert cut["cached_exchanges"][2::2] == cut["exchanges"][2::2]
+        assert torch.allclose(torch.tensor(cut["cached"]), torch.tensor(cut["whole"]), atol=1e-5)
+        assert cut["cached"][0] == cut["plain"][0]
+
+
+# -- one rank, whose peers are made up ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def with_peer(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A second rank that answers with what this one says, changed."""
+
+    def gather(values: list[Any], value: dict[str, Any]) -> None:
+        values[:] = [value, change(value)]
+
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+
+
+def test_without_a_group() -> None:
+    with pytest.raises(StateError, match="isn't initialized: start with torchrun"):
+        parallel.check_ranks(ranks.model())
+    with pytest.raises(StateError, match="isn't initialized: start with torchrun"):
+        parallel.share(range(3))
+
+
+def test_other_versions(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_peer(monkeypatch, lambda facts: {**facts, "torch": "2.0.0"})
+    with pytest.raises(StateError, match=r"the ranks differ in torch \(.* on rank 0; 2\.0\.0 on rank 1\)"):
+        parallel.check_ranks(ranks.model())
+
+
+def test_a_lost_rank(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(values: list[Any], value: dict[str, Any]) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(distributed, "all_gather_object", lost)
+    with pytest.raises(StateError, match=r"lost another rank while the ranks were compared.*Connection closed by peer"):
+        parallel.check_ranks(ranks.model())
+
+
+def test_a_folder_of_another_job(group: None, tmp_path: Path) -> None:
+    drawn = parallel.sample(ranks.model(), ranks.draw, [3, 1], tmp_path)
+    assert list(drawn) == [3, 1]
+    assert torch.equal(drawn[1], ranks.draw(ranks.model(), 1))
+    with pytest.raises(StateError, match="holds samples made with other weights: give another folder"):
+        parallel.sample(ranks.model(seed=1), ranks.draw, [3], tmp_path)
+    with pytest.raises(OptionError, match="a seed is given twice"):
+        parallel.sample(ranks.model(), ranks.draw, [3, 3], tmp_path)
+
+
+def test_a_folder_that_one_rank_alone_sees(group: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    with_peer(monkeypatch, lambda facts: facts)
+    with pytest.raises(StateError, match=r"lacks seeds \[1\]: give a folder that all ranks see"):
+        parallel.sample(ranks.model(), ranks.draw, [0, 1, 2], tmp_path)
+
+
+def test_a_calibration_that_cannot_be_shared(group: None) -> None:
+    for arguments, says in (({"prompts": ["a fox"]}, "prompts can't be given"), ({}, "name the granularity")):
+        with pytest.raises(OptionError, match=says):
+            parallel.calibrate(ranks.model(), no_draw, budget="macs:0.5", **arguments)
+
+
+def no_draw(model: Any, seed: int) -> Tensor:
+    raise AssertionError("nothing is sampled")
