@@ -91,7 +91,7 @@ class OutputProgram(Program):
         self.timestep, self.latent, self.condition = call.timestep, call.latent, call.condition
         self.more_timesteps = call.more_timesteps
         self.prologues = _NothingHoisted((), call.condition)  # type: ignore[assignment]
-        self.packs_experts, self.buffers, self.caches = False, None, ()
+        self.packs_experts, self.buffers, self.caches, self.freeing = False, None, (), None
         self.nodes, self.roles = 0, call.roles
         self.regions = call.regions
         self.latent_shape = shape_of_sample(args, call.latent)
