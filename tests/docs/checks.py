@@ -52,6 +52,8 @@ def check_command(words: list[str]) -> None:
     elif program in ("python", "python3"):
         assert rest[0] == "-m", "a module is run with -m"
         assert importlib.util.find_spec(rest[1]), rest[1]
+    elif program == "torchrun":
+        assert importlib.util.find_spec(rest[rest.index("-m") + 1]), rest
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for asked in re.findall(r"(?:moeca-compile|\.)\[([\w,-]+)\]", " ".join(rest)):

@@ -31,6 +31,7 @@ class Program:
     of_step = (STEP,)
     step_bytes = 8
     by_step = False
+    freed = None
     maps: bool = True
     fails: bool = False
     ran: list[Any] = field(default_factory=list)
