@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -68,21 +68,7 @@ def check_ranks(model: Any, **further: object) -> None:
         StateError: ranks differ. The message names what, and the ranks. Or one of them ended, or
             `torch.distributed` isn't initialized.
     """
-    facts = _facts(model) | {name: _digest(str(value)) for name, value in further.items()}
-    by_rank = _gather(facts, "while the ranks were compared")
-    differing = []
-    for name in dict.fromkeys(name for one in by_rank for name in one):
-        values: dict[str, list[int]] = {}
-        for rank, one in enumerate(by_rank):
-            values.setdefault(one.get(name, "nothing"), []).append(rank)
-        if len(values) > 1:
-            sides = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
-            differing.append(f"{name} ({sides})")
-    if differing:
-        raise StateError(
-            f"the ranks differ in {' and '.join(differing)}: nothing was sampled. Start all of them with the same "
-            "packages, weights and schedule"
-        )
+    _compared(model, further)
 
 
 def sample(model: Any, draw: Sampler, seeds: Iterable[int], folder: str | Path) -> dict[int, Tensor]:
@@ -108,21 +94,15 @@ def sample(model: Any, draw: Sampler, seeds: Iterable[int], folder: str | Path) 
     every, folder = list(seeds), Path(folder)
     if len(set(every)) < len(every):
         raise OptionError("sample: a seed is given twice")
-    check_ranks(model, seeds=every)
-    _check_job(model, folder)
-    failure: Exception | None = None
-    try:
+    _check_job(_compared(model, {"seeds": every}), folder)
+
+    def draw_own() -> None:
         for seed in share(every):
             if not (folder / f"{seed}.npy").exists():
                 with torch.no_grad():
                     _write(folder / f"{seed}.npy", draw(model, seed))
-    except Exception as error:  # the others must hear of it, else they wait
-        failure = error
-    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    texts = _gather({"error": text}, f"while samples were drawn. Those that are done are in {str(folder)!r}")
-    if failure is not None:
-        raise failure
-    _refuse_failures([one["error"] for one in texts])
+
+    _on_every_rank(draw_own, f"while samples were drawn. Those that are done are in {str(folder)!r}")
     missing = [seed for seed in every if not (folder / f"{seed}.npy").exists()]
     if missing:
         raise StateError(f"sample: {str(folder)!r} lacks seeds {missing}: give a folder that all ranks see")
@@ -167,19 +147,13 @@ def calibrate(
         studies = Studies(model, draw, chosen["inner"], "uncached", progress)
         study = studies.of(chosen["granularity"], own)
         _share_uncached(study)
-        failure: Exception | None = None
-        result = {"schedule": "", "error": ""}
-        if is_first:
-            try:
-                result["schedule"] = find_schedule(studies, own, chosen["granularity"]).to_json()
-            except Exception as error:  # the others must hear of it, else they wait
-                failure, result["error"] = error, f"{type(error).__name__}: {error}"
-    where = "" if resume is None else f". What was measured is in {str(resume)!r}"
-    (result, *_) = _gather(result, f"while rank 0 searched{where}")
-    if failure is not None:
-        raise failure
-    _refuse_failures([result["error"]])
-    return Schedule.from_json(result["schedule"])
+
+        def search() -> str:
+            return find_schedule(studies, own, chosen["granularity"]).to_json() if is_first else ""
+
+        where = "" if resume is None else f". What was measured is in {str(resume)!r}"
+        (text, *_) = _on_every_rank(search, f"while rank 0 searched{where}")
+    return Schedule.from_json(text)
 
 
 def _share_uncached(study: Study) -> None:
@@ -188,24 +162,38 @@ def _share_uncached(study: Study) -> None:
     missing = [seed for seed in every if seed not in (every[0], *study.measured_seeds())]
     missing = [seed for seed in missing if study.store.truth(seed) is None]
     (first, *_) = _gather({"missing": missing}, "before seeds were drawn")  # rank 0 alone has the folder
-    samples: dict[int, tuple[Tensor, float]] = {}
-    failure: Exception | None = None
-    try:
+
+    def draw_own() -> dict[int, tuple[Tensor, float]]:
         seeds = share(first["missing"])
         if seeds:
             study.sampled.run(every[0])  # compiles
-        for seed in seeds:
-            samples[seed] = study.sampled.run(seed), study.sampled.uncached[-1]
-    except Exception as error:  # the others must hear of it, else they wait
-        failure = error
-    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    found = _gather({"samples": samples, "error": text}, "while uncached samples were drawn")
-    if failure is not None:
-        raise failure
-    _refuse_failures([one["error"] for one in found])
+        return {seed: (study.sampled.run(seed), study.sampled.uncached[-1]) for seed in seeds}
+
+    drawn = _on_every_rank(draw_own, "while uncached samples were drawn")
     if distributed.get_rank() == 0:
-        for one in found:
-            study.shared |= one["samples"]
+        for samples in drawn:
+            study.shared |= samples
+
+
+def _compared(model: Any, further: Mapping[str, object]) -> dict[str, str]:
+    """The facts of the model, once they and `further` are known to be equal on all ranks; see `check_ranks`."""
+    of_model = _facts(model)
+    facts = of_model | {name: _digest(str(value)) for name, value in further.items()}
+    by_rank = _gather(facts, "while the ranks were compared")
+    differing = []
+    for name in dict.fromkeys(name for rank_facts in by_rank for name in rank_facts):
+        values: dict[str, list[int]] = {}
+        for rank, rank_facts in enumerate(by_rank):
+            values.setdefault(rank_facts.get(name, "nothing"), []).append(rank)
+        if len(values) > 1:
+            sides = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
+            differing.append(f"{name} ({sides})")
+    if differing:
+        raise StateError(
+            f"the ranks differ in {' and '.join(differing)}: nothing was sampled. Start all of them with the same "
+            "packages, weights and schedule"
+        )
+    return of_model
 
 
 def _facts(model: Any) -> dict[str, str]:
@@ -265,20 +253,34 @@ def _gather(value: dict[str, Any], when: str) -> list[dict[str, Any]]:
     return values
 
 
-def _refuse_failures(texts: Sequence[str]) -> None:
-    if failed := [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]:
+def _on_every_rank(work: Callable[[], Any], when: str) -> list[Any]:
+    """What the work of each rank gives, by rank. All hear of a failure; else they would wait.
+
+    Raises:
+        StateError: another rank failed or ended. What the work raises on this rank is raised as it is.
+    """
+    failure: Exception | None = None
+    answer: dict[str, Any] = {"result": None, "error": ""}
+    try:
+        answer["result"] = work()
+    except Exception as error:
+        failure, answer["error"] = error, f"{type(error).__name__}: {error}"
+    answers = _gather(answer, when)
+    if failure is not None:
+        raise failure
+    if failed := [f"rank {rank}: {other['error']}" for rank, other in enumerate(answers) if other["error"]]:
         raise StateError(
             f"the job failed on {'; '.join(failed)}. Mend that, and start it again with the same arguments"
         )
+    return [other["result"] for other in answers]
 
 
-def _check_job(model: Any, folder: Path) -> None:
+def _check_job(facts: Mapping[str, str], folder: Path) -> None:
     """Record in the folder whose it is; rank 0 writes.
 
     Raises:
         StateError: its samples are of other weights or another schedule.
     """
-    facts: Mapping[str, str] = _facts(model)
     other: list[str] = []
     if distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
