@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.protocol import arguments, folder_of, pin_threads, save
 from moeca_compile.runtime.batched.calls import Policy, Waiting, cheap_first, oldest_first
+from moeca_compile.runtime.batched.requests import Sampler
 from moeca_compile.runtime.batched.session import BatchedSession
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.state import StreamState
@@ -44,9 +45,9 @@ def sampler(seed: int, steps: int) -> Generator[dict[str, Any], dict[str, Any], 
     return x
 
 
-def one_at_a_time(session: Session, seed: int, steps: int) -> Any:
-    request = sampler(seed, steps)
-    with session.trajectory(steps=steps) as trajectory:
+def one_at_a_time(session: Session, request: Sampler) -> Any:
+    """What a request gets in a trajectory of its own."""
+    with session.trajectory() as trajectory:
         try:
             inputs = next(request)
             while True:
@@ -61,7 +62,7 @@ def throughput(session: Session, steps: int, rounds: int) -> dict[str, Any]:
     single, shared, same = [], [], True
     for _ in range(rounds):
         begin = time.perf_counter()
-        images = [one_at_a_time(session, seed, steps) for seed in range(CONCURRENT)]
+        images = [one_at_a_time(session, sampler(seed, steps)) for seed in range(CONCURRENT)]
         middle = time.perf_counter()
         requests = [batched.submit(sampler(seed, steps), steps) for seed in range(CONCURRENT)]
         batched.run()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import moeca_compile as moeca
+from benchmarks.batched import one_at_a_time
 from moeca_compile.errors import BundleError, OptionError, StateError
 from moeca_compile.runtime import BatchedSession
 from moeca_compile.runtime.batched.budget import needs_of
@@ -39,21 +40,11 @@ def sampler(seed: int, batch: int = 1, steps: int = STEPS) -> Generator[dict[str
     return x
 
 
-def alone(session: Session, request: Sampler) -> Any:
-    with session.trajectory() as trajectory:
-        try:
-            inputs = next(request)
-            while True:
-                inputs = request.send(trajectory.run(inputs))
-        except StopIteration as end:
-            return end.value
-
-
 def test_requests_at_different_steps_get_what_they_get_alone(session: Session) -> None:
     """At random offsets, with batches of 1 to 3."""
     dice = random.Random(0)
     batches = [dice.choice((1, 1, 2, 3)) for _ in range(12)]
-    expected = [alone(session, sampler(seed, batch)) for seed, batch in enumerate(batches)]
+    expected = [one_at_a_time(session, sampler(seed, batch)) for seed, batch in enumerate(batches)]
     batched = BatchedSession(session, BUDGET, max_batch=6)
     requests = []
     for seed, batch in enumerate(batches):
@@ -70,7 +61,7 @@ def test_requests_at_different_steps_get_what_they_get_alone(session: Session) -
 
 
 def test_threads_share_calls(session: Session) -> None:
-    expected = [alone(session, sampler(seed)) for seed in range(4)]
+    expected = [one_at_a_time(session, sampler(seed)) for seed in range(4)]
     batched = BatchedSession(session, BUDGET, gather=1.0)
     begin, results = threading.Barrier(4), {}
 
@@ -104,7 +95,7 @@ def test_requests_wait_for_room_in_their_order(exported: Bundle) -> None:
     while batched.step():
         ends += [seed for seed, request in enumerate(requests) if request.done and seed not in ends]
     assert ends == [0, 1, 2]
-    assert requests[1].result().tobytes() == alone(session, sampler(1, 2)).tobytes()
+    assert requests[1].result().tobytes() == one_at_a_time(session, sampler(1, 2)).tobytes()
 
 
 def test_memory_is_within_the_budget(exported: Bundle) -> None:
@@ -149,7 +140,7 @@ def test_an_error_of_one_request_is_its_own(exported: Bundle) -> None:
     good, bad, again = batched.submit(sampler(0)), batched.submit(broken()), batched.submit(stubborn(), steps=2)
     long = batched.submit(sampler(1), steps=2)
     batched.run()
-    assert good.result().tobytes() == alone(session, sampler(0)).tobytes()
+    assert good.result().tobytes() == one_at_a_time(session, sampler(0)).tobytes()
     with pytest.raises(ZeroDivisionError):
         bad.result()
     with pytest.raises(StateError, match="steps=2, and this is call 3"):
@@ -312,4 +303,4 @@ def test_an_output_that_is_cached_as_a_whole(tmp_path: Path) -> None:
         batched.step()
     batched.run()
     for seed, request in enumerate(requests):
-        assert request.result().tobytes() == alone(session, sampler(seed)).tobytes()
+        assert request.result().tobytes() == one_at_a_time(session, sampler(seed)).tobytes()

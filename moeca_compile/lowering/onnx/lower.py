@@ -26,9 +26,8 @@ from moeca_compile.passes.manager import Pass, PassManager
 from moeca_compile.runtime.bundle.dims import Dim, parts
 from moeca_compile.runtime.bundle.manifest import DROPPED
 
-OPSETS = range(
-    18, 25
-)  # from 23 on there are Attention, RMSNormalization and RotaryEmbedding, which fewer runtimes have
+# from 23 on there are Attention, RMSNormalization and RotaryEmbedding, which fewer runtimes have
+OPSETS = range(18, 25)
 SEGMENTS = Lowering("segments")
 _TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
