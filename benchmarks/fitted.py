@@ -33,6 +33,7 @@ from moeca_compile.schedule import Action, Schedule
 WORK = Path("build/fitted")
 PAGE = Path("docs/fitted.md")
 REGIONS, UNCACHED, CONVERGED = "regions", "uncached", "converged"
+FIRST_SEED = 70_000  # of those that are told
 MARKS = {
     "digits": "<!-- python -m benchmarks.fitted --report -->",
     "glyphs": "<!-- python -m benchmarks.fitted --task glyphs --report -->",
@@ -106,24 +107,20 @@ class Bench:
         return family
 
     def samples(self, name: str, schedule: Schedule | None = None, order: str = "euler") -> Tensor:
-        """The held-out samples; kept in a file of that name."""
-        path = self.work / f"{name}.pt"
-        if path.exists():
-            samples: Tensor = torch.load(path)
-            return samples
-        size = self.size
-        model = self._model(schedule)
-        times, second_order = (1, False) if order == "euler" else (size.finer, True)
-        sample = self.task.sampler(size.batch, times * size.steps, second_order)
-        images = []
-        with torch.no_grad():
-            for seed in range(70_000, 70_000 + size.held_out):
+        """The held-out samples; kept in a file of that name, which grows by a seed at a time."""
+        path, size = self.work / f"{name}.pt", self.size
+        images = list(torch.load(path).split(size.batch)) if path.exists() else []
+        if len(images) < size.held_out:
+            model = self._model(schedule)
+            times, second_order = (1, False) if order == "euler" else (size.finer, True)
+            sample = self.task.sampler(size.batch, times * size.steps, second_order)
+            for seed in range(FIRST_SEED + len(images), FIRST_SEED + size.held_out):
                 if schedule is not None:
                     moeca.reset(model)
-                images.append(sample(model, seed))
-        samples = torch.cat(images)
-        torch.save(samples, path)
-        return samples
+                with torch.no_grad():
+                    images.append(sample(model, seed))
+                torch.save(torch.cat(images), path)
+        return torch.cat(images[: size.held_out])
 
     def _model(self, schedule: Schedule | None) -> Callable[..., Any]:
         torch._dynamo.reset()  # each contender compiles the same class anew

@@ -30,6 +30,7 @@ import moeca_compile as moeca
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, GUIDANCE
 from examples import digits
+from examples.frechet import features_of, frechet
 from moeca_compile.inspect import plots
 from moeca_compile.planner.rollout import SampledModel
 from moeca_compile.planner.search.drift import Drift
@@ -108,7 +109,7 @@ class Bench:
         labels = torch.cat([labels_of(seed, self.size.images) for seed in self.held_out])
         return Line(
             name, what, cost, self.psnr(images, truth), self.psnr(images, exact),
-            digits.accuracy(images, labels), frechet(images, truth),
+            digits.accuracy(images, labels), distance(images, truth),
         )  # fmt: skip
 
     # -- contenders -------------------------------------------------------------------------------------------------
@@ -159,21 +160,10 @@ class Bench:
         return {"C": 1.0, "F": forecast / computed}
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of the two sets' classifier features: 64 channels, averaged over the image."""
-    first, second = (_features(images) for images in (a, b))
-    gap = np.square(first.mean(0) - second.mean(0)).sum()
-    one, two = np.cov(first.T), np.cov(second.T)
-    values = np.linalg.eigvals(one @ two)
-    return max(0.0, float(gap + np.trace(one) + np.trace(two) - 2 * np.sqrt(values.astype(complex)).real.sum()))
-
-
-@torch.no_grad()
-def _features(images: Tensor) -> np.ndarray:
-    classifier = digits.load_classifier()
-    x = torch.nn.functional.max_pool2d(classifier.conv1(images).relu(), 2)
-    x = torch.nn.functional.max_pool2d(classifier.conv2(x).relu(), 2)
-    return classifier.conv3(x).relu().mean(dim=(2, 3)).double().numpy()
+def distance(a: Tensor, b: Tensor) -> float:
+    """Frechet distance of the two sets of images (N,1,16,16) in the features of the digits' judge."""
+    judge = digits.load_classifier()
+    return frechet(features_of(judge, a), features_of(judge, b))
 
 
 def measure(bench: Bench, steps: int, again: Sequence[str], kept: dict[str, Any], console: Console) -> dict[str, Any]:

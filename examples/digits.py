@@ -116,7 +116,10 @@ def integrate(
 
 
 class Classifier(nn.Module):
-    """A small CNN for 16 x 16 digits, trained on real ones only: (N,1,16,16) -> logits (N,10)."""
+    """A small CNN for 16 x 16 digits, trained on real ones only: (N,1,16,16) -> logits (N,10).
+
+    `features` gives the (N,64,4,4) before the last layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,10 +128,13 @@ class Classifier(nn.Module):
         self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
         self.head = nn.Linear(64 * 4 * 4, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.head(F.relu(self.conv3(x)).flatten(1))
+        return F.relu(self.conv3(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(1))
 
 
 @lru_cache(maxsize=1)

@@ -23,6 +23,7 @@ from types import FrameType
 import torch
 
 from examples import glyphs
+from examples.frechet import features_of, frechet
 from examples.glyphs import data, judge, model
 from examples.glyphs.fonts import FOLDER
 from examples.glyphs.training import Training
@@ -72,7 +73,8 @@ def evaluate(out: Path, folder: Path, n: int) -> str:
     accuracy = judge.accuracy(classifier, images, glyphs.labels_of(n))
     real, _ = data.load("test", folder)
     trained, _ = data.load("train", folder)
-    distance, floor = (judge.frechet(classifier, made, real) for made in (images, trained))
+    made, train, test = (features_of(classifier, some) for some in (images, trained, real))
+    distance, floor = frechet(made, test), frechet(train, test)
     return (
         f"{n} samples: {accuracy:.1%} classified right, Frechet {distance:.2f} to test faces (train faces {floor:.2f})"
     )

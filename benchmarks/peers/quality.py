@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.workload import relative_l2
-from benchmarks.schedules import frechet
+from benchmarks.schedules import distance
 from examples import digits
 
 WORST = 0.05
@@ -40,6 +40,6 @@ def quality(images: Tensor, labels: Tensor, uncached: Tensor, converged: Tensor)
         "uncached": fidelity(images, uncached),
         "converged": fidelity(images, converged),
         "class_accuracy": round(digits.accuracy(images, labels), 4),
-        "frechet": round(frechet(images, uncached), 5) if len(images) > 1 else math.nan,
+        "frechet": round(distance(images, uncached), 5) if len(images) > 1 else math.nan,
         "finite": bool(torch.isfinite(images).all()),
     }

@@ -55,25 +55,6 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     return (predicted == labels).float().mean().item()
 
 
-@torch.no_grad()
-def frechet(classifier: Classifier, a: Tensor, b: Tensor) -> float:
-    """Frechet distance of the features of two sets of images, each (N,1,32,32), seen as normal distributions.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500), with this classifier in
-    the place of Inception: its numbers compare with each other only.
-    """
-    means, covariances = [], []
-    for images in (a, b):
-        features = torch.cat([classifier.features(part) for part in images.float().cpu().split(1024)]).double()
-        means.append(features.mean(dim=0))
-        covariances.append(torch.cov(features.T))
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp_min(0).sqrt().sum()
-    traces = covariances[0].trace() + covariances[1].trace()
-    return ((means[0] - means[1]).square().sum() + traces - 2 * cross).item()
-
-
 def train(path: Path, folder: str | Path, seed: int = 0, epochs: int = 8) -> float:
     """Train a classifier on the training faces, write it in float16, return its accuracy on the test faces."""
     generator = torch.Generator().manual_seed(seed)

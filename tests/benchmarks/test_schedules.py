@@ -34,8 +34,8 @@ def test_labels_go_round() -> None:
 
 def test_frechet_distance_is_none_to_itself_and_grows_with_noise() -> None:
     images = torch.rand(96, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    noisy = [schedules.frechet(images, images + strength * torch.randn_like(images)) for strength in (0.3, 1.0)]
-    assert schedules.frechet(images, images) == pytest.approx(0, abs=1e-6)
+    noisy = [schedules.distance(images, images + strength * torch.randn_like(images)) for strength in (0.3, 1.0)]
+    assert schedules.distance(images, images) == pytest.approx(0, abs=1e-6)
     assert 1e-3 < noisy[0] < noisy[1]
 
 

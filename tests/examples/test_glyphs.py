@@ -12,6 +12,7 @@ from torch import Tensor
 
 from examples import glyphs
 from examples.dit_moe import DiTMoE, dit_moe
+from examples.frechet import features_of, frechet
 from examples.glyphs import data, fonts, judge, render
 from examples.glyphs.training import Training, learning_rate
 from examples.train_digits import save
@@ -226,9 +227,10 @@ def test_model_makes_glyph_sized_images_and_loads(tmp_path: Path) -> None:
 def test_frechet_distance_tells_sets_apart(folder: Path) -> None:
     torch.manual_seed(0)
     classifier = judge.Classifier().eval()
-    sans, serif = (data.load(split, folder)[0] for split in ("train", "test"))
-    assert judge.frechet(classifier, sans, sans) == pytest.approx(0, abs=1e-3)
-    assert judge.frechet(classifier, sans, -serif) > 10 * abs(judge.frechet(classifier, sans, serif))
+    sets = [data.load(split, folder)[0] for split in ("train", "test")]
+    sans, serif, inverted = (features_of(classifier, images) for images in (*sets, -sets[1]))
+    assert frechet(sans, sans) == pytest.approx(0, abs=1e-12)
+    assert frechet(sans, inverted) > 10 * frechet(sans, serif) > 0
 
 
 def test_picture_has_a_row_for_each_62(tmp_path: Path, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Peers at equal evaluations of the network, each at its best: quality to both truths, paired with our schedules.
 
     python -m benchmarks.peers.equal            # about an hour on one core; writes results/peers_equal.json
-    python -m benchmarks.peers.equal --only sampler --held-out 8    # these contenders, on so many seeds of 32 digits
+    python -m benchmarks.peers.equal --only UniPC --held-out 2 --counts 17 10    # these contenders, on so many seeds of
+                                                # 32 digits, at these evaluations; the other figures of the result stay
     python -m benchmarks.peers.equal --quick    # few digits: does it run?
     python -m benchmarks.peers.equal --report   # docs/peers.md from results/peers_equal.json and peers_latency.json
 
@@ -12,6 +13,7 @@ time is told here. Needs cache-dit and diffusers: pip install -e '.[bench]'.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fitted", type=Path, default=OURS, help=f"the same of ours; default {OURS}")
     parser.add_argument("--only", default="", help="contenders whose kind or name begins so; default all")
     parser.add_argument("--held-out", type=int, help="seeds that are drawn now; default all")
+    parser.add_argument("--counts", type=int, nargs="+", help="evaluations that are drawn now; default all")
     parser.add_argument("--report", action="store_true", help=f"only write {page.PAGE}")
     args = parser.parse_args(argv)
     if args.report:
@@ -46,15 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     pin_threads()
     size, of_ours = (QUICK, fitted.QUICK) if args.quick else (WHOLE, fitted.WHOLE)
-    size = replace(size, held_out=args.held_out or size.held_out)
-    bench = Bench(size, args.work, fitted.Bench(of_ours, args.fitted))
+    held_out = args.held_out or size.held_out
+    size = replace(size, held_out=held_out, counts=tuple(args.counts or size.counts))
+    bench = Bench(size, args.work, fitted.Bench(replace(of_ours, held_out=held_out), args.fitted))
     console, out = Console(width=180), folder_of(args)
     chosen = [
         contender
         for contender in roster.contenders()
         if args.only in ("", contender.kind) or contender.name.startswith(args.only)
     ]
-    for result in measure(bench, chosen, console):
+    file = None if out is None else out / "peers_equal.json"
+    known = json.loads(file.read_text()) if file is not None and file.exists() and (args.only or args.counts) else {}
+    for result in measure(bench, chosen, known, console):
         if out is not None:
             save("peers_equal", result, out)
 

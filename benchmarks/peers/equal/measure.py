@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,21 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import fitted
-from benchmarks.fitted import CONVERGED, UNCACHED
+from benchmarks.fitted import CONVERGED, FIRST_SEED, UNCACHED
 from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.peers.equal import roster
 from benchmarks.peers.equal.lab import Contender, Lab, Size
 from benchmarks.peers.equal.ours import SHARES
 from benchmarks.peers.workload import Batch
+from benchmarks.protocol import machine, when
 from benchmarks.schedules import labels_of
 from examples import digits
 
-FIRST_SEED = 70_000  # of benchmarks.fitted
 BEST = {UNCACHED: "output, fitted to uncached", CONVERGED: "output, fitted to converged"}  # of ours, by truth
 REGIONS, POLYNOMIAL = "regions, polynomial", "output, polynomial"
+OURS = (*BEST.values(), REGIONS, POLYNOMIAL)
 
+Line = Mapping[str, Any]  # the figures of one contender at one number of evaluations
 Drawn = dict[str, Any]  # images of a seed, with the setting, how many were tried, evaluations and share of the MACs
 
 
@@ -88,25 +90,47 @@ class Bench:
         return self.work / f"{re.sub(r'[^a-z0-9]+', '_', contender.name.lower())}_{count}_{seed}.pt"
 
 
-def measure(bench: Bench, chosen: Sequence[Contender], console: Console) -> Iterator[dict[str, Any]]:
-    """Draws what is missing of the chosen contenders; after each one the figures of all that is in files."""
+def measure(
+    bench: Bench, chosen: Sequence[Contender], known: Mapping[str, Any], console: Console
+) -> Iterator[dict[str, Any]]:
+    """Draws what is missing of the chosen contenders; after each number of evaluations all figures.
+
+    Args:
+        bench: where samples are drawn and kept.
+        chosen: whose figures are new.
+        known: an earlier result, whose figures of all others stay; or nothing.
+        console: where each line is told.
+    """
+    if "uncached_to_converged_db" not in known:
+        levels = psnr(bench.truths[UNCACHED], bench.truths[CONVERGED])
+        known = {**known, "uncached_to_converged_db": [round(figure, 3) for figure in interval(levels)]}
     for contender in chosen:
         for count in bench.size.counts:
             bench.draw(contender, count)
-            console.print(_line(bench, contender, count), highlight=False)
-        yield figures(bench)
+            line = _line(bench, contender, count)
+            console.print(line, highlight=False)
+            new = [{**one, "when": when(machine())} for one in (*_ours(bench, known), line)]
+            known = {**known, "lines": merged(known.get("lines", ()), new)}
+            yield dict(known)
 
 
-def figures(bench: Bench) -> dict[str, Any]:
-    """Of all contenders that were drawn."""
-    lines = [
-        _own_line(bench, name, count) for count in bench.size.counts for name in (*BEST.values(), REGIONS, POLYNOMIAL)
-    ]
-    for contender in roster.contenders():
-        counts = [count for count in bench.size.counts if bench.drawn(contender, count)]
-        lines += [_line(bench, contender, count) for count in counts]
-    uncached = psnr(bench.truths[UNCACHED], bench.truths[CONVERGED])
-    return {"uncached_to_converged_db": [round(figure, 3) for figure in interval(uncached)], "lines": lines}
+def merged(known: Sequence[Line], new: Sequence[Line]) -> list[Line]:
+    """All lines, the new ones in place of those of the same name and count: ours by count, then others by name."""
+    names = [*(f"moeca {name}" for name in OURS), *(contender.name for contender in roster.contenders())]
+    lines = {(line["name"], line["count"]): line for line in (*known, *new)}
+
+    def place(key: tuple[str, int]) -> tuple[int, int, int]:
+        own = names.index(key[0])
+        return (0, -key[1], own) if own < len(OURS) else (1, own, -key[1])
+
+    return [lines[key] for key in sorted(lines, key=place)]
+
+
+def _ours(bench: Bench, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of our schedules that aren't known."""
+    have = {(line["name"], line["count"]) for line in known.get("lines", ())}
+    wanted = [(name, count) for count in bench.size.counts for name in OURS]
+    return [_own_line(bench, name, count) for name, count in wanted if (f"moeca {name}", count) not in have]
 
 
 def _own_line(bench: Bench, name: str, count: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ held-out digits, paired digit by digit. `python -m benchmarks.peers.equal`, {whe
 - *moeca's lead* is over that row: the schedule fitted to that truth less the row, mean and 95 % interval of the
   differences by digit.
 - moeca's schedules were chosen by `moeca.calibrate`; one schedule for each truth, two rows. No best of several families
-  is told.
+  is told.{later(lines, when(result["machine"]))}
 
 ## Is moeca ahead?
 
@@ -155,6 +155,15 @@ def missing(lines: Sequence[Line]) -> str:
     measured = {line["name"] for line in lines}
     names = [contender.name for contender in roster.contenders() if contender.name not in measured]
     return f"\nWritten, without figures yet: {', '.join(names)}.\n" if names else ""
+
+
+def later(lines: Sequence[Line], first: str) -> str:
+    """Which lines are of another run than the page names."""
+    runs: dict[str, list[str]] = {}
+    for line in lines:
+        if line.get("when", first) != first and line["name"] not in runs.setdefault(line["when"], []):
+            runs[line["when"]].append(line["name"])
+    return "".join(f"\n- Of another run, {run}: {', '.join(names)}." for run, names in runs.items())
 
 
 def notes(lines: Sequence[Line]) -> str:

@@ -1,0 +1,36 @@
+"""docs/peers.md: the committed page is that of the committed figures, and figures of two runs stand in one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.equal import measure, page
+
+RESULTS = Path("benchmarks/results")
+
+
+def test_the_page_shows_the_committed_figures() -> None:
+    assert page.text(page.load(RESULTS)) == page.PAGE.read_text()
+
+
+def line(name: str, count: int, **facts: Any) -> dict[str, Any]:
+    return {"name": name, "count": count, **facts}
+
+
+def test_new_figures_take_the_place_of_old_ones_and_all_others_stay() -> None:
+    known = [
+        line("moeca output, polynomial", 25), line("moeca output, fitted to uncached", 10),
+        line("MagCache (diffusers)", 25, digits=32), line("MagCache (diffusers)", 10, digits=32),
+    ]  # fmt: skip
+    unipc = "UniPC (diffusers), optimized times"
+    new = [line("MagCache (diffusers)", 10, digits=64), line(unipc, 10, digits=64), line(unipc, 25, digits=64)]
+    assert measure.merged(known, new) == [*known[:2], new[2], new[1], known[2], new[0]]
+
+
+def test_the_page_says_which_figures_are_of_another_run() -> None:
+    result = json.loads((RESULTS / "peers_equal.json").read_text())
+    run = page.when(result["machine"])
+    lines = [line("A", 25, when=run), line("B", 25, when="later"), line("B", 10, when="later"), line("C", 10)]
+    assert page.later(lines, run) == "\n- Of another run, later: B."
