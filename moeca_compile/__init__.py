@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from moeca_compile.exporting.packages import save
     from moeca_compile.frontend.model_arguments import disable
     from moeca_compile.options import Options
-    from moeca_compile.planner import calibrate, calibrate_front, expert_thresholds, measurements
+    from moeca_compile.planner import (
+        calibrate,
+        calibrate_front,
+        calibrate_shard,
+        expert_thresholds,
+        measurements,
+        merge_shards,
+    )
     from moeca_compile.schedule import Schedule
     from moeca_compile.schedule.front import Front
 
@@ -28,12 +35,14 @@ _HOMES = {
     "Schedule": "schedule",
     "calibrate": "planner",
     "calibrate_front": "planner",
+    "calibrate_shard": "planner",
     "compare": "comparison",
     "compile": "api",
     "disable": "frontend.model_arguments",
     "expert_thresholds": "planner",
     "load": "engine.packages",
     "measurements": "planner",
+    "merge_shards": "planner",
     "explain": "api",
     "export": "exporting",
     "prepare": "api",
@@ -46,9 +55,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "compare", "compile", "disable",
-    "expert_thresholds", "explain", "export", "load", "measurements", "prepare", "reset", "save", "stats", "trajectory",
-    "unprepare", "warmup",
+    "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "calibrate_shard", "compare",
+    "compile", "disable", "expert_thresholds", "explain", "export", "load", "measurements", "merge_shards", "prepare",
+    "reset", "save", "stats", "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.2.0"
 

@@ -71,6 +71,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("calibrate", "tests.toy:model", *FIND, "--resume", "{}/text"), "it is no folder"),
     (("calibrate", "tests.toy:model", *FIND, "--order", "7"), "order"),
     (("calibrate", "tests.toy:model", *FIND, "--granularity", "atoms"), "atoms"),
+    (("merge", "{}/all"), "Missing argument"),
+    (("merge", "{}/all", "{}/empty"), "holds no calibration; name folders that were given as resume"),
     (("plan", "tests.toy:model", *FIND, "--resume", "{}/empty"), "with --resume: moeca calibrate tests.toy:model"),
     (("drift", "{}/empty"), "holds no calibration"),
     (("drift", "{}/empty", "--seeds", "0"), "--seeds"),

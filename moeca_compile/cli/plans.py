@@ -1,4 +1,4 @@
-"""`moeca calibrate`: a schedule for a budget, at the command line."""
+"""`moeca calibrate`: a schedule for a budget; `moeca merge`: what several machines sampled for one."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ def mount(app: typer.Typer) -> None:
         example="moeca calibrate my.models:build --sample my.models:sample --budget speedup:2 --out half.json",
         if_stopped="nothing was kept; with --resume FOLDER the same command goes on where it was",
     )  # fmt: skip
+    add(
+        app, merge,
+        example="moeca merge all shard0 shard1",
+        if_stopped="{folder} has what was merged so far; the same command goes on",
+    )  # fmt: skip
     app.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(plan)
 
 
@@ -132,6 +137,28 @@ def calibrate(
         return
     show(*schedules.parts(schedule))
     say_next(f"moeca export {source} model.moeca --schedule {out}, or moeca.compile(model, schedule={str(out)!r})")
+
+
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where all of it goes; for --resume.")],
+    shards: Annotated[
+        list[Path],
+        typer.Argument(metavar="SHARD...", help="Folders of moeca.calibrate_shard, or of calibrate's --resume."),
+    ],
+    json: AsJson = False,
+) -> None:
+    """Merge what calibrations on several machines kept.
+
+    Samples, drift and rollouts of the same model and sampler; what the folder has already is compared, and stays.
+    """
+    from moeca_compile.planner import merge_shards
+
+    seeds = merge_shards(folder, shards)
+    if json:
+        print_json({"seeds": seeds})
+        return
+    say(f"{folder} has the uncached samples of {len(seeds)} seeds")
+    say_next(f"moeca calibrate MODULE:FUNCTION ... --resume {folder}")
 
 
 def _refuse_early(

@@ -13,14 +13,19 @@ if TYPE_CHECKING:
     from moeca_compile.planner.drift.thresholds import expert_thresholds
     from moeca_compile.planner.front import calibrate_front
     from moeca_compile.planner.measured import measurements
+    from moeca_compile.planner.shards import calibrate_shard, merge_shards
 
 _MODULES = {
     "calibrate": "calibration",
     "calibrate_front": "front",
+    "calibrate_shard": "shards",
     "expert_thresholds": "drift.thresholds",
     "measurements": "measured",
+    "merge_shards": "shards",
 }
-__all__ = ["calibrate", "calibrate_front", "expert_thresholds", "measurements"]
+__all__ = [
+    "calibrate", "calibrate_front", "calibrate_shard", "expert_thresholds", "measurements", "merge_shards",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

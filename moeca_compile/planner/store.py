@@ -3,6 +3,8 @@
     facts.json       which model and sampler: graph, steps, timesteps, granularity
     origins.jsonl    for each seed, a sketch of the inputs of the sampler's first call of the model
     truth/<seed>.npy the uncached samples; truth.jsonl: the seconds that each took
+    wanted_<truth>/<seed>.npz    of granularity output: what the weights of a seed are fitted to;
+                     converged/<seed>.npz: what the sampler of a held-out seed converges to
     drift.npz        the measured pairs; split.npz: those of groups of regions
     experts.jsonl    one line per perturbed expert: the PSNR of the samples
     rollouts.jsonl   one line per rollout, added when it is done: plan, predictor, seed, errors, seconds
@@ -25,15 +27,17 @@ import torch
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.drift.stale import PerturbationResult
-from moeca_compile.planner.origin import Origin
+from moeca_compile.planner.origin import Origin, is_same
 from moeca_compile.planner.search.drift import Drift
 from moeca_compile.planner.search.predict import PREDICTORS
 from moeca_compile.planner.search.rows import Plan
 from moeca_compile.schedule.decode import DecodeError, Entries, NoJson, parse, read_text, short
 
 FORMAT, VERSION = "moeca-calibration", 2
+FACTS = "facts.json"
 
 Line = TypeVar("Line")
+Array = np.ndarray[Any, Any]
 
 RETIRED = ("damped", "damped-bend", "fitted-line", "hermite")  # predictors of folders that version 0.1.0 wrote
 
@@ -73,21 +77,32 @@ class Store:
         """
         if self.path is None:
             return
-        file = self.path / "facts.json"
+        file = self.path / FACTS
         expected = {"format": FORMAT, "version": VERSION, **facts}
         if not file.exists():
             _write(file, json.dumps(expected, indent=1))
             return
-        with _naming_damage(file, f"Delete the folder {str(self.path)!r}: all of it is measured again"):
-            stored = parse(read_text(file)).data
-            if not {"format", "version"} <= stored.keys():
-                raise DecodeError("it doesn't say what the folder holds")
+        stored = self.facts()
         differing = [key for key, value in expected.items() if stored.get(key) != value]
         if differing:
             differences = "; ".join(f"{key} is {stored.get(key)!r} there, {expected[key]!r} here" for key in differing)
             raise ScheduleError(
                 f"resume={str(self.path)!r} holds the calibration of something else: {differences}. Name another folder"
             )
+
+    def facts(self) -> Mapping[str, Any]:
+        """The facts of the folder.
+
+        Raises:
+            ScheduleError: they are damaged.
+        """
+        assert self.path is not None
+        file = self.path / FACTS
+        with _naming_damage(file, f"Delete the folder {str(self.path)!r}: all of it is measured again"):
+            stored = parse(read_text(file)).data
+            if not {"format", "version"} <= stored.keys():
+                raise DecodeError("it doesn't say what the folder holds")
+        return stored
 
     # -- uncached samples -------------------------------------------------------------------------------------------
 
@@ -112,6 +127,26 @@ class Store:
         if self.path is not None:
             _add(self.path / "origins.jsonl", {"seed": seed, "inputs": origin})
 
+    def check_origin(self, seed: int, origin: Origin) -> None:
+        """Compare the inputs of a stored sample with those of the sampler now; record them for a new seed.
+
+        Raises:
+            ScheduleError: they are others, or aren't known.
+        """
+        stored = self.origins.get(seed)
+        if stored is None and self.truth(seed) is None:
+            self.add_origin(seed, origin)
+        elif stored is None or not is_same(stored, origin):
+            assert self.path is not None
+            folder = f"resume={str(self.path.parent)!r}"
+            problem = (
+                f"{folder} doesn't say which inputs seed {seed} was sampled from"
+                if stored is None
+                else f"{folder} holds a sample of seed {seed} from other inputs: another prompt, label, latent "
+                "or first timestep"
+            )
+            raise ScheduleError(f"{problem}. Name another folder, or delete this one")
+
     def add_truth(self, seed: int, samples: torch.Tensor, seconds: float) -> None:
         """Store the uncached samples of a seed and the seconds that they took."""
         self.seconds.append(seconds)
@@ -120,6 +155,36 @@ class Store:
             file = self.path / "truth" / f"{seed}.npy"
             np.save(file.with_suffix(".part.npy"), samples.numpy())
             file.with_suffix(".part.npy").replace(file)
+
+    def seeds(self) -> list[int]:
+        """Those whose uncached samples are stored."""
+        files = [] if self.path is None else (self.path / "truth").glob("*.npy")
+        return sorted(int(file.stem) for file in files if file.stem.removeprefix("-").isdecimal())
+
+    # -- what the output's weights are fitted to ----------------------------------------------------------------------
+
+    def arrays(self, kind: str, seed: int, decode: Callable[[Mapping[str, Array]], Line]) -> Line | None:
+        """What the stored arrays of a seed stand for; None: not stored.
+
+        Raises:
+            ScheduleError: the file is damaged.
+        """
+        file = None if self.path is None else self.path / kind / f"{seed}.npz"
+        if file is None or not file.exists():
+            return None
+        with _naming_damage(file), file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
+            arrays = dict(stored)
+            if not all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f"):
+                raise DecodeError("it holds numbers that aren't finite")
+            return decode(arrays)
+
+    def add_arrays(self, kind: str, seed: int, arrays: Mapping[str, Array]) -> None:
+        """Store arrays of a seed."""
+        if self.path is not None:
+            (self.path / kind).mkdir(exist_ok=True)
+            part = self.path / kind / f"{seed}.part.npz"
+            np.savez(part, **arrays)  # type: ignore[arg-type]  # its keyword allow_pickle is none of ours
+            part.replace(self.path / kind / f"{seed}.npz")
 
     # -- drift ------------------------------------------------------------------------------------------------------
 
@@ -186,6 +251,12 @@ class Store:
             line = {"plan": plan.letters, "predictor": plan.predictor, "seed": seed}
             line |= {"mse": list(errors), "seconds": seconds}
             _add(self.path / "rollouts.jsonl", line)
+
+
+def is_close(stored: torch.Tensor, samples: torch.Tensor) -> bool:
+    """Whether samples are equal up to the rounding of another machine."""
+    tolerance = 1e-3 * float(stored.abs().max())
+    return stored.shape == samples.shape and torch.allclose(stored, samples, rtol=1e-3, atol=tolerance)
 
 
 def _lines(file: Path, decode: Callable[[Entries], Line | None]) -> list[Line]:

@@ -18,7 +18,6 @@ from moeca_compile.planner.drift.experts import ExpertWatch
 from moeca_compile.planner.drift.measure import measure
 from moeca_compile.planner.drift.mixing import CallRecording, Mixing, find_mixing
 from moeca_compile.planner.latency import costs
-from moeca_compile.planner.origin import is_same
 from moeca_compile.planner.quality import errors_of, name_of, rows_of
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Call, SampledModel, Sampler, kinds_of
@@ -30,7 +29,7 @@ from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.race import Race
 from moeca_compile.planner.search.rows import FULL, NONE, PARTIAL, Plan
 from moeca_compile.planner.search.search import Search
-from moeca_compile.planner.store import Store
+from moeca_compile.planner.store import Store, is_close
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.timeline import is_monotonic
 
@@ -96,7 +95,25 @@ class Study:
         if self.is_sampled:
             return
         seeds = (*self.request.seeds, *self.request.holdout)
-        first = seeds[0]
+        again = self._sample_first()
+        for seed, (samples, seconds) in self.shared.items():
+            self.truth[seed] = self._finite(seed, samples)
+            self.store.add_truth(seed, samples, seconds)
+        self.drift, self.split = self._drift()
+        for number, seed in enumerate(seeds[1:], start=2):
+            self.draw(seed)
+            self.report_progress("uncached samples", 0.1 + 0.3 * number / len(seeds))
+        shapes = {tuple(samples.shape) for samples in self.truth.values()}
+        if len(shapes) > 1:
+            raise ScheduleError(f"calibrate: samples of different seeds have different shapes: {sorted(shapes)}")
+        if len(seeds) > 1 and all(torch.equal(again, self.truth[seed]) for seed in seeds[1:]):
+            raise ScheduleError("calibrate: the samples of all seeds are alike; sample(model, seed) must use its seed")
+        self.seconds["truth"] = self.uncached * (len(seeds) + 1)
+        self.is_sampled = True
+
+    def _sample_first(self) -> torch.Tensor:
+        """Sample the first seed twice, and compare the folder with it; its samples."""
+        first = self.request.seeds[0]
         self.report_progress("uncached samples", 0.0)
         self.truth[first] = self._finite(first, self.sampled.run(first))
         self.sampled.uncached.clear()  # the first run compiled the model
@@ -107,24 +124,27 @@ class Study:
                 "draw all noise from a generator that is seeded with it"
             )
         self._check_store(first)
-        for seed, (samples, seconds) in self.shared.items():
-            self.truth[seed] = self._finite(seed, samples)
-            self.store.add_truth(seed, samples, seconds)
-        self.drift, self.split = self._drift()
-        for number, seed in enumerate(seeds[1:], start=2):
-            if seed not in self.truth:
-                stored = self.store.truth(seed)
-                self.truth[seed] = self._finite(seed, self._sample(seed) if stored is None else stored)
-                if stored is None:
-                    self.store.add_truth(seed, self.truth[seed], self.sampled.uncached[-1])
-            self.report_progress("uncached samples", 0.1 + 0.3 * number / len(seeds))
-        shapes = {tuple(samples.shape) for samples in self.truth.values()}
-        if len(shapes) > 1:
-            raise ScheduleError(f"calibrate: samples of different seeds have different shapes: {sorted(shapes)}")
-        if len(seeds) > 1 and all(torch.equal(again, self.truth[seed]) for seed in seeds[1:]):
-            raise ScheduleError("calibrate: the samples of all seeds are alike; sample(model, seed) must use its seed")
-        self.seconds["truth"] = self.uncached * (len(seeds) + 1)
-        self.is_sampled = True
+        return again
+
+    def draw(self, seed: int) -> None:
+        """The uncached samples of a seed, unless they are known."""
+        if seed in self.truth:
+            return
+        stored = self.store.truth(seed)
+        self.truth[seed] = self._finite(seed, self._sample(seed) if stored is None else stored)
+        if stored is None:
+            self.store.add_truth(seed, self.truth[seed], self.sampled.uncached[-1])
+
+    def draw_shard(self, seeds: Sequence[int]) -> None:
+        """Sample the first seed of all, by which shards are compared, and these seeds; measure nothing.
+
+        Raises:
+            ScheduleError: as `sample_uncached`.
+        """
+        self._sample_first()
+        for number, seed in enumerate(seeds, start=1):
+            self.draw(seed)
+            self.report_progress("uncached samples", number / len(seeds))
 
     def borrow(self, other: Study) -> None:
         """Use the uncached samples of a study of the same model and sampler; no drift is measured."""
@@ -203,32 +223,15 @@ class Study:
         )
         if self.request.folder is not None:
             for seed in (*self.request.seeds, *self.request.holdout):
-                self._check_origin(seed)
+                self.store.check_origin(seed, self.sampled.origin(seed))
         stored = self.store.truth(first)
         if stored is None:
             self.store.add_truth(first, self.truth[first], self.sampled.uncached[-1])
-        elif stored.shape != self.truth[first].shape or not torch.allclose(
-            stored, self.truth[first], rtol=1e-3, atol=1e-3 * float(stored.abs().max())
-        ):
+        elif not is_close(stored, self.truth[first]):
             raise ScheduleError(
                 f"resume={str(self.request.folder)!r} holds other samples for seed {first}: it was made with other "
                 "weights or another sampler. Name another folder"
             )
-
-    def _check_origin(self, seed: int) -> None:
-        """Compare the inputs of a stored sample with those of the sampler now; record them for a new seed."""
-        origin, stored = self.sampled.origin(seed), self.store.origins.get(seed)
-        if stored is None and self.store.truth(seed) is None:
-            self.store.add_origin(seed, origin)
-        elif stored is None or not is_same(stored, origin):
-            folder = f"resume={str(self.request.folder)!r}"
-            problem = (
-                f"{folder} doesn't say which inputs seed {seed} was sampled from"
-                if stored is None
-                else f"{folder} holds a sample of seed {seed} from other inputs: another prompt, label, latent "
-                "or first timestep"
-            )
-            raise ScheduleError(f"{problem}. Name another folder, or delete this one")
 
     @property
     def uncached(self) -> float:

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.output.gram import Gram, gram_of, summed
+from moeca_compile.planner.output.gram import gram_of, summed
 from moeca_compile.planner.output.paths import checked_samples, converged_path, given_path, record_path
 from moeca_compile.planner.output.sampler import SamplerStep, sampler_steps
+from moeca_compile.planner.output.wanted import Wanted, as_arrays, from_arrays
 from moeca_compile.planner.study import Study
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.granularity import OUTPUT
 from moeca_compile.schedule.output import CONVERGED, GIVEN, UNCACHED
 
 Truth = str | Mapping[int, torch.Tensor] | Callable[[int], torch.Tensor]
-
-
-@dataclass
-class Wanted:
-    """Of one seed: what the fit aims at.
-
-    Attributes:
-        states: the wanted latents [N, C, ...] float32 of each step, and the wanted samples.
-        gram: of the truth's own outputs and `states`.
-        own: of the uncached run's outputs and its latents.
-        parts: how many the guidance has.
-        is_batched: the guidance takes both halves in one batch.
-    """
-
-    states: list[torch.Tensor]
-    gram: Gram
-    own: Gram
-    parts: int
-    is_batched: bool
 
 
 @dataclass
@@ -60,13 +42,25 @@ class OutputStudy(Study):
         """
         super().sample_uncached()
         for seed in self.request.seeds:
-            if seed not in self.wanted:  # of a seed that the measurement or a folder has sampled
-                self._sample(seed)
+            self._want(seed)
+
+    def draw_shard(self, seeds: Sequence[int]) -> None:
+        """As `Study.draw_shard`, with what the weights are fitted to."""
+        super().draw_shard(seeds)
+        for seed in seeds:
+            if seed in self.request.seeds:
+                self._want(seed)
+            elif self.goal == CONVERGED:
+                self.wanted_samples(seed)
 
     def wanted_samples(self, seed: int) -> torch.Tensor:
         """The wanted samples of a held-out seed, where they aren't the uncached ones."""
         if self.goal == CONVERGED:
-            return converged_path(self.sampled, seed, self.sample, record_path(self.sampled, seed)).samples
+            reached = self.store.arrays(CONVERGED, seed, lambda arrays: torch.from_numpy(arrays["samples"]))
+            if reached is None:
+                reached = converged_path(self.sampled, seed, self.sample, record_path(self.sampled, seed)).samples
+                self.store.add_arrays(CONVERGED, seed, {"samples": reached.numpy()})
+            return reached
         return self._given(seed, self.truth[seed])
 
     @property
@@ -78,6 +72,20 @@ class OutputStudy(Study):
         """The sampler's update of each step."""
         parts = next(iter(self.wanted.values())).parts
         return sampler_steps(summed([wanted.own for wanted in self.wanted.values()]), self.sampled.steps, parts)
+
+    def _want(self, seed: int) -> None:
+        """What the fit aims at for a seed that the measurement or a folder has sampled."""
+        if seed in self.wanted:
+            return
+        stored = None if self.goal_name == GIVEN else self.store.arrays(self._kept_in, seed, from_arrays)
+        if stored is None:
+            self._sample(seed)
+        else:
+            self.wanted[seed] = stored
+
+    @property
+    def _kept_in(self) -> str:
+        return f"wanted_{self.goal_name}"
 
     def _sample(self, seed: int) -> torch.Tensor:
         if seed not in self.request.seeds:
@@ -95,6 +103,8 @@ class OutputStudy(Study):
         self.wanted[seed] = Wanted(path.states, gram, own, len(uncached.outputs[0]), uncached.is_batched)
         if first_run:
             self.sampler()  # refuses a sampler that can't be fitted before the others are sampled
+        if self.goal_name != GIVEN:  # given samples may be others at the next call
+            self.store.add_arrays(self._kept_in, seed, as_arrays(self.wanted[seed]))
         return uncached.samples
 
     def _given(self, seed: int, uncached: torch.Tensor) -> torch.Tensor:
