@@ -144,10 +144,11 @@ class Pipeline:
 
     normalize: tuple[Pass[Facts], ...] = NORMALIZE
     rewrite: tuple[Pass[RewriteRequest], ...] = REWRITE
+    in_place: bool = False  # Inductor's programs may change kept branches where they lie
 
 
 # Programs for torch: operators of ours stay what they are.
-WITH_PROLOGUES = Pipeline(rewrite=tuple(function for function in REWRITE if function is not expand_slots))
+WITH_PROLOGUES = Pipeline(rewrite=tuple(one for one in REWRITE if one is not expand_slots), in_place=True)
 # Programs that stand by themselves: no prologue beside them, and no operator that looks at a call's indices.
 STANDALONE = Pipeline(
     normalize=tuple(function for function in NORMALIZE if function is not separate_rows),
@@ -209,7 +210,8 @@ def build_variant(
     whatever was written to between calls, and nobody has to look. It does if `free_hoisted` asks for it.
     """
     layout = state_layout(analysis.facts.regions, schedule)
-    request = RewriteRequest(analysis.facts, row, layout, schedule.order, schedule.control)
+    in_place = analysis.pipeline.in_place and options.inner == "inductor"
+    request = RewriteRequest(analysis.facts, row, layout, schedule.order, schedule.control, in_place=in_place)
     manager = manager_of(options)
     passes = _with_registered("rewrite", REWRITE, analysis.pipeline.rewrite)
     if not (layout or options.free_hoisted):
@@ -268,6 +270,7 @@ def _variant(name: str, gm: GraphModule, request: RewriteRequest) -> Variant:
     slots = {slot.name: i for i, slot in enumerate(layout)}
     names = [node.name for node in fx.placeholders(gm)]
     writes = tuple(slots[name] for name in gm.meta.get("moeca_writes", ()))
+    changes = tuple(sorted(slots[name] for name in gm.meta.get("moeca_changes", ())))
     return Variant(
         name=name,
         row=request.row,
@@ -276,6 +279,7 @@ def _variant(name: str, gm: GraphModule, request: RewriteRequest) -> Variant:
         hoists=tuple(sorted(hoisted[name] for name in names if name in hoisted)),
         reads=tuple(sorted(slots[name] for name in names if name in slots)),
         writes=writes,
+        changes=changes,
         wants_coefficients=COEFFICIENTS in names,
         wants_now=NOW in names,
         outputs=len(fx.output_node(gm).args[0]) - len(writes),  # type: ignore[arg-type]

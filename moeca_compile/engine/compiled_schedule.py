@@ -94,8 +94,7 @@ class CompiledSchedule:
         return StreamState(self.layout, regions) if buffers is None else buffers.state(self.layout, regions)
 
     def zeros(self, slot: int) -> torch.Tensor:
-        """The value of an unwritten slot. Slots of one shape, dtype and device share a tensor, for variants never write
-        in place."""
+        """The value of a slot that is read and wasn't written. Slots of one shape, dtype and device share a tensor."""
         spec = self.layout[slot]
         kind = (spec.shape, spec.dtype, spec.device)
         if kind not in self._zeros:
@@ -119,8 +118,12 @@ class CompiledSchedule:
         if hoisted is None:
             hoisted = Hoisted().of(self.program.prologues, variant.hoists, args, None)
         arguments += hoisted
+        if variant.changes and state is not None:
+            self._own(state, variant.changes)
         for slot in variant.reads:
             tensor = None if state is None else state.tensors[slot]
+            if tensor is None and slot in variant.changes:
+                tensor = zeros_of(self.layout[slot])
             arguments.append(self.zeros(slot) if tensor is None else tensor)
         # a table is uploaded without waiting: another stream of the device could read it too early
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
@@ -133,6 +136,18 @@ class CompiledSchedule:
             table = self._tables.get(key)
             arguments.append(self._upload(key, self.driver.coefficients(state, step)) if table is None else table)
         return arguments
+
+    def _own(self, state: StreamState, slots: Sequence[int]) -> None:
+        """Let these slots have tensors of their own, which may be changed in place: what wasn't written is zeros, and a
+        program may have handed out one tensor for two slots."""
+        found = set[int]()
+        for slot in slots:
+            tensor = state.tensors[slot]
+            if tensor is None:
+                tensor = state.tensors[slot] = zeros_of(self.layout[slot])
+            elif tensor.data_ptr() in found:
+                tensor = state.tensors[slot] = tensor.clone()
+            found.add(tensor.data_ptr())
 
     def warm(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Compile every distinct row for inputs like `args`. No state is kept.
@@ -159,7 +174,7 @@ class CompiledSchedule:
         examples = [
             *(args[i] for i in variant.takes),
             *hoisted.of(self.program.prologues, variant.hoists, args, None),
-            *(self.zeros(slot) for slot in variant.reads),
+            *(zeros_of(self.layout[slot]) if slot in variant.changes else self.zeros(slot) for slot in variant.reads),
         ]
         if variant.wants_now:
             examples.append(torch.ones((), device=self.device))

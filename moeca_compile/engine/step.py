@@ -16,6 +16,7 @@ from moeca_compile.engine.trajectory_state import GraphState, Stream, Trajectory
 from moeca_compile.errors import StateError
 from moeca_compile.graph.content import needs_device_sync
 from moeca_compile.graph.nowait import Flag
+from moeca_compile.graph.variant import Variant
 from moeca_compile.runtime.clock import CallObservation
 from moeca_compile.runtime.stats import StepRecord
 
@@ -130,18 +131,24 @@ def _run(
     if run is None:
         compile_start = time.perf_counter()
         run = variants.compile(variant, arguments)
-        run(arguments)  # a first run is slower than later ones: it isn't timed
+        run(_apart(variant, arguments))  # a first run is slower than later ones: it isn't timed
         begin += time.perf_counter() - compile_start
     with compiler.replaying:  # a replay's results are committed before another replay overwrites them
         start = time.perf_counter()
-        results = run(arguments)
+        try:
+            results = run(arguments)
+        except BaseException:
+            if variant.changes and state is not None:
+                state.clear()  # half of it may be changed: the next call starts cold
+            raise
         end = time.perf_counter()
         outputs = tuple(results[: variant.outputs])
         if program.caches:
             outputs = _with_caches_written(program.caches, args, outputs)
         if state is not None:
-            finite = _finite(results[0]) if variant.writes else True
-            driver.keep(state, step, row, variant.writes, results[variant.outputs :], finite)
+            finite = _finite(results[0]) if variant.writes or variant.changes else True
+            written = results[variant.outputs :]
+            driver.keep(state, step, row, variant.writes, written, finite, bool(variant.changes))
     if program.freeing is not None and stream is not None:
         program.freeing.after_call(compiled, [other.hoisted for other in graph.streams.values()], args, step)
     full = variants.built.get(driver.full) or variants.variant(driver.full)
@@ -172,6 +179,13 @@ def _with_caches_written(caches: Sequence[int], args: Sequence[Any], results: tu
         if value is not args[position]:
             args[position].copy_(value)
     return results[:count]
+
+
+def _apart(variant: Variant, arguments: Sequence[Any]) -> list[Any]:
+    """The arguments with copies of those that the variant changes in place."""
+    first = len(variant.takes) + len(variant.hoists)
+    changed = {first + number for number, slot in enumerate(variant.reads) if slot in variant.changes}
+    return [one.clone() if number in changed else one for number, one in enumerate(arguments)]
 
 
 def _finite(output: Any) -> bool | Flag:

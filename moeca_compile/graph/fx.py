@@ -295,6 +295,12 @@ def call(
     return node
 
 
+def arguments_of(node: Node) -> dict[str, Any]:
+    """The arguments of an operator's call by name, for those that were given."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
 def refresh(node: Node) -> None:
     """Recompute the fake value of a call: those of its inputs may have changed."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)

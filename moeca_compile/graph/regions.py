@@ -102,12 +102,14 @@ class BranchesInfo:
         gates: the node of their weights, [B * N, K, 1].
         scores: the node of the router's scores, [B * N, E].
         num_experts: E.
+        total: the node of their sum by gates.
     """
 
     value: Value
     gates: str
     scores: str
     num_experts: int
+    total: str = ""
 
 
 @dataclass(frozen=True, slots=True)

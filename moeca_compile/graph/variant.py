@@ -81,6 +81,9 @@ class Variant:
     program's list), then the state slots `reads` (positions in the layout), then, if `wants_now`, step + 1 as a float32
     scalar, and if `wants_coefficients`, the table [regions, MAX_KEPT] float32. It returns the model's `outputs` values
     and then new values for the slots `writes`. A new y0 moves what was y0 on to y1, and so on, without a copy.
+
+    The slots `changes`, which are among `reads`, it changes in place: nobody else may hold these tensors, and a run
+    that fails leaves them spoilt.
     """
 
     name: str
@@ -95,3 +98,4 @@ class Variant:
     hoists: tuple[int, ...] = ()
     macs: int = 0  # those of what was hoisted with them
     node_count: int = field(default=0, compare=False)
+    changes: tuple[int, ...] = ()

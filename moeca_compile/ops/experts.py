@@ -92,7 +92,24 @@ def segments(
     tokens, top_k = idx.shape
     order, counts = _sort(idx, len(up))
     rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))
-    outputs = x.new_empty(tokens * top_k, down[0].shape[0])
+    outputs = run_experts(rows, counts, up, down, gate, up_bias, down_bias, gate_bias, activation)
+    return torch.empty_like(outputs).index_copy_(0, order, outputs).view(tokens, top_k, outputs.shape[1])
+
+
+def run_experts(
+    rows: Tensor, counts: Sequence[int], up: Weights, down: Weights, gate: Weights,
+    up_bias: Weights, down_bias: Weights, gate_bias: Weights, activation: str,
+) -> Tensor:  # fmt: skip
+    """Run each expert on its contiguous rows, with packed weights where `Packs` are active.
+
+    Args:
+        rows: [R, D], one expert's after the other's, `counts[e]` of them.
+        up, down, gate, up_bias, down_bias, gate_bias, activation: as in `segments`.
+
+    Returns:
+        [R, D_out], in the order of `rows`.
+    """
+    outputs = rows.new_empty(len(rows), down[0].shape[0])
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
     packs = current()
     packed = packs.of(*weights) if packs is not None else None
@@ -100,7 +117,7 @@ def segments(
         _run_packed(packed, rows, counts, activation, outputs)
     else:
         _run(rows, counts, *weights, activation, outputs)
-    return torch.empty_like(outputs).index_copy_(0, order, outputs).view(tokens, top_k, outputs.shape[1])
+    return outputs
 
 
 def _run(

@@ -98,6 +98,7 @@ class RewriteRequest:
         order: of the schedule's forecasts, 0 to 2.
         control: how PARTIAL rows choose what they recompute.
         gives: for a prologue, the positions in `facts.hoisted` of the values that it computes.
+        in_place: kept branches may be changed where they lie: the program runs in this process, compiled.
     """
 
     facts: Facts
@@ -106,3 +107,4 @@ class RewriteRequest:
     order: int = 1
     control: Control = field(default_factory=Control)
     gives: tuple[int, ...] = ()
+    in_place: bool = False

@@ -111,6 +111,9 @@ def state_problems(gm: GraphModule, layout: Sequence[StateSlot]) -> Iterator[str
     if len(outputs) < len(names):
         yield f"{len(names)} states are to be written, and the graph gives {len(outputs)} values"
         return
+    changed: tuple[str, ...] = gm.meta.get("moeca_changes", ())
+    if lost := [name for name in changed if name not in {node.name for node in fx.placeholders(gm)} or name in names]:
+        yield f"{lost[0]} is to be changed in place, and the graph doesn't read it, or writes it too"
     if len(set(names)) < len(names):
         yield f"a state is written twice: {sorted(names)}"
     for name, node in zip(names, outputs[len(outputs) - len(names) :], strict=True):

@@ -108,7 +108,7 @@ class StepDriver:
 
     def keep(
         self, state: StreamState, step: int, row: Row, writes: Sequence[int], values: Sequence[Any],
-        finite: bool | Answer = True,
+        finite: bool | Answer = True, changed: bool = False,
     ) -> None:  # fmt: skip
         """Commit what the variant of `row` wrote, unless the state that it read turns out not to be finite.
 
@@ -119,8 +119,9 @@ class StepDriver:
             writes: numbers of the slots that the variant wrote.
             values: one for each of these slots.
             finite: whether the model's output is finite. It is checked before the next step that writes state.
+            changed: the variant changed state in place.
         """
-        if writes:
+        if writes or changed:
             if state.finite is not True and self._drop_if_not_finite(state, wait=True):
                 return
             state.finite, state.finite_step = finite, step

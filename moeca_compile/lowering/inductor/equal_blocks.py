@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -45,12 +46,17 @@ def runs(gm: GraphModule) -> list[Run]:
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        block = _block(node)
+        block = "" if _changes_inputs(node) else _block(node)
         if stretches and block in (stretches[-1][0], None):
             stretches[-1][1].append(node)
         else:
             stretches.append((block or "", [node]))
     return [Run(nodes) for block, nodes in stretches if block]
+
+
+def _changes_inputs(node: Node) -> bool:
+    """Whether it writes into a state: a body may not, so it stands between the blocks' parts before and after it."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _block(node: Node) -> str | None:

@@ -6,7 +6,9 @@ Does nothing where there is no matmul.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -14,6 +16,7 @@ from torch.fx import GraphModule, Node
 import moeca_compile.ops.experts  # noqa: F401  (defines moeca::experts)
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
+from moeca_compile.ops.branches import BRANCHES
 from moeca_compile.passes.facts import Facts
 
 _CONVOLUTIONS = (
@@ -21,7 +24,7 @@ _CONVOLUTIONS = (
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
 )  # fmt: skip
 _EXPERTS = torch.ops.moeca.experts.default
-_COUNTED = frozenset({*fx.MATMULS, fx.SDPA, *_CONVOLUTIONS, _EXPERTS})
+_COUNTED = frozenset({*fx.MATMULS, fx.SDPA, *_CONVOLUTIONS, _EXPERTS, BRANCHES})
 
 
 def count_macs(gm: GraphModule, facts: Facts) -> Facts:
@@ -33,9 +36,11 @@ def node_macs(node: Node) -> int:
     if node.target not in _COUNTED:
         return 0
     if node.target is _EXPERTS:
-        groups = [list(fx.nodes_of(group)) for group in node.args[2:5]]  # up, down, gate
-        one_expert = sum(math.prod(fx.shape(group[0])) for group in groups if group)
-        return math.prod(fx.shape(fx.arg(node, 1))) * one_expert
+        return math.prod(fx.shape(fx.arg(node, 1))) * _one_expert(node.args[2:5])
+    if node.target is BRANCHES:
+        arguments = fx.arguments_of(node)
+        weights = [arguments[name] for name in ("up", "down", "gate")]
+        return fx.shape(arguments["ids"])[0] * int(arguments["count"]) * _one_expert(weights)
     inputs = [fx.shape(source) for source in fx.nodes_of(node.args)]  # a tensor may be given twice
     out = math.prod(fx.shape(node))
     if node.target in (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default):
@@ -52,6 +57,12 @@ def node_macs(node: Node) -> int:
     if node.target is aten._grouped_mm.default:
         return out * inputs[0][-1]
     return 0
+
+
+def _one_expert(groups: Iterable[Any]) -> int:
+    """MACs of an expert for a row: of its up, down and gate, the weights of all experts in each."""
+    weights = [list(fx.nodes_of(group)) for group in groups]
+    return sum(math.prod(fx.shape(group[0])) for group in weights if group)
 
 
 def _einsum(equation: str, inputs: list[tuple[int, ...]]) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from moeca_compile.graph import fx
 from moeca_compile.ops.branch_slots import align, pick
 from moeca_compile.passes.facts import RewriteRequest
 from moeca_compile.passes.transform.inline import inline
@@ -24,7 +25,7 @@ def expand_slots(gm: GraphModule, request: RewriteRequest) -> GraphModule:
         if node.target not in _EXPANDED:
             continue
         with gm.graph.inserting_before(node):
-            results = list(inline(gm, _EXPANDED[node.target], **_arguments(node)).values())
+            results = list(inline(gm, _EXPANDED[node.target], **fx.arguments_of(node)).values())
         for user in list(node.users):
             if user.target is operator.getitem:
                 number = user.args[1]
@@ -34,12 +35,6 @@ def expand_slots(gm: GraphModule, request: RewriteRequest) -> GraphModule:
         node.replace_all_uses_with(results[0])
         gm.graph.erase_node(node)
     return gm
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an operator by name."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def _align(**arguments: Tensor) -> dict[str, Tensor]:

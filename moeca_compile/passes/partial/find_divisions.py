@@ -93,7 +93,7 @@ class _Finder:
         rows, top_k, _ = fx.shape(experts)
         if rows != batch * tokens:
             raise MixesTokens(f"{rows} tokens are routed, its output has {batch * tokens}")
-        gates = _gates(experts)
+        gates, total = _gates(experts)
         if math.prod(fx.shape(gates)) != rows * top_k:
             raise MixesTokens(f"{gates.name}: not one gate weight a branch")
         axes = TokenAxes(batch, tokens)
@@ -109,7 +109,9 @@ class _Finder:
             parts=tuple(_value(part, batch, tokens) for part in parts),
             body=tuple(node.name for node in body if node in recomputed),
             axes=_plain(axes),
-            branches=BranchesInfo(_value(experts, batch, tokens), gates.name, router.scores, router.num_experts),
+            branches=BranchesInfo(
+                _value(experts, batch, tokens), gates.name, router.scores, router.num_experts, total.name
+            ),
         )
 
     def _beside(self, body: list[Node], experts: Node, gates: Node) -> list[Node]:
@@ -143,8 +145,8 @@ class _Finder:
         return nodes
 
 
-def _gates(experts: Node) -> Node:
-    """The weights in `sum(experts * weights, dim=1)`.
+def _gates(experts: Node) -> tuple[Node, Node]:
+    """The weights in `sum(experts * weights, dim=1)`, and the sum.
 
     Raises:
         MixesTokens: the branches are combined in another way.
@@ -161,7 +163,7 @@ def _gates(experts: Node) -> Node:
     gates = next((operand for operand in operands if fx.shape(operand) == (*shape[:2], 1)), None)
     if gates is None:
         raise MixesTokens(f"{product.name}: the gates aren't [tokens, K, 1]")
-    return gates
+    return gates, total
 
 
 def _through_casts(node: Node) -> Node:

@@ -17,6 +17,7 @@ from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import BranchesInfo, Divisible, Region
 from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.partial.branches import branch_priority, updated_branches
+from moeca_compile.passes.partial.branches_in_place import can_change_in_place, insert_in_place
 from moeca_compile.passes.partial.item_state import State
 from moeca_compile.passes.partial.parts import Parts, computes, copies
 from moeca_compile.passes.partial.slice_tokens import Slice
@@ -30,6 +31,10 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
     experts = parts.nodes[info.branches.value.node]
     routing = _routing(parts, info, info.branches, experts)
     state = parts.ports.of(column, 0)
+    if can_change_in_place(parts, experts):
+        insert_in_place(parts, region, info.branches, act, column, routing, state)
+        _shared_parts(parts, info, act, column, None)
+        return
     chosen = parts.chosen(column, act.rho, routing["scores"]) if isinstance(act, Partial) and act.rho else None
     if act is Action.COMPUTE:
         fresh = parts.inline(_compute_all, experts=experts, shape=info.branches.value.shape)
@@ -51,6 +56,10 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
         for user in users:
             if user in experts.users:
                 user.replace_input_with(experts, flat)
+    _shared_parts(parts, info, act, column, chosen)
+
+
+def _shared_parts(parts: Parts, info: Divisible, act: Act, column: int, chosen: Node | None) -> None:
     for number, part in enumerate(info.parts, 1):
         _shared_part(parts, info, act, column, number, parts.nodes[part.node], chosen)
 
@@ -80,12 +89,7 @@ def _compute_chosen(
     x, _, *weights = experts.args
     assert isinstance(x, Node)
     count = act.branches(info.tokens * info.branches.value.shape[2])
-    control, key = parts.request.control, region.key
-    quota = control.quota.get(key)
-
-    def table(values: tuple[float, ...] | None, dtype: torch.dtype = torch.float32) -> Node | None:
-        return parts.constant(values, dtype, experts) if count else None
-
+    sensitivity, threshold, quota = parts.tables(region.key, experts, count)
     picked = parts.inline(
         _pick,
         **routing,
@@ -95,9 +99,9 @@ def _compute_chosen(
         count=count,
         tokens=chosen,
         state=state,
-        sensitivity=table(control.sensitivity.get(key)),
-        threshold=table(control.threshold.get(key)),
-        quota=table(quota and tuple(round(share * count) for share in quota), torch.int64),
+        sensitivity=sensitivity,
+        threshold=threshold,
+        quota=quota,
     )
     computed = parts.call(experts.target, picked["rows"], picked["experts"], *weights)
     return parts.inline(_spread, computed=computed, positions=picked["positions"], shape=info.branches.value.shape)

@@ -54,6 +54,23 @@ class Parts:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):
             return constant(self.gm, torch.tensor(values, dtype=dtype, device=value.device), value)
 
+    def tables(self, key: str, like: Node, count: int) -> list[Node | None]:
+        """The control's sensitivity, threshold (float32 [E]) and quota (int64 [E]) of a region of experts; None: it has
+        none, or no branch is computed.
+
+        Args:
+            key: of the region.
+            like: a node on its device.
+            count: how many branches of a sample are computed.
+        """
+        control, shares = self.request.control, self.request.control.quota.get(key)
+        quota = shares and tuple(round(share * count) for share in shares)
+        given = (
+            (control.sensitivity.get(key), torch.float32), (control.threshold.get(key), torch.float32),
+            (quota, torch.int64),
+        )  # fmt: skip
+        return [self.constant(values, dtype, like) if count else None for values, dtype in given]
+
     def update_tokens(self, column: int, output: int, fresh: Node | None, chosen: Node | None, copy: bool) -> Node:
         """The value of tokens that age one by one: `fresh` [B, M, D] at `chosen` [B, M], the others forecast; no
         `fresh`: all forecast. What was computed is written. Returns [B, N, D]."""

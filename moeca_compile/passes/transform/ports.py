@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.fx import GraphModule, Node
@@ -77,6 +77,11 @@ class Ports:
             with self.gm.graph.inserting_before(last):
                 node = fx.call(self.gm, aten.clone.default, (node,), {"memory_format": torch.contiguous_format}, node)
         self._written.append((entry.name, node))
+
+    def change(self, region: int, output: int, slots: Iterable[Slot]) -> None:
+        """Note that the graph changes these slots in place."""
+        names = tuple(self.slots[region, output, slot].name for slot in slots)
+        self.gm.meta["moeca_changes"] = (*self.gm.meta.get("moeca_changes", ()), *names)
 
     def finish(self) -> None:
         """Hand the writes out behind the model's results, together with those of passes before, in order of names."""

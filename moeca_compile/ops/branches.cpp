@@ -1,0 +1,356 @@
+// What `moeca::branches_` does on a CPU: choose, gather, multiply, forecast and keep. Called through ctypes from
+// native_branches.py, which says what each function takes. B samples of N tokens, K branches a token, D channels,
+// E experts, R computed branches. Plain C++17: no header of torch, so that it compiles in seconds.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+using Index = int64_t;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float wide(float value) { return value; }
+inline float wide(BFloat16 value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline void put(float* at, float value) { *at = value; }
+inline void put(BFloat16* at, float value) {  // rounds to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  at->bits = std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The slot that holds each routed branch, or -1. Ids that a router gives twice are told apart by their number.
+inline void match(const Index* ids, const Index* held, Index K, int* slot) {
+  for (Index k = 0; k < K; ++k) {
+    Index number = std::count(ids, ids + k, ids[k]);
+    slot[k] = -1;
+    for (Index j = 0; j < K; ++j)
+      if (held[j] == ids[k] + 1 && number-- == 0) {
+        slot[k] = int(j);
+        break;
+      }
+  }
+}
+
+inline float l1(const float* a, const float* b, Index E) {
+  float total = 0;
+  for (Index e = 0; e < E; ++e) {
+    float change = std::fabs(a[e] - b[e]);
+    if (std::isfinite(change)) total += change;
+  }
+  return total;
+}
+
+}  // namespace
+
+// The `count` positions of each sample with the highest rank. `scores` null: `due` is the error of the forecast when the
+// branch was computed; else the drift then, to which the scores' change since the last step is added.
+extern "C" void choose(
+    const Index* ids, const float* gates, const Index* held, const float* due, const float* at, const float* scores,
+    const float* seen, const float* sensitivity, const float* threshold, const Index* quota, float now, Index order,
+    Index B, Index N, Index K, Index E, Index count, Index* positions, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (Index b = 0; b < B; ++b) {
+    const Index size = N * K;
+    std::vector<float> rank(size), total(threshold ? E : 0), found(threshold ? E : 0);
+    std::vector<int> slot(size);
+    std::vector<float> due_now(size);
+    for (Index n = 0; n < N; ++n) {
+      const Index token = b * N + n, first = token * K;
+      match(ids + first, held + first, K, &slot[n * K]);
+      const float moved = scores ? l1(scores + token * E, seen + token * E, E) : 0.0f;
+      for (Index k = 0; k < K; ++k) {
+        const Index i = n * K + k, id = ids[first + k];
+        float weight = std::fabs(gates[first + k]);
+        if (sensitivity) weight *= sensitivity[id];
+        if (slot[i] >= 0) {
+          const Index j = first + slot[i];
+          const float age = scores ? 0.0f : now - at[j];
+          due_now[i] = scores ? due[j] + moved : due[j] * (order == 0 ? age : age * age);
+          weight *= due_now[i];
+          if (threshold) total[id] += due_now[i], found[id] += 1;
+        }
+        rank[i] = (slot[i] >= 0 ? 0.0f : 4.0f) + weight / (1 + weight);
+      }
+    }
+    if (threshold)
+      for (Index i = 0; i < size; ++i) {
+        const Index id = ids[b * size + i];
+        if (slot[i] >= 0 && total[id] / found[id] >= threshold[id]) rank[i] += 2.0f;
+      }
+    for (float& one : rank)
+      if (std::isnan(one)) one = std::numeric_limits<float>::infinity();  // as topk orders it
+    std::vector<Index> sorted(size);
+    for (Index i = 0; i < size; ++i) sorted[i] = i;
+    auto before = [&](Index i, Index j) { return rank[i] > rank[j] || (rank[i] == rank[j] && i < j); };
+    if (quota) {
+      std::sort(sorted.begin(), sorted.end(), before);
+      std::vector<Index> taken(E);
+      for (Index i : sorted) {
+        const Index id = ids[b * size + i];
+        if (++taken[id] > quota[id]) rank[i] -= 6.0f;
+      }
+    }
+    std::nth_element(sorted.begin(), sorted.begin() + std::min(count, size - 1), sorted.end(), before);
+    std::copy(sorted.begin(), sorted.begin() + count, positions + b * count);
+  }
+}
+
+// Rows of `x` for the chosen branches, one expert's after the other's. `counts` [E]; `place` [R] says where each went.
+// Returns an id outside [0, E), or -1.
+template <typename T>
+Index gather(
+    const T* x, const Index* ids, const Index* positions, Index B, Index N, Index K, Index D, Index E, Index count,
+    T* rows, Index* counts, Index* place, int threads) {
+  const Index R = B * count;
+  std::fill(counts, counts + E, 0);
+  auto id_of = [&](Index r) { return ids[r / count * N * K + positions[r]]; };
+  for (Index r = 0; r < R; ++r) {
+    const Index id = id_of(r);
+    if (id < 0 || id >= E) return id;
+    ++counts[id];
+  }
+  std::vector<Index> next(E);
+  for (Index e = 1; e < E; ++e) next[e] = next[e - 1] + counts[e - 1];
+  for (Index r = 0; r < R; ++r) place[r] = next[id_of(r)]++;
+#pragma omp parallel for num_threads(threads)
+  for (Index r = 0; r < R; ++r)
+    std::memcpy(rows + place[r] * D, x + (r / count * N + positions[r] / K) * D, D * sizeof(T));
+  return -1;
+}
+
+// From here on a product and the sum after it may be one instruction: Inductor's flags forbid it.
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr Index LANES = 16;
+#else
+constexpr Index LANES = 8;
+#endif
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+
+inline Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+inline float sum(Lanes lanes) {
+  float total = 0;
+  for (Index i = 0; i < LANES; ++i) total += lanes[i];
+  return total;
+}
+
+// out[r, o] = <rows[r], weight[o]> + bias[o] for `RS` rows and `OS` outputs.
+template <int RS, int OS>
+inline void tile(const float* rows, const float* weight, const float* bias, Index in, Index outs, float* out) {
+  Lanes sums[RS][OS] = {};
+  Index d = 0;
+  for (; d + LANES <= in; d += LANES) {
+    Lanes w[OS];
+    for (int o = 0; o < OS; ++o) w[o] = load(weight + o * in + d);
+    for (int r = 0; r < RS; ++r) {
+      const Lanes x = load(rows + r * in + d);
+      for (int o = 0; o < OS; ++o) sums[r][o] += x * w[o];
+    }
+  }
+  for (int r = 0; r < RS; ++r)
+    for (int o = 0; o < OS; ++o) {
+      float total = sum(sums[r][o]) + (bias ? bias[o] : 0.0f);
+      for (Index i = d; i < in; ++i) total += rows[r * in + i] * weight[o * in + i];
+      out[r * outs + o] = total;
+    }
+}
+
+template <int OS>
+inline void outputs(const float* rows, Index n, const float* weight, const float* bias, Index in, Index outs, float* out) {
+  Index r = 0;
+  for (; r + 4 <= n; r += 4) tile<4, OS>(rows + r * in, weight, bias, in, outs, out + r * outs);
+  for (; r < n; ++r) tile<1, OS>(rows + r * in, weight, bias, in, outs, out + r * outs);
+}
+
+}  // namespace
+
+// Each expert's linear map on its rows: weights E of [outs, in], biases E of [outs] or null.
+extern "C" void multiply(
+    const float* rows, const Index* counts, const float* const* weights, const float* const* biases, Index E, Index in,
+    Index outs, float* out, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (Index e = 0; e < E; ++e) {
+    Index first = 0;
+    for (Index before = 0; before < e; ++before) first += counts[before];
+    const float* mine = rows + first * in;
+    float* result = out + first * outs;
+    const float* bias = biases ? biases[e] : nullptr;
+    Index o = 0;
+    for (; counts[e] && o + 3 <= outs; o += 3)  // a weight is read from memory once, for all rows
+      outputs<3>(mine, counts[e], weights[e] + o * in, bias ? bias + o : nullptr, in, outs, result + o);
+    for (; counts[e] && o < outs; ++o)
+      outputs<1>(mine, counts[e], weights[e] + o * in, bias ? bias + o : nullptr, in, outs, result + o);
+  }
+}
+
+// One token's kept branches.
+template <typename T>
+struct Slots {
+  T* y;
+  float *at, *d1, *d2, *before, *gates, *error, *drift;
+  Index* held;
+
+  // weight * (branch j at `now`), added to `total` [D]
+  void forecast(Index j, Index D, float now, Index order, float weight, float* __restrict total) const {
+    const T* __restrict value = y + j * D;
+    if (order == 0) {
+      for (Index d = 0; d < D; ++d) total[d] += weight * wide(value[d]);
+      return;
+    }
+    const float ahead = now - at[j], once = weight * ahead;
+    const float* __restrict first = d1 + j * D;
+    if (order == 1) {
+      for (Index d = 0; d < D; ++d) total[d] += weight * wide(value[d]) + once * first[d];
+      return;
+    }
+    const float twice = once * (now - before[j]);
+    const float* __restrict second = d2 + j * D;
+    for (Index d = 0; d < D; ++d) total[d] += weight * wide(value[d]) + once * first[d] + twice * second[d];
+  }
+
+  // Put a computed branch into slot j. `same`: the slot holds an older value of it.
+  void keep(Index j, bool same, const T* __restrict fresh, Index D, float now, Index order) {
+    T* __restrict value = y + j * D;
+    const float age = now - at[j], older = order == 2 ? now - before[j] : 0.0f;
+    if (error) {
+      float off = 0;
+      for (Index d = 0; d < D; ++d) {
+        float expected = same ? wide(value[d]) : 0.0f;
+        if (same && order > 0) expected += d1[j * D + d] * age;
+        if (same && order == 2) expected += d2[j * D + d] * (age * older);
+        off += std::fabs(wide(fresh[d]) - expected);
+      }
+      error[j] = off / D;
+    }
+    if (order > 0) {
+      const bool two = order == 2 && same && before[j] > 0;
+      const float since = same ? age : 1.0f, span = two ? older : 1.0f;
+      for (Index d = 0; d < D; ++d) {
+        const float slope = same ? (wide(fresh[d]) - wide(value[d])) / since : 0.0f;
+        if (order == 2) d2[j * D + d] = two ? (slope - d1[j * D + d]) / span : 0.0f;
+        d1[j * D + d] = slope;
+      }
+      if (order == 2) before[j] = same ? at[j] : 0.0f;
+    }
+    std::memcpy(value, fresh, D * sizeof(T));
+    at[j] = now;
+  }
+};
+
+// The weighted sum of every token's branches; what was computed is kept, in place.
+// `positions` null: nothing was computed if `keeps` is false, else everything, `fresh` [B, N, K, D] in order.
+template <typename T>
+void merge(
+    const Index* ids, const float* gates, const float* scores, const Index* positions, const Index* place,
+    const T* fresh, T* y, float* at, float* d1, float* d2, float* before, Index* held, float* kept, float* error,
+    float* drift, float* seen, float now, Index order, bool copy, bool keeps, Index B, Index N, Index K, Index D,
+    Index E, Index count, T* out, int threads) {
+  const Index forecast_order = copy ? 0 : order;
+#pragma omp parallel for num_threads(threads)
+  for (Index b = 0; b < B; ++b) {
+    std::vector<Index> row(N * K, -1);  // of `fresh`, for what was computed
+    for (Index c = 0; positions && c < count; ++c) row[positions[b * count + c]] = place[b * count + c];
+    if (!positions && keeps)
+      for (Index i = 0; i < N * K; ++i) row[i] = b * N * K + i;
+    std::vector<int> slot(K);
+    std::vector<char> used(K);
+    std::vector<float> total(D);
+    for (Index n = 0; n < N; ++n) {
+      const Index token = b * N + n, i = token * K;
+      const Index* mine = &row[n * K];
+      Slots<T> kept_here{
+          y + i * D, at + i, d1 ? d1 + i * D : d1, d2 ? d2 + i * D : d2, before ? before + i : before,
+          kept + i, error ? error + i : error, drift ? drift + i : drift, held + i};
+      match(ids + i, held + i, K, slot.data());
+      float present = 0, absent = 0;
+      bool any = false;
+      std::fill(total.begin(), total.end(), 0.0f);
+      for (Index k = 0; k < K; ++k) {
+        const float gate = gates[i + k];
+        if (slot[k] < 0 && mine[k] < 0) {
+          absent += gate;
+          continue;
+        }
+        any = true;
+        present += gate;
+        if (mine[k] < 0) {
+          kept_here.forecast(slot[k], D, now, forecast_order, gate, total.data());
+        } else if (out) {
+          const T* __restrict value = fresh + mine[k] * D;
+          float* __restrict to = total.data();
+          for (Index d = 0; d < D; ++d) to[d] += gate * wide(value[d]);
+        }
+      }
+      if (!any)  // the last routed sum stands for them
+        for (Index j = 0; j < K; ++j) kept_here.forecast(j, D, now, forecast_order, kept[i + j], total.data());
+      const float scale = any && absent != 0 ? 1 + absent / (present == 0 ? 1 : present) : 1;
+      if (out)
+        for (Index d = 0; d < D; ++d) put(out + token * D + d, total[d] * scale);
+      if (!keeps) continue;
+      if (drift) {
+        const float moved = l1(scores + token * E, seen + token * E, E);
+        for (Index j = 0; j < K; ++j) drift[i + j] += moved;
+        std::copy(scores + token * E, scores + (token + 1) * E, seen + token * E);
+      }
+      std::fill(used.begin(), used.end(), 0);
+      for (Index k = 0; k < K; ++k)
+        if (slot[k] >= 0) used[slot[k]] = 1;
+      for (Index k = 0; k < K; ++k) {
+        const bool same = slot[k] >= 0;
+        if (!same && mine[k] < 0) continue;
+        if (!same) {  // a computed transition takes the free slot with the lowest last gate
+          int free = -1;
+          for (int j = 0; j < K; ++j)
+            if (!used[j] && (free < 0 || kept[i + j] < kept[i + free])) free = j;
+          used[slot[k] = free] = 1;
+        }
+        if (mine[k] < 0) continue;
+        kept_here.keep(slot[k], same, fresh + mine[k] * D, D, now, order);
+        held[i + slot[k]] = ids[i + k] + 1;
+        if (drift) drift[i + slot[k]] = 0;
+      }
+      for (Index k = 0; k < K; ++k)  // only now: transitions compared the last gates
+        if (slot[k] >= 0) kept[i + slot[k]] = gates[i + k];
+    }
+  }
+}
+
+#define FOR_DTYPE(T, name)                                                                                            \
+  extern "C" Index gather_##name(                                                                                     \
+      const T* x, const Index* ids, const Index* positions, Index B, Index N, Index K, Index D, Index E, Index count, \
+      T* rows, Index* counts, Index* place, int threads) {                                                            \
+    return gather<T>(x, ids, positions, B, N, K, D, E, count, rows, counts, place, threads);                          \
+  }                                                                                                                   \
+  extern "C" void merge_##name(                                                                                       \
+      const Index* ids, const float* gates, const float* scores, const Index* positions, const Index* place,          \
+      const T* fresh, T* y, float* at, float* d1, float* d2, float* before, Index* held, float* kept, float* error,   \
+      float* drift, float* seen, float now, Index order, bool copy, bool keeps, Index B, Index N, Index K, Index D,   \
+      Index E, Index count, T* out, int threads) {                                                                    \
+    merge<T>(ids, gates, scores, positions, place, fresh, y, at, d1, d2, before, held, kept, error, drift, seen, now, \
+             order, copy, keeps, B, N, K, D, E, count, out, threads);                                                 \
+  }
+FOR_DTYPE(float, float32)
+FOR_DTYPE(BFloat16, bfloat16)

@@ -1,0 +1,186 @@
+"""`moeca::branches_`: one step of a MoE layer whose expert branches are kept, on a CPU, in one operator.
+
+It does what `passes/partial/insert_branches.py` writes out in torch's operators, for rows without chosen tokens: choose
+the branches to compute, compute them, forecast the others, and sum them up by their gates. What was computed is kept in
+place, in the slot where it lies: a step reads each kept branch once and writes what it computed, no more. So a slot's
+number means nothing, as the order of a token's experts means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeca_compile.errors import UserError
+from moeca_compile.ops.experts import Weights, activate_, run_experts
+from moeca_compile.ops.native_branches import address, addresses, library
+from moeca_compile.ops.packed import current
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of branches that the kernel keeps
+
+_LIBRARY = torch.library.Library("moeca", "FRAGMENT")
+_LIBRARY.define(
+    "branches_(Tensor x, Tensor ids, Tensor gates, Tensor? scores, Tensor now, Tensor(a!) held, Tensor(b!) kept, "
+    "Tensor(c!) y, Tensor(d!) at, Tensor(e!)? d1, Tensor(f!)? d2, Tensor(g!)? before, Tensor(h!)? error, "
+    "Tensor(i!)? drift, Tensor(j!)? seen, Tensor? sensitivity, Tensor? threshold, Tensor? quota, Tensor[] up, "
+    "Tensor[] down, Tensor[] gate, Tensor[] up_bias, Tensor[] down_bias, Tensor[] gate_bias, str activation, "
+    "SymInt count, int order, bool copy) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "keep_branches_(Tensor fresh, Tensor ids, Tensor gates, Tensor? scores, Tensor now, Tensor(a!) held, "
+    "Tensor(b!) kept, Tensor(c!) y, Tensor(d!) at, Tensor(e!)? d1, Tensor(f!)? d2, Tensor(g!)? before, "
+    "Tensor(h!)? error, Tensor(i!)? drift, Tensor(j!)? seen, int order) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def branches_(
+    x: Tensor, ids: Tensor, gates: Tensor, scores: Tensor | None, now: Tensor, held: Tensor, kept: Tensor, y: Tensor,
+    at: Tensor, d1: Tensor | None, d2: Tensor | None, before: Tensor | None, error: Tensor | None,
+    drift: Tensor | None, seen: Tensor | None, sensitivity: Tensor | None, threshold: Tensor | None,
+    quota: Tensor | None, up: Sequence[Tensor], down: Sequence[Tensor], gate: Sequence[Tensor],
+    up_bias: Sequence[Tensor], down_bias: Sequence[Tensor], gate_bias: Sequence[Tensor], activation: str, count: int,
+    order: int, copy: bool,
+) -> Tensor:  # fmt: skip
+    """Run one step of a layer's kept branches.
+
+    B samples, N tokens, K branches a token, D channels, E experts.
+
+    Args:
+        x: what the experts read, [B N, D], in the dtype of `y`.
+        ids: routed now, int64 [B, N, K]; gates: their weights, float32 [B, N, K].
+        scores: the router's, float32 [B, N, E]; None where no drift is kept.
+        now: step + 1, float32 scalar.
+        held, kept: expert + 1, int64, and last gate, float32, by slot, [B, N, K]. Changed in place, as all that follow.
+        y: the kept branches, float32 or bfloat16 [B, N, K, D]; at: their stamps, float32 [B, N, K].
+        d1, d2: differences, float32 [B, N, K, D]; before: the stamps before, float32 [B, N, K]. None: beyond the order.
+        error: of the last forecasts, float32 [B, N, K]; or drift, float32 [B, N, K], and seen, the last scores.
+        sensitivity, threshold, quota: as in `pick`.
+        up, down, gate, up_bias, down_bias, gate_bias, activation: as in `moeca::experts`.
+        count: how many branches of a sample are computed; 0: nothing is computed, and nothing changed.
+        order: of the forecast; copy: what isn't computed is taken as it was.
+
+    Returns:
+        The sum of each token's branches by their gates, [B N, D], in the dtype of `y`.
+
+    Raises:
+        UserError: an id outside [0, E), or no C++ compiler (`library` tells before).
+    """
+    native, name, threads = _library(), DTYPES[y.dtype], torch.get_num_threads()
+    (batch, tokens, top_k, _), experts = y.shape, len(up)
+    x, ids, gates = x.contiguous(), ids.contiguous(), gates.contiguous()
+    scores = None if scores is None else scores.contiguous()
+    tick, sizes = float(now), (batch, tokens, top_k)
+    positions = place = fresh = None
+    if count:
+        positions, place = torch.empty(2, batch * count, dtype=torch.int64).unbind()
+        counts = torch.empty(experts, dtype=torch.int64)
+        due = error if drift is None else drift
+        native.choose(
+            *map(address, (ids, gates, held, due, at, scores, seen, sensitivity, threshold, quota)), tick, order,
+            *sizes, experts, count, address(positions), threads,
+        )  # fmt: skip
+        rows = x.new_empty(batch * count, x.shape[-1])
+        outside = getattr(native, f"gather_{name}")(
+            *map(address, (x, ids, positions)), *sizes, x.shape[-1], experts, count,
+            *map(address, (rows, counts, place)), threads,
+        )  # fmt: skip
+        if outside >= 0:
+            raise UserError(f"moeca::branches_: expert id {outside}, but there are {experts} experts")
+        fresh = _computed(rows, counts, (up, down, gate, up_bias, down_bias, gate_bias), activation)
+    out = y.new_empty(batch * tokens, y.shape[-1])
+    state = (y, at, d1, d2, before, held, kept, error, drift, seen)
+    _merge((ids, gates, scores, positions, place, fresh), state, tick, order, copy, bool(count), count, out)
+    return out
+
+
+def keep_branches_(
+    fresh: Tensor, ids: Tensor, gates: Tensor, scores: Tensor | None, now: Tensor, held: Tensor, kept: Tensor,
+    y: Tensor, at: Tensor, d1: Tensor | None, d2: Tensor | None, before: Tensor | None, error: Tensor | None,
+    drift: Tensor | None, seen: Tensor | None, order: int,
+) -> None:  # fmt: skip
+    """Keep the branches of a step that computed all of them, in place.
+
+    Args:
+        fresh: the branches, [B, N, K, D], in the dtype of `y`.
+        ids, gates, scores, now, held, kept, y, at, d1, d2, before, error, drift, seen, order: as in `branches_`.
+
+    Raises:
+        UserError: no C++ compiler (`library` tells before).
+    """
+    state = (y, at, d1, d2, before, held, kept, error, drift, seen)
+    scores = None if scores is None else scores.contiguous()
+    step = (ids.contiguous(), gates.contiguous(), scores, None, None, fresh.contiguous())
+    _merge(step, state, float(now), order, False, True, 0, None)
+
+
+def _merge(
+    step: Sequence[Tensor | None], state: Sequence[Tensor | None], now: float, order: int, copy: bool, keeps: bool,
+    count: int, out: Tensor | None,
+) -> None:  # fmt: skip
+    """The C++ `merge`. `step`: ids, gates, scores, positions, place, fresh; `state`: y, at, d1, d2, before, held, kept,
+    error, drift, seen."""
+    y, scores = state[0], step[2]
+    assert y is not None
+    getattr(_library(), f"merge_{DTYPES[y.dtype]}")(
+        *map(address, (*step, *state)), now, order, copy, keeps, *y.shape, 0 if scores is None else scores.shape[-1],
+        count, address(out), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _library() -> Any:
+    native = library()
+    if native is None:
+        raise UserError("moeca::branches_ needs a C++ compiler; `moeca doctor` tells what is missing")
+    return native
+
+
+def _computed(
+    rows: Tensor, counts: Tensor, weights: tuple[Weights, Weights, Weights, Weights, Weights, Weights], activation: str
+) -> Tensor:
+    """The experts of rows that lie one expert's after the other's, `counts` int64 [E] of them."""
+    up, down, gate, up_bias, down_bias, gate_bias = weights
+    lies_plain = all(weight.is_contiguous() for group in weights for weight in group)
+    if rows.dtype != torch.float32 or not lies_plain or current() is not None:
+        return run_experts(rows, counts.tolist(), *weights, activation)
+    hidden = activate_(_product(rows, counts, gate or up, gate_bias if gate else up_bias), activation)
+    if gate:
+        hidden.mul_(_product(rows, counts, up, up_bias))
+    return _product(hidden, counts, down, down_bias)
+
+
+def _product(rows: Tensor, counts: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    outs, width = weights[0].shape
+    out = rows.new_empty(len(rows), outs)
+    _library().multiply(
+        address(rows), address(counts), addresses(weights), addresses(biases) if biases else None, len(weights), width,
+        outs, address(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _fake(x: Tensor, ids: Tensor, gates: Tensor, scores: Any, now: Tensor, held: Tensor, kept: Tensor, y: Tensor,
+          *rest: Any) -> Tensor:  # fmt: skip
+    return y.new_empty((y.shape[0] * y.shape[1], y.shape[3]))
+
+
+def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """There is no backward: without this the kernel's own work would be recorded."""
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*args)
+
+    return kernel
+
+
+_LIBRARY.impl("branches_", _below_autograd(branches_), "CPU")
+_LIBRARY.impl("keep_branches_", _below_autograd(keep_branches_), "CPU")
+torch.library.register_fake("moeca::branches_", _fake, lib=_LIBRARY)
+torch.library.register_fake("moeca::keep_branches_", lambda *args: None, lib=_LIBRARY)
+BRANCHES = torch.ops.moeca.branches_.default
+KEEP = torch.ops.moeca.keep_branches_.default

@@ -1,0 +1,62 @@
+"""The C++ of `moeca::branches_`: compiled once by Inductor's own compiler and flags, and kept in its cache.
+
+Which functions there are, and what they take, is `branches.cpp`'s to say; here their names and kinds of argument.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moeca_compile.errors import warn
+
+_CODE = Path(__file__).with_name("branches.cpp")
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool, "t": ctypes.c_int}
+_ARGUMENTS = {  # p: an address, i: a size, f: a number, b: a flag, t: the number of threads
+    "choose": "pppppppppp" + "fi" + "iiiii" + "pt",
+    "gather_float32": "ppp" + "iiiiii" + "pppt",
+    "gather_bfloat16": "ppp" + "iiiiii" + "pppt",
+    "multiply": "pppp" + "iii" + "pt",
+    "merge_float32": "ppppppppppppppppfibb" + "iiiiii" + "pt",
+    "merge_bfloat16": "ppppppppppppppppfibb" + "iiiiii" + "pt",
+}
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled functions by name; compiled at the first call, in seconds, and found in Inductor's cache later.
+
+    Returns:
+        A `ctypes.CDLL`; None where no C++ compiler works: a warning says so, once.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        loaded = CppCodeCache.load(_CODE.read_text())
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warn(
+            f"the kernel of expert branches can't be compiled ({reason}): rows that compute some branches run operator "
+            "by operator, which gives the same and is slower. `moeca doctor` looks at the C++ compiler"
+        )
+        return None
+    for name, kinds in _ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes = [_KINDS[kind] for kind in kinds]
+        function.restype = ctypes.c_int64 if name.startswith("gather") else None
+    return loaded
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers lie; None is a null pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: Sequence[Tensor]) -> Any:
+    """An array of addresses."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -1,0 +1,69 @@
+"""Expert branches that are kept where they lie: what `insert_branches` writes out, as one operator on a CPU.
+
+A step then reads each kept branch once and writes what it computed, where the written-out form gives a whole new state.
+It is for programs that are compiled and run in this process. The interpreter, other devices and other runtimes run the
+written-out form, which is what this one is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
+from moeca_compile.graph.regions import BranchesInfo, Region
+from moeca_compile.graph.variant import Slot
+from moeca_compile.ops.branches import BRANCHES, DTYPES, KEEP
+from moeca_compile.ops.native_branches import library
+from moeca_compile.passes.partial.parts import Parts, computes, copies
+from moeca_compile.schedule import Act, Action, Partial
+
+_SLOTS = (Slot.HELD, Slot.GATES, Slot.Y, Slot.AT, Slot.D1, Slot.D2, Slot.BEFORE, Slot.ERROR, Slot.DRIFT, Slot.SCORES)
+
+
+def can_change_in_place(parts: Parts, experts: Node) -> bool:
+    """Whether the operator takes this row and these branches. Rows with chosen tokens read the state elsewhere too."""
+    x, value = fx.need(fx.arg(experts, 0)), fx.need(experts)
+    chooses_tokens = any(isinstance(act, Partial) and act.rho for act in parts.request.row)
+    right_kind = value.device.type == "cpu" and value.dtype in DTYPES and x.dtype == value.dtype
+    return parts.request.in_place and right_kind and not chooses_tokens and library() is not None
+
+
+def insert_in_place(
+    parts: Parts, region: Region, info: BranchesInfo, act: Act, column: int, routing: dict[str, Node],
+    state: dict[Slot, Node],
+) -> None:  # fmt: skip
+    """Write the operator for one region.
+
+    Args:
+        parts: the rewrite in progress.
+        region: of experts, column `column` of the schedule.
+        info: its branches.
+        act: what the row does with it.
+        routing: ids, gates [B, N, K] and scores [B, N, E] of this step.
+        state: the region's slots.
+    """
+    experts = parts.nodes[info.value.node]
+    gates = _float(parts, routing["gates"])
+    scores = _float(parts, routing["scores"]) if Slot.SCORES in state else None
+    slots = [state.get(slot) for slot in _SLOTS]
+    read = (routing["ids"], gates, scores, parts.ports.now(), *slots)
+    if computes(act):
+        parts.ports.change(column, 0, state)
+    if act is Action.COMPUTE:
+        parts.call(KEEP, parts.call(aten.reshape.default, experts, list(info.value.shape)), *read, parts.order)
+        return
+    x, _, *weights = experts.args
+    count = act.branches(info.value.shape[1] * info.value.shape[2]) if isinstance(act, Partial) else 0
+    tables = parts.tables(region.key, experts, count)
+    total = parts.nodes[info.total]
+    routed = parts.call(BRANCHES, x, *read, *tables, *weights, count, parts.order, copies(act))
+    shaped = parts.call(aten.reshape.default, routed, list(fx.shape(total)))
+    if fx.need(shaped).dtype != fx.need(total).dtype:
+        shaped = parts.call(aten.to.dtype, shaped, fx.need(total).dtype)
+    total.replace_all_uses_with(shaped)
+
+
+def _float(parts: Parts, node: Node) -> Node:
+    return node if fx.need(node).dtype == torch.float32 else parts.call(aten.to.dtype, node, torch.float32)

@@ -1,0 +1,193 @@
+"""`moeca::branches_` and `moeca::keep_branches_` against the form that they stand for; C++ that isn't there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeca_compile.errors import MoecaWarning, UserError
+from moeca_compile.graph.variant import Slot
+from moeca_compile.ops import native_branches
+from moeca_compile.ops.branches import BRANCHES, KEEP
+from moeca_compile.passes.partial.branches import updated_branches
+from moeca_compile.passes.partial.insert_branches import _pick, _spread
+
+NOW, EXPERTS = torch.tensor(5.0), 6
+STATE = (Slot.HELD, Slot.GATES, Slot.Y, Slot.AT, Slot.D1, Slot.D2, Slot.BEFORE, Slot.ERROR, Slot.DRIFT, Slot.SCORES)
+State = dict[Slot, Tensor]
+
+
+def some_ids(batch: int, tokens: int, top_k: int) -> Tensor:
+    return torch.rand(batch, tokens, EXPERTS).topk(top_k).indices
+
+
+def state_of(order: int, score: str, dtype: torch.dtype, sizes: tuple[int, ...] = (2, 8, 3, 20)) -> State:
+    """Slots as some steps leave them: every age from 1 to 4."""
+    items = sizes[:-1]
+    state = {
+        Slot.HELD: some_ids(*items) + 1,
+        Slot.GATES: torch.rand(items),
+        Slot.Y: torch.randn(sizes).to(dtype),
+        Slot.AT: torch.randint(1, 5, items).float(),
+        Slot.D1: torch.randn(sizes),
+        Slot.D2: torch.randn(sizes) / 10,
+    }
+    state[Slot.BEFORE] = state[Slot.AT] - 1
+    for slot in (Slot.D1, Slot.D2, Slot.BEFORE)[{0: 0, 1: 1, 2: 3}[order] :]:
+        del state[slot]
+    if score == "error":
+        return {**state, Slot.ERROR: torch.rand(items)}
+    return {**state, Slot.DRIFT: torch.rand(items), Slot.SCORES: torch.rand(*items[:2], EXPERTS)}
+
+
+def routing(state: State, twice: bool) -> dict[str, Tensor]:
+    """What is routed now: half of the tokens as before, in another order; `twice`: an expert comes twice."""
+    ids = torch.where(torch.rand(2, 8, 1) < 0.5, some_ids(2, 8, 3), state[Slot.HELD] - 1)
+    ids = ids.gather(2, torch.rand(ids.shape).argsort(2))
+    if twice:
+        ids[:, ::2, 1] = ids[:, ::2, 0]
+    return {"ids": ids, "gates": torch.rand(ids.shape), "scores": torch.rand(2, 8, EXPERTS)}
+
+
+def weights_of(gated: bool, bias: bool, dtype: torch.dtype) -> list[list[Tensor]]:
+    """up, down, gate and their biases: 20 channels, 13 inside."""
+    shapes = ((13, 20), (20, 13), (13, 20), (13,), (20,), (13,))
+    there = (True, True, gated, bias, bias, bias and gated)
+    return [
+        [torch.randn(shape).to(dtype) / 4 for _ in range(EXPERTS)] if wanted else []
+        for shape, wanted in zip(shapes, there, strict=True)
+    ]
+
+
+def written_out(
+    x: Tensor, routed: dict[str, Tensor], state: State, weights: Any, count: int, order: int, copy: bool, tables: Any
+) -> tuple[Tensor, State]:
+    shape = state[Slot.Y].shape
+    computed = {"fresh": state[Slot.Y], "chosen": torch.zeros(shape[:-1], dtype=torch.bool)}
+    if count:
+        picked = _pick(
+            **routed, x=x, now=NOW, order=order, count=count, tokens=None, state=state, sensitivity=tables[0],
+            threshold=tables[1], quota=tables[2],
+        )  # fmt: skip
+        rows = torch.ops.moeca.experts(picked["rows"], picked["experts"], *weights, "silu")
+        computed = _spread(rows, picked["positions"], tuple(shape))
+    after = updated_branches(**computed, **routed, now=NOW, order=order, copy=copy, state=state)
+    branches = after.pop("branches").float()
+    return (branches * routed["gates"][..., None]).sum(2).view(-1, shape[-1]), after
+
+
+def by_expert(state: State) -> State:
+    """The slots in the order of what they hold: where one lies means nothing."""
+    order = state[Slot.HELD].argsort(dim=-1, stable=True)
+    return {
+        name: slot
+        if name == Slot.SCORES
+        else slot.gather(2, order if slot.dim() == 3 else order[..., None].expand_as(slot))
+        for name, slot in state.items()
+    }
+
+
+@pytest.fixture
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_seeded")
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("score", ["error", "drift"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "copy"), [(0, False), (0, True), (1, False), (9, False), (24, False)])
+def test_it_gives_and_keeps_what_the_written_out_form_does(
+    order: int, score: str, dtype: torch.dtype, count: int, copy: bool
+) -> None:
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for gated, bias, with_tables in ((True, False, False), (False, True, True), (True, True, True)):
+        state, weights = state_of(order, score, dtype), weights_of(gated, bias, dtype)
+        tables = (torch.rand(EXPERTS) + 0.5, torch.rand(EXPERTS), torch.tensor([2, 2, 2, 1, 1, 0]))
+        given = tables if with_tables and count else (None, None, None)
+        x, routed = torch.randn(16, 20).to(dtype), routing(state, twice=False)
+        wanted, after = written_out(x, routed, state, weights, count, order, copy, given)
+        before = {name: slot.clone() for name, slot in state.items()}
+        scores = routed["scores"] if score == "drift" else None
+        found = BRANCHES(
+            x, routed["ids"], routed["gates"], scores, NOW, *map(state.get, STATE), *given, *weights, "silu", count,
+            order, copy,
+        )  # fmt: skip
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), wanted, **close)
+        if not count:
+            after = before  # nothing is computed, so nothing is kept
+        left, right = by_expert(state), by_expert(after)
+        for name in left:
+            torch.testing.assert_close(
+                left[name].float(), right[name].float(), **close, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_seeded")
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("score", ["error", "drift"])
+def test_a_step_that_computes_all_keeps_all(order: int, score: str) -> None:
+    state = state_of(order, score, torch.float32)
+    routed, fresh = routing(state, twice=False), torch.randn(2, 8, 3, 20)
+    chosen = torch.ones(2, 8, 3, dtype=torch.bool)
+    after = updated_branches(fresh, chosen, **routed, now=NOW, order=order, copy=False, state=state)
+    del after["branches"]
+    scores = routed["scores"] if score == "drift" else None
+    KEEP(fresh, routed["ids"], routed["gates"], scores, NOW, *map(state.get, STATE), order)
+    left, right = by_expert(state), by_expert(after)
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_seeded")
+def test_an_expert_that_is_named_twice_is_two_branches() -> None:
+    state, weights = state_of(1, "error", torch.float32), weights_of(True, False, torch.float32)
+    routed, x = routing(state, twice=True), torch.randn(16, 20)
+    none = (None, None, None)
+    wanted, _ = written_out(x, routed, state, weights, 9, 1, False, none)
+    slots = map(state.get, STATE)
+    found = BRANCHES(x, routed["ids"], routed["gates"], None, NOW, *slots, *none, *weights, "silu", 9, 1, False)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_seeded")
+def test_an_expert_that_there_is_not_is_named() -> None:
+    state, weights = state_of(1, "error", torch.float32), weights_of(True, False, torch.float32)
+    ids, slots = torch.full((2, 8, 3), EXPERTS), [state.get(slot) for slot in STATE]
+    given = (torch.randn(16, 20), ids, torch.rand(2, 8, 3), None, NOW, *slots, None, None, None, *weights, "silu")
+    with pytest.raises(UserError, match="expert id 6, but there are 6 experts"):
+        BRANCHES(*given, 9, 1, False)
+
+
+@pytest.mark.usefixtures("_seeded")
+def test_without_a_compiler_a_warning_says_so_and_the_operator_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.codecache import CppCodeCache
+
+    def refuse(code: str) -> None:
+        raise RuntimeError("g++: not found")
+
+    native_branches.library.cache_clear()
+    monkeypatch.setattr(CppCodeCache, "load", refuse)
+    try:
+        with pytest.warns(MoecaWarning, match=r"can't be compiled \(g\+\+: not found\)"):
+            assert native_branches.library() is None
+        assert native_branches.library() is None, "said once"
+        state, weights = state_of(0, "error", torch.float32), weights_of(True, False, torch.float32)
+        routed, slots = routing(state, twice=False), [state.get(slot) for slot in STATE]
+        with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+            KEEP(state[Slot.Y], routed["ids"], routed["gates"], None, NOW, *slots, 0)
+        with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+            BRANCHES(
+                torch.randn(16, 20), routed["ids"], routed["gates"], None, NOW, *slots, None, None, None, *weights,
+                "silu", 1, 0, False,
+            )  # fmt: skip
+    finally:
+        native_branches.library.cache_clear()
