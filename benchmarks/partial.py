@@ -9,7 +9,8 @@ most. A full step here also writes what the partial ones read; what that costs i
 a cache.
 
 Of the digits models the experts are told apart: what a row takes beyond one that forecasts whole regions, over what the
-experts of a full step take (a full step less one that computes attention and forecasts the experts).
+experts of a full step take (a full step less one that computes attention and forecasts the experts). Times are those of
+the processor, on one thread. Some rows are measured in the written-out form too, which GPUs and the interpreter run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -25,6 +27,7 @@ import moeca_compile as moeca
 from benchmarks import models
 from benchmarks.protocol import Timing, arguments, as_json, folder_of, pin_threads, print_table, save
 from examples import digits, dsmoe
+from moeca_compile.passes.partial import branches_in_place
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 
 FULL, UNCACHED = "full", "moeca, full, no state"
@@ -42,6 +45,11 @@ WHOLE: dict[str, tuple[Act, Act]] = {
     "whole full": (C, C),
     "whole forecast": (F, F),
     "whole, attention computed": (C, F),
+}
+WRITTEN_OUT: dict[str, tuple[Act, Act]] = {
+    "written out, full": (C, C),
+    "written out, tau 0": (F, Partial(0, 0)),
+    "written out, tau 0.05": (F, Partial(0, 0.05)),
 }
 NARROW_BATCH = 32
 KINDS: dict[str, tuple[Act, Act]] = {  # attention, experts
@@ -110,7 +118,8 @@ def main_narrow(rounds: int, out: Path | None) -> None:
     for name, network in (("DiT-MoE", digits.load_model()), ("DSMoE", dsmoe.load_digits())):
         timings = measure_narrow(network.requires_grad_(False), rounds)
         print_table(f"one step, {name}, {NARROW_BATCH} samples", timings, baseline=FULL)
-        figures = {kind: over_experts(timings, kind) for kind in NARROW if kind.startswith("tau")}
+        kinds = [kind for kind in (*NARROW, *WRITTEN_OUT) if "tau" in kind and "attention" not in kind]
+        figures = {kind: over_experts(timings, kind) for kind in kinds}
         for kind, (low, middle, high) in figures.items():
             print(f"{name}, {kind}: {middle:.3f} of the experts' time (quartiles {low:.3f} to {high:.3f})")
         payload[name] = {"one_step": as_json(timings, baseline=FULL), "of_the_experts_time": figures}
@@ -119,26 +128,33 @@ def main_narrow(rounds: int, out: Path | None) -> None:
 
 
 def measure_narrow(network: torch.nn.Module, rounds: int) -> dict[str, Timing]:
-    """Milliseconds of each kind of row, one round after the other. Rows of whole regions are another model's, which
-    keeps no branches; both take the weights as they are."""
+    """Milliseconds of processor time of each kind of row, one round after the other. Rows of whole regions are another
+    model's, which keeps no branches; all take the weights as they are."""
     inputs = digits.initial_noise(0, NARROW_BATCH), torch.full((NARROW_BATCH,), 1000.0), digits.labels_of(NARROW_BATCH)
     keys = tuple(region.key for region in moeca.explain(network, *inputs).regions)
     samples: dict[str, list[float]] = {}
     handles = []
-    for kinds in (NARROW, WHOLE):
+    for kinds in (NARROW, WHOLE, WRITTEN_OUT):
         rows = tuple(kind * (len(keys) // 2) for kind in kinds.values())
-        handle = moeca.compile(network, schedule=Schedule(rows, keys, period=len(rows), made_by="every kind of row"))
-        moeca.warmup(handle, *inputs)
+        every_kind = Schedule(rows, keys, period=len(rows), made_by="every kind of row")
+        library = nothing if kinds is WRITTEN_OUT else branches_in_place.library
+        with patch.object(branches_in_place, "library", library):
+            handle = moeca.compile(network, schedule=every_kind)
+            moeca.warmup(handle, *inputs)
         handles.append((kinds, handle))
     times = inputs[1]
     for number in range(-2, rounds):
         for kinds, handle in handles:
             for kind in kinds:
                 times = times * 0.999
-                begin = time.perf_counter()
+                begin = time.process_time()
                 handle(inputs[0], times, inputs[2])
-                samples.setdefault(kind, []).extend([1000 * (time.perf_counter() - begin)] * (number >= 0))
+                samples.setdefault(kind, []).extend([1000 * (time.process_time() - begin)] * (number >= 0))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def nothing() -> None:
+    """In place of the kernels' library: there is none."""
 
 
 def over_experts(timings: Mapping[str, Timing], kind: str) -> list[float]:
