@@ -5,8 +5,8 @@
     python -m benchmarks.transfer --quick          # two conditions, few samples: does it run?
     python -m benchmarks.transfer --report         # the table of docs/fitted.md
 
-The schedules are those of `python -m benchmarks.fitted`, from its own folder. Each contender is compared to the
-uncached run under the same condition. Nothing is timed.
+The schedules are those of `python -m benchmarks.fitted`, from its own folder, or calibrated in the same way. Each
+contender is compared to the uncached run under the same condition. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run as a command."""
     parser = arguments(__doc__.splitlines()[0], "two conditions, few samples")
     parser.add_argument("--task", choices=TASKS, default=DIGITS.name, help="the model; default digits")
+    parser.add_argument("--seeds", type=int, default=2, help="of 32 samples each; default 2")
     parser.add_argument("--fitted", type=Path, help="the folder of benchmarks.fitted; default its own")
     parser.add_argument("--report", action="store_true", help=f"only write {fitted.PAGE}")
     args = parser.parse_args(argv)
@@ -206,8 +207,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     pin_threads()
     task, console = TASKS[args.task], Console(width=180)
-    schedules = fitted.Bench(fitted.WHOLE, args.fitted or fitted.WORK / task.name, task)
-    bench = Bench(task, contenders_of(schedules), 1 if args.quick else 2, 4 if args.quick else 32)
+    size = replace(fitted.WHOLE, shares=(SHARE,))
+    schedules = fitted.Bench(size, args.fitted or fitted.WORK / task.name, task)
+    seeds, samples = (1, 4) if args.quick else (args.seeds, 32)
+    bench = Bench(task, contenders_of(schedules), seeds, samples)
     result = measure(bench, QUICK if args.quick else CONDITIONS, console)
     table = Table(*HEADS)
     for row in rows_of(result):

@@ -1,14 +1,16 @@
 """The time of some contenders at 17 of 50 evaluations, in turns: what a cheap step costs beside a full one.
 
-    python -m benchmarks.peers.equal.latency            # minutes; writes results/peers_latency.json
+    python -m benchmarks.peers.equal.latency            # at most 8 minutes on a quiet core; results/peers_latency.json
     python -m benchmarks.peers.equal.latency --quick    # few digits: does it run?
 
-The settings' quality is told by `python -m benchmarks.peers.equal`.
+The settings' quality is told by `python -m benchmarks.peers.equal`. Our schedule is the one that
+`python -m benchmarks.fitted` left, or else one that is calibrated on few digits now: its time doesn't depend on what
+its weights were fitted to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import fitted
-from benchmarks.fitted import CONVERGED, UNCACHED, Schedule, computed
+from benchmarks.fitted import UNCACHED, computed
 from benchmarks.peers import dbcache, hooked_blocks, ours, taylorseer
 from benchmarks.peers.equal import multistep
 from benchmarks.peers.equal.multistep import euler_sum
@@ -27,8 +29,12 @@ from benchmarks.peers.way import Family, Way
 from benchmarks.peers.workload import Batch, Size, Truth, Workload, relative_l2
 from benchmarks.peers.workloads.trained_digits import TrainedDigits
 from benchmarks.protocol import arguments, folder_of, pin_threads, save
+from moeca_compile.schedule import Action, Schedule
 
 COUNT, SHARE = 17, 34
+FEW = fitted.Size(50, 4, (SHARE,), 4, 4, 1, 4)
+WORK = Path("build/peers_latency")
+OURS = fitted.WORK / "digits"
 WHOLE, QUICK = Size(8, 5, 50), Size(2, 1, 50)
 
 
@@ -64,20 +70,31 @@ class Sampler:
         pass
 
 
-def families(schedules: Mapping[str, Schedule]) -> list[Family]:
-    """`schedules`: ours of the output, by truth."""
-    rows = schedules[UNCACHED].rows
-    at = [step for step, row in enumerate(rows) if row[0] is fitted.Action.COMPUTE]
+class FewDigits(fitted.Bench):
+    """Its own compiles aren't worth their time here."""
+
+    inner = "eager"
+
+
+def of_output(folder: Path) -> Schedule:
+    """Our schedule of the output, from the folder of `benchmarks.fitted`; or calibrated now, and kept."""
+    bench = fitted.Bench(fitted.WHOLE, folder) if (folder / f"{UNCACHED}_{SHARE}.json").exists() else None
+    return (bench or FewDigits(FEW, WORK)).schedule(SHARE, UNCACHED)
+
+
+def families(output: Schedule) -> list[Family]:
+    """`output`: ours of granularity output."""
+    at = [step for step, row in enumerate(output.rows) if row[0] is Action.COMPUTE]
 
     def family(name: str, side: Any, opened: Callable[[Any], Way]) -> Family:
         return Family(name, side, "", lambda work: {f"{COUNT} of 50": opened(work)})
 
-    def output(truth: str) -> Callable[[Any], Way]:
-        return lambda work: ours.Moeca(work.prepared(), work, schedules[truth], granularity="output")
-
     return [
-        family("moeca output, fitted to uncached", "moeca", output(UNCACHED)),
-        family("moeca output, fitted to converged", "moeca", output(CONVERGED)),
+        family(
+            "moeca output, fitted",
+            "moeca",
+            lambda work: ours.Moeca(work.prepared(), work, output, granularity="output"),
+        ),
         family("moeca regions, calibrated", "moeca", lambda work: ours.Moeca(work.prepared(), work, ours.load("34"))),
         family("calibrated multistep", "fewer steps", lambda work: Sampler(work, at)),
         family("TaylorSeer (diffusers)", "peer", _taylorseer),
@@ -116,14 +133,13 @@ def _mag_cache(work: Workload) -> Way:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run as a command."""
     parser = arguments(__doc__.splitlines()[0], "few digits")
-    parser.add_argument("--fitted", type=Path, default=fitted.WORK, help=f"folder of ours; default {fitted.WORK}")
+    parser.add_argument("--fitted", type=Path, default=OURS, help=f"folder of ours; default {OURS}")
     args = parser.parse_args(argv)
     pin_threads()
-    bench = fitted.Bench(fitted.WHOLE, args.fitted)
-    schedules = {truth: bench.schedule(SHARE, truth) for truth in (UNCACHED, CONVERGED)}
-    assert {computed(schedule) for schedule in schedules.values()} == {COUNT}
+    output = of_output(args.fitted)
+    assert computed(output) == COUNT
     work, console = Timed(QUICK if args.quick else WHOLE), Console(width=140)
-    result = heat(families(schedules), work, work.truth(), lambda text: console.print(text, style="dim"))
+    result = heat(families(output), work, work.truth(), lambda text: console.print(text, style="dim"))
     for point in result["points"]:
         console.print(point["family"], point["speedup"], point["speedup_of_processor_time"], point["macs"])
     out = folder_of(args)
