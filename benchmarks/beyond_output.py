@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task, console = TASKS[args.task], Console(width=160)
     seeds, samples = (1, 4) if args.quick else (args.seeds, BATCH)
     bench = Bench(task, seeds, samples, args.work)
-    wanted = schedules(bench.keys(), args.fitted or fitted.WORK / task.name, (4, 6) if args.quick else INTERVALS)
+    wanted = schedules(bench.keys(), args.fitted or fitted.WORK / task.name, (6,) if args.quick else INTERVALS)
     bench.measure(wanted, console)
     result = result_of(task, bench.runs)
     for row in rows_of(result):

@@ -328,10 +328,13 @@ def _explained(
         overrides["schedule"] = schedule
     if not (inputs or named_inputs or keywords):
         return report_of_last_call(model, overrides, recorder)
-    Options.from_backend_options(overrides)
+    options = Options.from_backend_options(overrides)
     if isinstance(model, torch.nn.Module) and not _is_compiled(model):
-        prepare(model)
-        model = torch.compile(model, backend=backend.moeca, options=overrides)
+        if options.granularity == OUTPUT:  # the whole model is called, and how it is computed is no part of the report
+            model, overrides = compile(model, **{**overrides, "inner": "eager"}), {}
+        else:
+            prepare(model)
+            model = torch.compile(model, backend=backend.moeca, options=overrides)
     programs: list[Program] = []
 
     def analyze(entry: Entry | OutputEntry, args: Sequence[Any], runtime: HandleRuntime) -> tuple[Any, ...]:

@@ -297,6 +297,8 @@ def test_explain_says_what_is_kept(model: Model) -> None:
     assert (report.timestep, report.latent) == ("t", "x")
     with pytest.raises(OptionError, match="Explain the model itself"):
         moeca.explain(handle, *inputs, schedule="full")
+    itself = moeca.explain(Model(), *inputs, schedule="uniform:3", granularity="output")
+    assert str(itself) == str(report)
 
 
 def test_the_first_call_of_a_kind_runs_the_model_once(model: Model) -> None:
