@@ -30,16 +30,18 @@ inline void put(BFloat16* at, float value) {  // rounds to nearest, ties to even
   at->bits = std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// The slot that holds each routed branch, or -1. Ids that a router gives twice are told apart by their number.
+// The slot that holds each routed branch, or -1. Ids that a router gives twice are told apart by their number. Without
+// a jump that depends on data: such jumps are guessed wrong, and cost more than all comparisons.
 inline void match(const Index* ids, const Index* held, Index K, int* slot) {
   for (Index k = 0; k < K; ++k) {
-    Index number = std::count(ids, ids + k, ids[k]);
-    slot[k] = -1;
-    for (Index j = 0; j < K; ++j)
-      if (held[j] == ids[k] + 1 && number-- == 0) {
-        slot[k] = int(j);
-        break;
-      }
+    int before = 0, found = -1;
+    for (Index other = 0; other < k; ++other) before += ids[other] == ids[k];
+    for (Index j = 0; j < K; ++j) {
+      const bool same = held[j] == ids[k] + 1;
+      found = same & (before == 0) ? int(j) : found;
+      before -= same;
+    }
+    slot[k] = found;
   }
 }
 
@@ -136,13 +138,6 @@ Index gather(
   return -1;
 }
 
-// From here on a product and the sum after it may be one instruction: Inductor's flags forbid it.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
 namespace {
 
 #if defined(__AVX512F__)
@@ -157,10 +152,12 @@ inline Lanes load(const float* from) {
   std::memcpy(&lanes, from, sizeof(lanes));
   return lanes;
 }
+typedef float Four __attribute__((vector_size(16)));
 inline float sum(Lanes lanes) {
-  float total = 0;
-  for (Index i = 0; i < LANES; ++i) total += lanes[i];
-  return total;
+  Four parts[LANES / 4];
+  std::memcpy(parts, &lanes, sizeof(lanes));
+  for (Index i = 1; i < LANES / 4; ++i) parts[0] += parts[i];
+  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 // out[r, o] = <rows[r], weight[o]> + bias[o] for `RS` rows and `OS` outputs.
@@ -240,27 +237,39 @@ struct Slots {
   // Put a computed branch into slot j. `same`: the slot holds an older value of it.
   void keep(Index j, bool same, const T* __restrict fresh, Index D, float now, Index order) {
     T* __restrict value = y + j * D;
+    float* __restrict first = d1 ? d1 + j * D : nullptr;
+    float* __restrict second = d2 ? d2 + j * D : nullptr;
     const float age = now - at[j], older = order == 2 ? now - before[j] : 0.0f;
-    if (error) {
-      float off = 0;
-      for (Index d = 0; d < D; ++d) {
-        float expected = same ? wide(value[d]) : 0.0f;
-        if (same && order > 0) expected += d1[j * D + d] * age;
-        if (same && order == 2) expected += d2[j * D + d] * (age * older);
-        off += std::fabs(wide(fresh[d]) - expected);
+    const bool two = order == 2 && same && before[j] > 0;
+    float off = 0;
+    if (!same) {
+      for (Index d = 0; error && d < D; ++d) off += std::fabs(wide(fresh[d]));
+      std::fill(first, first + (order > 0 ? D : 0), 0.0f);
+      std::fill(second, second + (order == 2 ? D : 0), 0.0f);
+    } else if (order == 0) {
+#pragma omp simd reduction(+ : off)
+      for (Index d = 0; d < D; ++d) off += std::fabs(wide(fresh[d]) - wide(value[d]));
+    } else {
+      const float twice = age * older;
+      if (order == 2) {
+#pragma omp simd reduction(+ : off)
+        for (Index d = 0; d < D; ++d) {
+          const float moved = wide(fresh[d]) - wide(value[d]), slope = moved / age, last = first[d];
+          off += std::fabs(moved - last * age - second[d] * twice);
+          second[d] = two ? (slope - last) / older : 0.0f;
+          first[d] = slope;
+        }
+      } else {
+#pragma omp simd reduction(+ : off)
+        for (Index d = 0; d < D; ++d) {
+          const float moved = wide(fresh[d]) - wide(value[d]);
+          off += std::fabs(moved - first[d] * age);
+          first[d] = moved / age;
+        }
       }
-      error[j] = off / D;
     }
-    if (order > 0) {
-      const bool two = order == 2 && same && before[j] > 0;
-      const float since = same ? age : 1.0f, span = two ? older : 1.0f;
-      for (Index d = 0; d < D; ++d) {
-        const float slope = same ? (wide(fresh[d]) - wide(value[d])) / since : 0.0f;
-        if (order == 2) d2[j * D + d] = two ? (slope - d1[j * D + d]) / span : 0.0f;
-        d1[j * D + d] = slope;
-      }
-      if (order == 2) before[j] = same ? at[j] : 0.0f;
-    }
+    if (error) error[j] = off / D;
+    if (order == 2) before[j] = same ? at[j] : 0.0f;
     std::memcpy(value, fresh, D * sizeof(T));
     at[j] = now;
   }

@@ -16,6 +16,9 @@ from torch import Tensor
 from moeca_compile.errors import warn
 
 _CODE = Path(__file__).with_name("branches.cpp")
+# Inductor forbids both, for its own kernels are written with vectors: loops as vector instructions, and a product and
+# the sum after it as one.
+_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool, "t": ctypes.c_int}
 _ARGUMENTS = {  # p: an address, i: a size, f: a number, b: a flag, t: the number of threads
     "choose": "pppppppppp" + "fi" + "iiiii" + "pt",
@@ -37,7 +40,7 @@ def library() -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        loaded = CppCodeCache.load(_CODE.read_text())
+        loaded = CppCodeCache.load(_CODE.read_text(), extra_flags=_FLAGS)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -171,7 +172,7 @@ def test_an_expert_that_there_is_not_is_named() -> None:
 def test_without_a_compiler_a_warning_says_so_and_the_operator_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.codecache import CppCodeCache
 
-    def refuse(code: str) -> None:
+    def refuse(code: str, extra_flags: Sequence[str]) -> None:
         raise RuntimeError("g++: not found")
 
     native_branches.library.cache_clear()
