@@ -53,6 +53,8 @@ def lower_inductor(
         passes = _without_bodies(passes)
     gm = manager.rewrite(passes, variant.gm, variant, label=f"{variant.name} ")
     split = arguments_of(gm)
+    if variant.changes:
+        args = distinct(args)
     options: dict[str, Any] = {}
     try:
         options = _for_device(variant, args) | inductor_options(mode, inner_options)
@@ -78,6 +80,17 @@ def lower_inductor(
             "options={'inner': 'eager'} runs it uncompiled, which tells whose fault it is"
         ) from error
     return lambda given: compiled(*split(given))
+
+
+def distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments as different tensors: torch.export, and AOTAutograd where an input is changed in place, take a
+    tensor that comes twice for one input, in later calls too, and unwritten slots of the state share theirs."""
+    found = set[int]()
+    apart = []
+    for arg in args:
+        apart.append(arg.clone() if id(arg) in found else arg)
+        found.add(id(arg))
+    return apart
 
 
 def inductor_options(mode: str | None, inner_options: Mapping[str, Any] | None) -> dict[str, Any]:

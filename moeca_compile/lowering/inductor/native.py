@@ -14,7 +14,7 @@ import torch
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph.variant import Variant
-from moeca_compile.lowering.inductor.lower import inductor_options
+from moeca_compile.lowering.inductor.lower import distinct, inductor_options
 from moeca_compile.passes.manager import Pass, PassManager
 
 SUFFIX = ".pt2"  # AOTInductor insists on it
@@ -46,21 +46,10 @@ def write_native(
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             for category in (FutureWarning, DeprecationWarning):  # torch's, about torch's own code
                 warnings.simplefilter("ignore", category)
-            exported = torch.export.export(gm, _distinct(args), strict=False)
+            exported = torch.export.export(gm, tuple(distinct(args)), strict=False)
             aoti_compile_and_package(exported, package_path=str(file), inductor_configs=options)
     except Exception as error:
         raise LoweringError(
             f"AOTInductor refused variant {variant.name} ({variant.node_count} nodes): {error}. "
             "moeca_compile.compile runs this model; a package can't hold it"
         ) from error
-
-
-def _distinct(args: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments as different tensors: torch.export takes a tensor that comes twice for one input, in later calls
-    too, and unwritten slots of the state share theirs."""
-    found = set[int]()
-    distinct = []
-    for arg in args:
-        distinct.append(arg.clone() if id(arg) in found else arg)
-        found.add(id(arg))
-    return tuple(distinct)
