@@ -74,7 +74,7 @@ def test_a_run_with_it_has_the_predicted_error_and_cost(model: nn.Module, found:
     assert not any(record.cold for record in stats.steps)
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_it_is_never_worse_than_a_uniform_schedule_of_that_cost(model: nn.Module, folder: Path, order: int) -> None:
     compiled = moeca.compile(model, schedule="uniform:2", order=order, inner="eager")
     with torch.no_grad():
@@ -91,6 +91,7 @@ def test_a_quality_budget_gives_the_cheapest_schedule_that_holds_it(model: nn.Mo
     assert found.predicted["mac_fraction"] < 0.6
 
 
+@pytest.mark.slow
 def test_a_latency_budget_is_measured(model: nn.Module, folder: Path) -> None:
     found = moeca.calibrate(model, sample, budget="latency:0.8", resume=folder, **QUICK)
     assert found.predicted["latency_fraction"] <= 0.8
@@ -156,6 +157,7 @@ def test_an_interrupted_calibration_goes_on(model: nn.Module, tmp_path: Path) ->
     assert again.rows == first.rows
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_refused(model: nn.Module, folder: Path, found: Schedule) -> None:
     torch.manual_seed(5)
     other = DiT(depth=1).eval()
@@ -166,6 +168,7 @@ def test_a_folder_of_something_else_is_refused(model: nn.Module, folder: Path, f
         moeca.calibrate(DiT(depth=2).eval(), sample, budget="macs:0.5", resume=folder, **QUICK)
 
 
+@pytest.mark.slow
 def test_other_prompts_than_the_kept_ones_are_noticed(model: nn.Module, folder: Path, found: Schedule) -> None:
     """Of any seed, the ones that only the final check sees too."""
 
@@ -181,6 +184,7 @@ def test_other_prompts_than_the_kept_ones_are_noticed(model: nn.Module, folder: 
     assert moeca.calibrate(model, prompted(2, 1), budget="macs:0.5", resume=folder, **QUICK).rows == found.rows
 
 
+@pytest.mark.slow
 def test_numbers_of_seeds_and_a_speedup(model: nn.Module) -> None:
     def drawn(net: nn.Module, seed: int) -> Tensor:
         seeds.add(seed)
@@ -192,6 +196,7 @@ def test_numbers_of_seeds_and_a_speedup(model: nn.Module) -> None:
     assert made.predicted["latency_fraction"] <= 0.8
 
 
+@pytest.mark.slow
 def test_bad_samplers_are_refused() -> None:
     model, noise = DiT(depth=1).eval(), count()
     nan_at_one = {0: 1.0, 1: float("nan")}

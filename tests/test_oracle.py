@@ -30,6 +30,7 @@ from tests.reference import Reference, forecast
 from tests.tools import build, layout_of, ops, row, run_graph, same, schedule_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+EACH_DTYPE = (pytest.param("float64", marks=pytest.mark.slow), "float32", "bfloat16")
 NO_DEADLINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ANCHORS = {"attention": "aten.scaled_dot_product_attention.default", "experts": "moeca.experts.default"}
 
@@ -115,7 +116,7 @@ def test_the_oracle_computes_everything_at_a_full_row() -> None:
 # -- variants follow the oracle ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EACH_DTYPE)
 @settings(NO_DEADLINE, max_examples=6)
 @given(data=st.data(), order=st.integers(0, 2))
 def test_any_schedule_is_run_as_the_oracle_says(dtype: str, data: st.DataObject, order: int) -> None:
@@ -132,7 +133,7 @@ def test_any_schedule_is_run_as_the_oracle_says(dtype: str, data: st.DataObject,
         assert (kept.shape, str(kept.dtype), kept.nbytes) == (slot.shape, f"torch.{slot.dtype}", slot.bytes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EACH_DTYPE)
 @settings(NO_DEADLINE, max_examples=6)
 @given(data=st.data(), order=st.integers(1, 2))
 def test_fitted_weights_are_run_as_the_oracle_says(dtype: str, data: st.DataObject, order: int) -> None:
@@ -157,7 +158,7 @@ def every_row(dtype: str, order: int) -> Runner:
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EACH_DTYPE)
 @settings(NO_DEADLINE, max_examples=8)
 @given(data=st.data())
 def test_once_everything_was_computed_any_variant_may_follow_any_other(
@@ -316,9 +317,9 @@ PARABOLAS = ("CCCC", "CCCC", "CFCF", "CCCC", "FFFF", "FFFF", "CRFC", "FFFF")
     ("dtype", "order", "texts"),
     [
         ("float32", 0, COPIES),
-        ("float64", 1, LINES),
+        pytest.param("float64", 1, LINES, marks=pytest.mark.slow),
         ("bfloat16", 1, LINES),
-        ("float64", 2, PARABOLAS),
+        pytest.param("float64", 2, PARABOLAS, marks=pytest.mark.slow),
         ("float32", 2, PARABOLAS),
     ],
 )

@@ -161,7 +161,9 @@ class Shuffled(NumpyMoE):
         return ids.gather(1, order), weights.gather(1, order)
 
 
-@pytest.mark.parametrize(("row", "top_k"), [("FbFb", 1), ("aaaa", 2), ("Fdcf", 3)])
+@pytest.mark.parametrize(
+    ("row", "top_k"), [pytest.param("FbFb", 1, marks=SLOW), pytest.param("aaaa", 2, marks=SLOW), ("Fdcf", 3)]
+)
 def test_the_order_of_a_token_s_experts_means_nothing(row: str, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STYLES, "shuffled", Shuffled)
     plain, shuffled = subject("numpy", top_k), subject("shuffled", top_k)
@@ -188,17 +190,19 @@ def test_a_token_whose_expert_is_named_twice() -> None:
         del STYLES["repeating"]
 
 
-@pytest.mark.parametrize("kind", ["one expert for all", "an expert that nobody picks"])
+@pytest.mark.parametrize("kind", [pytest.param("one expert for all", marks=SLOW), "an expert that nobody picks"])
 def test_lopsided_routers(kind: str) -> None:
     one = subject(f"numpy {kind}")
     follow(one, schedule_of(one.analysis, "CCCC", "FbFb", "aaaa", "Fdfd", "CCCC", "FbFb", legend=LEGEND))
 
 
+@pytest.mark.slow
 def test_without_shared_experts() -> None:
     one = subject(shared=False)
     follow(one, schedule_of(one.analysis, "CCCC", "FbFb", "aaaa", "CdCd", legend=LEGEND))
 
 
+@pytest.mark.slow
 def test_a_sample_doesn_t_depend_on_its_neighbours() -> None:
     """Which tokens and branches are computed is decided for each sample by itself."""
     both = subject(depth=1)

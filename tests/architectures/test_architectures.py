@@ -20,7 +20,7 @@ from tests.architectures.generate import build, generate
 from tests.architectures.parts import draw
 from tests.following import Runner, Subject, assert_follows_the_oracle
 
-SEEDS, QUICK, EVERY = 240, 8, 4
+SEEDS, QUICK, EVERY = 240, 5, 4
 ANY = 0
 
 

@@ -26,6 +26,8 @@ from tests.models import DiT
 from tests.tools import UNHOISTED, row
 
 PROVIDERS = ("CPUExecutionProvider", "openvino")
+# What every runtime has to do: onnxruntime shows it in each run of the tests, OpenVINO among the slow ones.
+EACH_PROVIDER = (PROVIDERS[0], pytest.param(PROVIDERS[1], marks=pytest.mark.slow))
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -95,7 +97,7 @@ def closed(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFact
     return moeca.export(model, call_of(2), ends, path, fused=True, dynamic_batch=False)
 
 
-@pytest.fixture(scope="session", params=PROVIDERS)
+@pytest.fixture(scope="session", params=EACH_PROVIDER)
 def session(exported: Bundle, request: pytest.FixtureRequest) -> Session:
     return Session.open(exported.path, request.param, threads=1)
 

@@ -19,7 +19,7 @@ from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.adaptive import Adaptive
-from tests.bundle.conftest import PROVIDERS, Edit, as_model, call_of, edit_manifest, small_model
+from tests.bundle.conftest import EACH_PROVIDER, PROVIDERS, Edit, as_model, call_of, edit_manifest, small_model
 from tests.bundle.test_output import psnr
 
 STEPS = 24
@@ -53,7 +53,7 @@ def run(request: pytest.FixtureRequest) -> tuple[list[dict[str, Any]], list[Any]
     return inputs, outputs, [record.macs for record in moeca.stats(handle).steps]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_it_chooses_as_torch_does(provider: str, bundle: Bundle, run: Any) -> None:
     inputs, outputs, macs = run
     with Session.open(bundle.path, provider, threads=1).trajectory(steps=STEPS) as trajectory:
@@ -68,6 +68,7 @@ def test_golden_steps_run_every_variant(bundle: Bundle) -> None:
     assert verify(Session.open(bundle.path)).variants == ("v0", "v2", "v1")
 
 
+@pytest.mark.slow
 def test_rows_that_the_drift_never_chooses_are_named(tmp_path: Path) -> None:
     never = Schedule(((C, C), (C, F), (F, F)), SCHEDULE.regions, adaptive=Adaptive((1e9, 1e8), most=50))
     with pytest.warns(MoecaWarning, match="no golden step runs v1: in 26 steps the drift never chose their rows"):

@@ -21,7 +21,7 @@ from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.writing import checksum
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.adaptive import Adaptive
-from tests.bundle.conftest import PROVIDERS, Edit, edit_manifest
+from tests.bundle.conftest import EACH_PROVIDER, PROVIDERS, Edit, edit_manifest
 
 
 def open_it(folder: Path, provider: str = PROVIDERS[0]) -> Session:
@@ -150,7 +150,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("what", EDITS)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_a_manifest_sealed_again(what: str, provider: str, copy: Path) -> None:
     edit, says = EDITS[what]
     edit_manifest(copy, edit)
@@ -158,7 +158,7 @@ def test_a_manifest_sealed_again(what: str, provider: str, copy: Path) -> None:
         open_it(copy, provider)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_a_manifest_not_sealed_again(provider: str, copy: Path) -> None:
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace('"opset": 20', '"opset": 21'))
@@ -173,7 +173,7 @@ def test_no_manifest_at_all(copy: Path, text: str) -> None:
         open_it(copy)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_swapped_variants_with_checksums_that_fit(provider: str, copy: Path) -> None:
     (copy / "v1.onnx").rename(copy / "x")
     (copy / "v2.onnx").rename(copy / "v1.onnx")
@@ -233,7 +233,7 @@ def test_an_adaptive_schedule(copy: Path) -> None:
         open_it(copy)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 @pytest.mark.parametrize("where", ["../outside.bin", "/etc/passwd", "sub/../../outside.bin"])
 def test_a_graph_that_reads_weights_from_outside(where: str, provider: str, copy: Path) -> None:
     """Sealed, so that only the runtime's own check of locations is left."""
@@ -250,7 +250,7 @@ def test_a_graph_that_reads_weights_from_outside(where: str, provider: str, copy
         open_it(copy, provider)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_a_graph_that_reads_past_the_weights(provider: str, copy: Path) -> None:
     def move(model: Any) -> None:
         for tensor in model.graph.initializer:
@@ -263,7 +263,7 @@ def test_a_graph_that_reads_past_the_weights(provider: str, copy: Path) -> None:
         open_it(copy, provider)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_a_graph_that_is_none(provider: str, copy: Path) -> None:
     (copy / "v0.onnx").write_bytes(b"not a protobuf" * 100)
     seal(copy)
@@ -278,7 +278,7 @@ def change_graph(folder: Path, change: Callable[[Any], None]) -> None:
     seal(folder)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 @pytest.mark.parametrize("side", ["outputs", "state"])
 @pytest.mark.parametrize("dim", ["2*batch", "batch+1", "batch-1", "batch-5", "1000000*batch", "2000000000*batch"])
 def test_sizes_that_are_not_the_graph_s(dim: str, side: str, provider: str, copy: Path) -> None:

@@ -217,6 +217,7 @@ def test_budgets_that_are_too_small(exported: Bundle) -> None:
             BatchedSession(session, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_bundles_whose_requests_cannot_share_a_call(
     exported: Bundle, closed: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

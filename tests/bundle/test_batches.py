@@ -19,7 +19,7 @@ from moeca_compile.lowering.tensorrt.build import EngineRequest, batches_of
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.fused import FusedSession
 from moeca_compile.runtime.session import Session
-from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, small_model
+from tests.bundle.conftest import EACH_PROVIDER, call_of, edit_manifest, named, small_model
 from tests.models import DiT
 
 LEAST, LARGEST = 3, 9
@@ -31,7 +31,7 @@ def ranged(model: DiT, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return moeca.export(model, call_of(2), "uniform:2", path, dynamic_batch=(LEAST, LARGEST), fused=True)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 @pytest.mark.parametrize("batch", [LEAST, 5, LARGEST])
 def test_batches_of_the_range(ranged: Bundle, model: DiT, provider: str, batch: int) -> None:
     call = call_of(batch, seed=1)

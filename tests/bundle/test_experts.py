@@ -81,7 +81,13 @@ IDS = {
 
 
 @pytest.mark.parametrize(
-    ("lowering", "forms"), [("segments", FORMS), ("dense", FORMS), ("capacity:2", FORMS[:2]), ("moe", MOE_FORMS)]
+    ("lowering", "forms"),
+    [
+        ("segments", FORMS),
+        pytest.param("dense", FORMS, marks=pytest.mark.slow),
+        pytest.param("capacity:2", FORMS[:2], marks=pytest.mark.slow),
+        ("moe", MOE_FORMS),
+    ],
 )
 def test_each_form_equals_torch(lowering: str, forms: list[tuple[str, bool, bool]]) -> None:
     call, weights = all_forms(forms)

@@ -100,6 +100,7 @@ def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
     assert hit - of_the_example
 
 
+@pytest.mark.slow
 def test_the_targets_decide_the_form_of_the_experts(tmp_path: Path, model: DiT) -> None:
     with pytest.warns(MoecaWarning, match="here 'dense': onnx would run 'segments' faster"):
         bundle = moeca.export(
@@ -232,6 +233,7 @@ class Branch(nn.Module):
         return out.relu() if batch == 3 else out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "says"),
     [(Triangle, r"div\w* \(test_export.py:\d+\): 3 at batch 2, 6 at batch 3, 28 at batch 7"), (Branch, "branches")],
@@ -251,6 +253,7 @@ def test_a_model_that_is_not_linear_in_its_batch(end: type[nn.Module], says: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_differs_from_the_model_at_another_batch_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,13 +23,13 @@ from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.forecast import COPY, NOTHING
-from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, warnings_of
+from tests.bundle.conftest import EACH_PROVIDER, call_of, edit_manifest, named, warnings_of
 from tests.bundle.test_bad_bundles import seal
 from tests.models import DiT
 from tests.tools import row
 
 
-@pytest.fixture(scope="module", params=PROVIDERS)
+@pytest.fixture(scope="module", params=EACH_PROVIDER)
 def fused(exported: Bundle, request: pytest.FixtureRequest) -> FusedSession:
     return FusedSession.open(exported.path, request.param, threads=1)
 
@@ -161,7 +161,7 @@ def test_a_bundle_without_one(copy: Path, exported: Bundle) -> None:
         FusedSession.open(copy)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 @pytest.mark.parametrize("what", ["missing", "changed", "a variant", "steps", "name", "signature"])
 def test_a_spoiled_one_is_refused(what: str, provider: str, copy: Path) -> None:
     says = {

@@ -49,6 +49,7 @@ class Rotary(nn.Module):
         return x + self.mlp(x)
 
 
+@pytest.mark.slow
 def test_a_rotary_embedding_in_complex_numbers_made_at_the_first_call(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Rotary().eval().requires_grad_(False)

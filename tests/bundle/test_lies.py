@@ -18,7 +18,7 @@ from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.verify import verify
 from moeca_compile.runtime.session import Session
-from tests.bundle.conftest import PROVIDERS, edit_manifest
+from tests.bundle.conftest import EACH_PROVIDER, edit_manifest
 from tests.bundle.test_bad_bundles import change_graph
 
 
@@ -52,7 +52,7 @@ def swap_regions(data: dict[str, Any]) -> None:
     first["region"], second["region"] = second["region"], first["region"]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 @pytest.mark.parametrize("edit", [swap_names, swap_names_everywhere, swap_regions])
 def test_swapped_states_of_a_sealed_manifest(copy: Path, provider: str, edit: Callable[[dict[str, Any]], None]) -> None:
     edit_manifest(copy, edit)

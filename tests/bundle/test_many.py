@@ -47,6 +47,7 @@ def result(trajectory: object, seed: int, step: int) -> bytes:
     return bytes(array.tobytes())
 
 
+@pytest.mark.slow
 def test_sessions_leave_nothing(bundle: Bundle) -> None:
     sizes = []
     for number in range(WARM_UP + SESSIONS):

@@ -47,6 +47,7 @@ def test_attention_and_norms_are_one_operator_each(tmp_path: Path) -> None:
         assert verify(Session.open(bundle.path, provider)).error < 1e-5
 
 
+@pytest.mark.slow
 def test_routed_experts_at_the_newest_opset(tmp_path: Path) -> None:
     bundle = moeca.export(small_model(), call_of(2), "full", tmp_path / "b", opset=24, dynamic_batch=False)
     counts = Counter(node.op_type for node in onnx.load(tmp_path / "b" / "v0.onnx").graph.node)

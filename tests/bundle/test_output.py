@@ -24,7 +24,7 @@ from moeca_compile.runtime.triton import write_repository
 from moeca_compile.runtime.triton.sequences import Sequences
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.output import OutputRule
-from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, small_model, warnings_of
+from tests.bundle.conftest import EACH_PROVIDER, PROVIDERS, Edit, call_of, edit_manifest, small_model, warnings_of
 from tests.bundle.tensorrt.conftest import put_engines
 from tests.bundle.tensorrt.test_running import on_engines
 from tests.bundle.test_bad_bundles import seal
@@ -85,7 +85,7 @@ def copy(bundle: Bundle, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.fixture(scope="module", params=PROVIDERS)
+@pytest.fixture(scope="module", params=EACH_PROVIDER)
 def session(bundle: Bundle, request: pytest.FixtureRequest) -> Session:
     return Session.open(bundle.path, request.param, threads=1)
 

@@ -24,7 +24,7 @@ from moeca_compile.runtime.bundle.verify import relative_error
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Action, Control, Partial, Row, Schedule
 from moeca_compile.schedule.fitted import FittedWeights
-from tests.bundle.conftest import PROVIDERS, Edit, as_model, call_of, edit_manifest, named, small_model
+from tests.bundle.conftest import EACH_PROVIDER, PROVIDERS, Edit, as_model, call_of, edit_manifest, named, small_model
 from tests.bundle.test_fuzz import mutate_entry
 from tests.bundle.test_output import psnr
 
@@ -89,13 +89,13 @@ def check_run(bundle: Bundle, provider: str, expected: list[Any], batch: int = 2
     assert psnr(torch.from_numpy(found[-1]), torch.from_numpy(expected[-1])) > 60
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_tokens_and_branches_by_drift(provider: str, by_drift: Bundle) -> None:
     check_run(by_drift, provider, in_torch(BY_DRIFT))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_branches_by_error_with_tables(provider: str, by_error: Bundle) -> None:
     check_run(by_error, provider, in_torch(BY_ERROR))
 
@@ -105,7 +105,7 @@ def test_a_batch_that_was_not_captured(by_error: Bundle) -> None:
     check_run(by_error, "CPUExecutionProvider", in_torch(BY_ERROR, 5), 5)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_a_call_outside_a_trajectory_is_the_model_s(provider: str, by_drift: Bundle) -> None:
     session = Session.open(by_drift.path, provider, threads=1)
     expected = small_model()(*call_of(2))
@@ -236,6 +236,7 @@ def test_a_mixed_schedule_of_the_digits_model(tmp_path: Path) -> None:
         assert abs(psnr(found, uncached) - psnr(cached, uncached)) < 0.1
 
 
+@pytest.mark.slow
 def test_a_manifest_of_version_3_opens(tmp_path: Path) -> None:
     """Its entries are those of version 4 without what came since; whole-region bundles had no other."""
     whole = moeca.export(small_model(), call_of(2), "uniform:2", tmp_path / "b", dynamic_batch=False)

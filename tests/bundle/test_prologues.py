@@ -20,7 +20,7 @@ from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.graphs import graph_of, nodes_of
 from moeca_compile.runtime.bundle.verify import relative_error
 from moeca_compile.runtime.session import Session
-from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, named, small_model
+from tests.bundle.conftest import EACH_PROVIDER, Edit, call_of, edit_manifest, named, small_model
 from tests.bundle.test_bad_bundles import seal
 from tests.bundle.test_fuzz import mutate_entry
 
@@ -78,7 +78,7 @@ def calls(batch: int = 2) -> list[tuple[torch.Tensor, ...]]:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_a_run_is_torch_s(provider: str, batch: int, bundle: Bundle) -> None:
     handle = moeca.compile(small_model(), schedule="uniform:3", inner="eager")
     with torch.no_grad():
@@ -111,6 +111,7 @@ def bytes_of(raw: bytes) -> int:
     return sum(sizes)
 
 
+@pytest.mark.slow
 def test_what_it_says_of_them(of_prompts: Bundle) -> None:
     assert "prologue_trajectory.onnx, once a trajectory: 1 values" in str(of_prompts)
     assert "prologue_step.onnx, once a timestep: 2 values" in str(of_prompts)
@@ -132,7 +133,7 @@ class Counted:
         return result
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_they_run_when_an_input_changes(provider: str, of_prompts: Bundle) -> None:
     """Once a trajectory, once a timestep; both again for a prompt that was written to. Always torch's values."""
     session = Session.open(of_prompts.path, provider, threads=1)

@@ -27,7 +27,7 @@ from moeca_compile.runtime.bundle.refit.parameters import ParameterSpec, Paramet
 from moeca_compile.runtime.bundle.verify import verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule import Schedule
-from tests.bundle.conftest import PROVIDERS, call_of, named, small_model
+from tests.bundle.conftest import EACH_PROVIDER, call_of, named, small_model
 from tests.bundle.test_bad_bundles import seal
 from tests.models import DiT
 
@@ -76,7 +76,7 @@ def refitted(exported: Bundle, twin: DiT, tmp_path_factory: pytest.TempPathFacto
     return exported.with_weights(twin.state_dict(), tmp_path_factory.mktemp("refitted") / "b")
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_it_is_an_export_of_the_changed_model(refitted: Bundle, fresh: Bundle, exported: Bundle, provider: str) -> None:
     for kind in (Session, FusedSession):
         found, wanted, before = (
@@ -133,6 +133,7 @@ def test_the_same_weights(exported: Bundle, model: DiT, tmp_path: Path) -> None:
     assert results_of(bundle) == results_of(exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["dense", "moe"])
 def test_one_expert_of_a_layer_that_is_packed(model: DiT, tmp_path: Path, experts: str) -> None:
     def export(of: DiT, name: str) -> Bundle:
@@ -217,6 +218,7 @@ def special(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiT, Bundle]:
     return model, moeca.export(model, call_of(2), "uniform:2", path, dynamic_batch=False)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_computed_with(special: tuple[DiT, Bundle], tmp_path: Path) -> None:
     model, bundle = special
     weights = {name: value.clone() for name, value in model.state_dict().items()}

@@ -6,6 +6,8 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 import moeca_compile as moeca
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, warnings_of
@@ -13,6 +15,7 @@ from tests.bundle.test_output import STEPS, TIMES, in_numpy, ruled, sample
 from tests.models import DiT
 
 
+@pytest.mark.slow
 def test_another_guidance_than_the_weights_were_fitted_for_is_noticed(model: DiT, tmp_path: Path) -> None:
     schedule = ruled()
     assert schedule.output is not None

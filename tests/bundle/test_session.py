@@ -20,7 +20,7 @@ from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.verify import verify
 from moeca_compile.runtime.providers.onnxruntime import CPU, OrtRuntime, refuse_strays
 from moeca_compile.runtime.session import Session
-from tests.bundle.conftest import PROVIDERS, call_of, edit_manifest, named, warnings_of
+from tests.bundle.conftest import EACH_PROVIDER, call_of, edit_manifest, named, warnings_of
 from tests.models import DiT
 
 
@@ -301,7 +301,7 @@ print(*sorted(name for name in sys.modules if name.split(".")[0] in ("onnx", "on
 """
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_it_serves_without_torch(provider: str, exported: Bundle, tmp_path: Path) -> None:
     shutil.copytree(exported.path, tmp_path / "elsewhere")
     command = [sys.executable, "-c", SERVE, str(tmp_path / "elsewhere"), provider]

@@ -28,9 +28,11 @@ from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.triton import write_repository
-from tests.bundle.conftest import PROVIDERS, Edit, call_of, edit_manifest, named, small_model
+from tests.bundle.conftest import EACH_PROVIDER, Edit, call_of, edit_manifest, named, small_model
 from tests.bundle.test_fuzz import mutate_entry
 from tests.models import DiT
+
+pytestmark = pytest.mark.slow
 
 SIZES = (8, 4)
 MUTATIONS = 100
@@ -54,7 +56,7 @@ def sized(model: DiT, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=PROVIDERS)
+@pytest.fixture(scope="module", params=EACH_PROVIDER)
 def session(sized: Bundle, request: pytest.FixtureRequest) -> Session:
     return Session.open(sized.path, request.param, threads=1)
 

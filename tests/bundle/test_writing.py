@@ -12,7 +12,7 @@ import pytest
 
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.writing import building, unfinished
-from tests.bundle.conftest import PROVIDERS
+from tests.bundle.conftest import EACH_PROVIDER
 
 
 def child(*words: object, code: str) -> subprocess.CompletedProcess[str]:
@@ -92,7 +92,7 @@ print("alive")
 """
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", EACH_PROVIDER)
 @pytest.mark.parametrize("how", ["truncated", "overwritten", "replaced"])
 def test_weights_that_change_under_a_session(copy: Path, provider: str, how: str) -> None:
     done = child(copy, provider, how, code=SERVES)

@@ -19,9 +19,8 @@ if not (ROOT / "docs").exists():
 WRITTEN = [page for page in page_names() if page not in GENERATED]
 # what takes seconds, and what is made by it: run by the `slow` tests
 LONG = re.compile(r"\b(calibrate|expert_thresholds|export|moeca\.save|moeca\.load)\(|\.moeca\b|\"(half|fox)\.json\"")
-SEVERAL = {
-    f"docs/{name}.md" for name in ("how-to/reports", "how-to/pipelines", "how-to/trajectories", "start/first-run")
-}
+QUICK = ("README.md", "docs/start/", "docs/tutorials/")  # what a newcomer reads; the other pages' blocks are slow tests
+SEVERAL = {"docs/start/first-run.md"}  # these compile five models or more
 COMMANDS = {"show", "diff", "info", "verify", "run", "bench", "export", "calibrate", "plan", "drift"}
 
 
@@ -86,7 +85,7 @@ def has_python(page: str, long: bool) -> bool:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] * (page in SEVERAL))  # these compile five models or more
+        pytest.param(page, marks=[pytest.mark.slow] * (not page.startswith(QUICK) or page in SEVERAL))
         for page in WRITTEN
         if has_python(page, False)
     ],

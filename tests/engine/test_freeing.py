@@ -31,8 +31,8 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "needs_device_sync", lambda value: True)
 
 
-@pytest.mark.parametrize("loop", [plain, cfg_calls])
-@pytest.mark.parametrize("schedule", ["full", "uniform:3"])
+@pytest.mark.parametrize("loop", [plain, pytest.param(cfg_calls, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", [pytest.param("full", marks=pytest.mark.slow), "uniform:3"])
 def test_dropped_weights_leave_memory_and_the_results_are_the_same(schedule: str, loop: Any) -> None:
     module, other = dit(), dit()
     model = compiled(module, schedule=schedule, free_hoisted="drop")
@@ -57,6 +57,7 @@ def test_explain_tells_the_bytes_that_are_freed() -> None:
     assert largest in {p.numel() * p.element_size() for p in dit().parameters()}, "stand-ins lie in as much memory"
 
 
+@pytest.mark.slow
 def test_few_steps_without_cache_free_too() -> None:
     model, times = compiled(dit(), schedule="full", free_hoisted="drop"), (1000.0, 750.0, 500.0, 250.0)
     assert same(planned(model, times=times), planned(compiled(dit(), schedule="full"), times=times))
@@ -77,7 +78,7 @@ def test_without_declared_timesteps_the_second_trajectory_frees() -> None:
     [
         lambda model: planned(model, label=5),
         lambda model: planned(model, times=[t - 7.0 for t in TIMES]),
-        lambda model: planned(model, batch=3),
+        pytest.param(lambda model: planned(model, batch=3), marks=pytest.mark.slow),
     ],
     ids=["another label", "other timesteps", "another batch"],
 )
@@ -110,6 +111,7 @@ def test_weights_on_the_host_serve_another_conditioning_and_other_timesteps(on_d
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_weight_on_the_host_that_is_written_to_counts(on_device: None) -> None:
     module, other = dit(), dit()
     model = compiled(module, free_hoisted="host")
@@ -122,6 +124,7 @@ def test_a_weight_on_the_host_that_is_written_to_counts(on_device: None) -> None
     assert same(planned(model), planned(compiled(dit())))
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_replaced_is_not_freed_any_more(on_device: None) -> None:
     module = dit()
     model = compiled(module, free_hoisted="host")
@@ -133,6 +136,7 @@ def test_a_weight_that_is_replaced_is_not_freed_any_more(on_device: None) -> Non
     assert moeca.stats(model).freed_bytes == freed, "they are freed again"
 
 
+@pytest.mark.slow
 def test_weights_come_back_when_the_handle_goes(on_device: None) -> None:
     module = dit()
     model = compiled(module, free_hoisted="host")

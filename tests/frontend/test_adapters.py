@@ -71,7 +71,11 @@ def follows(model: Any, module: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize(
     ("style", "targets"),
-    [("numpy", EXPERTS), ("numpy", ATTENTION), ("hf", f"{EXPERTS}|{ATTENTION}")],
+    [
+        pytest.param("numpy", EXPERTS, marks=pytest.mark.slow),
+        pytest.param("numpy", ATTENTION, marks=pytest.mark.slow),
+        ("hf", f"{EXPERTS}|{ATTENTION}"),
+    ],
     ids=["experts", "attention", "both, another dispatch"],
 )
 def test_adapters_put_on_after_compiling_are_followed_and_cached(style: str, targets: str) -> None:
@@ -88,6 +92,7 @@ def test_adapters_put_on_after_compiling_are_followed_and_cached(style: str, tar
     assert not torch.allclose(base, adapted, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_done_to_adapters_later_is_followed() -> None:
     module = dit()
     adapt(module)

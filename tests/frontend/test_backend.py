@@ -87,6 +87,7 @@ def test_a_schedule_made_for_other_timesteps_makes_up_what_is_passed_and_says_so
     assert len(warned) == 1
 
 
+@pytest.mark.slow
 def test_three_instances_that_prepare_on_their_first_run_in_turns_are_all_right() -> None:
     modules = [dit(seed) for seed in range(3)]
     models = [moeca_compiled(module) for module in modules]
@@ -152,6 +153,7 @@ def test_a_function_over_an_unprepared_model_prepares_it_and_is_cached() -> None
     assert [record.variant for record in moeca.stats(model).steps][:4] == ["v0", "v1", "v1", "v0"]
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_are_accepted() -> None:
     module = dit()
     model = compiled(module)
@@ -268,7 +270,7 @@ class Numbered(nn.Module):
         return self.inner(x, torch.full((x.shape[0],), t), y)
 
 
-@pytest.mark.parametrize("kind", [float, int])
+@pytest.mark.parametrize("kind", [float, pytest.param(int, marks=pytest.mark.slow)])
 def test_a_timestep_that_is_a_number_is_exact_and_says_what_is_better(kind: type) -> None:
     module = Numbered().eval().requires_grad_(False)
     model = compiled(module)
@@ -385,6 +387,7 @@ def test_the_oldest_signatures_are_dropped_and_come_back_right() -> None:
     assert moeca.stats(model).state_bytes == held  # of the last trajectory alone
 
 
+@pytest.mark.slow
 def test_a_dropped_signature_takes_its_state_along_within_a_trajectory() -> None:
     module = dit()
     moeca.prepare(module)

@@ -50,7 +50,14 @@ def schedule_every(interval: int) -> Schedule:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", ["torch.compile", "moeca.compile", "module.compile"])
+@pytest.mark.parametrize(
+    "door",
+    [
+        "torch.compile",
+        pytest.param("moeca.compile", marks=pytest.mark.slow),
+        pytest.param("module.compile", marks=pytest.mark.slow),
+    ],
+)
 def test_a_schedule_file_that_was_rewritten_is_read_again(door: str, tmp_path: Path) -> None:
     module, path = dit(), str(tmp_path / "schedule.json")
     moeca.prepare(module)
@@ -230,6 +237,7 @@ def test_dropped_models_leave_nothing(door: str) -> None:
 # -- re-entrancy, other threads ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::moeca_compile.errors.MoecaWarning")
 def test_a_sampler_may_warm_up_and_explain_inside_calibrate() -> None:
     module, other = dit(), compiled(dit(1))

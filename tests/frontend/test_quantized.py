@@ -40,7 +40,7 @@ def quantize(module: nn.Module, config: str = "int8") -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("style", ["dense", "numpy"])
+@pytest.mark.parametrize("style", [pytest.param("dense", marks=pytest.mark.slow), "numpy"])
 def test_weight_only_quantization_follows_the_oracle(config: str, style: str, fact: Recorder) -> None:
     module = dit(style=style)
     quantize(module, config)
@@ -64,6 +64,7 @@ def test_weight_only_quantization_follows_the_oracle(config: str, style: str, fa
     fact("changed", name, captured="once", cached="yes", exact="equal to the reference, bit for bit")
 
 
+@pytest.mark.slow
 def test_calibrated_with_the_full_precision_model_as_truth() -> None:
     full_precision, module = dit(style="dense"), dit(style="dense")
     quantize(module, "int4, groups of 16")

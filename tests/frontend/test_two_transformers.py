@@ -108,7 +108,7 @@ def test_models_that_are_called_at_every_step_keep_a_state_each(pair: Any) -> No
     assert not any(record.cold for record in steps)
 
 
-@pytest.mark.parametrize("hand_over", [False, True])
+@pytest.mark.parametrize("hand_over", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_guidance_streams_go_on_in_the_second_model(hand_over: bool, pair: Any) -> None:
     if hand_over:
         pair = compiled(hand_over=True)
@@ -136,6 +136,7 @@ def test_computed_in_full_both_are_eager() -> None:
         assert (left - right).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_each_model_is_cached_as_it_is_alone() -> None:
     """By the schedule whose rows are its own."""
     rows = tuple([(action,) for action in (C, C, F, F, C, F, F, C, F)])
@@ -148,6 +149,7 @@ def test_each_model_is_cached_as_it_is_alone() -> None:
         assert (left - right).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_rows_go_by_timestep_in_both_models() -> None:
     rows = tuple([(action,) for action in (C, C, F, C, F, F, C, F, F)])
     pair = compiled(schedule=Schedule(rows, timesteps=TIMES))
@@ -167,6 +169,7 @@ def test_what_is_handed_over_is_right(granularity: str) -> None:
             assert (left - right).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_handing_over_costs_the_more_the_more_the_weights_differ() -> None:
     errors = {}
     for difference in (0.0, 0.01, 1.0):

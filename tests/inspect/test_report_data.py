@@ -151,6 +151,7 @@ def test_a_page_has_the_graphs_of_the_passes(tmp_path: Path) -> None:
     assert len(last.calls) == 2
 
 
+@pytest.mark.slow
 def test_the_graphs_are_in_a_folder_that_was_asked_for_too(tmp_path: Path) -> None:
     torch._dynamo.reset()
     inputs = torch.randn(2, 2, 4, 4), torch.full((2,), 500.0), torch.tensor([1, 2])

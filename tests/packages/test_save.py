@@ -56,6 +56,7 @@ class TestWhatIsSaved:
         assert "prologue_step: " in str(package)
         torch.testing.assert_close(sample(moeca.load(tmp_path / "p")), sample(handle))
 
+    @pytest.mark.slow
     def test_keywords_containers_constants_and_a_configuration(self, tmp_path: Path) -> None:
         model = Wrapped().eval()
         moeca.save(compiled(model), tmp_path / "p", **added(), other_sizes=[{**added(), "as_pair": True}])
@@ -73,6 +74,7 @@ class TestWhatIsSaved:
         with pytest.raises(BundleError, match=r"scale=2.0.*saved for .*scale=1.0"):
             loaded(**added(), scale=2.0)
 
+    @pytest.mark.slow
     def test_packed_experts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(packed, "SMALLEST", 0)
         handle = compiled(small_model(), pack_experts=True)
@@ -81,6 +83,7 @@ class TestWhatIsSaved:
         torch.testing.assert_close(sample(loaded), sample(handle))
         assert len(loaded.runtime.packs.layers) == 1
 
+    @pytest.mark.slow
     def test_several_sizes_over_one_file_of_weights(self, tmp_path: Path) -> None:
         handle = compiled(small_model())
         package = moeca.save(handle, tmp_path / "p", *call_at(), other_sizes=[call_at(batch=2)])
@@ -94,9 +97,11 @@ class TestWhatIsSaved:
     @pytest.mark.parametrize(
         "schedule",
         [
-            "adaptive:0.05",
+            pytest.param("adaptive:0.05", marks=pytest.mark.slow),
             Schedule(((C,), (Partial(0.25, 0.5),)), order=1, period=2),
-            Schedule(((C,), (F,), (R,)), order=1, timesteps=(1000.0, 875.0, 750.0)),
+            pytest.param(
+                Schedule(((C,), (F,), (R,)), order=1, timesteps=(1000.0, 875.0, 750.0)), marks=pytest.mark.slow
+            ),
         ],
     )
     def test_every_kind_of_schedule(self, tmp_path: Path, schedule: Any) -> None:
@@ -127,6 +132,7 @@ class TestWhatIsSaved:
         assert package.manifest.model.modules == ("diffusers.models.modeling_outputs",)
         assert type(moeca.load(tmp_path / "p")(*call_at())) is output
 
+    @pytest.mark.slow
     def test_the_handle_goes_on_as_it_was(self, tmp_path: Path) -> None:
         handle = compiled(small_model())
         before = sample(handle)
@@ -203,6 +209,7 @@ def test_inputs_that_cannot_be_told_apart(tmp_path: Path, interpreted: None) -> 
         moeca.save(other, tmp_path / "p", x, t, y, x.to(torch.complex64))
 
 
+@pytest.mark.slow
 def test_a_graph_that_aotinductor_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **keywords: Any) -> None:
         raise RuntimeError("no such thing")
