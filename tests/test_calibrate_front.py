@@ -101,6 +101,7 @@ def test_a_budget_chooses_by_quality_and_a_quality_by_cost() -> None:
     assert moeca.Front((converged, better)).at("macs:0.5") == converged
 
 
+@pytest.mark.slow
 def test_a_front_of_nothing_says_why(model: nn.Module) -> None:
     with pytest.raises(ScheduleError, match=r"no budget can be kept. budget macs:0.01 can't be kept: the nearest"):
         moeca.calibrate_front(model, sample, budgets=["macs:0.01"], holdout=0, **QUICK)

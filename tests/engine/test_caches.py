@@ -140,7 +140,11 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-HOLDS = pytest.mark.parametrize("holds", [False, True], ids=["caches are arguments", "the model holds them"])
+HOLDS = pytest.mark.parametrize(
+    "holds",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["caches are arguments", "the model holds them"],
+)
 
 
 @HOLDS
@@ -196,6 +200,7 @@ def given_caches() -> Any:
     return moeca.compile(build(False), schedule="uniform:3", inner="eager")
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_the_caches_as_they_are(given_caches: Any) -> None:
     compiled = given_caches
     loop = Loop(compiled, False)

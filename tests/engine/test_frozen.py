@@ -81,6 +81,7 @@ def test_a_frozen_trajectory_gives_the_same_bits_past_dynamo(loop: Callable[[Any
     assert not any(one.cold for one in records(model))
 
 
+@pytest.mark.slow
 def test_graphs_for_many_sizes_are_given_the_sizes() -> None:
     module = dit()
     moeca.prepare(module)
@@ -172,7 +173,12 @@ def test_whatever_holds_the_outputs_comes_back(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "ways"),
-    [({"sign": "-"}, 2), ({"scale": 2.5}, 2), ({"unused": object()}, 7), ({"unused": [torch.ones(())]}, 2)],
+    [
+        ({"sign": "-"}, 2),
+        pytest.param({"scale": 2.5}, 2, marks=pytest.mark.slow),
+        ({"unused": object()}, 7),
+        ({"unused": [torch.ones(())]}, 2),
+    ],
     ids=["another text", "another number", "an object of unknown kind", "one more tensor"],
 )
 def test_other_arguments_are_another_kind_of_call(change: dict[str, Any], ways: int) -> None:
@@ -261,6 +267,7 @@ def test_the_promise_ends_with_the_trajectory() -> None:
     assert same(frozen(model, plain), under_compile_lock(compiled(copy.deepcopy(module)), plain))
 
 
+@pytest.mark.slow
 def test_modes_are_looked_at() -> None:
     model = compiled(dit())
     given = noise(0, 2), torch.full((2,), 900.0), torch.tensor([1, 2])
@@ -292,6 +299,7 @@ def test_warmup_explain_and_reset_inside(model: nn.Module) -> None:
         assert same(under_compile_lock(model, plain), truth)
 
 
+@pytest.mark.slow
 def test_another_model_inside_and_calls_outside_have_no_shortcut() -> None:
     one, other = compiled(dit(0)), compiled(dit(1))
     truth = under_compile_lock(other, plain)

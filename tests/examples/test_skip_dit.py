@@ -217,6 +217,7 @@ class ChangeCache(SkipCache):
         return model.finish(model.run(x, c, skips, depth - self.kept, depth), c)
 
 
+@pytest.mark.slow
 @SKIPS
 def test_slice_of_the_blocks_keeps_the_change_between_the_same_ends(skips: bool) -> None:
     """What a plain DiT needs in place of long skips, and what one with them can do too."""
@@ -240,6 +241,7 @@ def test_executed_macs_are_those_of_the_loop() -> None:
     assert moeca.stats(cached).mac_fraction == pytest.approx(sum(spent) / (3 * spent[0]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_one_span_is_all_there_is_to_schedule() -> None:
     """Its tensor is all of the state, and the outer blocks are none of its body."""
     model = tiny()

@@ -197,7 +197,9 @@ def programs_of(compiled: nn.Module) -> tuple[Program, list[Any]]:
     return seen[0][0], [args for _, args in seen]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "head by head" in name else name for name in LAYERS]
+)
 def test_found_and_cached(name: str, fact: Recorder) -> None:
     layer, choice, count, top_k = LAYERS[name]
     model = build(layer)
@@ -252,7 +254,9 @@ def operators(layer: Callable[[], nn.Module]) -> Counter[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name.endswith(("eager", "batched_mm")) else name
+        pytest.param(name, marks=pytest.mark.slow)
+        if name.endswith(("eager", "batched_mm", "default", "in a list"))
+        else name
         for name in GROWING
     ],
 )

@@ -55,7 +55,7 @@ def test_dense_model_needs_nothing() -> None:
     assert compiled(model, *inputs)[1] == []
 
 
-@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("slices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_example_model(slices: int) -> None:
     model = randomize_(
         dit_moe("S/2-8E2A", depth=2, hidden_size=32, num_heads=2, input_size=8, num_classes=10, pretraining_tp=slices)
@@ -114,6 +114,7 @@ def test_training_runs_the_original() -> None:
     assert all(p.grad is not None for p in model.blocks.parameters())
 
 
+@pytest.mark.slow
 @FORMS
 def test_a_deep_copy_uses_its_own_weights(style: str) -> None:
     model, inputs = model_of(style), inputs_of()
@@ -219,6 +220,7 @@ def test_export(strict: bool) -> None:
     torch.testing.assert_close(program.module()(*inputs), model(*inputs))
 
 
+@pytest.mark.slow
 @FORMS
 def test_other_batch_sizes_need_one_more_graph_at_most(style: str) -> None:
     model, graphs = model_of(style), []

@@ -232,7 +232,14 @@ def test_what_holds_a_compiled_model_is_taken(way: str) -> None:
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "factor"), [("forward_with_cfg", 2), ("called", 1), ("twice", 4)])
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("forward_with_cfg", 2),
+        pytest.param("called", 1, marks=pytest.mark.slow),
+        pytest.param("twice", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_methods_that_call_forward_are_cached(name: str, factor: int) -> None:
     plain = model()
     x, _, y = inputs()

@@ -53,7 +53,9 @@ def right(model: Any, module: nn.Module) -> list[str]:
     ("offload", "hook", "remedy"),
     [
         (accelerated, "an accelerate hook (AlignDevicesHook)", "enable_model_cpu_offload()"),
-        (cast, "a diffusers hook (layerwise_casting)", "in the dtype that they compute in"),
+        pytest.param(
+            cast, "a diffusers hook (layerwise_casting)", "in the dtype that they compute in", marks=pytest.mark.slow
+        ),
         pytest.param(grouped, "a diffusers hook (", "enable_model_cpu_offload()", marks=pytest.mark.slow),
     ],
 )
@@ -77,6 +79,7 @@ def test_hooks_put_on_before_are_named_in_the_report() -> None:
     assert "expert 0 has an accelerate hook (AlignDevicesHook) on gate_proj: take the hooks off" in str(report)
 
 
+@pytest.mark.slow
 def test_hooks_taken_off_again() -> None:
     module = dit()
     model = compiled(module)

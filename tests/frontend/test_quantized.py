@@ -85,7 +85,7 @@ def test_calibrated_with_the_full_precision_model_as_truth() -> None:
     assert comparison.mean("psnr_db", "given") > 0
 
 
-@pytest.mark.parametrize("style", ["numpy", "dense"])
+@pytest.mark.parametrize("style", ["numpy", pytest.param("dense", marks=pytest.mark.slow)])
 def test_int8_weights_from_the_start_run_in_one_graph_and_cached(style: str) -> None:
     module = dit(style=style)
     quantize(module)
@@ -97,6 +97,7 @@ def test_int8_weights_from_the_start_run_in_one_graph_and_cached(style: str) -> 
             follows(model, module)
 
 
+@pytest.mark.slow
 def test_int8_weights_put_in_after_compiling_are_followed() -> None:
     module = dit()
     model = compiled(module)
@@ -126,6 +127,7 @@ class Cast(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+@pytest.mark.slow
 def test_float8_that_the_experts_cast_themselves() -> None:
     module = dit()
     for block in module.blocks:

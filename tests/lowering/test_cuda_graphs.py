@@ -80,7 +80,7 @@ def both(**options: Any) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["lines", "adaptive", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("copies", "parabolas"))]
+    "kind", ["lines", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adaptive", "copies", "parabolas"))]
 )
 def test_replays_give_the_same_bits(recorder: Recorder, kind: str) -> None:
     replayed, called = both(**SCHEDULES[kind])
@@ -89,6 +89,7 @@ def test_replays_give_the_same_bits(recorder: Recorder, kind: str) -> None:
     assert recorder.count
 
 
+@pytest.mark.slow
 def test_rows_that_compute_a_part(recorder: Recorder) -> None:
     keys = tuple(region.key for region in moeca.explain(dit(), *INPUTS, inner="eager").regions)
     rows = ((C, C), (F, Partial(0, 0.2)), (Partial(0.25), Partial(0.25)))

@@ -184,13 +184,13 @@ def analyze(mlp: nn.Module) -> Analysis:
     [
         (AllOnAll, "token", K),
         (Loop, "token", K),
-        (Gathered, "token", K),
-        (Prototypes, "token", K),
+        pytest.param(Gathered, "token", K, marks=pytest.mark.slow),
+        pytest.param(Prototypes, "token", K, marks=pytest.mark.slow),
         (ExpertChoice, "expert", 2),
-        (ExpertChoiceTransposed, "expert", 2),
+        pytest.param(ExpertChoiceTransposed, "expert", 2, marks=pytest.mark.slow),
         (ExpertChoiceByEinsum, "expert", 2),
-        (ExpertChoiceAlong, "expert", 2),
-        (ExpertChoiceIndexed, "expert", 2),
+        pytest.param(ExpertChoiceAlong, "expert", 2, marks=pytest.mark.slow),
+        pytest.param(ExpertChoiceIndexed, "expert", 2, marks=pytest.mark.slow),
         (OverTheBatch, "batch", 3),
     ],
 )

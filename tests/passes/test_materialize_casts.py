@@ -134,7 +134,7 @@ REGIONS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], ...]] = {
 }
 
 
-@pytest.mark.parametrize("outside", [None, BF16], ids=["plain", "bf16"])
+@pytest.mark.parametrize("outside", [None, pytest.param(BF16, marks=pytest.mark.slow)], ids=["plain", "bf16"])
 @pytest.mark.parametrize("regions", REGIONS.values(), ids=REGIONS)
 def test_regions_inside_the_model_are_in_the_graph(
     x: Tensor, regions: tuple[Callable[[], AbstractContextManager[Any]], ...], outside: torch.dtype | None
@@ -142,6 +142,7 @@ def test_regions_inside_the_model_are_in_the_graph(
     compare(Inside(*regions), x, ambient=None if outside is None else cast(outside))
 
 
+@pytest.mark.slow
 def test_nested_regions_end_where_they_end(x: Tensor) -> None:
     class Nested(Net):
         def forward(self, x: Tensor) -> Tensor:

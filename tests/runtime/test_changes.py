@@ -73,7 +73,16 @@ def replace(module: nn.Module) -> None:
     router.weight = nn.Parameter(router.weight.flip(0), requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [load, copy_in_place, add_in_place, swap_data, replace])
+@pytest.mark.parametrize(
+    "change",
+    [
+        load,
+        pytest.param(copy_in_place, marks=pytest.mark.slow),
+        add_in_place,
+        pytest.param(swap_data, marks=pytest.mark.slow),
+        replace,
+    ],
+)
 def test_changed_weights_start_cold(
     change: Callable[[nn.Module], None], model: nn.Module, full: nn.Module, enter: Callable[[nn.Module], Enter]
 ) -> None:
@@ -118,6 +127,7 @@ def test_a_model_that_is_gone_takes_its_state_along() -> None:
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_size_is_another_image(model: nn.Module, full: nn.Module) -> None:
     """Stopped, and gone on with in another size from a later timestep."""
     run(plain(model), COLD)
@@ -127,7 +137,7 @@ def test_another_size_is_another_image(model: nn.Module, full: nn.Module) -> Non
     assert same(under_compile_lock(model, lambda m: plain(m, times=TIMES[COLD:], size=(4, 16))), later)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_another_batch_goes_on_with_the_trajectory(
     model: nn.Module, full: nn.Module, enter: Callable[[nn.Module], Enter], batch: int
 ) -> None:
@@ -174,7 +184,7 @@ def test_another_dtype_of_the_whole_model_starts_cold(model: nn.Module, full: nn
         model._orig_mod.to(torch.float32)
 
 
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_autocast_on_or_off_starts_cold(model: nn.Module, full: nn.Module, first: bool) -> None:
     tape = Taped(model)
     loop = plain(tape)

@@ -101,6 +101,7 @@ def test_taylorseers_cool_down_computes_the_last_steps() -> None:
     assert counted(calls_of(seer.module, way)) == pytest.approx(way.macs(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_taylorseers_lite_mode_forecasts_the_last_layer_alone(uncached: Tensor) -> None:
     pytest.importorskip("diffusers", reason=NEEDS_DIFFUSERS)
     seer = taylorseer.TaylorSeer(WORK, order=1, compiled="no", lite=True)
@@ -110,7 +111,7 @@ def test_taylorseers_lite_mode_forecasts_the_last_layer_alone(uncached: Tensor) 
     assert way.state_bytes() < 12 * 4 * 64 * 96 * 4  # less than a copy of every module's output
 
 
-@pytest.mark.parametrize("calibrator", ["dmd", "foca"])
+@pytest.mark.parametrize("calibrator", ["dmd", pytest.param("foca", marks=pytest.mark.slow)])
 def test_a_calibrated_mask_computes_its_steps_and_forecasts_between(calibrator: str) -> None:
     pytest.importorskip("cache_dit", reason=NEEDS_CACHE_DIT)
     images = []
