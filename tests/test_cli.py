@@ -117,6 +117,7 @@ def test_calibrate_and_then_another_budget(tmp_path: Path) -> None:
     assert "PSNR in dB with one expert stale" in run("drift", str(kept))[1]
 
 
+@pytest.mark.slow
 def test_drift_by_sampling(tmp_path: Path) -> None:
     words = ("drift", "tests.toy:model", "--sample", "tests.toy:sample")
     status, said = run(*words, "--picture", str(tmp_path / "d.png"), "--experts", str(tmp_path / "e.svg"))

@@ -46,6 +46,7 @@ def test_the_report_is_printed() -> None:
     assert json.loads(run("tests.test_cli_explain:with_inputs", "--json"))["model"] == "DiT"
 
 
+@pytest.mark.slow
 def test_a_page_with_times_of_a_sampled_model(tmp_path: Path) -> None:
     schedules = [Schedule.uniform(2), Schedule.uniform(3)]
     for number, schedule in enumerate(schedules):

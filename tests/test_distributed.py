@@ -22,6 +22,7 @@ def expected() -> dict[str, list[float]]:
     return {str(seed): ranks.draw(network, seed).flatten().tolist() for seed in ranks.SEEDS}
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     results = ranks.run("differing", tmp_path)
     assert [status for status, _ in results] == [0, 0]

@@ -145,6 +145,7 @@ def test_a_pipeline_is_compared_by_prompts() -> None:
     assert by_function.mac_fraction < 1
 
 
+@pytest.mark.slow
 def test_after_a_comparison_a_disabled_pipeline_is_forgotten_at_once() -> None:
     pipe = world.Pipeline()
     moeca.compile(pipe, schedule="uniform:3", inner="eager")
@@ -164,6 +165,7 @@ def test_after_a_comparison_a_disabled_pipeline_is_forgotten_at_once() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_of_two_transformers_each_has_its_schedule() -> None:
     pipe = world.Pipeline()
     pipe.transformer_2 = world.model()

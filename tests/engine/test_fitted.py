@@ -86,6 +86,7 @@ def test_at_other_timesteps_the_polynomial_serves_and_it_is_said_once(model: DiT
     assert all(map(torch.equal, found, polynomial))
 
 
+@pytest.mark.slow
 def test_after_another_history_the_polynomial_serves_and_it_is_said(model: DiT) -> None:
     """Step 1 overflows, so that step 2 is computed in full: what step 4 forecasts from are other steps."""
     schedule = schedule_for(filled([(0.5, 0.1), (0.2, 0.3)]))

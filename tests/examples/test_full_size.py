@@ -19,7 +19,7 @@ SHALLOW: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "qwen_image": ({"num_layers": 2}, {"attention": 2, "mlp": 3}),
     "dit_moe_g": ({"depth": 1}, {"attention": 1, "experts": 1}),
 }
-FAST = ("flux", "dit_moe_g")
+FAST = ("flux",)
 
 pytestmark = pytest.mark.filterwarnings("ignore:There are modules in")  # diffusers, of a cast that the models bear
 

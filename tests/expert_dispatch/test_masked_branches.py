@@ -65,6 +65,7 @@ def test_one_graph_for_every_mixture_of_labels(make: Callable[[], nn.Module], ca
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_loop_inside_a_branch_whose_loss_only_training_wants(fact: Recorder) -> None:
     torch.manual_seed(0)
     layer, x = branching.Nested().eval(), tokens()

@@ -36,6 +36,7 @@ def test_a_function_over_a_model_has_the_model_s_regions() -> None:
     assert program.regions.fingerprint == whole.fingerprint
 
 
+@pytest.mark.slow
 def test_one_model_compiled_in_many_ways_is_cached_in_each() -> None:
     """Dynamo counts recompilations by a model's code, and past its limit would run eager, uncached."""
     model = DiT(depth=1).eval()

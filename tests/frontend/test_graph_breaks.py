@@ -328,6 +328,7 @@ def test_a_cache_that_the_model_writes_in_place_outside_regions_is_written_at_ev
     assert moeca.stats(model).mac_fraction < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_garbage")
 def test_the_first_call_keeps_nothing_alive() -> None:
     """Neither the model nor what it was called with, nor what its callers hold."""

@@ -72,7 +72,9 @@ def sampled(model: Any) -> list[Tensor]:
         return list(plain(model, times=TIMES))
 
 
-@pytest.mark.parametrize("targets", [ATTENTION, EXPERTS], ids=["attention", "experts"])
+@pytest.mark.parametrize(
+    "targets", [pytest.param(ATTENTION, marks=pytest.mark.slow), EXPERTS], ids=["attention", "experts"]
+)
 def test_swapped_scaled_and_stacked_adapters_make_no_new_variant(targets: str, fact: Recorder) -> None:
     module = stacked(targets)
     model = compiled(module)

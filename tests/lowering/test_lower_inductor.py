@@ -60,6 +60,7 @@ def test_many_states_are_not_read_in_one_kernel_on_a_gpu(device: str, states: in
     assert _for_device(variant(states), tensors(device)) == found
 
 
+@pytest.mark.slow
 def test_what_a_gpu_wants_reaches_inductor(seen: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "moeca_compile.lowering.inductor.lower._for_device", lambda *_: {"max_fusion_size": IN_ONE_KERNEL}
@@ -72,7 +73,11 @@ def test_what_a_gpu_wants_reaches_inductor(seen: list[dict[str, Any]], monkeypat
     ("asked", "found"),
     [
         ({}, {"max_fusion_size": config.max_fusion_size, "max_autotune": config.max_autotune}),
-        ({"inner_options": {"max_fusion_size": 3}}, {"max_fusion_size": 3, "max_autotune": config.max_autotune}),
+        pytest.param(
+            {"inner_options": {"max_fusion_size": 3}},
+            {"max_fusion_size": 3, "max_autotune": config.max_autotune},
+            marks=pytest.mark.slow,
+        ),
         ({"mode": "max-autotune-no-cudagraphs"}, {"max_fusion_size": config.max_fusion_size, "max_autotune": True}),
     ],
 )

@@ -132,7 +132,14 @@ def moved(module: nn.Module) -> None:
         weight.data = weight.data * 1.5
 
 
-@pytest.mark.parametrize("change", [scaled, scaled_past_its_counter, moved])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(scaled, marks=pytest.mark.slow),
+        scaled_past_its_counter,
+        pytest.param(moved, marks=pytest.mark.slow),
+    ],
+)
 def test_changed_weights_are_packed_again(change: Callable[[nn.Module], None]) -> None:
     module = dit()
     model = compiled(module, pack_experts=True)
@@ -152,6 +159,7 @@ def test_full_with_packed_experts_follows_weights_that_change_in_the_middle() ->
         scaled_past_its_counter(module)
 
 
+@pytest.mark.slow
 def test_two_models_have_their_own() -> None:
     modules = [dit(seed) for seed in (0, 1)]
     models = [compiled(module, pack_experts=True) for module in modules]

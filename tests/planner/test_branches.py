@@ -97,6 +97,7 @@ def test_a_wider_gap() -> None:
     assert not np.isnan(one["by_step"]["forecast"][4])
 
 
+@pytest.mark.slow
 def test_streams_are_compared_with_themselves() -> None:
     one = branch_drift(toy.model().eval(), guided)["regions"]["blocks.0.moe"]
     seen = [ids for ids, _ in by_hand(0, guided)]
@@ -115,7 +116,7 @@ def test_seeds_are_trajectories_of_their_own() -> None:
         np.testing.assert_allclose(list(twice["regions"][key]["overall"].values()), list(one["overall"].values()))
 
 
-@pytest.mark.parametrize("gap", [1, 3])
+@pytest.mark.parametrize("gap", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_only_the_last_steps_are_held(gap: int) -> None:
     sampled = SampledModel(toy.model().eval(), toy.sample, "region", "eager")
     watches: list[BranchWatch] = []

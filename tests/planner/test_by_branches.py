@@ -42,6 +42,7 @@ def found(model: nn.Module) -> Schedule:
     return moeca.calibrate(model, sample, budget="macs:0.65", branches=0.1, **QUICK)
 
 
+@pytest.mark.slow
 def test_the_better_of_both_is_returned(found: Schedule) -> None:
     """What each reached is told, on the seeds that it got to."""
     tried = found.predicted

@@ -90,7 +90,7 @@ def test_where_the_sampler_is_not_linear_outputs_are_compared(model: nn.Module) 
     assert torch.equal(mixing.weights[0][tape.streams[0]], torch.eye(2))
 
 
-@pytest.mark.parametrize("memory", [2**30, 0], ids=["memory", "disk"])
+@pytest.mark.parametrize("memory", [2**30, pytest.param(0, marks=pytest.mark.slow)], ids=["memory", "disk"])
 def test_a_pair_is_the_next_latents_displacement(model: nn.Module, memory: int) -> None:
     """Reuse of step 3's outputs at step 4 alone, as the sampler itself would feel it."""
     sampled, tape = taped(model, two_calls)

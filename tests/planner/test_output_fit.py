@@ -121,6 +121,7 @@ def test_fitted_to_the_converged_solution_it_is_nearer_to_that_than_the_uncached
     assert predicted["psnr_db_converged_holdout"] > predicted["uncached_psnr_db_converged_holdout"]
 
 
+@pytest.mark.slow
 def test_fitted_to_samples_of_ones_own_it_comes_nearer_to_them() -> None:
     """Here those are the same sampler's with four times the steps."""
     model = Velocity().eval()
@@ -133,7 +134,7 @@ def test_fitted_to_samples_of_ones_own_it_comes_nearer_to_them() -> None:
         assert schedule.predicted["psnr_db_given_holdout"] > schedule.predicted["uncached_psnr_db_given_holdout"] + 3
 
 
-@pytest.mark.parametrize("sample", [two_calls, second_order])
+@pytest.mark.parametrize("sample", [pytest.param(two_calls, marks=pytest.mark.slow), second_order])
 def test_guidance_in_two_calls_and_solvers_of_second_order(sample: Any) -> None:
     predicted = calibrated("uncached", sample).predicted
     assert predicted["psnr_db"] > predicted["tried without weights"] + 1

@@ -39,7 +39,7 @@ def schedule(score: str = "error", tau: float = 0.2) -> Schedule:
     return Schedule(((C, C), (C, C), between, between), KEYS, period=3, control=Control(score))
 
 
-@pytest.fixture(scope="module", params=["error", "drift"])
+@pytest.fixture(scope="module", params=["error", pytest.param("drift", marks=pytest.mark.slow)])
 def measured(model: nn.Module, request: pytest.FixtureRequest) -> dict[float, Schedule]:
     plain = schedule(request.param)
     return {share: moeca.expert_thresholds(model, sample, plain, share=share) for share in (0.1, 0.9)}

@@ -56,7 +56,9 @@ def inputs(step: int) -> dict[str, Tensor]:
     return {"x": x * (1 - 0.05 * step), "t": torch.full((2,), 900.0 - 40 * step), "y": torch.tensor([1, 5])}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("DiT-MoE")) for name in MODELS]
+)
 def test_found_cached_and_exported(name: str, fact: Recorder) -> None:
     build, kinds, routing = MODELS[name]
     torch.manual_seed(0)

@@ -75,6 +75,7 @@ def fixed_sizes(limit: int) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_more_kinds_of_calls_than_torch_s_limit_are_cached() -> None:
     assert moeca.stats(fixed_sizes(2)).graphs >= 1
 

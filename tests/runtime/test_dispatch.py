@@ -279,7 +279,11 @@ def test_instances_of_one_class_that_take_turns_share_nothing(style: str) -> Non
     assert [len(records(one)) for one in models] == [10, 10]
 
 
-@pytest.mark.parametrize("other", [{"schedule": "uniform:2"}, {}], ids=["other options", "same options"])
+@pytest.mark.parametrize(
+    "other",
+    [pytest.param({"schedule": "uniform:2"}, marks=pytest.mark.slow), {}],
+    ids=["other options", "same options"],
+)
 def test_one_model_compiled_twice_keeps_two_states(other: dict[str, object]) -> None:
     module = dit()
     models = [compiled(module), compiled(module, **other)]

@@ -59,7 +59,7 @@ def test_a_latent_in_changing_memory_formats_is_one_trajectory(first: torch.memo
     assert [one.stride() for one in found] == strides
 
 
-@pytest.mark.parametrize("expanded", ["time", "latent"])
+@pytest.mark.parametrize("expanded", [pytest.param("time", marks=pytest.mark.slow), "latent"])
 def test_expanded_inputs_are_like_others(expanded: str) -> None:
     """Nothing can be copied into a tensor whose elements lie in one place."""
     module = dit()
@@ -99,7 +99,7 @@ def test_a_model_that_reads_by_strides_is_given_its_own() -> None:
     ("schedule", "first"),
     [
         pytest.param("full", True, marks=pytest.mark.slow),  # in the middle, "full" has no state to change
-        ("uniform:3", True),
+        pytest.param("uniform:3", True, marks=pytest.mark.slow),
         ("uniform:3", False),
     ],
     ids=["full, first call", "first call", "in the middle"],

@@ -98,6 +98,7 @@ def sample(
         return outputs
 
 
+@pytest.mark.slow
 @settings(max_examples=24, deadline=None)
 @given(
     st.sampled_from(sorted(WRITERS)), st.sampled_from([SMALL, LARGE]), st.sampled_from(["full", "uniform:3"]),
