@@ -56,6 +56,8 @@ class Options:
             a trajectory's timesteps are computed. "host" (or True): to the host's memory, from where they are copied
             for another conditioning or other timesteps. "drop": for good; then only calls with the timesteps and
             conditioning of that trajectory can be computed. Under it a schedule without state hoists too.
+        share_sizes: from the second size of a call's tensors on (images, prompts, batches), Inductor compiles a variant
+            once for all further sizes, where its graph allows that. False: for each size.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
 
@@ -76,6 +78,7 @@ class Options:
     cuda_graphs: bool = False
     hand_over: bool = False
     free_hoisted: bool | str = False
+    share_sizes: bool = True
     disable: tuple[str, ...] = ()
     dump: str | Path | None = None
 
@@ -87,7 +90,7 @@ class Options:
         _expect("inner_options", self.inner_options, Mapping, _any, "a dict of the inner compiler's options")
         _expect("max_signatures", self.max_signatures, int, lambda v: v >= 1, "a whole number >= 1")
         _expect("latent_jump", self.latent_jump, (int, float), lambda v: v > 0, "a number > 0")
-        for name in ("pack_experts", "cuda_graphs", "hand_over"):
+        for name in ("pack_experts", "cuda_graphs", "hand_over", "share_sizes"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: expected True or False")
         _expect("disable", self.disable, (tuple, list), _any, "a tuple of pass names")

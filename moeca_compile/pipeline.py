@@ -27,6 +27,7 @@ from moeca_compile.lowering.inductor.fold_linear import fold_linear
 from moeca_compile.lowering.inductor.lower import Executable, lower_inductor
 from moeca_compile.lowering.inductor.native import write_native
 from moeca_compile.lowering.inductor.repeat_blocks import repeat_blocks
+from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.lowering.inductor.split_table import split_table
 from moeca_compile.lowering.inductor.straight_stream import straight_stream
 from moeca_compile.lowering.onnx.batch import any_batch
@@ -236,14 +237,16 @@ def build_prologue(
     return variant, tuple(manager.records)
 
 
-def lower(variant: Variant, args: Sequence[Any], options: Options) -> tuple[Executable, tuple[PassRecord, ...]]:
-    """lower: a variant or prologue, compiled by Inductor for tensors like `args`.
+def lower(
+    variant: Variant, args: Sequence[Any], options: Options, sizes: SharedSizes | None = None
+) -> tuple[Executable, tuple[PassRecord, ...]]:
+    """lower: a variant or prologue, compiled by Inductor for tensors like `args`, or for `sizes` of many.
 
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
     """
     manager = manager_of(options)
-    run = lower_inductor(variant, args, options.mode, options.inner_options, LOWER_INDUCTOR, manager)
+    run = lower_inductor(variant, args, options.mode, options.inner_options, LOWER_INDUCTOR, manager, sizes)
     return run, tuple(manager.records)
 
 

@@ -19,6 +19,7 @@ from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.lowering.inductor.lower import Executable, lower_eager
 from moeca_compile.lowering.inductor.replay import RECORDERS, Record, Replayed
+from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.options import Options
 from moeca_compile.passes.manager import PassRecord
 from moeca_compile.pipeline import lower
@@ -32,6 +33,7 @@ class Compiler:
     Args:
         options: of the handle.
         args: of the call that the graph was captured for.
+        sizes: programs of the handle that serve several sizes; default: each size is compiled for itself.
 
     Attributes:
         inputs: of the captured graph; set after the capture.
@@ -44,8 +46,9 @@ class Compiler:
         replaying: a lock that is held from the start of a replay until its results are committed.
     """
 
-    def __init__(self, options: Options, args: Sequence[Any]) -> None:
+    def __init__(self, options: Options, args: Sequence[Any], sizes: SharedSizes | None = None) -> None:
         self.options = options
+        self._sizes = sizes if options.share_sizes else None
         self.inputs: Sequence[Input] = ()
         self.writes_kernels = options.inner == "inductor" and compiles_on_cpu(args)
         if self.writes_kernels:
@@ -82,7 +85,7 @@ class Compiler:
             run = lower_eager(variant)
         else:
             with autocast_is(()):
-                compiled, records = lower(variant, args, self.options)
+                compiled, records = lower(variant, args, self.options, self._sizes)
             run = without_autocast(compiled)
         self.note(variant.name, begin, records)
         if self.record is None or not often:

@@ -15,6 +15,7 @@ from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.engine.trajectories.group import TrajectoryGroup
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.engine.trajectory_state import TrajectoryState
+from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.ops.packed import Packs
 from moeca_compile.options import Options
 from moeca_compile.runtime.warned import Warned
@@ -69,6 +70,7 @@ class HandleRuntime:
         trajectories: that the handle's calls belong to; those of handles compiled together are the same.
         packs: packed expert weights.
         freed: weights that `free_hoisted` freed.
+        sizes: programs that serve several sizes.
         refused: by key of a call, why its graph runs uncached.
     """
 
@@ -83,6 +85,7 @@ class HandleRuntime:
         self.trajectories = trajectories or TrajectoryGroup(options.latent_jump)
         self.packs = Packs()
         self.freed = FreedWeights(options.free_mode, _weakly(self.accept_moved))
+        self.sizes = SharedSizes()
         self.refused: dict[Hashable, str] = {}
         self._placed: dict[Hashable, tuple[Hashable, Arrangement | None]] = {}  # by key of a call, a key of `programs`
         self._weights: dict[int, WeightBinding] = {}  # by number of the graph

@@ -20,6 +20,7 @@ from moeca_compile.graph.capture import Capture, Input
 from moeca_compile.graph.fit import fit
 from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.buffers import Buffers
+from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.packable import why_not_packed
 from moeca_compile.pipeline import WITH_PROLOGUES, Analysis, Pipeline, analyze
@@ -41,6 +42,7 @@ class Program:
         pipeline: the passes that make its programs.
         key: equal for graphs that compute the same from other weights; default: equal to no other.
         freed: the freed weights of the handle; None: none will be freed.
+        sizes: programs of the handle that serve several sizes; None: variants are compiled for this size alone.
 
     Attributes:
         analysis: the captured graph, with its regions and inputs.
@@ -67,12 +69,13 @@ class Program:
         self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options,
         schedule: Schedule | None = None, warned: Warned | None = None, captured: Capture | None = None,
         pipeline: Pipeline = WITH_PROLOGUES, key: Hashable = None, freed: FreedWeights | None = None,
+        sizes: SharedSizes | None = None,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
         freed = freed if options.free_hoisted else None
         self.options, self.warned, self.is_announced = options, warned or Warned(), False
         self.key = object() if key is None else key
-        self.compiler = Compiler(options, args)
+        self.compiler = Compiler(options, args, sizes)
         self.analysis: Analysis = analyze(gm, args, inputs, options, captured, pipeline)
         facts = self.analysis.facts
         self.regions = facts.regions

@@ -33,19 +33,24 @@ class Identity:
 def identity(gm: GraphModule, inputs: Sequence[Input], strides: bool = True) -> Identity:
     """Of a graph whose placeholders are `inputs`. Placeholders that nothing uses don't count; `strides`: whether those
     of inputs other than weights do."""
-    graph_hash = _GraphHash(gm)
+    graph_hash = GraphHash(gm)
     placeholders = fx.placeholders(gm)
     used = [(node, entry) for node, entry in zip(placeholders, inputs, strict=True) if node.users]
     for node, entry in sorted(used, key=lambda pair: pair[1].label):
         kind = _kind(node, strides or entry.is_weight)
         graph_hash.add("input", entry.label, entry.is_weight, kind, name=node)
-    for node in gm.graph.nodes:
-        if node.op != "placeholder":
-            graph_hash.add_node(node)
+    graph_hash.add_nodes()
     return Identity(graph_hash.hash.digest(), tuple(graph_hash.referenced))
 
 
-class _GraphHash:
+class GraphHash:
+    """The text of a graph, hashed node by node.
+
+    Attributes:
+        hash: of what was added so far.
+        referenced: what the hash names by its address.
+    """
+
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self.hash = hashlib.blake2b(digest_size=32)
@@ -53,10 +58,17 @@ class _GraphHash:
         self.numbers: dict[Node, int] = {}
 
     def add(self, *parts: object, name: Node) -> None:
+        """Add what the node `name` is; later nodes that read it name it by its number."""
         self.numbers[name] = len(self.numbers)
         self.hash.update(repr(parts).encode())
 
-    def add_node(self, node: Node) -> None:
+    def add_nodes(self) -> None:
+        """Add all nodes but the placeholders."""
+        for node in self.gm.graph.nodes:
+            if node.op != "placeholder":
+                self._add_node(node)
+
+    def _add_node(self, node: Node) -> None:
         target = self._constant(str(node.target)) if node.op == "get_attr" else self._target(node.target)
         where = [str(module) for module, _ in (node.meta.get("nn_module_stack") or {}).values()]
         sizes = node.meta.get(fx.NOTED_SHAPE)

@@ -73,6 +73,7 @@ class Stats:
         freed_bytes: bytes that `free_hoisted` has freed on the device: those of the weights that only prologues read,
             less those of the largest, in whose memory stand-ins lie.
         uncached: where and why calls ran uncached, and the remedy: graph breaks, or a graph that isn't cached.
+        unshared: by variant, why its last further size (image, prompt, batch) was compiled for itself.
         warnings: how often each warning of this handle came up; each text is shown once.
         trajectories: the records of each trajectory since the last `reset`, in order; the last is `steps`. At most 256
             are kept for a handle.
@@ -89,6 +90,7 @@ class Stats:
     freed_bytes: int = 0
     warnings: Mapping[str, int] = field(default_factory=dict)
     uncached: str = ""
+    unshared: Mapping[str, str] = field(default_factory=dict)
     trajectories: tuple[tuple[StepRecord, ...], ...] = ()
     on_host: bool = True
 
@@ -116,6 +118,7 @@ class Stats:
             lines[0] += f"; {self.freed_bytes / 2**20:.2f} MiB of weights freed"
         if self.uncached:
             lines.append(self.uncached)
+        lines += [f"{name} is compiled for each size: {reason}" for name, reason in self.unshared.items()]
         if self.steps:
             lines += [self._time(self.steps, self.trajectories or (self.steps,)), "", *_table(self.steps)]
         if len(self.trajectories) > 1:

@@ -34,6 +34,7 @@ def stats_of(states: Sequence[Ran]) -> Stats:
     earlier: list[tuple[StepRecord, ...]] = []
     seconds: dict[str, float] = {}
     warned = Counter[str]()
+    unshared: dict[str, str] = {}
     state_bytes = hoisted_bytes = 0
     groups = dict.fromkeys(state.runtime.trajectories for state in states)  # two transformers may have one
     for group in groups:
@@ -49,6 +50,7 @@ def stats_of(states: Sequence[Ran]) -> Stats:
         with runtime.lock:
             programs = list(runtime.programs.values())
         warned |= runtime.warned.counts.copy()
+        unshared |= runtime.sizes.refused
         for program in programs:
             for name, spent in list(program.compiler.seconds.items()):
                 seconds[name] = seconds.get(name, 0.0) + spent
@@ -68,6 +70,7 @@ def stats_of(states: Sequence[Ran]) -> Stats:
         freed_bytes=sum(state.runtime.freed.bytes for state in states),
         warnings=dict(warned),
         uncached=uncached,
+        unshared=unshared,
         trajectories=(*earlier, tuple(steps)) if steps else tuple(earlier),
         on_host=all(state.runtime.on_host for state in states),
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeca_compile.errors import LoweringError, warn
 from moeca_compile.graph import fx
@@ -13,6 +16,7 @@ from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.repeat_blocks import has_bodies, repeat_blocks
 from moeca_compile.lowering.inductor.repro import write_repro
+from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.lowering.inductor.split_table import arguments_of
 from moeca_compile.lowering.inductor.straight_stream import straight_stream
 from moeca_compile.passes.manager import Pass, PassManager
@@ -30,7 +34,7 @@ def lower_eager(variant: Variant) -> Executable:
 
 def lower_inductor(
     variant: Variant, args: Sequence[Any], mode: str | None = None, inner_options: Mapping[str, Any] | None = None,
-    passes: Sequence[Pass[Variant]] = (), manager: PassManager | None = None,
+    passes: Sequence[Pass[Variant]] = (), manager: PassManager | None = None, sizes: SharedSizes | None = None,
 ) -> Executable:  # fmt: skip
     """Compile for tensors like `args`, after these passes. Weights stay inputs, so all variants share one copy;
     Inductor's on-disk cache serves a second process.
@@ -42,12 +46,11 @@ def lower_inductor(
         inner_options: Inductor's config keys.
         passes: graph passes on the way to Inductor.
         manager: runs them.
+        sizes: programs that serve several sizes; None: it is compiled for this size alone.
 
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
     """
-    from torch._inductor import standalone_compile
-
     manager = manager or PassManager()
     if repeat_blocks.__name__ in manager.disable:
         passes = _without_bodies(passes)
@@ -60,10 +63,9 @@ def lower_inductor(
         options = _for_device(variant, args) | inductor_options(mode, inner_options)
         for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
             node.meta.pop("unbacked_bindings", None)
-        with torch.inference_mode(False), torch.no_grad():
-            compiled = standalone_compile(
-                gm, list(split(args)), dynamic_shapes="from_example_inputs", options={"config_patches": options}
-            )
+        compile_ = partial(_compiled, options)
+        given = list(split(args))
+        compiled = compile_(gm, given, None) if sizes is None else sizes.lower(variant.name, gm, given, compile_)
     except LoweringError:
         raise
     except Exception as error:
@@ -72,7 +74,7 @@ def lower_inductor(
                 f"Inductor refused variant {variant.name} with one body for equal blocks ({error}): each block is "
                 "compiled for itself. options={'disable': ('repeat_blocks',)} does so from the start"
             )
-            return lower_inductor(variant, args, mode, inner_options, _without_bodies(passes), manager)
+            return lower_inductor(variant, args, mode, inner_options, _without_bodies(passes), manager, sizes)
         repro = write_repro(variant.name, gm, split(args), options, error)
         repeats = f"`python {repro}` repeats it; please attach that file to a report. " if repro else ""
         raise LoweringError(
@@ -91,6 +93,20 @@ def distinct(args: Sequence[Any]) -> list[Any]:
         apart.append(arg.clone() if id(arg) in found else arg)
         found.add(id(arg))
     return apart
+
+
+def _compiled(
+    options: Mapping[str, Any], gm: torch.fx.GraphModule, args: Sequence[Any], mode: FakeTensorMode | None
+) -> Callable[..., Sequence[Any]]:
+    """Compile for tensors like `args`; `mode`: of fake tensors whose sizes are symbols."""
+    from torch._inductor import standalone_compile
+
+    patches = {"config_patches": dict(options)}
+    with torch.inference_mode(False), torch.no_grad():
+        if mode is None:
+            return standalone_compile(gm, list(args), dynamic_shapes="from_example_inputs", options=patches)
+        with tracing(TracingContext(mode)):
+            return standalone_compile(gm, list(args), dynamic_shapes="from_tracing_context", options=patches)
 
 
 def inductor_options(mode: str | None, inner_options: Mapping[str, Any] | None) -> dict[str, Any]:

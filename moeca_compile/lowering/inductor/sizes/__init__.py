@@ -1,0 +1,1 @@
+"""One compiled program for all sizes of an image or a prompt."""
