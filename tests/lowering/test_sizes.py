@@ -200,6 +200,7 @@ def trajectory(model: Any, tokens: int, steps: int = 4) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_bodies_of_equal_blocks_take_sizes_from_their_calls() -> None:
     sizes, compiler, model = (
         SharedSizes(),
