@@ -25,7 +25,9 @@ def variant(states: int = 0) -> Any:
         return [x.sin() + 1]
 
     gm = make_fx(run, tracing_mode="fake")(X)
-    return SimpleNamespace(name="v1", gm=gm, reads=tuple(range(states)), wants_coefficients=False, node_count=3)
+    return SimpleNamespace(
+        name="v1", gm=gm, reads=tuple(range(states)), wants_coefficients=False, changes=(), node_count=3
+    )
 
 
 def tensors(device: str) -> list[Any]:
