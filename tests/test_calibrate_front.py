@@ -149,6 +149,7 @@ def test_a_front_needs_costs_and_a_folder(tmp_path: Path) -> None:
         front.save(tmp_path / "none" / "x.json")
 
 
+@pytest.mark.slow
 def test_a_quality_function_decides_in_place_of_the_psnr(model: nn.Module) -> None:
     calls: list[tuple[int, ...]] = []
 
@@ -179,6 +180,7 @@ def test_a_quality_that_gives_no_numbers_is_refused(model: nn.Module, quality: o
         moeca.calibrate(model, sample, budget="macs:0.5", quality=quality, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_quality_is_refused(model: nn.Module, tmp_path: Path) -> None:
     moeca.calibrate(model, sample, budget="macs:0.5", resume=tmp_path, holdout=0, **QUICK)
     with pytest.raises(ScheduleError, match=r"quality is None there, '.*squared' here"):

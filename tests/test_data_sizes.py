@@ -83,6 +83,7 @@ class Segments(MoE):
         return torch.zeros_like(tokens).index_add(0, order // self.top_k, y).view_as(x)
 
 
+@pytest.mark.slow
 def test_every_token_of_a_split_by_data_is_counted() -> None:
     """However the tokens are spread: top-k of them go to some expert."""
     built = model()
@@ -103,6 +104,7 @@ def test_the_report_says_so() -> None:
     assert "samples depend on their neighbours, cached as a whole" in str(moeca.explain(model(), *inputs(0).values()))
 
 
+@pytest.mark.slow
 def test_a_dispatch_that_traces_is_cached_without_a_warning() -> None:
     """Warnings are errors here: a dispatch that `prepare` leaves alone is no news where nothing breaks."""
     built = model()

@@ -161,6 +161,7 @@ class Shuffled(NumpyMoE):
         return ids.gather(1, order), weights.gather(1, order)
 
 
+@SLOW
 @pytest.mark.parametrize(("row", "top_k"), [("FbFb", 1), ("aaaa", 2), ("Fdcf", 3)])
 def test_the_order_of_a_token_s_experts_means_nothing(row: str, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STYLES, "shuffled", Shuffled)

@@ -92,6 +92,7 @@ def test_a_run_is_torch_s(provider: str, batch: int, bundle: Bundle) -> None:
     assert relative_error(session.run(named(calls(batch)[0]))["output"], expected[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_the_variants_lose(bundle: Bundle, whole: Bundle) -> None:
     """The conditioning's operators and weights are in the prologue alone; weights.bin has each weight once."""
     full, cached = bundle.graphs

@@ -92,6 +92,7 @@ def test_the_model_is_left_as_it_was(model: Any, comparison: Comparison) -> None
     assert [step.variant for step in moeca.stats(model).steps].count("v0") == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_in_place_is_compared() -> None:
     plain = world.model()
     plain.compile(backend="moeca", options={"schedule": "uniform:3", "inner": "eager"})

@@ -203,6 +203,7 @@ class Twice(nn.Module):
         return result
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_given_twice_is_another_kind_of_call() -> None:
     model = compiled(Twice())
     x, y = noise(0, 2), torch.tensor([1, 2])

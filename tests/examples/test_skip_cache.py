@@ -9,6 +9,7 @@ import pytest
 example = importlib.import_module("examples.05_skip_cache")
 
 
+@pytest.mark.slow
 def test_short_run(capsys: pytest.CaptureFixture[str]) -> None:
     example.main(["--digits", "4", "--steps", "9"])
     printed = capsys.readouterr().out

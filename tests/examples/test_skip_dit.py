@@ -283,6 +283,7 @@ def test_samples_show_their_class(name: str, n: int, steps: int) -> None:
     assert digits.accuracy(images, digits.labels_of(n)) >= 0.9
 
 
+@pytest.mark.slow
 def test_trained_model_under_skip_cache() -> None:
     """The whole way on trained weights, guidance included: the same digits bit by bit, and near the uncached ones."""
     model = skip_dit.load_digits(skips=True)

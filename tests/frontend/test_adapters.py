@@ -153,6 +153,7 @@ def test_adapters_put_on_before_are_named_and_gone_again_the_operator_runs() -> 
     assert "moeca.experts" in _graph(module)
 
 
+@pytest.mark.slow
 def test_experts_of_any_body_are_followed_too() -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:
@@ -188,6 +189,7 @@ def test_an_expert_that_becomes_another_one_is_proven_anew(kind: str) -> None:
     assert not torch.allclose(follows(model, module), base, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_exported_bundle_has_the_adapter(tmp_path: Path) -> None:
     module = dit()
     base = call(module)

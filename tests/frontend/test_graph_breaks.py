@@ -198,6 +198,7 @@ def test_an_unprepared_model_whose_graph_breaks_is_explained() -> None:
     assert "another backend" not in str(report)
 
 
+@pytest.mark.slow
 def test_each_model_has_its_own_message_stats_and_report() -> None:
     """Also where they share a class, so that Dynamo runs the first one's graphs for the second."""
     handles = []

@@ -260,6 +260,7 @@ def test_a_sampler_may_warm_up_and_explain_inside_calibrate() -> None:
     assert len(records(other)) > 0  # its calls were its own
 
 
+@pytest.mark.slow
 def test_stats_from_another_thread_work_while_the_model_runs() -> None:
     model, errors, done = compiled(dit()), list[BaseException](), threading.Event()
     run(plain(model), 1)

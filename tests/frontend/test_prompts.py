@@ -84,6 +84,7 @@ def test_a_seed_draws_one_prompt() -> None:
     assert not torch.equal(first, third)
 
 
+@pytest.mark.slow
 def test_calibrate_takes_prompts() -> None:
     pipe = world.Pipeline()
     schedule = moeca.calibrate(

@@ -157,7 +157,7 @@ def test_rows_go_by_timestep_in_both_models() -> None:
     assert steps_of(pair) == ("001001011", [SWITCH])
 
 
-@pytest.mark.parametrize("granularity", ["region", "output"])
+@pytest.mark.parametrize("granularity", ["region", pytest.param("output", marks=pytest.mark.slow)])
 def test_what_is_handed_over_is_right(granularity: str) -> None:
     """With equal weights the change of model can't be seen."""
     pair = compiled(difference=0.0, hand_over=True, granularity=granularity)
@@ -184,6 +184,7 @@ def test_disabled_they_are_the_plain_models() -> None:
     assert moeca.disable(moeca.compile(list(pair), **EAGER)) == pair
 
 
+@pytest.mark.slow
 def test_a_warmup_of_two_compiles_both() -> None:
     inputs = torch.randn(2, 4, 8, 8), torch.full((2,), 950.0), torch.tensor([1, 2])
     pair = compiled()

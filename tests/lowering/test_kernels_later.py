@@ -64,6 +64,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_all_variants_are_lowered_before_any_kernel_is_waited_for(events: list[str]) -> None:
     model = compiled(small(), inner="inductor", schedule=SCHEDULE)

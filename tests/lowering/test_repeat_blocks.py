@@ -76,6 +76,7 @@ def arguments(gm: GraphModule) -> list[Tensor]:
     return [like(fx.need(node)) for node in fx.placeholders(gm)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["C" * 2 * DEPTH, "FC" * DEPTH, "CF" * DEPTH])
 def test_equal_blocks_are_calls_of_one_body_that_computes_the_same(text: str) -> None:
     whole, repeated = lowered(variant_of(plain_analysis(), text))
@@ -94,6 +95,7 @@ def test_reused_blocks_stay_one_stretch() -> None:
     assert len(repeated.graph.nodes) == len(whole.graph.nodes)
 
 
+@pytest.mark.slow
 def test_a_block_that_differs_is_left_out() -> None:
     def wider(model: DiT) -> None:
         torch.manual_seed(2)

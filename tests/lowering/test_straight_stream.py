@@ -72,6 +72,7 @@ def test_nothing_else_is_copied(call: object) -> None:
     assert not straight(gm, *names)["aten.clone.default"]
 
 
+@pytest.mark.slow
 def test_equal_blocks_get_a_stream_in_order_and_compute_the_same() -> None:
     whole, repeated = lowered(variant_of(plain_analysis(), "C" * 10))
     assert calls(repeated) == 5

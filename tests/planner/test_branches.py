@@ -107,6 +107,7 @@ def test_streams_are_compared_with_themselves() -> None:
         assert one["by_step"]["transitions"][step] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_seeds_are_trajectories_of_their_own() -> None:
     """The same seed twice, by a sampler that ignores it: the same numbers, for nothing is compared across seeds."""
     once, twice = (

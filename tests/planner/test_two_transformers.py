@@ -39,6 +39,7 @@ def test_two_transformers_get_one_schedule() -> None:
     assert (found - truth).norm() < 0.1 * truth.norm()
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_two_transformers_is_calibrated_as_one() -> None:
     pipe = Pipeline(*models())
     plain = pipe.transformer, pipe.transformer_2

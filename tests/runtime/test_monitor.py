@@ -53,6 +53,7 @@ def loops(model: nn.Module) -> list[list[Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_stats_may_be_asked_for_at_any_moment(model: nn.Module) -> None:
     truth = loops(model)
     with meanwhile(lambda: str(moeca.stats(model))) as errors:

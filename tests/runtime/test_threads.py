@@ -130,6 +130,7 @@ def _stubborn(model: Model) -> Model:
     return call
 
 
+@pytest.mark.slow
 def test_threads_that_meet_an_unprepared_model_are_all_right() -> None:
     """The first one prepares it, while others are in the middle of the old code."""
     module = dit(5)
