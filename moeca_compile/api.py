@@ -40,7 +40,7 @@ from moeca_compile.frontend.model_arguments import (
     single_model,
 )
 from moeca_compile.frontend.output_path import OutputEntry, install_output_path
-from moeca_compile.frontend.owner import handle_of, parameters_of
+from moeca_compile.frontend.owner import handle_of, modules_of, parameters_of
 from moeca_compile.frontend.reporting.calls import with_calls
 from moeca_compile.frontend.reporting.dry_run import is_dry, traced_dry
 from moeca_compile.frontend.reporting.last_call import report_of_last_call
@@ -236,8 +236,8 @@ def trajectory(
         model = single_model(model, "trajectory")
         install_fast_path(model)
     handles = compiled_parts(model, "trajectory")
-    weights = [id(weight) for handle in handles for weight in parameters_of(handle)]
-    context = Trajectory(weights, steps, stream, timesteps, model if frozen else None)
+    owned = [id(part) for handle in handles for part in (*parameters_of(handle), *modules_of(handle))]
+    context = Trajectory(owned, steps, stream, timesteps, model if frozen else None)
     context.if_empty = no_call_warning(handles)
     return context
 

@@ -34,7 +34,7 @@ from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Schedule
 
-__all__ = ["calibrate", "check_ranks", "sample", "share"]
+__all__ = ["calibrate", "check_ranks", "identity", "sample", "share"]
 
 JOB = "job.json"
 
@@ -177,7 +177,7 @@ def _share_uncached(study: Study) -> None:
 
 def _compared(model: Any, further: Mapping[str, object]) -> dict[str, str]:
     """The facts of the model, once they and `further` are known to be equal on all ranks; see `check_ranks`."""
-    of_model = _facts(model)
+    of_model = identity(model)
     facts = of_model | {name: _digest(str(value)) for name, value in further.items()}
     by_rank = _gather(facts, "while the ranks were compared")
     differing = []
@@ -196,9 +196,19 @@ def _compared(model: Any, further: Mapping[str, object]) -> dict[str, str]:
     return of_model
 
 
-def _facts(model: Any) -> dict[str, str]:
-    """What must be equal on all ranks, as short texts."""
-    modules = models_of(model, "check_ranks")
+def identity(model: Any) -> dict[str, str]:
+    """What must be equal wherever the samples of one job are made; for schedulers of jobs that have no ranks, too.
+
+    Args:
+        model: compiled or plain; a pipeline or a list of models.
+
+    Returns:
+        Short texts by name: versions, checksums of the weights, and of the schedule and options of compiled models.
+
+    Raises:
+        StateError: no model.
+    """
+    modules = models_of(model, "identity")
     facts = {name: version(name) for name in ("moeca-compile", "torch", "numpy")}
     facts["python"] = platform.python_version()
     for number, module in enumerate(modules):

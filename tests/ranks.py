@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from torch import Tensor, distributed, nn
 import moeca_compile as moeca
 from moeca_compile.distributed import calibrate, check_ranks, sample
 from moeca_compile.errors import MoecaError
+from moeca_compile.schedule import Action, Schedule
 from tests.models import DiT
 
 ROOT = Path(__file__).parents[1]
@@ -200,7 +206,77 @@ def spread(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-def run(what: str, folder: Path, ranks: int = 2) -> list[tuple[int, Any]]:
+class Untraced(Blocks):
+    """Without Dynamo: a thousand handles of it are made in seconds."""
+
+    @torch._dynamo.disable
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t)
+
+
+class Watch:
+    """Ends the process if a step takes too long, and tells which."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.where = seconds, ""
+        self.timer = threading.Timer(0, lambda: None)
+
+    def at(self, where: str) -> None:
+        self.timer.cancel()
+        self.where = where
+        self.timer = threading.Timer(self.seconds, self.tell)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def tell(self) -> None:
+        sys.stdout.write(json.dumps({"hang": self.where}) + "\n")
+        sys.stdout.flush()
+        os._exit(7)
+
+
+def random_schedule(rng: random.Random) -> Schedule:
+    order = rng.randint(0, 2)
+    actions = [action for action in Action if order or action is not Action.FORECAST]
+    rows = [Action.COMPUTE] + [rng.choice(actions) for _ in range(rng.randint(1, 6))]
+    return Schedule(tuple((action,) for action in rows), ("output",), granularity="output", order=order)
+
+
+def delayed(rank: int, count: int, seconds: float, differs: bool = False) -> dict[str, Any]:
+    """Random schedules of a model that is cut over the ranks, each rank with delays of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.manual_seed(0)
+    network, watch = cut(Untraced().eval().requires_grad_(False), init_device_mesh("cpu", (2,))), Watch(seconds)
+    schedules, delays, digest, begin = random.Random(0), random.Random(rank + 1), hashlib.sha256(), time.monotonic()
+    computed = 0
+    for number in range(count):
+        schedule = random_schedule(schedules)
+        if differs and rank and number == count - 1:
+            schedule = replace(schedule, rows=tuple((Action.COMPUTE,) for _ in schedule.rows))
+        handle = moeca.compile(network, schedule=schedule, inner="eager", granularity="output")
+        x = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(number))
+        with torch.no_grad(), moeca.trajectory(handle):
+            for step, (action,) in enumerate(schedule.rows):
+                watch.at(f"schedule {number}, step {step}")
+                if delays.random() < 0.3:
+                    time.sleep(delays.expovariate(500))  # 2 ms on average
+                x = x - handle(x, torch.tensor([1000.0 - 100 * step])) / 8
+                computed += action is Action.COMPUTE
+        digest.update(x.numpy().tobytes())
+    watch.timer.cancel()
+    return {"digest": digest.hexdigest(), "computed": computed, "seconds": time.monotonic() - begin}
+
+
+def schedules(rank: int, folder: Path) -> dict[str, Any]:
+    return delayed(rank, 1000, 60)
+
+
+def disagreeing(rank: int, folder: Path) -> dict[str, Any]:
+    """In the last schedule, rank 1 computes every step."""
+    return delayed(rank, 3, 10, differs=True)
+
+
+def run(what: str, folder: Path, ranks: int = 2, limit: float = 300) -> list[tuple[int, Any]]:
     """Exit status and result of each rank."""
     meeting = folder / f"meeting_{what}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -213,7 +289,7 @@ def run(what: str, folder: Path, ranks: int = 2) -> list[tuple[int, Any]]:
     ]  # fmt: skip
     results = []
     for process in processes:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=limit)
         lines = [line for line in output.splitlines() if line.startswith("{")]
         results.append((process.returncode, json.loads(lines[-1]) if lines else None))
     return results

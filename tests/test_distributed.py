@@ -73,11 +73,29 @@ def test_models_that_are_spread_over_ranks(tmp_path: Path) -> None:
             assert results[name]["uncached"] == results[name]["plain"], name
             assert says in results[name]["warnings"][0]
             assert min(results[name]["exchanges"]) > 0
-        cut = results["cut"]
-        assert cut["cached_exchanges"][1::2] == [0, 0, 0]
-        assert cut["cached_exchanges"][2::2] == cut["exchanges"][2::2]
-        assert torch.allclose(torch.tensor(cut["cached"]), torch.tensor(cut["whole"]), atol=1e-5)
-        assert cut["cached"][0] == cut["plain"][0]
+            assert results[name]["cached_exchanges"][1::2] == [0, 0, 0], name
+            assert results[name]["cached_exchanges"][2::2] == results[name]["exchanges"][2::2], name
+            assert torch.allclose(
+                torch.tensor(results[name]["cached"]), torch.tensor(results[name]["whole"]), atol=1e-5
+            ), name
+            assert results[name]["cached"][0] == results[name]["plain"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2000)
+def test_a_thousand_random_schedules_with_delays(tmp_path: Path) -> None:
+    """No hang, and both ranks have the same bits."""
+    (_, first), (_, second) = ranks.run("schedules", tmp_path, limit=1800)
+    assert first["digest"] == second["digest"]
+    assert first["computed"] == second["computed"] > 1000
+
+
+@pytest.mark.slow
+def test_a_hang_is_noticed(tmp_path: Path) -> None:
+    """Ranks that are made to disagree: one waits for an exchange that the other never makes."""
+    results = ranks.run("disagreeing", tmp_path)
+    assert {(result or {}).get("hang", "")[:11] for _, result in results} & {"schedule 2,"}
+    assert 7 in [status for status, _ in results]
 
 
 # -- one rank, whose peers are made up ---------------------------------------------------------------------------------

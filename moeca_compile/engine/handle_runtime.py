@@ -66,7 +66,8 @@ class HandleRuntime:
         warned: counts the handle's warnings.
         lock: protects all containers below.
         programs: by a key that says what they compute, the latest used last.
-        ids: of the weights.
+        models: ids of the models, where they are known. A model keeps its id when hooks replace its weights.
+        ids: of the weights and the models.
         trajectories: that the handle's calls belong to; those of handles compiled together are the same.
         packs: packed expert weights.
         freed: weights that `free_hoisted` freed.
@@ -81,6 +82,7 @@ class HandleRuntime:
         self.handle = None if handle is None else weakref.ref(handle)
         self.options, self.schedule, self.warned, self.lock = options, schedule, warned, lock
         self.programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self.models: frozenset[int] = frozenset()
         self.ids: frozenset[int] = frozenset()
         self.trajectories = trajectories or TrajectoryGroup(options.latent_jump)
         self.packs = Packs()
@@ -124,8 +126,18 @@ class HandleRuntime:
             for number in collected:
                 del self._weights[number]
             self._stamps.update(stamps)
-            self.ids = frozenset().union(*(other.ids for other in self._weights.values()))
+            self.ids = self.models.union(*(other.ids for other in self._weights.values()))
         return binding
+
+    def accept_weights(self, graph: int, labels: Sequence[str], weights: Sequence[torch.Tensor]) -> None:
+        """Take these weights for those that the graph was called with: the model's own hooks put them there."""
+        bound = self._weights.get(graph)
+        if bound is not None and bound.order == list(map(id, weights)) and bound.stamp == _stamp(weights):
+            return
+        with self.lock:
+            binding = self._weights[graph] = WeightBinding(weights)
+            self._stamps.update(zip(labels, binding.stamps(), strict=True))
+            self.ids = self.models.union(*(other.ids for other in self._weights.values()))
 
     def accept_moved(self, addresses: Mapping[int, int]) -> None:
         """Take weights, by id, for unchanged at new addresses."""

@@ -61,6 +61,7 @@ class OutputPath:
         self._arguments: dict[TreeSpec, _Arguments] = {}
         self._results: dict[int, tuple[TreeSpec, list[Any]]] = {}  # by id of a program: where its outputs belong
         self._first: dict[int, tuple[list[Any], TreeSpec]] = {}  # by id of a call's leaves: what the model gave already
+        self._models = frozenset(map(id, modules_of(handle)))
         self._bind(parameters_of(handle))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +78,7 @@ class OutputPath:
         timestep = self._arguments[spec].timestep
         if timestep is not None and not isinstance(leaves[timestep], Tensor):
             leaves.append(torch.tensor(leaves[timestep], dtype=torch.float64))  # as the clock reads it
+        runtime.models = self._models
         runtime.invalidate_if_weights_changed(_GRAPH, self._labels, self._weights)
         try:
             return self._run(leaves, spec, state, sys._getframe(1))
@@ -113,10 +115,7 @@ class OutputPath:
         return program
 
     def run(self, spec: TreeSpec, leaves: Sequence[Any]) -> Outputs:
-        """Call the model, and notice weights that were replaced."""
-        weights = parameters_of(self.handle())
-        if [*map(id, weights)] != [*map(id, self._weights)]:
-            self._bind(weights)  # the next call finds that they changed
+        """Call the model."""
         return _tensors(self._called(spec, leaves)[0])
 
     def names(self, spec: TreeSpec) -> tuple[str, ...]:
@@ -150,7 +149,17 @@ class OutputPath:
         if first is not None:
             return first
         args, kwargs = tree_unflatten(list(leaves[: spec.num_leaves]), spec)
-        return tree_flatten(self.call(*args, **kwargs))
+        handle = self.handle()
+        was_replaced = not _same(parameters_of(handle), self._weights)
+        result = tree_flatten(self.call(*args, **kwargs))
+        weights = parameters_of(handle)
+        if was_replaced or not _same(weights, self._weights):
+            self._bind(weights)
+        if not was_replaced:  # else the next call finds that they changed
+            # FSDP, offloading and casts put other tensors there while the model runs: it is the same model
+            runtime = state_of(handle.dynamo_ctx, lambda _: self._read).runtime  # type: ignore[union-attr]
+            runtime.accept_weights(_GRAPH, self._labels, self._weights)
+        return result
 
     def _result(self, program: OutputProgram, outputs: Sequence[Any]) -> Any:
         structure, values = self._results[id(program)]
@@ -187,6 +196,10 @@ class OutputEntry:
     def run_uncached(self, args: Sequence[Any], reason: str) -> Outputs:
         """Call the model."""
         return self.path.run(self.spec, args)
+
+
+def _same(weights: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return [*map(id, weights)] == [*map(id, others)]
 
 
 def _tensors(values: Sequence[Any]) -> Outputs:

@@ -25,7 +25,7 @@ class Trajectory:
     streams are still told apart by timestep and conditioning, but the state is this trajectory's own.
 
     Attributes:
-        weights: ids of the model's parameters and buffers; empty: any model.
+        weights: ids of the model's parameters and buffers, and of the model; empty: any model.
         steps: expected number of calls of each stream; one more is refused. None: any number.
         stream: name of the guidance stream; None: the clock finds the streams.
         timesteps: of the calls, as declared; empty: not declared.
