@@ -115,8 +115,7 @@ def _merge(source: Store, target: Store) -> None:
                 f"merge: {str(source.path)!r} holds other samples for seed {seed} than the others: it was made with "
                 "other weights or another sampler"
             )
-    for file in sorted(source.path.glob("*/*.npz")):
-        kind, seed = file.parent.name, int(file.stem)
+    for kind, seed in source.kept_arrays():
         if target.arrays(kind, seed, dict) is None:
             arrays: Mapping[str, np.ndarray[Any, Any]] | None = source.arrays(kind, seed, dict)
             assert arrays is not None

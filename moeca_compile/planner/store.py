@@ -158,8 +158,7 @@ class Store:
 
     def seeds(self) -> list[int]:
         """Those whose uncached samples are stored."""
-        files = [] if self.path is None else (self.path / "truth").glob("*.npy")
-        return sorted(int(file.stem) for file in files if file.stem.removeprefix("-").isdecimal())
+        return sorted(seed for _, seed in self._by_seed("truth/*.npy"))
 
     # -- what the output's weights are fitted to ----------------------------------------------------------------------
 
@@ -177,6 +176,15 @@ class Store:
             if not all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f"):
                 raise DecodeError("it holds numbers that aren't finite")
             return decode(arrays)
+
+    def kept_arrays(self) -> list[tuple[str, int]]:
+        """The kind and the seed of all stored arrays."""
+        return sorted(self._by_seed("*/*.npz"))
+
+    def _by_seed(self, pattern: str) -> list[tuple[str, int]]:
+        """The folder and the seed of files that are named after seeds; what an interrupt left half-written is not."""
+        files = [] if self.path is None else self.path.glob(pattern)
+        return [(file.parent.name, int(file.stem)) for file in files if file.stem.removeprefix("-").isdecimal()]
 
     def add_arrays(self, kind: str, seed: int, arrays: Mapping[str, Array]) -> None:
         """Store arrays of a seed."""

@@ -141,8 +141,12 @@ def test_shards_of_other_weights_inputs_or_steps_are_refused(shards: list[Path],
 
 
 def test_a_damaged_shard_is_named(shards: list[Path], tmp_path: Path) -> None:
-    moeca.merge_shards(tmp_path / "all", shards)
+    moeca.merge_shards(tmp_path / "first", shards)
+    file = tmp_path / "first" / "output" / "wanted_converged" / "1.npz"
+    file.with_suffix(".part.npz").write_text("what an interrupt left")
+    moeca.merge_shards(tmp_path / "all", [tmp_path / "first"])
     file = tmp_path / "all" / "output" / "wanted_converged" / "1.npz"
+    assert not file.with_suffix(".part.npz").exists()
     with np.load(file) as stored:
         arrays = dict(stored)
     for change, says in (
