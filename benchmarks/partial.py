@@ -2,6 +2,7 @@
 
     python -m benchmarks.partial            # four blocks, about 6 minutes on one core; writes results/partial.json
     python -m benchmarks.partial --narrow   # the trained digits models, 32 samples; writes results/partial_narrow.json
+    python -m benchmarks.partial --narrow --few DSMoE   # one of them, tau 0 and 0.05 alone; writes partial_DSMoE.json
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
 The bound for a row is (rho + tau) x full + 10 % of full. The experts' weights are packed, which few rows an expert need
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -51,7 +52,9 @@ WRITTEN_OUT: dict[str, tuple[Act, Act]] = {
     "written out, tau 0": (F, Partial(0, 0)),
     "written out, tau 0.05": (F, Partial(0, 0.05)),
 }
+FEW = (FULL, "tau 0", "tau 0.05")
 NARROW_BATCH = 32
+DIGITS: dict[str, Callable[[], torch.nn.Module]] = {"DiT-MoE": digits.load_model, "DSMoE": dsmoe.load_digits}
 KINDS: dict[str, tuple[Act, Act]] = {  # attention, experts
     FULL: (C, C),
     "tau 0": (F, Partial(0, 0)),
@@ -78,11 +81,12 @@ def schedule(depth: int) -> Schedule:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("Measure what PARTIAL rows cost.", "one block, few rounds")
     parser.add_argument("--narrow", action="store_true", help="the trained digits models, 96 channels wide")
+    parser.add_argument("--few", choices=list(DIGITS), help="of one digits model the rows tau 0 and tau 0.05 alone")
     args = parser.parse_args(argv)
     depth, rounds = (1, 2) if args.quick else (4, 10)
     pin_threads()
     if args.narrow:
-        main_narrow(2 if args.quick else 20, folder_of(args))
+        main_narrow(2 if args.quick else 20, folder_of(args), args.few)
         return
     network = models.network(depth)
     inputs = models.example_inputs()
@@ -112,29 +116,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"written: {save('partial', payload, out).name}")
 
 
-def main_narrow(rounds: int, out: Path | None) -> None:
-    """The digits models: each kind of row's time, and its share of the experts' time."""
+def main_narrow(rounds: int, out: Path | None, few: str | None = None) -> None:
+    """The digits models: each kind of row's time, and its share of the experts' time. `few`: of this one, few rows."""
     payload = {}
-    for name, network in (("DiT-MoE", digits.load_model()), ("DSMoE", dsmoe.load_digits())):
-        timings = measure_narrow(network.requires_grad_(False), rounds)
+    kinds_alone = FEW if few else tuple(NARROW)
+    for name, load in DIGITS.items():
+        if few not in (None, name):
+            continue
+        timings = measure_narrow(load().requires_grad_(False), rounds, kinds_alone)
         print_table(f"one step, {name}, {NARROW_BATCH} samples", timings, baseline=FULL)
-        kinds = [kind for kind in (*NARROW, *WRITTEN_OUT) if "tau" in kind and "attention" not in kind]
+        kinds = [kind for kind in timings if "tau" in kind and "attention" not in kind]
         figures = {kind: over_experts(timings, kind) for kind in kinds}
         for kind, (low, middle, high) in figures.items():
             print(f"{name}, {kind}: {middle:.3f} of the experts' time (quartiles {low:.3f} to {high:.3f})")
         payload[name] = {"one_step": as_json(timings, baseline=FULL), "of_the_experts_time": figures}
     if out:
-        print(f"written: {save('partial_narrow', payload, out).name}")
+        print(f"written: {save(f'partial_{few}' if few else 'partial_narrow', payload, out).name}")
 
 
-def measure_narrow(network: torch.nn.Module, rounds: int) -> dict[str, Timing]:
+def measure_narrow(network: torch.nn.Module, rounds: int, rows_of: Sequence[str] = tuple(NARROW)) -> dict[str, Timing]:
     """Milliseconds of processor time of each kind of row, one round after the other. Rows of whole regions are another
-    model's, which keeps no branches; all take the weights as they are."""
+    model's, which keeps no branches; all take the weights as they are. `rows_of`: which rows of `NARROW`."""
     inputs = digits.initial_noise(0, NARROW_BATCH), torch.full((NARROW_BATCH,), 1000.0), digits.labels_of(NARROW_BATCH)
     keys = tuple(region.key for region in moeca.explain(network, *inputs).regions)
     samples: dict[str, list[float]] = {}
     handles = []
-    for kinds in (NARROW, WHOLE, WRITTEN_OUT):
+    for kinds in ({kind: NARROW[kind] for kind in rows_of}, WHOLE, WRITTEN_OUT):
         rows = tuple(kind * (len(keys) // 2) for kind in kinds.values())
         every_kind = Schedule(rows, keys, period=len(rows), made_by="every kind of row")
         library = nothing if kinds is WRITTEN_OUT else branches_in_place.library
