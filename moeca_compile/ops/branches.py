@@ -33,6 +33,11 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
+    "forecast_branches(Tensor ids, Tensor gates, Tensor now, Tensor held, Tensor kept, Tensor y, Tensor at, "
+    "Tensor? d1, Tensor? d2, Tensor? before, int order, bool copy) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
     "keep_branches_(Tensor fresh, Tensor ids, Tensor gates, Tensor? scores, Tensor now, Tensor(a!) held, "
     "Tensor(b!) kept, Tensor(c!) y, Tensor(d!) at, Tensor(e!)? d1, Tensor(f!)? d2, Tensor(g!)? before, "
     "Tensor(h!)? error, Tensor(i!)? drift, Tensor(j!)? seen, int order) -> ()",
@@ -63,7 +68,7 @@ def branches_(
         error: of the last forecasts, float32 [B, N, K]; or drift, float32 [B, N, K], and seen, the last scores.
         sensitivity, threshold, quota: as in `pick`.
         up, down, gate, up_bias, down_bias, gate_bias, activation: as in `moeca::experts`.
-        count: how many branches of a sample are computed; 0: nothing is computed, and nothing changed.
+        count: how many branches of a sample are computed, 1 or more.
         order: of the forecast; copy: what isn't computed is taken as it was.
 
     Returns:
@@ -77,26 +82,46 @@ def branches_(
     x, ids, gates = x.contiguous(), ids.contiguous(), gates.contiguous()
     scores = None if scores is None else scores.contiguous()
     tick, sizes = float(now), (batch, tokens, top_k)
-    positions = place = fresh = None
-    if count:
-        positions, place = torch.empty(2, batch * count, dtype=torch.int64).unbind()
-        counts = torch.empty(experts, dtype=torch.int64)
-        due = error if drift is None else drift
-        native.choose(
-            *map(address, (ids, gates, held, due, at, scores, seen, sensitivity, threshold, quota)), tick, order,
-            *sizes, experts, count, address(positions), threads,
-        )  # fmt: skip
-        rows = x.new_empty(batch * count, x.shape[-1])
-        outside = getattr(native, f"gather_{name}")(
-            *map(address, (x, ids, positions)), *sizes, x.shape[-1], experts, count,
-            *map(address, (rows, counts, place)), threads,
-        )  # fmt: skip
-        if outside >= 0:
-            raise UserError(f"moeca::branches_: expert id {outside}, but there are {experts} experts")
-        fresh = _computed(rows, counts, (up, down, gate, up_bias, down_bias, gate_bias), activation)
+    positions, place = torch.empty(2, batch * count, dtype=torch.int64).unbind()
+    counts = torch.empty(experts, dtype=torch.int64)
+    due = error if drift is None else drift
+    native.choose(
+        *map(address, (ids, gates, held, due, at, scores, seen, sensitivity, threshold, quota)), tick, order, *sizes,
+        experts, count, address(positions), threads,
+    )  # fmt: skip
+    rows = x.new_empty(batch * count, x.shape[-1])
+    outside = getattr(native, f"gather_{name}")(
+        *map(address, (x, ids, positions)), *sizes, x.shape[-1], experts, count,
+        *map(address, (rows, counts, place)), threads,
+    )  # fmt: skip
+    if outside >= 0:
+        raise UserError(f"moeca::branches_: expert id {outside}, but there are {experts} experts")
+    fresh = _computed(rows, counts, (up, down, gate, up_bias, down_bias, gate_bias), activation)
     out = y.new_empty(batch * tokens, y.shape[-1])
     state = (y, at, d1, d2, before, held, kept, error, drift, seen)
-    _merge((ids, gates, scores, positions, place, fresh), state, tick, order, copy, bool(count), count, out)
+    _merge((ids, gates, scores, positions, place, fresh), state, tick, order, copy, True, count, out)
+    return out
+
+
+def forecast_branches(
+    ids: Tensor, gates: Tensor, now: Tensor, held: Tensor, kept: Tensor, y: Tensor, at: Tensor, d1: Tensor | None,
+    d2: Tensor | None, before: Tensor | None, order: int, copy: bool,
+) -> Tensor:  # fmt: skip
+    """Sum up the forecasts of a layer's kept branches. Nothing is computed, and nothing changed.
+
+    Args:
+        ids, gates, now, held, kept, y, at, d1, d2, before, order, copy: as in `branches_`.
+
+    Returns:
+        [B N, D], in the dtype of `y`.
+
+    Raises:
+        UserError: no C++ compiler (`library` tells before).
+    """
+    out = y.new_empty(y.shape[0] * y.shape[1], y.shape[3])
+    state = (y, at, d1, d2, before, held, kept, None, None, None)
+    step = (ids.contiguous(), gates.contiguous(), None, None, None, None)
+    _merge(step, state, float(now), order, copy, False, 0, out)
     return out
 
 
@@ -170,6 +195,11 @@ def _fake(x: Tensor, ids: Tensor, gates: Tensor, scores: Any, now: Tensor, held:
     return y.new_empty((y.shape[0] * y.shape[1], y.shape[3]))
 
 
+def _fake_forecast(ids: Tensor, gates: Tensor, now: Tensor, held: Tensor, kept: Tensor, y: Tensor,
+                   *rest: Any) -> Tensor:  # fmt: skip
+    return y.new_empty((y.shape[0] * y.shape[1], y.shape[3]))
+
+
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     """There is no backward: without this the kernel's own work would be recorded."""
 
@@ -182,7 +212,10 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _LIBRARY.impl("branches_", _below_autograd(branches_), "CPU")
 _LIBRARY.impl("keep_branches_", _below_autograd(keep_branches_), "CPU")
+_LIBRARY.impl("forecast_branches", _below_autograd(forecast_branches), "CPU")
 torch.library.register_fake("moeca::branches_", _fake, lib=_LIBRARY)
 torch.library.register_fake("moeca::keep_branches_", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("moeca::forecast_branches", _fake_forecast, lib=_LIBRARY)
 BRANCHES = torch.ops.moeca.branches_.default
 KEEP = torch.ops.moeca.keep_branches_.default
+FORECAST = torch.ops.moeca.forecast_branches.default

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeca_compile.errors import MoecaWarning, UserError
 from moeca_compile.graph.variant import Slot
 from moeca_compile.ops import native_branches
-from moeca_compile.ops.branches import BRANCHES, KEEP
+from moeca_compile.ops.branches import BRANCHES, FORECAST, KEEP
 from moeca_compile.passes.partial.branches import updated_branches
 from moeca_compile.passes.partial.insert_branches import _pick, _spread
 
@@ -114,7 +114,8 @@ def test_it_gives_and_keeps_what_the_written_out_form_does(
         wanted, after = written_out(x, routed, state, weights, count, order, copy, given)
         before = {name: slot.clone() for name, slot in state.items()}
         scores = routed["scores"] if score == "drift" else None
-        found = BRANCHES(
+        slots = list(map(state.get, STATE))
+        found = FORECAST(routed["ids"], routed["gates"], NOW, *slots[:7], order, copy) if not count else BRANCHES(
             x, routed["ids"], routed["gates"], scores, NOW, *map(state.get, STATE), *given, *weights, "silu", count,
             order, copy,
         )  # fmt: skip

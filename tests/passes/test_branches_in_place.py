@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
+from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Slot, Variant
 from moeca_compile.lowering.inductor.equal_blocks import runs
 from moeca_compile.lowering.inductor.lower import Executable, lower_eager
@@ -23,6 +24,7 @@ from tests.models import DiT
 from tests.tools import UNHOISTED, layout_of, ops, schedule_of
 
 LEGEND = {"b": Partial(0, 0.2), "d": Partial(0, 0), "f": Partial(0, 1), "a": Partial(0.25, 0.25)}
+FORECAST = "moeca.forecast_branches.default"
 BRANCHES, KEEP, EXPERTS = "moeca.branches_.default", "moeca.keep_branches_.default", "moeca.experts.default"
 
 
@@ -70,7 +72,8 @@ def test_what_the_programs_hold(subject: Subject, monkeypatch: pytest.MonkeyPatc
     assert held < routed
     assert (ops(full.gm)[EXPERTS], ops(full.gm)[KEEP], ops(full.gm)[BRANCHES]) == (2, 2, 0)
     assert (ops(some.gm)[EXPERTS], ops(some.gm)[KEEP], ops(some.gm)[BRANCHES]) == (0, 0, 2)
-    assert (ops(none.gm)[EXPERTS], ops(none.gm)[KEEP], ops(none.gm)[BRANCHES]) == (0, 0, 2)
+    assert (ops(none.gm)[EXPERTS], ops(none.gm)[KEEP], ops(none.gm)[BRANCHES], ops(none.gm)[FORECAST]) == (0, 0, 0, 2)
+    assert not any(fx.has_effect(node) for node in none.gm.graph.nodes if node.op == "call_function"), "nor changed"
     assert set(full.changes) == set(some.changes) == routed
     assert not routed & {*full.writes, *some.writes}
     assert (none.changes, none.writes) == ((), ()), "nothing is computed"

@@ -14,7 +14,7 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import BranchesInfo, Region
 from moeca_compile.graph.variant import Slot
-from moeca_compile.ops.branches import BRANCHES, DTYPES, KEEP
+from moeca_compile.ops.branches import BRANCHES, DTYPES, FORECAST, KEEP
 from moeca_compile.ops.native_branches import library
 from moeca_compile.passes.partial.parts import Parts, computes, copies
 from moeca_compile.schedule import Act, Action, Partial
@@ -48,17 +48,25 @@ def insert_in_place(
     gates = _float(parts, routing["gates"])
     scores = _float(parts, routing["scores"]) if Slot.SCORES in state else None
     slots = [state.get(slot) for slot in _SLOTS]
-    read = (routing["ids"], gates, scores, parts.ports.now(), *slots)
-    if computes(act):
-        parts.ports.change(column, 0, state)
-    if act is Action.COMPUTE:
-        parts.call(KEEP, parts.call(aten.reshape.default, experts, list(info.value.shape)), *read, parts.order)
-        return
-    x, _, *weights = experts.args
-    count = act.branches(info.value.shape[1] * info.value.shape[2]) if isinstance(act, Partial) else 0
-    tables = parts.tables(region.key, experts, count)
+    ids, now, order = routing["ids"], parts.ports.now(), parts.order
+    read = (ids, gates, scores, now, *slots)
     total = parts.nodes[info.total]
-    routed = parts.call(BRANCHES, x, *read, *tables, *weights, count, parts.order, copies(act))
+    if not computes(act):
+        _stand_in(parts, total, parts.call(FORECAST, ids, gates, now, *slots[:7], order, copies(act)))
+        return
+    parts.ports.change(column, 0, state)
+    if act is Action.COMPUTE:
+        parts.call(KEEP, parts.call(aten.reshape.default, experts, list(info.value.shape)), *read, order)
+        return
+    assert isinstance(act, Partial)
+    x, _, *weights = experts.args
+    count = act.branches(info.value.shape[1] * info.value.shape[2])
+    tables = parts.tables(region.key, experts, count)
+    _stand_in(parts, total, parts.call(BRANCHES, x, *read, *tables, *weights, count, order, copies(act)))
+
+
+def _stand_in(parts: Parts, total: Node, routed: Node) -> None:
+    """Let the operator's sum stand for the graph's."""
     shaped = parts.call(aten.reshape.default, routed, list(fx.shape(total)))
     if fx.need(shaped).dtype != fx.need(total).dtype:
         shaped = parts.call(aten.to.dtype, shaped, fx.need(total).dtype)
