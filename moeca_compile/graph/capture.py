@@ -21,19 +21,20 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from moeca_compile.errors import CaptureError
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import Casts, ambient_autocast, autocast_is
+from moeca_compile.graph.blocks import repeated_blocks
 from moeca_compile.graph.caches import is_overwritten
-from moeca_compile.graph.constants import constants_of, takes_sizes
+from moeca_compile.graph.constants import Number, constants_of
+from moeca_compile.graph.copying import Copying, WrittenInPlace
+from moeca_compile.graph.eager import Eager
 
 # Operators of other packages that torch keeps whole, such as torchao's dequantization: nothing that a user can change.
 _WHOLE_OPERATORS = "At pre-dispatch tracing, we assume that any custom op marked with CompositeImplicitAutograd"
@@ -124,33 +125,12 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
         CaptureError: the graph changes one of its inputs or buffers (the cache could not keep that), or its shapes
             or branches depend on the values in a tensor.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     constants = constants_of(gm, args)
-    mutated: list[int] = []
-
-    def functional(*fakes: Any) -> Any:
-        below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(below), FunctionalTensorMode(pre_dispatch=True, export=True):
-            wrapped = tree_map_only(torch.Tensor, FunctionalTensor.to_functional, fakes)
-            result = _Eager(gm, constants).run(*wrapped)
-            for i, tensor in enumerate(wrapped):
-                if isinstance(tensor, FunctionalTensor):
-                    _sync(tensor)
-                    if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[attr-defined]
-                        mutated.append(i)
-            if mutated and with_caches:
-                result = (*result, *(wrapped[i] for i in mutated))
-            return tree_map_only(FunctionalTensor, _plain, result)
-
     casts = ambient_autocast()
-    with (
-        torch.inference_mode(False), torch.no_grad(), refuse_data_dependence(), autocast_is(casts),
-        tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), _use_lazy_graph_module(True), fake,
-    ):  # fmt: skip
-        fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _WHOLE_OPERATORS)
-            graph = make_fx(functional, pre_dispatch=True)(*fakes)
+    try:
+        graph, mutated = _traced(gm, args, constants, casts, Copying(repeated_blocks(gm, constants)), with_caches)
+    except WrittenInPlace:
+        graph, mutated = _traced(gm, args, constants, casts, Copying({}), with_caches)
     changed = [inputs[i].label for i in mutated]
     if with_caches:
         caches = [fx.placeholders(graph)[i] for i in mutated]
@@ -168,6 +148,41 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
     arguments = [replace(entry, is_weight=entry.is_weight and i not in mutated) for i, entry in enumerate(inputs)]
     renamed = _rename(graph, arguments)
     return Capture(graph, renamed, casts, tuple(renamed[i].name for i in mutated))
+
+
+def _traced(
+    gm: GraphModule, args: Sequence[Any], constants: Mapping[Node, Number], casts: Casts, copying: Copying,
+    with_caches: bool,
+) -> tuple[GraphModule, list[int]]:  # fmt: skip
+    """The functional graph, and which inputs are changed in place; with `with_caches`, their new values are its last
+    results."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    mutated: list[int] = []
+
+    def functional(*fakes: Any) -> Any:
+        below = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with torch._C._ExcludeDispatchKeyGuard(below), FunctionalTensorMode(pre_dispatch=True, export=True):
+            wrapped = tree_map_only(torch.Tensor, FunctionalTensor.to_functional, fakes)
+            result = Eager(gm, constants, copying).run(*wrapped)
+            copying.check()
+            for i, tensor in enumerate(wrapped):
+                if isinstance(tensor, FunctionalTensor):
+                    _sync(tensor)
+                    if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[attr-defined]
+                        mutated.append(i)
+            if mutated and with_caches:
+                result = (*result, *(wrapped[i] for i in mutated))
+            return tree_map_only(FunctionalTensor, _plain, result)
+
+    with (
+        torch.inference_mode(False), torch.no_grad(), refuse_data_dependence(), autocast_is(casts),
+        tracing(TracingContext(fake)), fx_traceback.preserve_node_meta(), _use_lazy_graph_module(True), fake,
+    ):  # fmt: skip
+        fakes = [fake.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in args]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _WHOLE_OPERATORS)
+            graph = make_fx(functional, pre_dispatch=True)(*fakes)
+    return graph, mutated
 
 
 @contextmanager
@@ -197,44 +212,6 @@ def _note_sizes(graph: GraphModule, args: Sequence[Any], casts: Casts) -> None:
             run.run(*args)
         for node in unknown:
             node.meta[fx.NOTED_SHAPE] = tuple(run.env[node].shape)
-
-
-class _Eager(Interpreter):
-    """Runs Dynamo's graph with the dtypes that eager has: while tracing, torch only records where an autocast region
-    begins and ends; here it is entered too. Else a `float()` behind a linear would look like no change, and be lost.
-
-    `constants` are numbers that the model reads out of tensors, known beforehand: no fake tensor could tell them."""
-
-    def __init__(self, gm: GraphModule, constants: Mapping[Node, int | float | bool]) -> None:
-        super().__init__(gm)
-        self.constants = constants
-
-    def run_node(self, n: Node) -> Any:
-        if n.target == "item" and n in self.constants:
-            return self.constants[n]
-        return super().run_node(n)
-
-    def map_nodes_to_values(self, args: Any, n: Node) -> Any:
-        if not self.constants or not takes_sizes(n):
-            return super().map_nodes_to_values(args, n)
-        return map_arg(args, lambda source: self.constants.get(source, self.env[source]))
-
-    def run(self, *args: Any, **keywords: Any) -> Any:
-        self.regions: list[torch.autocast] = []
-        try:
-            return super().run(*args, **keywords)
-        finally:
-            while self.regions:  # only after an error
-                self.regions.pop().__exit__(None, None, None)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is _enter_autocast:
-            device, dtype, enabled, *_ = args
-            self.regions.append(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
-            return self.regions[-1].__enter__()
-        if target is _exit_autocast:
-            return self.regions.pop().__exit__(None, None, None)
-        return super().call_function(target, args, kwargs)
 
 
 def _sync(tensor: FunctionalTensor) -> None:
