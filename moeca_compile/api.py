@@ -15,6 +15,7 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import backend, expert_dispatch
+from moeca_compile.engine.freeing.state_dict import refuse_dropped
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import Interceptor, intercepting
@@ -71,11 +72,12 @@ def prepare(model: Any) -> PrepareReport:
         one report of all its transformers.
 
     Raises:
-        StateError: neither a module nor a pipeline with a `transformer`.
+        StateError: neither a module nor a pipeline with a `transformer`; or weights that `free_hoisted` dropped.
     """
     reports = []
     for part in models_of(model, "prepare"):
         module = plain_module(part)
+        refuse_dropped(module)
         isolate(module)
         reports.append(expert_dispatch.prepare(module))
     if len(reports) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,6 +89,34 @@ def test_what_needs_dropped_weights_is_refused(call: Any) -> None:
     with pytest.raises(StateError, match="needs a weight of shape"):
         call(model)
     assert planned(model), "the plan still runs"
+
+
+def test_a_model_without_its_weights_is_not_exported_saved_or_compiled_again(tmp_path: Path) -> None:
+    module = dit()
+    model = compiled(module, free_hoisted="drop")
+    planned(model)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 500.0]), torch.tensor([1, 2])
+    for call in (
+        lambda: moeca.export(model, inputs, "uniform:3", tmp_path / "bundle"),
+        lambda: moeca.export(module, inputs, "uniform:3", tmp_path / "bundle"),
+        lambda: moeca.save(model, tmp_path / "package", *inputs),
+        lambda: moeca.compile(module, schedule="full"),
+    ):
+        with pytest.raises(StateError, match="was dropped, so the model has no state dict, and can't be compiled"):
+            call()
+    assert not list(tmp_path.iterdir())
+    assert planned(model), "the plan still runs"
+
+
+@pytest.mark.parametrize("assign", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_weights_that_are_loaded_again_are_there(assign: bool) -> None:
+    module = dit()
+    model = compiled(module, free_hoisted="drop")
+    planned(model)
+    module.load_state_dict(dit().state_dict(), assign=assign)
+    assert module.state_dict().keys() == dit().state_dict().keys()
+    moeca.prepare(module)
+    assert same(planned(model, label=5), planned(compiled(dit()), label=5)), "what dropped weights couldn't compute"
 
 
 def test_a_model_without_its_weights_has_no_state_dict() -> None:

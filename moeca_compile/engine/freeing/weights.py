@@ -98,7 +98,7 @@ class FreedWeights:
                 weight.data = stand_in if self._calls else home
                 addresses[id(weight)] = stand_in.data_ptr()
         if self.mode == DROP:
-            refuse_state_dicts(self.models, addresses.keys())
+            refuse_state_dicts(self.models, {key: self._entries[key].stand_in.shape for key in addresses})
         self._moved(addresses)
 
     def enter(self) -> None:
