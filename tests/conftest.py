@@ -29,7 +29,6 @@ torch_once.import_without_collector()
 torch_once.measure_no_guards()
 torch_once.trace_for_nobody()
 torch_once.log_no_settings()
-torch_once.read_onnx_functions_once()
 
 # where passes are under test each is checked after it ran; elsewhere that would only take time
 VERIFIED = {"passes", "graph", "lowering", "architectures", "real", "test_golden.py", "test_oracle.py"}

@@ -5,12 +5,9 @@ It saves about a fifth of the tests' time. Each part is left out where a version
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import importlib
 import logging
-from typing import Any
 
 
 def import_without_collector() -> None:
@@ -60,19 +57,3 @@ def log_no_settings() -> None:
     for name in ("_get_dynamo_config_for_logging", "_scrubbed_inductor_config_for_logging"):
         if hasattr(utils, name):
             setattr(utils, name, lambda: None)
-
-
-def read_onnx_functions_once() -> None:
-    """The ONNX exporter parses the source of its 500 translations at each export. An export may add to its registry."""
-    try:
-        registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
-        made = functools.cache(registry.from_torchlib)
-    except (ImportError, AttributeError):
-        return
-
-    def from_torchlib(*args: Any, **options: Any) -> Any:
-        found = copy.copy(made(*args, **options))
-        found.functions = {target: list(known) for target, known in found.functions.items()}
-        return found
-
-    registry.from_torchlib = staticmethod(from_torchlib)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moeca_compile.engine.program import Program
 from moeca_compile.errors import CaptureError, LoweringError
+from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwargs
 from moeca_compile.graph.desugar import desugar
 from moeca_compile.graph.variant import Variant
@@ -151,7 +152,7 @@ def capture(
         inputs = inputs_of(plain, flatten(example_inputs))
 
         def run(*args: Any) -> Any:
-            outputs = tuple(gm(*args))
+            outputs = _stand_ins(gm) or tuple(gm(*args))
             runs.append((plain, inputs, tuple(flatten(args)), outputs))
             return outputs
 
@@ -182,6 +183,23 @@ def capture(
     by_id = {id(value): name for name, value in reversed(model.state_dict(keep_vars=True).items())}
     parameters = {name: by_id[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in by_id}
     return Captured(program, program, arguments, args, places, called, parameters, _results(result, outputs))
+
+
+def _stand_ins(gm: torch.fx.GraphModule) -> tuple[torch.Tensor, ...] | None:
+    """Tensors of the sizes of the graph's results: a capture looks at which is which, not at values. None: where the
+    sizes follow from values, or a result is an input, it must be run."""
+    made: dict[torch.fx.Node, torch.Tensor] = {}
+    results: Any = fx.output_node(gm).args[0]
+    for node in results:
+        value = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
+        if (
+            not isinstance(value, torch.Tensor)
+            or node.op == "placeholder"
+            or any(type(n) is not int for n in value.shape)
+        ):
+            return None
+        made[node] = torch.empty(tuple(value.shape), dtype=value.dtype)
+    return tuple(made[node] for node in results)
 
 
 def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:

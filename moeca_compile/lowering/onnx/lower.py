@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import config as fx_config
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
@@ -22,6 +18,7 @@ from moeca_compile.lowering.onnx.batch import Batches, dims
 from moeca_compile.lowering.onnx.parameters import COMPUTED, as_initializers, as_inputs, computed_with, example_inputs
 from moeca_compile.lowering.onnx.request import OnnxRequest
 from moeca_compile.lowering.onnx.stable_sort import stable_sort
+from moeca_compile.lowering.onnx.translate import tracing_quietly, translate
 from moeca_compile.passes.manager import Pass, PassManager
 from moeca_compile.runtime.bundle.dims import Dim, parts
 from moeca_compile.runtime.bundle.manifest import DROPPED
@@ -29,7 +26,6 @@ from moeca_compile.runtime.bundle.manifest import DROPPED
 # from 23 on there are Attention, RMSNormalization and RotaryEmbedding, which fewer runtimes have
 OPSETS = range(18, 25)
 SEGMENTS = Lowering("segments")
-_TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
 
 @dataclass(frozen=True)
@@ -79,28 +75,17 @@ def lower_onnx(
     )
     dynamic += ({},) * len(constants)
     fx.code_of(gm)  # torch.export reads the signature of the generated code
-    with _quiet(), _without_stack_traces():
+    table = {torch.ops.moeca.experts.default: segments(opset), aten.sort.stable: stable_sort(opset)}
+    with tracing_quietly():
         try:
             exported = torch.export.export(gm, example, dynamic_shapes=dynamic if twins else None, strict=False)
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table={
-                    torch.ops.moeca.experts.default: segments(opset),
-                    aten.sort.stable: stable_sort(opset),
-                },
-                optimize=True,
-                verbose=False,
-            )
+            model = translate(exported, opset, table)
         except LoweringError:
             raise
         except Exception as error:
             raise LoweringError(
                 f"variant {variant.name} has no ONNX form at opset {opset}: {_reason(error)}"
             ) from error
-    assert program is not None
-    model = program.model
     as_initializers(model, constants)
     model.meta[COMPUTED] = computed_with(gm)
     _finish(model, signature)
@@ -159,33 +144,3 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:3])[:600]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the translator's talk of packages that aren't there, of its own next version, and of weights that are
-    outputs too."""
-    logs = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """torch would write down for every node of its traces which Python line made it. These are lines of torch, nothing
-    of them is in the ONNX graph, and they take a tenth of the time."""
-    config: Any = fx_config  # a version without this option reads nothing there
-    before = getattr(config, "do_not_emit_stack_traces", False)
-    config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        config.do_not_emit_stack_traces = before
