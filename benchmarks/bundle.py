@@ -1,6 +1,7 @@
 """What a bundle costs on onnxruntime and OpenVINO: DiT-MoE-S/2-8E2A, time at interval 3, memory of three variants.
 
     python -m benchmarks.bundle            # about 20 minutes on one core; writes results/bundle.json
+    python -m benchmarks.bundle --short    # onnxruntime alone, graphs for one batch; writes results/bundle_short.json
     python -m benchmarks.bundle --quick    # two blocks, few steps: does it run?
 
 The figures come from processes of their own, which import numpy and the runtime and not torch. Times are ratios of
@@ -31,10 +32,15 @@ class Size:
     depth: int
     steps: int
     rounds: int
+    providers: tuple[str, ...] = PROVIDERS
+    any_batch: bool = True
 
 
-WHOLE = Size(depth=12, steps=50, rounds=3)
-QUICK = Size(depth=2, steps=6, rounds=1)
+SIZES = {
+    "whole": Size(depth=12, steps=50, rounds=3),
+    "short": Size(depth=12, steps=50, rounds=2, providers=PROVIDERS[:1], any_batch=False),
+    "quick": Size(depth=2, steps=6, rounds=1),
+}
 
 
 def export(folder: Path, size: Size) -> dict[str, Any]:
@@ -48,9 +54,10 @@ def export(folder: Path, size: Size) -> dict[str, Any]:
     pin_threads()
     model, inputs = models.network(size.depth), models.example_inputs()
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    begin = time.perf_counter()
-    timed = moeca.export(model, inputs, TIMED, folder / "timed", targets=("onnx", "openvino"))
-    seconds = time.perf_counter() - begin
+    targets = ("onnx", "openvino")[: len(size.providers)]
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    timed = moeca.export(model, inputs, TIMED, folder / "timed", targets=targets, dynamic_batch=size.any_batch)
+    seconds, processor_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     regions = moeca.explain(model, *inputs).regions
     rows = [
         tuple(Action.COMPUTE for _ in regions),
@@ -58,7 +65,8 @@ def export(folder: Path, size: Size) -> dict[str, Any]:
         tuple(Action.FORECAST for _ in regions),
     ]
     keys = tuple(region.key for region in regions)
-    three = moeca.export(model, inputs, Schedule(tuple(rows), keys, order=1, period=3), folder / "three")
+    schedule = Schedule(tuple(rows), keys, order=1, period=3)
+    three = moeca.export(model, inputs, schedule, folder / "three", dynamic_batch=size.any_batch)
     files = timed.manifest.files
     graphs = sum(entry.bytes for name, entry in files.items() if name.endswith(".onnx"))
     return {
@@ -67,6 +75,7 @@ def export(folder: Path, size: Size) -> dict[str, Any]:
         "graphs_bytes": graphs,
         "bundle_over_weights_and_graphs": timed.bytes / (weights + graphs),
         "export_seconds": seconds,
+        "export_processor_seconds": processor_seconds,
         "golden_relative_error": {
             name: {each.provider: each.relative_error for each in one.manifest.golden.measured}
             for name, one in (("timed", timed), ("three", three))
@@ -140,31 +149,33 @@ def part(what: str, path: Path, *rest: str) -> dict[str, Any]:
     sys.modules["torch"] = None  # type: ignore[assignment]
     if what == "memory":
         return memory(path, rest[0])
-    return speed(path, QUICK if rest[0] == "quick" else WHOLE, rest[1])
+    return speed(path, SIZES[rest[0]], rest[1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("Measure a bundle on onnxruntime.", "two blocks, few steps")
+    parser.add_argument("--short", action="store_true", help="onnxruntime alone, graphs for one batch, two rounds")
     parser.add_argument("--part", nargs="+", metavar="WHAT", help="one measurement, as JSON: WHAT BUNDLE HOW ...")
     args = parser.parse_args(argv)
     if args.part:
         what, path, *rest = args.part
         print(json.dumps(part(what, Path(path), *rest)))
         return
-    size = QUICK if args.quick else WHOLE
+    how = "quick" if args.quick else "short" if args.short else "whole"
+    size = SIZES[how]
     with tempfile.TemporaryDirectory() as folder:
         payload: dict[str, Any] = {"export": export(Path(folder), size)}
         weights = payload["export"]["weights_bytes"]
         payload["memory"] = {mode: apart("memory", Path(folder, "three"), mode) for mode in ("shared", "speed")}
-        how = "quick" if args.quick else "whole"
-        payload["time"] = {one: apart("speed", Path(folder, "timed"), how, one) for one in PROVIDERS}
+        payload["time"] = {one: apart("speed", Path(folder, "timed"), how, one) for one in size.providers}
     for one in payload["memory"].values():
         one["weights_take_over_weights"] = one["weights_take"] / weights
     print(json.dumps(payload, indent=1))
     out = folder_of(args)
     if out:
         model = f"DiT-MoE-S/2-8E2A, {size.depth} blocks, 256 tokens, batch 2, float32, {TIMED} order 1"
-        print(f"written: {save('bundle', {'model': model, **payload}, out).name}")
+        name = "bundle_short" if args.short else "bundle"
+        print(f"written: {save(name, {'model': model, **payload}, out).name}")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,9 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("verify", "{}/empty", "--memory", "none"), "'none' is not one of 'speed', 'shared'"),
     (("verify", "{}/empty", "--threads", "-1"), "--threads"),
     (("info", "{}/text"), "is no directory"),
+    (("refit", "{}/empty", "{}/text", "{}/b"), "manifest.json is missing"),
+    (("refit", "{}/no", "{}/text", "{}/b"), "is no directory"),
+    (("refit", "{}/empty", "{}/text"), "Missing argument 'NEW'"),
     (("run", "{}/empty", *RUN), "manifest.json is missing"),
     (("run", "{}/empty"), "Missing option"),
     (("run", "{}/empty", *RUN[:-1], "{}/no/out.npz"), "there is no folder"),
@@ -170,6 +173,7 @@ def test_mistakes_are_said_before_torch_is_imported(tmp_path: Path) -> None:
         ["drift", "tests.toy:model", "--sample", "tests.toy:nothing"],
         ["drift", str(tmp_path)],
         ["verify", str(tmp_path)],
+        ["refit", str(tmp_path), str(tmp_path / "w"), str(tmp_path / "b")],
     ]
     command = [sys.executable, "-c", WITHOUT_TORCH.format(words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`moeca export`, `verify`, `info`, `run` and `bench`: bundles, at the command line.
+"""`moeca export`, `verify`, `info`, `refit`, `run` and `bench`: bundles, at the command line.
 
 What a command works with is imported inside it: help, completion and mistakes of other commands don't wait for numpy.
 """
@@ -63,6 +63,11 @@ def mount(app: typer.Typer) -> None:
     )  # fmt: skip
     add(app, verify, example="moeca verify model.moeca", if_stopped="the bundle is as it was")
     add(app, info, example="moeca info model.moeca --json", if_stopped="nothing was written")
+    add(
+        app, refit,
+        example="moeca refit base.moeca tuned.safetensors tuned.moeca",
+        if_stopped="no bundle was written to {out}",
+    )  # fmt: skip
     add(
         app, run,
         example="moeca run model.moeca --inputs steps.npz --out outputs.npz",
@@ -201,6 +206,33 @@ def info(path: BundlePath, json: AsJson = False) -> None:
     for line in variants(bundle):
         every.add_row(*line)
     show(table, every)
+
+
+def refit(
+    path: BundlePath,
+    weights: Annotated[
+        Path, typer.Argument(metavar="WEIGHTS", help="A .safetensors file with the names of the model's state dict.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="NEW", help="The folder to make; it must not exist.")],
+    provider: Provider = CPU,
+    json: AsJson = False,
+) -> None:
+    """Write a bundle with the same graphs and other weights, without the model and without torch.
+
+    Weights that the file leaves out stay as they are, and share the disk space of the first bundle. The golden steps
+    are run anew, by the provider.
+    """
+    from moeca_compile.runtime.bundle.bundle import Bundle
+    from moeca_compile.runtime.bundle.manifest import CHANGED
+
+    bundle = Bundle.open(path).with_weights(weights, out, provider=provider)
+    entry = bundle.manifest.files.get(CHANGED)
+    changed = entry.bytes if entry is not None else 0
+    if json:
+        print_json({"bundle": str(out), "bytes": bundle.bytes, "changed_bytes": changed})
+        return
+    say(f"{out}: {bundle.bytes / 2**20:.1f} MiB, of which {changed / 2**20:.1f} MiB are its own weights")
+    say_next(f"moeca verify {out}")
 
 
 def run(

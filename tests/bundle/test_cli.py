@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from moeca_compile.cli import bundles
@@ -87,6 +88,24 @@ def test_what_the_schedule_s_maker_measured_is_shown(exported: Bundle) -> None:
     predicted = {"psnr_db": 54.99, "psnr_db_holdout": 54.74, "mac_fraction": 0.34}
     calibrated = replace(exported, schedule=replace(exported.schedule, predicted=predicted))
     assert facts(calibrated)["predicted"] == "PSNR 55.0 dB, 54.7 dB for seeds that its search didn't see"
+
+
+def test_refit(exported: Bundle, tmp_path: Path) -> None:
+    name = next(one for one in small_model().state_dict() if one.endswith("bias"))
+    bias = np.full(tuple(small_model().state_dict()[name].shape), 0.5, np.float32)
+    save_file({name: bias}, tmp_path / "w.safetensors")
+    status, said = run("refit", exported.path, tmp_path / "w.safetensors", tmp_path / "b", "--json")
+    assert status == 0
+    found = json.loads(said)
+    assert (found["bundle"], found["changed_bytes"]) == (str(tmp_path / "b"), bias.nbytes)
+    assert run("verify", tmp_path / "b")[0] == 0
+    with pytest.raises(BundleError, match="exists"):
+        run("refit", exported.path, tmp_path / "w.safetensors", tmp_path / "b")
+    with pytest.raises(BundleError, match="is no readable safetensors file"):
+        run("refit", exported.path, tmp_path / "none.safetensors", tmp_path / "c")
+    save_file({"nothing": bias}, tmp_path / "w.safetensors")
+    with pytest.raises(BundleError, match="nothing"):
+        run("refit", exported.path, tmp_path / "w.safetensors", tmp_path / "c")
 
 
 def test_run(exported: Bundle, session: Session, tmp_path: Path) -> None:

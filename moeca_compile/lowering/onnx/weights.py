@@ -32,9 +32,10 @@ def externalise(models: Sequence[Any], folder: Path) -> list[StoredSpec]:
                 tensor, recipe = value.const_value, value.meta.get(RECIPE)
                 if tensor is None or (recipe is None and tensor.nbytes < SMALLEST):
                     continue
-                key = recipe or (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
+                raw = tensor.tobytes() if recipe is None else b""
+                key = recipe or (tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest())
                 if key not in places:
-                    raw = tensor.tobytes()
+                    raw = raw or tensor.tobytes()
                     places[key] = append(file, raw), len(raw)
                     if recipe is not None:
                         dtype = name_of(tensor.raw.dtype)
