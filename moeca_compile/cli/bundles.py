@@ -217,10 +217,10 @@ def refit(
     provider: Provider = CPU,
     json: AsJson = False,
 ) -> None:
-    """Write a bundle with the same graphs and other weights, without the model and without torch.
+    """Write a bundle with the same graphs and other weights.
 
-    Weights that the file leaves out stay as they are, and share the disk space of the first bundle. The golden steps
-    are run anew, by the provider.
+    It needs neither the model nor torch. Weights that the file leaves out stay as they are, and share the disk space
+    of the first bundle. The golden steps are run anew, by the provider.
     """
     from moeca_compile.runtime.bundle.bundle import Bundle
     from moeca_compile.runtime.bundle.manifest import CHANGED
