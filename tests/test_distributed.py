@@ -82,20 +82,12 @@ def test_models_that_are_spread_over_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2000)
-def test_a_thousand_random_schedules_with_delays(tmp_path: Path) -> None:
-    """No hang, and both ranks have the same bits."""
-    (_, first), (_, second) = ranks.run("schedules", tmp_path, limit=1800)
-    assert first["digest"] == second["digest"]
-    assert first["computed"] == second["computed"] > 1000
-
-
-@pytest.mark.slow
 def test_a_hang_is_noticed(tmp_path: Path) -> None:
     """Ranks that are made to disagree: one waits for an exchange that the other never makes."""
-    results = ranks.run("disagreeing", tmp_path)
-    assert {(result or {}).get("hang", "")[:11] for _, result in results} & {"schedule 2,"}
-    assert 7 in [status for status, _ in results]
+    (first, result), (second, told) = ranks.run("disagreeing", tmp_path)
+    assert (first, second) == (0, 7)
+    assert result["computed"] > 0
+    assert told["hang"].startswith("schedule 2, step ")
 
 
 # -- one rank, whose peers are made up ---------------------------------------------------------------------------------
