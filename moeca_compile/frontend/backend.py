@@ -55,7 +55,8 @@ class Backend:
 
     def __init__(self, options: Options, together: bool = False) -> None:
         self.options, self.schedule = options, options.resolved_schedule()
-        self.trajectories = TrajectoryGroup(options.latent_jump, options.hand_over) if together else None
+        hands_over = options.hand_over or (self.schedule.hand_over and not options.cuda_graphs)
+        self.trajectories = TrajectoryGroup(options.latent_jump, hands_over) if together else None
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
         return entry_of(gm, example_inputs, partial(read_options, self.options))

@@ -17,6 +17,7 @@ from moeca_compile.errors import CaptureError, OptionError
 from moeca_compile.frontend.model_arguments import models_of
 from moeca_compile.frontend.prompts import Prompt, check_seeds, sampler_of
 from moeca_compile.inspect.progress import ProgressCallback, bar
+from moeca_compile.planner.hand_over import handed_over
 from moeca_compile.planner.output.rule import with_output_rule
 from moeca_compile.planner.output.study import OutputStudy, Truth, check_truth
 from moeca_compile.planner.perturb import perturb_experts
@@ -59,7 +60,9 @@ def calibrate(
     Args:
         model: as `moeca_compile.compile` takes it; its weights are only read. For a pipeline, the compiled transformer
             is set on it during sampling, so `sample` may call the pipeline. Two transformers of one loop (a list, or a
-            pipeline that has them) get one schedule; it computes the step at which the other one takes over.
+            pipeline that has them) get one schedule; it computes the step at which the other one takes over. Whether
+            that one goes on with the first one's state (`Schedule.hand_over`) or starts cold is measured, by a rollout
+            of each at equal cost.
         sample: the caller's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`. With
             several prompts, it chooses the prompt by the seed. It gets a list of two transformers.
         prompts: for a pipeline, in place of `sample`: texts, or mappings with keywords of the pipeline's call such as
@@ -286,6 +289,7 @@ def _schedule(result: _Result) -> Schedule:
         schedule = schedule_of(plan, program.regions.keys, study.sampled.kinds)
     else:
         schedule = result.thinned.schedule
+    handed = handed_over(study, plan) if result.thinned is None else None
     if study.costs.full_steps:
         rows = tuple(schedule.rows[0 if i in study.costs.full_steps else i] for i in range(len(schedule.rows)))
         schedule = replace(schedule, rows=rows)
@@ -295,6 +299,16 @@ def _schedule(result: _Result) -> Schedule:
         method += f", {request.branches:g} of the branches in every cheap row"
     if result.thinned is not None:
         method += "".join(f", {way}" for way in result.thinned.ways)
+    predicted = _predicted(result)
+    if handed is not None:
+        cold = predicted["psnr_db"]
+        predicted |= {"tried hand_over": handed.quality, "tried cold start": cold}
+        if handed.quality > cold:
+            schedule, predicted["psnr_db"] = replace(schedule, hand_over=True), handed.quality
+            predicted |= {} if handed.holdout is None else {"psnr_db_holdout": handed.holdout}
+        method += (
+            f", {'handed over' if handed.quality > cold else 'cold start'} ({handed.quality:.1f} and {cold:.1f} dB)"
+        )
     return replace(
         schedule,
         made_by=f"calibrated for {request.text} on {len(request.seeds)} seeds: {method}",
@@ -302,7 +316,7 @@ def _schedule(result: _Result) -> Schedule:
         granularity=study.granularity,
         timesteps=study.timesteps,
         latent=program.latent_shape,
-        predicted=_predicted(result),
+        predicted=predicted,
     )
 
 

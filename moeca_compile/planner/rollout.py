@@ -87,6 +87,7 @@ class Rollout:
         compile_for: called once for each graph.
         watch: called after each call of the model. If it returns results, the sampler receives them instead.
         within: entered around each call of the model.
+        hands_over: a model's first step uses the state of the model before it.
 
     Attributes:
         schedules: of the graphs that ran.
@@ -95,9 +96,10 @@ class Rollout:
 
     def __init__(
         self, compile_for: Callable[[Program], CompiledSchedule], watch: Watch | None = None,
-        within: AbstractContextManager[object] | None = None,
+        within: AbstractContextManager[object] | None = None, hands_over: bool = False,
     ) -> None:  # fmt: skip
         self._compile_for, self._watch, self._within = compile_for, watch, within or nullcontext()
+        self._hands_over = hands_over
         self.schedules: dict[Program, CompiledSchedule] = {}
         self.running: dict[Trajectory | None, TrajectoryState] = {}
 
@@ -107,7 +109,7 @@ class Rollout:
             self.schedules[program] = self._compile_for(program)
         compiled, trajectory = self.schedules[program], current(runtime.ids)
         if trajectory not in self.running:
-            self.running[trajectory] = TrajectoryState(trajectory or Trajectory(()))
+            self.running[trajectory] = TrajectoryState(trajectory or Trajectory(()), hands_over=self._hands_over)
         running = self.running[trajectory]
         with self._within:
             results = run_step(compiled, running, args, trajectory)
@@ -197,7 +199,7 @@ class SampledModel:
 
     def run(
         self, seed: int, plan: Plan | Schedule | None = None, watch: Watch | None = None,
-        within: AbstractContextManager[object] | None = None,
+        within: AbstractContextManager[object] | None = None, hands_over: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Sample one seed.
 
@@ -207,6 +209,7 @@ class SampledModel:
                 everything, and count the steps.
             watch: called after each call of the model. If it returns results, the sampler receives them instead.
             within: entered around each call of the model.
+            hands_over: of two models, the second one goes on with the state of the first.
 
         Returns:
             The final samples, float32, on the CPU.
@@ -215,7 +218,7 @@ class SampledModel:
             ScheduleError: the sampler never called the model, or did not return a tensor.
         """
         compile_seconds, begin = self._compile_seconds, self.clock()
-        rollout = Rollout(lambda program: self._compiled(program, plan), watch, within)
+        rollout = Rollout(lambda program: self._compiled(program, plan), watch, within, hands_over)
         samples = self._call(seed, rollout)
         if not rollout.schedules:
             raise ScheduleError(

@@ -51,6 +51,7 @@ class Schedule:
         adaptive: if set, each step chooses one of the rows, which go from the most to the least expensive.
         output: fitted weights of what the model returns at each step, for granularity `output`.
         fitted: fitted weights of each region's FORECAST at each step; None: the polynomials of `order`.
+        hand_over: of two models in one loop, the second one goes on with what the first one kept, as measured.
         made_by: how the schedule was made, for people.
         predicted: what the maker expects, such as `mac_fraction` (see `moeca_compile.calibrate`).
         speedup: if set, the interval of this uniform schedule isn't known yet: `with_interval` chooses it for a graph.
@@ -71,6 +72,7 @@ class Schedule:
     adaptive: Adaptive | None = None
     output: OutputRule | None = None
     fitted: FittedWeights | None = None
+    hand_over: bool = False
     made_by: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
     speedup: float | None = None

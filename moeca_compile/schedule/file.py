@@ -16,8 +16,9 @@ from moeca_compile.schedule.output import OutputRule
 if TYPE_CHECKING:
     from moeca_compile.schedule import Schedule
 
-FORMAT, VERSION = "moeca-schedule", 4
-WITHOUT_LATENT, PLAIN = 3, 2  # versions of files without the latent's shape, and without fitted weights too
+FORMAT, VERSION = "moeca-schedule", 5
+# versions of files where nothing is handed over, without the latent's shape, and without fitted weights too
+NOT_HANDED_OVER, WITHOUT_LATENT, PLAIN = 4, 3, 2
 FRONT_FORMAT = "moeca-front"  # of a file with several schedules
 _OPTIONAL: dict[str, Callable[[Entries], Any]] = {
     "adaptive": Adaptive.from_entries,
@@ -26,7 +27,7 @@ _OPTIONAL: dict[str, Callable[[Entries], Any]] = {
 }
 _ENTRIES = (
     "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
-    "predicted", "control", "partials", "rows", "latent", *_OPTIONAL,
+    "predicted", "control", "partials", "rows", "latent", "hand_over", *_OPTIONAL,
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def entries_of(schedule: Schedule) -> dict[str, Any]:
     weights = {name: value.to_dict() for name, value in fitted.items() if value is not None}
     return {
         "format": FORMAT,
-        "version": VERSION if schedule.latent else WITHOUT_LATENT if weights else PLAIN,
+        "version": _version(schedule, bool(weights)),
         "made_by": schedule.made_by,
         "order": schedule.order,
         "period": schedule.period,
@@ -51,8 +52,16 @@ def entries_of(schedule: Schedule) -> dict[str, Any]:
         "partials": {letter: partial.to_list() for letter, partial in legend.items()},
         "rows": [format_row(row, legend) for row in schedule.rows],
         **({"latent": list(schedule.latent)} if schedule.latent else {}),
+        **({"hand_over": True} if schedule.hand_over else {}),
         **weights,
     }
+
+
+def _version(schedule: Schedule, has_weights: bool) -> int:
+    """The oldest version that has what this schedule needs."""
+    if schedule.hand_over:
+        return VERSION
+    return NOT_HANDED_OVER if schedule.latent else WITHOUT_LATENT if has_weights else PLAIN
 
 
 def attributes_from(data: Entries) -> dict[str, Any]:
@@ -82,11 +91,18 @@ def attributes_from(data: Entries) -> dict[str, Any]:
         "granularity": data.text("granularity", ""),
         "timesteps": data.numbers("timesteps"),
         "latent": _sizes(data.get("latent", [])),
+        "hand_over": _flag(data.get("hand_over", False)),
         "control": Control.from_entries(data.entries("control", {})),
         "made_by": data.text("made_by"),
         "predicted": {name: predicted.number(name) for name in predicted.data},
         **{name: read(data.entries(name)) for name, read in present.items()},
     }
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ScheduleError(f"hand_over is {short(value)}, expected true or false")
+    return value
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +49,23 @@ def test_a_pipeline_with_two_transformers_is_calibrated_as_one() -> None:
     schedule = calibrated(pipe, lambda pair, seed: drawn([pipe.transformer, pipe.transformer_2], seed))
     assert set(schedule.rows[SWITCH]) == {Action.COMPUTE}
     assert (pipe.transformer, pipe.transformer_2) == plain
+
+
+@pytest.mark.parametrize(("difference", "better"), [(0.0, True), pytest.param(1.0, False, marks=pytest.mark.slow)])
+def test_state_is_handed_over_where_that_was_better(difference: float, better: bool, tmp_path: Path) -> None:
+    """Equal weights: the second model's forecasts want what the first one kept. Independent ones: it misleads them."""
+    schedule = calibrated(models(difference), drawn)
+    tried = schedule.predicted["tried hand_over"], schedule.predicted["tried cold start"]
+    assert (tried[0] > tried[1]) is better
+    assert schedule.hand_over is better
+    assert schedule.predicted["psnr_db"] == max(tried)
+    assert ("handed over" if better else "cold start") in schedule.made_by
+    schedule.save(tmp_path / "schedule.json")
+    assert moeca.Schedule.load(tmp_path / "schedule.json") == schedule
+    torch._dynamo.reset()
+    pair = moeca.compile(models(difference), schedule=schedule, inner="eager")
+    kept = moeca.compile(
+        models(difference), schedule=replace(schedule, hand_over=False), hand_over=better, inner="eager"
+    )
+    assert torch.equal(drawn(pair, 0), drawn(kept, 0)), "the schedule sets what the option would"
+    assert moeca.stats(pair).mac_fraction == pytest.approx(schedule.predicted["mac_fraction"])
