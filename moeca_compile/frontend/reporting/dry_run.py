@@ -10,6 +10,8 @@ import torch
 from torch._dynamo import config
 from torch._subclasses.fake_tensor import fake_tensor_tls
 
+from moeca_compile.frontend.reporting.equal_calls import equal_calls_copied
+
 
 def is_dry(model: Any) -> bool:
     """Whether the model has parameters, and all of them are on the meta device."""
@@ -30,7 +32,7 @@ def traced_dry(model: Any) -> Iterator[None]:
     before = fake_tensor_tls.allow_non_fake_inputs_override
     fake_tensor_tls.allow_non_fake_inputs_override = True
     try:
-        with config.patch(capture_scalar_outputs=True):
+        with config.patch(capture_scalar_outputs=True), equal_calls_copied(model):
             yield
     finally:
         fake_tensor_tls.allow_non_fake_inputs_override = before
