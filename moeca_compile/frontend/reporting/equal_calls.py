@@ -79,7 +79,7 @@ def equal_calls_copied(model: nn.Module) -> Iterator[None]:
         return copying.call(original, variable, tx, args, kwargs)
 
     traced: list[CodeType] = []
-    UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
+    UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign, assignment]
     try:
         with register_bytecode_hook(lambda code, _: traced.append(code)):
             yield
@@ -139,9 +139,9 @@ class _Taken:
         return tuple(map(self.kind, args)), tuple((name, self.kind(value)) for name, value in kwargs.items())
 
     def kind(self, variable: Any) -> Hashable:
-        if isinstance(variable, LazyVariableTracker) and not variable.is_realized():
-            if isinstance(variable.peek_value(), torch.Tensor):
-                raise _NotAlone  # it would become an input before the weights that are read first
+        is_lazy = isinstance(variable, LazyVariableTracker) and not variable.is_realized()
+        if is_lazy and isinstance(variable.peek_value(), torch.Tensor):
+            raise _NotAlone  # it would become an input before the weights that are read first
         variable = variable.realize()
         kind = type(variable)
         if kind is ConstantVariable:
