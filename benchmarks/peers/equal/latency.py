@@ -86,8 +86,8 @@ def families(output: Schedule) -> list[Family]:
     """`output`: ours of granularity output."""
     at = [step for step, row in enumerate(output.rows) if row[0] is Action.COMPUTE]
 
-    def family(name: str, side: Any, opened: Callable[[Any], Way]) -> Family:
-        return Family(name, side, "", lambda work: {f"{COUNT} of 50": opened(work)})
+    def family(name: str, side: Any, opened: Callable[[Any], Way], guarded: bool = False) -> Family:
+        return Family(name, side, "", lambda work: {f"{COUNT} of 50": opened(work)}, guarded=guarded)
 
     return [
         family(
@@ -98,7 +98,9 @@ def families(output: Schedule) -> list[Family]:
         family("moeca regions, calibrated", "moeca", lambda work: ours.Moeca(work.prepared(), work, ours.load("34"))),
         family("calibrated multistep", "fewer steps", lambda work: Sampler(work, at)),
         family("TaylorSeer (diffusers)", "peer", _taylorseer),
-        family("TaylorSeer (diffusers), compiled as a whole", "peer", lambda work: _taylorseer(work, "whole")),
+        family(
+            "TaylorSeer (diffusers), compiled as a whole", "peer", lambda work: _taylorseer(work, "whole"), guarded=True
+        ),
         family("cache-dit, calibrated mask, Taylor 1", "peer", lambda work: _mask(work, at)),
         family("MagCache (diffusers)", "peer", _mag_cache),
     ]
