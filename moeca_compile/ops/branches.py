@@ -59,17 +59,24 @@ def branches_(
 
     Args:
         x: what the experts read, [B N, D], in the dtype of `y`.
-        ids: routed now, int64 [B, N, K]; gates: their weights, float32 [B, N, K].
+        ids: routed now, int64 [B, N, K].
+        gates: the weights of these branches, float32 [B, N, K].
         scores: the router's, float32 [B, N, E]; None where no drift is kept.
         now: step + 1, float32 scalar.
-        held, kept: expert + 1, int64, and last gate, float32, by slot, [B, N, K]. Changed in place, as all that follow.
-        y: the kept branches, float32 or bfloat16 [B, N, K, D]; at: their stamps, float32 [B, N, K].
-        d1, d2: differences, float32 [B, N, K, D]; before: the stamps before, float32 [B, N, K]. None: beyond the order.
-        error: of the last forecasts, float32 [B, N, K]; or drift, float32 [B, N, K], and seen, the last scores.
+        held: expert + 1 by slot, int64 [B, N, K]. Changed in place, as all that follow up to `seen`.
+        kept: last gate by slot, float32 [B, N, K].
+        y: the kept branches, float32 or bfloat16 [B, N, K, D].
+        at: their stamps, float32 [B, N, K].
+        d1, d2: differences, float32 [B, N, K, D]; None beyond the order.
+        before: the stamps before, float32 [B, N, K]; None beyond the order.
+        error: of the last forecasts, float32 [B, N, K]; None where drift is kept.
+        drift: of the scores, float32 [B, N, K]; None where errors are kept.
+        seen: the last scores, float32 [B, N, E]; None where errors are kept.
         sensitivity, threshold, quota: as in `pick`.
         up, down, gate, up_bias, down_bias, gate_bias, activation: as in `moeca::experts`.
-        count: how many branches of a sample are computed, 1 or more.
-        order: of the forecast; copy: what isn't computed is taken as it was.
+        count: how many branches of a sample are computed; 0: nothing is computed, and nothing changed.
+        order: of the forecast.
+        copy: what isn't computed is taken as it was.
 
     Returns:
         The sum of each token's branches by their gates, [B N, D], in the dtype of `y`.

@@ -87,12 +87,15 @@ def test_operators_are_documented() -> None:
     """Each operator's implementation names every argument of the schema, with its shape."""
     import torch
 
-    from moeca_compile.ops import branch_slots, experts, rows
+    from moeca_compile.ops import branch_slots, branches, experts, rows
     from tests.docs.docstrings import entries_of
 
     implementations = {
         "experts": experts.segments,
         "align": branch_slots.align,
+        "branches_": branches.branches_,
+        "forecast_branches": branches.forecast_branches,
+        "keep_branches_": branches.keep_branches_,
         "pick": branch_slots.pick,
         "unwritten": rows.unwritten,
     }

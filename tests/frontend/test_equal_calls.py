@@ -174,7 +174,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many calls 
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(CASES)]
+)
 def test_the_graph_is_that_of_a_whole_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, expected = CASES[name]
     made: list[Any] = []
