@@ -30,6 +30,7 @@ def test_a_model_is_compared_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "pairs.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_json_is_json() -> None:
     data = json.loads(run(*MODEL, "--json"))
     assert data["schedule"] == "uniform:3, order 1"

@@ -173,6 +173,7 @@ def test_the_order_of_a_token_s_experts_means_nothing(row: str, top_k: int, monk
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_token_whose_expert_is_named_twice() -> None:
     """A router may repeat itself; each of its entries is a branch."""
 
@@ -189,6 +190,7 @@ def test_a_token_whose_expert_is_named_twice() -> None:
         del STYLES["repeating"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("one expert for all", marks=SLOW), "an expert that nobody picks"])
 def test_lopsided_routers(kind: str) -> None:
     one = subject(f"numpy {kind}")

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.protocol import Timing, _program, as_json, in_step, interleave, print_table, save
 
 
+@pytest.mark.slow
 def test_contenders_take_turns() -> None:
     calls: list[str] = []
     before = {"b": lambda: calls.append("before b")}

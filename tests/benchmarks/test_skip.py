@@ -38,6 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> skip.Bench:
     return skip.Bench("skip", skip.QUICK)
 
 
+@pytest.mark.slow
 def test_share_of_the_macs_is_what_moeca_executes(bench: skip.Bench) -> None:
     _, executed = bench.run(skip.Way("skip", skip.VALUE, order=1), kept=1, interval=3)
     assert bench.share(kept=1, interval=3) == pytest.approx(executed, rel=1e-6)

@@ -22,6 +22,8 @@ from moeca_compile.schedule.adaptive import Adaptive
 from tests.bundle.conftest import EACH_PROVIDER, PROVIDERS, Edit, as_model, call_of, edit_manifest, small_model
 from tests.bundle.test_output import psnr
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 C, F = Action.COMPUTE, Action.FORECAST
 SCHEDULE = Schedule(

@@ -72,6 +72,7 @@ class AnotherFromEight(nn.Module):
         return out.relu() if len(x) > 8 else out
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_within_the_range(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"at batch 2 isn't the one at batch 12.*branches on its batch"):
         moeca.export(AnotherFromEight().eval(), call_of(2), "uniform:2", tmp_path / "b", dynamic_batch=(1, 12))

@@ -81,6 +81,7 @@ def test_any_batch(session: Session, model: DiT, batch: int) -> None:
     assert relative_error(session.run(named(call))["output"], model(*call)) < 1e-4
 
 
+@pytest.mark.slow
 def test_experts_that_the_example_does_not_hit(tmp_path: Path) -> None:
     """One token a sample and eight experts: the example's two samples hit half of them at most."""
     model = small_model(size=2, num_experts=8)

@@ -113,6 +113,7 @@ def test_inputs_are_checked(fused: FusedSession) -> None:
         trajectory.run({**named(call_of(2)), "x": np.zeros((2, 4, 8, 9), np.float32)})
 
 
+@pytest.mark.slow
 def test_a_schedule_that_ends(model: DiT, closed: Bundle) -> None:
     bundle = closed
     assert bundle.manifest.fused == FusedSpec(FUSED, 3)

@@ -25,6 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return moeca.export(small_model(), call_of(1), "uniform:2", path, dynamic_batch=False)
 
 
+@pytest.mark.slow
 def test_trajectories_interleaved(bundle: Bundle) -> None:
     """In an order by dice; each gives bit for bit what it gives alone."""
     session = Session.open(bundle.path, threads=1)

@@ -28,6 +28,8 @@ from tests.bundle.conftest import EACH_PROVIDER, PROVIDERS, Edit, as_model, call
 from tests.bundle.test_fuzz import mutate_entry
 from tests.bundle.test_output import psnr
 
+pytestmark = pytest.mark.slow
+
 STEPS = 9
 KEYS = ("blocks.0", "blocks.0.moe")
 C, R, F = Action.COMPUTE, Action.REUSE, Action.FORECAST

@@ -134,6 +134,7 @@ class Counted:
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_they_run_when_an_input_changes(provider: str, of_prompts: Bundle) -> None:
     """Once a trajectory, once a timestep; both again for a prompt that was written to. Always torch's values."""

@@ -229,6 +229,7 @@ def test_a_weight_that_is_computed_with(special: tuple[DiT, Bundle], tmp_path: P
         bundle.with_weights(weights, tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_two_names_of_one_weight(special: tuple[DiT, Bundle], tmp_path: Path) -> None:
     model, bundle = special
     one, other = model.pos + 1, model.pos + 2

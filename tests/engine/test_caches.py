@@ -147,6 +147,7 @@ HOLDS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @HOLDS
 def test_computed_in_full_it_is_eager_and_writes_the_caches(holds: bool) -> None:
     model = build(holds)
@@ -214,6 +215,7 @@ def test_a_skipped_step_leaves_the_caches_as_they_are(given_caches: Any) -> None
     assert not torch.equal(written[0], written[3])
 
 
+@pytest.mark.slow
 def test_guidance_streams_are_told_apart_by_their_caches(given_caches: Any) -> None:
     compiled = given_caches
     moeca.reset(compiled)

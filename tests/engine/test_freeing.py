@@ -129,6 +129,7 @@ def test_a_model_without_its_weights_has_no_state_dict() -> None:
         module(torch.randn(2, 4, 8, 8), torch.tensor([500.0, 500.0]), torch.tensor([1, 2]))
 
 
+@pytest.mark.slow
 def test_weights_on_the_host_serve_another_conditioning_and_other_timesteps(on_device: None) -> None:
     module = dit()
     state = {name: value.clone() for name, value in module.state_dict().items()}
@@ -181,6 +182,7 @@ def test_on_the_host_nothing_is_moved_to_the_host() -> None:
     assert moeca.stats(model).freed_bytes == 0
 
 
+@pytest.mark.slow
 def test_values_that_change_from_step_to_step_free_nothing() -> None:
     model = compiled(dit(), free_hoisted="drop")
     with pytest.warns(MoecaWarning, match="weren't computed beforehand"), moeca.trajectory(model, timesteps=TIMES):

@@ -99,6 +99,7 @@ def test_the_results_are_bitwise_those_of_whole_programs(case: str) -> None:
         assert same(run(loop(lean)), run(loop(whole)))
 
 
+@pytest.mark.slow
 def test_a_weight_written_past_its_version_counter_is_seen_by_the_next_trajectory() -> None:
     module = dit()
     model = compiled(module)
@@ -121,6 +122,7 @@ def test_the_second_trajectory_computes_its_steps_together() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_other_timesteps_are_learned_anew() -> None:
     model = compiled(dit())
     counts = mapped(model)

@@ -227,6 +227,7 @@ def test_slice_of_the_blocks_keeps_the_change_between_the_same_ends(skips: bool)
     assert torch.equal(made, digits.sample(ChangeCache(model, kept=1, interval=3), seed=0, n=2, steps=8))
 
 
+@pytest.mark.slow
 def test_executed_macs_are_those_of_the_loop() -> None:
     model = tiny()
     cached = moeca.compile(model, schedule="uniform:3", granularity="skip:2", **EAGER)

@@ -151,6 +151,7 @@ def storages(model: nn.Module) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_parameters_keep_their_storage_and_memory_stays(style: str) -> None:
     torch.manual_seed(0)

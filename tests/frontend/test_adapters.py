@@ -173,6 +173,7 @@ def test_experts_of_any_body_are_followed_too() -> None:
         assert not torch.allclose(follows(model, module), base, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["activation", "count"])
 def test_an_expert_that_becomes_another_one_is_proven_anew(kind: str) -> None:
     module = dit()

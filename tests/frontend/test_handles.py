@@ -77,6 +77,7 @@ def test_a_schedule_file_that_was_rewritten_is_read_again(door: str, tmp_path: P
     assert found == [5, 2]
 
 
+@pytest.mark.slow
 def test_a_handle_keeps_the_schedule_that_it_read(tmp_path: Path) -> None:
     module, path = dit(), str(tmp_path / "schedule.json")
     schedule_every(2).save(path)
@@ -158,6 +159,7 @@ def test_all_warnings_go_through_the_one_that_skips_frames() -> None:
 # -- programs ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dynamo_graphs_that_compute_the_same_share_a_program_with_its_state() -> None:
     """A graph of symbolic sizes gives its arguments in another order, numbers first."""
     module = dit()

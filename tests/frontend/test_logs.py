@@ -51,6 +51,7 @@ def test_the_log_tells_what_was_captured(caplog: pytest.LogCaptureFixture) -> No
     assert sum(text.startswith("region blocks.") for text in debugs) == 4
 
 
+@pytest.mark.slow
 def test_artifacts_belong_to_the_compile_that_they_are_of(artifacts: Captured) -> None:
     run()
     texts = {name: text for name, text, _ in artifacts}

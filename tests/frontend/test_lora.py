@@ -99,6 +99,7 @@ def test_swapped_scaled_and_stacked_adapters_make_no_new_variant(targets: str, f
     fact("changed", row_of(targets), captured="once", cached="yes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [ATTENTION, EXPERTS], ids=["attention", "experts"])
 def test_adapted_models_follow_the_oracle(targets: str, fact: Recorder) -> None:
     module = stacked(targets)
@@ -120,6 +121,7 @@ def test_adapted_models_follow_the_oracle(targets: str, fact: Recorder) -> None:
     fact("changed", row_of(targets), exact="equal to the reference, bit for bit")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_rank_runs_right_and_says_what_it_cost() -> None:
     module = dit()
     put_on(module, "ink", 2)

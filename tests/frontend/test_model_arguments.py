@@ -191,6 +191,7 @@ def test_disable_gives_the_plain_function_back() -> None:
     assert moeca.disable(sample) is sample
 
 
+@pytest.mark.slow
 def test_calibrate_leaves_a_model_compiled_in_place() -> None:
     plain = model()
     plain.compile(backend="moeca", options=EAGER)

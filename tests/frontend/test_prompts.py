@@ -99,6 +99,7 @@ def test_calibrate_takes_prompts() -> None:
     pipe("a fox", num_inference_steps=4)  # a warning is an error here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["region", "output"])
 def test_an_image_size_that_was_not_calibrated_is_warned_of(granularity: str) -> None:
     schedule = replace(moeca.Schedule.uniform(2), latent=(2, 8, 8))

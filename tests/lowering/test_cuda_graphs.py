@@ -110,6 +110,7 @@ def test_nothing_is_recorded_twice(recorder: Recorder) -> None:
     assert recorder.count == 4
 
 
+@pytest.mark.slow
 def test_trajectories_side_by_side_keep_their_states_apart(recorder: Recorder) -> None:
     replayed, called = both()
     wanted = [under_compile_lock(called, lambda model, seed=seed: plain(model, seed)) for seed in (1, 2)]
@@ -187,6 +188,7 @@ def test_results_that_are_lent_are_where_the_recording_has_them() -> None:
     assert (float(first), float(second), float(lent)) == (2.0, 6.0, 10.0)
 
 
+@pytest.mark.slow
 def test_threads_take_what_they_were_lent_before_another_replays(recorder: Recorder) -> None:
     replayed, called = both()
     wanted = [under_compile_lock(called, lambda model, seed=seed: plain(model, seed)) for seed in (1, 2, 3)]

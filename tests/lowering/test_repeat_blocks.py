@@ -89,6 +89,7 @@ def test_equal_blocks_are_calls_of_one_body_that_computes_the_same(text: str) ->
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_reused_blocks_stay_one_stretch() -> None:
     whole, repeated = lowered(variant_of(plain_analysis(), "F" * 2 * DEPTH))
     assert calls(repeated) == 0

@@ -85,6 +85,7 @@ def test_equal_blocks_get_a_stream_in_order_and_compute_the_same() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_a_graph_without_bodies_is_left_alone() -> None:
     gm = traced(lambda x: nn.functional.silu(torch.tanh(x).transpose(1, 2)), X)
     variant = variant_of(plain_analysis(), "C" * 10)

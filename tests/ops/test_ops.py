@@ -235,6 +235,7 @@ def test_make_fx_sees_one_node(pre_dispatch: bool) -> None:
         assert_close(graph(*inputs), layer(*inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compile(backend: str) -> None:

@@ -88,6 +88,7 @@ def test_branches_forecast_by_themselves_err_less_than_their_sum(found: dict[str
         assert overall["branch forecast"] < overall["sum forecast"]
 
 
+@pytest.mark.slow
 def test_a_wider_gap() -> None:
     one = branch_drift(toy.model().eval(), toy.sample, gap=2)["regions"]["blocks.1.moe"]
     seen = [ids for ids, _ in by_hand(1)]

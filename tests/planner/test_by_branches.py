@@ -64,6 +64,7 @@ def test_whole_regions_are_returned_where_they_are_better(model: nn.Module) -> N
     assert {act for row in found.rows for act in row} == {Action.COMPUTE, Action.FORECAST}
 
 
+@pytest.mark.slow
 def test_a_run_with_it_has_the_predicted_error_cost_and_state(model: nn.Module, found: Schedule) -> None:
     compiled = moeca.compile(model, schedule=Schedule.from_json(found.to_json()), inner="eager")
     with torch.no_grad():

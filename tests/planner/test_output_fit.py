@@ -209,6 +209,7 @@ def test_what_can_not_be_fitted_is_said(options: dict[str, Any], says: str, monk
         )
 
 
+@pytest.mark.slow
 def test_samples_of_held_out_seeds_are_checked_too() -> None:
     def truth(seed: int) -> Tensor:
         return torch.zeros(4 if seed < 1000 else 1, 2, 4, 4)  # would be broadcast

@@ -111,6 +111,7 @@ def test_rows_go_by_timestep_under_another_solver_or_number_of_steps(model: nn.M
         assert error < error_of(lazy, model, sampler(name, steps))
 
 
+@pytest.mark.slow
 def test_timesteps_that_are_not_the_schedules_are_warned_of(model: nn.Module) -> None:
     schedule = found_under(model, "FlowMatchEulerDiscreteScheduler")
     shifted = [1900.0 - 100 * step for step in range(STEPS)]

@@ -53,6 +53,7 @@ class StaleExpert:
         return output if step % 2 == 0 or then is None else output + (then - part).reshape(output.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "expert"), [(0, 1), (1, 3)])
 def test_it_is_what_the_models_own_code_gives(model: nn.Module, layer: int, expert: int) -> None:
     plain = copy.deepcopy(model)

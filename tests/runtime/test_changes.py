@@ -153,6 +153,7 @@ def test_another_batch_goes_on_with_the_trajectory(
     assert moeca.stats(model).mac_fraction == pytest.approx(by_hand)
 
 
+@pytest.mark.slow
 def test_trajectories_of_two_shapes_that_take_turns_are_both_exact_or_cold(model: nn.Module, full: nn.Module) -> None:
     """Out of step, each misses steps of the other: the clock can't know that they are two, and says so."""
     tapes = [Taped(model), Taped(model)]
@@ -172,6 +173,7 @@ def test_other_strides_are_exact(model: nn.Module, full: nn.Module) -> None:
         assert tape.equals(laid[1], calls=[0])  # a processor's kernels for the two layouts may round apart
 
 
+@pytest.mark.slow
 def test_another_dtype_of_the_whole_model_starts_cold(model: nn.Module, full: nn.Module) -> None:
     run(plain(model), COLD)
     tape = Taped(model)

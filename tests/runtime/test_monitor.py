@@ -62,6 +62,7 @@ def test_stats_may_be_asked_for_at_any_moment(model: nn.Module) -> None:
     assert all(same(*pair) for pair in zip(found, truth, strict=True))
 
 
+@pytest.mark.slow
 def test_reset_may_come_at_any_moment(model: nn.Module) -> None:
     truth = loops(model)
     with meanwhile(lambda: moeca.reset(model)) as errors:

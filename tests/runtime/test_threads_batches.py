@@ -79,7 +79,7 @@ def wrong(
 
 
 @pytest.mark.parametrize(
-    "way", ["unnamed", *(pytest.param(way, marks=pytest.mark.slow) for way in ("named", "frozen"))]
+    "way", [pytest.param(way, marks=pytest.mark.slow) for way in ("unnamed", "named", "frozen")]
 )
 def test_each_thread_gets_what_it_gets_by_itself(way: str) -> None:
     model = compiled(dit())

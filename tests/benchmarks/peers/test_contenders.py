@@ -71,6 +71,7 @@ def test_moecas_own_ways_say_what_they_spend(uncached: Tensor) -> None:
     assert uniform.state_bytes() > 2 * 12 * 4 * 64 * 96 * 4  # every region's value and difference, both halves
 
 
+@pytest.mark.slow
 def test_fora_copies_between_its_steps(uncached: Tensor) -> None:
     cache = fora.Fora(WORK, compiled=False)
     assert psnr(fora.Interval(cache, WORK, 1), uncached) > 120
