@@ -84,13 +84,28 @@ def test_the_graph_is_the_one_that_torch_makes(function: Callable[[Tensor], Tens
 
 
 def test_what_must_be_decomposed_is_told_apart() -> None:
+    def every(operator: Any) -> bool:
+        return True
+
     graph = exported(plain).graph
-    assert is_decomposed(graph, {})
-    assert not is_decomposed(graph, {aten.silu.default: None})
-    assert not is_decomposed(exported(in_place).graph, {})
+    assert is_decomposed(graph, {}, every)
+    assert not is_decomposed(graph, {aten.silu.default: None}, every)
+    assert not is_decomposed(graph, {}, lambda operator: operator is not aten.silu.default)
+    assert not is_decomposed(exported(in_place).graph, {}, every)
     calling = Graph()
     calling.get_attr("inner")
-    assert not is_decomposed(calling, {})
+    assert not is_decomposed(calling, {}, every)
+
+
+def test_an_operator_of_no_table_and_no_translation_is_decomposed() -> None:
+    """`aten.to.dtype`: torch takes it apart in every decomposition, and has no translation of it."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(aten.to.dtype, (x, torch.float64)),))
+    program = torch.export.export(torch.fx.GraphModule(torch.nn.Module(), graph), (torch.randn(3),), strict=False)
+    assert aten.to.dtype in {node.target for node in program.graph.nodes}
+    with tracing_quietly():
+        assert [node.op_type for node in translate(program, 20, {}).graph] == ["Cast"]
 
 
 def test_the_registry_is_read_once_and_what_an_export_adds_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +119,12 @@ def test_the_registry_is_read_once_and_what_an_export_adds_is_its_own(monkeypatc
         return registry
 
     monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(counted))
-    with translating._registry_read_once():
+    with translating._registry_read_once(20) as is_translated:
         first = ONNXRegistry.from_torchlib(opset_version=20)
         first.register_op(aten.silu.default, plain)
         second = ONNXRegistry.from_torchlib(opset_version=20)
+        assert is_translated(aten.silu.default)
+        assert not is_translated(aten.to.dtype)
     assert reads == [20]
     assert [len(one.functions["aten::silu"]) for one in (first, second)] == [2, 1]
     assert second.functions["aten::reshape"][0].onnx_function is plain

@@ -78,9 +78,7 @@ def wrong(
     return [key for key, outputs in found if not same(outputs, truth[key])]
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow) for way in ("unnamed", "named", "frozen")]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) for way in ("unnamed", "named", "frozen")])
 def test_each_thread_gets_what_it_gets_by_itself(way: str) -> None:
     model = compiled(dit())
     assert wrong(model, model, way, each=2, steps=4) == []

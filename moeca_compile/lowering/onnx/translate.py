@@ -37,8 +37,8 @@ def translate(exported: torch.export.ExportedProgram, opset: int, table: Mapping
         opset: of the standard ONNX domain.
         table: translations of operators that torch has none for, or another one.
     """
-    _decompose_only_what_must_be(exported)
-    with _alone, _registry_read_once():
+    with _alone, _registry_read_once(opset) as is_translated:
+        _decompose_only_what_must_be(exported, lambda operator: operator in table or is_translated(operator))
         program = torch.onnx.export(
             exported, dynamo=True, opset_version=opset, custom_translation_table=dict(table), optimize=True,
             verbose=False,
@@ -69,39 +69,46 @@ def tracing_quietly() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _decompose_only_what_must_be(exported: torch.export.ExportedProgram) -> None:
+def _decompose_only_what_must_be(
+    exported: torch.export.ExportedProgram, is_translated: Callable[[OpOverload], bool]
+) -> None:
     """Let the translator take the program as it is where the decomposition would only trace it again."""
     decompose: Any = exported.run_decompositions
 
     def run_decompositions(table: Mapping[Any, Any]) -> Any:
-        return exported if is_decomposed(exported.graph, table) else decompose(dict(table))
+        return exported if is_decomposed(exported.graph, table, is_translated) else decompose(dict(table))
 
     vars(exported)["run_decompositions"] = run_decompositions
 
 
-def is_decomposed(graph: Graph, table: Mapping[Any, Any]) -> bool:
-    """Whether a graph has no operator that `table` decomposes, that changes a tensor, or that calls another graph."""
+def is_decomposed(graph: Graph, table: Mapping[Any, Any], is_translated: Callable[[OpOverload], bool]) -> bool:
+    """Whether a graph has translated operators alone, none that `table` decomposes, changes a tensor, or calls another
+    graph. `aten.to` is in no table: torch takes such operators apart whenever it decomposes anything."""
     for node in graph.nodes:
         if node.op == "get_attr":
             return False
         if node.op != "call_function" or getattr(node.target, "__module__", "") == "_operator":
             continue
-        if not isinstance(node.target, OpOverload) or node.target in table or node.target._schema.is_mutable:
+        target = node.target
+        if not isinstance(target, OpOverload) or target in table or target._schema.is_mutable:
+            return False
+        if not is_translated(target):
             return False
     return True
 
 
 @contextlib.contextmanager
-def _registry_read_once() -> Iterator[None]:
+def _registry_read_once(opset: int) -> Iterator[Callable[[OpOverload], bool]]:
     """Each export gets a copy of the registry that was read first for its opset: it adds its own table to it.
 
-    A version of torch without this class reads it as often as it likes.
+    Yields whether it translates an operator. A version of torch without this class reads it as often as it likes, and
+    decomposes each graph.
     """
     try:
         registry: Any = importlib.import_module(_REGISTRY).ONNXRegistry
         original, read = vars(registry)["from_torchlib"], registry.from_torchlib
     except (ImportError, AttributeError, KeyError):
-        yield
+        yield lambda operator: False
         return
 
     def from_torchlib(**options: Any) -> Any:
@@ -114,7 +121,7 @@ def _registry_read_once() -> Iterator[None]:
 
     registry.from_torchlib = staticmethod(from_torchlib)
     try:
-        yield
+        yield lambda operator: bool(_torchlib(read, opset_version=opset).is_registered(operator))
     finally:
         registry.from_torchlib = original
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
-from moeca_compile.lowering.inductor.sizes.expressions import Dim
-from moeca_compile.lowering.inductor.sizes.form import form_of
-from moeca_compile.lowering.inductor.sizes.symbolic import NotShared, Numbers, Rule, fakes_of, rule_of, symbolic
+
+if TYPE_CHECKING:
+    from moeca_compile.lowering.inductor.sizes.expressions import Dim
+    from moeca_compile.lowering.inductor.sizes.symbolic import Numbers, Rule
 
 Run = Callable[..., Sequence[Any]]
 Compile = Callable[[GraphModule, Sequence[Any], FakeTensorMode | None], Run]
@@ -77,6 +78,8 @@ class SharedSizes:
             compiled: compiles a graph for tensors like those given; in the mode of fake tensors if it is given, whose
                 sizes are symbols.
         """
+        from moeca_compile.lowering.inductor.sizes.form import form_of  # with Dynamo, which a loaded package needs not
+
         if any(fx.has_unknown_size(node) for node in gm.graph.nodes):  # sizes that depend on data
             return compiled(gm, args, None)
         form = form_of(gm, args)
@@ -103,6 +106,8 @@ class SharedSizes:
         compiled: Compile,
     ) -> _Shared:  # fmt: skip
         """A new symbolic program for the last of some samples, and the others if one rule gives them all."""
+        from moeca_compile.lowering.inductor.sizes.symbolic import NotShared, fakes_of, rule_of, symbolic
+
         try:
             rule = rule_of(samples, args)
         except NotShared:
