@@ -121,7 +121,6 @@ def test_fullgraph_works_through_compile() -> None:
     assert same(run(plain(model)), run(plain(model)))
 
 
-@pytest.mark.slow
 def test_module_compile_in_place() -> None:
     module, eager = dit(), dit()
     module.compile(backend="moeca", options=EAGER)
@@ -240,7 +239,6 @@ def test_a_wrong_option_is_refused_at_once_by_compile() -> None:
         moeca.compile(dit(), schedule="uniform:often")
 
 
-@pytest.mark.slow
 def test_a_schedule_for_another_model_shows_the_difference() -> None:
     other = moeca.explain(dit(depth=2), *INPUTS, inner="eager").schedule
     model = compiled(dit(), schedule=other)
