@@ -24,9 +24,9 @@ from rich.console import Console
 import moeca_compile as moeca
 from benchmarks import fitted
 from benchmarks.hull import hull_of
-from benchmarks.pages import write_table
+from benchmarks.pages import write_held_out
 from benchmarks.paired import interval, paired, psnr
-from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
+from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS, Task
 from moeca_compile.schedule import Act, Action, Partial, Row, Schedule
 
@@ -179,9 +179,7 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
 
 def report(results: Path, page: Path) -> None:
     """Write the table of a task into the page, between its two marks."""
-    result = json.loads(results.read_text())
-    note = f"{result['samples']} held-out {result['task']}; {when(result['machine'])}."
-    write_table(page, MARKS[result["task"]], HEADS, rows_of(result), note)
+    write_held_out(results, page, MARKS, HEADS, rows_of)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -193,12 +191,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fitted", type=Path, help="the folder of benchmarks.fitted; default its own")
     parser.add_argument("--report", action="store_true", help=f"only write {PAGE}")
     args = parser.parse_args(argv)
-    name = "beyond_output" if args.task == DIGITS.name else f"beyond_output_{args.task}"
+    task = TASKS[args.task]
+    name = task.results_of("beyond_output")
     if args.report:
         report(RESULTS / f"{name}.json", PAGE)
         return
     pin_threads()
-    task, console = TASKS[args.task], Console(width=160)
+    console = Console(width=160)
     seeds, samples = (1, 4) if args.quick else (args.seeds, BATCH)
     bench = Bench(task, seeds, samples, args.work)
     wanted = schedules(bench.keys(), args.fitted or fitted.WORK / task.name, (6,) if args.quick else INTERVALS)

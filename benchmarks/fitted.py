@@ -12,7 +12,6 @@ stopped run goes on. Quality doesn't depend on the machine's load; no time is to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 import moeca_compile as moeca
-from benchmarks.pages import write_table
+from benchmarks.pages import write_held_out
 from benchmarks.paired import interval, paired, psnr, worst
-from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
+from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS, Task
 from moeca_compile.schedule import Action, Schedule
 
@@ -208,9 +207,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def report(results: Path, page: Path) -> None:
     """Write the table of a task into the page, between its two marks."""
-    result = json.loads(results.read_text())
-    note = f"{result['samples']} held-out {result['task']}; {when(result['machine'])}."
-    write_table(page, MARKS[result["task"]], HEADS, rows_of(result), note)
+    write_held_out(results, page, MARKS, HEADS, rows_of)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -220,14 +217,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help=f"folder of finished work; default {WORK}")
     parser.add_argument("--report", action="store_true", help=f"only write {PAGE}")
     args = parser.parse_args(argv)
-    name = "fitted" if args.task == DIGITS.name else f"fitted_{args.task}"
+    task = TASKS[args.task]
+    name = task.results_of("fitted")
     if args.report:
         report(RESULTS / f"{name}.json", PAGE)
         return
     pin_threads()
     console = Console(width=180)
     work = args.work or (WORK / (f"quick_{args.task}" if args.quick else args.task))
-    result = measure(Bench(QUICK if args.quick else WHOLE, work, TASKS[args.task]), console)
+    result = measure(Bench(QUICK if args.quick else WHOLE, work, task), console)
     show(result, console)
     folder = folder_of(args)
     if folder is not None:

@@ -263,12 +263,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", type=Path, default=PEERS, help="of benchmarks.peers.equal")
     parser.add_argument("--report", action="store_true", help=f"only write {fitted.PAGE}")
     args = parser.parse_args(argv)
-    name = "frechet" if args.task == DIGITS.name else f"frechet_{args.task}"
+    task = TASKS[args.task]
+    name = task.results_of("frechet")
     if args.report:
         report(RESULTS / f"{name}.json", fitted.PAGE)
         return
     pin_threads()
-    task, console = TASKS[args.task], Console(width=160)
+    console = Console(width=160)
     schedules = fitted.Bench(fitted.WHOLE, args.fitted or fitted.WORK / task.name, task)
     batch, samples = (4, 8) if args.quick else (BATCH, args.samples)
     kept = Kept(args.work or WORK / (f"quick_{task.name}" if args.quick else task.name), judge_of(task))

@@ -33,6 +33,10 @@ class Task:
     noise: Callable[[int, int], Tensor]
     regions: str | None
 
+    def results_of(self, benchmark: str) -> str:
+        """The name of a benchmark's results: the digits' have the benchmark's own."""
+        return benchmark if self is DIGITS else f"{benchmark}_{self.name}"
+
     def labels_of(self, seed: int, n: int) -> Tensor:
         """All labels in turn, going on from the seed before; (n,) int64."""
         return (torch.arange(n) + seed * n) % self.classes

@@ -11,7 +11,6 @@ contender is compared to the uncached run under the same condition. Nothing is t
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from benchmarks import fitted
-from benchmarks.pages import write_table
+from benchmarks.pages import write_held_out
 from benchmarks.paired import interval, paired, psnr, worst
-from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
+from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, GUIDANCE, TASKS, Task
 from moeca_compile.errors import MoecaWarning
 from moeca_compile.schedule import Schedule
@@ -188,9 +187,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
 
 def report(results: Path, page: Path) -> None:
     """Write the table of a task into the page, between its two marks."""
-    result = json.loads(results.read_text())
-    note = f"{result['samples']} held-out {result['task']}; {when(result['machine'])}."
-    write_table(page, MARKS[result["task"]], HEADS, rows_of(result), note)
+    write_held_out(results, page, MARKS, HEADS, rows_of)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -201,12 +198,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fitted", type=Path, help="the folder of benchmarks.fitted; default its own")
     parser.add_argument("--report", action="store_true", help=f"only write {fitted.PAGE}")
     args = parser.parse_args(argv)
-    name = "transfer" if args.task == DIGITS.name else f"transfer_{args.task}"
+    task = TASKS[args.task]
+    name = task.results_of("transfer")
     if args.report:
         report(RESULTS / f"{name}.json", fitted.PAGE)
         return
     pin_threads()
-    task, console = TASKS[args.task], Console(width=180)
+    console = Console(width=180)
     size = replace(fitted.WHOLE, shares=(SHARE,))
     schedules = fitted.Bench(size, args.fitted or fitted.WORK / task.name, task)
     seeds, samples = (1, 4) if args.quick else (args.seeds, 32)
