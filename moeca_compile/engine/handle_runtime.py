@@ -126,7 +126,7 @@ class HandleRuntime:
             for number in collected:
                 del self._weights[number]
             self._stamps.update(stamps)
-            self.ids = self.models.union(*(other.ids for other in self._weights.values()))
+            self._note_ids()
         return binding
 
     def accept_weights(self, graph: int, labels: Sequence[str], weights: Sequence[torch.Tensor]) -> None:
@@ -137,7 +137,10 @@ class HandleRuntime:
         with self.lock:
             binding = self._weights[graph] = WeightBinding(weights)
             self._stamps.update(zip(labels, binding.stamps(), strict=True))
-            self.ids = self.models.union(*(other.ids for other in self._weights.values()))
+            self._note_ids()
+
+    def _note_ids(self) -> None:
+        self.ids = self.models.union(*(bound.ids for bound in self._weights.values()))
 
     def accept_moved(self, addresses: Mapping[int, int]) -> None:
         """Take weights, by id, for unchanged at new addresses."""

@@ -44,7 +44,6 @@ from moeca_compile.graph.same_graph import identity
 from moeca_compile.inspect.trace import current_compile, log_capture
 from moeca_compile.lowering.inductor.as_given import lower_as_given
 from moeca_compile.passes.dump import text_of
-from moeca_compile.pipeline import WITH_PROLOGUES
 from moeca_compile.schedule.granularity import OUTPUT
 
 ENTRIES: weakref.WeakSet[Entry] = weakref.WeakSet()  # of all graphs of Dynamo that are alive
@@ -354,8 +353,10 @@ class Entry:
         if not captured.caches and runtime.find(any_strides_key) is not None:  # a copy isn't the caller's cache
             return self._beside(key, any_strides_key, runtime, captured)
         warn_of_shapes(captured, runtime.programs.values(), runtime.warned)
-        settings, shared = (runtime.options, runtime.schedule, runtime.warned), (runtime.freed, runtime.sizes)
-        program = Program(gm, args, self.inputs, *settings, captured, WITH_PROLOGUES, graph_key, *shared)
+        settings = runtime.options, runtime.schedule, runtime.warned
+        program = Program(
+            gm, args, self.inputs, *settings, captured, key=graph_key, freed=runtime.freed, sizes=runtime.sizes
+        )
         program.compiler.compile_id = self._compile_id
         graph = partial(text_of, program.analysis.gm)
         log_capture(program.regions, program.roles, program.schedule, graph, self._compile_id)
@@ -372,11 +373,8 @@ class Entry:
         placed = runtime.find(placed_key)
         assert placed is not None
         program = placed[0]
-        context = program.analysis.facts
-        if captured is None:
-            arrangement = reordered(context.inputs, self.inputs)
-        else:
-            arrangement = restrided(Capture(program.analysis.gm, context.inputs), captured)
+        gm, inputs = program.analysis.gm, program.analysis.facts.inputs
+        arrangement = reordered(inputs, self.inputs) if captured is None else restrided(Capture(gm, inputs), captured)
         runtime.place_beside(key, placed_key, arrangement)
         return program, arrangement
 

@@ -66,8 +66,8 @@ class _Recording:
     read: Sequence[Node]
 
 
-class _NotAlone(Exception):
-    """A block can't be told by what it reads and gives."""
+class NotAlone(Exception):
+    """A block, or a call, can't be told by what it reads and gives."""
 
 
 class Copying:
@@ -93,7 +93,7 @@ class Copying:
         for block in self.blocks.get(node, ()):
             try:
                 recording = self._recording(block, [env[read] for read in block.reads])
-            except _NotAlone:
+            except NotAlone:
                 continue
             template = self._templates.get(recording.key)
             if template is not None:
@@ -121,7 +121,7 @@ class Copying:
             recording = self._open.pop()
             try:
                 self._templates[recording.key] = self._template(recording, env)
-            except _NotAlone:
+            except NotAlone:
                 self._templates[recording.key] = None
 
     def check(self) -> None:
@@ -139,17 +139,17 @@ class Copying:
 
         def kind(value: Any) -> Hashable:
             if not isinstance(value, torch.Tensor):
-                return _plain(value)
+                return plain_key(value)
             node, inner = _captured(value)
             tensors.append(value)  # type: ignore[arg-type]  # _captured refuses others
             nodes.append(node)
-            return _kind(value, inner), nodes.index(node)
+            return tensor_key(inner), value.requires_grad, nodes.index(node)
 
         kinds = []
         for value in values:
             leaves, structure = tree_flatten(value)
             kinds.append((repr(structure), *map(kind, leaves)))
-        state = _state()
+        state = modes_key()
         return _Recording(block, (block.key, tuple(kinds), state), state, tensors, nodes)
 
     def _template(self, recording: _Recording, env: Mapping[Node, Any]) -> _Template:
@@ -158,18 +158,18 @@ class Copying:
         known = {*recording.read, *(node for nodes in made for node in nodes)}
         for node in (node for nodes in made for node in nodes):
             if node.op != "call_function" or fx.has_unknown_size(node) or not known.issuperset(node.all_input_nodes):
-                raise _NotAlone
-        if _state() != recording.state or any(_is_written(tensor) for tensor in recording.tensors):
-            raise _NotAlone
+                raise NotAlone
+        if modes_key() != recording.state or any(_is_written(tensor) for tensor in recording.tensors):
+            raise NotAlone
         read = {node: i for i, node in reversed([*enumerate(recording.read)])}
 
         def given(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
-                _plain(value)
+                plain_key(value)
                 return value
             node, inner = _captured(value)
             if node not in known:
-                raise _NotAlone
+                raise NotAlone
             return _Read(read[node]) if node in read else _Made(node, inner)
 
         return _Template(recording.read, made, {i: tree_map(given, env[block.nodes[i]]) for i in block.gives})
@@ -222,11 +222,11 @@ def _tracer() -> Any:
 def _captured(tensor: torch.Tensor) -> tuple[Node, torch.Tensor]:
     """The captured node of a tensor that nobody has written into, and the tensor below."""
     if type(tensor) is not FunctionalTensor or _is_written(tensor):
-        raise _NotAlone
+        raise NotAlone
     inner = torch._from_functional_tensor(tensor.elem)
     slot = get_proxy_slot(inner, _tracer(), None)
     if slot is None or slot.constant is not None:
-        raise _NotAlone
+        raise NotAlone
     return slot.proxy.node, inner
 
 
@@ -234,23 +234,39 @@ def _is_written(tensor: FunctionalTensor) -> bool:
     return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
 
 
-def _kind(tensor: torch.Tensor, inner: torch.Tensor) -> Hashable:
-    if not all(isinstance(size, int) for size in inner.shape) or inner.layout is not torch.strided:
-        raise _NotAlone
+def tensor_key(tensor: Any) -> Hashable:
+    """What a trace may read of a tensor but its values.
+
+    Raises:
+        NotAlone: it is no tensor, or one of unknown sizes or another layout than strides.
+    """
+    if not isinstance(tensor, torch.Tensor) or not all(isinstance(size, int) for size in tensor.shape):
+        raise NotAlone
+    if tensor.layout is not torch.strided:
+        raise NotAlone
     return (
-        tuple(inner.shape), inner.stride(), inner.storage_offset(), inner.dtype, inner.device, type(inner),
-        inner.is_conj(), inner.is_neg(), tensor.requires_grad,
+        type(tensor), tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device,
+        tensor.requires_grad, tensor.is_conj(), tensor.is_neg(),
     )  # fmt: skip
 
 
-def _plain(value: Any) -> Hashable:
+def plain_key(value: Any) -> tuple[type, str]:
+    """Equal for equal plain values of one type alone.
+
+    Raises:
+        NotAlone: the value isn't plain.
+    """
     if type(value) not in _PLAIN:
-        raise _NotAlone
+        raise NotAlone
     return type(value), repr(value)
 
 
-def _state() -> Hashable:
-    """What else decides how an operator is traced."""
+def modes_key() -> Hashable:
+    """What else decides how an operator is traced.
+
+    Raises:
+        NotAlone: a function of functorch is being traced.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise _NotAlone
+        raise NotAlone
     return ambient_autocast(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()

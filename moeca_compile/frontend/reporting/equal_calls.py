@@ -34,13 +34,7 @@ from torch.fx import Node, Proxy
 from torch.fx.node import map_arg
 
 from moeca_compile.frontend.reporting.equal_modules import kinds_of_modules
-from moeca_compile.graph.autocast import ambient_autocast
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-class _NotAlone(Exception):
-    """A call can't be told by what it takes and gives."""
+from moeca_compile.graph.copying import NotAlone, modes_key, plain_key, tensor_key
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ class _Copying:
         taken = _Taken()
         try:
             key = (self.kinds[variable.value], taken.kinds(args, kwargs), _state(variable, tx))
-        except _NotAlone:
+        except NotAlone:
             return original(variable, tx, args, kwargs)
         template = self._templates.get(key)
         if template is not None and template.path != _path(variable):
@@ -121,9 +115,9 @@ class _Copying:
             try:
                 again = _Taken()
                 if (again.kinds(args, kwargs), again.nodes) != (key[1], taken.nodes) or _state(variable, tx) != key[2]:
-                    raise _NotAlone
+                    raise NotAlone
                 self._templates[key] = _template(variable, tx, taken, last, calls, result)
-            except _NotAlone:
+            except NotAlone:
                 self._templates[key] = None
         return result
 
@@ -141,56 +135,37 @@ class _Taken:
     def kind(self, variable: Any) -> Hashable:
         is_lazy = isinstance(variable, LazyVariableTracker) and not variable.is_realized()
         if is_lazy and isinstance(variable.peek_value(), torch.Tensor):
-            raise _NotAlone  # it would become an input before the weights that are read first
+            raise NotAlone  # it would become an input before the weights that are read first
         variable = variable.realize()
         kind = type(variable)
         if kind is ConstantVariable:
-            return kind, *_plain(variable)
+            return kind, *plain_key(variable.as_python_constant())
         if kind in (TupleVariable, ListVariable, SizeVariable):
             return kind, *map(self.kind, variable.items)
         if kind is ConstDictVariable:
             return kind, *((self.kind(key.vt), self.kind(value)) for key, value in variable.items.items())
         if kind is not TensorVariable:
-            raise _NotAlone
+            raise NotAlone
         node = variable.as_proxy().node
         value = node.meta["example_value"]
         self.nodes.append(node)
         self.variables.append(variable)
-        return kind, variable.class_type, _tensor(value), self.nodes.index(node)
-
-
-def _tensor(value: Any) -> Hashable:
-    if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
-        raise _NotAlone
-    if value.layout is not torch.strided:
-        raise _NotAlone
-    return (
-        type(value), tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device,
-        value.requires_grad, value.is_conj(), value.is_neg(),
-    )  # fmt: skip
-
-
-def _plain(variable: Any) -> tuple[type, str]:
-    value = variable.as_python_constant()
-    if type(value) not in _PLAIN:
-        raise _NotAlone
-    return type(value), repr(value)
+        return kind, variable.class_type, tensor_key(value), self.nodes.index(node)
 
 
 def _state(variable: Any, tx: Any) -> Hashable:
     """What else decides how a call is traced: modes, and from where it is called (for the notes of its nodes)."""
     effects, output = tx.output.side_effects, tx.output
     if effects.mutated_sources or effects.tensor_hooks or effects.save_for_backward or not variable.source:
-        raise _NotAlone  # something that was there before the trace has changed
-    if output.current_tracer is not output.root_tracer or torch._C._functorch.peek_interpreter_stack() is not None:
-        raise _NotAlone
+        raise NotAlone  # something that was there before the trace has changed
+    if output.current_tracer is not output.root_tracer:
+        raise NotAlone
     places = []
     frame = tx
     while frame is not None:
         places.append((frame.f_code, frame.instruction_pointer))
         frame = getattr(frame, "parent", None)
-    modes = ambient_autocast(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), len(output.random_calls)
-    return modes, tuple(places), len(output.torch_function_mode_stack)
+    return modes_key(), tuple(places), len(output.random_calls), len(output.torch_function_mode_stack)
 
 
 def _path(variable: Any) -> str:
@@ -210,18 +185,18 @@ def _template(
     inside, weights = {*made, *taken.nodes}, dict[Node, str]()
     for node in made:
         if node.op not in ("call_function", "call_method"):
-            raise _NotAlone
+            raise NotAlone
         _static(node.meta.get("example_value"))
         for source in node.all_input_nodes:
             if source not in inside and source not in weights:
                 argument = source.meta.get("grapharg")
                 name = None if argument is None or source.op != "placeholder" else own.get(id(argument.example))
                 if name is None:
-                    raise _NotAlone
+                    raise NotAlone
                 weights[source] = name
     called = {name: n for name, n in tx.num_calls.items() if calls.get(name, 0) != n}
     if not made or any(name in calls or not name.startswith(path) for name in called):
-        raise _NotAlone
+        raise NotAlone
     gave = _given(result, {*made}, taken)
     order = {node: name for node in tx.output.graph.nodes if (name := weights.get(node)) is not None}
     return _Template(module, path, made, taken.nodes, order, gave, {n[len(path) :]: k for n, k in called.items()})
@@ -230,9 +205,9 @@ def _template(
 def _static(value: Any) -> None:
     for each in torch.utils._pytree.tree_leaves(value):
         if isinstance(each, torch.Tensor):
-            _tensor(each)
-        elif type(each) not in _PLAIN:
-            raise _NotAlone
+            tensor_key(each)
+        else:
+            plain_key(each)
 
 
 @dataclass(frozen=True)
@@ -245,15 +220,15 @@ def _given(result: Any, made: set[Node], taken: _Taken) -> Any:
     if type(result) is TupleVariable:
         return tuple(_given(each, made, taken) for each in result.items)
     if type(result) is ConstantVariable:
-        _plain(result)
+        plain_key(result.as_python_constant())
         return result
     if type(result) is not TensorVariable:
-        raise _NotAlone
+        raise NotAlone
     node = result.as_proxy().node
     if any(result is each for each in taken.variables):
         return _Read(next(i for i, each in enumerate(taken.variables) if each is result))
     if node not in made:
-        raise _NotAlone
+        raise NotAlone
     return result
 
 
