@@ -55,12 +55,14 @@ def full(step: int, gap: int) -> bool:
     return step < 2 or (step - 1) % gap == 0
 
 
-def schedules(keys: Sequence[str], fitted_in: Path, intervals: Sequence[int]) -> dict[tuple[str, str], Schedule]:
+def schedules(
+    keys: Sequence[str], of_output: fitted.Bench, intervals: Sequence[int]
+) -> dict[tuple[str, str], Schedule]:
     """By family and setting.
 
     Args:
         keys: of the model's regions, attention and experts in turn.
-        fitted_in: the folder of `benchmarks.fitted`; schedules that it lacks are left out.
+        of_output: fitted schedules; those that nobody calibrated are left out.
         intervals: between full steps.
     """
     found: dict[tuple[str, str], Schedule] = {}
@@ -74,7 +76,7 @@ def schedules(keys: Sequence[str], fitted_in: Path, intervals: Sequence[int]) ->
             for order in (1,) if isinstance(acts[1], Partial) else (1, 2):
                 found[family, f"every {gap}th, order {order}"] = Schedule(rows, tuple(keys), order=order)
     for share in fitted.WHOLE.shares:
-        if (path := fitted_in / f"{fitted.UNCACHED}_{share}.json").exists():
+        if (path := of_output.known(share, fitted.UNCACHED)) is not None:
             found[FITTED, f"{share} %"] = Schedule.load(path)
     return found
 
@@ -200,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=160)
     seeds, samples = (1, 4) if args.quick else (args.seeds, BATCH)
     bench = Bench(task, seeds, samples, args.work)
-    wanted = schedules(bench.keys(), args.fitted or fitted.WORK / task.name, (6,) if args.quick else INTERVALS)
+    of_output = fitted.Bench(fitted.WHOLE, args.fitted or fitted.WORK / task.name, task)
+    wanted = schedules(bench.keys(), of_output, (6,) if args.quick else INTERVALS)
     bench.measure(wanted, console)
     result = result_of(task, bench.runs)
     for row in rows_of(result):

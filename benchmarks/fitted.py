@@ -2,16 +2,19 @@
 
     python -m benchmarks.fitted                  # about 25 minutes on one core; writes results/fitted.json
     python -m benchmarks.fitted --task glyphs    # the glyphs model; writes results/fitted_glyphs.json
+    python -m benchmarks.fitted --again          # calibrates anew in place of the committed schedules
     python -m benchmarks.fitted --quick          # few steps and digits: does it run?
     python -m benchmarks.fitted --report         # docs/fitted.md from the results (with --task, of that one)
 
 Every contender makes the same samples with Euler steps and guidance 2, and computes the model at as many of 50 steps.
-Schedules are calibrated on other seeds than those told. Finished schedules and samples stay in `--work`, so that a
-stopped run goes on. Quality doesn't depend on the machine's load; no time is told here.
+Schedules are calibrated on other seeds than those told; those of the whole size are committed in results/schedules.
+Finished schedules and samples stay in `--work`, so that a stopped run goes on. Quality doesn't depend on the machine's
+load; no time is told here.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +33,7 @@ from benchmarks.tasks import DIGITS, TASKS, Task
 from moeca_compile.schedule import Action, Schedule
 
 WORK = Path("build/fitted")
+KEPT = RESULTS / "schedules"  # committed, of the whole size: <task>_<family>_<share>.json
 PAGE = Path("docs/fitted.md")
 REGIONS, UNCACHED, CONVERGED = "regions", "uncached", "converged"
 FIRST_SEED = 70_000  # of those that are told
@@ -69,24 +73,44 @@ class Bench:
 
     inner = "inductor"
 
-    def __init__(self, size: Size, work: Path, task: Task = DIGITS) -> None:
-        self.size, self.work, self.task = size, work, task
+    def __init__(self, size: Size, work: Path, task: Task = DIGITS, again: bool = False) -> None:
+        """`again`: calibrate, also where a schedule is committed."""
+        self.size, self.work, self.task, self.again = size, work, task, again
         work.mkdir(parents=True, exist_ok=True)
 
     def schedule(self, share: int, family: str) -> Schedule:
-        """The committed schedule of regions, or a calibrated one. `family`: `REGIONS`, or the truth of the weights."""
-        path = self.task.committed(share) if family == REGIONS else None
-        path = path or self.work / f"{family}_{share}.json"
-        if not path.exists():
+        """A known schedule, or a calibrated one. `family`: `REGIONS`, or the truth of the weights."""
+        if self.known(share, family) is None:
             self._calibrate(family)
+        path = self.known(share, family)
+        assert path is not None
         return Schedule.load(path)
+
+    def known(self, share: int, family: str) -> Path | None:
+        """The file of a committed schedule, or of one that an earlier run calibrated."""
+        committed = [self.task.committed(share)] if family == REGIONS else []
+        if self._whole and not self.again:
+            committed.append(KEPT / f"{self.task.name}_{family}_{share}.json")
+        paths = [path for path in (*committed, self.work / f"{family}_{share}.json") if path is not None]
+        return next((path for path in paths if path.exists()), None)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether schedules are calibrated on as much as the committed ones."""
+        return all(getattr(self.size, name) == getattr(WHOLE, name) for name in ("steps", "seeds", "samples"))
+
+    def keep(self, folder: Path) -> None:
+        """Copy the calibrated schedules of the whole size to where committed ones are."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.work.glob("*.json") if self._whole else ():
+            shutil.copyfile(path, folder / f"{self.task.name}_{path.name}")
 
     def _calibrate(self, family: str) -> None:
         """Save the schedules of a family, for all shares that lack one."""
         size, paths = self.size, {share: self.work / f"{family}_{share}.json" for share in self.size.shares}
+        missing = [share for share in paths if self.known(share, family) is None]
         # half a step more than the computed ones, for what cheap steps cost
         budgets = {share: f"macs:{(round(share * size.steps / 100) + 0.5) / size.steps:.4f}" for share in paths}
-        missing = [share for share in paths if not paths[share].exists()]
 
         def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
             return self.task.sampler(size.samples, steps)(model, seed)
@@ -215,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__.splitlines()[0], "one budget, few digits")
     parser.add_argument("--task", choices=TASKS, default=DIGITS.name, help="the model; default digits")
     parser.add_argument("--work", type=Path, help=f"folder of finished work; default {WORK}")
+    parser.add_argument("--again", action="store_true", help="calibrate anew in place of the committed schedules")
     parser.add_argument("--report", action="store_true", help=f"only write {PAGE}")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
@@ -225,11 +250,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     pin_threads()
     console = Console(width=180)
     work = args.work or (WORK / (f"quick_{args.task}" if args.quick else args.task))
-    result = measure(Bench(QUICK if args.quick else WHOLE, work, task), console)
+    bench = Bench(QUICK if args.quick else WHOLE, work, task, args.again)
+    result = measure(bench, console)
     show(result, console)
     folder = folder_of(args)
     if folder is not None:
         save(name, result, folder)
+        bench.keep(folder / KEPT.name)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import beyond_output
+from benchmarks import beyond_output, fitted
 from benchmarks.beyond_output import CHEAP, FITTED, OUTPUT, full, gain, schedules
 from benchmarks.fitted import computed
 from benchmarks.tasks import DIGITS
@@ -19,7 +19,7 @@ def run(family: str, setting: str, macs: float, *levels: float) -> dict[str, Any
 
 
 def test_all_families_compute_the_same_steps_in_full(tmp_path: Path) -> None:
-    found = schedules(("blocks.0.attn", "blocks.0.moe"), tmp_path, (4,))
+    found = schedules(("blocks.0.attn", "blocks.0.moe"), fitted.Bench(fitted.QUICK, tmp_path), (4,))
     assert {family for family, _ in found} == {OUTPUT, *CHEAP}
     assert {computed(schedule) for schedule in found.values()} == {sum(full(step, 4) for step in range(50))}
     assert [step for step in range(12) if full(step, 4)] == [0, 1, 5, 9]

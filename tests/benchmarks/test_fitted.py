@@ -32,6 +32,21 @@ def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     assert nearest["name"] == "output, fitted to converged"
 
 
+def test_a_committed_schedule_is_taken_unless_calibrated_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitted, "KEPT", tmp_path / "schedules")
+    work = tmp_path / "work"
+    first = fitted.Bench(fitted.WHOLE, work)
+    assert first.known(34, fitted.UNCACHED) is None
+    (work / "uncached_34.json").write_text("{}")
+    first.keep(fitted.KEPT)
+    kept = fitted.KEPT / "digits_uncached_34.json"
+    assert first.known(34, fitted.UNCACHED) == kept
+    assert fitted.Bench(fitted.WHOLE, tmp_path / "other", again=True).known(34, fitted.UNCACHED) is None
+    assert fitted.Bench(fitted.QUICK, tmp_path / "other").known(34, fitted.UNCACHED) is None  # another calibration
+    fitted.Bench(fitted.QUICK, work).keep(tmp_path / "none")
+    assert not list((tmp_path / "none").iterdir())
+
+
 @pytest.mark.slow
 def test_quick_transfer_tells_guidance(tmp_path: Path) -> None:
     transfer.main(["--quick", "--fitted", str(tmp_path / "work"), "--out", str(tmp_path)])

@@ -4,8 +4,8 @@
     python -m benchmarks.peers.equal.latency --quick    # few digits: does it run?
 
 The settings' quality is told by `python -m benchmarks.peers.equal`. Our schedule is the one that
-`python -m benchmarks.fitted` left, or else one that is calibrated on few digits now: its time doesn't depend on what
-its weights were fitted to.
+`python -m benchmarks.fitted` left or committed, or else one that is calibrated on few digits now: its time doesn't
+depend on what its weights were fitted to.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class FewDigits(fitted.Bench):
 
 def of_output(folder: Path) -> Schedule:
     """Our schedule of the output, from the folder of `benchmarks.fitted`; or calibrated now, and kept."""
-    bench = fitted.Bench(fitted.WHOLE, folder) if (folder / f"{UNCACHED}_{SHARE}.json").exists() else None
-    return (bench or FewDigits(FEW, WORK)).schedule(SHARE, UNCACHED)
+    bench = fitted.Bench(fitted.WHOLE, folder)
+    return (bench if bench.known(SHARE, UNCACHED) else FewDigits(FEW, WORK)).schedule(SHARE, UNCACHED)
 
 
 def families(output: Schedule) -> list[Family]:
