@@ -75,6 +75,7 @@ def test_a_run_with_it_has_the_predicted_error_and_cost(model: nn.Module, found:
 
 
 @pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_it_is_never_worse_than_a_uniform_schedule_of_that_cost(model: nn.Module, folder: Path, order: int) -> None:
     compiled = moeca.compile(model, schedule="uniform:2", order=order, inner="eager")
     with torch.no_grad():
@@ -85,6 +86,7 @@ def test_it_is_never_worse_than_a_uniform_schedule_of_that_cost(model: nn.Module
     assert uniform <= found.predicted["psnr_db"] + 1e-3
 
 
+@pytest.mark.slow
 def test_a_quality_budget_gives_the_cheapest_schedule_that_holds_it(model: nn.Module, folder: Path) -> None:
     found = moeca.calibrate(model, sample, budget="psnr:45", resume=folder, **QUICK)
     assert found.predicted["psnr_db"] >= 45

@@ -83,6 +83,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_calibrate_and_then_another_budget(tmp_path: Path) -> None:
     weights, kept = tmp_path / "w.safetensors", tmp_path / "kept"
     save_file(toy.model().state_dict(), weights)

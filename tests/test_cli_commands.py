@@ -121,6 +121,7 @@ def test_a_function_is_found_without_importing_its_module(tmp_path: Path, monkey
     assert not {"pack", "bad", "open"} & sys.modules.keys()
 
 
+@pytest.mark.slow
 def test_json_of_an_export_is_json(tmp_path: Path) -> None:
     words = ["export", "tests.test_cli_commands:tiny", str(tmp_path / "b"), "--schedule", "full", "--fixed-batch"]
     done = CliRunner().invoke(cli.app, [*words, "--json", "--triton", str(tmp_path / "models")])

@@ -38,6 +38,7 @@ def test_json_is_json() -> None:
     assert data["mac_fraction"] < 1
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_compared_by_prompts() -> None:
     words = ("tests.docs.world:Pipeline", "--inner", "eager", "--steps", "6", "--seeds", "2")
     data = json.loads(run(*words, "--prompt", "a fox", "--prompt", "a hare", "--json"))

@@ -65,6 +65,7 @@ def test_a_page_with_times_of_a_sampled_model(tmp_path: Path) -> None:
     assert len(data["measured"]["front"]["this schedule"]) == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_explained_is_said(tmp_path: Path) -> None:
     source = "tests.test_cli_explain:with_inputs"
     no_inputs = refused("tests.toy:model")

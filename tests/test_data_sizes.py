@@ -100,6 +100,7 @@ def test_it_follows_the_oracle(subject: Subject) -> None:
     assert_follows_the_oracle(subject, Runner(subject, schedule), [row(text) for text in rows])
 
 
+@pytest.mark.slow
 def test_the_report_says_so() -> None:
     assert "samples depend on their neighbours, cached as a whole" in str(moeca.explain(model(), *inputs(0).values()))
 

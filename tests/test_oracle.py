@@ -107,6 +107,7 @@ def test_the_oracle_s_forecast_is_rounded_once() -> None:
     assert forecast(values, 4, 1).tolist() == [1.03125, 102.0]
 
 
+@pytest.mark.slow
 def test_the_oracle_computes_everything_at_a_full_row() -> None:
     one = subject("float32")
     oracle = Reference(one.captured.gm, one.facts.regions, schedule_of(one.analysis, "CCCC"))

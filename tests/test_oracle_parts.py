@@ -99,14 +99,14 @@ def schedules(draw: st.DrawFn, one: Subject) -> Schedule:
     return schedule_of(one.analysis, "CC", *rows, order=order, legend=LEGEND, control=control)
 
 
-SLOW = pytest.mark.slow  # both styles and both speeds are in the others
+SLOW = pytest.mark.slow  # the other styles and speeds
 
 
 @pytest.mark.parametrize(
     ("style", "speed"),
     [
         ("numpy", WILD),
-        ("nonzero", TAME),
+        pytest.param("nonzero", TAME, marks=SLOW),
         pytest.param("numpy", TAME, marks=SLOW),
         pytest.param("nonzero", WILD, marks=SLOW),
     ],

@@ -199,6 +199,7 @@ def test_of_a_plain_model_without_inputs_it_says_what_to_do() -> None:
     assert moeca.explain(pipe).regions
 
 
+@pytest.mark.slow
 def test_explaining_leaves_the_cached_state_alone() -> None:
     torch._dynamo.reset()
     compiled = moeca.compile(model(), schedule="uniform:3", inner="eager")

@@ -106,6 +106,7 @@ def test_every_matrix_of_a_block_is_expected_in_one_region_or_is_no_region_s() -
         assert all(".text.out." in name for name in left), f"seed {seed}: {left}"  # dropped in the last block
 
 
+@pytest.mark.slow
 def test_a_wrong_finding_is_told() -> None:
     finding = find(draw(ANY))
     regions, rejected, expected = finding.regions.regions, finding.regions.rejected, finding.expected
@@ -122,6 +123,7 @@ def test_a_wrong_finding_is_told() -> None:
     assert "unheard of" in new
 
 
+@pytest.mark.slow
 def test_show_prints_what_was_found_against_what_was_expected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_experts_with_biases_of_one_projection_alone() -> None:
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_capacity_drops_the_last_branches_and_counts_them() -> None:
     call, weights = all_forms([("silu", True, False), ("gelu", False, True)])
     run = exported(call, weights, "capacity:1")

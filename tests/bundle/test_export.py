@@ -163,6 +163,7 @@ def test_it_is_verified_and_says_so(session: Session, exported: Bundle) -> None:
     assert "as recorded" in str(verdict)
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_keywords_and_baked_numbers(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

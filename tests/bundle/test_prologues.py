@@ -157,6 +157,7 @@ def test_they_run_when_an_input_changes(provider: str, of_prompts: Bundle) -> No
     assert counts == [(1, 1), (1, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
 
 
+@pytest.mark.slow
 def test_trajectories_share_nothing(of_prompts: Bundle) -> None:
     session = Session.open(of_prompts.path, threads=1)
     calls = [{**named(call_of(2, seed=seed)), "prompt": prompt_of(2, seed).numpy()} for seed in range(2)]

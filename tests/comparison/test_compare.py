@@ -130,6 +130,7 @@ def test_each_run_is_told(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- pipelines --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_compared_by_prompts() -> None:
     pipe = world.Pipeline()
     moeca.compile(pipe, schedule="uniform:3", inner="eager")

@@ -259,6 +259,7 @@ def test_a_cache_that_is_added_to_runs_uncached_and_right() -> None:
         assert (left - right).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_cache_shorter_than_the_sequence_is_the_models_own_error() -> None:
     """And the next call, with a cache that is long enough, is right."""
     compiled = moeca.compile(build(False), schedule="uniform:3", inner="eager")

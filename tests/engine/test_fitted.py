@@ -54,6 +54,7 @@ def filled(forecasts: Sequence[Sequence[float]]) -> list[list[Sequence[float]]]:
     return [[(), ()], [(), ()], [first, first], [(), ()], [last, last]]
 
 
+@pytest.mark.slow
 def test_the_polynomial_written_as_weights_is_the_polynomial(model: DiT) -> None:
     weights = [[(), ()], [(), ()], [(2.0, -1.0), (2.0, -1.0)], [(), ()], [(4.0, -3.0), (1.5, -0.5)]]
     plain, fitted = (run(model, schedule_for(values)) for values in (None, weights))

@@ -109,6 +109,7 @@ def test_a_model_without_its_weights_is_not_exported_saved_or_compiled_again(tmp
 
 
 @pytest.mark.parametrize("assign", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_weights_that_are_loaded_again_are_there(assign: bool) -> None:
     module = dit()
     model = compiled(module, free_hoisted="drop")
@@ -190,6 +191,7 @@ def test_values_that_change_from_step_to_step_free_nothing() -> None:
     assert moeca.stats(model).freed_bytes == 0
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_hoisted_nothing_is_freed() -> None:
     model = compiled(dit(), free_hoisted="drop", disable=("hoist_step_only", "hoist_invariant"))
     with pytest.warns(MoecaWarning, match="each weight is read by the steps themselves"):

@@ -152,6 +152,7 @@ def far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("far")
+@pytest.mark.slow
 def test_timesteps_on_an_accelerator_are_taken_at_their_word() -> None:
     model, by_step = compiled(dit()), compiled(dit())
     counts = mapped(model)

@@ -121,6 +121,7 @@ def test_every_expert_is_used() -> None:
 
 
 @pytest.mark.parametrize(("n", "steps"), [(10, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_samples_show_their_class(n: int, steps: int) -> None:
     images = digits.sample(dsmoe.load_digits(), seed=1, n=n, steps=steps)
     assert images.shape == (n, 1, 16, 16)

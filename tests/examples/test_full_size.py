@@ -34,6 +34,7 @@ def test_published_numbers_of_parameters(name: str, billions: float) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in SHALLOW])
+@pytest.mark.slow
 def test_full_width_at_small_depth_is_found(name: str) -> None:
     sizes, kinds = SHALLOW[name]
     model, inputs = getattr(full_size, name)(**sizes)

@@ -165,6 +165,7 @@ def samples_to_learn() -> tuple[Tensor, Tensor]:
     return torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(10)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     through = Training(tiny(), *samples_to_learn(), batch=4)
     losses = [through.advance() for _ in range(5)]

@@ -71,6 +71,7 @@ def guided(model: Any, steps: int = 8) -> list[Tensor]:
     return given
 
 
+@pytest.mark.slow
 def test_two_calls_a_step_are_two_streams_that_keep_apart() -> None:
     """Cached, each stream goes on from its own past: the same as two trajectories that are told apart by name."""
     torch._dynamo.reset()

@@ -52,6 +52,7 @@ def pixels(response: Any) -> Any:
     return np.asarray(Image.open(io.BytesIO(response.content)))
 
 
+@pytest.mark.slow
 def test_a_label_and_a_seed_give_one_image(client: TestClient, bundle: Path) -> None:
     first = client.get("/digits/3?seed=7&steps=6")
     assert pixels(first).shape == (8, 8)

@@ -180,6 +180,7 @@ def windowed(steps: int, interval: int, window: tuple[float, float]) -> Schedule
 
 
 @pytest.mark.parametrize(("kept", "interval"), [(2, 3), pytest.param(1, 5, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_skip_span_is_skip_cache(kept: int, interval: int) -> None:
     model = tiny()
     cached = moeca.compile(model, schedule=f"uniform:{interval}", granularity=f"skip:{kept}", **EAGER)
@@ -254,6 +255,7 @@ def test_one_span_is_all_there_is_to_schedule() -> None:
     assert report.state_bytes == 2 * 64 * 32 * 4
 
 
+@pytest.mark.slow
 def test_a_model_without_skips_says_so() -> None:
     with pytest.raises(CaptureError, match=r"no long skip .* keeps 1 outer blocks: this model has none"):
         moeca.explain(tiny(skips=False), *inputs(), granularity="skip:1", **EAGER)
@@ -279,6 +281,7 @@ def test_checkpoints_are_small(name: str) -> None:
 
 @pytest.mark.parametrize(("n", "steps"), [(10, 20), pytest.param(100, 50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.slow
 def test_samples_show_their_class(name: str, n: int, steps: int) -> None:
     images = digits.sample(skip_dit.load_digits(TRAINED[name][0]), seed=1, n=n, steps=steps)
     assert digits.accuracy(images, digits.labels_of(n)) >= 0.9

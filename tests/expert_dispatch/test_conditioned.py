@@ -66,6 +66,7 @@ class Timed(nn.Module):
         return x + c[:, None] * self.moe(self.norm(x), c)
 
 
+@pytest.mark.slow
 def test_a_layer_of_them_is_one_graph_and_cached() -> None:
     torch.manual_seed(0)
     model = Timed().eval().requires_grad_(False)

@@ -107,6 +107,7 @@ def test_what_the_loop_is_told_isnt_lost(kind: type[nn.Module], arguments: dict[
 
 
 @pytest.mark.parametrize("kind", [branching.OrExtra, branching.Unreached])
+@pytest.mark.slow
 def test_a_branch_that_no_proof_came_to_stays(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     layer = kind().eval()

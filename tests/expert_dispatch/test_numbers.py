@@ -198,7 +198,7 @@ def programs_of(compiled: nn.Module) -> tuple[Program, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "head by head" in name else name for name in LAYERS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("multi-head" in name or "128" in name)) for name in LAYERS]
 )
 def test_found_and_cached(name: str, fact: Recorder) -> None:
     layer, choice, count, top_k = LAYERS[name]
@@ -255,7 +255,7 @@ def operators(layer: Callable[[], nn.Module]) -> Counter[str]:
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name.endswith(("eager", "batched_mm", "default", "in a list"))
+        if name.endswith(("eager", "batched_mm", "default", "in a list", "of all heads"))
         else name
         for name in GROWING
     ],

@@ -78,6 +78,7 @@ def follows(model: Any, module: nn.Module) -> Tensor:
     ],
     ids=["experts", "attention", "both, another dispatch"],
 )
+@pytest.mark.slow
 def test_adapters_put_on_after_compiling_are_followed_and_cached(style: str, targets: str) -> None:
     module = dit(style=style)
     model = compiled(module)

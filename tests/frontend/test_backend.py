@@ -121,6 +121,7 @@ def test_fullgraph_works_through_compile() -> None:
     assert same(run(plain(model)), run(plain(model)))
 
 
+@pytest.mark.slow
 def test_module_compile_in_place() -> None:
     module, eager = dit(), dit()
     module.compile(backend="moeca", options=EAGER)
@@ -132,6 +133,7 @@ def test_module_compile_in_place() -> None:
     assert moeca.stats(module).steps == ()
 
 
+@pytest.mark.slow
 def test_a_function_over_a_prepared_model_is_cached() -> None:
     module = dit()
     moeca.prepare(module)
@@ -144,6 +146,7 @@ def test_a_function_over_a_prepared_model_is_cached() -> None:
     assert [record.variant for record in moeca.stats(model).steps][:4] == ["v0", "v1", "v1", "v0"]
 
 
+@pytest.mark.slow
 def test_a_function_over_an_unprepared_model_prepares_it_and_is_cached() -> None:
     module = dit()
     model = moeca_compiled(lambda x, t, y: module(x, t, y).clone())
@@ -165,6 +168,7 @@ def test_dynamic_shapes_are_accepted() -> None:
     assert counters["stats"]["unique_graphs"] <= 4
 
 
+@pytest.mark.slow
 def test_keyword_arguments_are_the_same_call() -> None:
     model = compiled(dit())
     by_name = compiled(dit())
@@ -239,6 +243,7 @@ def test_a_wrong_option_is_refused_at_once_by_compile() -> None:
         moeca.compile(dit(), schedule="uniform:often")
 
 
+@pytest.mark.slow
 def test_a_schedule_for_another_model_shows_the_difference() -> None:
     other = moeca.explain(dit(depth=2), *INPUTS, inner="eager").schedule
     model = compiled(dit(), schedule=other)

@@ -51,6 +51,7 @@ def test_one_model_compiled_in_many_ways_is_cached_in_each() -> None:
 
 
 @pytest.mark.usefixtures("own_garbage")
+@pytest.mark.slow
 def test_a_dropped_function_and_its_model_leave_nothing() -> None:
     """torch keeps what it compiled of a function on its code, which all functions of one `def` share."""
     x, y = torch.ones(2, 4, 8, 8), torch.tensor([1, 2])

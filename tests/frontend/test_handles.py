@@ -58,6 +58,7 @@ def schedule_every(interval: int) -> Schedule:
         pytest.param("module.compile", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_schedule_file_that_was_rewritten_is_read_again(door: str, tmp_path: Path) -> None:
     module, path = dit(), str(tmp_path / "schedule.json")
     moeca.prepare(module)
@@ -88,6 +89,7 @@ def test_a_handle_keeps_the_schedule_that_it_read(tmp_path: Path) -> None:
     assert moeca.explain(model, *INPUTS).schedule.rows == states_of(model)[0].schedule.rows
 
 
+@pytest.mark.slow
 def test_two_handles_of_one_model_have_their_own_state() -> None:
     module = dit()
     first, second = compiled(module), compiled(module)
@@ -197,6 +199,7 @@ class Constant(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_graphs_that_differ_in_a_constant_do_not_share() -> None:
     module = Constant().eval().requires_grad_(False)
     model = compiled(module)
@@ -216,6 +219,7 @@ def alive(kind: type) -> int:
 
 @pytest.mark.usefixtures("own_garbage")
 @pytest.mark.parametrize("door", ["moeca.compile", pytest.param("module.compile", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_dropped_models_leave_nothing(door: str) -> None:
     def use() -> weakref.ref[nn.Module]:
         module = dit()

@@ -75,6 +75,7 @@ def sampled(model: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     "targets", [pytest.param(ATTENTION, marks=pytest.mark.slow), EXPERTS], ids=["attention", "experts"]
 )
+@pytest.mark.slow
 def test_swapped_scaled_and_stacked_adapters_make_no_new_variant(targets: str, fact: Recorder) -> None:
     module = stacked(targets)
     model = compiled(module)

@@ -308,6 +308,7 @@ class Takes(DiT):
         return super().forward(x, t, y)
 
 
+@pytest.mark.slow
 def test_explain_takes_the_model_s_keywords() -> None:
     x, t, y = inputs()
     for one in (model(), moeca.compile(model(), **EAGER)):

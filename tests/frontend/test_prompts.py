@@ -148,6 +148,7 @@ class Encoding(world.Pipeline):
         return super().__call__(generator=generator)
 
 
+@pytest.mark.slow
 def test_a_text_for_a_pipeline_without_text_encoder_is_refused() -> None:
     pipe = Encoding()
     moeca.compile(pipe, schedule="uniform:3", inner="eager")

@@ -107,6 +107,7 @@ def test_int8_weights_put_in_after_compiling_are_followed() -> None:
         assert not torch.equal(follows(model, module), base)
 
 
+@pytest.mark.slow
 def test_a_trajectory_holds_for_quantised_weights() -> None:
     module = dit(style="dense")
     quantize(module)

@@ -64,6 +64,7 @@ def world_inputs() -> Any:
     return torch.randn(3, 2, 4, 4), torch.full((3,), 900.0), torch.tensor([1, 2, 3])
 
 
+@pytest.mark.slow
 def test_warmup_and_explain_log_nothing_and_the_call_after_them_does(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "moeca_compile")
     model = compiled()
@@ -81,6 +82,7 @@ def test_a_model_s_output_has_a_summary_too(caplog: pytest.LogCaptureFixture) ->
     assert "v1 0.0% of the MACs; 33.3% on average, 3.00 times fewer" in summaries(caplog)[0]
 
 
+@pytest.mark.slow
 def test_without_any_logging_it_goes_to_stderr(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_pipeline_with_two_transformers_is_one_trajectory() -> None:
     assert traced[0] == traced[1]
 
 
+@pytest.mark.slow
 def test_computed_in_full_both_are_eager() -> None:
     truth = sample(models())
     for left, right in zip(sample(compiled(schedule="full")), truth, strict=True):

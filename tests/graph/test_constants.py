@@ -139,6 +139,7 @@ def test_a_model_that_broke_in_its_first_call_is_one_graph(
     assert (stats.graphs, [record.step for record in stats.steps]) == (1, [0, 1, 2])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_twice_is_one_graph_under_both() -> None:
     torch.manual_seed(0)
     module = Reads(by_list).eval().requires_grad_(False)

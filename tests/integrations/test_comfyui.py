@@ -160,6 +160,7 @@ def test_samplings_are_cached_and_independent(node: Any, granularity: str, guida
     assert not model.wrappers
 
 
+@pytest.mark.slow
 def test_the_node_twice_leaves_one_cache(node: Any) -> None:
     (once,) = node.apply(Patcher(BaseModel()), "uniform:3", "region", "auto", "eager")
     (twice,) = node.apply(once, "full", "region", "auto", "eager")

@@ -107,6 +107,7 @@ def test_requests_are_cached_and_start_cold(plugin: Any, config: Any) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_full_is_the_plain_model(plugin: Any) -> None:
     plugin.register()
     backend, pipeline = chosen("moeca", {"moeca_schedule": "full", "moeca_inner": "eager"}), Pipeline(2)

@@ -118,6 +118,7 @@ def test_trajectories_side_by_side_keep_their_states_apart(recorder: Recorder) -
     assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_a_replaced_weight_is_seen(recorder: Recorder) -> None:
     models = both()
     for model in models:
@@ -141,6 +142,7 @@ def test_buffers_are_handed_on_empty() -> None:
     assert again.history == [()]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(run: replay.Run, args: Sequence[Any]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")

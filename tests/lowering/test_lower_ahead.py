@@ -52,6 +52,7 @@ def test_what_goes_wrong_is_for_inductor_to_say(monkeypatch: pytest.MonkeyPatch)
     assert not caught
 
 
+@pytest.mark.slow
 def test_who_compiles_nothing_asks_nothing(asked: list[str]) -> None:
     torch._dynamo.reset()
     run(plain(compiled(dit(), inner="eager")), 2)

@@ -35,6 +35,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(named[1])
 
 
+@pytest.mark.slow
 def test_the_script_runs(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert 'no "kernel"' in script.read_text()
     monkeypatch.setattr(sys, "argv", [str(script), "--eager"])

@@ -209,6 +209,7 @@ def storages(module: nn.Module) -> int:
 
 
 @pytest.mark.usefixtures("grouping")
+@pytest.mark.slow
 def test_weights_move_into_one_storage_a_list_and_nothing_else_changes() -> None:
     module = InBfloat16()
     truth, before = copy.deepcopy(module), {name: id(one) for name, one in module.named_parameters()}

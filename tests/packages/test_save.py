@@ -49,6 +49,7 @@ def added(step: int = 0) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("interpreted")
 class TestWhatIsSaved:
+    @pytest.mark.slow
     def test_prologues(self, tmp_path: Path) -> None:
         handle = compiled(small_model(), disable=())
         package = moeca.save(handle, tmp_path / "p", *call_at())

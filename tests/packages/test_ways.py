@@ -22,6 +22,7 @@ from tests.packages.conftest import SCHEDULE, call_at, sample, small_model
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.slow
 def test_export_makes_a_package(tmp_path: Path) -> None:
     package = moeca.export(
         small_model(), call_at(), SCHEDULE, tmp_path / "p", targets="aoti", dynamic_batch=False,

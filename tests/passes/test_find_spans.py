@@ -173,6 +173,7 @@ def test_a_slice_keeps_the_change_of_each_stream(body: str) -> None:
     assert len({base for _, base in pairs}) == (2 if body == "two streams" else 1)
 
 
+@pytest.mark.slow
 def test_the_blocks_before_a_slice_go_on_to_matter_and_those_before_a_stack_s_end_don_t() -> None:
     assert not any(cut.base for cut in span_of("plain", "stack").cuts)
     module = module_of("plain")
@@ -219,6 +220,7 @@ def test_spans_follow_the_oracle(case: tuple[str, str], order: int) -> None:
     assert_follows_the_oracle(one, Runner(one, schedule), [row(text) for text in rows])
 
 
+@pytest.mark.slow
 def test_a_model_is_cached_by_the_span_end_to_end() -> None:
     model = moeca.compile(
         module_of("concat").eval(), schedule="uniform:2", order=0, granularity="skip:1", inner="eager"

@@ -286,6 +286,7 @@ def test_experts_in_a_disabled_region_are_not_cast() -> None:
     assert "aten._to_copy.default" not in ops(graph.gm)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_under_autocast_is_bitwise_that_of_eager(x: Tensor) -> None:
     """The casts are in its graphs: the ambient autocast must not cast once more, least of all where it was off."""
     net = Inside(lambda: cast(enabled=False))

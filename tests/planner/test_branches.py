@@ -119,6 +119,7 @@ def test_seeds_are_trajectories_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("gap", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_only_the_last_steps_are_held(gap: int) -> None:
     sampled = SampledModel(toy.model().eval(), toy.sample, "region", "eager")
     watches: list[BranchWatch] = []

@@ -75,6 +75,7 @@ def test_the_samplers_weights_are_found(model: nn.Module) -> None:
     torch.testing.assert_close(uncond, (GUIDANCE - 1) / STEPS * torch.eye(2), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_guidance_in_one_call_is_seen_through(model: nn.Module) -> None:
     sampled, tape = taped(model, one_call)
     mixing = find_mixing(sampled, 0, tape)
@@ -83,6 +84,7 @@ def test_guidance_in_one_call_is_seen_through(model: nn.Module) -> None:
     torch.testing.assert_close(weights, expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_where_the_sampler_is_not_linear_outputs_are_compared(model: nn.Module) -> None:
     sampled, tape = taped(model, clamped)
     mixing = find_mixing(sampled, 0, tape)
@@ -128,6 +130,7 @@ def test_what_does_not_fit_goes_to_disk(tmp_path: Path) -> None:
     assert spool.bytes_in_memory == 0
 
 
+@pytest.mark.slow
 def test_experts_parts_are_those_of_the_layer(model: nn.Module) -> None:
     """By hand, from the layer's own router and experts: what each expert adds at steps 0, 1, 2, and how it drifts."""
     sampled, _ = taped(model, two_calls)

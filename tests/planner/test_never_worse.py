@@ -27,6 +27,7 @@ def sample(model: Any, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("share", [0.4, pytest.param(0.65, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_no_uniform_schedule_is_better(share: float) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

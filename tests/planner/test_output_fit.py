@@ -135,12 +135,14 @@ def test_fitted_to_samples_of_ones_own_it_comes_nearer_to_them() -> None:
 
 
 @pytest.mark.parametrize("sample", [pytest.param(two_calls, marks=pytest.mark.slow), second_order])
+@pytest.mark.slow
 def test_guidance_in_two_calls_and_solvers_of_second_order(sample: Any) -> None:
     predicted = calibrated("uncached", sample).predicted
     assert predicted["psnr_db"] > predicted["tried without weights"] + 1
     assert predicted["psnr_db_holdout"] > predicted["tried without weights"]
 
 
+@pytest.mark.slow
 def test_the_converged_states_are_nearer_than_those_of_four_times_the_steps() -> None:
     sampled = SampledModel(Velocity().eval(), guided, "output", "eager")
     uncached = record_path(sampled, 3)

@@ -86,6 +86,7 @@ def error_of(compiled: Any, model: nn.Module, sample: Sampler, seed: int = 5) ->
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("HeunDiscreteScheduler", *SLOW)),
     ],
 )
+@pytest.mark.slow
 def test_each_solver_is_calibrated_and_runs_as_predicted(model: nn.Module, name: str) -> None:
     schedule = found_under(model, name)
     error, stats = run(model, schedule, sampler(name))

@@ -60,6 +60,7 @@ def test_nothing_else_of_the_schedule_changes_and_it_can_be_kept(measured: dict[
         assert again.control == one.control
 
 
+@pytest.mark.slow
 def test_thresholds_change_what_is_computed_and_not_how_much(model: nn.Module, measured: dict[float, Schedule]) -> None:
     score = measured[0.1].control.score
     samples, shares = [], set()

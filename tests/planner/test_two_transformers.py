@@ -52,6 +52,7 @@ def test_a_pipeline_with_two_transformers_is_calibrated_as_one() -> None:
 
 
 @pytest.mark.parametrize(("difference", "better"), [(0.0, True), pytest.param(1.0, False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_state_is_handed_over_where_that_was_better(difference: float, better: bool, tmp_path: Path) -> None:
     """Equal weights: the second model's forecasts want what the first one kept. Independent ones: it misleads them."""
     schedule = calibrated(models(difference), drawn)

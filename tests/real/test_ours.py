@@ -57,7 +57,7 @@ def inputs(step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("DiT-MoE")) for name in MODELS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (not name.startswith("Skip-DiT"))) for name in MODELS]
 )
 def test_found_cached_and_exported(name: str, fact: Recorder) -> None:
     build, kinds, routing = MODELS[name]

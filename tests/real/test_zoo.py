@@ -26,7 +26,7 @@ from tests.reference import Reference
 from tests.tools import same
 
 STEPS = 8
-FAST = ("NucleusMoEImage", "PixArt")
+FAST = ("PixArt",)
 CLOSE = 1e-5
 
 pytestmark = [

@@ -80,6 +80,7 @@ def test_more_kinds_of_calls_than_torch_s_limit_are_cached() -> None:
     assert moeca.stats(fixed_sizes(2)).graphs >= 1
 
 
+@pytest.mark.slow
 def test_kinds_beyond_the_raised_limit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "MAX_GRAPHS", 2)
     with pytest.warns(MoecaWarning, match="1 of 1 calls of the model in this trajectory ran uncached"):

@@ -95,6 +95,7 @@ def test_changed_weights_start_cold(
     torch.testing.assert_close(tape.outputs[COLD], model._orig_mod(*tape.inputs[COLD]))
 
 
+@pytest.mark.slow
 def test_changed_buffers_start_cold() -> None:
     module = dit(style="nonzero")
     model, full = compiled(module), uncached(module)
@@ -165,6 +166,7 @@ def test_trajectories_of_two_shapes_that_take_turns_are_both_exact_or_cold(model
     assert tapes[1].equals(full, calls=range(COLD + 1))
 
 
+@pytest.mark.slow
 def test_other_strides_are_exact(model: nn.Module, full: nn.Module) -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
         laid = [lambda x, t, y, layout=layout, m=m: m(x.contiguous(memory_format=layout), t, y) for m in (model, full)]
@@ -187,6 +189,7 @@ def test_another_dtype_of_the_whole_model_starts_cold(model: nn.Module, full: nn
 
 
 @pytest.mark.parametrize("first", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_autocast_on_or_off_starts_cold(model: nn.Module, full: nn.Module, first: bool) -> None:
     tape = Taped(model)
     loop = plain(tape)

@@ -99,6 +99,7 @@ def test_named_streams_give_what_the_clock_finds_out(model: nn.Module) -> None:
     assert same(run(cfg_calls(model, enter=streams(model))), found)
 
 
+@pytest.mark.slow
 def test_a_batched_guidance_interval_starts_cold_at_both_ends(model: nn.Module, full: nn.Module) -> None:
     """Batch 1, batch 2, batch 1: the first state is still there at the end, and many steps too old."""
     tape = Taped(model)

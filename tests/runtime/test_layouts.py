@@ -18,6 +18,7 @@ def odd(x: Tensor, step: int) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:steps of other input shapes")
+@pytest.mark.slow
 def test_strides_of_single_elements_make_no_other_program() -> None:
     """Dynamo makes a second graph, once; there the trajectory may start again, but not at every step."""
     model, x, outputs = compiled(dit()), torch.randn(1, 4, 8, 8), list[Tensor]()
@@ -31,6 +32,7 @@ def test_strides_of_single_elements_make_no_other_program() -> None:
 
 
 @pytest.mark.parametrize("first", [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_latent_in_changing_memory_formats_is_one_trajectory(first: torch.memory_format) -> None:
     """What was kept serves all of them; results lie as they would without the cache."""
     other = torch.channels_last if first is torch.contiguous_format else torch.contiguous_format
@@ -60,6 +62,7 @@ def test_a_latent_in_changing_memory_formats_is_one_trajectory(first: torch.memo
 
 
 @pytest.mark.parametrize("expanded", [pytest.param("time", marks=pytest.mark.slow), "latent"])
+@pytest.mark.slow
 def test_expanded_inputs_are_like_others(expanded: str) -> None:
     """Nothing can be copied into a tensor whose elements lie in one place."""
     module = dit()
@@ -104,6 +107,7 @@ def test_a_model_that_reads_by_strides_is_given_its_own() -> None:
     ],
     ids=["full, first call", "first call", "in the middle"],
 )
+@pytest.mark.slow
 def test_no_samples_give_an_empty_tensor_and_change_nothing(schedule: str, first: bool) -> None:
     module = dit()
     model = compiled(module, schedule=schedule)
@@ -135,6 +139,7 @@ class WithExtras(nn.Module):
         return self.inner(x, t, y) + extras.sum()
 
 
+@pytest.mark.slow
 def test_an_empty_input_beside_others_is_cached_as_ever() -> None:
     model = compiled(WithExtras().eval().requires_grad_(False))
     found = run(plain(lambda x, t, y: model(x, t, y, torch.zeros(0, 3))))

@@ -42,12 +42,14 @@ def rows_of(schedule: Schedule | str, speeds: tuple[float, ...], steps: int = 14
     return "".join(record.variant[1:] for record in stats.steps), outputs
 
 
+@pytest.mark.slow
 def test_a_faster_stream_is_computed_more_often() -> None:
     slow, fast = (rows_of("adaptive:0.3", (speed,))[0] for speed in (0.01, 0.2))
     assert slow.count("0") < fast.count("0")
     assert set(fast) == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_the_worst_sample_decides() -> None:
     slow, fast, both = (rows_of("adaptive:0.3", speeds)[0] for speeds in ((0.01,), (0.2,), (0.2, 0.01)))
     assert both == fast != slow
@@ -62,6 +64,7 @@ def test_full_steps_are_exact() -> None:
         assert torch.allclose(found, wanted, atol=1e-5) is (row == "0"), step
 
 
+@pytest.mark.slow
 def test_three_rows_with_branches_between() -> None:
     """A dear step, one that computes attention and some branches, a cheap one."""
     keys = ("blocks.0", "blocks.0.moe")

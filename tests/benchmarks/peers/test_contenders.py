@@ -83,6 +83,7 @@ def test_fora_copies_between_its_steps(uncached: Tensor) -> None:
     assert way.state_bytes() == 0
 
 
+@pytest.mark.slow
 def test_taylorseer_runs_the_steps_that_are_counted(uncached: Tensor) -> None:
     pytest.importorskip("diffusers", reason=NEEDS_DIFFUSERS)
     seer = taylorseer.TaylorSeer(WORK, order=1, compiled="no")
@@ -113,6 +114,7 @@ def test_taylorseers_lite_mode_forecasts_the_last_layer_alone(uncached: Tensor) 
 
 
 @pytest.mark.parametrize("calibrator", ["dmd", pytest.param("foca", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_calibrated_mask_computes_its_steps_and_forecasts_between(calibrator: str) -> None:
     pytest.importorskip("cache_dit", reason=NEEDS_CACHE_DIT)
     images = []
@@ -127,6 +129,7 @@ def test_a_calibrated_mask_computes_its_steps_and_forecasts_between(calibrator: 
     assert not torch.equal(*images)
 
 
+@pytest.mark.slow
 def test_dbcache_hits_where_its_threshold_says(uncached: Tensor) -> None:
     pytest.importorskip("cache_dit", reason=NEEDS_CACHE_DIT)
     cache = dbcache.DBCache(WORK, 0, "no", Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
@@ -155,6 +158,7 @@ def test_masks_compute_the_steps_that_are_set() -> None:
     )  # its table says 11 of 28
 
 
+@pytest.mark.slow
 def test_teacache_is_exact_at_threshold_zero(uncached: Tensor) -> None:
     thirds = Thirds(WORK, compiled=False)
     always = teacache.Setting(thirds, WORK, -1.0)

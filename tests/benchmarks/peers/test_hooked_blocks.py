@@ -35,6 +35,7 @@ def mag_cache() -> HookedBlocks:
     ],
     ids=["FirstBlockCache", "MagCache", "SeaCache"],
 )
+@pytest.mark.slow
 def test_it_never_hits_at_threshold_zero_and_hits_above(
     open_cache: Callable[[], HookedBlocks], hitting: dict[str, float], uncached: Tensor
 ) -> None:
@@ -53,6 +54,7 @@ def test_it_never_hits_at_threshold_zero_and_hits_above(
     assert way.state_bytes() == 0
 
 
+@pytest.mark.slow
 def test_magcaches_steps_follow_from_its_ratios() -> None:
     cached = mag_cache()
     for fields in ({"threshold": 0.3, "max_skip_steps": 3, "retention_ratio": 0.2}, {"threshold": 0.1}):
