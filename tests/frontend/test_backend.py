@@ -134,29 +134,6 @@ def test_module_compile_in_place() -> None:
 
 
 @pytest.mark.slow
-def test_a_function_over_a_prepared_model_is_cached() -> None:
-    module = dit()
-    moeca.prepare(module)
-    model = moeca_compiled(lambda x, t, y: module(x, t, y).clone())
-    first = run(plain(model))
-    assert same(run(plain(model)), first)
-    assert same(first, run(plain(compiled(module))))
-    with moeca.trajectory(model, steps=len(TIMES), stream="only"):
-        assert same(run(plain(model)), first)
-    assert [record.variant for record in moeca.stats(model).steps][:4] == ["v0", "v1", "v1", "v0"]
-
-
-@pytest.mark.slow
-def test_a_function_over_an_unprepared_model_prepares_it_and_is_cached() -> None:
-    module = dit()
-    model = moeca_compiled(lambda x, t, y: module(x, t, y).clone())
-    first = run(plain(model))
-    for one, again in zip(first, run(plain(compiled(module))), strict=True):
-        assert torch.allclose(one, again, rtol=1e-5, atol=1e-6)
-    assert [record.variant for record in moeca.stats(model).steps][:4] == ["v0", "v1", "v1", "v0"]
-
-
-@pytest.mark.slow
 def test_dynamic_shapes_are_accepted() -> None:
     module = dit()
     model = compiled(module)

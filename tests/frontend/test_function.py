@@ -14,6 +14,7 @@ import moeca_compile as moeca
 from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.frontend.handles import all_states
 from tests.models import DiT
+from tests.sampling import TIMES, compiled, dit, plain, run, same
 
 
 def test_a_function_over_a_model_has_the_model_s_regions() -> None:
@@ -79,3 +80,30 @@ def test_a_dropped_function_and_its_model_leave_nothing() -> None:
     dropped = use()
     assert alive() == before
     assert not any(one() is not None for one in dropped)
+
+
+@pytest.mark.slow
+def test_a_function_over_a_prepared_model_is_cached() -> None:
+    module = dit()
+    moeca.prepare(module)
+    model = torch.compile(
+        lambda x, t, y: module(x, t, y).clone(), backend="moeca", options={"schedule": "uniform:3", "inner": "eager"}
+    )
+    first = run(plain(model))
+    assert same(run(plain(model)), first)
+    assert same(first, run(plain(compiled(module))))
+    with moeca.trajectory(model, steps=len(TIMES), stream="only"):
+        assert same(run(plain(model)), first)
+    assert [record.variant for record in moeca.stats(model).steps][:4] == ["v0", "v1", "v1", "v0"]
+
+
+@pytest.mark.slow
+def test_a_function_over_an_unprepared_model_prepares_it_and_is_cached() -> None:
+    module = dit()
+    model = torch.compile(
+        lambda x, t, y: module(x, t, y).clone(), backend="moeca", options={"schedule": "uniform:3", "inner": "eager"}
+    )
+    first = run(plain(model))
+    for one, again in zip(first, run(plain(compiled(module))), strict=True):
+        assert torch.allclose(one, again, rtol=1e-5, atol=1e-6)
+    assert [record.variant for record in moeca.stats(model).steps][:4] == ["v0", "v1", "v1", "v0"]
