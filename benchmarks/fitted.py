@@ -3,6 +3,7 @@
     python -m benchmarks.fitted                  # about 25 minutes on one core; writes results/fitted.json
     python -m benchmarks.fitted --task glyphs    # the glyphs model; writes results/fitted_glyphs.json
     python -m benchmarks.fitted --again          # calibrates anew in place of the committed schedules
+    python -m benchmarks.fitted --times          # only: does it help to search the timesteps too? Few held-out samples
     python -m benchmarks.fitted --quick          # few steps and digits: does it run?
     python -m benchmarks.fitted --report         # docs/fitted.md from the results (with --task, of that one)
 
@@ -35,12 +36,14 @@ from moeca_compile.schedule import Action, Schedule
 WORK = Path("build/fitted")
 KEPT = RESULTS / "schedules"  # committed, of the whole size: <task>_<family>_<share>.json
 PAGE = Path("docs/fitted.md")
-REGIONS, UNCACHED, CONVERGED = "regions", "uncached", "converged"
+REGIONS, UNCACHED, CONVERGED, TIMES = "regions", "uncached", "converged", "times"
 FIRST_SEED = 70_000  # of those that are told
 MARKS = {
     "digits": "<!-- python -m benchmarks.fitted --report -->",
     "glyphs": "<!-- python -m benchmarks.fitted --task glyphs --report -->",
 }
+
+TIMES_MARKS = {name: mark.replace("--report", "--times --report") for name, mark in MARKS.items()}
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class Size:
 
 WHOLE = Size(50, 4, (50, 34, 26, 20), 8, 8, 8, 32)
 QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
+FEW = replace(WHOLE, shares=(34, 20), held_out=2)  # for the timesteps
 
 
 class Bench:
     """A task's model, and what was sampled with it."""
 
     inner = "inductor"
+    resume: Path | None = None
 
     def __init__(self, size: Size, work: Path, task: Task = DIGITS, again: bool = False) -> None:
         """`again`: calibrate, also where a schedule is committed."""
@@ -79,7 +84,8 @@ class Bench:
         work.mkdir(parents=True, exist_ok=True)
 
     def schedule(self, share: int, family: str) -> Schedule:
-        """A known schedule, or a calibrated one. `family`: `REGIONS`, or the truth of the weights."""
+        """A known schedule, or a calibrated one. `family`: `REGIONS`; the truth of the weights; or `TIMES`, fitted to
+        the converged truth with the timesteps searched."""
         if self.known(share, family) is None:
             self._calibrate(family)
         path = self.known(share, family)
@@ -115,12 +121,16 @@ class Bench:
         def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
             return self.task.sampler(size.samples, steps)(model, seed)
 
+        def timed(model: Any, seed: int, steps: int = size.steps, timesteps: Sequence[float] = ()) -> Tensor:
+            return self.task.sampler(size.samples, steps, timesteps=timesteps)(model, seed)
+
         kind: dict[str, Any] = {"granularity": "region"}
         if family != REGIONS:
-            kind = {"granularity": "output", "truth": self.truth(family)}
+            kind = {"granularity": "output", "truth": self.truth(CONVERGED if family == TIMES else family)}
         front = moeca.calibrate_front(
-            self.task.load(), calibrated_on, budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2,
-            data_range=2.0, inner=self.inner, **kind,
+            self.task.load(), timed if family == TIMES else calibrated_on,
+            budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2, data_range=2.0,
+            inner=self.inner, resume=self.resume, **kind,
         )  # fmt: skip
         for share in missing:
             front.at(budgets[share]).save(paths[share])
@@ -136,7 +146,8 @@ class Bench:
         if len(images) < size.held_out:
             model = self._model(schedule)
             times, second_order = (1, False) if order == "euler" else (size.finer, True)
-            sample = self.task.sampler(size.batch, times * size.steps, second_order)
+            given = schedule.timesteps if schedule is not None and schedule.searched_timesteps else ()
+            sample = self.task.sampler(size.batch, times * size.steps, second_order, timesteps=given)
             for seed in range(FIRST_SEED + len(images), FIRST_SEED + size.held_out):
                 if schedule is not None:
                     moeca.reset(model)
@@ -184,6 +195,47 @@ def measure(bench: Bench, console: Console) -> dict[str, Any]:
     return {"task": bench.task.name, "samples": len(own[CONVERGED]), "lines": lines}
 
 
+class TimesBench(Bench):
+    """With and without searched timesteps: both calibrations share what they sample."""
+
+    def __init__(self, size: Size, work: Path, task: Task = DIGITS, again: bool = False) -> None:
+        super().__init__(size, work, task, again)
+        self.resume = work / "calibration"
+
+
+def measure_times(bench: Bench, console: Console) -> dict[str, Any]:
+    """The figures of schedules fitted to the converged truth, with searched timesteps and without."""
+    truth = bench.samples(CONVERGED, order="second")
+    own = psnr(bench.samples(UNCACHED), truth)
+    lines = [_line("every step computed", bench.size.steps, {CONVERGED: own}, {}, None)]
+    for share in bench.size.shares:
+        # first the one that samples more
+        contenders = {family: bench.schedule(share, family) for family in (TIMES, CONVERGED)}
+        base = psnr(bench.samples(f"{CONVERGED}_{share}", contenders[CONVERGED]), truth)
+        for family, name in ((CONVERGED, "the sampler's own timesteps"), (TIMES, "searched timesteps")):
+            schedule = contenders[family]
+            values = psnr(bench.samples(f"{family}_{share}", schedule), truth)
+            leads = {CONVERGED: paired(values, own)} | ({TIMES: paired(values, base)} if family == TIMES else {})
+            kept = family == TIMES and not schedule.searched_timesteps
+            predicted = {key: schedule.predicted.get(f"tried {key} timesteps") for key in ("own", "searched")}
+            line = _line(name, computed(schedule), {CONVERGED: values}, leads, schedule.predicted["trajectories"])
+            lines.append(line | {"kept_own": kept, "predicted_db": predicted, "timesteps": schedule.timesteps})
+            console.print(lines[-1], highlight=False)
+    return {"task": bench.task.name, "samples": len(own), "lines": lines}
+
+
+def rows_of_times(result: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table of timesteps."""
+    rows = []
+    for line in result["lines"]:
+        figures, leads = line["psnr_db"][CONVERGED], line["lead_db"]
+        told = [f"{leads[name][0]:+.1f} ± {leads[name][1]:.1f}" if name in leads else "" for name in (TIMES, CONVERGED)]
+        name = line["name"] + (" (none better found)" if line.get("kept_own") else "")
+        quality = [f"{figures[0]:.1f} ± {figures[1]:.1f}", f"{line['worst_5_percent_db'][CONVERGED]:.1f}"]
+        rows.append([str(line["computed"]), name, *quality, *told])
+    return rows
+
+
 def _line(
     name: str, computed: int, qualities: dict[str, list[float]], leads: dict[str, tuple[float, float]],
     trajectories: float | None,
@@ -221,17 +273,25 @@ HEADS = (
 )  # fmt: skip
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print the table."""
-    table = Table(*HEADS)
-    for row in rows_of(result):
+TIMES_HEADS = (
+    "computed of 50", "steps", "to converged, dB", "worst 5 %", "less own timesteps", "less uncached run",
+)  # fmt: skip
+
+
+def show(result: dict[str, Any], console: Console, times: bool = False) -> None:
+    """Print the table; `times`: that of the timesteps."""
+    table = Table(*(TIMES_HEADS if times else HEADS))
+    for row in rows_of_times(result) if times else rows_of(result):
         table.add_row(*row)
     console.print(table)
 
 
-def report(results: Path, page: Path) -> None:
-    """Write the table of a task into the page, between its two marks."""
-    write_held_out(results, page, MARKS, HEADS, rows_of)
+def report(results: Path, page: Path, times: bool = False) -> None:
+    """Write the table of a task into the page, between its two marks; `times`: that of the timesteps."""
+    if times:
+        write_held_out(results, page, TIMES_MARKS, TIMES_HEADS, rows_of_times)
+    else:
+        write_held_out(results, page, MARKS, HEADS, rows_of)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -240,19 +300,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, default=DIGITS.name, help="the model; default digits")
     parser.add_argument("--work", type=Path, help=f"folder of finished work; default {WORK}")
     parser.add_argument("--again", action="store_true", help="calibrate anew in place of the committed schedules")
+    parser.add_argument("--times", action="store_true", help="only the timesteps: searched, or the sampler's own")
     parser.add_argument("--report", action="store_true", help=f"only write {PAGE}")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
-    name = task.results_of("fitted")
+    name = task.results_of("fitted_times" if args.times else "fitted")
     if args.report:
-        report(RESULTS / f"{name}.json", PAGE)
+        report(RESULTS / f"{name}.json", PAGE, args.times)
         return
     pin_threads()
     console = Console(width=180)
-    work = args.work or (WORK / (f"quick_{args.task}" if args.quick else args.task))
-    bench = Bench(QUICK if args.quick else WHOLE, work, task, args.again)
-    result = measure(bench, console)
-    show(result, console)
+    work = args.work or WORK / f"{'quick_' if args.quick else ''}{'times_' if args.times else ''}{args.task}"
+    size = QUICK if args.quick else FEW if args.times else WHOLE
+    bench = (TimesBench if args.times else Bench)(size, work, task, args.again)
+    result = (measure_times if args.times else measure)(bench, console)
+    show(result, console, args.times)
     folder = folder_of(args)
     if folder is not None:
         save(name, result, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,9 @@ class Task:
         return (torch.arange(n) + seed * n) % self.classes
 
     def sampler(
-        self, n: int, steps: int, second_order: bool = False, guidance: float = GUIDANCE
-    ) -> Callable[[Any, int], Tensor]:
+        self, n: int, steps: int, second_order: bool = False, guidance: float = GUIDANCE,
+        timesteps: Sequence[float] = (),
+    ) -> Callable[[Any, int], Tensor]:  # fmt: skip
         """The loop: Euler steps, or second-order Adams-Bashforth ones (the usual multistep solver of a flow).
 
         Args:
@@ -51,20 +52,24 @@ class Task:
             steps: of equal length.
             second_order: the solver.
             guidance: the scale of classifier-free guidance, both halves in one batch.
+            timesteps: that Euler's steps begin at, as the model receives them; empty: steps of equal length.
 
         Returns:
             (model, seed) -> (n,1,H,W).
         """
 
+        times = list(timesteps) or [1000.0 * (1 - step / steps) for step in range(steps)]
+
         def sample(model: Any, seed: int) -> Tensor:
             x, labels = self.noise(seed, n), self.labels_of(seed, n)
             both = torch.cat([labels, torch.full_like(labels, self.classes)])
             before = None
-            for step in range(steps):
-                t = torch.full((2 * n,), 1000.0 * (1 - step / steps))
+            for step, time in enumerate(times):
+                t = torch.full((2 * n,), time)
                 cond, uncond = model(torch.cat([x, x]), t, both).chunk(2)
                 v = uncond + guidance * (cond - uncond)
-                x = x - (v if before is None or not second_order else 1.5 * v - 0.5 * before) / steps
+                move = v if before is None or not second_order else 1.5 * v - 0.5 * before
+                x = x - move * (time - (*times, 0.0)[step + 1]) / 1000 if timesteps else x - move / steps
                 before = v
             return x
 

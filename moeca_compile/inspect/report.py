@@ -180,7 +180,10 @@ class Report:
         for v in self.variants:
             share = v.macs / self.total_macs if self.total_macs else 0.0
             rows.append((v.name, str(v.rows), str(v.nodes), f"{share:.1%}", str(v.reads), str(v.writes)))
-        return [f"schedule {self.schedule.made_by}, {self.state_bytes} bytes of state a stream", *_columns(rows)]
+        lines = [f"schedule {self.schedule.made_by}, {self.state_bytes} bytes of state a stream"]
+        if self.schedule.searched_timesteps:
+            lines.append("its timesteps were searched: give the sampler schedule.timesteps")
+        return [*lines, *_columns(rows)]
 
     def _passes(self) -> list[str]:
         milliseconds = sum(ms for _, ms, _, _ in self.passes)

@@ -20,7 +20,9 @@ EVERY = "every region"
 MOST_TRIED = 3  # families of schedules that the table of facts lists, the best first
 _STYLES: dict[Act, str] = {Action.COMPUTE: "bold", Action.REUSE: "dim", Action.FORECAST: "cyan"}
 _GLYPHS: dict[Act, str] = {Action.COMPUTE: "█", Action.REUSE: "░", Action.FORECAST: "▒"}
-_DESCRIBED = ("made_by", "order", "period", "fingerprint", "granularity", "timesteps", "latent", "regions")
+_DESCRIBED = (
+    "made_by", "order", "period", "fingerprint", "granularity", "timesteps", "searched_timesteps", "latent", "regions",
+)  # fmt: skip
 
 
 def facts(schedule: Schedule) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def facts(schedule: Schedule) -> dict[str, Any]:
         "reused": round(cells.count(Action.REUSE) / len(cells), 4),
         "partial": round(sum(isinstance(cell, Partial) for cell in cells) / len(cells), 4),
         "timesteps": [schedule.timesteps[0], schedule.timesteps[-1]] if schedule.timesteps else None,
+        "searched_timesteps": schedule.searched_timesteps or None,
         "latent": list(schedule.latent) or None,
         "fingerprint": schedule.fingerprint,
         "granularity": schedule.granularity,

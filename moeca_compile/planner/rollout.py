@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,8 @@ from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import StepRecord
 from moeca_compile.schedule import Schedule
 
-Sampler = Callable[[Any, int], torch.Tensor]
+Sampler = Callable[..., torch.Tensor]  # (model, seed), and keywords if it takes some
+TIMESTEPS = "timesteps"  # the keyword of a sampler that lets others choose where its steps lie
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,8 @@ class SampledModel:
 
         Args:
             seed: passed to the sampler.
-            plan: a plan; or a schedule of the regions of `program`, which keeps its own state. None: compute
-                everything, and count the steps.
+            plan: a plan; or a schedule of the regions of `program`, which keeps its own state, and whose timesteps
+                the sampler gets if they were searched. None: compute everything, and count the steps.
             watch: called after each call of the model. If it returns results, the sampler receives them instead.
             within: entered around each call of the model.
             hands_over: of two models, the second one goes on with the state of the first.
@@ -219,7 +220,10 @@ class SampledModel:
         """
         compile_seconds, begin = self._compile_seconds, self.clock()
         rollout = Rollout(lambda program: self._compiled(program, plan), watch, within, hands_over)
-        samples = self._call(seed, rollout)
+        keywords = {}
+        if isinstance(plan, Schedule) and plan.searched_timesteps:
+            keywords[TIMESTEPS] = list(plan.timesteps)
+        samples = self._call(seed, rollout, keywords)
         if not rollout.schedules:
             raise ScheduleError(
                 "calibrate: sample(model, seed) never called the model that it was given (a loop that calls a "
@@ -278,13 +282,14 @@ class SampledModel:
         finally:
             self.seconds += self.clock() - begin
 
-    def _call(self, seed: int, interceptor: Interceptor) -> torch.Tensor:
+    def _call(self, seed: int, interceptor: Interceptor, keywords: Mapping[str, Any] | None = None) -> torch.Tensor:
         with ExitStack() as stack:
             stack.enter_context(swapped_in(self.handles, self._argument))
             for handle in self.handles:
                 stack.enter_context(intercepting(interceptor, handle_of(handle)))
             stack.enter_context(torch.no_grad())
-            samples = self.sample(self.handles[0] if len(self.handles) == 1 else list(self.handles), seed)
+            model = self.handles[0] if len(self.handles) == 1 else list(self.handles)
+            samples = self.sample(model, seed, **(keywords or {}))
         if not isinstance(samples, torch.Tensor):
             raise ScheduleError(
                 f"calibrate: sample(model, seed) gave a {type(samples).__name__}, expected a tensor of final samples"

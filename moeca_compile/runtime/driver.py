@@ -229,9 +229,11 @@ def _not_calibrated_for(schedule: Schedule, step: int, timestep: float, row: int
     """The warning for a call whose timestep isn't the schedule's. `row`: where the schedule's own sampler would be."""
     times = schedule.timesteps
     there = f"has {times[row]:g} there" if step and row < len(times) else f"goes from {times[0]:g} to {times[-1]:g}"
+    remedy = "Make a schedule for this sampler (moeca_compile.calibrate), or use a uniform one"
+    if schedule.searched_timesteps:
+        remedy = "Its timesteps were searched: give the sampler schedule.timesteps"
     return (
         f"step {step} is at timestep {timestep:g}, but the schedule {there}: it was made for another sampler or number "
         f"of steps ({len(times)}). What its rows compute is made up where a call passes them, so the share of computed "
-        "work isn't the planned one, and the quality isn't known. Make a schedule for this sampler "
-        "(moeca_compile.calibrate), or use a uniform one"
+        f"work isn't the planned one, and the quality isn't known. {remedy}"
     )

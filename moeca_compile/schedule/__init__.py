@@ -46,6 +46,7 @@ class Schedule:
         fingerprint: of the graph that the columns belong to; "" fits any graph with these keys.
         granularity: what the columns are, as in `Options`; "" in older files and in schedules for any graph.
         timesteps: one per row, as the model receives them, strictly falling or rising; then rows go by timestep.
+        searched_timesteps: they were searched, so they aren't the sampler's own: pass it `timesteps`.
         latent: shape of one sample's latent [...] that the schedule was calibrated with; empty: not known.
         control: how PARTIAL rows choose what they recompute.
         adaptive: if set, each step chooses one of the rows, which go from the most to the least expensive.
@@ -67,6 +68,7 @@ class Schedule:
     fingerprint: str = ""
     granularity: str = ""
     timesteps: tuple[float, ...] = ()
+    searched_timesteps: bool = False
     latent: tuple[int, ...] = ()
     control: Control = field(default_factory=Control)
     adaptive: Adaptive | None = None
@@ -85,6 +87,8 @@ class Schedule:
             numbers(f"predicted {name}", (value,))
         if self.timesteps and (len(self.timesteps) != len(self.rows) or self.period):
             raise ScheduleError("timesteps: one a row is needed, and a schedule that repeats can't have them")
+        if self.searched_timesteps and not self.timesteps:
+            raise ScheduleError("searched_timesteps is true, but there are no timesteps")
         if not is_monotonic(self.timesteps):
             raise ScheduleError(
                 "timesteps must only fall or only rise from row to row. Leave them out where a solver "

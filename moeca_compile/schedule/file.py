@@ -16,18 +16,20 @@ from moeca_compile.schedule.output import OutputRule
 if TYPE_CHECKING:
     from moeca_compile.schedule import Schedule
 
-FORMAT, VERSION = "moeca-schedule", 5
-# versions of files where nothing is handed over, without the latent's shape, and without fitted weights too
-NOT_HANDED_OVER, WITHOUT_LATENT, PLAIN = 4, 3, 2
+FORMAT, VERSION = "moeca-schedule", 6
+# versions of files with the sampler's own timesteps, where nothing is handed over, without the latent's shape, and
+# without fitted weights too
+OWN_TIMESTEPS, NOT_HANDED_OVER, WITHOUT_LATENT, PLAIN = 5, 4, 3, 2
 FRONT_FORMAT = "moeca-front"  # of a file with several schedules
 _OPTIONAL: dict[str, Callable[[Entries], Any]] = {
     "adaptive": Adaptive.from_entries,
     "output": OutputRule.from_entries,
     "fitted": FittedWeights.from_entries,
 }
+_FLAGS = ("searched_timesteps", "hand_over")  # left out where they are false
 _ENTRIES = (
     "format", "version", "made_by", "order", "period", "fingerprint", "granularity", "regions", "timesteps",
-    "predicted", "control", "partials", "rows", "latent", "hand_over", *_OPTIONAL,
+    "searched_timesteps", "predicted", "control", "partials", "rows", "latent", "hand_over", *_OPTIONAL,
 )  # fmt: skip
 
 
@@ -52,15 +54,17 @@ def entries_of(schedule: Schedule) -> dict[str, Any]:
         "partials": {letter: partial.to_list() for letter, partial in legend.items()},
         "rows": [format_row(row, legend) for row in schedule.rows],
         **({"latent": list(schedule.latent)} if schedule.latent else {}),
-        **({"hand_over": True} if schedule.hand_over else {}),
+        **{name: True for name in _FLAGS if getattr(schedule, name)},
         **weights,
     }
 
 
 def _version(schedule: Schedule, has_weights: bool) -> int:
     """The oldest version that has what this schedule needs."""
-    if schedule.hand_over:
+    if schedule.searched_timesteps:
         return VERSION
+    if schedule.hand_over:
+        return OWN_TIMESTEPS
     return NOT_HANDED_OVER if schedule.latent else WITHOUT_LATENT if has_weights else PLAIN
 
 
@@ -91,7 +95,7 @@ def attributes_from(data: Entries) -> dict[str, Any]:
         "granularity": data.text("granularity", ""),
         "timesteps": data.numbers("timesteps"),
         "latent": _sizes(data.get("latent", [])),
-        "hand_over": _flag(data.get("hand_over", False)),
+        **{name: _flag(name, data.get(name, False)) for name in _FLAGS},
         "control": Control.from_entries(data.entries("control", {})),
         "made_by": data.text("made_by"),
         "predicted": {name: predicted.number(name) for name in predicted.data},
@@ -99,9 +103,9 @@ def attributes_from(data: Entries) -> dict[str, Any]:
     }
 
 
-def _flag(value: Any) -> bool:
+def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ScheduleError(f"hand_over is {short(value)}, expected true or false")
+        raise ScheduleError(f"{name} is {short(value)}, expected true or false")
     return value
 
 

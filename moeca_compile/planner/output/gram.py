@@ -6,7 +6,7 @@ the wanted latents. A sum is an array of weights over them, and its norm follows
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from moeca_compile.planner.output.paths import Path
 
+PART = 2**16  # numbers of each vector that are multiplied at once: float64 copies of all would be large
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -47,10 +48,28 @@ class Gram:
         """The mean square of the numbers of a weighted sum."""
         return max(0.0, float(weights @ self.products @ weights)) / self.numbers
 
+    def taken(self, names: Mapping[Hashable, Hashable]) -> Gram:
+        """Of some vectors alone, each under a new name. `names`: new to old."""
+        places = [self._places[old] for old in names.values()]
+        return Gram(tuple(names), self.products[np.ix_(places, places)], self.numbers)
+
     def __add__(self, other: Gram) -> Gram:
         """Of both sets of trajectories."""
         assert self.names == other.names
         return Gram(self.names, self.products + other.products, self.numbers + other.numbers)
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Of trajectories that weights are fitted to, of those that tell how good the weights are, and of all."""
+
+    fitted: Gram
+    checked: Gram
+    all: Gram
+
+    def taken(self, names: Mapping[Hashable, Hashable]) -> Grams:
+        """As `Gram.taken`, of each."""
+        return Grams(self.fitted.taken(names), self.checked.taken(names), self.all.taken(names))
 
 
 def gram_of(path: Path, wanted: Sequence[torch.Tensor]) -> Gram:
@@ -66,8 +85,11 @@ def gram_of(path: Path, wanted: Sequence[torch.Tensor]) -> Gram:
         for part, output in enumerate(parts):
             vectors["output", step, part] = output[:, :channels]  # a learned variance has channels of its own
     vectors |= {("wanted", step): state for step, state in enumerate(wanted)}
-    stacked = torch.stack([vector.flatten() for vector in vectors.values()]).double()
-    return Gram(tuple(vectors), (stacked @ stacked.T).numpy(), stacked.shape[1])
+    stacked = torch.stack([vector.flatten() for vector in vectors.values()])
+    products = torch.zeros(len(stacked), len(stacked), dtype=torch.float64)
+    for part in stacked.split(PART, dim=1):
+        products.addmm_(part.double(), part.double().T)
+    return Gram(tuple(vectors), products.numpy(), stacked.shape[1])
 
 
 def summed(grams: Sequence[Gram]) -> Gram:

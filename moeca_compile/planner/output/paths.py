@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ class Path:
             the guidance: one, or two where guidance takes both halves in one batch or in two calls.
         timesteps: of each step.
         is_batched: guidance takes both halves in one batch.
+        finer: of a converged path, the same at every step of the finest run.
     """
 
     states: list[Tensor] = field(default_factory=list)
     outputs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     timesteps: list[float | None] = field(default_factory=list)
     is_batched: bool = False
+    finer: Path | None = None
 
     @property
     def samples(self) -> Tensor:
@@ -96,7 +99,9 @@ def record_path(sampled: SampledModel, seed: int) -> Path:
     return path
 
 
-def converged_path(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], uncached: Path) -> Path:
+def converged_path(
+    sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], uncached: Path, keep_finer: bool = False
+) -> Path:
     """The states that the sampler converges to, at the steps of an uncached path, by Richardson extrapolation.
 
     The sampler runs with `FINER` times the steps. The order of convergence is measured: the ratio of the differences
@@ -108,12 +113,13 @@ def converged_path(sampled: SampledModel, seed: int, sampler: Callable[..., Tens
         seed: passed to the sampler.
         sampler: takes `steps`.
         uncached: the path of `seed` at the sampler's own number of steps.
+        keep_finer: also give the path at every step of the finest run.
 
     Returns:
         The extrapolated states and samples. Its outputs are the finest run's, where that one passes the step's
         timestep; at the other steps `uncached`'s.
     """
-    runs = [_with_steps(sampled, seed, sampler, times * len(uncached.timesteps)) for times in FINER]
+    runs = [_of_steps(sampled, seed, sampler, times * len(uncached.timesteps)) for times in FINER]
     coarse, fine = runs
     weight = extrapolation_weight(uncached.samples, coarse.samples, fine.samples)
     path = Path(timesteps=uncached.timesteps)
@@ -121,9 +127,15 @@ def converged_path(sampled: SampledModel, seed: int, sampler: Callable[..., Tens
         before, after = (_state_at(run, time, step / len(uncached.timesteps)) for run in runs)
         path.states.append(after + weight * (after - before))
         finest = FINER[-1] * step
-        passes = time is None or math.isclose(_number(fine.timesteps[finest]), time, rel_tol=1e-6, abs_tol=1e-9)
+        passes = time is None or math.isclose(number(fine.timesteps[finest]), time, rel_tol=1e-6, abs_tol=1e-9)
         path.outputs[step] = fine.outputs[finest] if passes else uncached.outputs[step]
     path.states.append(fine.samples + weight * (fine.samples - coarse.samples))
+    if keep_finer:
+        path.finer = Path(outputs=fine.outputs, timesteps=fine.timesteps)
+        for step, time in enumerate(fine.timesteps):
+            before = _state_at(coarse, time, step / len(fine.timesteps))
+            path.finer.states.append(fine.states[step] + weight * (fine.states[step] - before))
+        path.finer.states.append(path.samples)
     return path
 
 
@@ -180,15 +192,20 @@ def is_doubled(latent: Tensor) -> bool:
     return torch.equal(first, second)
 
 
-def _with_steps(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], steps: int) -> Path:
-    """The path of the same sampler with another number of steps. Neither its length nor its time is the study's."""
+def path_with(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], **keywords: Any) -> Path:
+    """As `record_path`, with further keywords of the sampler. Neither the run's length nor its time is the study's."""
     plain, counted, timed = sampled.sample, sampled.steps, len(sampled.uncached)
-    sampled.sample = lambda model, seed: sampler(model, seed, steps=steps)
+    sampled.sample = lambda model, seed: sampler(model, seed, **keywords)
     try:
-        path = record_path(sampled, seed)
+        return record_path(sampled, seed)
     finally:
         sampled.sample, sampled.steps = plain, counted
         del sampled.uncached[timed:]
+
+
+def _of_steps(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], steps: int) -> Path:
+    """The path of the same sampler with another number of steps."""
+    path = path_with(sampled, seed, sampler, steps=steps)
     if len(path.timesteps) != steps:
         raise ScheduleError(
             f"calibrate: truth='converged' asked sample(model, seed, steps={steps}) for {steps} steps, but it made "
@@ -208,7 +225,7 @@ def _state_at(path: Path, time: float | None, place: float) -> Tensor:
     times = path.timesteps
     if time is None or place == 0:
         return path.states[round(place * len(times))]
-    known = [_number(each) for each in times]
+    known = [number(each) for each in times]
     nodes = sorted(range(len(known)), key=lambda index: abs(known[index] - time))[:3]
     total = torch.zeros_like(path.states[0])
     for node in nodes:
@@ -218,5 +235,6 @@ def _state_at(path: Path, time: float | None, place: float) -> Tensor:
     return total
 
 
-def _number(time: float | None) -> float:
+def number(time: float | None) -> float:
+    """A timestep as a number; NaN if it isn't known."""
     return math.nan if time is None else float(time)

@@ -7,13 +7,15 @@ four seeds, and the others decide, so that no choice is made by seeds that a fit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.output.fit import RESPONSES, Form, OutputFit, term_sets
-from moeca_compile.planner.output.gram import Gram, summed
+from moeca_compile.planner.output.gram import Gram, Grams, summed
 from moeca_compile.planner.output.place import computed_steps, placements
+from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy
+from moeca_compile.planner.output.times import Fine, placed
 from moeca_compile.planner.search.anneal import neighbors
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import FULL, NONE, Plan, schedule_of
@@ -24,6 +26,30 @@ PLANS = 3  # of the search's others, and as many annealed ones
 EFFORT = 5.0  # uncached trajectories for plans one move away from the best
 CHECKED = 4  # one seed in so many isn't fitted to
 SAMPLES_PER_TERM = 2  # at least; each has thousands of numbers
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the sampler's steps lie, and what a fit there takes.
+
+    Attributes:
+        sampler: the update of each step.
+        grams: with the outputs and the wanted latents of all steps.
+        timesteps: that the sampler is given; empty: its own.
+    """
+
+    sampler: Sequence[SamplerStep]
+    grams: Grams
+    timesteps: tuple[float, ...] = ()
+
+    @property
+    def fit(self) -> OutputFit:
+        """Of this sampler."""
+        return OutputFit(self.sampler)
+
+    def miss(self, plan: Plan, form: Form) -> float:
+        """The mean square error of a plan's samples on the trajectories that weights aren't fitted to."""
+        return self.grams.checked.square(self.fit.fit(self.grams.fitted, computed_steps(plan), form).miss)
 
 
 class OutputRuleSearch:
@@ -42,14 +68,18 @@ class OutputRuleSearch:
         self.study, seeds, wanted = study, study.request.seeds, study.wanted
         count = max(1, len(seeds) - len(seeds) // CHECKED)
         self.checking = seeds[count:] or seeds
-        self.fitted = summed([wanted[seed].gram for seed in seeds[:count]])
-        self.checked = summed([wanted[seed].gram for seed in self.checking])
-        self.all = summed([wanted[seed].gram for seed in seeds])
-        self.fit = OutputFit(study.sampler())
+        first, sets = wanted[seeds[0]], (seeds[:count], self.checking, seeds)
+        self.own = Grid(study.sampler(), Grams(*(summed([wanted[seed].gram for seed in some]) for some in sets)))
+        self.fine: Fine | None = None
+        if study.searches_times:
+            fine = {seed: gram for seed in seeds if (gram := wanted[seed].fine)}
+            grams = Grams(*(summed([fine[seed] for seed in some]) for some in sets))
+            self.fine = Fine(grams, first.fine_timesteps, first.parts)
+        self.tried: dict[str, float] = {}
         self.is_batched = wanted[seeds[0]].is_batched
         self.term_sets = term_sets(self.is_batched)
         self.response = RESPONSES[0]
-        self.qualities: dict[tuple[Plan, float], float] = {}
+        self.qualities: dict[tuple[Plan, float, tuple[float, ...]], float] = {}
         samples = sum(len(wanted[seed].states[0]) for seed in seeds)
         terms = max(map(len, self.term_sets))
         if samples < SAMPLES_PER_TERM * terms:
@@ -67,15 +97,17 @@ class OutputRuleSearch:
         """
         self._choose_response(schedule, plan)
         if not plan.caches:
-            return self._schedule(schedule, plan, self.all)
+            return self._schedule(schedule, plan, self.own, self.own.grams.all)
         self.study.report_progress("steps for fitted weights", 0.9)
+        grams = self.own.grams
         plans = [
             plan,
             *self._raced(plan),
-            *placements(self.fit, self.fitted, self.checked, self._form(plan), plan, PLANS),
+            *placements(self.own.fit, grams.fitted, grams.checked, self._form(plan), plan, PLANS),
         ]
         best = max(dict.fromkeys(plans), key=lambda candidate: self._quality(schedule, candidate))
-        return self._schedule(schedule, self._improved(schedule, best), self.all)
+        plan, grid = self._moved(schedule, self._improved(schedule, best))
+        return self._schedule(schedule, plan, grid, grid.grams.all)
 
     def _raced(self, plan: Plan) -> list[Plan]:
         """The best other plans that the search rolled out, with no more computed steps than a plan."""
@@ -90,9 +122,23 @@ class OutputRuleSearch:
         computed = plan.letters.count(FULL)
         near = [other for other in neighbors(plan, (FULL, NONE)) if other.letters.count(FULL) <= computed]
         form = self._form(plan)
-        near.sort(key=lambda other: self.checked.square(self.fit.fit(self.fitted, computed_steps(other), form).miss))
+        near.sort(key=lambda other: self.own.miss(other, form))
         cost = len(self.checking) * computed / len(plan.letters)
         return max([plan, *near[: round(EFFORT / cost)]], key=lambda other: self._quality(schedule, other))
+
+    def _moved(self, schedule: Schedule, plan: Plan) -> tuple[Plan, Grid]:
+        """A plan and where its steps lie: at other timesteps if rollouts there are better."""
+        if self.fine is None:
+            return plan, self.own
+        self.study.report_progress("timesteps for fitted weights", 0.95)
+        found = [(plan, self.own)]
+        for placement in placed(self.fine, self.own.sampler, self._form(plan), plan, PLANS):
+            timesteps = tuple(self.fine.timesteps[step] for step in placement.steps)
+            grid = Grid(self.study.sampler_at(timesteps), self.fine.at(placement.steps), timesteps)
+            found.append((Plan(placement.letters, plan.predictor), grid))
+        qualities = [self._quality(schedule, *candidate) for candidate in found]
+        self.tried = {"tried own timesteps": qualities[0], "tried searched timesteps": max(qualities[1:])}
+        return max(zip(qualities, found, strict=True), key=lambda pair: pair[0])[1]
 
     def _choose_response(self, schedule: Schedule, plan: Plan) -> None:
         """Choose how much weights are held back, by rollouts of the search's plan."""
@@ -103,12 +149,13 @@ class OutputRuleSearch:
 
         self.response = max(RESPONSES, key=quality)
 
-    def _quality(self, schedule: Schedule, plan: Plan) -> float:
+    def _quality(self, schedule: Schedule, plan: Plan, grid: Grid | None = None) -> float:
         """Mean PSNR to the truth, dB, of the seeds that weren't fitted to, by rollouts."""
-        study, key = self.study, (plan, self.response)
+        grid = grid or self.own
+        study, key = self.study, (plan, self.response, grid.timesteps)
         if key in self.qualities:
             return self.qualities[key]
-        candidate = self._schedule(schedule, plan, self.fitted)
+        candidate = self._schedule(schedule, plan, grid, grid.grams.fitted)
         study.report_progress(f"fitted weights, {plan.letters.count(FULL)} computed steps", 0.95)
         errors = []
         for seed in self.checking:
@@ -117,23 +164,24 @@ class OutputRuleSearch:
         self.qualities[key] = mean_psnr(errors, study.data_range)
         return self.qualities[key]
 
-    def _schedule(self, schedule: Schedule, plan: Plan, gram: Gram) -> Schedule:
-        """The schedule of a plan, with weights fitted to a gram."""
-        form = self._form(plan)
-        weights = self.fit.fit(gram, computed_steps(plan), form).weights
-        placed = schedule_of(plan, schedule.regions or (), self.study.sampled.kinds)
-        first = self.fit.sampler[0]
+    def _schedule(self, schedule: Schedule, plan: Plan, grid: Grid, gram: Gram) -> Schedule:
+        """The schedule of a plan, with weights fitted to a gram of a grid."""
+        form = self._form(plan, grid)
+        weights = grid.fit.fit(gram, computed_steps(plan), form).weights
+        plan_rows = schedule_of(plan, schedule.regions or (), self.study.sampled.kinds)
+        first = grid.sampler[0]
         # in two calls, no call knows what the other one returned
         is_seen = len(first.now) == 1 or self.is_batched
         update = (first.keep, *first.now) if is_seen else ()
         rule = OutputRule(form.terms, weights, self.study.goal_name, update)
-        return replace(schedule, rows=placed.rows, order=placed.order, output=rule)
+        fitted = replace(schedule, rows=plan_rows.rows, order=plan_rows.order, output=rule)
+        return replace(fitted, timesteps=grid.timesteps, searched_timesteps=True) if grid.timesteps else fitted
 
-    def _form(self, plan: Plan) -> Form:
+    def _form(self, plan: Plan, grid: Grid | None = None) -> Form:
         """The terms of the least error on the seeds that weren't fitted to."""
-        computed = computed_steps(plan)
+        grid = grid or self.own
         candidates = [Form(terms, self.response) for terms in self.term_sets]
-        return min(candidates, key=lambda form: self.checked.square(self.fit.fit(self.fitted, computed, form).miss))
+        return min(candidates, key=lambda form: grid.miss(plan, form))
 
 
 def with_output_rule(
@@ -158,9 +206,10 @@ def with_output_rule(
     if goal == UNCACHED and not plan.caches:
         return schedule
     begin = sampled.seconds
-    best = OutputRuleSearch(study, raced).best(schedule, plan)
+    search = OutputRuleSearch(study, raced)
+    best = search.best(schedule, plan)
     samples = {seed: sampled.run(seed, best) for seed in seeds}
-    predicted = {**schedule.predicted, "tried without weights": schedule.predicted["psnr_db"]}
+    predicted = {**schedule.predicted, **search.tried, "tried without weights": schedule.predicted["psnr_db"]}
     predicted["psnr_db"] = mean_psnr((study.errors(seed, samples[seed]) for seed in seeds), study.data_range)
     if goal == UNCACHED and predicted["psnr_db"] <= schedule.predicted["psnr_db"]:
         return replace(schedule, predicted={**schedule.predicted, "tried with weights": predicted["psnr_db"]})
@@ -168,9 +217,10 @@ def with_output_rule(
         predicted |= _held_out(study, best)
     study.spend("weights", sampled.seconds - begin)
     predicted["trajectories"] = study.trajectories
-    return replace(
-        best, predicted=predicted, made_by=f"{schedule.made_by}, weights of the output fitted to {goal} samples"
-    )
+    made_by = f"{schedule.made_by}, weights of the output fitted to {goal} samples"
+    if best.searched_timesteps:
+        made_by += ", at searched timesteps"
+    return replace(best, predicted=predicted, made_by=made_by)
 
 
 def _held_out(study: OutputStudy, schedule: Schedule) -> dict[str, float]:

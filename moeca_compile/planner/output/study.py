@@ -5,20 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from moeca_compile.errors import ScheduleError
+from moeca_compile.errors import ScheduleError, warn
+from moeca_compile.planner.output.given_times import check_taken, path_at
 from moeca_compile.planner.output.gram import gram_of, summed
-from moeca_compile.planner.output.paths import checked_samples, converged_path, given_path, record_path
+from moeca_compile.planner.output.paths import checked_samples, converged_path, given_path, number, record_path
 from moeca_compile.planner.output.sampler import SamplerStep, sampler_steps
 from moeca_compile.planner.output.wanted import Wanted, as_arrays, from_arrays
+from moeca_compile.planner.rollout import TIMESTEPS
 from moeca_compile.planner.study import Study
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.granularity import OUTPUT
 from moeca_compile.schedule.output import CONVERGED, GIVEN, UNCACHED
 
+FINE = "_fine"  # in names of folders: every step of the finest run is kept too
 Truth = str | Mapping[int, torch.Tensor] | Callable[[int], torch.Tensor]
 
 
@@ -73,11 +77,31 @@ class OutputStudy(Study):
         parts = next(iter(self.wanted.values())).parts
         return sampler_steps(summed([wanted.own for wanted in self.wanted.values()]), self.sampled.steps, parts)
 
+    def sampler_at(self, timesteps: Sequence[float]) -> list[SamplerStep]:
+        """The same at given timesteps, by an uncached run of the first seed."""
+        path = path_at(self.sampled, self.request.seeds[0], self.sample, timesteps)
+        return sampler_steps(gram_of(path, path.states), len(timesteps), len(path.outputs[0]))
+
+    @cached_property
+    def searches_times(self) -> bool:
+        """Whether the sampler's timesteps are searched too."""
+        if self.goal != CONVERGED or TIMESTEPS not in inspect.signature(self.sample).parameters:
+            return False
+        if not self.timesteps:
+            warn(
+                "calibrate: sample takes timesteps, but those that the model receives aren't known, or don't only fall "
+                "or only rise: where the steps lie isn't searched"
+            )
+        return bool(self.timesteps)
+
     def _want(self, seed: int) -> None:
         """What the fit aims at for a seed that the measurement or a folder has sampled."""
         if seed in self.wanted:
             return
-        stored = None if self.goal_name == GIVEN else self.store.arrays(self._kept_in, seed, from_arrays)
+        # what was kept to search the timesteps serves without that, too
+        kinds = [] if self.goal_name == GIVEN else dict.fromkeys((self._kept_in, f"wanted_{self.goal_name}{FINE}"))
+        kept = (self.store.arrays(kind, seed, from_arrays) for kind in kinds)
+        stored = next((wanted for wanted in kept if wanted is not None), None)
         if stored is None:
             self._sample(seed)
         else:
@@ -85,7 +109,7 @@ class OutputStudy(Study):
 
     @property
     def _kept_in(self) -> str:
-        return f"wanted_{self.goal_name}"
+        return f"wanted_{self.goal_name}{FINE if self.searches_times else ''}"
 
     def _sample(self, seed: int) -> torch.Tensor:
         if seed not in self.request.seeds:
@@ -94,15 +118,21 @@ class OutputStudy(Study):
         path = uncached
         if self.goal == CONVERGED:
             self.report_progress("samples with more steps", 0.3)
-            path = converged_path(self.sampled, seed, self.sample, uncached)
+            path = converged_path(self.sampled, seed, self.sample, uncached, self.searches_times)
         elif self.goal != UNCACHED:
             path = given_path(uncached, self._given(seed, uncached.samples))
         own = gram_of(uncached, uncached.states)
         gram = own if path is uncached else gram_of(path, path.states)
         first_run = not self.wanted
-        self.wanted[seed] = Wanted(path.states, gram, own, len(uncached.outputs[0]), uncached.is_batched)
-        if first_run:
-            self.sampler()  # refuses a sampler that can't be fitted before the others are sampled
+        wanted = Wanted(path.states, gram, own, len(uncached.outputs[0]), uncached.is_batched)
+        if path.finer is not None:
+            wanted.fine = gram_of(path.finer, path.finer.states)
+            wanted.fine_timesteps = tuple(map(number, path.finer.timesteps))
+        self.wanted[seed] = wanted
+        if first_run:  # refuses a sampler that can't be fitted before the others are sampled
+            self.sampler()
+            if self.searches_times:
+                check_taken(self.sampled, seed, self.sample, self.timesteps)
         if self.goal_name != GIVEN:  # given samples may be others at the next call
             self.store.add_arrays(self._kept_in, seed, as_arrays(self.wanted[seed]))
         return uncached.samples

@@ -12,6 +12,8 @@ import torch
 
 from moeca_compile.planner.output.gram import Gram
 
+GRAMS = ("gram", "own", "fine")
+
 
 @dataclass
 class Wanted:
@@ -23,6 +25,8 @@ class Wanted:
         own: of the uncached run's outputs and its latents.
         parts: how many the guidance has.
         is_batched: the guidance takes both halves in one batch.
+        fine: of the converged path at every step of the finest run; None: where the steps lie isn't searched.
+        fine_timesteps: of these steps.
     """
 
     states: list[torch.Tensor]
@@ -30,15 +34,21 @@ class Wanted:
     own: Gram
     parts: int
     is_batched: bool
+    fine: Gram | None = None
+    fine_timesteps: tuple[float, ...] = ()
 
 
 def as_arrays(wanted: Wanted) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays that `from_arrays` reads."""
-    facts: dict[str, Any] = {"parts": wanted.parts, "is_batched": wanted.is_batched}
-    for name in ("gram", "own"):
-        gram: Gram = getattr(wanted, name)
-        facts[name] = {"names": gram.names, "numbers": gram.numbers}
-    products = {"gram": wanted.gram.products, "own": wanted.own.products}
+    facts: dict[str, Any] = {
+        "parts": wanted.parts, "is_batched": wanted.is_batched, "fine_timesteps": wanted.fine_timesteps
+    }  # fmt: skip
+    products = {}
+    for name in GRAMS:
+        gram: Gram | None = getattr(wanted, name)
+        if gram is not None:
+            facts[name] = {"names": gram.names, "numbers": gram.numbers}
+            products[name] = gram.products
     return {"noted": np.array(json.dumps(facts)), "states": torch.stack(wanted.states).numpy(), **products}
 
 
@@ -50,10 +60,14 @@ def from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Wanted:
     """
     facts = json.loads(str(arrays["noted"]))
     grams = {}
-    for name in ("gram", "own"):
+    for name in GRAMS:
+        if name not in facts:
+            continue
         names = tuple(tuple(one) for one in facts[name]["names"])
         if arrays[name].shape != (len(names), len(names)):
             raise ValueError(f"{name} has {arrays[name].shape} products of {len(names)} vectors")
         grams[name] = Gram(names, arrays[name], int(facts[name]["numbers"]))
     states = list(torch.from_numpy(arrays["states"]))
-    return Wanted(states, grams["gram"], grams["own"], int(facts["parts"]), bool(facts["is_batched"]))
+    times = tuple(map(float, facts.get("fine_timesteps", ())))
+    is_batched = bool(facts["is_batched"])
+    return Wanted(states, grams["gram"], grams["own"], int(facts["parts"]), is_batched, grams.get("fine"), times)

@@ -1,0 +1,152 @@
+"""Where the sampler's steps lie, searched with the weights of the model's output: `sample` takes `timesteps`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeca_compile as moeca
+from moeca_compile.errors import MoecaWarning, ScheduleError
+from moeca_compile.planner.output import rule, times
+from moeca_compile.planner.output.times import Placement
+from moeca_compile.schedule.front import Front
+
+STEPS = 8
+BUMP = 0.31  # between two of the sampler's own timesteps, 0.375 and 0.25
+
+
+class Bump(nn.Module):
+    """A flow that turns at one time alone, in a direction that only a computed step there can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        place = (t.reshape(-1, 1, 1, 1) - BUMP) / 0.03
+        return torch.sin(x) + 8 * torch.exp(-place * place) * torch.tanh(4 * self.mix(x))
+
+
+def sample(model: Any, seed: int, steps: int = STEPS, timesteps: Sequence[float] | None = None) -> Tensor:
+    """Euler, at its own timesteps or at given ones."""
+    x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    times = timesteps or [1 - step / steps for step in range(steps)]
+    for time, following in pairwise([*times, 0.0]):
+        x = x + (following - time) * model(x, torch.full((8,), time))
+    return x
+
+
+def calibrated(model: nn.Module, sampler: Any, budget: Any = "macs:0.5", **options: Any) -> Any:
+    arguments = {"granularity": "output", "inner": "eager", "seeds": 4, "holdout": 1, "effort": 1, **options}
+    make: Any = moeca.calibrate if isinstance(budget, str) else moeca.calibrate_front
+    name = "budget" if isinstance(budget, str) else "budgets"
+    return make(model.eval(), sampler, truth="converged", progress=False, **{name: budget}, **arguments)
+
+
+@pytest.fixture(scope="module")
+def front() -> Front:
+    """A front of one schedule, calibrated with less work than usual."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(times, "MOVES", 300)
+        patch.setattr(rule, "PLANS", 1)
+        found: Front = calibrated(Bump(), sample, ["macs:0.5"])
+    return found
+
+
+# at other timesteps that is noticed too:
+@pytest.mark.filterwarnings("ignore:the sampler's first step ends", "ignore:.*output weights aren't used")
+def test_a_step_is_computed_where_the_flow_turns(front: Front, tmp_path: Path) -> None:
+    (schedule,) = front
+    predicted = schedule.predicted
+    assert predicted["tried searched timesteps"] > predicted["tried own timesteps"] + 3
+    assert schedule.searched_timesteps
+    assert len(schedule.timesteps) == STEPS
+    assert schedule.timesteps[0] == 1.0
+    assert all(after < before for before, after in pairwise(schedule.timesteps))
+    computed = [time for time, row in zip(schedule.timesteps, schedule.rows, strict=True) if row[0].name == "COMPUTE"]
+    assert len(computed) == 4
+    assert min(abs(time - BUMP) for time in computed) < 0.03
+    assert predicted["psnr_db_converged_holdout"] > predicted["uncached_psnr_db_converged_holdout"]
+    assert "at searched timesteps" in schedule.made_by
+    # what a user gets who loads it and passes the timesteps is what was predicted
+    front.save(tmp_path / "front.json")
+    loaded = moeca.Front.load(tmp_path / "front.json").at("macs:0.5")
+    assert loaded == schedule
+    model = Bump().eval().requires_grad_(False)
+    handle = moeca.compile(model, schedule=loaded, granularity="output", inner="eager")
+    with torch.no_grad():
+        samples, exact = sample(handle, 1000, timesteps=loaded.timesteps), sample(model, 1000, 64 * STEPS)
+        assert [record.cold for record in moeca.stats(handle).steps] == [False] * STEPS
+        assert (samples - exact).norm() < 0.5 * (sample(model, 1000) - exact).norm()
+        moeca.reset(handle)
+        with pytest.warns(MoecaWarning, match=r"timesteps were searched: give the sampler schedule\.timesteps"):
+            sample(handle, 1000)
+    assert "its timesteps were searched: give the sampler schedule.timesteps" in str(moeca.explain(handle))
+
+
+def ignoring(model: Any, seed: int, steps: int = STEPS, timesteps: Any = None) -> Tensor:
+    return sample(model, seed, steps)
+
+
+def thousandths(model: Any, seed: int, steps: int = STEPS, timesteps: Any = None) -> Tensor:
+    return sample(model, seed, steps, timesteps and [time / 1000 for time in timesteps])
+
+
+def fewer(model: Any, seed: int, steps: int = STEPS, timesteps: Any = None) -> Tensor:
+    return sample(model, seed, steps, timesteps and timesteps[:-1])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "says"),
+    [
+        (ignoring, r"given 3 of them, .* step 1 is to be at 0\.8125, and the model received 0\.875"),
+        (thousandths, r"step 0 is to be at 1, and the model received 0\.001"),
+        (fewer, r"given 8 of them, but made its steps elsewhere: it made 7 steps"),
+    ],
+)
+def test_a_sampler_that_ignores_timesteps_is_refused(sampler: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times, "MOVES", 5)
+    with pytest.raises(ScheduleError, match=says):
+        calibrated(Bump(), sampler, holdout=0, effort=0)
+
+
+class Timeless(nn.Module):
+    """A flow that takes no timestep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(2 * x)
+
+
+def test_where_timesteps_are_not_known_they_stay() -> None:
+    def blind(model: Any, seed: int, steps: int = STEPS, timesteps: Any = None) -> Tensor:
+        with moeca.trajectory(model, steps, stream="only"):
+            return sample(lambda x, t: model(x), seed, steps)
+
+    with pytest.warns(MoecaWarning, match="where the steps lie isn't searched"):
+        schedule = calibrated(Timeless(), blind, holdout=0, effort=0)
+    assert not schedule.searched_timesteps
+
+
+def test_cheap_steps_halve_the_widest_gaps() -> None:
+    assert times._filled("CFFFFFCF", 5, 9) == Placement((0, 1, 3, 4, 6), "CFFFC")
+    assert times._filled("CC", 4, 4) == Placement((0, 1, 2, 3), "CCFF")
+
+
+@pytest.mark.parametrize("entry", ['"yes"', "1", "null"])
+def test_a_file_says_true_or_false(front: Front, entry: str) -> None:
+    text = front.schedules[0].to_json()
+    assert '"version": 6' in text
+    with pytest.raises(ScheduleError, match=r"searched_timesteps is .*, expected true or false"):
+        moeca.Schedule.from_json(text.replace('"searched_timesteps": true', f'"searched_timesteps": {entry}'))
+
+
+def test_searched_timesteps_are_there() -> None:
+    with pytest.raises(ScheduleError, match="searched_timesteps is true, but there are no timesteps"):
+        moeca.Schedule(((moeca.schedule.Action.COMPUTE,),), searched_timesteps=True)
