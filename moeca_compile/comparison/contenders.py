@@ -12,11 +12,13 @@ import torch
 from moeca_compile.engine.intercept import intercepting
 from moeca_compile.engine.trajectories.statistics import stats_of
 from moeca_compile.errors import StateError
+from moeca_compile.frontend.backend import read_options
 from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.handles import states_of
 from moeca_compile.frontend.model_arguments import compiled_parts, plain_module, swapped_in
 from moeca_compile.frontend.owner import handle_of
 from moeca_compile.inspect.comparison import CACHED, COMPUTED, PLAIN
+from moeca_compile.options import Options
 from moeca_compile.planner.rollout import Rollout
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.trajectory import Trajectory
@@ -51,6 +53,7 @@ class CompiledModel:
     Attributes:
         name: of its class.
         ways: of running it, by name.
+        timesteps: that the sampler is to be given for the cached run; empty: its own.
 
     Raises:
         StateError: it isn't compiled with moeca, or is a compiled function.
@@ -65,6 +68,8 @@ class CompiledModel:
         parts = parts_of(model)
         names = [type(model)] if parts else [type(plain_module(handle)) for handle in self._handles]
         self.name = " and ".join(name.__name__ for name in names)
+        schedules = (read_options(Options(), handle_of(handle))[1] for handle in self._handles)
+        self.timesteps = next((schedule.timesteps for schedule in schedules if schedule.searched_timesteps), ())
 
     def running(self, way: str) -> AbstractContextManager[Any]:
         """A context in which the model runs one of the `ways`; it gives what the sampler is called with."""
@@ -145,6 +150,7 @@ class CompiledBundle:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.name = session.manifest.model.name
+        self.timesteps = session.schedule.timesteps if session.schedule.searched_timesteps else ()
         self._facts = Facts(session.schedule.made_by, 1.0, 0, 0)
 
     def running(self, way: str) -> AbstractContextManager[Any]:

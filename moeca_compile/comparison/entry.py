@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from moeca_compile.frontend.prompts import Prompt, PromptSampler, check_seeds, s
 from moeca_compile.inspect.comparison import CACHED, Comparison, Contender
 from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.output.study import Truth
+from moeca_compile.planner.rollout import TIMESTEPS
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.output import UNCACHED
@@ -143,7 +145,8 @@ class _Runner:
         self.facts = compared.facts()
 
     def run(self, name: str, seed: int, steps: int | None = None) -> tuple[float, Tensor]:
-        """Seconds and samples of one seed. `steps`: of the sampler; None: its own.
+        """Seconds and samples of one seed. `steps`: of the sampler; None: its own. Searched timesteps of the schedule
+        are passed to the sampler of a cached run, if it takes some.
 
         Raises:
             OptionError: the samples aren't a tensor of finite numbers.
@@ -153,9 +156,12 @@ class _Runner:
         text = f"{first}{name}, seed {seed}" if steps is None else f"{name}, seed {seed}, {steps} steps"
         self._report_progress(text, self._done / self._runs)
         self._done += 1
+        keywords: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if name == CACHED and self._compared.timesteps and TIMESTEPS in inspect.signature(self._sampler).parameters:
+            keywords[TIMESTEPS] = list(self._compared.timesteps)
         with torch.no_grad(), self._compared.running(name) as model:
             begin = time.perf_counter()
-            drawn = self._sampler(model, seed) if steps is None else self._sampler(model, seed, steps=steps)
+            drawn = self._sampler(model, seed, **keywords)
             drawn = _checked(drawn, seed)  # copied to the host, so that the device has finished
             spent = time.perf_counter() - begin
         if name == CACHED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, ScheduleError
-from moeca_compile.planner.output import rule, times
+from moeca_compile.planner.output import place, rule, times
+from moeca_compile.planner.output.given_times import path_at
 from moeca_compile.planner.output.times import Placement
+from moeca_compile.planner.rollout import SampledModel
 from moeca_compile.schedule.front import Front
 
 STEPS = 8
@@ -44,19 +46,28 @@ def sample(model: Any, seed: int, steps: int = STEPS, timesteps: Sequence[float]
 
 
 def calibrated(model: nn.Module, sampler: Any, budget: Any = "macs:0.5", **options: Any) -> Any:
-    arguments = {"granularity": "output", "inner": "eager", "seeds": 4, "holdout": 1, "effort": 1, **options}
+    arguments = {"granularity": "output", "inner": "eager", "seeds": 2, "holdout": 1, "effort": 0, **options}
     make: Any = moeca.calibrate if isinstance(budget, str) else moeca.calibrate_front
     name = "budget" if isinstance(budget, str) else "budgets"
     return make(model.eval(), sampler, truth="converged", progress=False, **{name: budget}, **arguments)
 
 
-@pytest.fixture(scope="module")
-def front() -> Front:
-    """A front of one schedule, calibrated with less work than usual."""
+@pytest.fixture(autouse=True, scope="module")
+def little() -> Iterator[None]:
+    """Calibrations do less work than usual."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(times, "MOVES", 300)
+        patch.setattr(place, "MOVES", 50)
         patch.setattr(rule, "PLANS", 1)
-        found: Front = calibrated(Bump(), sample, ["macs:0.5"])
+        patch.setattr(rule, "EFFORT", 1.0)
+        patch.setattr(rule, "RESPONSES", (1.0, 10.0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def front() -> Front:
+    """A front of one schedule."""
+    found: Front = calibrated(Bump(), sample, ["macs:0.5"])
     return found
 
 
@@ -85,6 +96,9 @@ def test_a_step_is_computed_where_the_flow_turns(front: Front, tmp_path: Path) -
         samples, exact = sample(handle, 1000, timesteps=loaded.timesteps), sample(model, 1000, 64 * STEPS)
         assert [record.cold for record in moeca.stats(handle).steps] == [False] * STEPS
         assert (samples - exact).norm() < 0.5 * (sample(model, 1000) - exact).norm()
+        compared = moeca.compare(handle, sample, seeds=[1000], truth="converged", progress=False)  # passes them, too
+        qualities = [contender.quality["converged"]["psnr_db"] for contender in compared.contenders]
+        assert sum(qualities[-1]) > sum(qualities[0]) + 8  # of as many samples: a decibel each
         moeca.reset(handle)
         with pytest.warns(MoecaWarning, match=r"timesteps were searched: give the sampler schedule\.timesteps"):
             sample(handle, 1000)
@@ -108,13 +122,19 @@ def fewer(model: Any, seed: int, steps: int = STEPS, timesteps: Any = None) -> T
     [
         (ignoring, r"given 3 of them, .* step 1 is to be at 0\.8125, and the model received 0\.875"),
         (thousandths, r"step 0 is to be at 1, and the model received 0\.001"),
-        (fewer, r"given 8 of them, but made its steps elsewhere: it made 7 steps"),
     ],
 )
-def test_a_sampler_that_ignores_timesteps_is_refused(sampler: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(times, "MOVES", 5)
+def test_a_sampler_that_ignores_timesteps_is_refused(sampler: Any, says: str) -> None:
     with pytest.raises(ScheduleError, match=says):
-        calibrated(Bump(), sampler, holdout=0, effort=0)
+        calibrated(Bump(), sampler, holdout=0)
+
+
+def test_all_steps_of_a_whole_run_are_checked() -> None:
+    sampled = SampledModel(Bump().eval(), sample, "output", "eager")
+    given = (1.0, 0.7, 0.4, 0.1)
+    assert path_at(sampled, 0, sample, given).timesteps == pytest.approx(given)
+    with pytest.raises(ScheduleError, match="given 4 of them, but made its steps elsewhere: it made 3 steps"):
+        path_at(sampled, 0, fewer, given)
 
 
 class Timeless(nn.Module):
@@ -130,7 +150,7 @@ def test_where_timesteps_are_not_known_they_stay() -> None:
             return sample(lambda x, t: model(x), seed, steps)
 
     with pytest.warns(MoecaWarning, match="where the steps lie isn't searched"):
-        schedule = calibrated(Timeless(), blind, holdout=0, effort=0)
+        schedule = calibrated(Timeless(), blind, holdout=0)
     assert not schedule.searched_timesteps
 
 
