@@ -64,7 +64,9 @@ def calibrate(
             that one goes on with the first one's state (`Schedule.hand_over`) or starts cold is measured, by a rollout
             of each at equal cost.
         sample: the caller's own loop: `sample(model, seed)` returns the final samples, deterministic in `seed`. With
-            several prompts, it chooses the prompt by the seed. It gets a list of two transformers.
+            several prompts, it chooses the prompt by the seed. It gets a list of two transformers. With a keyword
+            `timesteps` it lets `truth="converged"` choose where its steps lie: it gets a list, one a step, as the model
+            receives them. Schedules that are better so have `searched_timesteps`; their users pass `timesteps`, too.
         prompts: for a pipeline, in place of `sample`: texts, or mappings with keywords of the pipeline's call such as
             `prompt_embeds`. Seed s draws prompt s modulo their number, so give at least as many seeds.
         call: further keywords of the pipeline's call, such as `{"num_inference_steps": 28}`.
@@ -97,7 +99,8 @@ def calibrate(
         truth: with granularity `output`, what the samples are fitted to. `uncached`: the samples of the model computed
             at every step. `converged`: the samples that the same sampler comes to with more and more steps,
             extrapolated from runs with twice and four times the steps, for which `sample` must take a keyword `steps`
-            (six more trajectories a seed). Or samples of one's own: a mapping from seeds to tensors, or a function of
+            (six more trajectories a seed). If it also takes `timesteps`, these are searched, which costs a few
+            trajectories in all. Or samples of one's own: a mapping from seeds to tensors, or a function of
             the seed. A schedule fitted to anything but `uncached` also corrects the error of the solver's own steps,
             so its samples differ from the uncached ones. Three of four seeds are fitted to.
         quality: what the rollouts compare plans by, in place of the PSNR: a function (samples, wanted) -> one number a
@@ -112,7 +115,8 @@ def calibrate(
         rise or fall. `predicted` has `mac_fraction`, `state_bytes`, `psnr_db` (dB, mean over the samples of the
         search's seeds), `psnr_db_holdout`, `latency_fraction` (with a latency budget), `trajectories` (the cost of the
         calibration, in uncached trajectories, without compiling), and for each family of schedules the best PSNR that
-        it reached on the seeds it ran on (`tried uniform order-2`, ...).
+        it reached on the seeds it ran on (`tried uniform order-2`, ...; `tried own timesteps` and `tried searched
+        timesteps` are to the converged samples).
 
     Raises:
         ScheduleError: the budget can't be read, or no schedule fits it (the message gives the nearest budget that one

@@ -43,7 +43,9 @@ def ruled() -> Schedule:
     weights[:3] = [(1.0, 0.0, 0.01 * step, 0.02) for step in range(3)]  # y1 isn't there yet
     weights[-1] = ()  # type: ignore[call-overload]
     rule = OutputRule(TERMS, tuple(weights))
-    return Schedule(rows, ("output",), timesteps=TIMES, granularity="output", output=rule)
+    return Schedule(
+        rows, ("output",), timesteps=TIMES, searched_timesteps=True, granularity="output", output=rule
+    )  # fmt: skip
 
 
 def in_numpy(trajectory: Trajectory) -> Model:
@@ -192,7 +194,8 @@ def test_other_timesteps_fall_back_to_the_polynomial_with_one_warning(bundle: Bu
     with Session.open(bundle.path, threads=1).trajectory() as trajectory:
         said = unruled(handle, in_numpy(trajectory), [995.0, 970.0, 955.0, 930.0, 905.0])
         assert len([text for text in said if "output weights aren't used" in text]) == 1
-        assert len(said) == 2  # and that the schedule is for another sampler
+        assert len(said) == 2  # and that the schedule is for other timesteps
+        assert any("were searched: give the sampler schedule.timesteps" in text for text in said)
 
 
 @pytest.mark.parametrize("time", [torch.tensor([900.0, 100.0]), float("nan")])
