@@ -71,7 +71,7 @@ def test_a_missing_entry_is_refused_by_name(name: str) -> None:
         (changed(order="HERE").replace('"HERE"', "9" * 5000), "it isn't JSON: Exceeds the limit"),
         (changed(more=1), r"unknown entries \['more'\]; known: format, version"),
         (changed(format="onnx"), "format is 'onnx', expected 'moeca-schedule'"),
-        (changed(version=6), r"version 6 is newer than this package reads \(5\)"),
+        (changed(version=7), r"version 7 is newer than this package reads \(6\)"),
         (changed(latent=[0]), r"latent is \[0\], expected a list of sizes"),
         (changed(latent=4), "latent is 4, expected a list of sizes"),
         (changed(hand_over=1), "hand_over is 1, expected true or false"),

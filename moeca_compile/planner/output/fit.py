@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.output.gram import Array, Gram
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.schedule.output import MAX_OUTPUTS
@@ -37,6 +38,7 @@ class Form:
 
 
 RESPONSES = (0.1, 1.0, 10.0, 100.0)  # that rollouts decide between
+SAMPLES_PER_TERM = 2  # at least; each has thousands of numbers
 FLOOR = 1e-8  # of a term's mean square, that holds its weight back in any case
 
 
@@ -46,6 +48,24 @@ def term_sets(has_halves: bool) -> list[tuple[str, ...]]:
     if has_halves:
         sets.append(("x", "y0", "y1", "y2", "d0", "d1"))
     return sets
+
+
+def check_enough(samples: int, has_halves: bool) -> None:
+    """Refuse to fit to a few samples.
+
+    Args:
+        samples: of all seeds together.
+        has_halves: as for `term_sets`.
+
+    Raises:
+        ScheduleError: they are too few for the number of weights.
+    """
+    terms = max(map(len, term_sets(has_halves)))
+    if samples < SAMPLES_PER_TERM * terms:
+        raise ScheduleError(
+            f"calibrate: {samples} samples are too few to fit {terms} weights a step; at least "
+            f"{SAMPLES_PER_TERM * terms} are needed. Give more seeds"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.output.fit import RESPONSES, Form, OutputFit, term_sets
 from moeca_compile.planner.output.gram import Gram, Grams, summed
 from moeca_compile.planner.output.place import computed_steps, placements
@@ -25,7 +24,6 @@ from moeca_compile.schedule.output import UNCACHED, OutputRule
 PLANS = 3  # of the search's others, and as many annealed ones
 EFFORT = 5.0  # uncached trajectories for plans one move away from the best
 CHECKED = 4  # one seed in so many isn't fitted to
-SAMPLES_PER_TERM = 2  # at least; each has thousands of numbers
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,6 @@ class OutputRuleSearch:
     Args:
         study: has sampled its seeds.
         raced: the plans that the search rolled out, each with the mean squared errors of its samples by seed.
-
-    Raises:
-        ScheduleError: the seeds are too few for the number of weights.
     """
 
     def __init__(self, study: OutputStudy, raced: Mapping[Plan, Mapping[int, Sequence[float]]]) -> None:
@@ -80,13 +75,6 @@ class OutputRuleSearch:
         self.term_sets = term_sets(self.is_batched)
         self.response = RESPONSES[0]
         self.qualities: dict[tuple[Plan, float, tuple[float, ...]], float] = {}
-        samples = sum(len(wanted[seed].states[0]) for seed in seeds)
-        terms = max(map(len, self.term_sets))
-        if samples < SAMPLES_PER_TERM * terms:
-            raise ScheduleError(
-                f"calibrate: {samples} samples are too few to fit {terms} weights a step; at least "
-                f"{SAMPLES_PER_TERM * terms} are needed. Give more seeds"
-            )
 
     def best(self, schedule: Schedule, plan: Plan) -> Schedule:
         """The best fitted schedule with no more computed steps than a plan.

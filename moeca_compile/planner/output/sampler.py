@@ -60,6 +60,10 @@ def sampler_steps(uncached: Gram, steps: int, parts: int) -> list[SamplerStep]:
     return [_sampler_step(uncached, step, parts) for step in range(steps)]
 
 
+def _rank(products: Array) -> int:
+    return int(np.linalg.matrix_rank(products, RANK * len(products), hermitian=True))
+
+
 def _sampler_step(uncached: Gram, step: int, parts: int) -> SamplerStep:
     """First without the step before, then with it."""
     now, after = uncached.vector("wanted", step), uncached.vector("wanted", step + 1)
@@ -72,9 +76,18 @@ def _sampler_step(uncached: Gram, step: int, parts: int) -> SamplerStep:
         # the change is fitted, not the latent: it is the smaller one, so less is lost to rounding
         normal, right = matrix @ uncached.products @ matrix.T, matrix @ uncached.products @ (after - now)
         scale = np.sqrt(np.diag(normal).clip(1e-300))
-        solved = np.linalg.lstsq(normal / np.outer(scale, scale), right / scale, rcond=RANK)[0] / scale
+        scaled = normal / np.outer(scale, scale)
+        solved = np.linalg.lstsq(scaled, right / scale, rcond=RANK)[0] / scale
         left = uncached.square(after - now - solved @ matrix)
         if left <= UNEXPLAINED**2 * moved:
+            # parts that are alike (guidance that changes nothing) may share their factor in any way; the latent may not
+            if _rank(scaled) == _rank(scaled[1:, 1:]):
+                raise ScheduleError(
+                    f"calibrate: step {step} of the sampler: what the model returns is proportional to the latent on "
+                    "all seeds, so what the sampler makes of each can't be told apart, and the output's weights can't "
+                    "be fitted (a singular fit). Use granularity='region' or the schedules without weights "
+                    "(uniform), or a model that isn't linear in its latent"
+                )
             keep, *others = solved.tolist()
             return SamplerStep(1 + keep, tuple(others[:parts]), tuple(others[parts:]))
     raise ScheduleError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import ScheduleError, warn
+from moeca_compile.planner.output.fit import check_enough
 from moeca_compile.planner.output.given_times import check_taken, path_at
 from moeca_compile.planner.output.gram import gram_of, summed
 from moeca_compile.planner.output.paths import checked_samples, converged_path, given_path, number, record_path
@@ -129,7 +130,8 @@ class OutputStudy(Study):
             wanted.fine = gram_of(path.finer, path.finer.states)
             wanted.fine_timesteps = tuple(map(number, path.finer.timesteps))
         self.wanted[seed] = wanted
-        if first_run:  # refuses a sampler that can't be fitted before the others are sampled
+        if first_run:  # refuses what can't be fitted before the others are sampled
+            check_enough(len(wanted.states[0]) * len(self.request.seeds), wanted.is_batched)
             self.sampler()
             if self.searches_times:
                 check_taken(self.sampled, seed, self.sample, self.timesteps)
