@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moeca_compile.errors import MoecaError
     from moeca_compile.exporting import export
     from moeca_compile.exporting.packages import save
+    from moeca_compile.frontend.batched.model import BatchedModel
     from moeca_compile.frontend.model_arguments import disable
     from moeca_compile.options import Options
     from moeca_compile.planner import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from moeca_compile.schedule.front import Front
 
 _HOMES = {
+    "BatchedModel": "frontend.batched.model",
     "Front": "schedule.front",
     "MoecaError": "errors",
     "Options": "options",
@@ -55,9 +57,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front", "calibrate_shard", "compare",
-    "compile", "disable", "expert_thresholds", "explain", "export", "load", "measurements", "merge_shards", "prepare",
-    "reset", "save", "stats", "trajectory", "unprepare", "warmup",
+    "BatchedModel", "Front", "MoecaError", "Options", "Schedule", "calibrate", "calibrate_front",
+    "calibrate_shard", "compare", "compile", "disable", "expert_thresholds", "explain", "export", "load",
+    "measurements", "merge_shards", "prepare", "reset", "save", "stats", "trajectory", "unprepare", "warmup",
 ]  # fmt: skip
 __version__ = "0.2.0"
 

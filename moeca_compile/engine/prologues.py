@@ -104,6 +104,11 @@ class Prologues:
         unread = self._compiler.options.cuda_graphs or any(map(needs_device_sync, args))
         return unread and any(self.hoisted[position].level == "step" for position in gives)
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the hoisted values."""
+        return [fx.shape(node) for node in fx.resolve(self._analysis.gm, (value.value for value in self.hoisted))]
+
     def _examples(self, hoists: tuple[int, ...]) -> list[torch.Tensor]:
         """Tensors like the hoisted values at these positions."""
         examples = []

@@ -146,7 +146,7 @@ def _run(
         if program.caches:
             outputs = _with_caches_written(program.caches, args, outputs)
         if state is not None:
-            finite = _finite(results[0]) if variant.writes or variant.changes else True
+            finite = is_finite(results[0]) if variant.writes or variant.changes else True
             written = results[variant.outputs :]
             driver.keep(state, step, row, variant.writes, written, finite, bool(variant.changes))
     if program.freeing is not None and stream is not None:
@@ -188,7 +188,7 @@ def _apart(variant: Variant, arguments: Sequence[Any]) -> list[Any]:
     return [one.clone() if number in changed else one for number, one in enumerate(arguments)]
 
 
-def _finite(output: Any) -> bool | Flag:
+def is_finite(output: Any) -> bool | Flag:
     """Whether the model's output is finite; on an accelerator a flag that is read later."""
     if not isinstance(output, torch.Tensor) or not output.is_floating_point():
         return True

@@ -11,7 +11,8 @@ from moeca_compile.api import prepare
 from moeca_compile.errors import CaptureError, LoweringError, OptionError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.output import capture_output
-from moeca_compile.exporting.request import Arguments, Captured
+from moeca_compile.exporting.request import Captured
+from moeca_compile.frontend.arguments import Arguments, rebatched
 from moeca_compile.options import Options
 from moeca_compile.pipeline import PORTABLE, STANDALONE, Pipeline
 from moeca_compile.schedule.granularity import OUTPUT
@@ -112,9 +113,7 @@ def _capture(
     if batches is None:
         return [_captured(model, example, options, pipeline)]
     try:
-        captures = [
-            _captured(model, request.rebatched(example, batch), options, pipeline) for batch in batches.captured
-        ]
+        captures = [_captured(model, rebatched(example, batch), options, pipeline) for batch in batches.captured]
     except CaptureError as error:
         raise CaptureError(f"{error} (at another batch; dynamic_batch=False takes the example as it is)") from error
     kinds = {(captured.program.regions.fingerprint, _hoisted(captured)) for captured in captures}

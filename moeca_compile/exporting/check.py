@@ -14,7 +14,8 @@ from moeca_compile.errors import BundleError, LoweringError, MoecaWarning, warn
 from moeca_compile.exporting import request
 from moeca_compile.exporting.arrays import to_numpy
 from moeca_compile.exporting.golden import TOLERANCE, WRONG
-from moeca_compile.exporting.request import Arguments, Captured
+from moeca_compile.exporting.request import Captured
+from moeca_compile.frontend.arguments import Arguments, rebatched, tensors
 from moeca_compile.runtime.bundle.bfloat16 import from_stored
 from moeca_compile.runtime.bundle.fused import FusedSession
 from moeca_compile.runtime.bundle.manifest import FUSED
@@ -62,7 +63,7 @@ def check_export(
     for size, (example, main) in enumerate(zip(examples, captured, strict=True)):
         of = f" of other_sizes[{size - 1}]" if size else ""
         for batch in batches:
-            arguments = request.rebatched(example, batch)
+            arguments = rebatched(example, batch)
             errors[f"a step at batch {batch}{of}"] = _error_at(session, model, arguments, main)
     worst = max(errors, key=lambda name: errors[name])
     difference = f"{worst} in {session.runtime.version()} differ from torch by {errors[worst]:.1e} of the largest value"
@@ -97,10 +98,10 @@ def _opened(folder: Path, dtype: str) -> Session | None:
 
 def _error_at(session: Session, model: torch.nn.Module, arguments: Arguments, main: Captured) -> float:
     """A whole step of the bundle against the model as it is, at a batch that no graph was captured at."""
-    tensors = request.tensors(arguments)
+    given = tensors(arguments)
     places = {name: main.places[placeholder] for placeholder, name in main.names.items()}
     try:
-        arrays = {spec.name: to_numpy(tensors[places[spec.name]]) for spec in session.inputs}
+        arrays = {spec.name: to_numpy(given[places[spec.name]]) for spec in session.inputs}
         results = session.run({spec.name: from_stored(arrays[spec.name], spec.dtype) for spec in session.inputs})
     except BundleError as error:
         raise LoweringError(f"the export can't run another batch: {error}. Use dynamic_batch=False") from error

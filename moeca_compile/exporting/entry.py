@@ -27,8 +27,8 @@ from moeca_compile.exporting.refuse import (
     refuse_schedule,
     refuse_sizes,
 )
-from moeca_compile.exporting.request import Arguments
 from moeca_compile.exporting.write import write_fused, write_golden_steps, write_graphs
+from moeca_compile.frontend.arguments import Arguments
 from moeca_compile.frontend.model_arguments import plain_module, single_model
 from moeca_compile.inspect.progress import bar
 from moeca_compile.lowering.experts.choose import choose

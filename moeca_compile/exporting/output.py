@@ -11,7 +11,8 @@ import torch
 from moeca_compile.engine.output_program import OutputCall, OutputProgram, output_regions
 from moeca_compile.errors import CaptureError, LoweringError
 from moeca_compile.exporting import request
-from moeca_compile.exporting.request import Arguments, Captured
+from moeca_compile.exporting.request import Captured
+from moeca_compile.frontend.arguments import Arguments
 from moeca_compile.frontend.output_path import latent_of, timestep_of
 from moeca_compile.options import Options
 from moeca_compile.runtime.warned import Warned

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import LoweringError, OptionError
-from moeca_compile.exporting import request
-from moeca_compile.exporting.request import Arguments
+from moeca_compile.frontend.arguments import Arguments, rebatched, tensors
 from moeca_compile.lowering.experts.choose import FORMS
 from moeca_compile.lowering.onnx.lower import OPSETS
 from moeca_compile.lowering.tensorrt import build as tensorrt
@@ -87,8 +86,8 @@ def refuse_sizes(
         raise OptionError(f"other_sizes: {what} of one size; export a bundle for each")
     earlier: list[list[torch.Size]] = []
     for call in (example, *other_sizes) if other_sizes else ():
-        alike = request.rebatched(call, 1) if dynamic_batch else call
-        shapes = [tensor.shape for tensor in request.tensors(alike)]
+        alike = rebatched(call, 1) if dynamic_batch else call
+        shapes = [tensor.shape for tensor in tensors(alike)]
         if shapes in earlier:
             raise OptionError("other_sizes: the same sizes twice" + (", but for the batch" if dynamic_batch else ""))
         earlier.append(shapes)

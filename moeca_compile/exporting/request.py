@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from moeca_compile.engine.program import Program
 from moeca_compile.errors import CaptureError, LoweringError
+from moeca_compile.frontend.arguments import Arguments, tensors, with_tensors
 from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwargs
 from moeca_compile.graph.desugar import desugar
@@ -23,8 +23,6 @@ from moeca_compile.graph.variant import Variant
 from moeca_compile.options import Options
 from moeca_compile.pipeline import STANDALONE, Pipeline, build_prologue
 from moeca_compile.schedule import Row, Schedule
-
-Arguments = Sequence[Any] | Mapping[str, Any]
 
 
 class Prologue(NamedTuple):
@@ -223,40 +221,6 @@ def _results(result: Any, outputs: Sequence[Any]) -> tuple[tuple[str, int], ...]
 
 def _is_name(key: Any) -> bool:
     return isinstance(key, str) and re.fullmatch(r"[A-Za-z_]\w*", key) is not None
-
-
-def tensors(arguments: Arguments) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-
-
-def with_tensors(arguments: Arguments, given: Mapping[int, torch.Tensor]) -> Any:
-    """The call with other tensors, by their place in `tensors`."""
-    places = itertools.count()
-    return tree_map_only(torch.Tensor, lambda one: given.get(next(places), one), arguments)
-
-
-def batch_of(arguments: Arguments) -> int:
-    """The size of the first dimension of the example's tensor with the most dimensions.
-
-    Raises:
-        LoweringError: no tensor has a dimension.
-    """
-    found = max(tensors(arguments), key=lambda one: one.dim(), default=None)
-    if found is None or not found.dim() or not found.shape[0]:
-        raise LoweringError("example_inputs: no tensor with a batch; give what one call of the model gets")
-    return found.shape[0]
-
-
-def rebatched(arguments: Arguments, batch: int) -> Any:
-    """The example with another batch: the samples of every tensor that has the example's batch, taken in turn."""
-    example_batch = batch_of(arguments)
-
-    def take(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.dim() or tensor.shape[0] != example_batch:
-            return tensor
-        return tensor[torch.arange(batch, device=tensor.device) % example_batch]
-
-    return tree_map_only(torch.Tensor, take, arguments)
 
 
 def numbers(model: torch.nn.Module, arguments: Arguments) -> dict[str, float]:

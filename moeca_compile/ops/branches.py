@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.errors import UserError
+from moeca_compile.ops.even_rows import are_even
 from moeca_compile.ops.experts import Weights, activate_, run_experts
 from moeca_compile.ops.native_branches import address, addresses, library
 
@@ -179,7 +180,7 @@ def _computed(
     """The experts of rows that lie one expert's after the other's, `counts` int64 [E] of them."""
     up, down, gate, up_bias, down_bias, gate_bias = weights
     lies_plain = all(weight.is_contiguous() for group in weights for weight in group)
-    if rows.dtype != torch.float32 or not lies_plain or len(rows) > FEW * len(up):
+    if are_even() or rows.dtype != torch.float32 or not lies_plain or len(rows) > FEW * len(up):
         return run_experts(rows, counts.tolist(), *weights, activation)
     hidden = activate_(_product(rows, counts, gate or up, gate_bias if gate else up_bias), activation)
     if gate:

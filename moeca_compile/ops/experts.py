@@ -8,7 +8,7 @@ call whose result has a static shape. Each target lowers it its own way; the ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.errors import UserError
+from moeca_compile.ops.even_rows import most, parts
 from moeca_compile.ops.packed import PackedExperts, current
 
 Weights = Sequence[Tensor]
@@ -126,10 +127,9 @@ def _run(
 ) -> None:  # fmt: skip
     """Each expert on its rows, `counts[e]` of them, one expert's after the other's."""
     # One pair of buffers for all experts: it stays in the cache.
-    hidden = rows.new_empty(max(counts), up[0].shape[0])
+    hidden = rows.new_empty(most(counts), up[0].shape[0])
     gates = torch.empty_like(hidden) if gate else hidden
-    for e, segment in _slices(counts):
-        part = rows[segment]
+    for e, part, result in parts(rows, counts, out):
         h = hidden[: len(part)]
         _linear(part, up[e], up_bias[e] if up_bias else None, out=h)
         if gate:
@@ -138,24 +138,14 @@ def _run(
             h.mul_(activate_(g, activation))
         else:
             h = activate_(h, activation)
-        _linear(h, down[e], down_bias[e] if down_bias else None, out=out[segment])
+        _linear(h, down[e], down_bias[e] if down_bias else None, out=result)
 
 
 def _run_packed(experts: PackedExperts, rows: Tensor, counts: Sequence[int], activation: str, out: Tensor) -> None:
-    for e, segment in _slices(counts):
-        part = rows[segment]
+    for e, part, result in parts(rows, counts, out):
         h = experts.up[e](part)
         h = h.mul_(activate_(experts.gate[e](part), activation)) if experts.gate else activate_(h, activation)
-        out[segment] = experts.down[e](h)
-
-
-def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which ones."""
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            yield e, slice(start, start + count)
-        start += count
+        result.copy_(experts.down[e](h))
 
 
 def grouped(

@@ -51,6 +51,16 @@ class PlannedStep(NamedTuple):
     timestep: float | None
     ms: float
 
+    @property
+    def name(self) -> str:
+        """Of the variant."""
+        return str(self.variant.spec.name)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the variant, for one sample."""
+        return int(self.variant.spec.macs)
+
 
 class Trajectory:
     """One guidance stream of one denoising loop, with its cached state. A context manager; leaving it drops the state.

@@ -22,6 +22,7 @@ from moeca_compile.runtime.batched.calls import PATIENCE, Waiting, cheap_first, 
 from moeca_compile.runtime.batched.joining import joined
 from moeca_compile.runtime.batched.pool import StatePool
 from moeca_compile.runtime.batched.requests import Sampler
+from moeca_compile.runtime.batched.session import zeros
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, named, small_model
@@ -276,7 +277,7 @@ def test_the_cheap_come_first_but_nobody_waits_for_ever() -> None:
 
 
 def test_lanes_of_a_pool(exported: Bundle) -> None:
-    pool = StatePool((), (), 6, 2)
+    pool = StatePool((), (), 6, 2, zeros)
     assert [pool.take(count) for count in (2, 3, 2, 1)] == [0, 2, None, 5]
     pool.give_back(2, 3)
     pool.give_back(5, 1)

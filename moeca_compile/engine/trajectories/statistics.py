@@ -41,11 +41,10 @@ def stats_of(states: Sequence[Ran]) -> Stats:
         latest, history = group.latest.last_trajectory(), group.history.trajectories()
         steps += latest
         earlier += [tuple(records) for records in history if not latest or records[0] is not latest[0]]
-        for compiled, graph in [pair for running in group.states() for pair in running.graphs()]:
+        for _, graph in [pair for running in group.states() for pair in running.graphs()]:
             for stream in list(graph.streams.values()):
                 hoisted_bytes += stream.hoisted.bytes
-                pairs = zip(list(stream.state.tensors), compiled.layout, strict=True)
-                state_bytes += sum(slot.bytes for tensor, slot in pairs if tensor is not None)
+                state_bytes += sum(tensor.nbytes for tensor in list(stream.state.tensors) if tensor is not None)
     for runtime in [state.runtime for state in states]:
         with runtime.lock:
             programs = list(runtime.programs.values())

@@ -13,7 +13,7 @@ from moeca_compile.dtypes import DTYPES, name_of
 from moeca_compile.engine.packages.model import leaf_name
 from moeca_compile.errors import LoweringError, OptionError
 from moeca_compile.exporting import request
-from moeca_compile.exporting.request import Arguments
+from moeca_compile.frontend.arguments import Arguments
 from moeca_compile.graph.autocast import ambient_autocast
 from moeca_compile.runtime.packages.manifest import TensorLeaf, ValueLeaf
 

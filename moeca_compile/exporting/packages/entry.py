@@ -24,7 +24,7 @@ from moeca_compile.exporting.packages.call import ModelCall
 from moeca_compile.exporting.packages.check import error_of
 from moeca_compile.exporting.packages.describe import describe_model, describe_size
 from moeca_compile.exporting.packages.programs import write_programs
-from moeca_compile.exporting.request import Arguments
+from moeca_compile.frontend.arguments import Arguments
 from moeca_compile.frontend.backend import read_options
 from moeca_compile.frontend.handles import Read, state_of
 from moeca_compile.frontend.model_arguments import compiled_parts, plain_module, single_model

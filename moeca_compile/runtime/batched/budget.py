@@ -43,12 +43,12 @@ def bytes_of(spec: TensorSpec) -> int:
     return math.prod(spec.sizes(1)) * int(stored_dtype(spec.dtype).itemsize)
 
 
-def lanes_of(manifest: Manifest, budget: int, max_batch: int) -> int:
+def lanes_in(budget: int, needs: Needs, max_batch: int) -> int:
     """How many samples a budget has room for.
 
     Args:
-        manifest: of the bundle.
         budget: bytes.
+        needs: of one sample.
         max_batch: samples of one call, at most.
 
     Raises:
@@ -59,7 +59,6 @@ def lanes_of(manifest: Manifest, budget: int, max_batch: int) -> int:
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise OptionError(f"{name}={value!r}: expected a whole number from 1 on")
-    needs = needs_of(manifest)
     lanes = (budget - max_batch * needs.call) // max(needs.lane, 1)
     if lanes < 1:
         least = needs.lane + max_batch * needs.call

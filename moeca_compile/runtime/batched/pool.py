@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from moeca_compile.graph.variant import StateSlot
-from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
 from moeca_compile.runtime.state import StreamState
 
 
@@ -20,16 +17,20 @@ class StatePool:
         axes: for each slot, the axis along which samples lie.
         lanes: how many samples have room.
         regions: number of columns of the schedule.
+        zeros: allocates the tensor of a slot, of a shape.
     """
 
-    def __init__(self, layout: Sequence[StateSlot], axes: Sequence[int], lanes: int, regions: int) -> None:
+    def __init__(
+        self, layout: Sequence[StateSlot], axes: Sequence[int], lanes: int, regions: int,
+        zeros: Callable[[StateSlot, Sequence[int]], Any],
+    ) -> None:  # fmt: skip
         self.lanes, self.regions, self.axes = lanes, regions, tuple(axes)
         self._sizes = [slot.shape[axis] for slot, axis in zip(layout, axes, strict=True)]
         self._arrays = []
         for slot, axis in zip(layout, axes, strict=True):
             shape = list(slot.shape)
             shape[axis] *= lanes
-            self._arrays.append(np.zeros(shape, stored_dtype(slot.dtype)))
+            self._arrays.append(zeros(slot, shape))
         self._free = [(0, lanes)]  # adjacent lanes that nobody has: first, and the one after the last
 
     @property
@@ -82,6 +83,17 @@ class PooledState(StreamState):
     def __init__(self, layout: tuple[StateSlot, ...], pool: StatePool, first: int, batch: int) -> None:
         super().__init__(layout, pool.regions)
         self._views = [pool.view(slot, first, batch) for slot in range(len(layout))]
+
+    def read(self, slot: int) -> Any:
+        """A slot's values; zeros: it was never written."""
+        if self.tensors[slot] is None:
+            self._views[slot][...] = 0
+        return self._views[slot]
+
+    def overwrite(self, slot: int, values: Any) -> None:
+        """Take these for a slot's values; nothing moves on."""
+        self._views[slot][...] = values
+        self.tensors[slot] = self._views[slot]
 
     def _push(self, slots: Sequence[int], values: Sequence[Any]) -> None:
         for slot, value in zip(slots, values, strict=True):

@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from typing import Any, Protocol
 
 from moeca_compile.errors import StateError
-from moeca_compile.runtime.batched.pool import PooledState
-from moeca_compile.runtime.bundle.feeds import Arrays
-from moeca_compile.runtime.state import StreamState
-from moeca_compile.runtime.trajectory import PlannedStep, Trajectory, state_layout
 
-if TYPE_CHECKING:
-    from moeca_compile.runtime.batched.session import BatchedSession
-
-Sampler = Generator[Mapping[str, Any], Arrays, Any]  # yields a step's inputs, is sent its outputs, returns the result
+Sampler = Generator[Any, Any, Any]  # yields a step's inputs, is sent its outputs, returns the result
 
 
-class PooledTrajectory(Trajectory):
-    """A denoising loop whose state is in a batched session's pool and whose steps share calls.
+class Planned(Protocol):
+    """A step before it runs: the variant's name, and its multiply-accumulates for one sample."""
 
-    `run` waits until its step was part of a call. So each of several trajectories needs a thread of its own.
+    @property
+    def name(self) -> str: ...
+    @property
+    def macs(self) -> float: ...
+
+
+class Loop(Protocol):
+    """A denoising loop whose state is in a pool.
 
     Attributes:
         lanes: the first lane, and how many; None: it has none yet, or none any more.
     """
 
-    def __init__(self, owner: BatchedSession, steps: int | None, stream: str) -> None:
-        super().__init__(owner.session, steps, stream)
-        self._owner = owner
-        self.lanes: tuple[int, int] | None = None
+    lanes: tuple[int, int] | None
+
+    def plan(self, inputs: Any) -> Planned:
+        """Find what the next step runs. Nothing is kept until `commit`: a step may be planned again."""
+
+    def commit(self, planned: Any, values: Any, ms: float) -> Any:
+        """Keep what a planned step wrote, and return its outputs."""
 
     def close(self) -> None:
-        """Give the lanes back and refuse further calls."""
-        super().close()
-        self._owner.leave(self)
-
-    def _run(self, inputs: Mapping[str, Any]) -> Arrays:
-        return self._owner.serve(self, inputs)
-
-    def _new_state(self, batch: int) -> StreamState:
-        assert self.lanes is not None  # a step is planned when its trajectory has lanes
-        first, count = self.lanes
-        if batch != count:
-            raise StateError(f"the trajectory has room for batch {count}, this call has {batch}: open another one")
-        return PooledState(state_layout(self.session.manifest, batch), self._owner.pool, first, batch)
+        """Drop the state and give the lanes back."""
 
 
 class Request:
@@ -56,7 +47,7 @@ class Request:
         done: whether it ended, with a result or an error.
     """
 
-    def __init__(self, sampler: Sampler, trajectory: PooledTrajectory) -> None:
+    def __init__(self, sampler: Sampler, trajectory: Loop) -> None:
         self.sampler, self.trajectory, self.done = sampler, trajectory, False
         self._result: Any = None
         self._error: Exception | None = None
@@ -92,8 +83,8 @@ class Step:
     """A step that waits for a call.
 
     Attributes:
-        trajectory: whose step it is.
-        inputs: arrays by name.
+        trajectory: whose step it is, a `Loop`.
+        inputs: of the model.
         batch: number of samples.
         request: whose sampler goes on after it; None: a thread waits for it.
         since: `time.monotonic()` when it came, in seconds.
@@ -102,11 +93,11 @@ class Step:
         outputs, error: how it ended.
     """
 
-    def __init__(self, trajectory: PooledTrajectory, inputs: Mapping[str, Any], batch: int, request: Request | None):
+    def __init__(self, trajectory: Any, inputs: Any, batch: int, request: Request | None) -> None:
         self.trajectory, self.inputs, self.batch, self.request = trajectory, inputs, batch, request
         self.since, self.passed = time.monotonic(), 0
-        self.planned: PlannedStep | None = None
-        self.outputs: Arrays | None = None
+        self.planned: Any = None  # a `Planned`
+        self.outputs: Any = None
         self.error: Exception | None = None
 
     @property

@@ -8,49 +8,63 @@ images = [request.result() for request in requests]
 
 from __future__ import annotations
 
-import threading
-import time
-import weakref
-from collections import deque
-from collections.abc import Generator, Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from moeca_compile.errors import MoecaError, OptionError, StateError
-from moeca_compile.runtime.batched.budget import lanes_of
-from moeca_compile.runtime.batched.calls import Policy, Waiting, cheap_first
+from moeca_compile.errors import StateError
+from moeca_compile.graph.variant import StateSlot
+from moeca_compile.runtime.batched.budget import lanes_in, needs_of
+from moeca_compile.runtime.batched.calls import Policy, cheap_first
 from moeca_compile.runtime.batched.invariance import refuse_if_batches_differ
-from moeca_compile.runtime.batched.pool import StatePool
-from moeca_compile.runtime.batched.requests import PooledTrajectory, Request, Sampler, Step
+from moeca_compile.runtime.batched.pool import PooledState, StatePool
+from moeca_compile.runtime.batched.requests import Step
+from moeca_compile.runtime.batched.scheduler import Scheduler
 from moeca_compile.runtime.batched.together import Together
+from moeca_compile.runtime.bundle.bfloat16 import stored_dtype
 from moeca_compile.runtime.bundle.feeds import Arrays, admit, arrays_of
 from moeca_compile.runtime.bundle.manifest import COEFFICIENTS, NOW
 from moeca_compile.runtime.output_rows import ComputedRow, ForecastRow
 from moeca_compile.runtime.providers.onnxruntime import CPU
 from moeca_compile.runtime.session import Session
-from moeca_compile.runtime.stats import MAX_RECORDS
-from moeca_compile.runtime.trajectory import state_layout
+from moeca_compile.runtime.state import StreamState
+from moeca_compile.runtime.trajectory import PlannedStep, Trajectory, state_layout
 
 
-class CallRecord(NamedTuple):
-    """One shared call.
+class PooledTrajectory(Trajectory):
+    """A denoising loop whose state is in a batched session's pool and whose steps share calls.
+
+    `run` waits until its step was part of a call. So each of several trajectories needs a thread of its own.
 
     Attributes:
-        variant: that ran.
-        requests: how many shared it.
-        samples: of all of them.
-        ms: milliseconds of the variant and of the hoisted values.
+        lanes: the first lane, and how many; None: it has none yet, or none any more.
     """
 
-    variant: str
-    requests: int
-    samples: int
-    ms: float
+    def __init__(self, owner: BatchedSession, steps: int | None, stream: str) -> None:
+        super().__init__(owner.session, steps, stream)
+        self._owner = owner
+        self.lanes: tuple[int, int] | None = None
+
+    def close(self) -> None:
+        """Give the lanes back and refuse further calls."""
+        super().close()
+        self._owner.leave(self)
+
+    def _run(self, inputs: Mapping[str, Any]) -> Arrays:
+        outputs: Arrays = self._owner.serve(self, inputs)
+        return outputs
+
+    def _new_state(self, batch: int) -> StreamState:
+        assert self.lanes is not None  # a step is planned when its trajectory has lanes
+        first, count = self.lanes
+        if batch != count:
+            raise StateError(f"the trajectory has room for batch {count}, this call has {batch}: open another one")
+        return PooledState(state_layout(self.session.manifest, batch), self._owner.pool, first, batch)
 
 
-class BatchedSession:
+class BatchedSession(Scheduler):
     """A session whose requests share calls: those whose next steps run the same variant with the same coefficients.
 
     State is in slots of a pool that is allocated here. A request that finds no room waits until others end, in the
@@ -84,20 +98,14 @@ class BatchedSession:
         self, session: Session, budget: int, max_batch: int = 8, *, exact: bool = True,
         policy: Policy = cheap_first, gather: float = 0.002,
     ) -> None:  # fmt: skip
-        self.session, self.calls = session, deque[CallRecord](maxlen=MAX_RECORDS)
-        self._policy, self._gather, self._together = policy, gather, Together(session)
+        self.session, self._together = session, Together(session)
         if session.manifest.batch is not None:
             max_batch = min(max_batch, session.manifest.batch[1])
-        lanes = lanes_of(session.manifest, budget, max_batch)
-        self.pool = StatePool(state_layout(session.manifest, 1), self._together.axes, lanes, session.manifest.regions)
-        self.max_batch = min(max_batch, lanes)
+        lanes = lanes_in(budget, needs_of(session.manifest), max_batch)
+        pool = StatePool(state_layout(session.manifest, 1), self._together.axes, lanes, session.manifest.regions, zeros)
+        super().__init__(pool, min(max_batch, lanes), policy, gather)
         if exact:
             refuse_if_batches_differ(session, self._together, self.max_batch)
-        self._changed = threading.Condition()
-        self._waiting: list[Step] = []  # for a call, the one that waits for longest first
-        self._without_lanes: deque[Step] = deque()
-        self._open = weakref.WeakSet[PooledTrajectory]()
-        self._is_running = False
 
     @classmethod
     def open(
@@ -122,199 +130,24 @@ class BatchedSession:
         """
         return cls(Session.open(path, provider, threads=threads), budget, max_batch, **options)
 
-    def submit(self, sampler: Sampler, steps: int | None = None, stream: str = "") -> Request:
-        """Begin a request. Its sampler runs up to its first step.
-
-        Args:
-            sampler: a generator. It yields the inputs of each step, arrays by input name, and is sent the outputs by
-                name; what it returns is the request's result. Its batch is that of its first step. An error in its
-                step is raised at its `yield`.
-            steps: how many steps are expected; one more is refused. None: any number.
-            stream: a name for the records.
-
-        Returns:
-            The request. It goes on in `step` and `run`.
-
-        Raises:
-            OptionError: no generator.
-            StateError: the request is larger than the pool or than a call.
-            BundleError: inputs that the model doesn't take.
-        """
-        if not isinstance(sampler, Generator):
-            raise OptionError(
-                f"sampler: expected a generator, which yields the inputs of each step, got {type(sampler).__name__}"
-            )
-        request = Request(sampler, self.trajectory(steps, stream))
-        try:
-            inputs = next(sampler)
-        except StopIteration as end:
-            request.end(end.value)
-            return request
-        try:
-            self._enqueue(request.trajectory, inputs, request)
-        except MoecaError:
-            sampler.close()
-            request.trajectory.close()
-            raise
-        return request
-
-    def trajectory(self, steps: int | None = None, stream: str = "") -> PooledTrajectory:
-        """Begin a denoising loop for a sampler that calls a model. Each open one needs a thread of its own.
-
-        Args:
-            steps: how many calls are expected; one more is refused. None: any number.
-            stream: a name for the records.
-
-        Returns:
-            A context manager, used as that of `Session.trajectory`. Its `run` waits until the step was part of a call.
-
-        Raises:
-            StateError: `steps` isn't a positive number.
-        """
-        trajectory = PooledTrajectory(self, steps, stream)
-        with self._changed:
-            self._open.add(trajectory)
-        return trajectory
-
-    def step(self) -> int:
-        """Run one call.
-
-        Returns:
-            How many requests it advanced; 0: none waits.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_running)
-            chosen = self._choose()
-            self._is_running = bool(chosen)
-        if not chosen:
-            return 0
-        try:
-            self._execute(chosen)
-        finally:
-            with self._changed:
-                self._is_running = False
-                self._changed.notify_all()
-        for step in chosen:
-            if step.request is not None:
-                self._advance(step.request, step)
-        return len(chosen)
-
-    def run(self) -> None:
-        """Run calls until every request is done."""
-        while self.step():
-            pass
-
-    def serve(self, trajectory: PooledTrajectory, inputs: Mapping[str, Any]) -> Arrays:
-        """The next step of a trajectory that a thread drives: wait for a call, or run it."""
-        step = self._enqueue(trajectory, inputs, None)
-        while not step.done:
-            if self._is_due(step):
-                self.step()
-        if step.error is not None:
-            raise step.error
-        assert step.outputs is not None
-        return step.outputs
-
-    def leave(self, trajectory: PooledTrajectory) -> None:
-        """A trajectory is closed: its lanes are free, and others may begin."""
-        with self._changed:
-            self._waiting = [step for step in self._waiting if step.trajectory is not trajectory]
-            self._without_lanes = deque(step for step in self._without_lanes if step.trajectory is not trajectory)
-            if trajectory.lanes is not None:
-                self.pool.give_back(*trajectory.lanes)
-                trajectory.lanes = None
-            self._open.discard(trajectory)
-            self._let_in()
-            self._changed.notify_all()
-
-    def _enqueue(self, trajectory: PooledTrajectory, inputs: Mapping[str, Any], request: Request | None) -> Step:
-        batch = trajectory.lanes[1] if trajectory.lanes else self._batch_of(inputs)
-        step = Step(trajectory, inputs, batch, request)
-        with self._changed:
-            if trajectory.lanes is None:
-                self._without_lanes.append(step)
-                self._let_in()
-            else:
-                self._plan(step)
-            self._changed.notify_all()
-        if step.error is not None:
-            raise step.error
-        return step
+    def _new_trajectory(self, steps: int | None, stream: str) -> PooledTrajectory:
+        return PooledTrajectory(self, steps, stream)
 
     def _batch_of(self, inputs: Mapping[str, Any]) -> int:
         manifest = self.session.manifest
-        _, batch = admit(manifest, arrays_of(manifest, inputs))
-        if batch > self.max_batch:
-            raise StateError(
-                f"the request has {batch} samples, and a call takes {self.max_batch} (max_batch, and {self.pool.lanes} "
-                "lanes in the budget): split the request, or open the session with more"
-            )
-        return batch
-
-    def _let_in(self) -> None:
-        """Give lanes to those who wait for them, in their order."""
-        while self._without_lanes:
-            step = self._without_lanes[0]
-            first = self.pool.take(step.batch)
-            if first is None:
-                return
-            self._without_lanes.popleft()
-            step.trajectory.lanes = first, step.batch
-            self._plan(step)
-
-    def _plan(self, step: Step) -> None:
-        try:
-            step.planned = step.trajectory.plan(step.inputs)
-        except MoecaError as error:
-            step.error = error
-        else:
-            self._waiting.append(step)
-
-    def _choose(self) -> list[Step]:
-        """Take the steps of the next call out of those that wait."""
-        if not self._waiting:
-            return []
-        waiting = [
-            Waiting(self._key(step), step.planned.variant.spec.macs, step.batch, step.passed)
-            for step in self._waiting
-            if step.planned is not None
-        ]
-        numbers = set(self._policy(waiting, self.max_batch))
-        chosen = [step for number, step in enumerate(self._waiting) if number in numbers]
-        self._waiting = [step for number, step in enumerate(self._waiting) if number not in numbers]
-        for step in self._waiting:
-            step.passed += 1
-        return chosen
+        return admit(manifest, arrays_of(manifest, inputs))[1]
 
     def _key(self, step: Step) -> Hashable:
         """Steps with equal keys can share a call: same variant, and equal values of what holds for a whole call."""
-        assert step.planned is not None
         variant, feeds = step.planned.variant, step.planned.feeds
         if isinstance(variant, ForecastRow):
             return id(variant)  # each runs by itself
         common = (*self._together.shared, *(name for name in (COEFFICIENTS, NOW) if name in feeds))
         return id(variant), *(np.asarray(feeds[name]).tobytes() for name in common)
 
-    def _execute(self, steps: list[Step]) -> None:
-        plans = [step.planned for step in steps if step.planned is not None]
-        begin = time.perf_counter()
-        try:
-            results = self._values(steps)
-        except MoecaError as error:
-            for step in steps:
-                step.error = error
-            return
-        ms = (time.perf_counter() - begin) * 1e3
-        for step, planned, values in zip(steps, plans, results, strict=True):
-            try:
-                step.outputs = step.trajectory.commit(planned, values, ms)
-            except MoecaError as error:
-                step.error = error
-        self.calls.append(CallRecord(plans[0].variant.spec.name, len(steps), sum(step.batch for step in steps), ms))
-
     def _values(self, steps: list[Step]) -> list[list[Any]]:
         """What the steps' variant gives each of them."""
-        plans = [step.planned for step in steps if step.planned is not None]
+        plans: list[PlannedStep] = [step.planned for step in steps]
         batches, variant = [step.batch for step in steps], plans[0].variant
         if isinstance(variant, ForecastRow):
             return [variant.run(planned.feeds) for planned in plans]
@@ -336,41 +169,7 @@ class BatchedSession:
             return [variant.after(planned.feeds, v) for planned, v in zip(plans, values, strict=True)]
         return self._together.run(variant, feeds, batches)
 
-    def _advance(self, request: Request, step: Step) -> None:
-        """Let a request's sampler go on, up to its next step or its end."""
-        error = step.error
-        while True:
-            try:
-                if error is not None:
-                    inputs = request.sampler.throw(error)
-                else:
-                    assert step.outputs is not None
-                    inputs = request.sampler.send(step.outputs)
-            except StopIteration as end:
-                request.end(end.value)
-                return
-            except Exception as raised:
-                request.end(error=raised)
-                return
-            try:
-                self._enqueue(request.trajectory, inputs, request)
-                return
-            except MoecaError as refused:
-                error = refused
 
-    def _is_due(self, step: Step) -> bool:
-        """Wait until a step is done (False), or a call is due and nobody runs one (True)."""
-        with self._changed:
-            while not step.done:
-                if not self._is_running and self._is_gathered():
-                    return True
-                gathers = self._waiting and not self._is_running
-                self._changed.wait(self._gather if gathers else None)
-        return False
-
-    def _is_gathered(self) -> bool:
-        """Whether a call is due: everybody who may come waits for it, or somebody has waited long enough."""
-        if not self._waiting:
-            return False
-        waited = time.monotonic() - self._waiting[0].since
-        return len(self._waiting) + len(self._without_lanes) >= len(self._open) or waited >= self._gather
+def zeros(slot: StateSlot, shape: Sequence[int]) -> Any:
+    """The pool's array of a slot."""
+    return np.zeros(shape, stored_dtype(slot.dtype))

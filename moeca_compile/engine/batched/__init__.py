@@ -1,0 +1,1 @@
+"""Requests at different steps that share the calls of a compiled model."""

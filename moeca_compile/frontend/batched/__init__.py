@@ -1,0 +1,1 @@
+"""`moeca_compile.BatchedModel`: many denoising loops that share calls of a compiled model."""
