@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from moeca_compile.engine.program import Program
 from moeca_compile.errors import CaptureError, LoweringError
 from moeca_compile.frontend.arguments import Arguments, tensors, with_tensors
+from moeca_compile.frontend.reporting.equal_calls import equal_calls_copied
 from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Input, inputs_of, isolate_recompiles_kwargs
 from moeca_compile.graph.desugar import desugar
@@ -159,7 +160,8 @@ def capture(
     # the backend is a new object each time: what was compiled before isn't taken again
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, **isolate_recompiles_kwargs())
     try:
-        with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
+        limits = torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
+        with limits, equal_calls_copied(model):
             result = call(compiled, arguments)
     except TorchDynamoException as error:
         text = " ".join(str(error).split("\n")[:4])

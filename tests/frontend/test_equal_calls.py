@@ -1,7 +1,8 @@
-"""Dry runs copy calls of equal modules, and Dynamo's graph is that of a whole trace."""
+"""Dry runs and exports copy calls of equal modules, and Dynamo's graph is that of a whole trace."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from moeca_compile.exporting import request
 from moeca_compile.frontend.reporting import equal_calls
 from moeca_compile.frontend.reporting.dry_run import traced_dry
 from moeca_compile.graph.capture import inputs_of
+from moeca_compile.options import Options
 
 DIM, DEPTH = 8, 4
 X = torch.empty(2, 4, DIM, device="meta")
@@ -154,12 +157,33 @@ def patched() -> Model:
     return model
 
 
+class Calls(Block):
+    """As a prepared expert layer is: it has a function that was bound to it."""
+
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        return self.inner(super().forward(x))
+
+
+def doubled(block: Any, x: Tensor) -> Tensor:
+    return x * block.factors[1] + block.norm.weight  # type: ignore[no-any-return]
+
+
+def bound(to: int = 0) -> Model:
+    """`to`: 0: the block itself, 1: the one after it."""
+    model = Model(in_turn, Calls)
+    for i, block in enumerate(model.blocks):
+        block.__dict__["inner"] = types.MethodType(doubled, model.blocks[(i + to) % DEPTH])
+    return model
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many calls are copied
     "a chain": (lambda: Model(in_turn), DEPTH - 1),
     "the parent branches on the index": (lambda: Model(every_second), DEPTH - 1),
     "a block branches on its index": (lambda: Model(in_turn, Indexed), 0),
     "hooks": (hooked, DEPTH - 2),
     "a method of its own": (patched, DEPTH - 2),
+    "one function bound to all": (bound, DEPTH - 1),
+    "a function bound to others": (lambda: bound(1), 0),
     "weights of two": (shared, 1),
     "one block twice": (lambda: Model(one_block), 0),  # from other places
     "kinds of inputs": (lambda: Model(kinds_of_inputs), 0),
@@ -196,6 +220,29 @@ def test_the_graph_is_that_of_a_whole_trace(name: str, monkeypatch: pytest.Monke
 def test_a_model_with_data_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equal_calls, "kinds_of_modules", lambda model: pytest.fail("a copy would lack guards"))
     assert trace(Model(in_turn), "cpu")
+
+
+def test_an_export_copies_the_calls_of_a_model_with_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    graphs: list[Any] = []
+
+    class Noted(equal_calls._Copying):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            made.append(self)
+
+    def noted(gm: GraphModule, args: Any, inputs: Any, *rest: Any, **keywords: Any) -> None:
+        graphs.append([gm.code, inputs])
+        raise LookupError
+
+    monkeypatch.setattr(equal_calls, "_Copying", Noted)
+    monkeypatch.setattr(request, "Program", noted)
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            request.capture(Model(in_turn).eval(), (torch.zeros(X.shape),), Options(inner="eager"))
+        monkeypatch.setattr(equal_calls, "kinds_of_modules", lambda model: {})
+    assert graphs[0] == graphs[1]
+    assert [each.copies for each in made] == [DEPTH - 1, 0]
 
 
 def test_what_was_copied_is_traced_again_in_the_next_run() -> None:

@@ -1,8 +1,8 @@
-"""Dynamo's trace of a dry run: the call of a module that equals one traced before, with arguments of the same kinds, is
-not traced again. Its nodes are copied, with its own weights.
+"""Dynamo's trace of a dry run, or of an export: the call of a module that equals one traced before, with arguments of
+the same kinds, is not traced again. Its nodes are copied, with its own weights.
 
 A call is copied only where tracing it would give just that: it read nothing but its arguments and its own weights,
-nothing that was there before the trace has changed, and what it gave are tensors and plain values. A dry run is
+nothing that was there before the trace has changed, and what it gave are tensors and plain values. Such a trace is
 discarded after its one call, so the guards that a copy lacks are never asked.
 """
 
@@ -110,13 +110,14 @@ class _Copying:
                 self.copies += 1
                 return copied
         last, calls = tx.output.graph._root.prev, dict(tx.num_calls)
+        path = _path(variable)  # a bound function that is called inside gives the variable another one
         result = original(variable, tx, args, kwargs)
         if key not in self._templates:
             try:
                 again = _Taken()
                 if (again.kinds(args, kwargs), again.nodes) != (key[1], taken.nodes) or _state(variable, tx) != key[2]:
                     raise NotAlone
-                self._templates[key] = _template(variable, tx, taken, last, calls, result)
+                self._templates[key] = _template(variable.value, path, tx, taken, last, calls, result)
             except NotAlone:
                 self._templates[key] = None
         return result
@@ -175,9 +176,8 @@ def _path(variable: Any) -> str:
 
 
 def _template(
-    variable: Any, tx: Any, taken: _Taken, last: Node, calls: Mapping[str, int], result: Any
+    module: nn.Module, path: str, tx: Any, taken: _Taken, last: Node, calls: Mapping[str, int], result: Any
 ) -> _Template:  # fmt: skip
-    module, path = variable.value, _path(variable)
     made = []
     while (last := last.next).op != "root":
         made.append(last)

@@ -1,7 +1,8 @@
 """Which modules of a model are equal: their forward, called with equal arguments, does the same.
 
-Equal are: class, plain attributes, submodules, the kinds of parameters and buffers and which of them are one. A module
-with a hook, a method of its own, weights that others use too, or an attribute that isn't plain data equals no other.
+Equal are: class, plain attributes, submodules, the kinds of parameters and buffers and which of them are one. A
+function that was bound to the module is an attribute, too, and equal where it is the same one. A module with a hook,
+weights that others use too, or an attribute that isn't plain data equals no other.
 """
 
 from __future__ import annotations
@@ -48,12 +49,19 @@ def _kind(module: nn.Module, uses: Counter[int], kind: Any) -> Hashable:
     if own.get("_compiled_call_impl") is not None or any(uses[id(t)] > 1 for t in _tensors(module).values()):
         return alone
     try:
-        attributes = tuple((name, _data(value)) for name, value in sorted(own.items()) if name not in _OWN)
+        attributes = tuple(
+            (name, _data(_unbound(value, module))) for name, value in sorted(own.items()) if name not in _OWN
+        )
         tensors = tuple((name, _described(tensor)) for name, tensor in _tensors(module).items())
     except _NotPlain:
         return alone
     below = tuple((name, None if child is None else kind(child)) for name, child in module._modules.items())
     return type(module), attributes, tensors, below, frozenset(module._non_persistent_buffers_set)
+
+
+def _unbound(value: Any, module: nn.Module) -> Any:
+    """Of a method of the module itself its function."""
+    return value.__func__ if isinstance(value, types.MethodType) and value.__self__ is module else value
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -63,10 +71,12 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def _described(tensor: torch.Tensor | None) -> Hashable:
     if tensor is None:
         return None
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.is_meta or vars(tensor).keys() - _NOTED:
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or vars(tensor).keys() - _NOTED:
+        raise _NotPlain
+    if tensor.layout is not torch.strided:
         raise _NotPlain
     size = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-    return type(tensor), size, tensor.dtype, tensor.requires_grad
+    return type(tensor), size, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 class _NotPlain(Exception):

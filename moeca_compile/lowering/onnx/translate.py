@@ -23,6 +23,7 @@ from torch.fx import Graph
 from torch.fx import config as fx_config
 
 from moeca_compile.graph.fx import aten
+from moeca_compile.lowering.onnx.optimizer import optimizing_once
 
 _REGISTRY = "torch.onnx._internal.exporter._registration"
 _TALKATIVE = (_REGISTRY, "onnx_ir.passes.common.initializer_deduplication")
@@ -37,7 +38,7 @@ def translate(exported: torch.export.ExportedProgram, opset: int, table: Mapping
         opset: of the standard ONNX domain.
         table: translations of operators that torch has none for, or another one.
     """
-    with _alone, _registry_read_once(opset) as is_translated:
+    with _alone, optimizing_once(), _registry_read_once(opset) as is_translated:
         _decompose_only_what_must_be(exported, lambda operator: operator in table or is_translated(operator))
         program = torch.onnx.export(
             exported, dynamo=True, opset_version=opset, custom_translation_table=dict(table), optimize=True,
