@@ -13,13 +13,13 @@ from torch import Tensor
 
 from moeca_compile.comparison.contenders import CompiledBundle, CompiledModel, Facts
 from moeca_compile.comparison.metrics import Metric, Metrics
-from moeca_compile.comparison.truth import check_truth, true_samples
+from moeca_compile.comparison.truth import true_samples
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.frontend.prompts import Prompt, PromptSampler, check_seeds, sampler_of
 from moeca_compile.inspect.comparison import CACHED, Comparison, Contender
 from moeca_compile.inspect.progress import ProgressCallback, bar
-from moeca_compile.planner.output.study import Truth
 from moeca_compile.planner.rollout import TIMESTEPS
+from moeca_compile.planner.truth import Truth, read_truth, sample_other
 from moeca_compile.runtime.session import Session
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.output import UNCACHED
@@ -58,7 +58,8 @@ def compare(
         seeds: that are sampled; a number n means 0 to n - 1.
         truth: what the samples are compared with beside the uncached ones: `converged`, the samples that the sampler
             comes to with more and more steps, for which `sample` must take a keyword `steps`; a mapping from seeds to
-            tensors; or a function of the seed.
+            tensors; a function of the seed; or another model (a module or a pipeline; two modules for a loop of two),
+            such as the same one before its weights were quantized.
         metrics: more metrics by name: functions of samples and truth, both [N, ...] float32, that return N numbers.
         data_range: of the samples, for PSNR and SSIM; None: 1 with prompts, else the range of the uncached samples.
         progress: show a progress bar on stderr, where that is a terminal and `rich` is installed.
@@ -77,7 +78,10 @@ def compare(
     compared = CompiledBundle(model) if isinstance(model, Session) else CompiledModel(model)
     sampler = sampler_of(model, sample, prompts, call, "compare")
     check_seeds(sampler, len(numbers), "compare")
-    check_truth(truth, sampler)
+    goal = read_truth(
+        truth, sampler, numbers, "compare", OptionError,
+        lambda other, seed: sample_other(other, model, sampler, seed, "compare"),
+    )  # fmt: skip
     names = list(compared.ways)
     with bar(progress) as report_progress:
         runner = _Runner(compared, sampler, len(names) * (1 + len(numbers)), report_progress)
@@ -93,11 +97,11 @@ def compare(
         uncached = samples[names[0]]
         _check_repeats(first[names[0]][1], uncached[0])
         truths = {UNCACHED: uncached}
-        if truth != UNCACHED:
-            label = truth if isinstance(truth, str) else "given"
+        if goal != UNCACHED:
+            label = goal if isinstance(goal, str) else "given"
             steps = runner.facts.steps
             truths[label] = true_samples(
-                truth, numbers, uncached, lambda seed, times: runner.run(names[0], seed, times * steps)[1]
+                goal, numbers, uncached, lambda seed, times: runner.run(names[0], seed, times * steps)[1]
             )
     low, high = (float(extreme) for extreme in torch.cat([each.flatten() for each in uncached]).aminmax())
     if data_range is None:

@@ -31,7 +31,7 @@ class VariantReport:
         macs: multiply-accumulates of one call.
         reads: how many state tensors it takes.
         writes: how many state tensors it gives.
-        weight_bytes: of all weights that it reads.
+        weight_bytes: of all weights that it reads, parameters and buffers.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Report:
         model: the name of the model's class.
         calls: of the model's last trajectory, if it ran this schedule: the attributes of each `StepRecord`, and `row`,
             the number of the row that ran, in order of first use; None where that isn't known.
-        hoisted_weight_bytes: of the weights that no variant reads, only the programs of hoisted values.
+        hoisted_weight_bytes: of the parameters and buffers that no variant reads, only the programs of hoisted values.
         pass_graphs: the graphs before and after each pass that has some; only where `html` was asked for.
     """
 

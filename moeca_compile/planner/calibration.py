@@ -19,7 +19,7 @@ from moeca_compile.frontend.prompts import Prompt, check_seeds, sampler_of
 from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.hand_over import handed_over
 from moeca_compile.planner.output.rule import with_output_rule
-from moeca_compile.planner.output.study import OutputStudy, Truth, check_truth
+from moeca_compile.planner.output.study import OutputStudy
 from moeca_compile.planner.perturb import perturb_experts
 from moeca_compile.planner.quality import QualityFunction
 from moeca_compile.planner.request import Request
@@ -27,7 +27,8 @@ from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
 from moeca_compile.planner.search.search import RACE_SEEDS, Search
 from moeca_compile.planner.study import Study
-from moeca_compile.planner.thin import ThinnedSchedule, thinned
+from moeca_compile.planner.thin import ThinnedSchedule, thinned, with_cached_branches
+from moeca_compile.planner.truth import Goal, Truth, goal_of, to_both_truths
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.granularity import OUTPUT
 
@@ -96,13 +97,17 @@ def calibrate(
             such rows are searched in addition to those of whole regions, at about the same cost, and returned if they
             are better. With a budget of MACs the best one is then thinned if that improves it: some layers are cached
             as whole regions, or some cheap steps compute no branches. Bundles do not support these schedules.
-        truth: with granularity `output`, what the samples are fitted to. `uncached`: the samples of the model computed
-            at every step. `converged`: the samples that the same sampler comes to with more and more steps,
-            extrapolated from runs with twice and four times the steps, for which `sample` must take a keyword `steps`
-            (six more trajectories a seed). If it also takes `timesteps`, these are searched, which costs a few
-            trajectories in all. Or samples of one's own: a mapping from seeds to tensors, or a function of
-            the seed. A schedule fitted to anything but `uncached` also corrects the error of the solver's own steps,
-            so its samples differ from the uncached ones. Three of four seeds are fitted to.
+        truth: what the samples should be near. `uncached`: the samples of the model computed at every step. Or samples
+            of one's own: a mapping from seeds to tensors [N, ...], a function of the seed, or another model (a module
+            or a pipeline; two modules for a loop of two) that `sample` runs as it is, such as the same model before its
+            weights were quantized. They are drawn once a seed and kept in `resume`. With granularity `output` the
+            samples are fitted to the truth, which may also be `converged`: the samples that the same sampler comes to
+            with more and more steps, extrapolated from runs with twice and four times the steps, for which `sample`
+            must take a keyword `steps` (six more trajectories a seed). If it also takes `timesteps`, these are
+            searched, which costs a few trajectories in all. A schedule fitted to anything but `uncached` also corrects
+            the error of the solver's own steps, so its samples differ from the uncached ones. Three of four seeds are
+            fitted to. With other granularities nothing is fitted: the search compares its rollouts with the truth, and
+            `psnr:` in a budget limits the PSNR to it.
         quality: what the rollouts compare plans by, in place of the PSNR: a function (samples, wanted) -> one number a
             sample, higher is better; both are float32 tensors on the CPU. The search takes differences of 0.5 for
             small, as they are in dB, so scale it (10 times the logarithm of a distance, for example). Then `psnr:` in a
@@ -116,7 +121,10 @@ def calibrate(
         search's seeds), `psnr_db_holdout`, `latency_fraction` (with a latency budget), `trajectories` (the cost of the
         calibration, in uncached trajectories, without compiling), and for each family of schedules the best PSNR that
         it reached on the seeds it ran on (`tried uniform order-2`, ...; `tried own timesteps` and `tried searched
-        timesteps` are to the converged samples).
+        timesteps` are to the converged samples). With a `truth` of one's own, `psnr_db` and `psnr_db_holdout` stay
+        those to the uncached samples; `psnr_db_given` and `psnr_db_given_holdout` are those to the truth,
+        `uncached_psnr_db_given` and `uncached_psnr_db_given_holdout` those of the uncached run to it, and the `tried`
+        ones are to the truth. (Granularity `output` has those of the held-out seeds alone.)
 
     Raises:
         ScheduleError: the budget can't be read, or no schedule fits it (the message gives the nearest budget that one
@@ -130,9 +138,9 @@ def calibrate(
     request = Request.read(
         budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches, quality
     )
-    check_truth(truth, granularity, sample)
+    goal = goal_of(truth, model, sample, request, granularity)
     with reported(request, progress) as report_progress:
-        return find_schedule(Studies(model, sample, inner, truth, report_progress), request, granularity)
+        return find_schedule(Studies(model, sample, inner, goal, report_progress), request, granularity)
 
 
 @contextmanager
@@ -152,7 +160,8 @@ class Studies:
     """The studies of one model and sampler, one per granularity. They are shared by the searches for several budgets.
 
     Attributes:
-        model, sample, inner, truth: as for `calibrate`.
+        model, sample, inner: as for `calibrate`.
+        goal: its `truth`, as `goal_of` gives it.
         report_progress: called with what is being done and the fraction done.
         by_granularity: the studies so far.
     """
@@ -160,7 +169,7 @@ class Studies:
     model: Any
     sample: Sampler
     inner: str
-    truth: Truth
+    goal: Goal
     report_progress: ProgressCallback
     by_granularity: dict[str, Study] = field(default_factory=dict)
 
@@ -175,11 +184,11 @@ class Studies:
                     "another granularity, such as 'region' or 'stack'"
                 )
             self.by_granularity[granularity] = OutputStudy(
-                self.model, self.sample, granularity, self.inner, request, self.report_progress, goal=self.truth
+                self.model, self.sample, granularity, self.inner, request, self.report_progress, goal=self.goal
             )
         else:
             self.by_granularity[granularity] = Study(
-                self.model, self.sample, granularity, self.inner, request, self.report_progress
+                self.model, self.sample, granularity, self.inner, request, self.report_progress, goal=self.goal
             )
         return self.by_granularity[granularity]
 
@@ -230,7 +239,7 @@ def _search(study: Study, branches: bool = True) -> _Result:
 
 def _or_with_branches(regions: _Result) -> _Result:
     """The result for whole regions, or one that computes some branches in its cheap rows, whichever is better."""
-    study = regions.study.with_cached_branches()
+    study = with_cached_branches(regions.study)
     branches = _Result(study, *study.search())
     budget = study.request.budget
     if budget.psnr_db is None and budget.latency is None and branches.plan.caches:
@@ -313,6 +322,10 @@ def _schedule(result: _Result) -> Schedule:
         method += (
             f", {'handed over' if handed.quality > cold else 'cold start'} ({handed.quality:.1f} and {cold:.1f} dB)"
         )
+    if study.target.is_given:
+        method += ", nearest to given samples"
+        whole = result.thinned is None and not schedule.hand_over and plan.caches
+        predicted = to_both_truths(study, plan if whole else None, schedule, predicted)
     return replace(
         schedule,
         made_by=f"calibrated for {request.text} on {len(request.seeds)} seeds: {method}",

@@ -10,9 +10,9 @@ from typing import Any
 from moeca_compile.errors import ScheduleError, warn
 from moeca_compile.frontend.prompts import sampler_of
 from moeca_compile.planner.calibration import Studies, calibrate, find_schedule, reported
-from moeca_compile.planner.output.study import check_truth
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
+from moeca_compile.planner.truth import goal_of
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.decode import short
 from moeca_compile.schedule.front import Front
@@ -49,7 +49,7 @@ def calibrate_front(model: Any, sample: Sampler | None = None, *, budgets: Seque
     requests = [_request(model, sample, budget, arguments) for budget in budgets]
     requests.sort(key=_tightest)  # the drift of the cheapest schedule spans the most steps, and serves the others too
     chosen = bound_arguments(model, sample, budgets[0], arguments)
-    check_truth(chosen["truth"], chosen["granularity"], sample)
+    goal = goal_of(chosen["truth"], model, sample, requests[0], chosen["granularity"])
     schedules: list[Schedule] = []
     failures: list[str] = []
     with reported(requests[0], chosen["progress"]) as report_progress:
@@ -58,7 +58,7 @@ def calibrate_front(model: Any, sample: Sampler | None = None, *, budgets: Seque
             done = len(schedules) + len(failures)
             report_progress(f"{requests[done].text}: {text}", (done + share) / len(requests))
 
-        studies = Studies(model, sample, chosen["inner"], chosen["truth"], report)
+        studies = Studies(model, sample, chosen["inner"], goal, report)
         for request in requests:
             try:
                 schedules.append(find_schedule(studies, request, chosen["granularity"]))

@@ -31,7 +31,7 @@ def perturb_experts(study: Study) -> None:
         study.report_progress(f"{cost} of {study.uncached:.2g} s", 0.4 + 0.1 * number / len(remaining))
         samples = stale_samples(study.sampled, seed, region, info, expert)
         study.sampled.uncached.pop()  # a perturbed run takes longer
-        errors = study.errors(seed, samples)
+        errors = study.errors_to(study.truth[seed], samples)
         study.store.add_perturbation(
             PerturbationResult(region.key, region.layer, expert, seed, mean_psnr([errors], study.data_range))
         )

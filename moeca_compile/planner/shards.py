@@ -20,10 +20,11 @@ from moeca_compile.frontend.prompts import check_seeds, sampler_of
 from moeca_compile.planner.calibration import Studies, reported
 from moeca_compile.planner.front import NOT_FOR_REQUESTS, bound_arguments
 from moeca_compile.planner.origin import is_same
-from moeca_compile.planner.output.study import check_truth
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.store import FACTS, Store, is_close
+from moeca_compile.planner.truth import goal_of
+from moeca_compile.schedule.output import GIVEN
 
 DRIFTS = ("drift", "split")
 
@@ -56,10 +57,10 @@ def calibrate_shard(
     chosen = bound_arguments(model, sample, budget, arguments | {"resume": resume})
     request = Request.read(**{name: value for name, value in chosen.items() if name not in NOT_FOR_REQUESTS})
     granularity = "region" if chosen["granularity"] == "auto" else chosen["granularity"]
-    check_truth(chosen["truth"], granularity, sample)
+    goal = goal_of(chosen["truth"], model, sample, request, granularity)
     check_seeds(sample, len(request.seeds), "calibrate_shard")
     with reported(request, chosen["progress"]) as report_progress:
-        study = Studies(model, sample, chosen["inner"], chosen["truth"], report_progress).of(granularity, request)
+        study = Studies(model, sample, chosen["inner"], goal, report_progress).of(granularity, request)
         study.draw_shard((*request.seeds, *request.holdout)[part::parts])
 
 
@@ -116,10 +117,16 @@ def _merge(source: Store, target: Store) -> None:
                 "other weights or another sampler"
             )
     for kind, seed in source.kept_arrays():
-        if target.arrays(kind, seed, dict) is None:
-            arrays: Mapping[str, np.ndarray[Any, Any]] | None = source.arrays(kind, seed, dict)
-            assert arrays is not None
+        arrays: Mapping[str, np.ndarray[Any, Any]] | None = source.arrays(kind, seed, dict)
+        known_arrays: Mapping[str, np.ndarray[Any, Any]] | None = target.arrays(kind, seed, dict)
+        assert arrays is not None
+        if known_arrays is None:
             target.add_arrays(kind, seed, arrays)
+        elif kind == GIVEN and not np.allclose(known_arrays["samples"], arrays["samples"], rtol=1e-3, atol=1e-3):
+            raise ScheduleError(
+                f"merge: {str(source.path)!r} was compared with other samples that truth gave for seed {seed} than the "
+                "others were"
+            )
     for name in DRIFTS:
         file = source.path / f"{name}.npz"
         if source.drift(name=name) is not None and target.drift(name=name) is None:
@@ -128,7 +135,7 @@ def _merge(source: Store, target: Store) -> None:
             part.replace(target.path / file.name)
     for (plan, seed), (errors, spent) in source.rollouts.items():
         if (plan, seed) not in target.rollouts:
-            target.add_rollout(plan, seed, errors, spent)
+            target.add_rollout(plan, seed, errors, spent, source.to_uncached[plan, seed])
     known_experts = target.perturbations()
     for result in source.perturbations():
         if result not in known_experts:

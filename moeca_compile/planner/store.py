@@ -5,6 +5,7 @@
     truth/<seed>.npy the uncached samples; truth.jsonl: the seconds that each took
     wanted_<truth>/<seed>.npz    of granularity output: what the weights of a seed are fitted to;
                      converged/<seed>.npz: what the sampler of a held-out seed converges to
+    given/<seed>.npz the samples that rollouts are compared with, where the caller gave them
     drift.npz        the measured pairs; split.npz: those of groups of regions
     experts.jsonl    one line per perturbed expert: the PSNR of the samples
     rollouts.jsonl   one line per rollout, added when it is done: plan, predictor, seed, errors, seconds
@@ -49,12 +50,14 @@ class Store:
     Attributes:
         path: the folder; None: keep rollouts in memory only.
         rollouts: for each plan and seed, the mean squared error of each sample and the seconds.
+        to_uncached: the same errors against the uncached samples, where the rollouts are compared with given ones.
         seconds: of each uncached trajectory.
         origins: of each seed.
     """
 
     path: Path | None = None
     rollouts: dict[tuple[Plan, int], tuple[tuple[float, ...], float]] = field(default_factory=dict)
+    to_uncached: dict[tuple[Plan, int], tuple[float, ...]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     origins: dict[int, Origin] = field(default_factory=dict)
 
@@ -63,8 +66,8 @@ class Store:
             return
         (self.path / "truth").mkdir(parents=True, exist_ok=True)
         self.seconds = _lines(self.path / "truth.jsonl", _seconds)
-        for plan, seed, errors, seconds in _lines(self.path / "rollouts.jsonl", _rollout):
-            self.rollouts[plan, seed] = errors, seconds
+        for plan, seed, errors, seconds, to_uncached in _lines(self.path / "rollouts.jsonl", _rollout):
+            self.rollouts[plan, seed], self.to_uncached[plan, seed] = (errors, seconds), to_uncached
         self.origins = dict(_lines(self.path / "origins.jsonl", _origin))
 
     # -- which model ------------------------------------------------------------------------------------------------
@@ -252,12 +255,17 @@ class Store:
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
 
-    def add_rollout(self, plan: Plan, seed: int, errors: Sequence[float], seconds: float) -> None:
-        """Store the mean squared error of each sample, and the seconds that they took."""
-        self.rollouts[plan, seed] = tuple(errors), seconds
+    def add_rollout(
+        self, plan: Plan, seed: int, errors: Sequence[float], seconds: float, to_uncached: Sequence[float] = ()
+    ) -> None:
+        """Store the mean squared error of each sample, the seconds that they took, and the errors against the uncached
+        samples if `errors` are others."""
+        to_uncached = to_uncached or errors
+        self.rollouts[plan, seed], self.to_uncached[plan, seed] = (tuple(errors), seconds), tuple(to_uncached)
         if self.path is not None:
             line = {"plan": plan.letters, "predictor": plan.predictor, "seed": seed}
             line |= {"mse": list(errors), "seconds": seconds}
+            line |= {} if list(to_uncached) == list(errors) else {"mse_uncached": list(to_uncached)}
             _add(self.path / "rollouts.jsonl", line)
 
 
@@ -286,16 +294,17 @@ def _seconds(line: Entries) -> float:
     return line.number("seconds")
 
 
-def _rollout(line: Entries) -> tuple[Plan, int, tuple[float, ...], float] | None:
+def _rollout(line: Entries) -> tuple[Plan, int, tuple[float, ...], float, tuple[float, ...]] | None:
     errors = line.numbers("mse")
-    if not errors or min(errors) < 0:
+    to_uncached = line.numbers("mse_uncached", list(errors))
+    if not errors or min(errors) < 0 or len(to_uncached) != len(errors) or min(to_uncached) < 0:
         raise DecodeError(f"mse is {short(errors)}, expected one number >= 0 a sample")
     plan = Plan(line.text("plan"), line.text("predictor"))
     if plan.predictor in RETIRED:
         return None
     if plan.predictor not in PREDICTORS:
         raise DecodeError(f"predictor is {short(plan.predictor)}, expected one of {', '.join(PREDICTORS)}")
-    return plan, line.integer("seed"), errors, line.number("seconds")
+    return plan, line.integer("seed"), errors, line.number("seconds"), to_uncached
 
 
 def _origin(line: Entries) -> tuple[int, Origin]:

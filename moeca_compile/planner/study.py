@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.graph.regions import Divisible, Indivisible
 from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.planner.drift.experts import ExpertWatch
 from moeca_compile.planner.drift.measure import measure
@@ -24,13 +23,16 @@ from moeca_compile.planner.rollout import Call, SampledModel, Sampler, kinds_of
 from moeca_compile.planner.search.cheapest import cheapest
 from moeca_compile.planner.search.cost import Costs
 from moeca_compile.planner.search.drift import Drift, extended
-from moeca_compile.planner.search.predict import predictors_of
+from moeca_compile.planner.search.floor import Floor
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.race import Race
 from moeca_compile.planner.search.rows import FULL, NONE, PARTIAL, Plan
 from moeca_compile.planner.search.search import Search
 from moeca_compile.planner.store import Store, is_close
-from moeca_compile.schedule import Action, Partial, Schedule
+from moeca_compile.planner.truth import Goal, Target
+from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.granularity import OUTPUT
+from moeca_compile.schedule.output import GIVEN, UNCACHED
 from moeca_compile.schedule.timeline import is_monotonic
 
 LOOKBACK = 20  # least age, in steps, of the outputs that are measured
@@ -49,6 +51,8 @@ class Study:
         request: the other arguments of `calibrate`.
         report_progress: called with what is being done and the fraction done.
         caching: as in `SampledModel`.
+        goal: `truth` of `calibrate`, as `read_truth` gives it.
+        target: what rollouts are compared with. Of granularity `output` the uncached samples.
         sampled: the compiled model.
         store: keeps the results in the `resume` folder.
         truth: the uncached samples of each seed.
@@ -66,6 +70,7 @@ class Study:
     request: Request
     report_progress: ProgressCallback
     caching: Schedule | None = None
+    goal: Goal = UNCACHED
 
     def __post_init__(self) -> None:
         self.sampled = SampledModel(self.model, self.sample, self.granularity, self.inner, self.caching)
@@ -74,6 +79,7 @@ class Study:
         if self.caching is not None:
             name += f"_branches_{self.request.branches:g}"
         self.store = Store(None if folder is None else folder / name)
+        self.target = Target(UNCACHED if self.granularity == OUTPUT else self.goal, self.store)
         self.truth: dict[int, torch.Tensor] = {}
         self.shared: dict[int, tuple[torch.Tensor, float]] = {}
         self.seconds: dict[str, float] = {"truth": 0.0, "measure": 0.0, "search": 0.0}
@@ -96,6 +102,7 @@ class Study:
             return
         seeds = (*self.request.seeds, *self.request.holdout)
         again = self._sample_first()
+        self._aim(seeds[:1])
         for seed, (samples, seconds) in self.shared.items():
             self.truth[seed] = self._finite(seed, samples)
             self.store.add_truth(seed, samples, seconds)
@@ -108,6 +115,7 @@ class Study:
             raise ScheduleError(f"calibrate: samples of different seeds have different shapes: {sorted(shapes)}")
         if len(seeds) > 1 and all(torch.equal(again, self.truth[seed]) for seed in seeds[1:]):
             raise ScheduleError("calibrate: the samples of all seeds are alike; sample(model, seed) must use its seed")
+        self._aim(seeds)
         self.seconds["truth"] = self.uncached * (len(seeds) + 1)
         self.is_sampled = True
 
@@ -142,15 +150,25 @@ class Study:
             ScheduleError: as `sample_uncached`.
         """
         self._sample_first()
+        self._aim(self.request.seeds[:1])
         for number, seed in enumerate(seeds, start=1):
             self.draw(seed)
+            self._aim([seed])
             self.report_progress("uncached samples", number / len(seeds))
+
+    def _aim(self, seeds: Sequence[int]) -> None:
+        """Have what the rollouts of seeds are compared with, and count its time if the caller gives it."""
+        begin = self.sampled.clock()
+        for seed in seeds:
+            self.target.of(seed, self.truth[seed])
+        if self.target.is_given:
+            self.spend("given", self.sampled.clock() - begin)
 
     def borrow(self, other: Study) -> None:
         """Use the uncached samples of a study of the same model and sampler; no drift is measured."""
         if self.is_sampled:
             return
-        self.truth, self.recording = other.truth, other.recording
+        self.truth, self.recording, self.target = other.truth, other.recording, other.target
         self.sampled.run(self.request.seeds[0])
         self.sampled.steps = other.sampled.steps
         self.store.seconds = other.store.seconds
@@ -164,37 +182,6 @@ class Study:
     def spend(self, part: str, seconds: float) -> None:
         """Add seconds to the cost of a part of the calibration."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-
-    def with_cached_branches(self) -> Study:
-        """A study in which rows that do not compute the experts compute some expert branches.
-
-        It uses the drift of whole regions, which shows where full steps are needed; rollouts decide.
-
-        Raises:
-            ScheduleError: no experts region can be computed in part. The message gives the reasons.
-        """
-        regions = self.sampled.program.regions
-        partial = Partial(0, self.request.branches)
-        experts = [region for region in regions if region.kind == "experts"]
-        divisible = {region.key for region in experts if isinstance(region.division, Divisible)}
-        if not divisible:
-            reasons = "; ".join(
-                f"{region.key}: {region.division.reason}"
-                for region in experts
-                if isinstance(region.division, Indivisible)
-            )
-            raise ScheduleError(
-                f"calibrate: branches={partial.tau:g}, but no experts can be taken apart by themselves at granularity "
-                f"{self.granularity!r}: {reasons or 'it has no columns of experts'}. Leave branches out"
-            )
-        full = tuple(Action.COMPUTE for _ in regions)
-        cheap = tuple(partial if key in divisible else Action.FORECAST for key in regions.keys)
-        caching = Schedule((full, cheap), regions.keys, order=1, granularity=self.granularity)
-        request = replace(self.request, predictors=predictors_of(1))
-        study = Study(self.model, self.sample, self.granularity, self.inner, request, self.report_progress, caching)
-        study.borrow(self)
-        study.drift, study.split = self.drift, self.split
-        return study
 
     def _sample(self, seed: int) -> torch.Tensor:
         """The uncached samples of a seed."""
@@ -219,6 +206,7 @@ class Study:
                 "steps": self.sampled.steps,
                 "timesteps": list(self.recording.timesteps.values()),
                 "quality": name_of(self.request.quality),
+                "truth": GIVEN if self.target.is_given else None,
             }
         )
         if self.request.folder is not None:
@@ -329,20 +317,23 @@ class Study:
     # -- search -----------------------------------------------------------------------------------------------------
 
     def rollout(self, plan: Plan, seed: int) -> tuple[float, ...]:
-        """For each sample of `seed` the mean squared error of the plan against the uncached sample."""
+        """For each sample of `seed` the mean squared error of the plan against the target."""
         if not plan.caches:
-            return (0.0,) * len(rows_of(self.truth[seed]))
+            return tuple(self.errors(seed, self.truth[seed]))
         if (plan, seed) not in self.store.rollouts:
             begin = self.sampled.seconds
-            new_errors = self.errors(seed, self.sampled.run(seed, plan))
-            self.store.add_rollout(plan, seed, new_errors, self.sampled.seconds - begin)
+            samples = self.sampled.run(seed, plan)
+            new_errors, seconds = self.errors(seed, samples), self.sampled.seconds - begin
+            to_uncached = self.errors_to(self.truth[seed], samples) if self.target.is_given else new_errors
+            self.store.add_rollout(plan, seed, new_errors, seconds, to_uncached)
         errors, seconds = self.store.rollouts[plan, seed]
         self.seconds["search"] += seconds
         return errors
 
     def errors(self, seed: int, samples: torch.Tensor) -> list[float]:
-        """The error of each sample of `seed` to the uncached one."""
-        return self.errors_to(self.truth[seed], samples)
+        """The error of each sample of `seed` to the target; none for the uncached samples themselves."""
+        target = self.target.of(seed, self.truth[seed])
+        return [0.0] * len(rows_of(samples)) if samples is target else self.errors_to(target, samples)
 
     def errors_to(self, wanted: torch.Tensor, samples: torch.Tensor) -> list[float]:
         """The error of each sample, as `errors_of` gives it."""
@@ -367,13 +358,25 @@ class Study:
         search = Search(
             self.sampled.steps, kinds_of(self.sampled.program), self.costs, self.drift, self.race(),
             self.request.predictors, letters=self.letters, split=self.split, variants=self.request.max_variants,
-            effort=self.request.effort,
+            effort=self.request.effort, floor=self._floor(),
         )  # fmt: skip
         begin, sampling_begin = self.sampled.clock(), self.sampled.seconds
         budget = self.request.budget
         plan = cheapest(search, budget) if budget.psnr_db is not None else search.best(budget)
         self.spend("plan", self.sampled.clock() - begin - (self.sampled.seconds - sampling_begin))
         return plan, search
+
+    def _floor(self) -> Floor | None:
+        """The distance of the uncached samples from given ones; None: rollouts are compared with the uncached ones."""
+        if not self.target.is_given:
+            return None
+        uncached = mean_psnr((self.errors(seed, self.truth[seed]) for seed in self.request.seeds), self.data_range)
+        return Floor(uncached, self._quality_to_uncached)
+
+    def _quality_to_uncached(self, plan: Plan) -> float:
+        """Mean PSNR in dB of a plan to the uncached samples, on the seeds that it has run on."""
+        errors = [self.store.to_uncached.get((plan, seed)) for seed in self.request.seeds]
+        return mean_psnr([each for each in errors if each is not None], self.data_range)
 
     def held_out(self, plan: Plan | Schedule) -> float | None:
         """Mean PSNR in dB on the held-out seeds; None: there are none."""

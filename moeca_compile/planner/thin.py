@@ -1,4 +1,4 @@
-"""Thinning: compute fewer expert branches, where that does not lower the quality.
+"""Schedules that compute some expert branches, and thinning: fewer of them, where that does not lower the quality.
 
 A schedule with cached branches computes some of them in every layer of every cheap step (a step that is not full).
 Thinning caches a third of the layers as whole regions, or computes branches in some of the cheap steps only. There is
@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from moeca_compile.graph.regions import RegionMap
+from moeca_compile.errors import ScheduleError
+from moeca_compile.graph.regions import Divisible, Indivisible, RegionMap
+from moeca_compile.planner.search.predict import predictors_of
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan, schedule_of
 from moeca_compile.planner.search.search import RACE_SEEDS
@@ -45,6 +47,39 @@ class ThinnedSchedule:
     tried: Mapping[str, float]
     mac_fraction: float = 1.0
     state_bytes: int = 0
+
+
+def with_cached_branches(study: Study) -> Study:
+    """Another study, in which rows that do not compute the experts compute some expert branches.
+
+    It uses the drift of whole regions, which shows where full steps are needed; rollouts decide.
+
+    Raises:
+        ScheduleError: no experts region can be computed in part. The message gives the reasons.
+    """
+    regions = study.sampled.program.regions
+    partial = Partial(0, study.request.branches)
+    experts = [region for region in regions if region.kind == "experts"]
+    divisible = {region.key for region in experts if isinstance(region.division, Divisible)}
+    if not divisible:
+        reasons = "; ".join(
+            f"{region.key}: {region.division.reason}" for region in experts if isinstance(region.division, Indivisible)
+        )
+        raise ScheduleError(
+            f"calibrate: branches={partial.tau:g}, but no experts can be taken apart by themselves at granularity "
+            f"{study.granularity!r}: {reasons or 'it has no columns of experts'}. Leave branches out"
+        )
+    full = tuple(Action.COMPUTE for _ in regions)
+    cheap = tuple(partial if key in divisible else Action.FORECAST for key in regions.keys)
+    caching = Schedule((full, cheap), regions.keys, order=1, granularity=study.granularity)
+    request = replace(study.request, predictors=predictors_of(1))
+    branches = Study(
+        study.model, study.sample, study.granularity, study.inner, request, study.report_progress, caching,
+        study.goal,
+    )  # fmt: skip
+    branches.borrow(study)
+    branches.drift, branches.split = study.drift, study.split
+    return branches
 
 
 def ways_of(regions: RegionMap) -> dict[str, Way]:

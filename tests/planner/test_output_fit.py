@@ -187,8 +187,7 @@ def test_a_fit_that_goes_on_from_another_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"truth": "true"}, "truth='true', expected one of uncached, converged, or the samples of each seed"),
-        ({"truth": {0: torch.zeros(8, 2, 4, 4)}, "granularity": "region"}, "samples of one's own is reached by"),
+        ({"truth": "true"}, "truth='true', expected one of uncached, converged, the samples of each seed"),
         ({"truth": {0: torch.zeros(4, 2, 4, 4)}}, "truth has no samples for seed"),
         ({"truth": lambda seed: torch.zeros(3)}, r"for seed \d+ have shape \[3\], the sampler's \[4, 2, 4, 4\]"),
         ({"truth": lambda seed: torch.full((4, 2, 4, 4), torch.nan)}, "aren't all finite"),

@@ -167,23 +167,6 @@ def given_path(uncached: Path, wanted: Tensor) -> Path:
     return Path(states, uncached.outputs, uncached.timesteps)
 
 
-def checked_samples(samples: Tensor, uncached: Tensor, seed: int) -> Tensor:
-    """Given samples of a seed, float32, on the CPU.
-
-    Raises:
-        ScheduleError: they have another shape than the uncached ones, or aren't finite.
-    """
-    wanted = torch.as_tensor(samples).detach().float().cpu()
-    problem = ""
-    if wanted.shape != uncached.shape:
-        problem = f"have shape {list(wanted.shape)}, the sampler's {list(uncached.shape)}"
-    elif not bool(wanted.isfinite().all()):
-        problem = "aren't all finite"
-    if problem:
-        raise ScheduleError(f"calibrate: the samples that truth gives for seed {seed} {problem}")
-    return wanted
-
-
 def is_doubled(latent: Tensor) -> bool:
     """Whether the two halves of a batch are one latent, as guidance in one batch makes them."""
     if len(latent) % 2:

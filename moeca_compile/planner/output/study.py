@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -14,17 +13,15 @@ from moeca_compile.errors import ScheduleError, warn
 from moeca_compile.planner.output.fit import check_enough
 from moeca_compile.planner.output.given_times import check_taken, path_at
 from moeca_compile.planner.output.gram import gram_of, summed
-from moeca_compile.planner.output.paths import checked_samples, converged_path, given_path, number, record_path
+from moeca_compile.planner.output.paths import converged_path, given_path, number, record_path
 from moeca_compile.planner.output.sampler import SamplerStep, sampler_steps
 from moeca_compile.planner.output.wanted import Wanted, as_arrays, from_arrays
 from moeca_compile.planner.rollout import TIMESTEPS
 from moeca_compile.planner.study import Study
-from moeca_compile.schedule.decode import short
-from moeca_compile.schedule.granularity import OUTPUT
+from moeca_compile.planner.truth import given_samples
 from moeca_compile.schedule.output import CONVERGED, GIVEN, UNCACHED
 
 FINE = "_fine"  # in names of folders: every step of the finest run is kept too
-Truth = str | Mapping[int, torch.Tensor] | Callable[[int], torch.Tensor]
 
 
 @dataclass
@@ -32,11 +29,9 @@ class OutputStudy(Study):
     """A study of granularity `output`.
 
     Attributes:
-        goal: `truth` of `calibrate`.
         wanted: of each seed of the search.
     """
 
-    goal: Truth = UNCACHED
     wanted: dict[int, Wanted] = field(default_factory=dict)
 
     def sample_uncached(self) -> None:
@@ -66,7 +61,7 @@ class OutputStudy(Study):
                 reached = converged_path(self.sampled, seed, self.sample, record_path(self.sampled, seed)).samples
                 self.store.add_arrays(CONVERGED, seed, {"samples": reached.numpy()})
             return reached
-        return self._given(seed, self.truth[seed])
+        return given_samples(self.goal, seed, self.truth[seed], "calibrate", ScheduleError)
 
     @property
     def goal_name(self) -> str:
@@ -121,7 +116,7 @@ class OutputStudy(Study):
             self.report_progress("samples with more steps", 0.3)
             path = converged_path(self.sampled, seed, self.sample, uncached, self.searches_times)
         elif self.goal != UNCACHED:
-            path = given_path(uncached, self._given(seed, uncached.samples))
+            path = given_path(uncached, given_samples(self.goal, seed, uncached.samples, "calibrate", ScheduleError))
         own = gram_of(uncached, uncached.states)
         gram = own if path is uncached else gram_of(path, path.states)
         first_run = not self.wanted
@@ -138,35 +133,3 @@ class OutputStudy(Study):
         if self.goal_name != GIVEN:  # given samples may be others at the next call
             self.store.add_arrays(self._kept_in, seed, as_arrays(self.wanted[seed]))
         return uncached.samples
-
-    def _given(self, seed: int, uncached: torch.Tensor) -> torch.Tensor:
-        assert not isinstance(self.goal, str)
-        try:
-            samples = self.goal[seed] if isinstance(self.goal, Mapping) else self.goal(seed)
-        except KeyError:
-            raise ScheduleError(f"calibrate: truth has no samples for seed {seed}; give them for every seed") from None
-        return checked_samples(samples, uncached, seed)
-
-
-def check_truth(truth: Any, granularity: str, sample: Callable[..., Any]) -> None:
-    """Refuse a truth that can't be had, before anything is sampled.
-
-    Raises:
-        ScheduleError: an unknown truth, another granularity, or a sampler that doesn't take `steps`.
-    """
-    is_given = isinstance(truth, Mapping) or callable(truth)
-    if not is_given and truth not in (UNCACHED, CONVERGED):
-        raise ScheduleError(
-            f"calibrate: truth={short(truth)}, expected one of {UNCACHED}, {CONVERGED}, or the samples of each seed: a "
-            "mapping from seeds to tensors, or a function of the seed"
-        )
-    if truth != UNCACHED and granularity != OUTPUT:
-        name = "samples of one's own" if is_given else repr(truth)
-        raise ScheduleError(
-            f"calibrate: truth={name} is reached by weights of the model's output. Give granularity='output' too"
-        )
-    if truth == CONVERGED and "steps" not in inspect.signature(sample).parameters:
-        raise ScheduleError(
-            "calibrate: truth='converged' samples with more steps, but sample(model, seed) takes none: give it a "
-            "keyword steps, sample(model, seed, steps=50)"
-        )

@@ -16,6 +16,7 @@ from moeca_compile.planner.search.anneal import anneal, neighbors, polish, repla
 from moeca_compile.planner.search.challengers import Challengers
 from moeca_compile.planner.search.cost import Costs
 from moeca_compile.planner.search.drift import Drift, cheapest_plan, full_plan
+from moeca_compile.planner.search.floor import Floor
 from moeca_compile.planner.search.predict import Predictor
 from moeca_compile.planner.search.race import Race
 from moeca_compile.planner.search.refresh import best_refreshes, plan_of
@@ -46,6 +47,7 @@ class Search:
         variants: distinct rows of a plan, at most.
         effort: what the rollouts together may cost, in uncached trajectories. The last round is made in any case.
         moves: of one annealing, per step.
+        floor: where the rollouts are compared with given samples, how far the uncached ones are from those.
         family_quality: for each family of plans the best quality that a plan of it reached, in dB on the seeds that
             the plan has run on; if it was not rolled out, by estimate.
     """
@@ -61,6 +63,7 @@ class Search:
     variants: int = 4
     effort: float = 32.0
     moves: int = 40
+    floor: Floor | None = None
     family_quality: dict[str, float] = field(default_factory=dict)
     _estimates: dict[Plan, float] = field(default_factory=dict, repr=False)
     _shift: dict[str, float] = field(default_factory=dict, repr=False)  # by predictor, of the estimates by `split`
@@ -86,7 +89,7 @@ class Search:
             raise ScheduleError(self._too_tight(budget))
         uniform = self._uniform(budget)
         seeds = min(RACE_SEEDS, len(self.race.seeds))
-        challengers = Challengers(self.race, uniform, self._optimistic_estimate)
+        challengers = Challengers(self.race, uniform, self._expected)
         challengers.probe(self._best_of_each_predictor(uniform))
         leaders = self.race.halve(self._promising(annealed), 1, seeds, 2)
         leaders = self._improve(leaders, budget, seeds, challengers)
@@ -252,6 +255,13 @@ class Search:
         estimate = self.estimate(plan)
         return estimate if estimate > -math.inf else self.drift.quality(plan, self.kinds, clamp=True)
 
+    def _expected(self, plan: Plan) -> float:
+        """The optimistic estimate, in what rollouts are compared by."""
+        estimate = self._optimistic_estimate(plan)
+        if self.floor is None:
+            return estimate
+        return self.floor.expected(estimate, self.race.errors, self._optimistic_estimate)
+
     # -- the report -------------------------------------------------------------------------------------------------
 
     def _report(self, uniform: Collection[Plan], annealed: Sequence[Plan]) -> None:
@@ -261,10 +271,10 @@ class Search:
             self._record(plan, self.race.quality(plan, self.race.count(plan)), prefix=prefix)
         reference = max(self.race.errors, key=lambda plan: (self.race.count(plan), plan.letters))
         measured = self.race.quality(reference, self.race.count(reference))
-        constant = measured - self._optimistic_estimate(reference)  # from estimates to dB
+        constant = measured - self._expected(reference)  # from estimates to dB
         for plan in annealed:
             if plan not in self.race.errors and self.estimate(plan) > -math.inf:
-                self._record(plan, constant + self.estimate(plan), suffix=", by estimate")
+                self._record(plan, constant + self._expected(plan), suffix=", by estimate")
 
     def _record(self, plan: Plan, quality: float, prefix: str = "", suffix: str = "") -> None:
         kinds = "".join(f" with {letter}" for letter in sorted(plan.partial))
