@@ -57,6 +57,7 @@ def little() -> Iterator[None]:
     """Calibrations do less work than usual."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(times, "MOVES", 300)
+        patch.setattr(times, "TRIES", 1)
         patch.setattr(place, "MOVES", 50)
         patch.setattr(rule, "PLANS", 1)
         patch.setattr(rule, "EFFORT", 1.0)

@@ -108,12 +108,13 @@ class OutputFit:
 
     Args:
         sampler: the update of each step.
+        rows: for each step, as how many steps it is held back that share its weights evenly; default: one.
     """
 
-    def __init__(self, sampler: Sequence[SamplerStep]) -> None:
+    def __init__(self, sampler: Sequence[SamplerStep], rows: Sequence[int] = ()) -> None:
         self.sampler, self.steps = sampler, len(sampler)
         # how much of an output's mean square reaches the next latent, if its parts are alike
-        self.gains = [sum(step.now) ** 2 for step in sampler]
+        self.gains = [sum(step.now) ** 2 / count for step, count in zip(sampler, rows or [1] * self.steps, strict=True)]
 
     def fit(
         self, gram: Gram, computed: Sequence[bool], form: Form, near: Sequence[FittedWeights] = ()

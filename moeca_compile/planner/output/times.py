@@ -7,6 +7,7 @@ recorded at all steps of the finest converged run. An annealing compares thousan
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.search.anneal import anneal
 from moeca_compile.planner.search.rows import FULL, NONE, Plan
 
-MOVES = 4000  # of an annealing; most propose nothing, the others cost one fit, about a millisecond
+MOVES = 4000  # of an annealing; each is one fit, a few milliseconds
+TRIES = 2  # annealings for each placement that is rolled out: they end decibels apart
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ def placed(fine: Fine, sampler: Sequence[SamplerStep], form: Form, start: Plan, 
         sampler: the update of each step at the sampler's own timesteps.
         form: of the fits.
         start: a plan for the sampler's own timesteps.
-        count: of annealings, each with random numbers of its own.
+        count: of placements, at most.
 
     Returns:
-        The best placement of each annealing, without repeats; with as many steps as `start`, and no more computed.
+        The best of `count` x `TRIES` annealings, best first, without repeats; with as many steps as `start`, and no
+        more computed.
     """
     total, steps = len(fine.timesteps), len(start.letters)
     # past the last step of the coarser run, nothing is extrapolated from
@@ -80,11 +83,15 @@ def placed(fine: Fine, sampler: Sequence[SamplerStep], form: Form, start: Plan, 
 
     def quality(plan: Plan) -> float:
         if plan.letters not in known:
-            at = _filled(plan.letters, steps, total)
+            filled = _filled(plan.letters, steps, total)
+            numbers = [number for number, letter in enumerate(filled.letters) if letter == FULL]
+            at = [filled.steps[number] for number in numbers]
             # the update's size doesn't matter, for the weights make up for it; how it takes the parts apart does
-            moves = [SamplerStep(1.0, sampler[step * steps // total].now) for step in at.steps]
-            grams = fine.at(at.steps)
-            found = OutputFit(moves).fit(grams.fitted, [one == FULL for one in at.letters], form)
+            moves = [SamplerStep(1.0, sampler[step * steps // total].now) for step in at]
+            # cheap steps add nothing to what a move can be, but share its weights
+            rows = [after - before for before, after in itertools.pairwise([*numbers, steps])]
+            grams = fine.at(at)
+            found = OutputFit(moves, rows).fit(grams.fitted, [True] * len(at), form)
             known[plan.letters] = -10 * math.log10(grams.checked.square(found.miss) + SMALLEST)
         return known[plan.letters]
 
@@ -93,10 +100,10 @@ def placed(fine: Fine, sampler: Sequence[SamplerStep], form: Form, start: Plan, 
 
     own = {step * total // steps for step, computes in enumerate(computed_steps(start)) if computes}
     begin = Plan("".join(FULL if step in own else NONE for step in range(usable)), start.predictor)
-    found = [
-        anneal(begin, (FULL, NONE), quality, allowed, moves=MOVES, heat=1.0, seed=seed).letters for seed in range(count)
-    ]
-    return [_filled(letters, steps, total) for letters in dict.fromkeys(found)]
+    annealed = dict.fromkeys(
+        anneal(begin, (FULL, NONE), quality, allowed, moves=MOVES, heat=1.0, seed=seed) for seed in range(count * TRIES)
+    )
+    return [_filled(plan.letters, steps, total) for plan in sorted(annealed, key=quality, reverse=True)[:count]]
 
 
 def _filled(letters: str, count: int, total: int) -> Placement:
