@@ -1,4 +1,4 @@
-"""onnxscript's optimizer gives the same graph when it leaves out what it did before."""
+"""torch's translator and onnxscript's optimizer give the same graph when they leave out what they did before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnxscript.optimizer import optimize
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from onnxscript.rewriter import RewriteRule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.onnx._internal.fx import passes
 
 from moeca_compile.lowering.onnx import optimizer
 from moeca_compile.lowering.onnx.optimizer import optimizing_once
@@ -80,6 +83,38 @@ def test_equal_operators_are_asked_once_and_rules_are_tried_where_they_may_fit(m
     assert calls["try_rewrite"] <= plain["try_rewrite"] / 5
     assert vars(FoldConstantsPass)["_do_inference"] is before["_do_inference"]
     assert vars(RewriteRule)["try_rewrite"] is before["try_rewrite"]
+
+
+def test_types_are_promoted_without_tracing_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program() -> torch.fx.GraphModule:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y = x.sin().cos() * 2  # the number becomes a tensor
+            return (y.half() + x).exp() + torch.arange(3)
+
+        return make_fx(run, tracing_mode="symbolic")(torch.randn(4, 3))
+
+    traced: list[str] = []
+    original = torch.fx.Interpreter.run_node
+
+    def counted(interpreter: Any, node: torch.fx.Node) -> Any:
+        traced.append(node.name)
+        return original(interpreter, node)
+
+    plain, mine = program(), program()
+    passes.InsertTypePromotion(plain).run()
+    monkeypatch.setattr(torch.fx.Interpreter, "run_node", counted)
+    with optimizing_once():
+        passes.InsertTypePromotion(mine).run()
+    assert str(mine.graph) == str(plain.graph)
+    assert "convert_element_type" in str(mine.graph)
+    for one, other in zip(mine.graph.nodes, plain.graph.nodes, strict=True):
+        assert kind(one) == kind(other)
+    assert not {"sin", "cos", "exp"} & set(traced)
+
+
+def kind(node: torch.fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return (str(tuple(value.shape)), value.dtype) if isinstance(value, torch.Tensor) else (str(value),)
 
 
 def test_another_version_of_the_optimizer_does_all_its_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,10 @@ def in_place(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x * 2, inplace=True)
 
 
+def of_several_types(x: Tensor) -> Tensor:
+    return (x.half() * 2 + x).double() * (x > 0) / x.shape[0] + torch.arange(4) / 2
+
+
 def without_translation(x: Tensor) -> Tensor:
     return torch.nn.functional.huber_loss(x, torch.zeros_like(x), reduction="none")
 
@@ -64,7 +68,9 @@ def text(model: ir.Model) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow  # torch reads its translations anew
-@pytest.mark.parametrize(("function", "is_short"), [(plain, True), (in_place, False), (without_translation, False)])
+@pytest.mark.parametrize(
+    ("function", "is_short"), [(plain, True), (of_several_types, False), (in_place, False), (without_translation, False)]
+)
 def test_the_graph_is_the_one_that_torch_makes(function: Callable[[Tensor], Tensor], is_short: bool) -> None:
     program = exported(function)
     traces = []

@@ -1,8 +1,9 @@
-"""onnxscript's optimizer, which torch's translator runs, without work that it does again and again.
+"""torch's translator and onnxscript's optimizer, without work that they do again and again.
 
 Equal blocks give equal operators: each kind of operator is asked for its shapes once, by inputs, attributes and what is
 known of its outputs. A rewrite rule is tried where the operator is the one that its pattern ends in, not everywhere.
-The graphs are the same; a version of onnxscript that is built otherwise does all its work.
+Where types are promoted, operators that stay as they are aren't traced again. The graphs are the same; versions that
+are built otherwise do all their work.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 _FOLDING, _RULES = "onnxscript.optimizer._constant_folding", "onnxscript.rewriter._rewrite_rule"
+_PROMOTION = "torch.onnx._internal.fx.passes.type_promotion"
 _SMALL = 20  # elements: inference reads the values of smaller constants
 
 
@@ -28,13 +30,15 @@ def optimizing_once() -> Iterator[None]:
         for module, owner, name, made in (
             (_FOLDING, "FoldConstantsPass", "_do_inference", _remembering),
             (_RULES, "RewriteRule", "try_rewrite", _where_it_ends),
+            (_PROMOTION, "_TypePromotionInterpreter", "run_node", _as_it_was_traced),
         ):
             try:
                 cls: Any = getattr(importlib.import_module(module), owner)
                 original = vars(cls)[name]
+                replaced = made(original)
             except (ImportError, AttributeError, KeyError):
                 continue
-            setattr(cls, name, made(original))
+            setattr(cls, name, replaced)
             stack.callback(setattr, cls, name, original)
         yield
 
@@ -49,6 +53,22 @@ def _where_it_ends(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(rule, model, graph, node, **options)
 
     return try_rewrite
+
+
+def _as_it_was_traced(original: Callable[..., Any]) -> Callable[..., Any]:
+    """_TypePromotionInterpreter.run_node: an operator's result is known from its trace; if its arguments get another
+    type, `_maybe_promote_node` traces it anew."""
+    rule_of = importlib.import_module(_PROMOTION).get_type_promotion_rule
+
+    def run_node(promotion: Any, node: Any) -> Any:
+        if node.op != "call_function" or node.meta.get("val") is None:
+            return original(promotion, node)
+        with promotion._set_current_node(node):
+            if (rule := rule_of(node, promotion.type_promotion_table)) is not None:
+                promotion._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    return run_node
 
 
 def _last_operator(rule: Any) -> tuple[str, str] | None:
