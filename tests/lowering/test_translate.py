@@ -69,7 +69,8 @@ def text(model: ir.Model) -> list[tuple[Any, ...]]:
 
 @pytest.mark.slow  # torch reads its translations anew
 @pytest.mark.parametrize(
-    ("function", "is_short"), [(plain, True), (of_several_types, False), (in_place, False), (without_translation, False)]
+    ("function", "is_short"),
+    [(plain, True), (of_several_types, False), (in_place, False), (without_translation, False)],
 )
 def test_the_graph_is_the_one_that_torch_makes(function: Callable[[Tensor], Tensor], is_short: bool) -> None:
     program = exported(function)
