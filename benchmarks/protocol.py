@@ -60,7 +60,7 @@ def interleave(
     """
     before = before or {}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    with _collecting_between():
+    with collecting_between():
         for round_index in range(-warmup, rounds):
             for name, run in contenders.items():
                 if name in before:
@@ -78,7 +78,7 @@ def in_step(walks: Mapping[str, Callable[[], Iterator[object]]], *, rounds: int)
     """Time trajectories that walk side by side, a step of each in turn: what is long is compared within the same
     moments too. A value is the sum over all steps of one trajectory."""
     samples: dict[str, list[float]] = {name: [] for name in walks}
-    with _collecting_between():
+    with collecting_between():
         for _ in range(rounds):
             walking = {name: begin() for name, begin in walks.items()}
             spent = dict.fromkeys(walks, 0.0)
@@ -95,7 +95,7 @@ def in_step(walks: Mapping[str, Callable[[], Iterator[object]]], *, rounds: int)
 
 
 @contextmanager
-def _collecting_between() -> Iterator[None]:
+def collecting_between() -> Iterator[None]:
     """Python's collector runs between rounds and not within."""
     collecting = gc.isenabled()
     gc.disable()

@@ -9,12 +9,15 @@ symbolic sizes and serves all further ones. *capture*: the graph of one size and
 *variants*: the graph of each kind of step, compiled. Beside it the same calls of plain torch.compile, with symbolic
 sizes (its default) and with a graph for each size. Inductor's caches are off. The contenders take turns, size by size.
 
-`--speed`: FLUX with 256 channels. A program that was compiled at 64 and 144 tokens runs 256 tokens, in turns with one
-that was compiled for 256 alone: ratios of the medians of processor times, with 95 % intervals (bootstrap of rounds).
+`--speed`: FLUX with 256 channels. *shared*: a program that was compiled at 64 and 144 tokens runs 256 tokens. *each*: a
+model that has met the same three sizes, but runs a program for 256 tokens; both have Dynamo's symbolic sizes. *alone*: a
+model that has met 256 tokens only. They take turns step by step: ratios of processor times, with 95 % intervals
+(bootstrap of rounds). It writes `results/sizes.json`.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from typing import Any
@@ -23,8 +26,11 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
+from benchmarks.protocol import collecting_between, save
 
 SIZES = (8, 12, 16, 20, 24, 28, 32, 36)  # tokens along an edge
+MET = (8, 12, 16)  # with --speed
+SHARED, EACH, ALONE = "shared", "each", "alone"
 
 
 def flux(heads: int = 4) -> nn.Module:
@@ -66,40 +72,61 @@ def dynamo_seconds() -> float:
     return sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
 
 
-def compare_speed(rounds: int = 60) -> None:
-    """Print what a program for all sizes costs a step, against one for its size alone."""
+def compare_speed(rounds: int = 40) -> dict[str, Any]:
+    """Print what a program for all sizes costs a step, against a program for its size alone."""
     torch._dynamo.config.recompile_limit = 2 * len(SIZES)
-    shared = moeca.compile(flux(heads=16), schedule="uniform:2")
-    alone = moeca.compile(flux(heads=16), schedule="uniform:2", share_sizes=False)
-    for size in (8, 12, 16):
-        seconds_of(shared, size)
-    seconds_of(alone, 16)
-    assert not moeca.stats(shared).unshared
+    kinds = {SHARED: (True, MET), EACH: (False, MET), ALONE: (False, MET[-1:])}
+    models = {}
+    for name, (share, sizes) in kinds.items():
+        models[name] = moeca.compile(flux(heads=16), schedule="uniform:2", share_sizes=share)
+        for size in sizes:
+            seconds_of(models[name], size)
+    assert not moeca.stats(models[SHARED]).unshared
     times: dict[tuple[str, int], list[float]] = {}
-    calls = [inputs(16, step) for step in range(8)]
-    with torch.no_grad():
-        for _ in range(rounds):
-            for name, model in (("shared", shared), ("alone", alone)):
+    calls = [inputs(MET[-1], step) for step in range(8)]
+    with torch.no_grad(), collecting_between():
+        for number in range(-2, rounds):
+            for model in models.values():
                 moeca.reset(model)
-                for step, call in enumerate(calls):
+            for step, call in enumerate(calls):
+                for turn in range(len(models)):
+                    name = [*models][(number + step // 2 + turn) % len(models)]
                     begin = time.process_time()
-                    model(**call)
-                    times.setdefault((name, step % 2), []).append(time.process_time() - begin)
-    for kind, step in enumerate(("computed", "forecast")):
-        one, other = (torch.tensor(times[name, kind]).view(rounds, -1) for name in ("shared", "alone"))
-        drawn = torch.randint(rounds, (1000, rounds), generator=torch.Generator().manual_seed(0))
-        ratios = (one[drawn].flatten(1).median(1).values / other[drawn].flatten(1).median(1).values).sort().values
-        print(
-            f"{step} step: {one.median() / other.median():.3f} of the time of a program for this size alone "
-            f"({ratios[25]:.3f} to {ratios[975]:.3f}; {other.median() * 1e3:.2f} ms, {rounds} rounds of 4 calls)"
-        )
+                    models[name](**call)
+                    if number >= 0:
+                        times.setdefault((name, step % 2), []).append(1e3 * (time.process_time() - begin))
+            gc.collect()
+    return {"rounds": rounds, "calls_a_round": 4, "steps": [_ratios(times, kind, rounds) for kind in range(2)]}
+
+
+def _ratios(times: dict[tuple[str, int], list[float]], kind: int, rounds: int) -> dict[str, Any]:
+    """Ratios of processor times to the program for this size alone, by the median and by the fastest quarter's end."""
+    by_name = {name: torch.tensor(times[name, kind]).view(rounds, -1) for name in (SHARED, EACH, ALONE)}
+    drawn = torch.randint(rounds, (1000, rounds), generator=torch.Generator().manual_seed(0))
+    step: dict[str, Any] = {"step": ("computed", "forecast")[kind]}
+    for label, share in (("median", 0.5), ("quartile", 0.25)):
+        alone = by_name[ALONE]
+        step[label] = {"alone_ms": float(alone.quantile(share))}
+        for name in (SHARED, EACH):
+            each = by_name[name][drawn].flatten(1).quantile(share, dim=1) / alone[drawn].flatten(1).quantile(
+                share, dim=1
+            )
+            low, high = each.quantile(torch.tensor([0.025, 0.975])).tolist()
+            ratio = float(by_name[name].quantile(share) / alone.quantile(share))
+            step[label][name] = [ratio, low, high]
+            print(
+                f"{step['step']} step, {label}: {name} {ratio:.3f} ({low:.3f} to {high:.3f}) of {ALONE}, "
+                f"{step[label]['alone_ms']:.2f} ms"
+            )
+    return step
 
 
 def main(arguments: list[str]) -> None:
     """Print the table."""
     if "--speed" in arguments:
         torch.set_num_threads(1)
-        return compare_speed()
+        save("sizes", compare_speed())
+        return
     quick = "--quick" in arguments
     torch.set_num_threads(1)
     torch._inductor.config.force_disable_caches = True
