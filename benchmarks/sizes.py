@@ -9,10 +9,10 @@ symbolic sizes and serves all further ones. *capture*: the graph of one size and
 *variants*: the graph of each kind of step, compiled. Beside it the same calls of plain torch.compile, with symbolic
 sizes (its default) and with a graph for each size. Inductor's caches are off. The contenders take turns, size by size.
 
-`--speed`: FLUX with 256 channels. *shared*: a program that was compiled at 64 and 144 tokens runs 256 tokens. *each*: a
-model that has met the same three sizes, but runs a program for 256 tokens; both have Dynamo's symbolic sizes. *alone*: a
-model that has met 256 tokens only. They take turns step by step: ratios of processor times, with 95 % intervals
-(bootstrap of rounds). It writes `results/sizes.json`.
+`--speed`: FLUX with 256 channels. *shared*: a program that was compiled at 64 and 144 tokens runs 256 tokens. *each*:
+a model that has met the same three sizes, but runs a program for 256 tokens; both have Dynamo's symbolic sizes.
+*alone*: a model that has met 256 tokens only. They take turns step by step: ratios of processor times, with 95 %
+intervals (bootstrap of rounds). It writes `results/sizes.json`.
 """
 
 from __future__ import annotations
