@@ -140,11 +140,14 @@ def when(machine: Mapping[str, Any]) -> str:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, with a plus sign where files were changed since."""
-    folder = Path(__file__).parent
-    told = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    found = subprocess.run(told, cwd=folder, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    """The commit that is checked out, with a plus sign where files other than results were changed since."""
+
+    def git(*told: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *told], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = commit and git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode
+    return commit + "+" * bool(changed) or None
 
 
 def as_json(timings: Mapping[str, Timing], baseline: str) -> dict[str, dict[str, float]]:
