@@ -6,6 +6,7 @@ They know the block classes of diffusers; another model's is registered with two
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -50,12 +51,19 @@ class HookedBlocks:
         blocks = list(self.module.get_submodule(stack))
         for block in blocks if compiled else ():
             block.forward = torch.compile(block.forward)
-        blocks[-1].norm1.register_forward_pre_hook(self._count)  # runs only where the block does
+        blocks[-1].forward = self._counted(blocks[-1].forward)
         apply(self.module, config)
         self.registry = HookRegistry.check_if_exists_or_initialize(self.module)
 
-    def _count(self, *_: Any) -> None:
-        self.computed += 1
+    def _counted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Count around what is compiled: equal blocks share one program, which has no counter of the last one."""
+
+        @wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.computed += 1
+            return forward(*args, **kwargs)
+
+        return counted
 
     def restart(self) -> None:
         """What a pipeline does before each image."""

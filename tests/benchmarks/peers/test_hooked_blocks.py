@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -55,8 +56,10 @@ def test_it_never_hits_at_threshold_zero_and_hits_above(
 
 
 @pytest.mark.slow
-def test_magcaches_steps_follow_from_its_ratios() -> None:
-    cached = mag_cache()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_magcaches_steps_follow_from_its_ratios(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    cached = hooked_blocks.mag_cache(WORK, BATCH, compiled)
     for fields in ({"threshold": 0.3, "max_skip_steps": 3, "retention_ratio": 0.2}, {"threshold": 0.1}):
         way = Setting(cached, **{"max_skip_steps": 2, "retention_ratio": 0.0, **fields})
         way.sample(BATCH)
