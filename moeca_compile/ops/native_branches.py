@@ -1,6 +1,7 @@
 """The C++ of `moeca::branches_`: compiled once by Inductor's own compiler and flags, and kept in its cache.
 
-Which functions there are, and what they take, is `branches.cpp`'s to say; here their names and kinds of argument.
+Which functions there are, and what they take, is for `branches.cpp` and `products.cpp` to say; here are their names and
+kinds of argument.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from moeca_compile.errors import warn
 
-_CODE = Path(__file__).with_name("branches.cpp")
+_CODE = [Path(__file__).with_name(name) for name in ("branches.cpp", "products.cpp")]
 # Inductor forbids both, for its own kernels are written with vectors: loops as vector instructions, and a product and
 # the sum after it as one.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
@@ -40,7 +41,7 @@ def library() -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        loaded = CppCodeCache.load(_CODE.read_text(), extra_flags=_FLAGS)
+        loaded = CppCodeCache.load("\n".join(path.read_text() for path in _CODE), extra_flags=_FLAGS)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warn(
