@@ -30,6 +30,7 @@ from moeca_compile.exporting.refuse import (
 from moeca_compile.exporting.write import write_fused, write_golden_steps, write_graphs
 from moeca_compile.frontend.arguments import Arguments
 from moeca_compile.frontend.model_arguments import plain_module, single_model
+from moeca_compile.graph.capture import no_collector
 from moeca_compile.inspect.progress import bar
 from moeca_compile.lowering.experts.choose import choose
 from moeca_compile.lowering.tensorrt.build import EngineRequest
@@ -125,10 +126,11 @@ def export(
     examples = (example_inputs, *other_sizes)
     with building(Path(path)) as folder, bar(progress) as tick, torch.no_grad():
         tick("capturing", 0.0)
-        sizes = capture_sizes(model, examples, options, batches, hoist)
-        mains = [size[0] for size in sizes]
-        lowering = expert_lowering(mains[0], experts, targets)
-        lowered = lower_sizes(sizes, batches.captured if batches else (), opset, lowering, tick)
+        with no_collector():
+            sizes = capture_sizes(model, examples, options, batches, hoist)
+            mains = [size[0] for size in sizes]
+            lowering = expert_lowering(mains[0], experts, targets)
+            lowered = lower_sizes(sizes, batches.captured if batches else (), opset, lowering, tick)
         tick("writing", 0.7)
         data = lowered.entries | {"targets": list(targets)}
         if batches and batches.largest:

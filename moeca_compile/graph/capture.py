@@ -52,15 +52,14 @@ def isolate_recompiles_kwargs() -> dict[str, Any]:
 
 @contextmanager
 def under_compile_lock() -> Iterator[None]:
-    """For tracing and compiling, which use globals of torch: Dynamo's own lock keeps them apart from other threads'.
-
-    Python's collector pauses: it would go through all that was built so far again and again, and find nothing."""
-    with compile_lock, _session(), _no_collector():
+    """For tracing and compiling, which use globals of torch: Dynamo's own lock keeps them apart from other threads'."""
+    with compile_lock, _session(), no_collector():
         yield
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
+    """Python's collector pauses: it would go through all that was built so far again and again, and find nothing."""
     if not gc.isenabled():
         yield
         return
