@@ -2,6 +2,7 @@
 
     python -m benchmarks.batched            # minutes; writes results/batched.json
     python -m benchmarks.batched --quick    # does it run?
+    python -m benchmarks.batched --twin     # the compiled torch model alone; writes results/batched_twin.json
 
 Measured: the throughput of 8 concurrent requests of 50 steps, against one at a time, in turns in one process and one
 thread, bit for bit the same images. Simulated, from measured costs of a call and with the package's own choice of
@@ -176,6 +177,73 @@ def simulate(
     }
 
 
+def twin_sampler(seed: int, steps: int) -> Generator[Any, Any, Any]:
+    """The same digit for a compiled torch model."""
+    import torch
+
+    loop = sampler(seed, steps)
+    inputs = next(loop)
+    while True:
+        output = yield tuple(torch.from_numpy(inputs[name]) for name in "xty")
+        try:
+            inputs = loop.send({"output": output.numpy()})
+        except StopIteration as end:
+            return end.value
+
+
+def twin(steps: int, rounds: int, inner: str) -> dict[str, Any]:
+    """Requests a second of a compiled torch model: a trajectory each, one after another, against a `BatchedModel`.
+
+    The images of a request are the same bit for bit with and without other requests; those of a call of one sample
+    differ by rounding, and `largest_difference` tells by how much.
+    """
+    import torch
+
+    import moeca_compile as moeca
+    from examples import digits
+
+    inputs = digits.initial_noise(seed=0, n=2), torch.full((2,), 1000.0), digits.labels_of(2)
+    model = moeca.compile(digits.load_model(), schedule=SCHEDULE, inner=inner)
+    batched = moeca.BatchedModel(model, inputs, BUDGET, CONCURRENT)
+
+    def alone(seed: int) -> Any:
+        loop = twin_sampler(seed, steps)
+        with torch.no_grad(), moeca.trajectory(model, stream="one"):
+            inputs = next(loop)
+            while True:
+                try:
+                    inputs = loop.send(model(*inputs))
+                except StopIteration as end:
+                    return end.value
+
+    def together(seeds: Sequence[int]) -> list[Any]:
+        requests = [batched.submit(twin_sampler(seed, steps), steps) for seed in seeds]
+        batched.run()
+        return [request.result() for request in requests]
+
+    expected, seeds = [together([seed])[0] for seed in range(CONCURRENT)], range(CONCURRENT)
+    singles, ratios, same, difference = [], [], True, 0.0
+    for _ in range(rounds + 1):  # the first warms up
+        begin = time.perf_counter(), time.process_time()
+        images = [alone(seed) for seed in seeds]
+        middle = time.perf_counter(), time.process_time()
+        shared = together(seeds)
+        end = time.perf_counter(), time.process_time()
+        singles.append(CONCURRENT / (middle[0] - begin[0]))
+        ratios.append(tuple((m - b) / (e - m) for b, m, e in zip(begin, middle, end, strict=True)))
+        same &= all(x.tobytes() == y.tobytes() for x, y in zip(shared, expected, strict=True))
+        difference = max(difference, *(float(np.abs(x - y).max()) for x, y in zip(shared, images, strict=True)))
+    wall, processor = (sorted(ratio) for ratio in zip(*ratios[1:], strict=True))
+    return {
+        "schedule": SCHEDULE, "steps": steps, "concurrent": CONCURRENT, "inner": inner, "batches": batched.batches,
+        "one_at_a_time_per_s": statistics.median(singles[1:]),
+        "speedup": statistics.median(wall), "speedups": wall,
+        "speedup_of_processor_time": statistics.median(processor), "speedups_of_processor_time": processor,
+        "bitwise_equal": same, "largest_difference": difference,
+        "pool_bytes": batched.pool.bytes, "budget_bytes": BUDGET,
+    }  # fmt: skip
+
+
 def phase_offsets(costs: Sequence[float], requests: int) -> list[int]:
     """When each request begins, in rounds, so that the rounds cost about the same.
 
@@ -243,12 +311,19 @@ def bundle_in(folder: Path) -> Session:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("Measure requests that share the calls of a bundle.", "8 steps, one round, 50 arrivals")
+    parser.add_argument("--twin", action="store_true", help="the compiled torch model alone")
     args = parser.parse_args(argv)
     pin_threads()
     steps, rounds, count = (8, 1, 50) if args.quick else (STEPS, ROUNDS, ARRIVALS)
+    if args.twin:
+        payload: dict[str, Any] = twin(steps, rounds, "eager" if args.quick else "inductor")
+        print(json.dumps(payload, indent=1))
+        if out := folder_of(args):
+            print(f"written: {save('batched_twin', payload, out).name}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         session = bundle_in(Path(folder))
-        payload: dict[str, Any] = {"schedule": SCHEDULE, "steps": steps, "concurrent": CONCURRENT}
+        payload = {"schedule": SCHEDULE, "steps": steps, "concurrent": CONCURRENT}
         payload["measured"] = throughput(session, steps, rounds)
         payload["simulated"] = arriving(session, steps, max(1, rounds // 2), count)
     print(json.dumps(payload, indent=1))

@@ -106,6 +106,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("engines", "{}/empty", "--library", "tensorflow"), "'tensorflow' is not one of 'tensorrt', 'tensorrt-rtx'"),
     (("triton", "{}/empty", "{}/models"), "manifest.json is missing"),
     (("triton", "{}/empty", "{}/models", "--sequences", "0"), "--sequences"),
+    (("triton", "{}/empty", "{}/models", "--max-batch", "-1"), "--max-batch"),
     (("compare", "tests.toy:model"), "sample"),
     (("compare", "tests.toy:model", *FIND[:2], "--schedule", "unifrom:3"), "unifrom:3"),
     (("compare", "tests.toy:modell", *FIND[:2]), "did you mean 'model'?"),

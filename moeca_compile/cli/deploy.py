@@ -77,6 +77,8 @@ def triton(
     ] = 60,
     provider: Provider = CPU,
     threads: Annotated[int, typer.Option(min=0, help="How many threads an operator uses; 0: the runtime chooses.")] = 0,
+    max_batch: Annotated[int, typer.Option(min=0, help="Sequences share calls of up to so many samples; 0: not.")] = 0,
+    budget: Annotated[int, typer.Option(min=0, help="Bytes for the state of all sequences that share calls.")] = 0,
     json: AsJson = False,
 ) -> None:
     """Write a bundle as models of a Triton server."""
@@ -84,7 +86,7 @@ def triton(
 
     models = written(
         Bundle.open(path), directory, name=name, batch=batch, sequences=sequences, idle_seconds=idle_seconds,
-        provider=provider, threads=threads,
+        provider=provider, threads=threads, max_batch=max_batch, budget=budget,
     )  # fmt: skip
     if json:
         print_json({"models": [str(folder) for folder in models]})

@@ -142,6 +142,34 @@ class Scheduler(ABC):
         while self.step():
             pass
 
+    def advance(self, steps: Sequence[tuple[Any, Any]]) -> list[Any]:
+        """Run the next step of several trajectories, in as few calls as they fit, for a server that has their requests
+        at hand.
+
+        Args:
+            steps: trajectories of this session, each with the inputs of its next step.
+
+        Returns:
+            For each its outputs, or the error that kept the step from running.
+        """
+        asked: list[Step | MoecaError] = []
+        for trajectory, inputs in steps:
+            try:
+                asked.append(self._enqueue(trajectory, inputs, None))
+            except MoecaError as error:
+                asked.append(error)
+        while any(isinstance(step, Step) and not step.done for step in asked) and self.step():
+            pass
+        with self._changed:
+            for step in asked:
+                if isinstance(step, Step) and not step.done:
+                    self._without_lanes.remove(step)
+                    step.error = StateError(
+                        f"{self.pool.free} of the pool's {self.pool.lanes} lanes are free, and the trajectory has "
+                        f"{step.batch} samples: end others first, or give a larger budget"
+                    )
+        return [step if isinstance(step, MoecaError) else step.error or step.outputs for step in asked]
+
     def serve(self, trajectory: Loop, inputs: Any) -> Any:
         """The next step of a trajectory that a thread drives: wait for a call, or run it."""
         step = self._enqueue(trajectory, inputs, None)

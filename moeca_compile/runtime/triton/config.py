@@ -1,8 +1,8 @@
 """`config.pbtxt` of the two ways to serve a bundle: the python backend over it, and its fused graph.
 
-Neither batches: `max_batch_size` 0, and the batch is a dimension of the request like the others. Triton's sequence
-batcher takes requests of one sample only, but guidance wants both halves in one call, and sizes like 256 * batch have
-no batch dimension to take off.
+The batch of a call is a dimension of the request like the others, for guidance wants both halves in one call, and sizes
+like 256 * batch have no batch dimension to take off. Triton's sequence batcher takes requests of one sample only. So
+`max_batch_size` is 0; where sequences share calls, a request is Triton's one sample, with an axis of size 1 in front.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from moeca_compile.runtime.triton.pbtxt import Name
 
 BUNDLE, MODEL_FILE = "bundle", "model.onnx"
 START, END, READY, CORRID = CONTROLS = ("START", "END", "READY", "CORRID")
+GATHER = 2000  # microseconds that a request waits for those of other sequences
 Config = dict[str, Any]
 
 
 def python_config(
     name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, sequences: int, idle_seconds: int,
-    provider: str, threads: int,
+    provider: str, threads: int, max_batch: int = 0, budget: int = 0,
 ) -> Config:  # fmt: skip
     """The python backend: any batch, one trajectory a sequence.
+
+    Args:
+        max_batch: samples of a call that sequences share; 0: they don't.
+        budget: bytes for the state of all sequences that share calls.
 
     Raises:
         BundleError: an input has the name of a control.
@@ -35,11 +40,15 @@ def python_config(
     plain = {START: "CONTROL_SEQUENCE_START", END: "CONTROL_SEQUENCE_END", READY: "CONTROL_SEQUENCE_READY"}
     flags = {control: {"kind": Name(kind), "int32_false_true": [0, 1]} for control, kind in plain.items()}
     corrid = {"kind": Name("CONTROL_SEQUENCE_CORRID"), "data_type": Name("TYPE_UINT64")}
+    parameters = {"provider": provider, "threads": str(threads)}
+    ragged: Config = {"allow_ragged_batch": Name("true")} if max_batch else {}
+    if max_batch:
+        parameters |= {"max_batch": str(max_batch), "budget": str(budget)}
     return {
         "name": name,
         "backend": "python",
-        "max_batch_size": 0,
-        "input": [_tensor(as_served(spec), -1) for spec in inputs],
+        "max_batch_size": max_batch,
+        "input": [_tensor(as_served(spec), -1) | ragged for spec in inputs],
         "output": [_tensor(as_served(spec), -1) for spec in outputs],
         "sequence_batching": {
             "max_sequence_idle_microseconds": idle_seconds * 1_000_000,
@@ -47,13 +56,13 @@ def python_config(
                 *({"name": control, "control": flag} for control, flag in flags.items()),
                 {"name": CORRID, "control": corrid},
             ],
-            "oldest": {"max_candidate_sequences": sequences},
+            "oldest": {
+                "max_candidate_sequences": sequences,
+                **({"max_queue_delay_microseconds": GATHER} if max_batch else {}),
+            },
         },
         "instance_group": {"kind": Name("KIND_CPU"), "count": 1},
-        "parameters": [
-            {"key": key, "value": {"string_value": value}}
-            for key, value in {"provider": provider, "threads": str(threads)}.items()
-        ],
+        "parameters": [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()],
     }
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from moeca_compile.errors import BundleError, OptionError
+from moeca_compile.runtime.batched.budget import lanes_in, needs_of
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.fused import fused_signature
 from moeca_compile.runtime.bundle.manifest import MANIFEST, STEP, Manifest
@@ -25,7 +26,8 @@ __all__ = ["TritonPythonModel"]
 
 def write_repository(
     bundle: Bundle, directory: str | Path, name: str = "", *, batch: int = 1, sequences: int = 64,
-    idle_seconds: int = 60, provider: str = "CPUExecutionProvider", threads: int = 0,
+    idle_seconds: int = 60, provider: str = "CPUExecutionProvider", threads: int = 0, max_batch: int = 0,
+    budget: int = 0,
 ) -> tuple[Path, ...]:  # fmt: skip
     """Write a bundle as models of a Triton server.
 
@@ -42,6 +44,9 @@ def write_repository(
         idle_seconds: after which a sequence without requests is dropped.
         provider: as for `Session.open`.
         threads: of one operator; 0: the runtime's choice.
+        max_batch: sequences share calls of up to so many samples, as in a `BatchedSession`. Tensors of requests and
+            responses then have an axis of size 1 in front. 0: each request is a call of its own.
+        budget: with `max_batch`, bytes for the state of all sequences and for the copies that a call makes of it.
 
     Returns:
         The models' directories.
@@ -49,6 +54,7 @@ def write_repository(
     Raises:
         BundleError: one of them exists, `directory` is in the bundle, or Triton can't serve the bundle.
         OptionError: a name or number that can't be.
+        StateError: the budget has no room for a single sample.
     """
     name = name or re.sub(r"[^A-Za-z0-9_-]", "_", bundle.path.resolve().stem)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
@@ -62,9 +68,11 @@ def write_repository(
     if bundle.sizes:
         raise BundleError("a Triton model has one size and this bundle several: export a bundle for each")
     manifest = bundle.manifest
+    if max_batch or budget:
+        lanes_in(budget, needs_of(manifest), max_batch)
     config = python_config(
         name, manifest.inputs, manifest.outputs, sequences=sequences, idle_seconds=idle_seconds, provider=provider,
-        threads=threads,
+        threads=threads, max_batch=max_batch, budget=budget,
     )  # fmt: skip
     models = [directory / name]
     with building(models[0]) as folder:

@@ -19,7 +19,9 @@ MESSAGES: dict[str, dict[str, str]] = {  # by message and field: the type; "*": 
         "input": "Tensor*", "output": "Tensor*", "sequence_batching": "SequenceBatching", "parameters": "Parameter*",
         "instance_group": "InstanceGroup*",
     },
-    "Tensor": {"name": "string", "data_type": "DataType", "dims": "int64*", "reshape": "Shape"},
+    "Tensor": {
+        "name": "string", "data_type": "DataType", "dims": "int64*", "reshape": "Shape", "allow_ragged_batch": "bool",
+    },
     "Shape": {"shape": "int64*"},
     "InstanceGroup": {"kind": "InstanceKind", "count": "int32"},
     "Parameter": {"key": "string", "value": "Value"},
@@ -28,7 +30,7 @@ MESSAGES: dict[str, dict[str, str]] = {  # by message and field: the type; "*": 
         "max_sequence_idle_microseconds": "uint64", "control_input": "ControlInput*", "oldest": "Oldest",
         "state": "State*",
     },
-    "Oldest": {"max_candidate_sequences": "int32"},
+    "Oldest": {"max_candidate_sequences": "int32", "max_queue_delay_microseconds": "uint64"},
     "ControlInput": {"name": "string", "control": "Control*"},
     "Control": {"kind": "Kind", "int32_false_true": "int32*", "data_type": "DataType"},
     "State": {

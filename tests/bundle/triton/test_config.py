@@ -10,7 +10,7 @@ from google.protobuf import text_format
 from moeca_compile.errors import BundleError
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.manifest import TensorSpec
-from moeca_compile.runtime.triton.config import CONTROLS, python_config, state_config
+from moeca_compile.runtime.triton.config import CONTROLS, GATHER, python_config, state_config
 from moeca_compile.runtime.triton.pbtxt import Name, dumps
 from tests.bundle.triton.model_config import parse
 
@@ -30,6 +30,16 @@ def test_a_python_config(exported: Bundle) -> None:
         "provider": "CPUExecutionProvider",
         "threads": "1",
     }
+
+
+def test_a_config_of_sequences_that_share_calls(exported: Bundle) -> None:
+    specs = exported.manifest.inputs, exported.manifest.outputs
+    config = parse(dumps(python_config("small", *specs, **GIVEN, max_batch=8, budget=1000)))
+    assert config["max_batch_size"] == 8
+    assert all(tensor["allow_ragged_batch"] for tensor in config["input"])
+    assert int(config["sequence_batching"]["oldest"]["max_queue_delay_microseconds"]) == GATHER
+    parameters = {one["key"]: one["value"]["string_value"] for one in config["parameters"]}
+    assert (parameters["max_batch"], parameters["budget"]) == ("8", "1000")
 
 
 def test_an_input_named_as_a_control() -> None:

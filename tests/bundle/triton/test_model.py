@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeca_compile.errors import StateError
+from moeca_compile.errors import OptionError, StateError
+from moeca_compile.runtime.batched.budget import needs_of
+from moeca_compile.runtime.batched.session import BatchedSession
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.triton import write_repository
@@ -104,10 +107,11 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def started(bundle: Bundle, folder: Path, provider: str = "CPUExecutionProvider") -> TritonPythonModel:
-    place, _ = write_repository(bundle, folder, threads=1)
+def started(bundle: Bundle, folder: Path, provider: str = "CPUExecutionProvider", **shared: int) -> TritonPythonModel:
+    place, _ = write_repository(bundle, folder, threads=1, **shared)
+    parameters = {"provider": provider, "threads": "1"} | {name: str(value) for name, value in shared.items()}
     config = {
-        "parameters": {"provider": {"string_value": provider}, "threads": {"string_value": "1"}},
+        "parameters": {name: {"string_value": value} for name, value in parameters.items()},
         "sequence_batching": {
             "max_sequence_idle_microseconds": "60000000", "oldest": {"max_candidate_sequences": 2},
         },
@@ -136,6 +140,49 @@ def test_the_model(exported: Bundle, session: Session, tmp_path: Path, backend: 
     model.execute([request(0, start=True)])
     model.finalize()
     assert len(model.sequences) == 0
+
+
+def in_front(request: dict[str, Any]) -> dict[str, Any]:
+    """A request with Triton's batch axis."""
+    return {name: array[None] for name, array in request.items()}
+
+
+def test_sequences_that_share_calls(exported: Bundle, session: Session, tmp_path: Path, backend: ModuleType) -> None:
+    """Five sequences of 2 samples at random offsets, several requests handed over at once; a sixth finds no room."""
+    needs = needs_of(exported.manifest)
+    model = started(exported, tmp_path, max_batch=4, budget=10 * needs.lane + 4 * needs.call)
+    model.sequences.most, steps, dice = 6, 7, random.Random(0)
+    found: dict[int, list[Any]] = {number: [] for number in range(1, 6)}
+    was_full = False
+    while any(len(outputs) < steps for outputs in found.values()):
+        numbers = [number for number, outputs in found.items() if len(outputs) < steps and dice.random() < 0.6]
+        asked = [(number, len(found[number])) for number in numbers]
+        requests = [in_front(request(step, n, start=step == 0, end=step == steps - 1)) for n, step in asked]
+        for (number, _), response in zip(asked, model.execute(requests), strict=True):
+            (tensor,) = response.output_tensors
+            found[number].append(tensor.array[0])
+        if len(model.sequences) == 5:
+            was_full = True
+            (none,) = model.execute([in_front(request(0, 9, start=True, end=True))])
+            assert "0 of the pool's 10 lanes are free, and the trajectory has 2 samples" in none.error
+    assert was_full
+    for number, outputs in found.items():
+        assert all(map(np.array_equal, outputs, wanted(session, number, steps)))
+    batched = model.sequences.session
+    assert isinstance(batched, BatchedSession)
+    assert len(batched.calls) < 5 * steps
+    (late,) = model.execute([in_front(request(2))])
+    assert "sequence 1 isn't open" in late.error
+    assert batched.pool.free == batched.pool.lanes
+
+
+def test_shared_calls_that_cannot_be(exported: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="give at least"):
+        write_repository(exported, tmp_path, max_batch=4, budget=1)
+    with pytest.raises(OptionError, match="budget=0: expected a whole number"):
+        write_repository(exported, tmp_path, max_batch=4)
+    with pytest.raises(OptionError, match="max_batch=0: expected a whole number"):
+        write_repository(exported, tmp_path, budget=2**20)
 
 
 def test_a_model_that_cannot_be_loaded(exported: Bundle, tmp_path: Path, backend: Any) -> None:

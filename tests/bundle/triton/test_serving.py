@@ -117,3 +117,32 @@ def test_interleaved_sequences_equal_a_session(exported: Bundle, tmp_path: Path)
     assert "must specify the START flag" in said["never started"]
     assert "unexpected shape for input 'x'" in said["channels"]
     assert "input t has shape [2], the model takes t: float32 [batch]" in said["batch"]
+
+
+def test_sequences_share_calls_bit_for_bit(exported: Bundle, tmp_path: Path) -> None:
+    """Six sequences of 1 to 3 samples, sent by six threads from random moments on."""
+    calls = {
+        number: [named(call_of(1 + number % 3, seed=50 * number + step)) for step in range(12)]
+        for number in range(1, 7)
+    }
+    given: dict[str, Any] = {
+        f"{number}:{name}": np.stack([one[name] for one in steps]) for number, steps in calls.items() for name in "xty"
+    }
+    session = Session.open(exported.path, threads=1)
+    np.savez(tmp_path / "steps.npz", **given)
+    model, fused = write_repository(exported, tmp_path / "models", threads=1, max_batch=6, budget=2**24)
+    shutil.move(fused, tmp_path / "fused")  # its backend isn't there
+    script = Path(__file__).with_name("drive_shared.py")
+    with serving(tmp_path / "models", tmp_path) as url:
+        command = [PYTHON, script, url, model.name, tmp_path / "steps.npz", tmp_path / "outputs.npz"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with urllib.request.urlopen(f"http://{url}/v2/models/{model.name}/stats", timeout=5) as answer:
+            (stats,) = json.load(answer)["model_stats"]
+    assert done.returncode == 0, done.stderr + (tmp_path / "server.log").read_text()[-3000:]
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        for number, steps in calls.items():
+            with session.trajectory() as trajectory:
+                expected = np.stack([trajectory.run(call)["output"] for call in steps])
+            assert outputs[str(number)].tobytes() == expected.tobytes()
+    assert stats["inference_count"] == 6 * 12
+    assert stats["execution_count"] < 6 * 12  # several requests were handed over at once
