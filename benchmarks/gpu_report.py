@@ -53,19 +53,28 @@ def _rounds(rounds: int) -> str:
     return "one trajectory each" if rounds == 1 else f"medians of {rounds} trajectories, taken in turns"
 
 
-def _steps(contenders: Mapping[str, Any]) -> Iterator[str]:
-    """Least squares over the intervals: a trajectory is so many computed steps and so many reused ones."""
+def computed_and_reused(contenders: Mapping[str, Any]) -> tuple[float, float, int] | None:
+    """Milliseconds of a computed and of a reused step, and bytes of state. By least squares over the intervals, as CUDA
+    graphs where they ran so: a trajectory is so many computed steps and so many reused ones. None: one interval ran."""
     ending = GRAPHS if f"interval 2{GRAPHS}" in contenders else ""
     taken = {k: contenders[f"interval {k}{ending}"] for k in range(2, 6) if f"interval {k}{ending}" in contenders}
     if len(taken) < 2:
-        return
+        return None
     counts = np.array([(-(-STEPS // k), STEPS - -(-STEPS // k)) for k in taken], dtype=float)
     computed, reused = np.linalg.lstsq(counts, [one["median_ms"] for one in taken.values()], rcond=None)[0]
-    least = next(iter(taken.values()))["state_bytes"] / BANDWIDTH * 1e3
+    return float(computed), float(reused), int(next(iter(taken.values()))["state_bytes"])
+
+
+def _steps(contenders: Mapping[str, Any]) -> Iterator[str]:
+    found = computed_and_reused(contenders)
+    if found is None:
+        return
+    ending = GRAPHS if f"interval 2{GRAPHS}" in contenders else ""
+    computed, reused, state = found
     yield (
         f"\nOver the intervals{ending.replace(',', ' as')} a computed step takes {computed:.2f} ms and a "
-        f"reused one {reused:.2f} ms, where reading its state once would take {least:.3f} ms at the memory's "
-        f"{BANDWIDTH / 1e12} TB/s."
+        f"reused one {reused:.2f} ms, where reading its state once would take {state / BANDWIDTH * 1e3:.3f} ms at the "
+        f"memory's {BANDWIDTH / 1e12} TB/s."
     )
 
 

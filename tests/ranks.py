@@ -22,7 +22,9 @@ from torch import Tensor, distributed, nn
 import moeca_compile as moeca
 from moeca_compile.distributed import calibrate, check_ranks, sample
 from moeca_compile.errors import MoecaError
+from moeca_compile.frontend.handles import states_of
 from moeca_compile.schedule import Action, Schedule
+from tests.exchanged import ExchangedDiT
 from tests.models import DiT
 
 ROOT = Path(__file__).parents[1]
@@ -265,6 +267,29 @@ def delayed(rank: int, count: int, seconds: float, differs: bool = False) -> dic
         digest.update(x.numpy().tobytes())
     watch.timer.cancel()
     return {"digest": digest.hexdigest(), "computed": computed, "seconds": time.monotonic() - begin}
+
+
+def exchanging(rank: int, folder: Path) -> dict[str, Any]:
+    """Experts that are spread over ranks: what the variants exchange, and whether `full` gives the model's bits."""
+    torch.manual_seed(0)
+    network = ExchangedDiT(ranks=2).eval().requires_grad_(False)
+    x = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(rank))
+    result: dict[str, Any] = {}
+    for schedule in ("full", "uniform:3"):
+        handle, seen, y = moeca.compile(network, schedule=schedule, inner="eager"), [], x
+        with torch.no_grad(), moeca.trajectory(handle):
+            for step in range(6):
+                t = torch.full((1,), 1000.0 - 100 * step)
+                given = handle(y, t)
+                seen.append(bool(torch.equal(given, network(y, t))))
+                y = y - given / 6
+        result[schedule] = {"equal": seen, "output": y.flatten().tolist()}
+    (program,) = (program for state in states_of(handle) for program in state.runtime.programs.values())
+    for row in program.schedule.distinct_rows():
+        variant = program.variant(row)
+        sent = [node.meta["val"] for node in variant.gm.graph.nodes if "all_to_all" in str(node.target)]
+        result[variant.name] = {"collectives": len(sent), "bytes": sum(one.nbytes for one in sent)}
+    return result
 
 
 def schedules(rank: int, folder: Path) -> dict[str, Any]:

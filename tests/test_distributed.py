@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 import moeca_compile as moeca
+from benchmarks.scale_model import exchanged_bytes
 from moeca_compile import distributed as parallel
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.schedule import Schedule
@@ -79,6 +80,20 @@ def test_models_that_are_spread_over_ranks(tmp_path: Path) -> None:
                 torch.tensor(results[name]["cached"]), torch.tensor(results[name]["whole"]), atol=1e-5
             ), name
             assert results[name]["cached"][0] == results[name]["plain"][0]
+
+
+@pytest.mark.slow
+def test_experts_that_are_spread_over_ranks(tmp_path: Path) -> None:
+    """Functional collectives are captured; those of skipped regions are gone, and the rest sends what the cost model
+    says."""
+    for status, result in ranks.run("exchanging", tmp_path):
+        assert status == 0
+        assert all(result["full"]["equal"])
+        assert result["uniform:3"]["equal"] == [True, False, False] * 2
+        assert result["v1"] == {"collectives": 0, "bytes": 0}
+        assert result["v0"]["collectives"] == 4
+        layer = exchanged_bytes(rows=4 * 32, hidden=16, ranks=2, width=4)
+        assert result["v0"]["bytes"] / 2 == 2 * layer  # of two ranks' parts one stays
 
 
 @pytest.mark.slow
