@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -21,6 +22,7 @@ from torch import Tensor, distributed, nn
 
 import moeca_compile as moeca
 from moeca_compile.distributed import calibrate, check_ranks, sample
+from moeca_compile.engine.trajectories.agreement import Agreement
 from moeca_compile.errors import MoecaError
 from moeca_compile.frontend.handles import states_of
 from moeca_compile.schedule import Action, Schedule
@@ -290,6 +292,35 @@ def exchanging(rank: int, folder: Path) -> dict[str, Any]:
         sent = [node.meta["val"] for node in variant.gm.graph.nodes if "all_to_all" in str(node.target)]
         result[variant.name] = {"collectives": len(sent), "bytes": sum(one.nbytes for one in sent)}
     return result
+
+
+def adapting(rank: int, folder: Path) -> dict[str, Any]:
+    """An adaptive schedule over ranks whose samples move at different speeds: each would choose other steps."""
+    torch.manual_seed(0)
+    handle = moeca.compile(ExchangedDiT(ranks=2).eval().requires_grad_(False), schedule="adaptive:0.3", inner="eager")
+    pairs: list[tuple[float | None, float | None]] = []
+    largest = Agreement.largest
+
+    def noted(self: Agreement, figure: float | None) -> float | None:
+        pairs.append((figure, largest(self, figure)))
+        return pairs[-1][1]
+
+    Agreement.largest = noted  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(rank)
+    x, direction = torch.randn(1, 16, 4, generator=generator), torch.randn(1, 16, 4, generator=generator)
+    with torch.no_grad(), moeca.trajectory(handle, stream="one"):
+        for step in range(12):
+            handle(x + (0.02, 0.2)[rank] * step * direction, torch.full((1,), 1000.0 - 10 * step))
+    records = moeca.stats(handle).steps
+    with torch.no_grad(), warnings.catch_warnings(), moeca.trajectory(handle, stream="two"):
+        warnings.simplefilter("ignore")  # one rank's samples aren't finite: its state is dropped
+        for step in range(4):
+            handle(x * (float("nan") if rank and step == 1 else 1.0), torch.full((1,), 800.0 - step))
+    after = moeca.stats(handle).steps
+    return {
+        "variants": [record.variant for record in records], "pairs": pairs,
+        "after": [(record.variant, record.cold) for record in after],
+    }  # fmt: skip
 
 
 def schedules(rank: int, folder: Path) -> dict[str, Any]:

@@ -97,6 +97,22 @@ def test_experts_that_are_spread_over_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_agree_on_an_adaptive_schedule(tmp_path: Path) -> None:
+    """Each rank's own figure would choose other steps, and one rank alone would drop its state: both would hang."""
+    (status, slow), (other, fast) = ranks.run("adapting", tmp_path)
+    assert (status, other) == (0, 0)
+    assert slow["variants"] == fast["variants"]
+    assert set(slow["variants"]) == {"v0", "v1"}
+    pairs = [
+        (own, others) for (own, _), (others, _) in zip(slow["pairs"], fast["pairs"], strict=True) if own is not None
+    ]
+    assert any(others > 2 * own for own, others in pairs)
+    assert [agreed for _, agreed in slow["pairs"]] == [agreed for _, agreed in fast["pairs"]]
+    assert slow["after"] == fast["after"]
+    assert ["v0", True] in slow["after"][1:]
+
+
+@pytest.mark.slow
 def test_a_hang_is_noticed(tmp_path: Path) -> None:
     """Ranks that are made to disagree: one waits for an exchange that the other never makes."""
     (first, result), (second, told) = ranks.run("disagreeing", tmp_path)

@@ -11,6 +11,7 @@ import torch
 
 from moeca_compile.engine.freeing.plan import WeightFreeing
 from moeca_compile.engine.hoisted import HasPrologues, Hoisted
+from moeca_compile.engine.trajectories.agreement import Agreement
 from moeca_compile.graph.nowait import upload
 from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.buffers import Buffers, zeros_of
@@ -57,6 +58,7 @@ class StepProgram(Protocol):
     buffers: Buffers | None
     key: Hashable
     freeing: WeightFreeing | None
+    agreement: Agreement | None
 
     @property
     def compiler(self) -> StepCompiler: ...
@@ -82,6 +84,8 @@ class CompiledSchedule:
     def __init__(self, program: StepProgram, schedule: Schedule, variants: Variants, order: int | None = None) -> None:
         self.program, self.schedule, self.variants = program, schedule, variants
         self.driver = StepDriver(schedule, program.warned, order)
+        if program.agreement is not None:
+            self.driver.agree = program.agreement.largest
         self.layout: tuple[StateSlot, ...] = variants.layout
         self.device = torch.device(self.layout[0].device) if self.layout else torch.device("cpu")
         self._tables: dict[Hashable, torch.Tensor] = {}

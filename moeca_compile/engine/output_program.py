@@ -92,6 +92,7 @@ class OutputProgram(Program):
         self.more_timesteps = call.more_timesteps
         self.prologues = _NothingHoisted((), call.condition)  # type: ignore[assignment]
         self.packs_experts, self.buffers, self.caches, self.freeing = False, None, (), None
+        self.agreement = None
         self.nodes, self.roles = 0, call.roles
         self.regions = call.regions
         self.latent_shape = shape_of_sample(args, call.latent)

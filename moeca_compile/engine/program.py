@@ -14,6 +14,7 @@ from moeca_compile.engine.compiler import Compiler
 from moeca_compile.engine.freeing.plan import WeightFreeing
 from moeca_compile.engine.freeing.weights import FreedWeights
 from moeca_compile.engine.prologues import Prologues
+from moeca_compile.engine.trajectories.agreement import Agreement, agreement_of
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.errors import CaptureError
 from moeca_compile.graph.capture import Capture, Input
@@ -49,6 +50,7 @@ class Program:
         compiler: of the graph's variants.
         compiled_schedule: the handle's schedule for the graph.
         prologues: programs of the hoisted values.
+        agreement: of the ranks that share the graph's collectives; None: it has none.
         freeing: frees weights that only they read; None: `free_hoisted` isn't set.
         timestep, latent, condition: positions of these inputs among a call's arguments.
         more_timesteps: positions of further timesteps.
@@ -80,6 +82,7 @@ class Program:
         facts = self.analysis.facts
         self.regions = facts.regions
         self.compiler.inputs = facts.inputs
+        self.agreement: Agreement | None = agreement_of(self.analysis.gm, args)
         self.packs_experts = options.pack_experts and self._can_pack()
         self.prologues = Prologues(self.analysis, self.compiler, freed)
         self.timestep = next(iter(self.prologues.timesteps), None)

@@ -147,6 +147,8 @@ def _run(
             outputs = _with_caches_written(program.caches, args, outputs)
         if state is not None:
             finite = is_finite(results[0]) if variant.writes or variant.changes else True
+            if program.agreement is not None and (variant.writes or variant.changes):
+                finite = program.agreement.all(finite)
             written = results[variant.outputs :]
             driver.keep(state, step, row, variant.writes, written, finite, bool(variant.changes))
     if program.freeing is not None and stream is not None:

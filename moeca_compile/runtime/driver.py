@@ -7,7 +7,7 @@ the call, and when state is dropped. An executor calls `choose` before a step, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from moeca_compile.errors import StateError
@@ -45,9 +45,11 @@ class StepDriver:
 
     Attributes:
         full: the row that computes everything.
+        agree: makes one drift of those of several ranks; None: there is one rank.
     """
 
     def __init__(self, schedule: Schedule, warned: Warned, order: int | None = None) -> None:
+        self.agree: Callable[[float | None], float | None] | None = None
         self.schedule, self.warned, self.full = schedule, warned, schedule.rows[0]
         self._terms = 1 + (schedule.order if order is None else order)
         columns = range(len(self.full))
@@ -177,7 +179,8 @@ class StepDriver:
     def _adaptive(self, state: StreamState, step: int) -> Row:
         """The row for the drift that the stream's last step measured."""
         assert self.schedule.adaptive is not None
-        return self.schedule.rows[state.pace.choose(self.schedule.adaptive, step, state.drift())]
+        drift = state.drift() if self.agree is None else self.agree(state.drift())
+        return self.schedule.rows[state.pace.choose(self.schedule.adaptive, step, drift)]
 
     def _by_timestep(self, state: StreamState, step: int, timestep: float, eps: float) -> Choice:
         schedule, timeline, before = self.schedule, self.schedule.timeline, state.place

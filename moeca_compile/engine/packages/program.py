@@ -15,6 +15,7 @@ import torch
 from moeca_compile.engine.compiled_schedule import CompiledSchedule, Run
 from moeca_compile.engine.freeing.plan import WeightFreeing
 from moeca_compile.engine.freeing.weights import FreedWeights
+from moeca_compile.engine.trajectories.agreement import Agreement
 from moeca_compile.errors import BundleError, InvariantError, LoweringError
 from moeca_compile.graph.autocast import without_autocast
 from moeca_compile.graph.regions import HoistedValue
@@ -150,8 +151,8 @@ class LoadedProgram:
     Attributes:
         size: what the manifest says of the size.
         compiled_schedule: what `run_step` runs.
-        warned, prologues, compiler, timestep, more_timesteps, latent, condition, caches, buffers, key, freeing: as in
-            `engine/program.py`.
+        warned, prologues, compiler, timestep, more_timesteps, latent, condition, caches, buffers, key, freeing,
+            agreement: as in `engine/program.py`.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class LoadedProgram:
         self.buffers: Buffers | None = None
         self.key: Hashable = object()
         self.freeing: WeightFreeing | None = None
+        self.agreement: Agreement | None = None
         self.compiled_schedule = CompiledSchedule(self, schedule, LoadedVariants(folder, size, schedule))
         self._args = [weights[entry.weight] if entry.weight else None for entry in size.arguments]
         self._takes = [(i, entry.leaf) for i, entry in enumerate(size.arguments) if entry.leaf is not None]
