@@ -103,10 +103,8 @@ def test_ranks_agree_on_an_adaptive_schedule(tmp_path: Path) -> None:
     assert (status, other) == (0, 0)
     assert slow["variants"] == fast["variants"]
     assert set(slow["variants"]) == {"v0", "v1"}
-    pairs = [
-        (own, others) for (own, _), (others, _) in zip(slow["pairs"], fast["pairs"], strict=True) if own is not None
-    ]
-    assert any(others > 2 * own for own, others in pairs)
+    pairs = [(own, others) for (own, _), (others, _) in zip(slow["pairs"], fast["pairs"], strict=True)]
+    assert any(others > 2 * own for own, others in pairs if own is not None)
     assert [agreed for _, agreed in slow["pairs"]] == [agreed for _, agreed in fast["pairs"]]
     assert slow["after"] == fast["after"]
     assert ["v0", True] in slow["after"][1:]

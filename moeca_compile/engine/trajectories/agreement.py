@@ -37,11 +37,11 @@ class Agreement:
 
     def _reduced(self, figure: float) -> float:
         from torch.distributed import ReduceOp, all_reduce
-        from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+        from torch.distributed.distributed_c10d import _resolve_process_group as group_of  # type: ignore
 
         tensor = torch.tensor(figure, dtype=torch.float32, device=self._device)
         for name in self._groups:  # the groups of a mesh: after each of its dimensions all have it
-            all_reduce(tensor, ReduceOp.MAX, group=_resolve_process_group(name))
+            all_reduce(tensor, ReduceOp.MAX, group=group_of(name))
         return float(tensor)
 
 
@@ -56,9 +56,9 @@ def agreement_of(gm: GraphModule, args: Sequence[Any]) -> Agreement | None:
 
 def _is_group(name: str) -> bool:
     """A collective's arguments are names of reductions too."""
-    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import _resolve_process_group as group_of  # type: ignore
 
     try:
-        return _resolve_process_group(name) is not None
+        return group_of(name) is not None
     except (RuntimeError, ValueError):
         return False
