@@ -6,6 +6,7 @@ runs, and whether state that isn't finite is dropped. Both are made by one figur
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,10 @@ class Agreement:
 
     def _reduced(self, figure: float) -> float:
         from torch.distributed import ReduceOp, all_reduce
-        from torch.distributed.distributed_c10d import _resolve_process_group as group_of  # type: ignore
 
         tensor = torch.tensor(figure, dtype=torch.float32, device=self._device)
         for name in self._groups:  # the groups of a mesh: after each of its dimensions all have it
-            all_reduce(tensor, ReduceOp.MAX, group=group_of(name))
+            all_reduce(tensor, ReduceOp.MAX, group=_group(name))
         return float(tensor)
 
 
@@ -56,9 +56,13 @@ def agreement_of(gm: GraphModule, args: Sequence[Any]) -> Agreement | None:
 
 def _is_group(name: str) -> bool:
     """A collective's arguments are names of reductions too."""
-    from torch.distributed.distributed_c10d import _resolve_process_group as group_of  # type: ignore
-
     try:
-        return group_of(name) is not None
+        return _group(name) is not None
     except (RuntimeError, ValueError):
         return False
+
+
+def _group(name: str) -> Any:
+    """The process group that collectives of a graph name."""
+    distributed: Any = importlib.import_module("torch.distributed.distributed_c10d")
+    return distributed._resolve_process_group(name)
