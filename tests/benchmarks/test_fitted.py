@@ -9,15 +9,17 @@ import pytest
 
 from benchmarks import few_steps, fitted, transfer
 
-MADE_BY = {"fitted": fitted, "fitted_glyphs": fitted, "transfer": transfer}
+MADE_BY = {"fitted": fitted, "fitted_glyphs": fitted, "fitted_times": fitted, "transfer": transfer}
 
 
 @pytest.mark.parametrize("file", MADE_BY)
 def test_the_page_shows_the_committed_figures(file: str, tmp_path: Path) -> None:
     results, module = Path(f"benchmarks/results/{file}.json"), MADE_BY[file]
-    page, mark = tmp_path / "fitted.md", module.MARKS[json.loads(results.read_text())["task"]]
+    is_timed = file.startswith("fitted_times")
+    marks = fitted.TIMES_MARKS if is_timed else module.MARKS
+    page, mark = tmp_path / "fitted.md", marks[json.loads(results.read_text())["task"]]
     page.write_text(f"before\n{mark}\nold\n{mark}\nafter")
-    module.report(results, page)
+    module.report(results, page, **({"times": True} if is_timed else {}))
     table = page.read_text().split(mark)[1]
     assert table in Path("docs/fitted.md").read_text()
     assert "old" not in page.read_text()
