@@ -54,6 +54,7 @@ def subject() -> Subject:
     return subject_of(model(), inputs)
 
 
+@pytest.mark.slow
 def test_it_is_found_as_a_choice_over_the_batch(subject: Subject, fact: Recorder) -> None:
     layers = [region for region in subject.facts.regions if region.kind == "experts"]
     assert [router.choice for region in layers for router in region.routers] == ["batch", "batch"]

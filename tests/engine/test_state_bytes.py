@@ -68,7 +68,7 @@ def told_and_held(schedule: Schedule, inner: str) -> tuple[int, int, int]:
             return told, moeca.stats(compiled).state_bytes, memory_of(state_of(compiled))
 
 
-OFTEN = ("order 0", "order 1", "order 2", "partial")
+OFTEN = ("order 1", "partial")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def equal(found: list[Tensor], truth: list[Tensor]) -> bool:
     ("by_hand", "schedule"),
     [
         (False, "uniform:3"),
-        (True, "full"),
+        pytest.param(True, "full", marks=pytest.mark.slow),
         pytest.param(True, "uniform:3", marks=pytest.mark.slow),
         pytest.param(False, "full", marks=pytest.mark.slow),
     ],

@@ -39,7 +39,9 @@ def quantize(module: nn.Module, config: str = "int8") -> None:
     module.requires_grad_(False)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "config", [pytest.param(name, marks=[pytest.mark.slow] * (name == "float8")) for name in CONFIGS]
+)
 @pytest.mark.parametrize("style", [pytest.param("dense", marks=pytest.mark.slow), "numpy"])
 def test_weight_only_quantization_follows_the_oracle(config: str, style: str, fact: Recorder) -> None:
     module = dit(style=style)

@@ -138,7 +138,7 @@ def test_the_node_is_described_as_comfyui_asks(node: Any) -> None:
     assert callable(getattr(node, node.FUNCTION))
 
 
-@pytest.mark.parametrize("guidance", ["none", "joined", "separate"])
+@pytest.mark.parametrize("guidance", ["none", pytest.param("joined", marks=pytest.mark.slow), "separate"])
 def test_full_samples_as_the_plain_model_does(node: Any, guidance: str) -> None:
     model = Patcher(BaseModel())
     truth = plain(model.model.diffusion_model).sample(0, guidance)

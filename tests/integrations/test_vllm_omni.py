@@ -89,7 +89,10 @@ def test_register_adds_one_name_and_keeps_the_others(plugin: Any) -> None:
         chosen("deep", {})
 
 
-@pytest.mark.parametrize("config", [CONFIG, CacheConfig(CONFIG)], ids=["dict", "object"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(CONFIG, id="dict", marks=pytest.mark.slow), pytest.param(CacheConfig(CONFIG), id="object")],
+)
 def test_requests_are_cached_and_start_cold(plugin: Any, config: Any) -> None:
     plugin.register()
     backend, pipeline = chosen("moeca", config), Pipeline()
