@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -127,10 +127,16 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "command": " ".join(["python", "-m", "benchmarks." + _program(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks." + _program(Path(sys.argv[0])), *_words(sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
     }
+
+
+def _words(words: Sequence[str]) -> list[str]:
+    """A command's words without the folders of its results and finished work: they change no figure."""
+    folders = ("--out", "--work")
+    return [word for before, word in zip(["", *words], words, strict=False) if not {word, before} & set(folders)]
 
 
 def when(machine: Mapping[str, Any]) -> str:

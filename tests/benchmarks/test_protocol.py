@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.protocol import Timing, _program, as_json, in_step, interleave, print_table, save
+from benchmarks.protocol import Timing, _program, _words, as_json, in_step, interleave, print_table, save
 
 
 @pytest.mark.slow
@@ -59,3 +59,7 @@ def test_a_program_in_a_folder_is_told_by_its_whole_name() -> None:
     root = Path("somewhere/benchmarks")
     assert _program(root / "steps.py") == "steps"
     assert _program(root / "peers/equal/__main__.py") == "peers.equal"
+
+
+def test_a_command_is_told_without_its_folders() -> None:
+    assert _words(["--only", "one", "--out", "elsewhere", "--short"]) == ["--only", "one", "--short"]
