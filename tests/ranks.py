@@ -26,12 +26,14 @@ from moeca_compile.engine.trajectories.agreement import Agreement
 from moeca_compile.errors import MoecaError
 from moeca_compile.frontend.handles import states_of
 from moeca_compile.schedule import Action, Schedule
+from tests.context_parallel import flux_of_ranks
 from tests.exchanged import ExchangedDiT
 from tests.models import DiT
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(5)
 STEPS = 4
+ADAPTIVE = "adaptive:0.3"
 CALIBRATION: dict[str, Any] = {
     "budget": "macs:0.5", "inner": "eager", "progress": False, "granularity": "region", "seeds": 4, "holdout": 2,
     "effort": 3, "data_range": 4.0, "max_variants": 2, "order": 1,
@@ -297,7 +299,7 @@ def exchanging(rank: int, folder: Path) -> dict[str, Any]:
 def adapting(rank: int, folder: Path) -> dict[str, Any]:
     """An adaptive schedule over ranks whose samples move at different speeds: each would choose other steps."""
     torch.manual_seed(0)
-    handle = moeca.compile(ExchangedDiT(ranks=2).eval().requires_grad_(False), schedule="adaptive:0.3", inner="eager")
+    handle = moeca.compile(ExchangedDiT(ranks=2).eval().requires_grad_(False), schedule=ADAPTIVE, inner="eager")
     pairs: list[tuple[float | None, float | None]] = []
     largest = Agreement.largest
 
@@ -321,6 +323,10 @@ def adapting(rank: int, folder: Path) -> dict[str, Any]:
         "variants": [record.variant for record in records], "pairs": pairs,
         "after": [(record.variant, record.cold) for record in after],
     }  # fmt: skip
+
+
+def context_parallel(rank: int, folder: Path) -> dict[str, Any]:
+    return flux_of_ranks()
 
 
 def schedules(rank: int, folder: Path) -> dict[str, Any]:

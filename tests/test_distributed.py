@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor, distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moeca_compile as moeca
 from benchmarks.scale_model import exchanged_bytes
 from moeca_compile import distributed as parallel
-from moeca_compile.errors import OptionError, StateError
+from moeca_compile.errors import LoweringError, OptionError, StateError
+from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Schedule
 from tests import ranks
+from tests.exchanged import ExchangedDiT
+from tests.passes.test_find_inputs import Model
+from tests.tools import analyze_module
 
 
 def expected() -> dict[str, list[float]]:
@@ -105,9 +111,24 @@ def test_ranks_agree_on_an_adaptive_schedule(tmp_path: Path) -> None:
     assert set(slow["variants"]) == {"v0", "v1"}
     pairs = [(own, others) for (own, _), (others, _) in zip(slow["pairs"], fast["pairs"], strict=True)]
     assert any(others > 2 * own for own, others in pairs if own is not None)
+    steps = len(slow["variants"])
+    assert chosen([agreed for _, agreed in slow["pairs"][:steps]]) == slow["variants"]
+    alone = [chosen([own for own, _ in result["pairs"][:steps]]) for result in (slow, fast)]
+    assert alone[0] != alone[1]  # up to the first difference, these are the figures that each would have measured
     assert [agreed for _, agreed in slow["pairs"]] == [agreed for _, agreed in fast["pairs"]]
     assert slow["after"] == fast["after"]
     assert ["v0", True] in slow["after"][1:]
+
+
+def chosen(drifts: list[float | None]) -> list[str]:
+    """The variants of `ranks.adapting`, if a rank decides by these figures."""
+    pace, adaptive, variants = Pace(), Schedule.parse(ranks.ADAPTIVE).adaptive, list[str]()
+    assert adaptive is not None
+    for step, drift in enumerate(drifts):
+        row = pace.choose(adaptive, step, drift)
+        pace.ran(row == 0)
+        variants.append(f"v{row}")
+    return variants
 
 
 @pytest.mark.slow
@@ -185,3 +206,39 @@ def test_a_calibration_that_cannot_be_shared(group: None) -> None:
 
 def no_draw(model: Any, seed: int) -> Tensor:
     raise AssertionError("nothing is sampled")
+
+
+@pytest.fixture
+def fake_peer() -> Iterator[None]:
+    """A group of two ranks of which the other isn't there; for graphs that are captured and don't run."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()
+
+
+class Gathering(Model):
+    """Each rank has a part of the prompt."""
+
+    def forward(self, prompt: Tensor, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        whole: Any = collectives.all_gather_single(prompt, 1, distributed.group.WORLD)
+        return super().forward(whole, x, t, y)
+
+
+def test_what_ranks_exchange_is_not_hoisted(fake_peer: None) -> None:
+    """A rank whose prompt changes alone would compute its prologue alone, and wait."""
+    inputs = (torch.randn(2, 7, 6), torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([1, 2]))
+    levels = [value.level for value in analyze_module(Gathering(), *inputs).facts.hoisted]
+    assert sorted(levels) == ["invariant", "step"]  # rotary angles and the conditioning; neither keys nor values
+
+
+def test_requests_of_a_spread_model_share_no_calls(fake_peer: None) -> None:
+    """The ranks would choose different calls. Nothing ran when it is refused, so no rank waits."""
+    handle = moeca.compile(ExchangedDiT(ranks=2, depth=1).eval(), schedule="uniform:3", inner="eager")
+    with pytest.raises(StateError, match=r"exchanges tensors with other ranks.*one trajectory for each request"):
+        moeca.BatchedModel(handle, (torch.randn(2, 16, 4), torch.tensor([900.0, 100.0])), 2**20, 2)
+
+
+def test_a_spread_model_is_not_exported(fake_peer: None, tmp_path: Path) -> None:
+    inputs = (torch.randn(1, 16, 4), torch.tensor([900.0]))
+    with pytest.raises(LoweringError, match="what is exported runs by itself: export the whole model"):
+        moeca.export(ExchangedDiT(ranks=2, depth=1).eval(), inputs, "full", tmp_path / "bundle", dynamic_batch=False)

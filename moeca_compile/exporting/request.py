@@ -142,7 +142,8 @@ def capture(
 
     Raises:
         CaptureError: it isn't one graph, or has nothing to cache.
-        LoweringError: its weights aren't on the CPU, or an argument isn't a plain tensor.
+        LoweringError: its weights aren't on the CPU, an argument isn't a plain tensor, or it exchanges tensors with
+            other ranks.
     """
     runs: list[tuple[Any, tuple[Input, ...], tuple[Any, ...], tuple[Any, ...]]] = []
 
@@ -175,6 +176,11 @@ def capture(
         if arg.device.type != "cpu":
             raise LoweringError(f"{entry.label} is on {arg.device}: move model and inputs to the CPU for the export")
     program = Program(gm, args, inputs, options, schedule, pipeline=pipeline)
+    if any(map(fx.is_collective, program.analysis.gm.graph.nodes)):
+        raise LoweringError(
+            "the model's graph exchanges tensors with other ranks, and what is exported runs by itself: export the "
+            "whole model in one process"
+        )
     place_of = {id(tensor): place for place, tensor in enumerate(tensors(arguments))}
     names = [entry.name for entry in program.analysis.facts.inputs]
     places = {name: place_of[id(arg)] for name, arg in zip(names, args, strict=True) if id(arg) in place_of}

@@ -159,6 +159,11 @@ def is_experts(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.name() == "moeca::experts"
 
 
+def is_collective(node: Node) -> bool:
+    """Whether ranks exchange something here: a functional collective, with or without autograd, or the wait for one."""
+    return getattr(node.target, "namespace", "").startswith("_c10d_functional")
+
+
 def is_view_or_part(node: Node) -> bool:
     return node.op == "call_function" and (node.target in VIEWS or node.target in PARTS)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from moeca_compile.graph import fx
 from moeca_compile.graph.nowait import Flag
 
 
@@ -46,18 +47,19 @@ class Agreement:
 
 
 def agreement_of(gm: GraphModule, args: Sequence[Any]) -> Agreement | None:
-    """For the ranks that share the collectives of a graph; None: it has none. `args`: of a call."""
-    nodes = [node for node in gm.graph.nodes if getattr(node.target, "namespace", "") == "_c10d_functional"]
+    """For the ranks that share the collectives of a graph; None: it has none, or their groups have one rank each.
+    `args`: of a call."""
+    nodes = filter(fx.is_collective, gm.graph.nodes)
     names = {argument for node in nodes for argument in node.args if isinstance(argument, str)}
-    groups = tuple(sorted(name for name in names if _is_group(name)))
+    groups = tuple(sorted(name for name in names if _is_shared(name)))
     device = next((value.device for value in args if isinstance(value, torch.Tensor)), torch.device("cpu"))
     return Agreement(groups, device) if groups else None
 
 
-def _is_group(name: str) -> bool:
-    """A collective's arguments are names of reductions too."""
+def _is_shared(name: str) -> bool:
+    """Whether it is a group of several ranks. A collective's arguments are names of reductions too."""
     try:
-        return _group(name) is not None
+        return bool(_group(name).size() > 1)
     except (RuntimeError, ValueError):
         return False
 

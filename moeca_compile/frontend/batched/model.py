@@ -80,8 +80,9 @@ class BatchedModel(Scheduler):
 
     Raises:
         OptionError: a number that can't be.
-        StateError: the model isn't compiled or can't be cached, its options or its graph don't allow shared calls, a
-            sample's bits depend on the others in its call, or the budget has no room for a single sample.
+        StateError: the model isn't compiled or can't be cached, its options or its graph don't allow shared calls (nor
+            does a graph that exchanges tensors with other ranks), a sample's bits depend on the others in its call,
+            or the budget has no room for a single sample.
         LoweringError: the example has no tensor with a batch.
     """
 
@@ -192,6 +193,12 @@ class BatchedModel(Scheduler):
             self._runtime = runtime
             _refuse(runtime.options)
             program, args = entry.place(args, runtime)
+            if program.agreement is not None:
+                raise StateError(
+                    "BatchedModel: the model's graph exchanges tensors with other ranks. Each would choose its own "
+                    "calls, and one would wait for an exchange that another never makes: call the model itself, one "
+                    "trajectory for each request, in the same order on all ranks"
+                )
             packed = runtime.packs.active() if program.packs_experts else nullcontext()
             with packed, even_rows() if self._exact else nullcontext():
                 return run(program.compiled_schedule, args)

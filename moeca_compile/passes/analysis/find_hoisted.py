@@ -6,8 +6,9 @@ the same for all latents. Values stand at the boundary, where something of a hig
 parts and sums with a number: these cost nothing, and one tensor serves the six parts of an adaLN.
 
 Left where they are: values without a matmul or a wave behind them (reading them back would cost as much), random and
-complex ones, those whose size depends on data, those that the model hands out (the caller may write to them), and the
-largest values of a step where those of one step take too much memory.
+complex ones, those whose size depends on data, those that the model hands out (the caller may write to them), the
+largest values of a step where those of one step take too much memory, and those that ranks exchange: a rank whose
+condition changes alone would wait for the others.
 Does nothing where every value of any cost follows from the latent.
 """
 
@@ -34,14 +35,14 @@ _WITH_NUMBER = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, ate
 def find_hoisted(gm: GraphModule, facts: Facts) -> Facts:
     # constants are hoisted with what depends on the condition
     level = {name: max(LEVELS.index(word), CONDITION) for name, word in facts.dependence.items()}
-    costly, random = set[Node](), set[Node]()
+    costly, bound = set[Node](), set[Node]()
     for node in gm.graph.nodes:
         inputs = node.all_input_nodes
         same_level = [source for source in inputs if level[source.name] == level[node.name]]
         if node.name in facts.macs or node.target in _WAVES or not costly.isdisjoint(same_level):
             costly.add(node)
-        if _is_random(node) or not random.isdisjoint(inputs):
-            random.add(node)
+        if _is_random(node) or fx.is_collective(node) or not bound.isdisjoint(inputs):
+            bound.add(node)
 
     def at_boundary(node: Node) -> bool:
         users = [user for user in node.users if user.op != "output"]
@@ -52,7 +53,7 @@ def find_hoisted(gm: GraphModule, facts: Facts) -> Facts:
     values = [
         HoistedValue(node.name, _NAMES[level[node.name]], _bytes(node))
         for node in sorted(sources, key=place.__getitem__)
-        if node in costly and node not in random and _can_wait(node)
+        if node in costly and node not in bound and _can_wait(node)
     ]
     return replace(facts, hoisted=_within_limit(values))
 
