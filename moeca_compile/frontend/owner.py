@@ -129,13 +129,19 @@ def _resumes(code: CodeType, of: CodeType) -> bool:
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
     """All parameters and buffers of a module, compiled or not, or of the modules that a function runs. For a quantized
     tensor: the plain tensors that it consists of."""
-    modules = (model,) if isinstance(model, Module) else modules_of(model)
-    tensors: list[torch.Tensor] = []
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            parts: Iterable[object] = plain_parts(tensor)
-            tensors += [part for part in parts if isinstance(part, torch.Tensor)]  # a DTensor has a device mesh too
-    return tuple(tensors)
+    todo = [model] if isinstance(model, Module) else list(modules_of(model))
+    seen, found = set[int](), dict[int, torch.Tensor]()
+    while todo:  # by hand: cached outputs ask at each computed step, and `Module.parameters` would take a tenth of it
+        module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found[id(tensor)] = tensor
+        todo += [child for child in module._modules.values() if child is not None]
+    parts: Iterator[object] = (part for tensor in found.values() for part in plain_parts(tensor))
+    return tuple(part for part in parts if isinstance(part, torch.Tensor))  # a DTensor has a device mesh too
 
 
 def _place(code: CodeType) -> tuple[str, str, int]:

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Flatten = Callable[[Sequence[Any]], Sequence[Any]]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _Tree = Node | tuple[Callable[..., Any], list[Any]]
 
 
@@ -61,7 +62,7 @@ def _unchanged(args: Sequence[Any]) -> Sequence[Any]:
 
 def plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
     """The plain tensors in a subclass, in the order of its attributes; a plain tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if type(tensor) in _PLAIN or not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:

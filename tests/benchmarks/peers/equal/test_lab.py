@@ -90,8 +90,11 @@ def test_a_section_on_time_says_how_far_from_the_limit_each_is() -> None:
         "family": "a peer", "speedup": 2.5, "speedup_by_round": [2.4, 2.6], "speedup_of_processor_time": 2.7,
         "macs": 0.34,
     }  # fmt: skip
+    ours = point | {"family": "moeca output, fitted", "speedup_of_processor_time": 2.5}
+    multistep = point | {"family": "calibrated multistep", "speedup_of_processor_time": 3.0}
     result = {
-        "points": [point], "size": {"rounds": 2, "digits": 8}, "load_1min": [1.0, 2.0],
+        "points": [point, ours, multistep], "size": {"rounds": 2, "digits": 8}, "load_1min": [1.0, 2.0],
         "machine": {"date": "2026-11-29", "commit": "abcdef0"},
     }  # fmt: skip
     assert "| a peer | 2.50 (2.40 to 2.60) | 2.70 | 34.0% | 2.94 |" in page.latency(result)
+    assert "the former computes 20 steps\ninstead of 17" in page.latency(result)
