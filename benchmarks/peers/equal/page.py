@@ -150,7 +150,8 @@ load is in the wall's time and hardly in that of the processor. All compute 17 o
 
 At a cheap step calibrated multistep calls nothing, and moeca's compiled model computes a weighted sum, called from
 Python. So in the time of *moeca output, fitted* the former computes {_as_fast(result["points"]):.0f} steps
-instead of 17. The tables above compare at equal evaluations; at equal time on a model as small as this one, it is that much further.
+instead of 17. The tables above compare at equal evaluations; at equal time on a model as small as this one,
+it is that much further.
 """
 
 
