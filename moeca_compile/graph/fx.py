@@ -253,8 +253,9 @@ def module_path(node: Node) -> str:
 
 def dotted(source: str) -> str:
     """Turn Dynamo's `L['self']._modules['blocks']._modules['0']._parameters['weight']` into `blocks.0.weight`."""
-    # from the model on: a local, a global, or the cell of a function that closes over it
-    inside = re.sub(r"^(.*\.cell_contents|[LG]\['[^']+'\])(?=\.(_modules|_parameters|_buffers|__dict__))", "", source)
+    # from the model on: a local, a global, the cell of a function that closes over it, or whose method one of them is
+    begin = r"^(.*\.cell_contents|[LG]\['[^']+'\])((\.\w+)*\.__self__)?(?=\.(_modules|_parameters|_buffers|__dict__))"
+    inside = re.sub(begin, "", source)
     parts = re.findall(r"\['?([^'\]]+)'?\]|\.?(\w+)", inside)
     skip = {"_modules", "_parameters", "_buffers", "__dict__", "L", "G", "self", "_orig_mod"}
     return ".".join(word for word in (a or b for a, b in parts) if word not in skip)

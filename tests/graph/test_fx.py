@@ -156,6 +156,7 @@ def test_only_a_mutation_has_an_effect_a_random_draw_has_none() -> None:
         ("L['self']._orig_mod.blocks.0", "blocks.0"),
         ("L['x']", "x"),
         ("L['model']._modules['head']._parameters['bias']", "head.bias"),
+        ("L['function_reference'].forward.__self__.__dict__['_modules']['head']._parameters['bias']", "head.bias"),
         ("", ""),
     ],
 )
