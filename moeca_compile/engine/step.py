@@ -146,9 +146,11 @@ def _run(
         if program.caches:
             outputs = _with_caches_written(program.caches, args, outputs)
         if state is not None:
-            finite = is_finite(results[0]) if variant.writes or variant.changes else True
-            if program.agreement is not None and (variant.writes or variant.changes):
-                finite = program.agreement.all(finite)
+            finite: bool | Flag = True
+            if variant.writes or variant.changes:
+                finite = is_finite(results[0])
+                if program.agreement is not None:
+                    finite = program.agreement.all(finite)
             written = results[variant.outputs :]
             driver.keep(state, step, row, variant.writes, written, finite, bool(variant.changes))
     if program.freeing is not None and stream is not None:

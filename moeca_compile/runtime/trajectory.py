@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -62,7 +63,57 @@ class PlannedStep(NamedTuple):
         return int(self.variant.spec.macs)
 
 
-class Trajectory:
+class Loop(ABC):
+    """What denoising loops over bundles and over compiled models have in common: one thread at a time, records, an end.
+
+    Attributes:
+        steps: how many calls are expected; None: any number.
+        stream: a name for the records.
+    """
+
+    def __init__(self, steps: int | None, stream: str) -> None:
+        if steps is not None and steps < 1:
+            raise StateError(f"trajectory: steps={steps}, expected a whole number from 1 on")
+        self.steps, self.stream = steps, stream
+        self._records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
+        self._lock = threading.Lock()
+        self._step, self._closed = -1, False
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """One record for each step so far."""
+        return list(self._records)
+
+    def close(self) -> None:
+        """Refuse further calls."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        self._refuse_closed()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _run_alone(self, inputs: Any) -> Any:
+        """Run the next step in this thread; no other thread may be in one."""
+        if not self._lock.acquire(blocking=False):
+            raise StateError("this trajectory is running in another thread: open one a thread and stream")
+        try:
+            return self._run(inputs)
+        finally:
+            self._lock.release()
+
+    @abstractmethod
+    def _run(self, inputs: Any) -> Any:
+        """The next step."""
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StateError("this trajectory was closed: open another one")
+
+
+class Trajectory(Loop):
     """One guidance stream of one denoising loop, with its cached state. A context manager; leaving it drops the state.
 
     Attributes:
@@ -74,21 +125,10 @@ class Trajectory:
     """
 
     def __init__(self, session: Session, steps: int | None, stream: str) -> None:
-        if steps is not None and steps < 1:
-            raise StateError(f"trajectory: steps={steps}, expected a whole number from 1 on")
-        self.session, self.stream, self._all_sizes = session, stream, session
-        self.steps = steps
-        self._records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
-        self._lock = threading.Lock()
-        self._step, self._batch = -1, 0
+        super().__init__(steps, stream)
+        self.session, self._all_sizes, self._batch = session, session, 0
         self.state: StreamState | None = None
         self.hoisted = HoistedValues(())
-        self._closed = False
-
-    @property
-    def records(self) -> list[StepRecord]:
-        """One record for each step so far."""
-        return list(self._records)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the next step.
@@ -103,12 +143,8 @@ class Trajectory:
             BundleError: inputs that the model doesn't take; the step doesn't count then.
             StateError: one step too many, another batch than before, a closed trajectory, or a second thread.
         """
-        if not self._lock.acquire(blocking=False):
-            raise StateError("this trajectory is running in another thread: open one a thread and stream")
-        try:
-            return self._run(inputs)
-        finally:
-            self._lock.release()
+        outputs: Arrays = self._run_alone(inputs)
+        return outputs
 
     def reset(self) -> None:
         """Drop the state and the records: the next call is the first step."""
@@ -119,7 +155,7 @@ class Trajectory:
     def close(self) -> None:
         """Drop the state and refuse further calls."""
         self.reset()
-        self._closed = True
+        super().close()
 
     def stats(self) -> Stats:
         """Report what ran so far, and the memory held.
@@ -133,14 +169,6 @@ class Trajectory:
         slots = zip(self.state.layout, self.state.tensors, strict=True) if self.state else ()
         state_bytes = sum(slot.bytes for slot, tensor in slots if tensor is not None)
         return Stats(records, state_bytes, macs / full_macs if full_macs else 1.0, 1, {})
-
-    def __enter__(self) -> Trajectory:
-        if self._closed:
-            raise StateError("this trajectory was closed: open another one")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def _run(self, inputs: Mapping[str, Any]) -> Arrays:
         planned = self.plan(inputs)
@@ -160,8 +188,7 @@ class Trajectory:
         """
         begin = time.perf_counter()
         session, step = self.session, self._step + 1
-        if self._closed:
-            raise StateError("this trajectory was closed: open another one")
+        self._refuse_closed()
         session.driver.refuse_surplus(step, self.steps, self.stream)
         arrays = arrays_of(session.manifest, inputs)
         if self.state is None:

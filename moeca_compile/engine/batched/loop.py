@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +19,8 @@ from moeca_compile.engine.trajectory_state import Stream, TrajectoryState
 from moeca_compile.errors import StateError
 from moeca_compile.graph.content import Contents
 from moeca_compile.runtime.batched.pool import PooledState, StatePool
-from moeca_compile.runtime.stats import MAX_RECORDS, StepRecord
+from moeca_compile.runtime.stats import StepRecord
+from moeca_compile.runtime.trajectory import Loop
 
 # what a call gives one request: new values of the slots that it writes, and the model's result
 Values = tuple[Sequence[torch.Tensor], Any]
@@ -57,7 +55,7 @@ class Owner(Protocol):
     def leave(self, trajectory: Any) -> None: ...
 
 
-class PooledLoop:
+class PooledLoop(Loop):
     """One denoising loop, or one guidance stream of it. A context manager; leaving it drops the state.
 
     `run` waits until its step was part of a call. So each of several loops needs a thread of its own.
@@ -69,20 +67,10 @@ class PooledLoop:
     """
 
     def __init__(self, owner: Owner, number: int, steps: int | None, stream: str) -> None:
-        if steps is not None and steps < 1:
-            raise StateError(f"trajectory: steps={steps}, expected a whole number from 1 on")
-        self.steps, self.stream = steps, stream or str(number)
+        super().__init__(steps, stream or str(number))
         self.lanes: tuple[int, int] | None = None
         self._owner, self._number = owner, number
         self._contents, self._read = Contents(), list[Hashable]()
-        self._records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
-        self._lock = threading.Lock()
-        self._step, self._closed = -1, False
-
-    @property
-    def records(self) -> list[StepRecord]:
-        """One record for each step so far."""
-        return list(self._records)
 
     def run(self, inputs: Any) -> Any:
         """Run the next step.
@@ -98,26 +86,16 @@ class PooledLoop:
             StateError: inputs that the model doesn't take, one step too many, another batch than before, a closed loop,
                 or a second thread.
         """
-        if not self._lock.acquire(blocking=False):
-            raise StateError("this trajectory is running in another thread: open one a thread and stream")
-        try:
-            return self._owner.serve(self, inputs)
-        finally:
-            self._lock.release()
+        return self._run_alone(inputs)
 
     def close(self) -> None:
         """Drop the state, give the lanes back and refuse further calls."""
-        self._closed = True
+        super().close()
         self._streams.pop(self._number, None)
         self._owner.leave(self)
 
-    def __enter__(self) -> PooledLoop:
-        if self._closed:
-            raise StateError("this trajectory was closed: open another one")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+    def _run(self, inputs: Any) -> Any:
+        return self._owner.serve(self, inputs)
 
     def plan(self, inputs: Any) -> PlannedCall:
         """Find what the next step runs. Nothing is kept until `commit`: a step may be planned again.
@@ -128,8 +106,7 @@ class PooledLoop:
         Raises:
             StateError: as `run`.
         """
-        if self._closed:
-            raise StateError("this trajectory was closed: open another one")
+        self._refuse_closed()
         home, step = self._owner.forms.home, self._step + 1
         home.driver.refuse_surplus(step, self.steps, self.stream)
         leaves, batch = self._owner.admit(inputs)

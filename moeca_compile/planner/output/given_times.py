@@ -9,7 +9,7 @@ from contextlib import suppress
 from torch import Tensor
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.output.paths import Path, path_with
+from moeca_compile.planner.output.paths import Path, path_with, sampling_with
 from moeca_compile.planner.rollout import TIMESTEPS, Call, SampledModel, StopRun
 
 PROBED = 3  # steps that a sampler makes to show that it takes timesteps
@@ -57,13 +57,8 @@ def check_taken(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor]
         if len(came) == PROBED:
             raise StopRun
 
-    plain = sampled.sample
-    sampled.sample = lambda model, seed: sampler(model, seed, **{TIMESTEPS: given})
-    try:
-        with suppress(StopRun):
-            sampled.run(seed, watch=watch)
-    finally:
-        sampled.sample = plain
+    with sampling_with(sampled, sampler, **{TIMESTEPS: given}), suppress(StopRun):
+        sampled.run(seed, watch=watch)
     _check(given[:PROBED], came)
 
 

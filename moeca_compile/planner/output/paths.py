@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,15 +176,22 @@ def is_doubled(latent: Tensor) -> bool:
     return torch.equal(first, second)
 
 
-def path_with(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], **keywords: Any) -> Path:
-    """As `record_path`, with further keywords of the sampler. Neither the run's length nor its time is the study's."""
+@contextmanager
+def sampling_with(sampled: SampledModel, sampler: Callable[..., Tensor], **keywords: Any) -> Iterator[None]:
+    """In this context the sampler gets further keywords. Neither the length of a run nor its time is the study's."""
     plain, counted, timed = sampled.sample, sampled.steps, len(sampled.uncached)
     sampled.sample = lambda model, seed: sampler(model, seed, **keywords)
     try:
-        return record_path(sampled, seed)
+        yield
     finally:
         sampled.sample, sampled.steps = plain, counted
         del sampled.uncached[timed:]
+
+
+def path_with(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], **keywords: Any) -> Path:
+    """As `record_path`, with further keywords of the sampler."""
+    with sampling_with(sampled, sampler, **keywords):
+        return record_path(sampled, seed)
 
 
 def _of_steps(sampled: SampledModel, seed: int, sampler: Callable[..., Tensor], steps: int) -> Path:
