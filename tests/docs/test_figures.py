@@ -18,6 +18,7 @@ if not (ROOT / "docs").exists():
 from docs import pictures
 
 COMMIT = re.compile(r"commit `?([0-9a-f]{7,40})\b")
+RECORDED = re.compile(r'commit(?: |": ")([0-9a-f]{7,40})\b')
 FIGURE = re.compile(r"\d\.\d|\d ?%")
 NOT_MEASURED = {
     "docs/models.md",
@@ -62,16 +63,27 @@ def test_the_readme_counts_the_models_of_the_table() -> None:
     assert f"{len(cached)} of the {len(transformers)} are cached" in readme
 
 
-def test_commits_that_are_named_exist() -> None:
+def test_commits_that_are_named_are_in_the_history() -> None:
+    """A commit that was rebased away still exists where it was made, and nowhere else."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("needs git and its history")
-    named = {commit for page in page_names() for commit in COMMIT.findall(text_of(page))}
-    shallow = subprocess.run(["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True)
-    if shallow.stdout.strip() != "false":
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    if git("rev-parse", "--is-shallow-repository").strip() != "false":
         pytest.skip("needs the whole history")
-    for commit in named:
-        known = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True)
-        assert known.returncode == 0, f"no commit {commit}"
+    history = git("rev-list", "HEAD")
+    texts = {page: COMMIT.findall(text_of(page)) for page in page_names()}
+    results = {path.name: RECORDED.findall(path.read_text()) for path in (ROOT / "benchmarks/results").rglob("*.json")}
+    assert any(results.values())
+    lost = [
+        f"{where}: {named}"
+        for where, commits in (texts | results).items()
+        for named in commits
+        if f"\n{named}" not in f"\n{history}"
+    ]
+    assert not lost, lost
 
 
 def test_pictures_are_described_and_small() -> None:
