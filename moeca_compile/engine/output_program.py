@@ -245,21 +245,26 @@ def _polynomial(values: Sequence[Tensor], weights: Weights) -> Tensor:
 def _weighted(step: _Step, values: Sequence[Tensor]) -> Tensor:
     """The output rule's sum. `values`: y0, y1, ..., each [B, C, ...]; the latent may have fewer channels than they."""
     assert step.weights is not None
-    total = torch.zeros_like(_wide(values[0]))
+    total: Tensor | None = None
     for term, weight in zip(step.terms, step.weights, strict=True):
-        if not weight:  # of a value that isn't there yet, early in a trajectory
-            continue
-        if term == "x":
-            assert step.latent is not None
-            total[:, : step.latent.shape[1]].add_(_wide(step.latent), alpha=weight)
-        elif term[0] == "y":
-            total.add_(_wide(values[int(term[1])]), alpha=weight)
-        else:
-            first, second = _wide(values[int(term[1])]).chunk(2)
-            difference = first - second
-            total[: len(first)].add_(difference, alpha=weight)
-            total[len(first) :].add_(difference, alpha=weight)
-    return total.to(values[0].dtype)
+        if weight:  # 0: of a value that isn't there yet, early in a trajectory
+            value = _value(step, values, term)
+            total = value * weight if total is None else total.add_(value, alpha=weight)
+    return torch.zeros_like(values[0]) if total is None else total.to(values[0].dtype)
+
+
+def _value(step: _Step, values: Sequence[Tensor], term: str) -> Tensor:
+    """What a term of the output rule weighs, as large as an output."""
+    if term[0] == "y":
+        return _wide(values[int(term[1])])
+    if term != "x":
+        first, second = _wide(values[int(term[1])]).chunk(2)
+        difference = first - second
+        return torch.cat([difference, difference])
+    assert step.latent is not None
+    missing = values[0].shape[1] - step.latent.shape[1]
+    latent = _wide(step.latent)
+    return torch.nn.functional.pad(latent, (*2 * (latent.dim() - 2) * (0,), 0, missing)) if missing else latent
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from operator import methodcaller
 from typing import Any
 
 import torch
+from torch.linalg import vector_norm
 
 from moeca_compile.engine.trajectories.timesteps import (
     EPS,
@@ -20,6 +20,7 @@ from moeca_compile.engine.trajectories.timesteps import (
 from moeca_compile.graph.content import Contents, needs_device_sync
 from moeca_compile.runtime.clock import CallObservation
 
+FEW = 256  # timesteps of a call
 _NO_TIMESTEP = (
     "no timestep input was found in the graph, so steps can't be told apart: every call is computed in full. "
     "Wrap the sampling loop in moeca_compile.trajectory(model, steps, stream=...)"
@@ -60,42 +61,38 @@ class Probe:
         """
         if timestep is None:
             return CallObservation(None, trouble=_NO_TIMESTEP, kind=kind)
-        times = timestep.detach().reshape(-1).double()
-        numbers = [times.amin(), times.amax()]
         before = self.latents.pop(kind, None)
         if before is None and self.latents:
             before = next(reversed(self.latents.values()))
         has_change = before is not None and latent is not None
-        if before is not None and latent is not None:
-            numbers.append(_change(latent.detach(), before))
+        numbers = [] if before is None or latent is None else [_change(latent.detach(), before)]
         on_device = []  # contents on an accelerator are compared there, and the answers are read with the numbers
         for i, value in enumerate(condition):
             if needs_device_sync(value):
                 copies, same = self.contents.ask(value)
                 on_device.append((i, value, copies, same))
                 numbers += same
-        answers = torch.stack([*map(methodcaller("to", times.device, torch.float64), numbers)]).tolist()
-        low, high = answers[:2]
+        only, answers = _read(timestep.detach(), numbers)
         if latent is not None:
             self.latents[kind] = latent.detach().clone()
         last_times, several = self.times.get(kind), None
-        if more or low != high or isinstance(last_times, torch.Tensor):
+        if more or math.isnan(only) or isinstance(last_times, torch.Tensor):
             several = read_several((timestep, *more), latent, last_times)
             if math.isnan(several.position):
                 return CallObservation(None, trouble=NOT_A_NUMBER, kind=kind)
-        self.times[kind] = low if several is None else several.values
+        self.times[kind] = only if several is None else several.values
         # a refused call, above, numbers no contents: they would push out those of the trajectory
         identities: list[Any] = list(condition)
         for i, value in enumerate(condition):
             if isinstance(value, torch.Tensor) and not needs_device_sync(value):
                 identities[i] = self.contents.number(value)
-        position = 3 if has_change else 2
+        position = int(has_change)
         for i, value, copies, same in on_device:
             identities[i] = self.contents.answer(value, copies, answers[position : position + len(same)])
             position += len(same)
-        jump, eps = answers[2] if has_change else 0.0, EPS.get(timestep.dtype, 0.0)
+        jump, eps = answers[0] if has_change else 0.0, EPS.get(timestep.dtype, 0.0)
         if several is None:
-            return CallObservation(low, tuple(identities), jump, kind=kind, eps=eps)
+            return CallObservation(only, tuple(identities), jump, kind=kind, eps=eps)
         trouble = UP_AND_DOWN if several.moves_both_ways else ""
         key: StepKey | None = several.uniform
         if key is None:
@@ -103,6 +100,22 @@ class Probe:
         return CallObservation(
             several.timestep, tuple(identities), jump, trouble, kind, eps, several.position, key, several.by_sample
         )
+
+
+def _read(timesteps: torch.Tensor, numbers: Sequence[torch.Tensor]) -> tuple[float, list[float]]:
+    """The one timestep of a call, NaN where there are several; and the numbers, with one wait for an accelerator."""
+    if timesteps.numel() > FEW or needs_device_sync(timesteps):
+        low, high, *answers = _to_host((*timesteps.aminmax(), *numbers))
+        return low if low == high else math.nan, answers
+    values = timesteps.reshape(-1).tolist()  # sooner than tensors are reduced
+    return float(values[0]) if values.count(values[0]) == len(values) else math.nan, _to_host(numbers)
+
+
+def _to_host(numbers: Sequence[torch.Tensor]) -> list[float]:
+    if len(numbers) < 2:
+        return [number.item() for number in numbers]
+    device = numbers[0].device
+    return torch.stack([number.to(device, torch.float64) for number in numbers]).tolist()
 
 
 def _change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -119,5 +132,5 @@ def _change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         now, before = now[:shared], before[:shared]
     samples = (now.shape[0], -1) if now.dim() > 2 and now.numel() else (1, -1)
     now, before = now.float().reshape(samples), before.float().reshape(samples)
-    change: torch.Tensor = (now - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
+    change: torch.Tensor = vector_norm(now - before, dim=1).div_(vector_norm(before, dim=1).clamp_min_(1e-12))
     return change.amax()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 import moeca_compile as moeca
 from moeca_compile.engine.intercept import intercepting
@@ -356,3 +357,24 @@ def test_a_model_that_returns_no_tensor_runs_uncached_and_says_so() -> None:
     handle = compiled(Counting(), "uniform:3")
     with pytest.warns(MoecaWarning, match="returns no tensor"):
         assert [handle(torch.zeros(2, 3)) for _ in range(3)] == [6] * 3
+
+
+@pytest.mark.parametrize("given", [
+    ((1, 2.0), {"y": torch.ones(2)}),
+    ((), {"y": 3, "x": None}),
+    ((torch.ones(1), [torch.ones(2), "a"]), {}),
+    ((torch.float32,), {"y": {"b": 1, "a": torch.ones(3)}}),
+    ((), {}),
+], ids=["plain", "keywords alone", "a list", "a dict", "nothing"])  # fmt: skip
+def test_arguments_are_flattened_as_pytree_does(model: Model, given: tuple[Any, dict[str, Any]]) -> None:
+    handle = compiled(model, "uniform:3")
+    sample(handle, steps=1)
+    path = handle.forward
+    args, kwargs = given
+    wanted, spec = tree_flatten((args, kwargs))
+    for _ in range(2):  # the second time by what the first noted
+        leaves, structure = path._flattened(args, kwargs)
+        assert [*map(id, leaves)] == [*map(id, wanted)]
+        assert structure.spec == spec
+        assert len(structure.names) == len(leaves)
+    assert path._flattened(args, kwargs)[1] is structure
