@@ -3,8 +3,10 @@
     python -m benchmarks.peers.equal            # about an hour on one core; writes results/peers_equal.json
     python -m benchmarks.peers.equal --only UniPC --held-out 2 --counts 17 10    # these contenders, on so many seeds of
                                                 # 32 digits, at these evaluations; the other figures of the result stay
+    python -m benchmarks.peers.equal --task glyphs    # the glyphs model; writes results/peers_equal_glyphs.json
     python -m benchmarks.peers.equal --quick    # few digits: does it run?
-    python -m benchmarks.peers.equal --report   # docs/peers.md from results/peers_equal.json and peers_latency.json
+    python -m benchmarks.peers.equal --report   # docs/peers.md from results/peers_equal.json and peers_latency.json;
+                                                # with --task glyphs docs/peers-glyphs.md
 
 Settings are chosen on seeds 0 to 15. Samples stay in `--work`, so that a stopped run goes on; our schedules and the
 truths are those of `python -m benchmarks.fitted`, from its own folder. Quality doesn't depend on the machine's load; no
@@ -26,9 +28,9 @@ from benchmarks.peers.equal import page, roster
 from benchmarks.peers.equal.lab import Size
 from benchmarks.peers.equal.measure import Bench, measure
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
+from benchmarks.tasks import DIGITS, TASKS
 
 WORK = Path("build/peers_equal")
-OURS = fitted.WORK / "digits"
 WHOLE = Size(steps=50, finer=4, counts=(25, 17, 13, 10), seeds=16, each=2, held_out=8, batch=32)
 QUICK = Size(steps=50, finer=2, counts=(10,), seeds=2, each=2, held_out=1, batch=4)
 
@@ -37,32 +39,38 @@ QUICK = Size(steps=50, finer=2, counts=(10,), seeds=2, each=2, held_out=1, batch
 def main(argv: Sequence[str] | None = None) -> None:
     """Run as a command."""
     parser = arguments(__doc__.splitlines()[0], "one number of evaluations, few digits")
-    parser.add_argument("--work", type=Path, default=WORK, help=f"folder of finished samples; default {WORK}")
-    parser.add_argument("--fitted", type=Path, default=OURS, help=f"the same of ours; default {OURS}")
+    parser.add_argument("--task", choices=TASKS, default=DIGITS.name, help="the model; default digits")
+    parser.add_argument("--work", type=Path, help=f"folder of finished samples; default {WORK}")
+    parser.add_argument("--fitted", type=Path, help=f"the same of ours; default in {fitted.WORK}")
     parser.add_argument("--only", default="", help="contenders whose kind or name begins so; default all")
     parser.add_argument("--held-out", type=int, help="seeds that are drawn now; default all")
     parser.add_argument("--counts", type=int, nargs="+", help="evaluations that are drawn now; default all")
-    parser.add_argument("--report", action="store_true", help=f"only write {page.PAGE}")
+    parser.add_argument("--report", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    name = task.results_of("peers_equal")
     if args.report:
-        page.write(RESULTS)
+        page.write(RESULTS, task)
         return
     pin_threads()
     size, of_ours = (QUICK, fitted.QUICK) if args.quick else (WHOLE, fitted.WHOLE)
     held_out = args.held_out or size.held_out
     size = replace(size, held_out=held_out, counts=tuple(args.counts or size.counts))
-    bench = Bench(size, args.work, fitted.Bench(replace(of_ours, held_out=held_out), args.fitted))
+    work = args.work or Path(task.results_of(str(WORK)))
+    ours = fitted.Bench(replace(of_ours, held_out=held_out), args.fitted or fitted.WORK / task.name, task)
+    bench = Bench(size, work, ours)
     console, out = Console(width=180), folder_of(args)
     chosen = [
         contender
         for contender in roster.contenders()
-        if args.only in ("", contender.kind) or contender.name.startswith(args.only)
+        if (task is DIGITS or contender.name != "moeca calibrated, one span")  # its schedules are of the digits
+        and (args.only in ("", contender.kind) or contender.name.startswith(args.only))
     ]
-    file = None if out is None else out / "peers_equal.json"
+    file = None if out is None else out / f"{name}.json"
     known = json.loads(file.read_text()) if file is not None and file.exists() and (args.only or args.counts) else {}
     for result in measure(bench, chosen, known, console):
         if out is not None:
-            save("peers_equal", result, out)
+            save(name, result, out)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from benchmarks.fitted import CONVERGED, UNCACHED
 from benchmarks.paired import interval, psnr
 from benchmarks.peers.equal import multistep
 from benchmarks.peers.equal.multistep import Guided, integral
-from benchmarks.peers.workload import Batch
+from benchmarks.peers.workload import Batch, with_null
 from benchmarks.peers.workload import Size as WorkloadSize
 from benchmarks.peers.workloads.trained_digits import TrainedDigits
-from benchmarks.schedules import labels_of
-from examples import digits
+from benchmarks.tasks import DIGITS, Task
 
 FEW = 8  # digits that caches choose on: they have many settings, and run eagerly
 
@@ -81,24 +80,38 @@ class Contender:
     settings: Callable[[Lab, int], Sequence[Setting]]
 
 
+@dataclass(frozen=True)
+class OfTask(TrainedDigits):
+    """The same network, trained for a task."""
+
+    task: Task = DIGITS
+
+    def shipped(self) -> Any:
+        return self.task.load().requires_grad_(False)
+
+    def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
+        return (with_null(batch.labels, self.task.classes),)
+
+
 class Lab:
     """The model, the digits that settings are chosen on, and every quality that was found on them."""
 
-    def __init__(self, size: Size, computed: Mapping[int, Sequence[int]], work: Path) -> None:
+    def __init__(self, size: Size, computed: Mapping[int, Sequence[int]], work: Path, task: Task = DIGITS) -> None:
         """Nothing is sampled yet.
 
         Args:
             size: how much is measured.
             computed: by number of evaluations, the steps that our schedule computes, for peers that can take them.
             work: where recorded trajectories are kept.
+            task: the model.
         """
         self.size, self.computed = size, computed
         self.file = work / f"recorded_{size.seeds}_{size.each}_{size.steps}_{size.finer}.pt"
-        self.work = TrainedDigits(WorkloadSize(size.batch, 1, size.steps))
+        self.work = OfTask(WorkloadSize(size.batch, 1, size.steps), task)
         self.journal = work / "qualities.json"
         self.qualities: dict[str, list[float]] = json.loads(self.journal.read_text()) if self.journal.exists() else {}
-        noise = torch.cat([digits.initial_noise(seed, size.each) for seed in range(size.seeds)])
-        self.batch = Batch(noise, torch.cat([labels_of(seed, size.each) for seed in range(size.seeds)]))
+        noise = torch.cat([task.noise(seed, size.each) for seed in range(size.seeds)])
+        self.batch = Batch(noise, torch.cat([task.labels_of(seed, size.each) for seed in range(size.seeds)]))
         self.few = Batch(self.batch.noise[:FEW], self.batch.labels[:FEW])
 
     @cached_property

@@ -20,8 +20,6 @@ from benchmarks.peers.equal.lab import Contender, Lab, Size
 from benchmarks.peers.equal.ours import SHARES
 from benchmarks.peers.workload import Batch
 from benchmarks.protocol import machine, when
-from benchmarks.schedules import labels_of
-from examples import digits
 
 BEST = {UNCACHED: "output, fitted to uncached", CONVERGED: "output, fitted to converged"}  # of ours, by truth
 REGIONS, POLYNOMIAL = "regions, polynomial", "output, polynomial"
@@ -44,7 +42,7 @@ class Bench:
         for count in self.size.counts:
             rows = self.fitted.schedule(int(SHARES[count]), UNCACHED).rows
             steps[count] = [step for step, row in enumerate(rows) if row[0] is fitted.Action.COMPUTE]
-        return Lab(self.size, steps, self.work)
+        return Lab(self.size, steps, self.work, self.fitted.task)
 
     def draw(self, contender: Contender, count: int) -> None:
         """All seeds that aren't in files yet."""
@@ -53,8 +51,8 @@ class Bench:
             return
         setting, tried = self.lab.choose(contender, count)
         for seed in missing:
-            labels = labels_of(seed, self.size.batch)
-            images = setting.draw(Batch(digits.initial_noise(seed, self.size.batch), labels))
+            task, samples = self.fitted.task, self.size.batch
+            images = setting.draw(Batch(task.noise(seed, samples), task.labels_of(seed, samples)))
             evaluations, macs = setting.spent()
             facts = {"setting": setting.label, "tried": tried, "evaluations": evaluations, "macs": macs}
             torch.save({"images": images, **facts}, self._file(contender, count, seed))

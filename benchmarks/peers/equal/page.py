@@ -12,52 +12,64 @@ from benchmarks.pages import markdown
 from benchmarks.peers.equal import roster
 from benchmarks.peers.equal.measure import BEST
 from benchmarks.protocol import when
+from benchmarks.tasks import DIGITS, Task
 
 PAGE = Path("docs/peers.md")
+MODELS = {
+    "digits": "the digits model, a toy of 2.9 M parameters and 16 x 16 pixels",
+    "glyphs": "the glyphs model, a toy of 4.4 M parameters, 62 classes and 32 x 32 pixels",
+}
 TRUTHS = (UNCACHED, CONVERGED)
 HEAD = (
     "", "tried", "evaluations", "MACs", "to uncached, dB", "worst 5 %", "moeca's lead", "to converged, dB", "worst 5 %",
-    "moeca's lead", "digits", "setting",
+    "moeca's lead", "samples", "setting",
 )  # fmt: skip
 
 Line = Mapping[str, Any]
 
 
-def load(folder: Path) -> dict[str, Any]:
+def page_of(task: Task) -> Path:
+    """Where a task's page is."""
+    return PAGE if task is DIGITS else PAGE.with_stem(f"{PAGE.stem}-{task.name}")
+
+
+def load(folder: Path, task: Task = DIGITS) -> dict[str, Any]:
     """What was measured: qualities, and latencies where there are any."""
-    files = {name: folder / f"peers_{name}.json" for name in ("equal", "latency")}
+    files = {name: folder / f"{task.results_of(f'peers_{name}')}.json" for name in ("equal", "latency")}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
-def write(folder: Path, page: Path = PAGE) -> None:
+def write(folder: Path, task: Task = DIGITS) -> None:
     """The whole page."""
-    page.write_text(text(load(folder)))
+    page_of(task).write_text(text(load(folder, task), task))
 
 
-def text(results: Mapping[str, Any]) -> str:
+def text(results: Mapping[str, Any], task: Task = DIGITS) -> str:
     """What the page says; `results` as `load` gives them."""
     result = results["equal"]
     timed = latency(results["latency"]) if "latency" in results else ""
     lines: Sequence[Line] = result["lines"]
     counts = sorted({line["count"] for line in lines}, reverse=True)
     level, half = result["uncached_to_converged_db"]
-    tables = "\n\n".join(f"## {count} of 50 evaluations\n\n{table(lines, count)}" for count in counts)
-    return f"""<!-- Written by `python -m benchmarks.peers.equal --report` from benchmarks/results/peers_equal.json. -->
-# Peers at equal evaluations
+    tables = "\n\n".join(f"## {count} of 50 evaluations\n\n{table(lines, count, task.name)}" for count in counts)
+    what, option = task.name, "" if task is DIGITS else f" --task {task.name}"
+    file = f"benchmarks/results/{task.results_of('peers_equal')}.json"
+    return f"""<!-- Written by `python -m benchmarks.peers.equal{option} --report` from {file}. -->
+# Peers at equal evaluations{"" if task is DIGITS else f": {what}"}
 
 Every peer at its best, at as many full evaluations of the network as moeca's schedules make: quality to two truths, on
-held-out digits, paired digit by digit. `python -m benchmarks.peers.equal`, {when(result["machine"])};
-[every figure](../benchmarks/results/peers_equal.json). Quality doesn't depend on the machine's load.
+held-out {what}, paired one by one. `python -m benchmarks.peers.equal{option}`, {when(result["machine"])};
+[every figure](../{file}). Quality doesn't depend on the machine's load.
 
-- The model is the digits model, a toy of 2.9 M parameters and 16 x 16 pixels. All replace a run of 50 Euler steps. The
+- The model is {MODELS[what]}. All replace a run of 50 Euler steps. The
   converged truth is a second-order run of 200 steps; the uncached run comes {level:.1f} ± {half:.1f} dB near.
-- The best of a family's settings, or of its steps and weights, is chosen on seeds 0 to 15, two digits each; caches on
+- The best of a family's settings, or of its steps and weights, is chosen on seeds 0 to 15, two {what} each; caches on
   the first 8 of these (TaylorSeer on all). *Tried* is the number of settings that were sampled there. What is told are
-  other digits, the same as in [fitted output weights](fitted.md); of caches fewer, by the column *digits*.
-- *Evaluations* are full ones, a mean over the digits; a setting that computes less was the best that fits. *MACs* are
+  other {what}, the same as in [fitted output weights](fitted.md); of caches fewer, by the column *{what}*.
+- *Evaluations* are full ones, a mean over the {what}; a setting that computes less was the best that fits. *MACs* are
   the share of the uncached run's: caches inside the network run its first block, or its ends, at cheap steps too.
 - *moeca's lead* is over that row: the schedule fitted to that truth less the row, mean and 95 % interval of the
-  differences by digit.
+  differences one by one.
 - moeca's schedules were chosen by `moeca.calibrate`; one schedule for each truth, two rows. No best of several families
   is told.{later(lines, when(result["machine"]))}
 
@@ -109,8 +121,8 @@ def verdict(lines: Sequence[Line]) -> str:
     return "\n".join(sentences)
 
 
-def table(lines: Sequence[Line], count: int) -> str:
-    """All contenders at one number of evaluations."""
+def table(lines: Sequence[Line], count: int, what: str) -> str:
+    """All contenders at one number of evaluations; `what` is sampled."""
     rows = []
     for line in lines:
         if line["count"] != count:
@@ -122,7 +134,7 @@ def table(lines: Sequence[Line], count: int) -> str:
             lead = "" if is_itself else _signed(line["lead_db"][truth])
             cells += [f"{mean:.1f} ± {half:.1f}", f"{line['worst_5_percent_db'][truth]:.1f}", lead]
         rows.append([*cells, str(line["digits"]), line["setting"]])
-    return markdown(HEAD, rows)
+    return markdown([*HEAD[:-2], what, HEAD[-1]], rows)
 
 
 def latency(result: Mapping[str, Any]) -> str:

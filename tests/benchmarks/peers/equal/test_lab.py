@@ -14,6 +14,7 @@ from benchmarks.peers.equal import measure, page, roster
 from benchmarks.peers.equal.lab import Contender, Lab, Setting, Size
 from benchmarks.peers.workload import Batch
 from benchmarks.protocol import RESULTS
+from benchmarks.tasks import DIGITS, GLYPHS, TASKS, Task
 
 ROOT = Path(__file__).parents[4]
 SIZE = Size(steps=4, finer=2, counts=(10,), seeds=1, each=2, held_out=2, batch=2)
@@ -53,7 +54,7 @@ def test_where_no_setting_is_cheap_enough_it_says_so(lab: Lab) -> None:
 
 def test_what_is_in_files_isnt_drawn_again(lab: Lab, tmp_path: Path) -> None:
     class Fitted:
-        size = SIZE
+        size, task = SIZE, DIGITS
 
     bench = measure.Bench(SIZE, tmp_path, Fitted())  # type: ignore[arg-type]
     bench.__dict__["lab"] = lab
@@ -71,9 +72,21 @@ def test_names_of_contenders_are_their_own() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_the_committed_page_is_what_the_results_give() -> None:
-    written = (ROOT / page.PAGE).read_text()
-    assert written == page.text(page.load(RESULTS))
+MEASURED = [task for task in TASKS.values() if (RESULTS / f"{task.results_of('peers_equal')}.json").exists()]
+
+
+@pytest.mark.parametrize("task", MEASURED, ids=lambda task: task.name)
+def test_the_committed_page_is_what_the_results_give(task: Task) -> None:
+    results = page.load(RESULTS, task)
+    assert (ROOT / page.page_of(task)).read_text() == page.text(results, task)
+
+
+def test_a_lab_samples_its_tasks_model(tmp_path: Path) -> None:
+    lab = Lab(SIZE, {10: [0, 2]}, tmp_path, GLYPHS)
+    assert lab.batch.noise.shape == (2, 1, 32, 32)
+    (labels,) = lab.work.conditions(lab.batch)
+    assert labels.tolist() == [0, 1, GLYPHS.classes, GLYPHS.classes]
+    assert lab.work.shipped()(lab.batch.noise, torch.ones(2), labels[:2]).shape == lab.batch.noise.shape
 
 
 def test_a_lead_whose_interval_reaches_zero_is_told_as_none() -> None:
