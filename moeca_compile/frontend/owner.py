@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
+from operator import attrgetter
 from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ WRAPPER: CodeType = next(
     for code in eval_frame._TorchDynamoContext.__call__.__code__.co_consts
     if isinstance(code, CodeType) and code.co_name in ("compile_wrapper", "_fn")
 )
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+_own = attrgetter("_parameters", "_buffers", "_modules")
 _RESUMED = "torch_dynamo_resume_in_"
 _TORCH = (eval_frame.__file__, torch.nn.modules.module.__file__)  # no code of these files becomes a graph
 
@@ -129,17 +132,22 @@ def _resumes(code: CodeType, of: CodeType) -> bool:
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
     """All parameters and buffers of a module, compiled or not, or of the modules that a function runs. For a quantized
     tensor: the plain tensors that it consists of."""
-    todo = [model] if isinstance(model, Module) else list(modules_of(model))
-    seen, found = set[int](), dict[int, torch.Tensor]()
+    todo: list[Module | None] = [model] if isinstance(model, Module) else [*modules_of(model)]
+    seen, found = set[int](), dict[int, Any]()
     while todo:  # by hand: cached outputs ask at each computed step, and `Module.parameters` would take a tenth of it
         module = todo.pop()
-        if id(module) in seen:
+        if module is None or id(module) in seen:
             continue
         seen.add(id(module))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found[id(tensor)] = tensor
-        todo += [child for child in module._modules.values() if child is not None]
+        parameters, buffers, children = _own(module)
+        for tensor in parameters.values():
+            found[id(tensor)] = tensor
+        for tensor in buffers.values():
+            found[id(tensor)] = tensor
+        todo += children.values()
+    found.pop(id(None), None)
+    if _PLAIN.issuperset(map(type, found.values())):
+        return tuple(found.values())
     parts: Iterator[object] = (part for tensor in found.values() for part in plain_parts(tensor))
     return tuple(part for part in parts if isinstance(part, torch.Tensor))  # a DTensor has a device mesh too
 

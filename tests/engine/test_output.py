@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 import moeca_compile as moeca
 from moeca_compile.engine.intercept import intercepting
+from moeca_compile.engine.step import is_finite
 from moeca_compile.errors import MoecaWarning, OptionError, ScheduleError, StateError
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.output import OutputRule
@@ -378,3 +379,17 @@ def test_arguments_are_flattened_as_pytree_does(model: Model, given: tuple[Any, 
         assert structure.spec == spec
         assert len(structure.names) == len(leaves)
     assert path._flattened(args, kwargs)[1] is structure
+
+
+@pytest.mark.parametrize(("output", "finite"), [
+    (torch.ones(2, 3), True),
+    (torch.full((4,), 3e38), True),  # their sum overflows
+    (torch.full((9,), 60_000.0, dtype=torch.float16), True),
+    (torch.zeros(0), True),
+    (torch.tensor([1.0, float("nan")]), False),
+    (torch.tensor([float("inf"), -float("inf")]), False),
+    (torch.tensor([1.0, float("inf")], dtype=torch.bfloat16), False),
+    (torch.tensor([1]), True),
+])  # fmt: skip
+def test_a_finite_output_is_told_from_one_that_is_not(output: Tensor, finite: bool) -> None:
+    assert is_finite(output) is finite
