@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 EXPORTED = ("segments", "dense", "capacity:1.25", "capacity:2", "moe")
 NEVER = -1e4  # the logarithm of no weight
+SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,10 @@ def graphs_of(layer: Layer, folder: Path) -> Graphs:
         y = torch.ops.moeca.experts(x, idx, up, down, gate, [], [], [], "silu")
         return ((y * gates[..., None]).sum(1),)
 
-    gm = make_fx(call, tracing_mode="fake", pre_dispatch=True)(x, idx, gates, *weights)
-    output = next(node for node in gm.graph.nodes if node.op == "output")
-    output.args = (tuple(output.args[0]),)
-    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    variant = Variant("v0", (Action.COMPUTE,), gm, (), (), (), False, False, 1)
     files = {}
     for form in EXPORTED:
         files[form] = folder / f"{form.replace(':', '_')}.onnx"
-        inputs = dict(zip(names, ("x", "idx", "gates"), strict=False))
-        bound = dict(zip(names[3:], weights, strict=True))
-        model, _ = lower_onnx([variant], (), bound, inputs, ["y"], 20, choose(form, ("onnx",))[0], LOWER_ONNX)
-        _write(model, files[form])
+        _export(call, (x, idx, gates), weights, form, files[form])
     up, down, gate = (torch.stack(weights[i * layer.experts : (i + 1) * layer.experts]).numpy() for i in range(3))
     for form, model in operator_forms(layer, up, down, gate).items():
         files[form] = folder / f"{form.replace(' ', '_')}.onnx"
@@ -76,19 +69,77 @@ def graphs_of(layer: Layer, folder: Path) -> Graphs:
     return Graphs(files, feeds, run().numpy(), run)
 
 
-def _write(model: Any, path: Path) -> None:
+def _export(call: Any, inputs: tuple[Tensor, ...], weights: list[Tensor], form: str, path: Path) -> None:
+    """Write a function of inputs and weights as an export writes a variant."""
     import onnx_ir as ir
 
+    gm = make_fx(call, tracing_mode="fake", pre_dispatch=True)(*inputs, *weights)
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    output.args = (tuple(output.args[0]),)
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    variant = Variant("v0", (Action.COMPUTE,), gm, (), (), (), False, False, 1)
+    named = dict(zip(names, ("x", "idx", "gates"), strict=False))
+    bound = dict(zip(names[3:], weights, strict=True))
+    model, _ = lower_onnx([variant], (), bound, named, ["y"], 20, choose(form, ("onnx",))[0], LOWER_ONNX)
     path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
+def quantized_graphs(layer: Layer, bits: int, folder: Path) -> tuple[dict[str, Path], dict[str, Any], Any]:
+    """A layer over weights of `bits` bits with a scale a row: files by form, their inputs, and the right result.
+
+    "float32" has the same weights, dequantized before.
+    """
+    rng = np.random.default_rng(0)
+    shapes = ((layer.hidden, layer.width), (layer.width, layer.hidden), (layer.hidden, layer.width))
+    stacks = [
+        quantize(rng.standard_normal((layer.experts, *shape)).astype(np.float32) * shape[1] ** -0.5, bits)
+        for shape in shapes
+    ]
+    signed = [_signed(values, bits) for values, _ in stacks]
+    flat = [
+        torch.from_numpy(part[e])
+        for values, (_, scales) in zip(signed, stacks, strict=True)
+        for e in range(layer.experts)
+        for part in (values, scales)
+    ]
+    x = torch.from_numpy(rng.standard_normal((layer.tokens, layer.width)).astype(np.float32))
+    idx = torch.from_numpy(rng.random((layer.tokens, layer.experts)).argsort(1)[:, : layer.top_k].copy())
+    gates = torch.from_numpy(rng.random((layer.tokens, layer.top_k)).astype(np.float32))
+
+    def call(x: Tensor, idx: Tensor, gates: Tensor, *flat: Tensor) -> tuple[Tensor]:
+        if flat[0].dtype == torch.int8:
+            flat = tuple(flat[i].to(gates.dtype) * flat[i + 1][:, None] for i in range(0, len(flat), 2))
+        up, down, gate = (list(flat[i * layer.experts : (i + 1) * layer.experts]) for i in range(3))
+        y = torch.ops.moeca.experts(x, idx, up, down, gate, [], [], [], "silu")
+        return ((y * gates[..., None]).sum(1),)
+
+    plain = [flat[i].float() * flat[i + 1][:, None] for i in range(0, len(flat), 2)]
+    files = {form: folder / f"{form}_{bits}.onnx" for form in ("float32", "segments", "QMoE")}
+    _export(call, (x, idx, gates), plain, "segments", files["float32"])
+    _export(call, (x, idx, gates), flat, "segments", files["segments"])
+    (up, up_scales), (down, down_scales), (gate, gate_scales) = stacks
+    first = (np.stack([gate, up], axis=2).reshape(layer.experts, 2 * layer.hidden, -1),
+             np.stack([gate_scales, up_scales], axis=2).reshape(layer.experts, -1))  # fmt: skip
+    model = _quantized(layer, first, (down, down_scales), SWIGLU, bits)
+    files["QMoE"].write_bytes(model.SerializeToString())
+    exact = call(x.double(), idx, gates.double(), *(one.double() for one in plain))[0].numpy()
+    return files, {"x": x.numpy(), "idx": idx.numpy(), "gates": gates.numpy()}, exact
+
+
+def _signed(values: Any, bits: int) -> Any:
+    """What `quantize` made as int8 around 0, one a byte."""
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+    return (values.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
 
 
 def operator_forms(layer: Layer, up: Any, down: Any, gate: Any) -> Mapping[str, Any]:
     """onnxruntime's operators where they weight and sum by themselves; the second from weights of 8 and of 4 bits."""
     interleaved = np.stack([gate, up], axis=2).reshape(layer.experts, 2 * layer.hidden, layer.width)
-    swiglu = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-    forms = {"moe of K": _of_k(layer, {"first": interleaved, "second": down}, swiglu)}
+    forms = {"moe of K": _of_k(layer, {"first": interleaved, "second": down}, SWIGLU)}
     for bits in (8, 4):
-        forms[f"qmoe of {bits} bits"] = _quantized(layer, interleaved, down, swiglu, bits)
+        parts = (quantize(interleaved, bits), quantize(down, bits))
+        forms[f"qmoe of {bits} bits"] = _quantized(layer, *parts, SWIGLU, bits)
     return forms
 
 
@@ -110,12 +161,12 @@ def _of_k(layer: Layer, weights: Mapping[str, Any], attributes: Mapping[str, Any
 
 
 def _quantized(layer: Layer, first: Any, second: Any, attributes: Mapping[str, Any], bits: int) -> Any:
-    """The operator chooses by one input and weights by another."""
+    """The operator chooses by one input and weights by another; weights as `quantize` makes them."""
     from onnx import helper
 
     constants: dict[str, Any] = {}
-    for name, weight in (("first", first), ("second", second)):
-        constants[name], constants[f"{name}_scales"] = quantize(weight, bits)
+    for name, parts in (("first", first), ("second", second)):
+        constants[name], constants[f"{name}_scales"] = parts
     node = helper.make_node(
         "QMoE",
         ["x", "logits", "first", "first_scales", "", "second", "second_scales", *[""] * 7, "routing"],

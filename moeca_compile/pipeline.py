@@ -33,6 +33,7 @@ from moeca_compile.lowering.inductor.straight_stream import straight_stream
 from moeca_compile.lowering.onnx.batch import any_batch
 from moeca_compile.lowering.onnx.complex_pairs import without_complex
 from moeca_compile.lowering.onnx.constants import bind_weights, drop_unread, fold_constants, transpose_linears
+from moeca_compile.lowering.onnx.quantized.keep import keep_quantized
 from moeca_compile.lowering.onnx.request import OnnxRequest
 from moeca_compile.lowering.onnx.small_forms import drop_squeezes, loosen_views, write_experts
 from moeca_compile.options import Options
@@ -125,7 +126,8 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
     drop_squeezes,  # ONNX refuses to squeeze a dimension that isn't 1
     write_experts,  # the form that the targets run
     bind_weights,  # NOTE: after any_batch; weights become constants
-    fold_constants,  # NOTE: after bind_weights
+    keep_quantized,  # NOTE: after bind_weights
+    fold_constants,  # NOTE: after keep_quantized, it would make floating-point numbers of quantized weights
     transpose_linears,  # NOTE: after fold_constants; a transposed weight is computed here, once
     drop_unread,  # what was folded
     without_complex,  # NOTE: after bind_weights; ONNX runtimes have no complex numbers

@@ -40,8 +40,8 @@ class PrepareReport:
     Attributes:
         changed: the modules that this call changed, in module order.
         rejected: what looked like a dispatch and was left alone, with the reason.
-        followed: prepared modules whose experts have adapters or quantized weights (the first is named). These experts
-            run by their own forward, each on every token.
+        followed: prepared modules whose experts have adapters, or weights that the operator doesn't take (the first is
+            named). They run by their own forward, each on every token.
     """
 
     changed: tuple[PreparedModule, ...] = ()

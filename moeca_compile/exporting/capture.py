@@ -11,6 +11,7 @@ from moeca_compile.api import prepare
 from moeca_compile.errors import CaptureError, LoweringError, OptionError
 from moeca_compile.exporting import request
 from moeca_compile.exporting.output import capture_output
+from moeca_compile.exporting.parameters import opaque_weights
 from moeca_compile.exporting.request import Captured
 from moeca_compile.frontend.arguments import Arguments, rebatched
 from moeca_compile.options import Options
@@ -88,12 +89,13 @@ def capture_sizes(
     try:
         sizes = [_capture(model, example, options, batches, pipeline) for example in examples]
     except CaptureError as error:
-        if not report.rejected:
+        reasons = opaque_weights(model)
+        if report.rejected:
+            some = "; ".join(map(str, report.rejected[:3]))
+            reasons += f". {len(report.rejected)} expert dispatches are left as they are: {some}"
+        if not reasons:
             raise
-        reasons = "; ".join(map(str, report.rejected[:3]))
-        raise CaptureError(
-            f"{error}. {len(report.rejected)} expert dispatches are left as they are: {reasons}"
-        ) from error
+        raise CaptureError(f"{error}{reasons}") from error
     main = sizes[0][0]
     for i, (other, *_) in enumerate(sizes[1:]):
         if _shape_of(other) != _shape_of(main):

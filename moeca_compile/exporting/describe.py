@@ -153,10 +153,10 @@ def _tensor(name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[Dim, ...]]
 
 
 def most_common_dtype(weights: Iterable[torch.Tensor]) -> str:
-    """The floating dtype that most weights have."""
+    """The floating dtype that most weights have, but for those of 8 bits, which nothing is computed in."""
     counted = Counter[str]()
     for weight in weights:
-        if weight.is_floating_point():
+        if weight.is_floating_point() and weight.dtype.itemsize > 1:
             counted[name_of(weight.dtype)] += weight.numel()
     return counted.most_common(1)[0][0] if counted else "float32"
 

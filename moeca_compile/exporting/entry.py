@@ -19,6 +19,7 @@ from moeca_compile.exporting.engines import add_engines
 from moeca_compile.exporting.golden import TOLERANCE
 from moeca_compile.exporting.lower import expert_lowering, lower_sizes
 from moeca_compile.exporting.packages.entry import write_package
+from moeca_compile.exporting.parameters import warn_of_widened
 from moeca_compile.exporting.refuse import (
     AOTI,
     has_prologues,
@@ -133,6 +134,7 @@ def export(
             lowered = lower_sizes(sizes, batches.captured if batches else (), opset, lowering, tick)
         tick("writing", 0.7)
         data = lowered.entries | {"targets": list(targets)}
+        warn_of_widened(model, mains, [graph for _, graph in lowered.models.values()], data["dtype"])
         if batches and batches.largest:
             data["batch"] = [batches.least, batches.largest]
         data["id"] = write_graphs(folder, lowered.models, mains, model, targets)

@@ -1,4 +1,7 @@
-"""The model's parameters as a bundle lists them: which can be exchanged, and where their values lie."""
+"""The model's parameters as a bundle lists them: which can be exchanged, and where their values lie.
+
+And what an export says of weights that are no plain tensors.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moeca_compile.dtypes import name_of
+from moeca_compile.errors import warn
 from moeca_compile.exporting.arrays import to_numpy
 from moeca_compile.exporting.request import Captured
 from moeca_compile.lowering.onnx.parameters import COMPUTED
+from moeca_compile.lowering.onnx.quantized.keep import WIDENED
 from moeca_compile.runtime.bundle.refit.parameters import ParameterSpec, ParameterTable, StoredSpec
 from moeca_compile.runtime.bundle.refit.recipes import parameters_of
+
+_NAMED = 3  # weights in a message
 
 
 def parameter_table(
@@ -63,3 +71,49 @@ def storage_of(value: torch.Tensor) -> int:
         return value.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return id(value)
+
+
+def opaque_weights(model: torch.nn.Module) -> str:
+    """Weights of classes that no graph can look into, for the end of an error's text; "" if there are none."""
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    named = [f"{name} ({type(value).__name__})" for name, value in state.items() if _is_opaque(value)]
+    if not named:
+        return ""
+    return (
+        f". {len(named)} weights are of classes that no graph can look into, as they have no __tensor_flatten__: "
+        f"{_some(named)}. Quantize with torchao's Int8WeightOnlyConfig or IntxWeightOnlyConfig, or put plain weights in"
+    )
+
+
+def _is_opaque(value: Any) -> bool:
+    has_dispatch = getattr(type(value), "__torch_dispatch__", None) not in (None, torch.Tensor.__torch_dispatch__)
+    return has_dispatch and not is_traceable_wrapper_subclass(value)
+
+
+def warn_of_widened(model: torch.nn.Module, mains: Sequence[Captured], graphs: Iterable[Any], dtype: str) -> None:
+    """Warn of quantized weights that the graphs hold in floating point.
+
+    Args:
+        model: the one that was captured.
+        mains: of each size the capture that was written.
+        graphs: as onnx_ir.Models.
+        dtype: what they compute in.
+    """
+    widened = frozenset[str]().union(*(graph.meta[WIDENED] for graph in graphs))
+    labels = dict.fromkeys(entry.label for main in mains for entry in main.inputs if entry.name in widened)
+    state = model.state_dict(keep_vars=True)
+    named = []
+    for label in labels:
+        owner = next((name for name in (label, label.rpartition(".")[0]) if name in state), label)
+        named.append(f"{owner} ({type(state[owner]).__name__ if owner in state else 'a tensor of 8 bits'})")
+    if named:
+        warn(
+            f"{len(named)} quantized weights become {dtype} in the bundle, which is larger for it: {_some(named)}. A "
+            "bundle keeps int8 and int4 weights with a scale for each row or group, of linear layers and experts, as "
+            "torchao's Int8WeightOnlyConfig and IntxWeightOnlyConfig make them"
+        )
+
+
+def _some(named: Sequence[str]) -> str:
+    rest = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return f"{', '.join(named[:_NAMED])}{rest}"

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, UserError
+from moeca_compile.graph import fx
 from tests.facts import Recorder
 from tests.following import Runner, assert_follows_the_oracle, subject_of
 from tests.frontend.test_adapters import call, compiled, follows
@@ -22,14 +23,22 @@ from tests.tools import schedule_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+    )
     from torchao.quantization import quantize_ as quantize_in_place
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "int8": Int8WeightOnlyConfig,
     "int4, groups of 16": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
     "float8": Float8WeightOnlyConfig,
+    "int8, activations too": Int8DynamicActivationInt8WeightConfig,
 }
+WEIGHTS_ONLY = [pytest.param(name, marks=[pytest.mark.slow] * (name == "float8")) for name in list(CONFIGS)[:3]]
 
 
 def quantize(module: nn.Module, config: str = "int8") -> None:
@@ -39,9 +48,7 @@ def quantize(module: nn.Module, config: str = "int8") -> None:
     module.requires_grad_(False)
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param(name, marks=[pytest.mark.slow] * (name == "float8")) for name in CONFIGS]
-)
+@pytest.mark.parametrize("config", WEIGHTS_ONLY)
 @pytest.mark.parametrize("style", [pytest.param("dense", marks=pytest.mark.slow), "numpy"])
 def test_weight_only_quantization_follows_the_oracle(config: str, style: str, fact: Recorder) -> None:
     module = dit(style=style)
@@ -54,6 +61,7 @@ def test_weight_only_quantization_follows_the_oracle(config: str, style: str, fa
 
     one = subject_of(module, inputs)
     assert {region.kind for region in one.facts.regions} == {"attention", "experts"}
+    assert any(map(fx.is_experts, one.analysis.gm.graph.nodes)) == (style == "numpy")
     width = len(one.facts.regions)
     schedule = schedule_of(one.analysis, "C" * width, "F" * width)
     full, between = schedule.rows
@@ -92,11 +100,19 @@ def test_int8_weights_from_the_start_run_in_one_graph_and_cached(style: str) -> 
     module = dit(style=style)
     quantize(module)
     model = compiled(module)
-    if style == "dense":
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MoecaWarning)
         follows(model, module)
-    else:
-        with pytest.warns(MoecaWarning, match=r"expert 0 has a Int8Tensor of float32 on gate_proj\.weight"):
-            follows(model, module)
+
+
+@pytest.mark.slow
+def test_experts_that_quantize_their_tokens_too_run_by_their_own_forward() -> None:
+    module = dit()
+    for block in module.blocks:
+        quantize(block.moe.experts, "int8, activations too")
+    model = compiled(module)
+    with pytest.warns(MoecaWarning, match=r"expert 0 has a Int8Tensor of float32 on gate_proj\.weight"):
+        follows(model, module)
 
 
 @pytest.mark.slow
@@ -105,8 +121,7 @@ def test_int8_weights_put_in_after_compiling_are_followed() -> None:
     model = compiled(module)
     base = follows(model, module)
     quantize(module)
-    with pytest.warns(MoecaWarning, match="expert 0 has a Int8Tensor"):
-        assert not torch.equal(follows(model, module), base)
+    assert not torch.equal(follows(model, module), base)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Whether experts are still what was proven: the same classes, without hooks, adapters or weights of another kind.
 
+Quantized weights that say their values are no other kind: the operator gets the values.
+
 `compare` runs while Dynamo traces a rewritten dispatch. What it reads becomes guards, so a later change of an expert
 traces the model anew; a step pays one guard a module for it. Forward hooks that are put on later are guarded as
 `torch._dynamo.config.skip_nnmodule_hook_guards` says, which is what holds for `torch.compile` everywhere.
@@ -57,7 +59,7 @@ def compare(module: nn.Module, proven: Anatomy) -> int:
             return CHANGED
         if parameter.device.type == "meta" and not proven.on_meta:
             return CHANGED
-        if not is_plain(parameter):
+        if not (is_plain(parameter) or is_dequantizable(parameter)):
             worst = ADAPTED
     for name, part in proven.children:
         child = module._modules.get(name)
@@ -86,6 +88,23 @@ def is_plain(p: Tensor) -> bool:
     return p.dtype in _PLAIN and (type(p) is nn.Parameter or isinstance(p, (FakeTensor, FunctionalTensor)))
 
 
+# Attributes by which torchao's weights ask for activations that are quantized, or scaled, too.
+_OF_ACTIVATIONS = ("act_quant_kwargs", "act_pre_scale", "activation_quantization")
+
+
+def is_dequantizable(p: Tensor) -> bool:
+    """Whether a parameter is a quantized tensor of torchao's that is multiplied by as `p.dequantize()` is: only the
+    weights are quantized. Classes of others may have a method of this name, and multiply otherwise."""
+    if type(p) is nn.Parameter or not type(p).__module__.startswith("torchao."):
+        return False
+    return p.dtype in _PLAIN and all(getattr(p, name, None) is None for name in _OF_ACTIVATIONS)
+
+
+def values_of(p: Tensor) -> Tensor:
+    """A parameter as an ordinary tensor."""
+    return p.dequantize() if is_dequantizable(p) else p
+
+
 def compute_dtype(*modules: nn.Module) -> torch.dtype:
     """What modules compute in whose weights may be stored in another way: the first of their dtypes that multiplies."""
     dtypes = (p.dtype for module in modules for p in module.parameters())
@@ -112,7 +131,7 @@ def adapters(module: nn.Module) -> Iterator[tuple[str, str]]:
         if is_adapter(part):
             yield path, f"an adapter ({_named(type(part))})"
     for path, p in module.named_parameters():
-        if not is_plain(p):
+        if not (is_plain(p) or is_dequantizable(p)):
             yield path, f"a {type(p).__name__} of {str(p.dtype).removeprefix('torch.')}"
 
 

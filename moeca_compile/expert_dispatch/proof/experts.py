@@ -28,6 +28,7 @@ from moeca_compile.expert_dispatch.proof.anatomy import (
     hooks,
     is_adapter,
     remedy,
+    values_of,
 )
 from moeca_compile.expert_dispatch.proof.probe import (
     compute_device,
@@ -54,9 +55,9 @@ class Part:
     rows: Rows = ALL_ROWS
 
     def tensors(self, expert: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """The weight [out, in] and bias [out] as they are now: views, never copies."""
+        """The weight [out, in] and bias [out] as they are now: views, and no copies but of quantized weights."""
         linear = walk(expert, self.path)
-        weight, bias = linear.weight, linear.bias
+        weight, bias = values_of(linear.weight), linear.bias
         if self.rows == ALL_ROWS:
             return weight, bias
         rows = slice(*self.rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from moeca_compile.errors import LoweringError, OptionError
@@ -18,15 +18,18 @@ FORMS = {
     "cuda": ("moe", "dense", "capacity", "segments"),
     "tensorrt": ("dense", "capacity"),
 }
+_NBITS = ("onnx", "openvino")  # that run com.microsoft.MatMulNBits; on CUDA it wasn't tried
 _EVEN = Fraction(2)  # times the rows of an even routing: the default of "capacity"
 
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """`factor`: for "capacity", times the rows that an even routing gives an expert."""
+    """`factor`: for "capacity", times the rows that an even routing gives an expert. `has_nbits`: whether all targets
+    run `com.microsoft.MatMulNBits`."""
 
     name: str
     factor: Fraction = Fraction(0)
+    has_nbits: bool = True
 
     def __str__(self) -> str:
         return f"{self.name}:{float(self.factor):g}" if self.factor else self.name
@@ -54,14 +57,18 @@ def choose(experts: str, targets: Sequence[str], moe_unfit: str = "") -> tuple[L
                 raise LoweringError(f"experts={experts!r}: target {target!r} runs {', '.join(FORMS[target])} only")
         if asked.name == "moe" and moe_unfit:
             raise LoweringError(f"experts='moe': onnxruntime's operator doesn't take {moe_unfit}. Use experts='auto'")
-        return asked, ""
+        return replace(asked, has_nbits=_has_nbits(targets)), ""
     # a capacity may drop branches: never without being asked for
     unfit = {"capacity"} | ({"moe"} if moe_unfit else set())
     exact = {target: [form for form in FORMS[target] if form not in unfit] for target in targets}
     shared = [form for form in exact[targets[0]] if all(form in forms for forms in exact.values())]
     chosen = min(shared, key=lambda form: sum(forms.index(form) for forms in exact.values()))
     slower = [f"{target} would run {forms[0]!r} faster" for target, forms in exact.items() if forms[0] != chosen]
-    return Lowering(chosen), ", ".join(slower)
+    return Lowering(chosen, has_nbits=_has_nbits(targets)), ", ".join(slower)
+
+
+def _has_nbits(targets: Sequence[str]) -> bool:
+    return all(target in _NBITS for target in targets)
 
 
 def _parse(text: str) -> Lowering:

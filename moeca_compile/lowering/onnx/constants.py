@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from moeca_compile.graph import fx
 from moeca_compile.graph.fx import aten
 from moeca_compile.lowering.onnx.origins import Origin, of_call, of_parameter, origins_of
+from moeca_compile.lowering.onnx.quantized.forms import VALUES
 from moeca_compile.lowering.onnx.request import OnnxRequest
 from moeca_compile.runtime.bundle.refit.recipes import Permute
 
@@ -58,8 +59,8 @@ def fold_constants(gm: GraphModule, request: OnnxRequest) -> GraphModule:
 def _may_fold(node: Node) -> bool:
     """Whether the result is always the same, and not larger than what it is made of: a mask or an expand may be a whole
     image's."""
-    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return not drawn and _elements(fx.value(node)) <= max(
+    stays = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or node.target in VALUES
+    return not stays and _elements(fx.value(node)) <= max(
         _elements([fx.value(one) for one in node.all_input_nodes]), SMALL
     )
 

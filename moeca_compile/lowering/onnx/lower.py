@@ -16,6 +16,8 @@ from moeca_compile.lowering.experts.choose import Lowering
 from moeca_compile.lowering.experts.segments import segments
 from moeca_compile.lowering.onnx.batch import Batches, dims
 from moeca_compile.lowering.onnx.parameters import COMPUTED, as_initializers, as_inputs, computed_with, example_inputs
+from moeca_compile.lowering.onnx.quantized.forms import write_nbits
+from moeca_compile.lowering.onnx.quantized.keep import WIDENED
 from moeca_compile.lowering.onnx.request import OnnxRequest
 from moeca_compile.lowering.onnx.stable_sort import stable_sort
 from moeca_compile.lowering.onnx.translate import tracing_quietly, translate
@@ -63,7 +65,7 @@ def lower_onnx(
     """
     variant, *twins = variants
     signature = _signature(variants, weights, names, outputs, batches)
-    request = OnnxRequest(tuple(one.gm for one in variants), batches, weights, experts, parameters or {})
+    request = OnnxRequest(tuple(one.gm for one in variants), batches, weights, experts, parameters or {}, opset)
     gm = (manager or PassManager()).rewrite(passes, variant.gm, request, label=f"{variant.name} ")
     if len(list(fx.nodes_of(fx.output_node(gm).args[0]))) > len(signature.outputs):
         signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))
@@ -86,8 +88,10 @@ def lower_onnx(
             raise LoweringError(
                 f"variant {variant.name} has no ONNX form at opset {opset}: {_reason(error)}"
             ) from error
+    write_nbits(model)
     as_initializers(model, constants)
     model.meta[COMPUTED] = computed_with(gm)
+    model.meta[WIDENED] = gm.meta.get(WIDENED, frozenset())
     _finish(model, signature)
     return model, signature
 

@@ -20,6 +20,7 @@ class OnnxRequest:
         weights: by placeholder name: these become constants.
         experts: the form of the routed experts.
         parameters: by placeholder name, what the model calls the weight; those that it has no name for are left out.
+        opset: of the standard ONNX domain.
     """
 
     graphs: tuple[GraphModule, ...]
@@ -27,3 +28,4 @@ class OnnxRequest:
     weights: Mapping[str, Tensor]
     experts: Lowering
     parameters: Mapping[str, str] = field(default_factory=dict)
+    opset: int = 20
