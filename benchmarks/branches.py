@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.protocol import Timing, arguments, folder_of, pin_threads, save
 from moeca_compile.graph.variant import Slot
 from moeca_compile.ops.branches import BRANCHES, FORECAST, KEEP
+from moeca_compile.ops.top_k import TOP_K
 from moeca_compile.passes.partial.branches import updated_branches
 from moeca_compile.passes.partial.insert_branches import _pick, _spread
 
@@ -95,7 +96,7 @@ class Layer:
                 self.x, ids, gates, None, now, *slots, *none, *weights, "silu", self.count, 1, False
             ),
             "keep_branches_": lambda ids, gates, now: KEEP(self.fresh, ids, gates, None, now, *slots, 1),
-            "router": lambda ids, gates, now: (self.x @ self.router).sigmoid().topk(self.sizes.top_k, sorted=False),
+            "router": lambda ids, gates, now: TOP_K((self.x @ self.router).sigmoid(), self.sizes.top_k),
             f"tau {TAU}, written out": self.written_out,
         }
 

@@ -1,7 +1,6 @@
 """The C++ of `moeca::branches_`: compiled once by Inductor's own compiler and flags, and kept in its cache.
 
-Which functions there are, and what they take, is for `branches.cpp` and `products.cpp` to say; here are their names and
-kinds of argument.
+Which functions there are, and what they take, is for the C++ files to say; here are their names and kinds of argument.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moeca_compile.errors import warn
 
-_CODE = [Path(__file__).with_name(name) for name in ("branches.cpp", "products.cpp")]
+_CODE = [Path(__file__).with_name(name) for name in ("branches.cpp", "products.cpp", "top_k.cpp")]
 # Inductor forbids both, for its own kernels are written with vectors: loops as vector instructions, and a product and
 # the sum after it as one.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
@@ -26,6 +25,7 @@ _ARGUMENTS = {  # p: an address, i: a size, f: a number, b: a flag, t: the numbe
     "gather_float32": "ppp" + "iiiiii" + "pppt",
     "gather_bfloat16": "ppp" + "iiiiii" + "pppt",
     "multiply": "pppp" + "iii" + "pt",
+    "top_k": "piii" + "pppt",
     "merge_float32": "ppppppppppppppppfibb" + "iiiiii" + "pt",
     "merge_bfloat16": "ppppppppppppppppfibb" + "iiiiii" + "pt",
 }
@@ -52,7 +52,7 @@ def library() -> Any:
     for name, kinds in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes = [_KINDS[kind] for kind in kinds]
-        function.restype = ctypes.c_int64 if name.startswith("gather") else None
+        function.restype = ctypes.c_int64 if name.startswith(("gather", "top_k")) else None
     return loaded
 
 

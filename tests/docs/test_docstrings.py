@@ -87,7 +87,7 @@ def test_operators_are_documented() -> None:
     """Each operator's implementation names every argument of the schema, with its shape."""
     import torch
 
-    from moeca_compile.ops import branch_slots, branches, experts, rows
+    from moeca_compile.ops import branch_slots, branches, experts, rows, top_k
     from tests.docs.docstrings import entries_of
 
     implementations = {
@@ -97,6 +97,7 @@ def test_operators_are_documented() -> None:
         "forecast_branches": branches.forecast_branches,
         "keep_branches_": branches.keep_branches_,
         "pick": branch_slots.pick,
+        "top_k": top_k.top_k,
         "unwritten": rows.unwritten,
     }
     every = torch._C._dispatch_get_all_op_names()

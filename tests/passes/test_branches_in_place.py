@@ -26,6 +26,7 @@ from tests.tools import UNHOISTED, layout_of, ops, schedule_of
 LEGEND = {"b": Partial(0, 0.2), "d": Partial(0, 0), "f": Partial(0, 1), "a": Partial(0.25, 0.25)}
 FORECAST = "moeca.forecast_branches.default"
 BRANCHES, KEEP, EXPERTS = "moeca.branches_.default", "moeca.keep_branches_.default", "moeca.experts.default"
+TOP_K, SORTING = "moeca.top_k.default", "aten.topk.default"
 
 
 def inputs(step: int) -> dict[str, Tensor]:
@@ -74,6 +75,8 @@ def test_what_the_programs_hold(subject: Subject, monkeypatch: pytest.MonkeyPatc
     assert (ops(some.gm)[EXPERTS], ops(some.gm)[KEEP], ops(some.gm)[BRANCHES]) == (0, 0, 2)
     assert (ops(none.gm)[EXPERTS], ops(none.gm)[KEEP], ops(none.gm)[BRANCHES], ops(none.gm)[FORECAST]) == (0, 0, 0, 2)
     assert not any(fx.has_effect(node) for node in none.gm.graph.nodes if node.op == "call_function"), "nor changed"
+    assert [ops(one.gm)[TOP_K] for one in (full, some, none, tokens)] == [0, 2, 2, 0]
+    assert [ops(one.gm)[SORTING] for one in (full, some, none)] == [2, 0, 0]
     assert set(full.changes) == set(some.changes) == routed
     assert not routed & {*full.writes, *some.writes}
     assert (none.changes, none.writes) == ((), ()), "nothing is computed"

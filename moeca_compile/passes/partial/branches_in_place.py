@@ -7,6 +7,8 @@ written-out form, which is what this one is tested against.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import Node
 
@@ -16,6 +18,7 @@ from moeca_compile.graph.regions import BranchesInfo, Region
 from moeca_compile.graph.variant import Slot
 from moeca_compile.ops.branches import BRANCHES, DTYPES, FORECAST, KEEP
 from moeca_compile.ops.native_branches import library
+from moeca_compile.ops.top_k import TOP_K
 from moeca_compile.passes.partial.parts import Parts, computes, copies
 from moeca_compile.schedule import Act, Action, Partial
 
@@ -51,6 +54,8 @@ def insert_in_place(
     ids, now, order = routing["ids"], parts.ports.now(), parts.order
     read = (ids, gates, scores, now, *slots)
     total = parts.nodes[info.total]
+    if act is not Action.COMPUTE:
+        _choose_by_rank(parts, fx.arg(experts, 1))
     if not computes(act):
         _stand_in(parts, total, parts.call(FORECAST, ids, gates, now, *slots[:7], order, copies(act)))
         return
@@ -71,6 +76,18 @@ def _stand_in(parts: Parts, total: Node, routed: Node) -> None:
     if fx.need(shaped).dtype != fx.need(total).dtype:
         shaped = parts.call(aten.to.dtype, shaped, fx.need(total).dtype)
     total.replace_all_uses_with(shaped)
+
+
+def _choose_by_rank(parts: Parts, ids: Node) -> None:
+    """Let `moeca::top_k` stand for the `topk` of a router that chose `ids`: in these rows sorting is a large part."""
+    topk = fx.strip(ids, lambda node: node.target in fx.VIEWS or node.target is operator.getitem)
+    if topk.target is not aten.topk.default:
+        return
+    given = fx.arguments_of(topk)
+    scores = fx.need(given["self"])
+    of_the_last_axis = given.get("dim", -1) in (-1, scores.dim() - 1) and given.get("largest", True)
+    if scores.dtype == torch.float32 and of_the_last_axis:
+        topk.replace_all_uses_with(parts.call(TOP_K, given["self"], given["k"]))
 
 
 def _float(parts: Parts, node: Node) -> Node:
