@@ -16,13 +16,15 @@ from torch import Tensor
 
 from moeca_compile.errors import UserError
 from moeca_compile.ops.even_rows import are_even
-from moeca_compile.ops.experts import Weights, activate_, run_experts
+from moeca_compile.ops.experts import Weights, run_experts
 from moeca_compile.ops.native_branches import address, addresses, library
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of branches that the kernel keeps
 # Rows an expert, on average, up to which the kernel's own product is ahead of torch's and of packed weights. Seen on a
 # thread with AVX2: ahead with 13 rows of 384 x 1536 numbers and 52 of 96 x 72, behind with 50 and 500.
 FEW = 32
+# Those that the kernel has, by its numbers. `gelu` needs the error function: torch's.
+ACTIVATIONS = ("identity", "silu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
 
 _LIBRARY = torch.library.Library("moeca", "FRAGMENT")
 _LIBRARY.define(
@@ -178,22 +180,15 @@ def _computed(
     rows: Tensor, counts: Tensor, weights: tuple[Weights, Weights, Weights, Weights, Weights, Weights], activation: str
 ) -> Tensor:
     """The experts of rows that lie one expert's after the other's, `counts` int64 [E] of them."""
-    up, down, gate, up_bias, down_bias, gate_bias = weights
+    up, down = weights[:2]
     lies_plain = all(weight.is_contiguous() for group in weights for weight in group)
-    if are_even() or rows.dtype != torch.float32 or not lies_plain or len(rows) > FEW * len(up):
+    small = rows.dtype == torch.float32 and len(rows) <= FEW * len(up) and not are_even()
+    if not (small and lies_plain and activation in ACTIVATIONS):
         return run_experts(rows, counts.tolist(), *weights, activation)
-    hidden = activate_(_product(rows, counts, gate or up, gate_bias if gate else up_bias), activation)
-    if gate:
-        hidden.mul_(_product(rows, counts, up, up_bias))
-    return _product(hidden, counts, down, down_bias)
-
-
-def _product(rows: Tensor, counts: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    outs, width = weights[0].shape
-    out = rows.new_empty(len(rows), outs)
-    _library().multiply(
-        address(rows), address(counts), addresses(weights), addresses(biases) if biases else None, len(weights), width,
-        outs, address(out), torch.get_num_threads(),
+    out = rows.new_empty(len(rows), len(down[0]))
+    _library().few_rows(
+        address(rows), address(counts), *map(addresses, weights), ACTIVATIONS.index(activation), len(up),
+        *up[0].shape[::-1], len(down[0]), address(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -24,7 +24,7 @@ _ARGUMENTS = {  # p: an address, i: a size, f: a number, b: a flag, t: the numbe
     "choose": "pppppppppp" + "fi" + "iiiii" + "pt",
     "gather_float32": "ppp" + "iiiiii" + "pppt",
     "gather_bfloat16": "ppp" + "iiiiii" + "pppt",
-    "multiply": "pppp" + "iii" + "pt",
+    "few_rows": "pppppppp" + "iiiii" + "pt",
     "top_k": "piii" + "pppt",
     "merge_float32": "ppppppppppppppppfibb" + "iiiiii" + "pt",
     "merge_bfloat16": "ppppppppppppppppfibb" + "iiiiii" + "pt",
@@ -62,5 +62,5 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def addresses(tensors: Sequence[Tensor]) -> Any:
-    """An array of addresses."""
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+    """An array of addresses; of none a null pointer."""
+    return (ctypes.c_void_p * len(tensors))(*map(Tensor.data_ptr, tensors)) if tensors else None

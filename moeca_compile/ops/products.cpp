@@ -1,5 +1,5 @@
-// The products of `moeca::branches_` on a CPU: each expert's linear map on the few rows that are computed. Compiled
-// together with branches.cpp, after it.
+// The experts of `moeca::branches_` on a CPU, for the few rows that are computed. Compiled together with branches.cpp,
+// after it. Rows stand side by side, as many as a vector has lanes, so that no sum goes across lanes. A weight is read from memory once for up to 4 * LANES rows.
 namespace {
 
 #if defined(__AVX512F__)
@@ -8,51 +8,50 @@ constexpr Index LANES = 16;
 constexpr Index LANES = 8;
 #endif
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
+typedef int32_t Places __attribute__((vector_size(LANES * 4)));
 
 inline Lanes load(const float* from) {
   Lanes lanes;
   std::memcpy(&lanes, from, sizeof(lanes));
   return lanes;
 }
-typedef float Four __attribute__((vector_size(16)));
-inline float sum(Lanes lanes) {
-  Four parts[LANES / 4];
-  std::memcpy(parts, &lanes, sizeof(lanes));
-  for (Index i = 1; i < LANES / 4; ++i) parts[0] += parts[i];
-  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
-}
+inline Lanes all(float value) { return value + Lanes{}; }
 
-// out[r, o] = <rows[r], weight[o]> + bias[o] for `RS` rows and `OS` outputs.
-template <int RS, int OS>
-inline void tile(const float* rows, const float* weight, const float* bias, Index in, Index outs, float* out) {
-  Lanes sums[RS][OS] = {};
-  Index d = 0;
-  for (; d + LANES <= in; d += LANES) {
-    Lanes w[OS];
-    for (int o = 0; o < OS; ++o) w[o] = load(weight + o * in + d);
-    for (int r = 0; r < RS; ++r) {
-      const Lanes x = load(rows + r * in + d);
-      for (int o = 0; o < OS; ++o) sums[r][o] += x * w[o];
-    }
+// exp, a few units in the last place off; infinite above 88.4, the least normal number below -87.
+inline Lanes exp(Lanes x) {
+  x = x < -87.0f ? all(-87.0f) : x;
+  x = x > 89.0f ? all(89.0f) : x;
+  const Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bits are the rounded number
+  const Lanes whole = shifted - 12582912.0f, rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Lanes sum = all(1.9875691500e-4f);
+  for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    sum = sum * rest + factor;
+  Places power;
+  std::memcpy(&power, &shifted, sizeof(power));
+  power = (power - 0x4b400000 + 127) << 23;
+  Lanes scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return (sum * rest * rest + rest + 1.0f) * scale;
+}
+inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Those of `_ACTIVATIONS` in experts.py that need no more than `exp`, in the order of `ACTIVATIONS` in branches.py.
+enum Activation { IDENTITY, SILU, GELU_TANH, QUICK_GELU, RELU, RELU2, SIGMOID };
+inline Lanes activated(Lanes x, int activation) {
+  switch (activation) {
+    case SILU: return x / (1.0f + exp(-x));
+    case GELU_TANH: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+    case QUICK_GELU: return x * sigmoid(1.702f * x);
+    case RELU: return x < 0.0f ? all(0) : x;
+    case RELU2: return x < 0.0f ? all(0) : x * x;
+    case SIGMOID: return sigmoid(x);
+    default: return x;
   }
-  for (int r = 0; r < RS; ++r)
-    for (int o = 0; o < OS; ++o) {
-      float total = sum(sums[r][o]) + (bias ? bias[o] : 0.0f);
-      for (Index i = d; i < in; ++i) total += rows[r * in + i] * weight[o * in + i];
-      out[r * outs + o] = total;
-    }
 }
 
-template <int OS>
-inline void outputs(const float* rows, Index n, const float* weight, const float* bias, Index in, Index outs, float* out) {
-  Index r = 0;
-  for (; r + 4 <= n; r += 4) tile<4, OS>(rows + r * in, weight, bias, in, outs, out + r * outs);
-  for (; r < n; ++r) tile<1, OS>(rows + r * in, weight, bias, in, outs, out + r * outs);
-}
-
-// The same for V * LANES rows, which stand side by side: `columns` [in, V * LANES]. No sum goes across lanes.
+// out[o, r] = <columns[:, r], weight[o]> + bias[o] for V * LANES rows r and OS outputs o.
 template <int V, int OS>
-inline void across(const float* columns, const float* weight, const float* bias, Index in, Index outs, float* out) {
+inline void tile(const float* columns, const float* weight, const float* bias, Index in, float* out) {
   constexpr Index rows = V * LANES;
   Lanes sums[OS][V] = {};
   for (Index d = 0; d < in; ++d) {
@@ -61,58 +60,64 @@ inline void across(const float* columns, const float* weight, const float* bias,
     for (int o = 0; o < OS; ++o)
       for (int v = 0; v < V; ++v) sums[o][v] += x[v] * weight[o * in + d];
   }
-  float turned[OS][rows];
-  std::memcpy(turned, sums, sizeof(turned));
-  for (Index r = 0; r < rows; ++r)
-    for (int o = 0; o < OS; ++o) out[r * outs + o] = turned[o][r] + (bias ? bias[o] : 0.0f);
+  for (int o = 0; bias && o < OS; ++o)
+    for (int v = 0; v < V; ++v) sums[o][v] += bias[o];
+  std::memcpy(out, sums, sizeof(sums));
 }
 
-// One expert's rows: as many as fill vectors turned into columns, the few others one by one.
-class Rows {
- public:
-  Rows(const float* rows, Index n, Index in) : rows_(rows), n_(n), in_(in), pairs_(n / (2 * LANES)) {
-    turned_ = n / LANES * LANES;
-    columns_.resize(turned_ * in);
-    for (Index r = 0; r < turned_; r += width(r))
-      for (Index d = 0; d < in; ++d)
-        for (Index i = 0; i < width(r); ++i) columns_[r * in + d * width(r) + i] = rows[(r + i) * in + d];
-  }
+template <int V>
+inline void linear(const float* columns, const float* weight, const float* bias, Index in, Index outs, float* out) {
+  constexpr int OS = V == 1 ? 8 : 12 / V;  // as many sums as there are registers
+  auto some = [&](Index o, auto form) { form(columns, weight + o * in, bias ? bias + o : bias, in, out + o * V * LANES); };
+  if (outs < OS)
+    for (Index o = 0; o < outs; ++o) some(o, tile<V, 1>);
+  else
+    for (Index o = 0; o < outs; o += OS) some(std::min(o, outs - OS), tile<V, OS>);  // a few twice: the same numbers
+}
 
-  template <int OS>
-  void map(const float* weight, const float* bias, Index outs, float* out) const {
-    Index r = 0;
-    for (; r < pairs_ * 2 * LANES; r += 2 * LANES) across<2, OS>(&columns_[r * in_], weight, bias, in_, outs, out + r * outs);
-    for (; r < turned_; r += LANES) across<1, OS>(&columns_[r * in_], weight, bias, in_, outs, out + r * outs);
-    constexpr int few = OS % 3 ? 1 : 3;
-    for (int o = 0; o < OS && r < n_; o += few)
-      outputs<few>(rows_ + r * in_, n_ - r, weight + o * in_, bias ? bias + o : nullptr, in_, outs, out + r * outs + o);
-  }
-
- private:
-  Index width(Index r) const { return r < pairs_ * 2 * LANES ? 2 * LANES : LANES; }
-
-  const float* rows_;
-  Index n_, in_, pairs_, turned_;
-  std::vector<float> columns_;
+// One expert's weights: `up` [hidden, in], `down` [outs, hidden]; `gate` as `up`, or null; biases may be null.
+struct Expert {
+  const float *up, *down, *gate, *up_bias, *down_bias, *gate_bias;
 };
+
+// The expert of n <= V * LANES rows.
+template <int V>
+void run(const float* rows, Index n, const Expert& expert, int activation, Index in, Index hidden, Index outs, float* out) {
+  constexpr Index width = V * LANES;
+  std::vector<float> columns(std::max(in, outs) * width), first(hidden * width), second(expert.gate ? hidden * width : 0);
+  for (Index r = 0; r < n; ++r)
+    for (Index d = 0; d < in; ++d) columns[d * width + r] = rows[r * in + d];
+  linear<V>(columns.data(), expert.up, expert.up_bias, in, hidden, first.data());
+  if (expert.gate) linear<V>(columns.data(), expert.gate, expert.gate_bias, in, hidden, second.data());
+  for (Index i = 0; i < hidden * width; i += LANES) {
+    const Lanes up = load(&first[i]);
+    const Lanes product = expert.gate ? activated(load(&second[i]), activation) * up : activated(up, activation);
+    std::memcpy(&first[i], &product, sizeof(product));
+  }
+  linear<V>(first.data(), expert.down, expert.down_bias, hidden, outs, columns.data());
+  for (Index r = 0; r < n; ++r)
+    for (Index o = 0; o < outs; ++o) out[r * outs + o] = columns[o * width + r];
+}
 
 }  // namespace
 
-// Each expert's linear map on its rows: weights E of [outs, in], biases E of [outs] or null.
-extern "C" void multiply(
-    const float* rows, const Index* counts, const float* const* weights, const float* const* biases, Index E, Index in,
-    Index outs, float* out, int threads) {
+// Each expert on its rows, `counts` [E] of them, one expert's after the other's. Weights and biases are addresses by
+// expert, or null; `activation` is one of those above.
+extern "C" void few_rows(
+    const float* rows, const Index* counts, const float* const* up, const float* const* down, const float* const* gate,
+    const float* const* up_bias, const float* const* down_bias, const float* const* gate_bias, Index activation, Index E,
+    Index in, Index hidden, Index outs, float* out, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (Index e = 0; e < E; ++e) {
-    if (!counts[e]) continue;
     Index first = 0;
     for (Index before = 0; before < e; ++before) first += counts[before];
-    const Rows mine(rows + first * in, counts[e], in);
-    float* result = out + first * outs;
-    const float* bias = biases ? biases[e] : nullptr;
-    Index o = 0;
-    for (; o + 6 <= outs; o += 6)  // a weight is read from memory once, for all rows
-      mine.map<6>(weights[e] + o * in, bias ? bias + o : nullptr, outs, result + o);
-    for (; o < outs; ++o) mine.map<1>(weights[e] + o * in, bias ? bias + o : nullptr, outs, result + o);
+    auto mine = [e](const float* const* table) { return table ? table[e] : nullptr; };
+    const Expert expert{up[e], down[e], mine(gate), mine(up_bias), mine(down_bias), mine(gate_bias)};
+    for (Index left = counts[e], n; left > 0; left -= n, first += n) {
+      n = std::min(left, 4 * LANES);
+      constexpr decltype(&run<1>) forms[] = {run<1>, run<2>, run<3>, run<4>};
+      forms[(n - 1) / LANES](
+          rows + first * in, n, expert, int(activation), in, hidden, outs, out + first * outs);
+    }
   }
 }

@@ -2,8 +2,6 @@
 // lanes, without jumps that depend on data. Compiled together with products.cpp, after it.
 namespace {
 
-typedef int32_t Places __attribute__((vector_size(LANES * 4)));
-
 // `open` [rows]: where equal numbers or NaN leave it open which numbers of a row are the largest, or in which order.
 template <int K>
 void largest(const float* x, Index rows, Index E, float* values, Index* indices, char* open, int threads) {

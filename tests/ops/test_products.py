@@ -1,4 +1,4 @@
-"""The products of kept branches: each expert's linear map on its own rows, in C++."""
+"""The few computed rows of kept branches: each expert on its own rows, in C++."""
 
 from __future__ import annotations
 
@@ -6,25 +6,56 @@ import pytest
 import torch
 
 from moeca_compile.ops import branches
+from moeca_compile.ops.experts import ACTIVATIONS, run_experts
 
 pytestmark = pytest.mark.slow  # the C++ is compiled
 
 COUNTS = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 0, 70)  # rows that fill vectors of 8 or 16, and some that don't
+FORMS = [(activation, gated) for activation in ACTIVATIONS for gated in (False, True)]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("activation", "gated"), FORMS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("width", "outs"), [(1, 1), (7, 5), (16, 6), (24, 11), (96, 72), (130, 13)])
-def test_it_is_each_expert_s_linear_map(width: int, outs: int, bias: bool, threads: int) -> None:
+@pytest.mark.parametrize(("width", "hidden", "outs"), [(1, 1, 2), (7, 5, 7), (96, 72, 96), (24, 130, 11)])
+def test_it_is_each_expert_on_its_rows(
+    width: int, hidden: int, outs: int, bias: bool, activation: str, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    weights = [torch.randn(outs, width) for _ in COUNTS]
-    biases = [torch.randn(outs) for _ in COUNTS] if bias else []
-    rows, before = torch.randn(sum(COUNTS), width), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = branches._product(rows, torch.tensor(COUNTS), weights, biases)
-    finally:
-        torch.set_num_threads(before)
-    parts = zip(rows.split(COUNTS), weights, biases or [None] * len(weights), strict=True)
-    expected = [torch.nn.functional.linear(part, weight, one) for part, weight, one in parts]
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5 * width**0.5)
+    shapes = ((hidden, width), (outs, hidden), (hidden, width), (hidden,), (outs,), (hidden,))
+    there = (True, True, gated, bias, bias, bias and gated)
+    weights = [
+        [torch.randn(shape) / shape[-1] ** 0.5 for _ in COUNTS] if wanted else []
+        for shape, wanted in zip(shapes, there, strict=True)
+    ]
+    rows, before = 3 * torch.randn(sum(COUNTS), width), torch.get_num_threads()
+    expected = run_experts(rows, COUNTS, *weights, activation)
+    if activation in branches.ACTIVATIONS:
+        monkeypatch.setattr(branches, "run_experts", None)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found = branches._computed(rows, torch.tensor(COUNTS), tuple(weights), activation)
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_a_row_s_bits_do_not_depend_on_its_neighbors() -> None:
+    torch.manual_seed(0)
+    weights = tuple([torch.randn(shape) for _ in range(2)] for shape in ((9, 20), (20, 9), (9, 20))) + ([], [], [])
+    rows = torch.randn(40, 20)
+    found = branches._computed(rows, torch.tensor([40, 0]), weights, "silu")
+    for first, last in ((0, 1), (3, 20), (31, 40)):
+        alone = branches._computed(rows[first:last].clone(), torch.tensor([last - first, 0]), weights, "silu")
+        assert torch.equal(alone, found[first:last])
+
+
+@pytest.mark.parametrize("activation", branches.ACTIVATIONS)
+def test_activations_of_extreme_numbers(activation: str) -> None:
+    x = torch.tensor(
+        [-1e30, -200.0, -88.0, -50.0, -1e-6, -0.0, 0.0, 1e-6, 50.0, 88.0, 200.0, float("inf"), float("nan")]
+    )
+    one = [torch.ones(1, 1)]
+    expected = run_experts(x[:, None], [len(x)], one, one, [], [], [], [], activation)
+    found = branches._computed(x[:, None], torch.tensor([len(x)]), (one, one, [], [], [], []), activation)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-30, equal_nan=True)
