@@ -31,10 +31,42 @@ inline void put(BFloat16* at, float value) {  // rounds to nearest, ties to even
   at->bits = std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+#if defined(__AVX512F__)
+constexpr Index LANES = 16;
+#else
+constexpr Index LANES = 8;
+#endif
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+typedef int32_t Places __attribute__((vector_size(LANES * 4)));
+
+inline Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+inline Lanes load(const BFloat16* from) {
+  float wider[LANES];
+  for (Index i = 0; i < LANES; ++i) wider[i] = wide(from[i]);
+  return load(wider);
+}
+inline void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
+inline void store(BFloat16* to, Lanes lanes) {
+  for (Index i = 0; i < LANES; ++i) put(to + i, lanes[i]);
+}
+
 // The slot that holds each routed branch, or -1. Ids that a router gives twice are told apart by their number. Without
 // a jump that depends on data: such jumps are guessed wrong, and cost more than all comparisons.
-inline void match(const Index* ids, const Index* held, Index K, int* slot) {
+template <int COUNT>
+inline void match_of(const Index* ids, const Index* held, Index many, int* slot) {
+  const Index K = COUNT ? COUNT : many;
+  int twice = 0;
   for (Index k = 0; k < K; ++k) {
+    int found = -1;
+    for (Index j = K - 1; j >= 0; --j) found = held[j] == ids[k] + 1 ? int(j) : found;
+    slot[k] = found;
+    for (Index other = 0; other < k; ++other) twice |= ids[other] == ids[k];
+  }
+  for (Index k = 0; twice && k < K; ++k) {
     int before = 0, found = -1;
     for (Index other = 0; other < k; ++other) before += ids[other] == ids[k];
     for (Index j = 0; j < K; ++j) {
@@ -43,6 +75,16 @@ inline void match(const Index* ids, const Index* held, Index K, int* slot) {
       before -= same;
     }
     slot[k] = found;
+  }
+}
+inline void match(const Index* ids, const Index* held, Index K, int* slot) {
+  switch (K) {  // loops of a known length have no jumps
+    case 1: return match_of<1>(ids, held, K, slot);
+    case 2: return match_of<2>(ids, held, K, slot);
+    case 4: return match_of<4>(ids, held, K, slot);
+    case 6: return match_of<6>(ids, held, K, slot);
+    case 8: return match_of<8>(ids, held, K, slot);
+    default: return match_of<0>(ids, held, K, slot);
   }
 }
 
@@ -139,6 +181,56 @@ Index gather(
   return -1;
 }
 
+// What one branch adds to its token's sum: weight * value + once * first + twice * second, the last two where they are.
+template <typename T>
+struct Term {
+  const T* value;
+  const float *first, *second;
+  float weight, once, twice;
+};
+
+// Channels d to d + V * LANES of a token's sum, which stay in registers.
+template <int V, typename T>
+inline void add_up(const Term<T>* terms, Index count, float scale, Index d, T* out) {
+  Lanes sums[V] = {};
+  for (Index i = 0; i < count; ++i) {
+    const Term<T>& term = terms[i];
+    for (int v = 0; v < V; ++v) sums[v] += term.weight * load(term.value + d + v * LANES);
+    if (term.first)
+      for (int v = 0; v < V; ++v) sums[v] += term.once * load(term.first + d + v * LANES);
+    if (term.second)
+      for (int v = 0; v < V; ++v) sums[v] += term.twice * load(term.second + d + v * LANES);
+  }
+  for (int v = 0; v < V; ++v) store(out + d + v * LANES, sums[v] * scale);
+}
+
+template <typename T>
+inline void add_up(const Term<T>* terms, Index count, float scale, Index D, T* out) {
+  Index d = 0;
+  for (; d + 12 * LANES <= D; d += 12 * LANES) add_up<12>(terms, count, scale, d, out);
+  for (; d + 4 * LANES <= D; d += 4 * LANES) add_up<4>(terms, count, scale, d, out);
+  for (; d + LANES <= D; d += LANES) add_up<1>(terms, count, scale, d, out);
+  for (; d < D; ++d) {
+    float sum = 0;
+    for (Index i = 0; i < count; ++i) {
+      const Term<T>& term = terms[i];
+      sum += term.weight * wide(term.value[d]);
+      if (term.first) sum += term.once * term.first[d];
+      if (term.second) sum += term.twice * term.second[d];
+    }
+    put(out + d, sum * scale);
+  }
+}
+
+// Ask for memory that a later token reads. A token's branches are read in the order of its routing, in which no
+// processor sees where the reads go on.
+constexpr Index AHEAD = 2;  // tokens
+template <typename T>
+inline void ask_for(const T* from, Index size) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (Index at = 0; from && at < size * Index(sizeof(T)); at += 64) __builtin_prefetch(bytes + at);
+}
+
 // One token's kept branches.
 template <typename T>
 struct Slots {
@@ -146,22 +238,11 @@ struct Slots {
   float *at, *d1, *d2, *before, *gates, *error, *drift;
   Index* held;
 
-  // weight * (branch j at `now`), added to `total` [D]
-  void forecast(Index j, Index D, float now, Index order, float weight, float* __restrict total) const {
-    const T* __restrict value = y + j * D;
-    if (order == 0) {
-      for (Index d = 0; d < D; ++d) total[d] += weight * wide(value[d]);
-      return;
-    }
-    const float ahead = now - at[j], once = weight * ahead;
-    const float* __restrict first = d1 + j * D;
-    if (order == 1) {
-      for (Index d = 0; d < D; ++d) total[d] += weight * wide(value[d]) + once * first[d];
-      return;
-    }
-    const float twice = once * (now - before[j]);
-    const float* __restrict second = d2 + j * D;
-    for (Index d = 0; d < D; ++d) total[d] += weight * wide(value[d]) + once * first[d] + twice * second[d];
+  // weight * (branch j at `now`)
+  Term<T> forecast(Index j, Index D, float now, Index order, float weight) const {
+    const float once = weight * (now - at[j]);
+    return {y + j * D, order > 0 ? d1 + j * D : nullptr, order > 1 ? d2 + j * D : nullptr,
+            weight, once, order > 1 ? once * (now - before[j]) : 0.0f};
   }
 
   // Put a computed branch into slot j. `same`: the slot holds an older value of it.
@@ -222,17 +303,23 @@ void merge(
       for (Index i = 0; i < N * K; ++i) row[i] = b * N * K + i;
     std::vector<int> slot(K);
     std::vector<char> used(K);
-    std::vector<float> total(D);
+    std::vector<Term<T>> terms(K);
     for (Index n = 0; n < N; ++n) {
       const Index token = b * N + n, i = token * K;
       const Index* mine = &row[n * K];
       Slots<T> kept_here{
           y + i * D, at + i, d1 ? d1 + i * D : d1, d2 ? d2 + i * D : d2, before ? before + i : before,
           kept + i, error ? error + i : error, drift ? drift + i : drift, held + i};
+      if (n + AHEAD < N) {
+        const Index next = (i + AHEAD * K) * D;
+        ask_for(y + next, K * D);
+        if (forecast_order > 0) ask_for(d1 + next, K * D);
+        if (forecast_order > 1) ask_for(d2 + next, K * D);
+      }
       match(ids + i, held + i, K, slot.data());
       float present = 0, absent = 0;
-      bool any = false;
-      std::fill(total.begin(), total.end(), 0.0f);
+      bool any = false, computes = false;
+      Index summands = 0;
       for (Index k = 0; k < K; ++k) {
         const float gate = gates[i + k];
         if (slot[k] < 0 && mine[k] < 0) {
@@ -241,29 +328,26 @@ void merge(
         }
         any = true;
         present += gate;
-        if (mine[k] < 0) {
-          kept_here.forecast(slot[k], D, now, forecast_order, gate, total.data());
-        } else if (out) {
-          const T* __restrict value = fresh + mine[k] * D;
-          float* __restrict to = total.data();
-          for (Index d = 0; d < D; ++d) to[d] += gate * wide(value[d]);
-        }
+        terms[summands++] = mine[k] < 0 ? kept_here.forecast(slot[k], D, now, forecast_order, gate)
+                                        : Term<T>{fresh + mine[k] * D, nullptr, nullptr, gate, 0, 0};
+        computes |= mine[k] >= 0;
       }
       if (!any)  // the last routed sum stands for them
-        for (Index j = 0; j < K; ++j) kept_here.forecast(j, D, now, forecast_order, kept[i + j], total.data());
+        for (Index j = 0; j < K; ++j) terms[summands++] = kept_here.forecast(j, D, now, forecast_order, kept[i + j]);
       const float scale = any && absent != 0 ? 1 + absent / (present == 0 ? 1 : present) : 1;
-      if (out)
-        for (Index d = 0; d < D; ++d) put(out + token * D + d, total[d] * scale);
+      if (out) add_up(terms.data(), summands, scale, D, out + token * D);
       if (!keeps) continue;
       if (drift) {
         const float moved = l1(scores + token * E, seen + token * E, E);
         for (Index j = 0; j < K; ++j) drift[i + j] += moved;
         std::copy(scores + token * E, scores + (token + 1) * E, seen + token * E);
       }
-      std::fill(used.begin(), used.end(), 0);
-      for (Index k = 0; k < K; ++k)
-        if (slot[k] >= 0) used[slot[k]] = 1;
-      for (Index k = 0; k < K; ++k) {
+      if (computes) {
+        std::fill(used.begin(), used.end(), 0);
+        for (Index k = 0; k < K; ++k)
+          if (slot[k] >= 0) used[slot[k]] = 1;
+      }
+      for (Index k = 0; computes && k < K; ++k) {
         const bool same = slot[k] >= 0;
         if (!same && mine[k] < 0) continue;
         if (!same) {  // a computed transition takes the free slot with the lowest last gate

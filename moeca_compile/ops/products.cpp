@@ -2,19 +2,6 @@
 // after it. Rows stand side by side, as many as a vector has lanes, so that no sum goes across lanes. A weight is read from memory once for up to 4 * LANES rows.
 namespace {
 
-#if defined(__AVX512F__)
-constexpr Index LANES = 16;
-#else
-constexpr Index LANES = 8;
-#endif
-typedef float Lanes __attribute__((vector_size(LANES * 4)));
-typedef int32_t Places __attribute__((vector_size(LANES * 4)));
-
-inline Lanes load(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
-}
 inline Lanes all(float value) { return value + Lanes{}; }
 
 // exp, a few units in the last place off; infinite above 88.4, the least normal number below -87.

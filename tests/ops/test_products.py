@@ -42,7 +42,8 @@ def test_it_is_each_expert_on_its_rows(
 
 def test_a_row_s_bits_do_not_depend_on_its_neighbors() -> None:
     torch.manual_seed(0)
-    weights = tuple([torch.randn(shape) for _ in range(2)] for shape in ((9, 20), (20, 9), (9, 20))) + ([], [], [])
+    shapes = ((9, 20), (20, 9), (9, 20))
+    weights = (*([torch.randn(shape) for _ in range(2)] for shape in shapes), [], [], [])
     rows = torch.randn(40, 20)
     found = branches._computed(rows, torch.tensor([40, 0]), weights, "silu")
     for first, last in ((0, 1), (3, 20), (31, 40)):
