@@ -9,7 +9,13 @@ import pytest
 
 from benchmarks import few_steps, fitted, transfer
 
-MADE_BY = {"fitted": fitted, "fitted_glyphs": fitted, "fitted_times": fitted, "fitted_times_glyphs": fitted, "transfer": transfer}
+MADE_BY = {
+    "fitted": fitted,
+    "fitted_glyphs": fitted,
+    "fitted_times": fitted,
+    "fitted_times_glyphs": fitted,
+    "transfer": transfer,
+}
 
 
 @pytest.mark.parametrize("file", MADE_BY)
