@@ -8,6 +8,7 @@ number means nothing, as the order of a token's experts means nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of branches t
 FEW = 32
 # Those that the kernel has, by its numbers. `gelu` needs the error function: torch's.
 ACTIVATIONS = ("identity", "silu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
+
+Tensors = Sequence[Tensor | None]
+WeightTuple = tuple[Weights, Weights, Weights, Weights, Weights, Weights]
 
 _LIBRARY = torch.library.Library("moeca", "FRAGMENT")
 _LIBRARY.define(
@@ -87,30 +91,66 @@ def branches_(
     Raises:
         UserError: an id outside [0, E), or no C++ compiler (`library` tells before).
     """
-    native, name, threads = _library(), DTYPES[y.dtype], torch.get_num_threads()
-    (batch, tokens, top_k, _), experts = y.shape, len(up)
     x, ids, gates = x.contiguous(), ids.contiguous(), gates.contiguous()
     scores = None if scores is None else scores.contiguous()
-    tick, sizes = float(now), (batch, tokens, top_k)
+    weights = (up, down, gate, up_bias, down_bias, gate_bias)
+    read, tables = (x, ids, gates, scores), (sensitivity, threshold, quota)
+    state = (y, at, d1, d2, before, held, kept, error, drift, seen)
+    out = y.new_empty(len(x), y.shape[-1])
+    one_by_one = _in_torch if _needs_torch(x, weights, activation, y.shape[0] * count) else _in_one
+    outside = one_by_one(read, tables, state, weights, activation, float(now), order, copy, count, out)
+    if outside >= 0:
+        raise UserError(f"moeca::branches_: expert id {outside}, but there are {len(up)} experts")
+    return out
+
+
+def _needs_torch(x: Tensor, weights: WeightTuple, activation: str, rows: int) -> bool:
+    """Whether the products are torch's: other dtypes, many rows, bits that must not depend on how many there are."""
+    few = x.dtype == torch.float32 and rows <= FEW * len(weights[0]) and activation in ACTIVATIONS and not are_even()
+    return not (few and all(map(Tensor.is_contiguous, itertools.chain(*weights))))
+
+
+def _in_one(
+    read: Tensors, tables: Tensors, state: Tensors, weights: WeightTuple, activation: str, now: float, order: int,
+    copy: bool, count: int, out: Tensor,
+) -> int:  # fmt: skip
+    """The C++ `step`. `read`: x, ids, gates, scores; `tables`: sensitivity, threshold, quota; `state`: as `_merge`."""
+    x, y, up = read[0], state[0], weights[0]
+    assert x is not None
+    assert y is not None
+    *sizes, width = y.shape
+    outside: int = _library().step(
+        *map(address, (*read, *tables, *state)), addresses(weights), now, order, copy, ACTIVATIONS.index(activation),
+        *sizes, len(up), x.shape[-1], len(up[0]), width, count, address(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return outside
+
+
+def _in_torch(
+    read: Tensors, tables: Tensors, state: Tensors, weights: WeightTuple, activation: str, now: float, order: int,
+    copy: bool, count: int, out: Tensor,
+) -> int:  # fmt: skip
+    """The same with torch's products between the C++ functions."""
+    (x, ids, gates, scores), (y, at, *_, held, _, error, drift, seen) = read, state
+    assert x is not None
+    assert y is not None
+    native, name, threads = _library(), DTYPES[y.dtype], torch.get_num_threads()
+    batch, tokens, top_k, _ = y.shape
     positions, place = torch.empty(2, batch * count, dtype=torch.int64).unbind()
-    counts = torch.empty(experts, dtype=torch.int64)
-    due = error if drift is None else drift
+    counts = torch.empty(len(weights[0]), dtype=torch.int64)
     native.choose(
-        *map(address, (ids, gates, held, due, at, scores, seen, sensitivity, threshold, quota)), tick, order, *sizes,
-        experts, count, address(positions), threads,
+        *map(address, (ids, gates, held, error if drift is None else drift, at, scores, seen, *tables)), now, order,
+        batch, tokens, top_k, len(counts), count, address(positions), threads,
     )  # fmt: skip
     rows = x.new_empty(batch * count, x.shape[-1])
-    outside = getattr(native, f"gather_{name}")(
-        *map(address, (x, ids, positions)), *sizes, x.shape[-1], experts, count,
+    outside: int = getattr(native, f"gather_{name}")(
+        *map(address, (x, ids, positions)), batch, tokens, top_k, x.shape[-1], len(counts), count,
         *map(address, (rows, counts, place)), threads,
     )  # fmt: skip
-    if outside >= 0:
-        raise UserError(f"moeca::branches_: expert id {outside}, but there are {experts} experts")
-    fresh = _computed(rows, counts, (up, down, gate, up_bias, down_bias, gate_bias), activation)
-    out = y.new_empty(batch * tokens, y.shape[-1])
-    state = (y, at, d1, d2, before, held, kept, error, drift, seen)
-    _merge((ids, gates, scores, positions, place, fresh), state, tick, order, copy, True, count, out)
-    return out
+    if outside < 0:
+        fresh = run_experts(rows, counts.tolist(), *weights, activation)
+        _merge((ids, gates, scores, positions, place, fresh), state, now, order, copy, True, count, out)
+    return outside
 
 
 def forecast_branches(
@@ -156,7 +196,7 @@ def keep_branches_(
 
 
 def _merge(
-    step: Sequence[Tensor | None], state: Sequence[Tensor | None], now: float, order: int, copy: bool, keeps: bool,
+    step: Tensors, state: Tensors, now: float, order: int, copy: bool, keeps: bool,
     count: int, out: Tensor | None,
 ) -> None:  # fmt: skip
     """The C++ `merge`. `step`: ids, gates, scores, positions, place, fresh; `state`: y, at, d1, d2, before, held, kept,
@@ -174,23 +214,6 @@ def _library() -> Any:
     if native is None:
         raise UserError("moeca::branches_ needs a C++ compiler; `moeca doctor` tells what is missing")
     return native
-
-
-def _computed(
-    rows: Tensor, counts: Tensor, weights: tuple[Weights, Weights, Weights, Weights, Weights, Weights], activation: str
-) -> Tensor:
-    """The experts of rows that lie one expert's after the other's, `counts` int64 [E] of them."""
-    up, down = weights[:2]
-    lies_plain = all(weight.is_contiguous() for group in weights for weight in group)
-    small = rows.dtype == torch.float32 and len(rows) <= FEW * len(up) and not are_even()
-    if not (small and lies_plain and activation in ACTIVATIONS):
-        return run_experts(rows, counts.tolist(), *weights, activation)
-    out = rows.new_empty(len(rows), len(down[0]))
-    _library().few_rows(
-        address(rows), address(counts), *map(addresses, weights), ACTIVATIONS.index(activation), len(up),
-        *up[0].shape[::-1], len(down[0]), address(out), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
 
 
 def _fake(x: Tensor, ids: Tensor, gates: Tensor, scores: Any, now: Tensor, held: Tensor, kept: Tensor, y: Tensor,

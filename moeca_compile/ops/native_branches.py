@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ _ARGUMENTS = {  # p: an address, i: a size, f: a number, b: a flag, t: the numbe
     "choose": "pppppppppp" + "fi" + "iiiii" + "pt",
     "gather_float32": "ppp" + "iiiiii" + "pppt",
     "gather_bfloat16": "ppp" + "iiiiii" + "pppt",
-    "few_rows": "pppppppp" + "iiiii" + "pt",
+    "few_rows": "ppp" + "iiiii" + "pt",
+    "step": "ppppppppppppppppp" + "pfibi" + "iiiiiiii" + "pt",
     "top_k": "piii" + "pppt",
     "merge_float32": "ppppppppppppppppfibb" + "iiiiii" + "pt",
     "merge_bfloat16": "ppppppppppppppppfibb" + "iiiiii" + "pt",
@@ -52,7 +54,7 @@ def library() -> Any:
     for name, kinds in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes = [_KINDS[kind] for kind in kinds]
-        function.restype = ctypes.c_int64 if name.startswith(("gather", "top_k")) else None
+        function.restype = ctypes.c_int64 if name.startswith(("gather", "step", "top_k")) else None
     return loaded
 
 
@@ -61,6 +63,9 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def addresses(tensors: Sequence[Tensor]) -> Any:
-    """An array of addresses; of none a null pointer."""
-    return (ctypes.c_void_p * len(tensors))(*map(Tensor.data_ptr, tensors)) if tensors else None
+def addresses(groups: Sequence[Sequence[Tensor]]) -> Any:
+    """One array of the addresses of all groups' tensors; a group of none has as many null pointers as the first has
+    tensors."""
+    none = (None,) * len(groups[0])
+    every = [*itertools.chain.from_iterable(map(Tensor.data_ptr, group) if group else none for group in groups)]
+    return (ctypes.c_void_p * len(every))(*every)

@@ -88,18 +88,17 @@ void run(const float* rows, Index n, const Expert& expert, int activation, Index
 
 }  // namespace
 
-// Each expert on its rows, `counts` [E] of them, one expert's after the other's. Weights and biases are addresses by
-// expert, or null; `activation` is one of those above.
+// Each expert on its rows, `counts` [E] of them, one expert's after the other's. `weights` [6, E]: the members of all
+// `Expert`s; `activation` is one of those above.
 extern "C" void few_rows(
-    const float* rows, const Index* counts, const float* const* up, const float* const* down, const float* const* gate,
-    const float* const* up_bias, const float* const* down_bias, const float* const* gate_bias, Index activation, Index E,
-    Index in, Index hidden, Index outs, float* out, int threads) {
+    const float* rows, const Index* counts, const float* const* weights, Index activation, Index E, Index in, Index hidden,
+    Index outs, float* out, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (Index e = 0; e < E; ++e) {
     Index first = 0;
     for (Index before = 0; before < e; ++before) first += counts[before];
-    auto mine = [e](const float* const* table) { return table ? table[e] : nullptr; };
-    const Expert expert{up[e], down[e], mine(gate), mine(up_bias), mine(down_bias), mine(gate_bias)};
+    auto one = [&](int group) { return weights[group * E + e]; };
+    const Expert expert{one(0), one(1), one(2), one(3), one(4), one(5)};
     for (Index left = counts[e], n; left > 0; left -= n, first += n) {
       n = std::min(left, 4 * LANES);
       constexpr decltype(&run<1>) forms[] = {run<1>, run<2>, run<3>, run<4>};
@@ -107,4 +106,25 @@ extern "C" void few_rows(
           rows + first * in, n, expert, int(activation), in, hidden, outs, out + first * outs);
     }
   }
+}
+
+// A whole step of float32 branches: `choose`, `gather`, `few_rows` and `merge`. Returns as `gather` does.
+extern "C" Index step(
+    const float* x, const Index* ids, const float* gates, const float* scores, const float* sensitivity,
+    const float* threshold, const Index* quota, float* y, float* at, float* d1, float* d2, float* before, Index* held,
+    float* kept, float* error, float* drift, float* seen, const float* const* weights, float now, Index order, bool copy,
+    Index activation, Index B, Index N, Index K, Index E, Index in, Index hidden, Index D, Index count, float* out,
+    int threads) {
+  const Index R = B * count;
+  std::vector<Index> positions(R), place(R), counts(E);
+  std::vector<float> rows(R * in), fresh(R * D);
+  choose(ids, gates, held, drift ? drift : error, at, scores, seen, sensitivity, threshold, quota, now, order, B, N, K, E,
+         count, positions.data(), threads);
+  const Index outside =
+      gather(x, ids, positions.data(), B, N, K, in, E, count, rows.data(), counts.data(), place.data(), threads);
+  if (outside >= 0) return outside;
+  few_rows(rows.data(), counts.data(), weights, activation, E, in, hidden, D, fresh.data(), threads);
+  merge(ids, gates, scores, positions.data(), place.data(), fresh.data(), y, at, d1, d2, before, held, kept, error, drift,
+        seen, now, order, copy, true, B, N, K, D, E, count, out, threads);
+  return -1;
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeca_compile.errors import MoecaWarning, UserError
 from moeca_compile.graph.variant import Slot
-from moeca_compile.ops import native_branches
+from moeca_compile.ops import branches, native_branches
 from moeca_compile.ops.branches import BRANCHES, FORECAST, KEEP
 from moeca_compile.passes.partial.branches import updated_branches
 from moeca_compile.passes.partial.insert_branches import _pick, _spread
@@ -76,8 +76,8 @@ def written_out(
         rows = torch.ops.moeca.experts(picked["rows"], picked["experts"], *weights, "silu")
         computed = _spread(rows, picked["positions"], tuple(shape))
     after = updated_branches(**computed, **routed, now=NOW, order=order, copy=copy, state=state)
-    branches = after.pop("branches").float()
-    return (branches * routed["gates"][..., None]).sum(2).view(-1, shape[-1]), after
+    values = after.pop("branches").float()
+    return (values * routed["gates"][..., None]).sum(2).view(-1, shape[-1]), after
 
 
 def by_expert(state: State) -> State:
@@ -145,6 +145,24 @@ def test_a_step_that_computes_all_keeps_all(order: int, score: str) -> None:
     left, right = by_expert(state), by_expert(after)
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_seeded")
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("score", ["error", "drift"])
+def test_with_torch_s_products_it_gives_the_same(score: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, weights = state_of(1, score, torch.float32), weights_of(True, True, torch.float32)
+    routed, x = routing(state, twice=False), torch.randn(16, 20)
+    scores = routed["scores"] if score == "drift" else None
+    found = []
+    for few in (branches.FEW, 0):
+        monkeypatch.setattr(branches, "FEW", few)
+        slots = {name: slot.clone() for name, slot in state.items()}
+        given = (x, routed["ids"], routed["gates"], scores, NOW, *map(slots.get, STATE), None, None, None, *weights)
+        found.append([BRANCHES(*given, activation, 9, 1, False), *slots.values()])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
