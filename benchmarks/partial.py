@@ -3,6 +3,8 @@
     python -m benchmarks.partial            # four blocks, about 6 minutes on one core; writes results/partial.json
     python -m benchmarks.partial --narrow   # the trained digits models, 32 samples; writes results/partial_narrow.json
     python -m benchmarks.partial --narrow --few DSMoE   # one of them, tau 0 and 0.05 alone; writes partial_DSMoE.json
+    python -m benchmarks.partial --narrow --short   # both, the rows that matter most for the table at equal time, not
+                                                    # written out: some minutes; writes partial_short.json
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
 The bound for a row is (rho + tau) x full + 10 % of full. The experts' weights are packed, which few rows an expert need
@@ -12,6 +14,7 @@ a cache.
 Of the digits models the experts are told apart: what a row takes beyond one that forecasts whole regions, over what the
 experts of a full step take (a full step less one that computes attention and forecasts the experts). Times are those of
 the processor, on one thread. Some rows are measured in the written-out form too, which GPUs and the interpreter run.
+*Equal time*: a full step and three steps of one row, over four full steps that keep no branches.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ WRITTEN_OUT: dict[str, tuple[Act, Act]] = {
     "written out, tau 0.05": (F, Partial(0, 0.05)),
 }
 FEW = (FULL, "tau 0", "tau 0.05")
+SHORT = (FULL, "tau 0", "tau 0.04", "attention computed, tau 0.04")
 NARROW_BATCH = 32
 DIGITS: dict[str, Callable[[], torch.nn.Module]] = {"DiT-MoE": digits.load_model, "DSMoE": dsmoe.load_digits}
 KINDS: dict[str, tuple[Act, Act]] = {  # attention, experts
@@ -81,12 +85,13 @@ def schedule(depth: int) -> Schedule:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("Measure what PARTIAL rows cost.", "one block, few rounds")
     parser.add_argument("--narrow", action="store_true", help="the trained digits models, 96 channels wide")
+    parser.add_argument("--short", action="store_true", help="of --narrow few rows, and no written-out form")
     parser.add_argument("--few", choices=list(DIGITS), help="of one digits model the rows tau 0 and tau 0.05 alone")
     args = parser.parse_args(argv)
     depth, rounds = (1, 2) if args.quick else (4, 10)
     pin_threads()
     if args.narrow:
-        main_narrow(2 if args.quick else 20, folder_of(args), args.few)
+        main_narrow(2 if args.quick else 10 if args.short else 20, folder_of(args), args.few, args.short)
         return
     network = models.network(depth)
     inputs = models.example_inputs()
@@ -116,32 +121,54 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"written: {save('partial', payload, out).name}")
 
 
-def main_narrow(rounds: int, out: Path | None, few: str | None = None) -> None:
-    """The digits models: each kind of row's time, and its share of the experts' time. `few`: of this one, few rows."""
+def main_narrow(rounds: int, out: Path | None, few: str | None = None, short: bool = False) -> None:
+    """The digits models: each kind of row's time, its share of the experts' time, and a schedule's share of all time.
+    `few`: of this one, few rows; `short`: the rows of `SHORT`, in one form."""
     payload = {}
-    kinds_alone = FEW if few else tuple(NARROW)
+    kinds_alone = SHORT if short else FEW if few else tuple(NARROW)
     for name, load in DIGITS.items():
         if few not in (None, name):
             continue
-        timings = measure_narrow(load().requires_grad_(False), rounds, kinds_alone)
+        timings = measure_narrow(load().requires_grad_(False), rounds, kinds_alone, not short)
         print_table(f"one step, {name}, {NARROW_BATCH} samples", timings, baseline=FULL)
         kinds = [kind for kind in timings if "tau" in kind and "attention" not in kind]
         figures = {kind: over_experts(timings, kind) for kind in kinds}
         for kind, (low, middle, high) in figures.items():
             print(f"{name}, {kind}: {middle:.3f} of the experts' time (quartiles {low:.3f} to {high:.3f})")
-        payload[name] = {"one_step": as_json(timings, baseline=FULL), "of_the_experts_time": figures}
+        shares = equal_time(timings)
+        for kind, share in shares.items():
+            print(f"{name}, uniform:4, between full steps {kind}: {100 * share:.0f} % of the time of full steps")
+        payload[name] = {
+            "one_step": as_json(timings, baseline=FULL),
+            "of_the_experts_time": figures,
+            "uniform_4_of_full_time": shares,
+        }
     if out:
-        print(f"written: {save(f'partial_{few}' if few else 'partial_narrow', payload, out).name}")
+        file = "_".join(("partial", *(["short"] if short else []), *([few] if few else [] if short else ["narrow"])))
+        print(f"written: {save(file, payload, out).name}")
 
 
-def measure_narrow(network: torch.nn.Module, rounds: int, rows_of: Sequence[str] = tuple(NARROW)) -> dict[str, Timing]:
+def equal_time(timings: Mapping[str, Timing]) -> dict[str, float]:
+    """Of each row what a full step and three steps of the row take, over four full steps of whole regions: medians."""
+    full_of = {**dict.fromkeys(WHOLE, "whole full"), **dict.fromkeys(WRITTEN_OUT, "written out, full")}
+    return {
+        kind: (timings[full_of.get(kind, FULL)].median + 3 * timing.median) / (4 * timings["whole full"].median)
+        for kind, timing in timings.items()
+        if not kind.endswith("full")
+    }
+
+
+def measure_narrow(
+    network: torch.nn.Module, rounds: int, rows_of: Sequence[str] = tuple(NARROW), written_out: bool = True
+) -> dict[str, Timing]:
     """Milliseconds of processor time of each kind of row, one round after the other. Rows of whole regions are another
-    model's, which keeps no branches; all take the weights as they are. `rows_of`: which rows of `NARROW`."""
+    model's, which keeps no branches; all take the weights as they are. `rows_of`: which of `NARROW`; `written_out`:
+    that form too."""
     inputs = digits.initial_noise(0, NARROW_BATCH), torch.full((NARROW_BATCH,), 1000.0), digits.labels_of(NARROW_BATCH)
     keys = tuple(region.key for region in moeca.explain(network, *inputs).regions)
     samples: dict[str, list[float]] = {}
     handles = []
-    for kinds in ({kind: NARROW[kind] for kind in rows_of}, WHOLE, WRITTEN_OUT):
+    for kinds in ({kind: NARROW[kind] for kind in rows_of}, WHOLE, *([WRITTEN_OUT] if written_out else [])):
         rows = tuple(kind * (len(keys) // 2) for kind in kinds.values())
         every_kind = Schedule(rows, keys, period=len(rows), made_by="every kind of row")
         library = nothing if kinds is WRITTEN_OUT else branches_in_place.library
