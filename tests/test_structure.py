@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import moeca_compile
+from tests.docs.pages import git
 
 PACKAGE = Path(moeca_compile.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -104,10 +104,7 @@ def run_python(code: str) -> str:
 
 def text_files() -> list[Path]:
     """Every text file of the checkout that is tracked or about to be."""
-    if not (ROOT / ".git").exists() or not shutil.which("git"):
-        pytest.skip("needs the checkout")
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     paths = (ROOT / name for name in listed.split("\0") if name)
     return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
 
@@ -206,6 +203,18 @@ def test_no_path_of_a_machine_is_tracked() -> None:
     for path in text_files():
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             assert not machine_path.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def test_the_slow_tests_that_ci_names_are_there() -> None:
+    names = ROOT / ".ci/slow.txt"
+    if not names.exists():
+        pytest.skip("needs the checkout")
+    lines = names.read_text().splitlines()
+    assert len(lines) == len(set(lines))
+    for line in lines:
+        file, *parts = line.split("[")[0].split("::")
+        found = (ROOT / file).is_dir() or (ROOT / file).read_text()
+        assert found is True or all(re.search(rf"^ *(def|class) {part}\b", found, re.MULTILINE) for part in parts), line
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from moeca_compile.runtime.session import Session
 from tests.bundle.conftest import call_of, named, small_model
 
 TRAJECTORIES, STEPS = 64, 4
-SESSIONS, WARM_UP = 100, 20
-MAX_GROWTH = 4 * 2**20  # bytes; a session holds more than a tenth of that, so 100 leaked ones would be seen
+SESSIONS, WARM_UP = 40, 10
+MAX_GROWTH = 4 * 2**20  # bytes; a session holds more than a tenth of that, so 40 leaked ones would be seen
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +63,4 @@ def test_sessions_leave_nothing(bundle: Bundle) -> None:
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 GENERATED = {
@@ -83,3 +87,11 @@ def anchors_of(page: str) -> set[str]:
 
 def links_of(page: str) -> list[str]:
     return re.findall(r"\]\(([^)\s]+)\)", prose_of(page))
+
+
+def git(*words: str) -> str:
+    """What git says of the checkout, whoever owns that: a container often runs as another user. Skips without git."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("needs git and the checkout")
+    command = ["git", "-c", f"safe.directory={ROOT}", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

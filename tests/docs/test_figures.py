@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT, page_names, text_of
+from tests.docs.pages import ROOT, git, page_names, text_of
 
 if not (ROOT / "docs").exists():
     pytest.skip("needs the checkout", allow_module_level=True)
@@ -65,12 +63,6 @@ def test_the_readme_counts_the_models_of_the_table() -> None:
 
 def test_commits_that_are_named_are_in_the_history() -> None:
     """A commit that was rebased away still exists where it was made, and nowhere else."""
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("needs git and its history")
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
     if git("rev-parse", "--is-shallow-repository").strip() != "false":
         pytest.skip("needs the whole history")
     history = git("rev-list", "HEAD")
