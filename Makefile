@@ -52,8 +52,9 @@ demo: $(INSTALLED) ## sample digits plain and cached, print the table, write dem
 test: $(INSTALLED) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+# worksteal: S/2 takes as long as all others, and they are in one folder
 engines: $(INSTALLED) ## TensorRT-RTX parses and builds every variant of the digits and S/2 bundles; no GPU is needed
-	$(BIN)/python -m pytest -m slow tests/bundle/tensorrt $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests/bundle/tensorrt $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) $(TRITON)/.installed ## the slow tests, some against a Triton server
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -21,7 +21,8 @@ from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.manifest import MANIFEST, digest_of
 from moeca_compile.runtime.session import Session
 from moeca_compile.runtime.trajectory import Trajectory
-from moeca_compile.schedule import Schedule
+from moeca_compile.schedule import Action, Partial, Schedule
+from moeca_compile.schedule.adaptive import Adaptive
 from tests.models import DiT
 from tests.tools import UNHOISTED, row
 
@@ -29,6 +30,10 @@ PROVIDERS = ("CPUExecutionProvider", "openvino")
 # What every runtime has to do: onnxruntime shows it in each run of the tests, OpenVINO among the slow ones.
 EACH_PROVIDER = (PROVIDERS[0], pytest.param(PROVIDERS[1], marks=pytest.mark.slow))
 Edit = Callable[[dict[str, Any]], None]
+C, F = Action.COMPUTE, Action.FORECAST
+ADAPTIVE = Schedule(
+    ((C, C), (C, Partial(0, 0.3)), (F, F)), ("blocks.0", "blocks.0.moe"), adaptive=Adaptive((0.3, 0.1), most=6)
+)
 
 
 def small_model(**sizes: Any) -> DiT:
@@ -95,6 +100,13 @@ def closed(model: DiT, schedule: Schedule, tmp_path_factory: pytest.TempPathFact
     ends = replace(schedule, rows=schedule.rows[:3], period=0, timesteps=(900.0, 600.0, 300.0))
     path = tmp_path_factory.mktemp("closed") / "b"
     return moeca.export(model, call_of(2), ends, path, fused=True, dynamic_batch=False)
+
+
+@pytest.fixture(scope="session")
+def adaptive(model: DiT, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Rows that depend on the drift, one of which computes a part of the branches."""
+    path = tmp_path_factory.mktemp("adaptive") / "b"
+    return moeca.export(model, call_of(2), ADAPTIVE, path, targets=("onnx", "openvino"))
 
 
 @pytest.fixture(scope="session", params=EACH_PROVIDER)

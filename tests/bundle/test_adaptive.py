@@ -17,24 +17,25 @@ from moeca_compile.errors import BundleError, LoweringError, MoecaWarning
 from moeca_compile.runtime.bundle.bundle import Bundle
 from moeca_compile.runtime.bundle.verify import relative_error, verify
 from moeca_compile.runtime.session import Session
-from moeca_compile.schedule import Action, Partial, Schedule
+from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.adaptive import Adaptive
-from tests.bundle.conftest import EACH_PROVIDER, PROVIDERS, Edit, as_model, call_of, edit_manifest, small_model
+from tests.bundle.conftest import (
+    ADAPTIVE,
+    EACH_PROVIDER,
+    PROVIDERS,
+    C,
+    Edit,
+    F,
+    as_model,
+    call_of,
+    edit_manifest,
+    small_model,
+)
 from tests.bundle.test_output import psnr
 
 pytestmark = pytest.mark.slow
 
 STEPS = 24
-C, F = Action.COMPUTE, Action.FORECAST
-SCHEDULE = Schedule(
-    ((C, C), (C, Partial(0, 0.3)), (F, F)), ("blocks.0", "blocks.0.moe"), adaptive=Adaptive((0.3, 0.1), most=6)
-)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path = tmp_path_factory.mktemp("adaptive") / "b"
-    return moeca.export(small_model(), call_of(2), SCHEDULE, path, targets=("onnx", "openvino"), dynamic_batch=False)
 
 
 def calls(speed: float) -> list[dict[str, Any]]:
@@ -48,7 +49,7 @@ def calls(speed: float) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module", params=[0.01, 0.05, 0.3])
 def run(request: pytest.FixtureRequest) -> tuple[list[dict[str, Any]], list[Any], list[int]]:
     """Calls, what torch gives for them, and the MACs of the variants that it runs, which tell them apart."""
-    handle = moeca.compile(small_model(), schedule=SCHEDULE, inner="eager")
+    handle = moeca.compile(small_model(), schedule=ADAPTIVE, inner="eager")
     with torch.no_grad(), moeca.trajectory(handle, steps=STEPS):
         inputs = calls(request.param)
         outputs = [handle(*(torch.from_numpy(call[name]) for name in "xty")).numpy() for call in inputs]
@@ -56,9 +57,9 @@ def run(request: pytest.FixtureRequest) -> tuple[list[dict[str, Any]], list[Any]
 
 
 @pytest.mark.parametrize("provider", EACH_PROVIDER)
-def test_it_chooses_as_torch_does(provider: str, bundle: Bundle, run: Any) -> None:
+def test_it_chooses_as_torch_does(provider: str, adaptive: Bundle, run: Any) -> None:
     inputs, outputs, macs = run
-    with Session.open(bundle.path, provider, threads=1).trajectory(steps=STEPS) as trajectory:
+    with Session.open(adaptive.path, provider, threads=1).trajectory(steps=STEPS) as trajectory:
         found = [trajectory.run(call)["output"] for call in inputs]
         assert [record.macs for record in trajectory.records] == macs
     assert len(set(macs)) > 1
@@ -66,13 +67,13 @@ def test_it_chooses_as_torch_does(provider: str, bundle: Bundle, run: Any) -> No
         assert relative_error(result, reference) < 1e-4
 
 
-def test_golden_steps_run_every_variant(bundle: Bundle) -> None:
-    assert verify(Session.open(bundle.path)).variants == ("v0", "v2", "v1")
+def test_golden_steps_run_every_variant(adaptive: Bundle) -> None:
+    assert verify(Session.open(adaptive.path)).variants == ("v0", "v2", "v1")
 
 
 @pytest.mark.slow
 def test_rows_that_the_drift_never_chooses_are_named(tmp_path: Path) -> None:
-    never = Schedule(((C, C), (C, F), (F, F)), SCHEDULE.regions, adaptive=Adaptive((1e9, 1e8), most=50))
+    never = Schedule(((C, C), (C, F), (F, F)), ADAPTIVE.regions, adaptive=Adaptive((1e9, 1e8), most=50))
     with pytest.warns(MoecaWarning, match="no golden step runs v1: in 26 steps the drift never chose their rows"):
         moeca.export(small_model(), call_of(2), never, tmp_path / "b", dynamic_batch=False)
 
@@ -98,8 +99,8 @@ def state(number: int, **change: Any) -> Edit:
         (lambda data: data["steps"].reverse(), "steps and schedule differ"),
     ],
 )
-def test_manifests_that_lie(edit: Edit, says: str, bundle: Bundle, tmp_path: Path) -> None:
-    shutil.copytree(bundle.path, tmp_path / "b")
+def test_manifests_that_lie(edit: Edit, says: str, adaptive: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(adaptive.path, tmp_path / "b")
     edit_manifest(tmp_path / "b", edit)
     with pytest.raises(BundleError, match=says):
         Bundle.open(tmp_path / "b")

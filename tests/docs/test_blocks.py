@@ -81,13 +81,17 @@ def has_python(page: str, long: bool) -> bool:
     return any(b.language == "python" and b.is_run and is_long(b) == long for b in blocks_of(page))
 
 
+def is_quick(page: str) -> bool:
+    return page.startswith(QUICK) and page not in SEVERAL
+
+
 @pytest.mark.filterwarnings("default::moeca_compile.errors.MoecaWarning")
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] * (not page.startswith(QUICK) or page in SEVERAL))
+        pytest.param(page, marks=[pytest.mark.slow] * (not is_quick(page)))
         for page in WRITTEN
-        if has_python(page, False)
+        if has_python(page, False) and (is_quick(page) or not has_python(page, True))  # the test below runs all blocks
     ],
 )
 def test_the_blocks_of_a_page_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

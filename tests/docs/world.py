@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from tests.models import DiT
+from tests.packages.conftest import interpret
 
 STEPS = 8
 
@@ -60,6 +61,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         made(self, **{**given, "inner": "eager", "inner_options": {}, "mode": None})
 
     monkeypatch.setattr(moeca.Options, "__init__", without_compiler)
+    interpret(monkeypatch)
     log = logging.getLogger("moeca_compile")
     monkeypatch.setattr(log, "setLevel", lambda level: None)  # it would hold for every later test
     diffusers: Any = types.ModuleType("diffusers")

@@ -18,7 +18,7 @@ from moeca_compile.errors import LoweringError, MoecaWarning, OptionError, State
 from moeca_compile.frontend.batched.model import BatchedModel, _refuse
 from moeca_compile.ops.even_rows import even_rows
 from moeca_compile.options import Options
-from tests.bundle.test_adaptive import SCHEDULE as ADAPTIVE
+from tests.bundle.conftest import ADAPTIVE
 from tests.bundle.test_partial import BY_DRIFT
 from tests.models import DiT
 

@@ -74,6 +74,10 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are run by torch, operator by operator, and no compiler is waited for; all else is as in a package."""
     programs: dict[str, Variant] = {}
 
