@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import FrameType, NoneType
 from typing import Any
 
@@ -178,8 +179,7 @@ class OutputPath:
         if structure is None:
             leaves, spec = tree_flatten((args, kwargs))
             if spec not in self._structures:
-                names = self._names(args, kwargs)
-                self._structures[spec] = CallStructure(spec, names, timestep_of(names))
+                self._structures[spec] = _structure_of(spec, self._names(args, kwargs))
             structure = self._structures[spec]
             if is_plain:
                 self._structures[key] = structure
@@ -194,6 +194,12 @@ class OutputPath:
                 where = self._parameters[where] if where < len(self._parameters) else ""
             names.append(str(where) if plain else "")
         return tuple(names)
+
+
+@cache
+def _structure_of(spec: TreeSpec, names: tuple[str, ...]) -> CallStructure:
+    """One object for the calls of all models: programs are found by it, and state is handed over between equal ones."""
+    return CallStructure(spec, names, timestep_of(names))
 
 
 @dataclass(frozen=True)
