@@ -245,7 +245,7 @@ def test_compiled_as_interpreted() -> None:
     torch.manual_seed(0)
     model = DiT(depth=1, dim=16, heads=2, num_experts=5, top_k=2, hidden=12, size=4, channels=2).eval()
     model.requires_grad_(False)
-    schedule = schedule_of(subject(depth=1).analysis, "CC", "ab", "ab", "ab", legend=LEGEND)
+    schedule = schedule_of(subject(depth=1).analysis, "CC", "Fb", "aa", "Fb", legend=LEGEND)
     outputs = []
     for inner in ("eager", "inductor"):
         torch._dynamo.reset()

@@ -12,8 +12,7 @@ generate = importlib.import_module("examples.01_generate")
 
 
 @pytest.mark.slow  # it compiles the digits model three times; .ci/run has it
-def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "BATCH", 8)
+def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "demo.png"
     generate.main(["--json", "--runs", "1", "--picture", str(picture)])
     (line,) = capsys.readouterr().out.splitlines()
