@@ -61,16 +61,6 @@ def sample(model: Any, numbers: bool = False, steps: int = STEPS, seed: int = 0)
     return outputs
 
 
-def test_a_second_model_goes_on_with_what_the_first_one_returned(model: Model) -> None:
-    pair = moeca.compile(
-        [model, copy.deepcopy(model)], schedule="uniform:3", granularity="output", inner="eager", hand_over=True
-    )
-    steps = iter(range(STEPS))
-    sample(lambda *call: pair[next(steps) >= 4](*call))
-    assert [record.step for record in moeca.stats(pair).steps if record.cold] == []
-    assert model.calls < 4  # it was cached
-
-
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import moeca_compile as moeca
 from moeca_compile.errors import OptionError, StateError
 from moeca_compile.schedule import Action, Schedule
+from tests.engine.test_output import Model
 from tests.models import DiT
 
 TIMES = tuple(950.0 - 100 * step for step in range(9))
@@ -168,6 +169,17 @@ def test_what_is_handed_over_is_right(granularity: str) -> None:
         assert steps_of(pair)[1] == []
         for left, right in zip(found, sample([alone, alone], seed), strict=True):
             assert (left - right).abs().max() <= 1e-6
+
+
+def test_an_output_is_handed_over_though_the_models_have_no_graph() -> None:
+    models = [Model().eval().requires_grad_(False) for _ in range(2)]
+    pair = moeca.compile(models, **EAGER, granularity="output", hand_over=True)
+    with torch.no_grad():
+        for step, time in enumerate(TIMES):
+            pair[step >= SWITCH](torch.ones(2, 2, 3, 3), torch.full((2,), time), torch.tensor([1, 2]))
+    steps = moeca.stats(pair).steps
+    assert [record.step for record in steps] == list(range(len(TIMES)))
+    assert not any(record.cold for record in steps)
 
 
 @pytest.mark.slow
