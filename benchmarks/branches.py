@@ -5,7 +5,8 @@
 
 Layers like those of the digits models (32 samples) and of DiT-MoE-S/2 (batch 2), random weights, float32, one thread,
 times of the processor. Each kind runs on six layers in turn, as in a step, so that no layer's state lies in the cache;
-a tenth of the tokens change their experts at each step. *router*: its product, sigmoid and choice, which no forecast of
+a tenth of the tokens change their experts at each step. *reading*: every kept value and difference
+once, which is what bounds their forecast. *router*: its product, sigmoid and choice, which no forecast of
 a region needs. *written out*: the same step in torch's operators, one by one; compiled they are fused.
 """
 
@@ -91,6 +92,7 @@ class Layer:
         none, weights, slots = (None, None, None), self.weights, self.slots
         return {
             EXPERTS: lambda ids, gates, now: torch.ops.moeca.experts(self.x, ids.flatten(0, 1), *weights, "silu"),
+            "reading": lambda ids, gates, now: (self.state[Slot.Y].sum(), self.state[Slot.D1].sum()),
             "forecast_branches": lambda ids, gates, now: FORECAST(ids, gates, now, *slots[:7], 1, False),
             f"branches_, tau {TAU}": lambda ids, gates, now: BRANCHES(
                 self.x, ids, gates, None, now, *slots, *none, *weights, "silu", self.count, 1, False

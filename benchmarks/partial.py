@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def main_narrow(rounds: int, out: Path | None, few: str | None = None, short: bool = False) -> None:
     """The digits models: each kind of row's time, its share of the experts' time, and a schedule's share of all time.
-    `few`: of this one, few rows; `short`: the rows of `SHORT`, in one form."""
+    `few`: of this one, the rows of `FEW`; `short`: those of `SHORT`; it leaves out the written-out form."""
     payload = {}
-    kinds_alone = SHORT if short else FEW if few else tuple(NARROW)
+    kinds_alone = FEW if few else SHORT if short else tuple(NARROW)
     for name, load in DIGITS.items():
         if few not in (None, name):
             continue
