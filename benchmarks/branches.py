@@ -5,9 +5,9 @@
 
 Layers like those of the digits models (32 samples) and of DiT-MoE-S/2 (batch 2), random weights, float32, one thread,
 times of the processor. Each kind runs on six layers in turn, as in a step, so that no layer's state lies in the cache;
-a tenth of the tokens change their experts at each step. *reading*: every kept value and difference
-once, which is what bounds their forecast. *router*: its product, sigmoid and choice, which no forecast of
-a region needs. *written out*: the same step in torch's operators, one by one; compiled they are fused.
+a tenth of the tokens change their experts at each step. *reading*: every kept value and difference once, which bounds
+their forecast. *router*: its product, sigmoid and choice, which no forecast of a region needs. *written out*: the same
+step in torch's operators, one by one; compiled they are fused.
 """
 
 from __future__ import annotations
