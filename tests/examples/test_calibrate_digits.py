@@ -29,7 +29,7 @@ def truth(model: digits.DiTMoE) -> Tensor:
         return torch.cat([calibrate.sampler()(full, seed) for seed in calibrate.HOLDOUT])
 
 
-@pytest.mark.slow  # 400 steps of the digits model and as many cached ones; .ci/run has one of them
+@pytest.mark.slow  # 400 steps of the digits model and as many cached ones
 @pytest.mark.parametrize("name", calibrate.BUDGETS)
 def test_a_committed_schedule_holds_what_it_predicts(model: digits.DiTMoE, truth: Tensor, name: str) -> None:
     schedule = Schedule.load(calibrate.SCHEDULES / f"digits_{name}.json")
