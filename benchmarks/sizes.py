@@ -5,12 +5,14 @@
     python -m benchmarks.sizes --speed   # what a shared program costs a step, against one for the size alone
 
 For each size two calls are made: a computed step and a forecast one. *dynamo*: its traces; that of the second size has
-symbolic sizes and serves all further ones. *capture*: the graph of one size and its regions, and the calls.
-*variants*: the graph of each kind of step, compiled. Beside it the same calls of plain torch.compile, with symbolic
-sizes (its default) and with a graph for each size. Inductor's caches are off. The contenders take turns, size by size.
+symbolic sizes and serves all further ones; with `dynamic=True`, of which the first columns are, the first one's does.
+*capture*: the graph of one size and its regions, and the calls.
+*variants*: the graph of each kind of step, compiled. Beside it the same calls without `dynamic=True`, and of plain
+torch.compile, with symbolic sizes (its default) and with a graph for each size. Inductor's caches are off. The
+contenders take turns, size by size.
 
-`--speed`: FLUX with 256 channels. *shared*: a program that was compiled at 64 and 144 tokens runs 256 tokens. *each*:
-a model that has met the same three sizes, but runs a program for 256 tokens; both have Dynamo's symbolic sizes.
+`--speed`: FLUX with 256 channels. *shared*: a program that was compiled at 64 tokens, with `dynamic=True`, runs 256.
+*each*: a model that has met the same three sizes, but runs a program for 256 tokens; both have Dynamo's symbolic sizes.
 *alone*: a model that has met 256 tokens only. They take turns step by step: ratios of processor times, with 95 %
 intervals (bootstrap of rounds). It writes `results/sizes.json`.
 """
@@ -78,7 +80,8 @@ def compare_speed(rounds: int = 40) -> dict[str, Any]:
     kinds = {SHARED: (True, MET), EACH: (False, MET), ALONE: (False, MET[-1:])}
     models = {}
     for name, (share, sizes) in kinds.items():
-        models[name] = moeca.compile(flux(heads=16), schedule="uniform:2", share_sizes=share)
+        dynamic = True if share else None
+        models[name] = moeca.compile(flux(heads=16), schedule="uniform:2", share_sizes=share, dynamic=dynamic)
         for size in sizes:
             seconds_of(models[name], size)
     assert not moeca.stats(models[SHARED]).unshared
@@ -131,11 +134,14 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     torch._inductor.config.force_disable_caches = True
     inner = "eager" if quick else "inductor"
-    cached = moeca.compile(flux(), schedule="uniform:2", inner=inner, max_signatures=len(SIZES))
+    cached, by_default = (
+        moeca.compile(flux(), schedule="uniform:2", inner=inner, max_signatures=len(SIZES), dynamic=dynamic)
+        for dynamic in (True, None)
+    )
     backend = "aot_eager" if quick else "inductor"
     symbolic, fixed = torch.compile(flux(), backend=backend), torch.compile(flux(), backend=backend, dynamic=False)
     torch._dynamo.config.recompile_limit = 2 * len(SIZES)
-    columns = ("tokens", "moeca", "dynamo", "capture", "variants", "torch.compile", "dynamic=False")
+    columns = ("tokens", "moeca", "dynamo", "capture", "variants", "by default", "torch.compile", "dynamic=False")
     print("".join(name.rjust(15) for name in columns))
     before: dict[str, float] = {}
     for size in SIZES[: 3 if quick else len(SIZES)]:
@@ -146,7 +152,7 @@ def main(arguments: list[str]) -> None:
         spent = {name: value - before.get(name, 0.0) for name, value in after.items()}
         before = dict(after)
         variants = sum(seconds for name, seconds in spent.items() if name != "capture")
-        others = [seconds_of(model, size) for model in (symbolic, fixed)]
+        others = [seconds_of(model, size) for model in (by_default, symbolic, fixed)]
         cells = [total, traced, total - traced - variants, variants, *others]
         print(str(size * size).rjust(15) + "".join(f"{value:15.1f}" for value in cells), flush=True)
 

@@ -47,6 +47,7 @@ from moeca_compile.frontend.reporting.dry_run import is_dry, traced_dry
 from moeca_compile.frontend.reporting.last_call import report_of_last_call
 from moeca_compile.frontend.reporting.recorder import GraphRecorder
 from moeca_compile.frontend.summary import report_of
+from moeca_compile.frontend.symbols.sizes_alone import sizes_alone
 from moeca_compile.graph.capture import isolate_recompiles_kwargs
 from moeca_compile.inspect.report import Report
 from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
@@ -151,6 +152,8 @@ def compile(
             module, backend=compiler, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
         )
         gate_of(handle.dynamo_ctx)
+        if dynamic:
+            handle.dynamo_ctx.enter_exit_hooks.append(sizes_alone)
         if parsed.granularity == OUTPUT:
             install_output_path(handle, (compiler.options, compiler.schedule))
         route_methods(handle)

@@ -24,7 +24,7 @@ from moeca_compile.graph import fx
 from moeca_compile.graph.capture import Capture, Input, capture
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.fold_linear import fold_linear
-from moeca_compile.lowering.inductor.lower import Executable, lower_inductor
+from moeca_compile.lowering.inductor.lower import AtOtherSize, Executable, lower_inductor
 from moeca_compile.lowering.inductor.native import write_native
 from moeca_compile.lowering.inductor.repeat_blocks import repeat_blocks
 from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
@@ -240,15 +240,17 @@ def build_prologue(
 
 
 def lower(
-    variant: Variant, args: Sequence[Any], options: Options, sizes: SharedSizes | None = None
-) -> tuple[Executable, tuple[PassRecord, ...]]:
-    """lower: a variant or prologue, compiled by Inductor for tensors like `args`, or for `sizes` of many.
+    variant: Variant, args: Sequence[Any], options: Options, sizes: SharedSizes | None = None,
+    other: AtOtherSize = lambda: None,
+) -> tuple[Executable, tuple[PassRecord, ...]]:  # fmt: skip
+    """lower: a variant or prologue, compiled by Inductor for tensors like `args`, or for `sizes` of many. `other`: the
+    variant at another size.
 
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
     """
     manager = manager_of(options)
-    run = lower_inductor(variant, args, options.mode, options.inner_options, LOWER_INDUCTOR, manager, sizes)
+    run = lower_inductor(variant, args, options.mode, options.inner_options, LOWER_INDUCTOR, manager, sizes, other)
     return run, tuple(manager.records)
 
 

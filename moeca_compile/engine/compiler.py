@@ -17,7 +17,7 @@ from moeca_compile.graph.autocast import autocast_is, without_autocast
 from moeca_compile.graph.capture import Input
 from moeca_compile.graph.variant import Variant
 from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
-from moeca_compile.lowering.inductor.lower import Executable, lower_eager
+from moeca_compile.lowering.inductor.lower import AtOtherSize, Executable, lower_eager
 from moeca_compile.lowering.inductor.replay import RECORDERS, Record, Replayed
 from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.options import Options
@@ -68,13 +68,16 @@ class Compiler:
         """
         self.record, self.replaying = _recorder(args), threading.RLock()
 
-    def lower(self, variant: Variant, args: Sequence[Any], often: bool = True) -> Executable:
+    def lower(
+        self, variant: Variant, args: Sequence[Any], often: bool = True, other: AtOtherSize = lambda: None
+    ) -> Executable:
         """Compile a variant for tensors like `args`.
 
         Args:
             variant: to compile.
             args: of the variant.
             often: the variant runs at many steps of a trajectory. False: it runs in the interpreter, unrecorded.
+            other: the variant at another size; gives None: it isn't known.
 
         Raises:
             LoweringError: the inner compiler refused it.
@@ -85,7 +88,7 @@ class Compiler:
             run = lower_eager(variant)
         else:
             with autocast_is(()):
-                compiled, records = lower(variant, args, self.options, self._sizes)
+                compiled, records = lower(variant, args, self.options, self._sizes, other)
             run = without_autocast(compiled)
         self.note(variant.name, begin, records)
         if self.record is None or not often:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,16 +18,20 @@ from moeca_compile.engine.prologues import Prologues
 from moeca_compile.engine.trajectories.agreement import Agreement, agreement_of
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.errors import CaptureError
-from moeca_compile.graph.capture import Capture, Input
+from moeca_compile.graph.autocast import autocast_is
+from moeca_compile.graph.capture import Capture, Input, capture
 from moeca_compile.graph.fit import fit
 from moeca_compile.graph.variant import StateSlot, Variant
 from moeca_compile.lowering.inductor.buffers import Buffers
 from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.packable import why_not_packed
+from moeca_compile.passes.facts import Facts
 from moeca_compile.pipeline import WITH_PROLOGUES, Analysis, Pipeline, analyze
 from moeca_compile.runtime.warned import Warned
 from moeca_compile.schedule import Row, Schedule
+
+OtherSize = Callable[[], Sequence[Any] | None]
 
 
 class Program:
@@ -44,6 +49,8 @@ class Program:
         key: equal for graphs that compute the same from other weights; default: equal to no other.
         freed: the freed weights of the handle; None: none will be freed.
         sizes: programs of the handle that serve several sizes; None: variants are compiled for this size alone.
+        other: makes arguments of another size that the graph may be called with, fake tensors among them; gives None:
+            every size is fixed.
 
     Attributes:
         analysis: the captured graph, with its regions and inputs.
@@ -71,7 +78,7 @@ class Program:
         self, gm: torch.fx.GraphModule, args: Sequence[Any], inputs: Sequence[Input], options: Options,
         schedule: Schedule | None = None, warned: Warned | None = None, captured: Capture | None = None,
         pipeline: Pipeline = WITH_PROLOGUES, key: Hashable = None, freed: FreedWeights | None = None,
-        sizes: SharedSizes | None = None,
+        sizes: SharedSizes | None = None, other: OtherSize = lambda: None,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
         freed = freed if options.free_hoisted else None
@@ -80,6 +87,7 @@ class Program:
         self.compiler = Compiler(options, args, sizes)
         self.analysis: Analysis = analyze(gm, args, inputs, options, captured, pipeline)
         facts = self.analysis.facts
+        self._at_other_size = cache(partial(_analyzed_at, other, gm, inputs, options, pipeline, facts))
         self.regions = facts.regions
         self.compiler.inputs = facts.inputs
         self.agreement: Agreement | None = agreement_of(self.analysis.gm, args)
@@ -123,7 +131,7 @@ class Program:
         """
         fitted = fit(schedule, self.regions, self.options.granularity)
         state_schedule = fit(state_schedule or schedule, self.regions, self.options.granularity)
-        cache = VariantCache(self.analysis, self.compiler, state_schedule)
+        cache = VariantCache(self.analysis, self.compiler, state_schedule, self._at_other_size)
         cache = self._variants.setdefault((cache.layout, state_schedule.order, state_schedule.control), cache)
         return CompiledSchedule(self, fitted, cache, order)
 
@@ -174,6 +182,19 @@ class Program:
 def shape_of_sample(args: Sequence[Any], latent: int | None) -> tuple[int, ...]:
     """Shape of the argument at the position `latent`, without its batch; empty: there is none."""
     return () if latent is None else tuple(args[latent].shape[1:])
+
+
+def _analyzed_at(
+    other: OtherSize, gm: torch.fx.GraphModule, inputs: Sequence[Input], options: Options,
+    pipeline: Pipeline, facts: Facts,
+) -> Analysis | None:  # fmt: skip
+    """The analysis of a graph at another size, under the same autocasts; None: every size is fixed."""
+    args = other()
+    if args is None:
+        return None
+    with autocast_is(facts.autocast):
+        captured = capture(gm, args, inputs, with_caches=bool(facts.caches))
+        return analyze(gm, args, inputs, options, captured, pipeline)
 
 
 def _nothing_found(analysis: Analysis) -> str:

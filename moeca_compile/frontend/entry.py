@@ -36,6 +36,7 @@ from moeca_compile.frontend.signature import (
     with_floats,
 )
 from moeca_compile.frontend.summary import announce
+from moeca_compile.frontend.symbols.other_size import other_size
 from moeca_compile.graph import fx
 from moeca_compile.graph.autocast import ambient_autocast
 from moeca_compile.graph.capture import Capture, Input, inputs_of, under_compile_lock
@@ -282,10 +283,8 @@ class Entry:
     @property
     def programs(self) -> dict[Hashable, Program]:
         """The programs that serve this graph now, of all handles."""
-        programs: dict[Hashable, Program] = {}
-        for number, runtime in self.runtimes.items():
-            programs |= {(number, key): program for key, program in runtime.serving(self.number).items()}
-        return programs
+        served = ((number, runtime.serving(self.number)) for number, runtime in self.runtimes.items())
+        return {(number, key): program for number, programs in served for key, program in programs.items()}
 
     def _state(self, context: Any) -> HandleState:
         if context is not None:
@@ -337,8 +336,8 @@ class Entry:
         graph_key: Hashable = (self._identity, labelled_kinds(self.inputs, args, numbers), key[-1])
         if runtime.find(graph_key) is not None:
             return self._beside(key, graph_key, runtime)
-        labels = [self.inputs[i].label for i in numbers if i not in self._unread]
-        warn_of_numbers(key, runtime.keys_of(self.number), labels, runtime.warned)
+        read = [self.inputs[i].label for i in numbers if i not in self._unread]
+        warn_of_numbers(key, runtime.keys_of(self.number), read, runtime.warned)
         gm = with_floats(self.gm, {i: numbers[i] for i in self._floats})
         captured = captured_of(gm, args, self.inputs)
         inputs = with_caches_as_arguments(self.inputs, captured)
@@ -352,14 +351,16 @@ class Entry:
         any_strides_key = self._any_strides_key(args, numbers, key[-1])
         if not captured.caches and runtime.find(any_strides_key) is not None:  # a copy isn't the caller's cache
             return self._beside(key, any_strides_key, runtime, captured)
-        warn_of_shapes(captured, runtime.programs.values(), runtime.warned)
         settings = runtime.options, runtime.schedule, runtime.warned
+        warn_of_shapes(captured, runtime.programs.values(), runtime.warned)
+        like = [node.meta.get("val", arg) for node, arg in zip(fx.placeholders(captured.gm), args, strict=True)]
         program = Program(
-            gm, args, self.inputs, *settings, captured, key=graph_key, freed=runtime.freed, sizes=runtime.sizes
-        )
+            gm, args, self.inputs, *settings, captured, key=graph_key, freed=runtime.freed, sizes=runtime.sizes,
+            other=partial(other_size, self.gm, like),
+        )  # fmt: skip
         program.compiler.compile_id = self._compile_id
-        graph = partial(text_of, program.analysis.gm)
-        log_capture(program.regions, program.roles, program.schedule, graph, self._compile_id)
+        text = partial(text_of, program.analysis.gm)
+        log_capture(program.regions, program.roles, program.schedule, text, self._compile_id)
         runtime.place((key, graph_key, any_strides_key, captured_key), program)
         program.place_weights(args)
         self._bind(args, runtime)  # some may have been moved

@@ -22,6 +22,7 @@ from moeca_compile.lowering.inductor.straight_stream import straight_stream
 from moeca_compile.passes.manager import Pass, PassManager
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+AtOtherSize = Callable[[], tuple[Variant, Sequence[Any]] | None]  # a variant at another size, with tensors for it
 
 MANY_STATES = 16  # that a variant reads
 IN_ONE_KERNEL = 8  # of Inductor's nodes on a GPU, each of about as many states
@@ -35,6 +36,7 @@ def lower_eager(variant: Variant) -> Executable:
 def lower_inductor(
     variant: Variant, args: Sequence[Any], mode: str | None = None, inner_options: Mapping[str, Any] | None = None,
     passes: Sequence[Pass[Variant]] = (), manager: PassManager | None = None, sizes: SharedSizes | None = None,
+    other: AtOtherSize = lambda: None,
 ) -> Executable:  # fmt: skip
     """Compile for tensors like `args`, after these passes. Weights stay inputs, so all variants share one copy;
     Inductor's on-disk cache serves a second process.
@@ -47,6 +49,7 @@ def lower_inductor(
         passes: graph passes on the way to Inductor.
         manager: runs them.
         sizes: programs that serve several sizes; None: it is compiled for this size alone.
+        other: the variant at another size, for `sizes`; gives None: it isn't known.
 
     Raises:
         LoweringError: Inductor refused the graph, the mode, or an option.
@@ -54,18 +57,32 @@ def lower_inductor(
     manager = manager or PassManager()
     if repeat_blocks.__name__ in manager.disable:
         passes = _without_bodies(passes)
-    gm = manager.rewrite(passes, variant.gm, variant, label=f"{variant.name} ")
-    split = arguments_of(gm)
+
+    def prepared(variant: Variant) -> tuple[torch.fx.GraphModule, Callable[[Sequence[Any]], Sequence[Any]]]:
+        gm = manager.rewrite(passes, variant.gm, variant, label=f"{variant.name} ")
+        for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
+            node.meta.pop("unbacked_bindings", None)
+        return gm, arguments_of(gm)
+
+    def at_other_size() -> tuple[torch.fx.GraphModule, Sequence[Any]] | None:
+        found = other()
+        if found is None:
+            return None
+        gm, split = prepared(found[0])
+        return gm, list(split(found[1]))
+
+    gm, split = prepared(variant)
     if variant.changes:
         args = distinct(args)
     options: dict[str, Any] = {}
     try:
         options = _for_device(variant, args) | inductor_options(mode, inner_options)
-        for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
-            node.meta.pop("unbacked_bindings", None)
         compile_ = partial(_compiled, options)
         given = list(split(args))
-        compiled = compile_(gm, given, None) if sizes is None else sizes.lower(variant.name, gm, given, compile_)
+        if sizes is None:
+            compiled = compile_(gm, given, None)
+        else:
+            compiled = sizes.lower(variant.name, gm, given, compile_, at_other_size)
     except LoweringError:
         raise
     except Exception as error:
@@ -74,7 +91,7 @@ def lower_inductor(
                 f"Inductor refused variant {variant.name} with one body for equal blocks ({error}): each block is "
                 "compiled for itself. options={'disable': ('repeat_blocks',)} does so from the start"
             )
-            return lower_inductor(variant, args, mode, inner_options, _without_bodies(passes), manager, sizes)
+            return lower_inductor(variant, args, mode, inner_options, _without_bodies(passes), manager, sizes, other)
         repro = write_repro(variant.name, gm, split(args), options, error)
         repeats = f"`python {repro}` repeats it; please attach that file to a report. " if repro else ""
         raise LoweringError(

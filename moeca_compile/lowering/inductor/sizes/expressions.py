@@ -13,6 +13,7 @@ from typing import Any
 
 Vector = tuple[int, ...]  # a number at each of several sizes
 MOST = 32  # expressions that others are made of
+PARTS = (2, 4, 8, 16)  # of a size, in rules with a rest: patches of two, half of them on each side of a middle
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,17 @@ class Finder:
             found = self._known[tuple(values)] = dim
             self.dims.append(dim)
         return found
+
+    def part(self, values: Sequence[int]) -> Expression | None:
+        """A part of one of the sizes that decide all others, to or from a number: where a slice of the middle begins
+        and ends. Two sizes show such a rule too easily: `find` doesn't try it."""
+        for known, of in self._known.items():
+            for over in PARTS if isinstance(of, Dim) else ():
+                for sign in (1, -1):
+                    rest = over * values[0] - sign * known[0]
+                    if all(sign * k + rest == over * v for k, v in zip(known, values, strict=True)):
+                        return Scaled(Plus(_scaled(of, Fraction(sign)), rest), 1, over)
+        return None
 
     def find(self, values: Sequence[int]) -> Expression | None:
         """An expression with these values; None: there is none that is simple enough."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
@@ -29,12 +30,13 @@ class Form:
 
 
 def form_of(gm: GraphModule, args: Sequence[Any]) -> Form:
-    """The form of a graph that is called with tensors like `args`."""
+    """The form of a graph that is called with tensors like `args`; a fake tensor stands for a plain one."""
     graph_hash = _FormHash(gm)
     for node, arg in zip(fx.placeholders(gm), args, strict=True):
         if isinstance(arg, torch.Tensor):
             graph_hash.collected += [*arg.shape, *arg.stride()]
-            graph_hash.add("input", type(arg), arg.dtype, str(arg.device), arg.dim(), name=node)
+            kind = torch.Tensor if isinstance(arg, FakeTensor) else type(arg)
+            graph_hash.add("input", kind, arg.dtype, str(arg.device), arg.dim(), name=node)
         else:
             graph_hash.add("input", arg, name=node)
     graph_hash.add_nodes()

@@ -1,4 +1,5 @@
 """Compiled programs that serve every size: the second size of a graph is compiled with symbols, further ones find it.
+Where the graph of another size is known beforehand, already the first one is.
 
 Each size is still captured and rewritten with its own numbers. A program serves it only if its graph is, number for
 number, the symbolic graph at this size, and the conditions hold under which torch compiled that. So nothing that a pass
@@ -18,10 +19,12 @@ from moeca_compile.graph import fx
 
 if TYPE_CHECKING:
     from moeca_compile.lowering.inductor.sizes.expressions import Dim
+    from moeca_compile.lowering.inductor.sizes.form import Form
     from moeca_compile.lowering.inductor.sizes.symbolic import Numbers, Rule
 
 Run = Callable[..., Sequence[Any]]
 Compile = Callable[[GraphModule, Sequence[Any], FakeTensorMode | None], Run]
+Other = Callable[[], tuple[GraphModule, Sequence[Any]] | None]  # a graph at another size, with tensors for it
 MOST = 4  # symbolic programs that are tried for one form: each because the ones before didn't serve a size
 
 
@@ -68,7 +71,9 @@ class SharedSizes:
         self.refused: dict[str, str] = {}
         self._families: dict[bytes, _Family] = {}
 
-    def lower(self, name: str, gm: GraphModule, args: Sequence[Any], compiled: Compile) -> Run:
+    def lower(
+        self, name: str, gm: GraphModule, args: Sequence[Any], compiled: Compile, other: Other = lambda: None
+    ) -> Run:
         """A program for a graph and tensors like `args`: one that serves this size, or a new one.
 
         Args:
@@ -77,6 +82,7 @@ class SharedSizes:
             args: of the graph.
             compiled: compiles a graph for tensors like those given; in the mode of fake tensors if it is given, whose
                 sizes are symbols.
+            other: the graph at another size, asked for at the first one; None: that isn't known.
         """
         from moeca_compile.lowering.inductor.sizes.form import form_of  # with Dynamo, which a loaded package needs not
 
@@ -88,6 +94,8 @@ class SharedSizes:
             if program.serves(form.numbers):
                 self.served += 1
                 return program.run
+        if not family.samples:
+            family.samples += self._numbers_at(other, name, form)
         earlier = [sample for sample in family.samples if sample != form.numbers]
         if form.numbers not in family.samples:
             family.samples.append(form.numbers)
@@ -100,6 +108,21 @@ class SharedSizes:
                 family.programs.append(program)
                 return program.run
         return compiled(gm, args, None)
+
+    def _numbers_at(self, other: Other, name: str, form: Form) -> list[Numbers]:
+        """The numbers of a graph at another size; empty: they aren't known."""
+        from moeca_compile.lowering.inductor.sizes.form import form_of
+
+        try:
+            made = other()
+            found = None if made is None else form_of(*made)
+        except Exception as error:  # whatever a model raises at a size that nobody has asked for
+            self.refused[name] = f"it can't be traced at a second size: {str(error).strip().partition(chr(10))[0]}"
+            return []
+        if found is not None and found.digest != form.digest:
+            self.refused[name] = "at a second size the model runs other operators"
+            return []
+        return [] if found is None else [found.numbers]
 
     def _shared(
         self, name: str, gm: GraphModule, args: Sequence[Any], samples: Sequence[Numbers], family: _Family,

@@ -72,12 +72,15 @@ def rule_of(samples: Sequence[Numbers], args: Sequence[Any]) -> Rule:
             if len(set(column)) > 1:
                 changing[start + axis] = finder.add_dim(column, Dim(position, axis))
                 dims.setdefault(Dim(position, axis), start + axis)
-    for i, column in enumerate(columns):
-        if len(set(column)) > 1 and i not in changing:
-            found = finder.find(column)
-            if found is None:
-                raise NotShared(f"a number that is {' and '.join(map(str, column))} follows from no size of an input")
-            changing[i] = found
+    pending = [i for i, column in enumerate(columns) if len(set(column)) > 1 and i not in changing]
+    for find in (finder.find, finder.find, finder.part):  # what is found last may explain what came first
+        for i in pending:
+            if (found := find(columns[i])) is not None:
+                changing[i] = found
+        pending = [i for i in pending if i not in changing]
+    if pending:
+        values = " and ".join(map(str, columns[pending[0]]))
+        raise NotShared(f"a number that is {values} follows from no size of an input")
     return Rule(samples[-1], changing, {dim: dims[dim] for dim in finder.dims})
 
 

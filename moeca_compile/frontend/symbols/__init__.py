@@ -1,0 +1,1 @@
+"""Sizes that Dynamo's graph holds as symbols."""
