@@ -127,7 +127,7 @@ def compile(
         model: a module in `eval()` mode, a pipeline with a `transformer`, or a list of modules that one sampling loop
             calls in turn (one for each range of timesteps).
         fullgraph: handed to `torch.compile`: a graph break is an error.
-        dynamic: handed to `torch.compile`.
+        dynamic: handed to `torch.compile`. True: sizes will change, and a variant is compiled once for all of them.
         mode: `torch.compile`'s mode, handed to Inductor.
         **options: the fields of `Options`, such as `schedule="uniform:3"`.
 

@@ -57,7 +57,8 @@ class Options:
             for another conditioning or other timesteps. "drop": for good; then only calls with the timesteps and
             conditioning of that trajectory can be computed. Under it a schedule without state hoists too.
         share_sizes: from the second size of a call's tensors on (images, prompts, batches), Inductor compiles a variant
-            once for all further sizes, where its graph allows that. False: for each size.
+            once for all further sizes, where its graph allows that; with `dynamic=True` of `compile`, from the first
+            on. False: for each size.
         disable: names of passes to leave out (see `moeca_compile.pipeline`).
         dump: folder for numbered graphs before and after each pass; default the environment's MOECA_DUMP.
 

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
 
-Sizes = dict[sympy.Symbol, int]
+Sizes = dict[Any, int]  # by torch's symbol
 
 UNITS = (16, 8, 4, 2, 1)  # patches, windows and strides divide sizes: a size is changed by a multiple, if it may be
 PRIMES = (7, 11, 13, 17, 19, 23, 3, 5)  # so that no size follows from another one by chance
@@ -39,7 +38,7 @@ def other_size(gm: GraphModule, args: Sequence[Any]) -> list[Any] | None:
         for size, number in zip(_sizes(example), _sizes(arg), strict=False):
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
-                if isinstance(size.node.expr, sympy.Symbol):
+                if size.node.expr.is_symbol:
                     found[size.node.expr] = number
     if environment is None:
         return None
@@ -57,7 +56,7 @@ def _sizes(value: Any) -> Sequence[Any]:
     return [value] if isinstance(value, (int, torch.SymInt)) else []
 
 
-def _moved(found: Sizes, guards: Sequence[Any], ranges: Mapping[sympy.Symbol, Any]) -> Sizes:
+def _moved(found: Sizes, guards: Sequence[Any], ranges: Mapping[Any, Any]) -> Sizes:
     """Other sizes, one after the other, such that all guards hold; a size for which none is found stays as it is."""
     moved = dict(found)
     for i, symbol in enumerate(found):
@@ -71,7 +70,7 @@ def _moved(found: Sizes, guards: Sequence[Any], ranges: Mapping[sympy.Symbol, An
 
 
 def _together(
-    symbol: sympy.Symbol, sizes: Sequence[tuple[int, int]], found: Sizes, moved: Sizes
+    symbol: Any, sizes: Sequence[tuple[int, int]], found: Sizes, moved: Sizes
 ) -> Iterator[tuple[Sizes, Sizes]]:
     """Changes of one size, with those beyond: alone; with an equal one, as two inputs may have an axis in common; with
     all equal ones; with one that may be its product with something else, as tokens are of edges."""
@@ -86,7 +85,7 @@ def _together(
                 yield first, second
 
 
-def _holds(trial: Sizes, moved: Sizes, guards: Sequence[Any], ranges: Mapping[sympy.Symbol, Any]) -> bool:
+def _holds(trial: Sizes, moved: Sizes, guards: Sequence[Any], ranges: Mapping[Any, Any]) -> bool:
     if any(ranges[symbol] is not None and size not in ranges[symbol] for symbol, size in trial.items()):
         return False
     sizes = moved | trial
@@ -105,7 +104,7 @@ def _candidates(size: int, first: int) -> Iterator[tuple[int, int]]:
                 yield size - change, size - change - unit
 
 
-def _follows(symbol: sympy.Symbol, size: int, found: Sizes, moved: Sizes) -> bool:
+def _follows(symbol: Any, size: int, found: Sizes, moved: Sizes) -> bool:
     """Whether a size would seem to follow from others that change: as a multiple or a half, by an offset, as a sum."""
     before = found[symbol]
     pairs = [(found[other], moved[other]) for other in found if found[other] != moved[other]]
@@ -124,7 +123,7 @@ def _odd(change: int) -> int:
 
 
 def _value(expression: Any, sizes: Sizes) -> Any:
-    return expression.xreplace({symbol: sympy.Integer(size) for symbol, size in sizes.items()})
+    return expression.subs(sizes)
 
 
 def _like(example: Any, arg: Any, sizes: Sizes) -> Any:
