@@ -15,6 +15,7 @@ MADE_BY = {
     "fitted_times": fitted,
     "fitted_times_glyphs": fitted,
     "transfer": transfer,
+    "transfer_glyphs": transfer,
 }
 
 
