@@ -17,7 +17,7 @@ from benchmarks.fitted import CONVERGED, UNCACHED
 from benchmarks.paired import interval, psnr
 from benchmarks.peers.equal import multistep
 from benchmarks.peers.equal.multistep import Guided, integral
-from benchmarks.peers.workload import Batch, with_null
+from benchmarks.peers.workload import SEED, Batch, with_null
 from benchmarks.peers.workload import Size as WorkloadSize
 from benchmarks.peers.workloads.trained_digits import TrainedDigits
 from benchmarks.tasks import DIGITS, Task
@@ -88,6 +88,11 @@ class OfTask(TrainedDigits):
 
     def shipped(self) -> Any:
         return self.task.load().requires_grad_(False)
+
+    def batches(self, seed: int = SEED) -> list[Batch]:
+        count, each = self.size.digits * self.size.rounds, self.size.digits
+        labels = self.task.labels_of(0, count).split(each)
+        return [Batch(*pair) for pair in zip(self.task.noise(seed, count).split(each), labels, strict=True)]
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
         return (with_null(batch.labels, self.task.classes),)

@@ -86,7 +86,8 @@ def test_a_lab_samples_its_tasks_model(tmp_path: Path) -> None:
     assert lab.batch.noise.shape == (2, 1, 32, 32)
     (labels,) = lab.work.conditions(lab.batch)
     assert labels.tolist() == [0, 1, GLYPHS.classes, GLYPHS.classes]
-    assert lab.work.shipped()(lab.batch.noise, torch.ones(2), labels[:2]).shape == lab.batch.noise.shape
+    (batch,) = lab.work.batches()
+    assert lab.work.shipped()(*lab.work.inputs_of(batch)).shape == (4, 1, 32, 32)
 
 
 def test_a_lead_whose_interval_reaches_zero_is_told_as_none() -> None:
