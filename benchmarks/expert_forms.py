@@ -53,12 +53,12 @@ LAYERS = {
 }
 
 
-def onnxruntime_session(path: Path) -> Callable[[Mapping[str, Any]], Any]:
+def onnxruntime_session(model: Path | bytes) -> Callable[[Mapping[str, Any]], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return lambda feeds: session.run(["y"], feeds)[0]
 
 

@@ -57,13 +57,12 @@ class Work:
         """The prepared model with random weights, and a call's arguments by name."""
         torch.manual_seed(0)
         empty, inputs = getattr(full_size, self.name)(**self.sizes or {})
-        model = empty.to_empty(device=self.device)
+        with torch.device(self.device):  # tables that are no buffers have to be computed, too
+            model = type(empty).from_config(empty.config)
+        model = model.to(torch.bfloat16).eval().requires_grad_(False)
         for name, tensor in model.named_parameters():
             # small, so that no activation overflows; norms keep what they receive
             nn.init.ones_(tensor) if tensor.dim() < 2 and name.endswith("weight") else nn.init.normal_(tensor, std=0.02)
-        for module in model.modules():
-            if hasattr(module, "reset_buffers"):
-                module.reset_buffers()
         moeca.prepare(model)
         filled = {name: _filled(value, self.device) for name, value in inputs.items()}
         for name, count in FEW.items() if self.sizes else ():

@@ -144,7 +144,7 @@ def main_narrow(rounds: int, out: Path | None, few: str | None = None, short: bo
             "uniform_4_of_full_time": shares,
         }
     if out:
-        file = "_".join(("partial", *(["short"] if short else []), *([few] if few else [] if short else ["narrow"])))
+        file = "partial" + "_short" * short + (f"_{few}" if few else "" if short else "_narrow")
         print(f"written: {save(file, payload, out).name}")
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.expert_forms import LAYERS, Layer, figures
+from benchmarks.expert_forms import LAYERS, Layer, figures, onnxruntime_session
 from benchmarks.protocol import arguments, folder_of, interleave, pin_threads, save
 
 BASE = "float32"
@@ -28,15 +28,6 @@ SIZES = {"512 rows, 384 to 1536": (512, 384, 1536), "64 rows, 384 to 1536": (64,
 NAMES = ("DiT-MoE-S/2", "digits DSMoE", "the same, 128 tokens")
 BLOCK, ROUNDS = 32, 11
 Run = Callable[[], Any]
-
-
-def session_of(model: Any, feeds: Mapping[str, Any]) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(["y"], dict(feeds))[0]
 
 
 def products(rows: int, width: int, out: int, bits: int) -> tuple[dict[str, Run], Any]:
@@ -78,7 +69,7 @@ def products(rows: int, width: int, out: int, bits: int) -> tuple[dict[str, Run]
         )  # fmt: skip
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        runs[form] = session_of(model.SerializeToString(), {"x": x})
+        runs[form] = partial(onnxruntime_session(model.SerializeToString()), {"x": x})
     return runs, x.astype(np.float64) @ weight.astype(np.float64).T
 
 
@@ -87,7 +78,7 @@ def layers(layer: Layer, bits: int, folder: Path) -> tuple[dict[str, Run], Any]:
     from benchmarks.expert_graphs import quantized_graphs
 
     graphs, feeds, expected = quantized_graphs(layer, bits, folder)
-    return {form: session_of(path, feeds) for form, path in graphs.items()}, expected
+    return {form: partial(onnxruntime_session(path), feeds) for form, path in graphs.items()}, expected
 
 
 def measure(make: Callable[[], tuple[dict[str, Run], Any]], rounds: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import expert_forms, opsets, quantized_products
-from benchmarks.expert_forms import Layer
+from benchmarks.expert_forms import Layer, onnxruntime_session
 from benchmarks.expert_graphs import operator_forms, quantize
 
 
@@ -38,7 +38,7 @@ def test_the_operators_that_weight_themselves_are_wrong_for_a_negative_gate(gate
 
     def error(form: str, weights: list[Any]) -> float:
         model = operator_forms(layer, up, down, gates_of)[form]
-        found = quantized_products.session_of(model.SerializeToString(), {"x": x, "idx": idx, "gates": gates})()
+        found = onnxruntime_session(model.SerializeToString())({"x": x, "idx": idx, "gates": gates})
         rows = np.broadcast_to(x[:, None], (8, 2, 32)).astype(np.float64)
         one, two, three = (weight[idx] for weight in weights)
         inner = np.einsum("tkid,tkd->tki", three, rows)

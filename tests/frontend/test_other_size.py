@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.frontend.symbols.other_size import _moved
+from tests.compiles import in_place_of_inductor, traces
 from tests.models import DiT
 from tests.sampling import TIMES, cfg_calls, plain
 
@@ -101,23 +102,8 @@ EIGHT = [(2, 16, 8), (2, 36, 8), (2, 36, 5), (3, 25, 7), (2, 64, 12), (4, 16, 8)
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """In place of Inductor: whether each graph was compiled with symbols, which go through every node."""
-    seen: list[bool] = []
-
-    def as_it_stands(options: Any, gm: Any, args: Any, mode: Any) -> Any:
-        seen.append(mode is not None)
-        if mode is not None:
-            with mode:
-                gm(*args)
-        return gm
-
-    monkeypatch.setattr("moeca_compile.lowering.inductor.lower._compiled", as_it_stands)
     torch._dynamo.utils.compilation_time_metrics.pop("_compile.compile_inner", None)
-    return seen
-
-
-def traces() -> int:
-    return len(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
+    return in_place_of_inductor(monkeypatch)
 
 
 def test_the_first_size_is_compiled_for_further_ones(compiled: list[bool]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import diffusers
 import pytest
@@ -11,12 +10,15 @@ import torch
 from torch import nn
 
 import moeca_compile as moeca
+from tests.compiles import in_place_of_inductor, traces
 from tests.real.tiny import Arguments, moving, normal, time, tiny
+from tests.real.zoo import flux, wan
 
 SIZES = [(8, 8, 2, 6), (12, 8, 2, 6), (8, 12, 3, 9), (6, 10, 2, 5)]  # height, width, batch, tokens of the prompt
 
 
 def sd3() -> nn.Module:
+    """Other than in the zoo: with a table of places that is larger than what is read of it."""
     return tiny(
         diffusers.SD3Transformer2DModel, sample_size=8, patch_size=2, in_channels=4, num_layers=2,
         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=32,
@@ -31,27 +33,11 @@ def sd3_call(step: int, height: int, width: int, batch: int, tokens: int) -> Arg
     }  # fmt: skip
 
 
-def wan() -> nn.Module:
-    return tiny(
-        diffusers.WanTransformer3DModel, patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12,
-        in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
-    )  # fmt: skip
-
-
 def wan_call(step: int, height: int, width: int, batch: int, tokens: int) -> Arguments:
     return {
         "hidden_states": moving(step, batch, 4, 2, height, width), "timestep": time(step, batch),
         "encoder_hidden_states": normal(batch, tokens, 16),
     }  # fmt: skip
-
-
-def flux() -> nn.Module:
-    return tiny(
-        diffusers.FluxTransformer2DModel, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )  # fmt: skip
 
 
 def flux_call(step: int, height: int, width: int, batch: int, tokens: int) -> Arguments:
@@ -64,25 +50,12 @@ def flux_call(step: int, height: int, width: int, batch: int, tokens: int) -> Ar
     }  # fmt: skip
 
 
-def traces() -> int:
-    return len(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("build", "call"), [(sd3, sd3_call), (wan, wan_call), (flux, flux_call)])
 def test_one_compile_a_variant(
     build: Callable[[], nn.Module], call: Callable[..., Arguments], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[bool] = []
-
-    def as_it_stands(options: Any, gm: Any, args: Any, mode: Any) -> Any:
-        compiled.append(mode is not None)
-        if mode is not None:
-            with mode:
-                gm(*args)  # torch's symbols go through every node
-        return gm
-
-    monkeypatch.setattr("moeca_compile.lowering.inductor.lower._compiled", as_it_stands)
+    compiled = in_place_of_inductor(monkeypatch)
     model, plain, before = moeca.compile(build(), schedule="uniform:2", dynamic=True), build(), traces()
     for size in SIZES:
         for step in range(2):
