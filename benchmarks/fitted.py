@@ -3,7 +3,7 @@
     python -m benchmarks.fitted                  # about 25 minutes on one core; writes results/fitted.json
     python -m benchmarks.fitted --task glyphs    # the glyphs model; writes results/fitted_glyphs.json
     python -m benchmarks.fitted --again          # calibrates anew in place of the committed schedules
-    python -m benchmarks.fitted --times          # only: does it help to search the timesteps too? Few held-out samples
+    python -m benchmarks.fitted --times          # only: does it help to search the timesteps too?
     python -m benchmarks.fitted --quick          # few steps and digits: does it run?
     python -m benchmarks.fitted --report         # docs/fitted.md from the results (with --task, of that one)
 
@@ -69,7 +69,7 @@ class Size:
 
 WHOLE = Size(50, 4, (50, 34, 26, 20), 8, 8, 8, 32)
 QUICK = Size(50, 2, (20,), 4, 4, 1, 4)
-FEW = replace(WHOLE, shares=(34, 20), held_out=2)  # for the timesteps
+OF_TIMES = replace(WHOLE, shares=(34, 20))
 
 
 class Bench:
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pin_threads()
     console = Console(width=180)
     work = args.work or WORK / f"{'quick_' if args.quick else ''}{'times_' if args.times else ''}{args.task}"
-    size = QUICK if args.quick else FEW if args.times else WHOLE
+    size = QUICK if args.quick else OF_TIMES if args.times else WHOLE
     bench = (TimesBench if args.times else Bench)(size, work, task, args.again)
     result = (measure_times if args.times else measure)(bench, console)
     show(result, console, args.times)

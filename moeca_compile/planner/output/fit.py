@@ -145,7 +145,7 @@ class OutputFit:
         sampler, outputs = self.sampler[step], place.outputs
         parts = range(len(sampler.now))
         if computes:
-            error = gram.square(place.latent - gram.vector("wanted", step))
+            error = gram.square(place.latent - gram.made_at(step))
             new = _Output([gram.vector("output", step, part) for part in parts], error)
             outputs = (new, *outputs[: MAX_OUTPUTS - 1])
         terms = {name: _term(name, place.latent, outputs, len(parts)) for name in form.terms}

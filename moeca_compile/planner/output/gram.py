@@ -25,7 +25,8 @@ class Gram:
     """Inner products, summed over trajectories.
 
     Attributes:
-        names: of the vectors: ("begin",), ("output", step, part), ("wanted", step).
+        names: of the vectors: ("begin",), ("output", step, part), ("wanted", step); and ("at", step), the latent that
+            the outputs of a step were made from, where it isn't the wanted one.
         products: [vectors, vectors] float64.
         numbers: in one vector, of all trajectories together.
     """
@@ -43,6 +44,10 @@ class Gram:
         weights = np.zeros(len(self.names))
         weights[self._places[name]] = 1.0
         return weights
+
+    def made_at(self, step: int) -> Array:
+        """The latent that the outputs of a step were made from, as weights."""
+        return self.vector("at", step) if ("at", step) in self._places else self.vector("wanted", step)
 
     def square(self, weights: Array) -> float:
         """The mean square of the numbers of a weighted sum."""
@@ -77,7 +82,7 @@ def gram_of(path: Path, wanted: Sequence[torch.Tensor]) -> Gram:
 
     Args:
         path: its first latent and the outputs of its computed steps are used.
-        wanted: the wanted latent [N, C, ...] after each step.
+        wanted: the wanted latent [N, C, ...] before each step, and after the last.
     """
     channels = path.states[0].shape[1]
     vectors: dict[Hashable, torch.Tensor] = {("begin",): path.states[0]}
@@ -85,6 +90,8 @@ def gram_of(path: Path, wanted: Sequence[torch.Tensor]) -> Gram:
         for part, output in enumerate(parts):
             vectors["output", step, part] = output[:, :channels]  # a learned variance has channels of its own
     vectors |= {("wanted", step): state for step, state in enumerate(wanted)}
+    if wanted is not path.states:
+        vectors |= {("at", step): path.states[step] for step in path.outputs}
     stacked = torch.stack([vector.flatten() for vector in vectors.values()])
     products = torch.zeros(len(stacked), len(stacked), dtype=torch.float64)
     for part in stacked.split(PART, dim=1):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.rollout import Call, SampledModel
+from moeca_compile.schedule import Schedule
 
 FINER = (2, 4)  # times the steps of the two runs that a converged state is extrapolated from
 MAX_ORDER = 3  # of convergence: above it the difference of the runs is mostly rounding
@@ -76,19 +77,20 @@ class _Recorder:
             path.outputs[step] = (*path.outputs.get(step, ()), *output.chunk(1 + path.is_batched))
 
 
-def record_path(sampled: SampledModel, seed: int) -> Path:
-    """Sample a seed, with everything computed, and keep what the fit needs.
+def record_path(sampled: SampledModel, seed: int, schedule: Schedule | None = None) -> Path:
+    """Sample a seed, and keep what the fit needs.
 
     Args:
         sampled: the compiled model, of granularity `output`.
         seed: passed to the sampler.
+        schedule: that the run follows; None: everything is computed.
 
     Raises:
         ScheduleError: a step of the sampler calls the model with several latents, no input was found to be the latent,
             or the samples have another shape than the latents.
     """
     recorder = _Recorder()
-    samples = sampled.run(seed, watch=recorder)
+    samples = sampled.run(seed, schedule, watch=recorder)
     path = recorder.path
     if not path.states or samples.shape != path.states[-1].shape:
         shape = list(path.states[-1].shape) if path.states else "nothing"

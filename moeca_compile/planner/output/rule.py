@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from moeca_compile.planner.output.fit import RESPONSES, Form, OutputFit, term_sets
 from moeca_compile.planner.output.gram import Gram, Grams, summed
 from moeca_compile.planner.output.place import computed_steps, placements
+from moeca_compile.planner.output.refit import refit
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy
 from moeca_compile.planner.output.times import Fine, placed
@@ -95,7 +96,19 @@ class OutputRuleSearch:
         ]
         best = max(dict.fromkeys(plans), key=lambda candidate: self._quality(schedule, candidate))
         plan, grid = self._moved(schedule, self._improved(schedule, best))
-        return self._schedule(schedule, plan, grid, grid.grams.all)
+        return self._schedule(schedule, plan, grid, self._refitted(schedule, plan, grid))
+
+    def _refitted(self, schedule: Schedule, plan: Plan, grid: Grid) -> Gram:
+        """What a plan's weights are best fitted to: the wanted trajectories, or those that the weights lead to."""
+        if grid is not self.own:
+            return grid.grams.all
+        self.study.report_progress("weights fitted again", 0.97)
+        start, before = self._schedule(schedule, plan, grid, grid.grams.fitted), self._quality(schedule, plan, grid)
+        quality, taken = refit(
+            self.study, self.checking, start, before, lambda gram: self._schedule(schedule, plan, grid, gram)
+        )
+        self.tried |= {"tried fitted once": before, "tried fitted again": quality}
+        return taken or grid.grams.all
 
     def _raced(self, plan: Plan) -> list[Plan]:
         """The best other plans that the search rolled out, with no more computed steps than a plan."""
@@ -125,7 +138,7 @@ class OutputRuleSearch:
             grid = Grid(self.study.sampler_at(timesteps), self.fine.at(placement.steps), timesteps)
             found.append((Plan(placement.letters, plan.predictor), grid))
         qualities = [self._quality(schedule, *candidate) for candidate in found]
-        self.tried = {"tried own timesteps": qualities[0], "tried searched timesteps": max(qualities[1:])}
+        self.tried |= {"tried own timesteps": qualities[0], "tried searched timesteps": max(qualities[1:])}
         return max(zip(qualities, found, strict=True), key=lambda pair: pair[0])[1]
 
     def _choose_response(self, schedule: Schedule, plan: Plan) -> None:
