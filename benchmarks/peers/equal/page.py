@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,17 @@ def missing(lines: Sequence[Line]) -> str:
 
 
 def later(lines: Sequence[Line], first: str) -> str:
-    """Which lines are of another run than the page names."""
-    runs: dict[str, list[str]] = {}
+    """Which lines are of another run than the page names; of a contender that several runs measured, the counts too."""
+    counts: dict[tuple[str, str], list[int]] = {}  # by run and contender
     for line in lines:
-        if line.get("when", first) != first and line["name"] not in runs.setdefault(line["when"], []):
-            runs[line["when"]].append(line["name"])
-    return "".join(f"\n- Of another run, {run}: {', '.join(names)}." for run, names in runs.items())
+        counts.setdefault((line.get("when", first), line["name"]), []).append(line["count"])
+    times_named = Counter(name for _, name in counts)
+    runs: dict[str, list[str]] = {}
+    for (run, name), at in counts.items():
+        if run != first:
+            part = f" (at {', '.join(map(str, at))})" if times_named[name] > 1 else ""
+            runs.setdefault(run, []).append(f"{name}{part}")
+    return "".join(f"\n- Of another run, {run}: {'; '.join(names)}." for run, names in runs.items())
 
 
 def notes(lines: Sequence[Line]) -> str:

@@ -30,3 +30,7 @@ def test_the_page_says_which_figures_are_of_another_run() -> None:
     run = page.when(result["machine"])
     lines = [line("A", 25, when=run), line("B", 25, when="later"), line("B", 10, when="later"), line("C", 10)]
     assert page.later(lines, run) == "\n- Of another run, later: B."
+    lines += [line("B", 17), line("D, lite", 25, when="later"), line("B", 13, when="last")]
+    assert page.later(lines, run) == (
+        "\n- Of another run, later: B (at 25, 10); D, lite.\n- Of another run, last: B (at 13)."
+    )
