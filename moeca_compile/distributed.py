@@ -32,7 +32,9 @@ from moeca_compile.planner.front import NOT_FOR_REQUESTS, bound_arguments
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.study import Study
+from moeca_compile.planner.truth import Goal, goal_of
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.output import CONVERGED
 
 __all__ = ["calibrate", "check_ranks", "identity", "sample", "share"]
 
@@ -122,7 +124,8 @@ def calibrate(
         draw: its `sample`.
         budget: likewise.
         resume: a folder that rank 0 reads and writes. An interrupted calibration goes on from there.
-        **arguments: further arguments of `moeca_compile.calibrate`, except `prompts` and `call`.
+        **arguments: further arguments of `moeca_compile.calibrate`, except `prompts` and `call`. A `truth` of samples,
+            a function or a model is read by rank 0; samples must be the same on all ranks. It can't be `converged`.
 
     Returns:
         The schedule, on every rank.
@@ -135,16 +138,21 @@ def calibrate(
         raise OptionError(f"calibrate on several ranks: {', '.join(sorted(unknown))} can't be given; give draw instead")
     chosen = bound_arguments(model, draw, budget, arguments | {"resume": resume})
     request = Request.read(**{name: value for name, value in chosen.items() if name not in NOT_FOR_REQUESTS})
-    if chosen["granularity"] == "auto" or chosen["truth"] != "uncached":
+    if chosen["granularity"] == "auto" or (isinstance(chosen["truth"], str) and chosen["truth"] == CONVERGED):
         raise OptionError(
-            "calibrate on several ranks: name the granularity ('region', 'stack', 'output'), and leave truth at "
-            "'uncached'"
+            "calibrate on several ranks: name the granularity ('region', 'stack', 'output'), and no truth='converged'"
         )
-    check_ranks(model, budget=budget, arguments=sorted(arguments.items(), key=lambda pair: pair[0]))
+    goals: list[Goal] = []
+
+    def read_goal() -> None:
+        goals.append(goal_of(chosen["truth"], model, draw, request, chosen["granularity"]))
+
+    _on_every_rank(read_goal, "while the arguments were read")
+    check_ranks(model, budget=budget, arguments={name: _text(value) for name, value in sorted(arguments.items())})
     is_first = distributed.get_rank() == 0
     with reported(request, chosen["progress"] and is_first) as progress:
         own = request if is_first else replace(request, folder=None)
-        studies = Studies(model, draw, chosen["inner"], "uncached", progress)
+        studies = Studies(model, draw, chosen["inner"], goals[0], progress)
         study = studies.of(chosen["granularity"], own)
         _share_uncached(study)
 
@@ -228,9 +236,24 @@ def weights_digest(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted((*module.named_parameters(), *module.named_buffers()), key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(data.view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _text(value: Any) -> str:
+    """A text that is the same on all ranks for the same argument, whatever its address in memory."""
+    if isinstance(value, Mapping):
+        return str({key: _text(entry) for key, entry in value.items()})
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        tensor = torch.as_tensor(value)
+        return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
+    is_object = isinstance(value, torch.nn.Module) or callable(value)
+    return getattr(value, "__qualname__", type(value).__name__) if is_object else str(value)
 
 
 def _digest(text: str) -> str:

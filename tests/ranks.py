@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -24,11 +23,14 @@ import moeca_compile as moeca
 from moeca_compile.distributed import calibrate, check_ranks, sample
 from moeca_compile.engine.trajectories.agreement import Agreement
 from moeca_compile.errors import MoecaError
+from moeca_compile.frontend import output_path
 from moeca_compile.frontend.handles import states_of
+from moeca_compile.runtime.driver import Agreed
 from moeca_compile.schedule import Action, Schedule
 from tests.context_parallel import flux_of_ranks
 from tests.exchanged import ExchangedDiT
 from tests.models import DiT
+from tests.spread import Blocks, Untraced, Watch, cut, sharded
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(5)
@@ -122,49 +124,9 @@ def again(rank: int, folder: Path) -> dict[str, Any]:
 
 def calibrated(rank: int, folder: Path) -> dict[str, Any]:
     schedule = calibrate(model(), plain_draw, resume=folder / "calibration", **CALIBRATION)
-    return {"schedule": schedule.to_json()}
-
-
-class Block(nn.Module):
-    """A gated MLP with a residual, as a block that tensor parallelism cuts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return x + condition * self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.time, self.blocks, self.out = nn.Linear(1, 16), nn.ModuleList(Block() for _ in range(2)), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        condition = self.time(t.view(-1, 1) / 1000)[:, None]
-        for block in self.blocks:
-            x = block(x, condition)
-        return self.out(x)
-
-
-def cut(network: nn.Module, mesh: Any) -> nn.Module:
-    """The network with its MLPs cut over the ranks."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    for block in network.blocks:  # type: ignore[union-attr]
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    return network
-
-
-def sharded(network: nn.Module, mesh: Any) -> nn.Module:
-    """The network under FSDP2."""
-    from torch.distributed.fsdp import fully_shard
-
-    for block in network.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    return network
+    truth = {seed: plain_draw(compiled(), seed) for seed in (0, 1, 2, 3, 1000, 1001)}
+    aimed = calibrate(model(), plain_draw, truth=truth, **CALIBRATION)
+    return {"schedule": schedule.to_json(), "to samples": aimed.to_json()}
 
 
 def loop(network: Any, exchanges: list[int] | None = None) -> list[list[float]]:
@@ -212,34 +174,6 @@ def spread(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-class Untraced(Blocks):
-    """Without Dynamo: a thousand handles of it are made in seconds."""
-
-    @torch._dynamo.disable
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return super().forward(x, t)
-
-
-class Watch:
-    """Ends the process if a step takes too long, and tells which."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.where = seconds, ""
-        self.timer = threading.Timer(0, lambda: None)
-
-    def at(self, where: str) -> None:
-        self.timer.cancel()
-        self.where = where
-        self.timer = threading.Timer(self.seconds, self.tell)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def tell(self) -> None:
-        sys.stdout.write(json.dumps({"hang": self.where}) + "\n")
-        sys.stdout.flush()
-        os._exit(7)
-
-
 def random_schedule(rng: random.Random) -> Schedule:
     order = rng.randint(0, 2)
     actions = [action for action in Action if order or action is not Action.FORECAST]
@@ -270,7 +204,10 @@ def delayed(rank: int, count: int, seconds: float, differs: bool = False) -> dic
                 computed += action is Action.COMPUTE
         digest.update(x.numpy().tobytes())
     watch.timer.cancel()
-    return {"digest": digest.hexdigest(), "computed": computed, "seconds": time.monotonic() - begin}
+    return {
+        "digest": digest.hexdigest(), "computed": computed, "seconds": time.monotonic() - begin,
+        "warnings": list(moeca.stats(handle).warnings),
+    }  # fmt: skip
 
 
 def exchanging(rank: int, folder: Path) -> dict[str, Any]:
@@ -301,13 +238,14 @@ def adapting(rank: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     handle = moeca.compile(ExchangedDiT(ranks=2).eval().requires_grad_(False), schedule=ADAPTIVE, inner="eager")
     pairs: list[tuple[float | None, float | None]] = []
-    largest = Agreement.largest
+    agree = Agreement.__call__
 
-    def noted(self: Agreement, figure: float | None) -> float | None:
-        pairs.append((figure, largest(self, figure)))
-        return pairs[-1][1]
+    def noted(self: Agreement, is_cold: bool, row: int, drift: float | None) -> Agreed:
+        agreed = agree(self, is_cold, row, drift)
+        pairs.append((drift, agreed.drift))
+        return agreed
 
-    Agreement.largest = noted  # type: ignore[method-assign]
+    Agreement.__call__ = noted  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(rank)
     x, direction = torch.randn(1, 16, 4, generator=generator), torch.randn(1, 16, 4, generator=generator)
     with torch.no_grad(), moeca.trajectory(handle, stream="one"):
@@ -325,6 +263,41 @@ def adapting(rank: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def changing(rank: int, folder: Path) -> dict[str, Any]:
+    """Weights of rank 1 alone are written before step 4, which both would take from the cache."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.manual_seed(0)
+    watch, result = Watch(30), dict[str, Any]()
+    tokens, experts = torch.randn(1, 8, 16), torch.randn(1, 16, 4)
+    cases: dict[str, tuple[nn.Module, Tensor, dict[str, Any]]] = {
+        "regions": (ExchangedDiT(ranks=2).eval(), experts, {"schedule": "uniform:3"}),
+        "adaptive": (ExchangedDiT(ranks=2).eval(), experts, {"schedule": "adaptive:0.5"}),
+        "cut": (
+            cut(Untraced().eval(), init_device_mesh("cpu", (2,))), tokens,
+            {"schedule": "uniform:3", "granularity": "output"},
+        ),
+    }  # fmt: skip
+    for name, (network, x, options) in cases.items():
+        handle, outputs = moeca.compile(network.requires_grad_(False), inner="eager", **options), []
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, moeca.trajectory(handle):
+            warnings.simplefilter("always")
+            for step in range(6):
+                watch.at(f"{name}, step {step}")
+                t = torch.tensor([1000.0 - step])
+                if step == 4 and rank:
+                    list(network.parameters())[-1].mul_(1.0)  # the values stay, so the ranks' results can be compared
+                outputs.append(handle(x + step / 100, t))
+            computed = network(x + 0.04, torch.tensor([996.0]))
+        result[name] = {
+            "steps": [(record.variant, record.cold) for record in moeca.stats(handle).steps],
+            "difference": float((outputs[4] - computed).abs().max()),
+            "warnings": [str(warning.message) for warning in caught],
+        }
+    watch.timer.cancel()
+    return result
+
+
 def context_parallel(rank: int, folder: Path) -> dict[str, Any]:
     return flux_of_ranks()
 
@@ -335,6 +308,12 @@ def schedules(rank: int, folder: Path) -> dict[str, Any]:
 
 def disagreeing(rank: int, folder: Path) -> dict[str, Any]:
     """In the last schedule, rank 1 computes every step."""
+    return delayed(rank, 3, 30, differs=True)
+
+
+def silent(rank: int, folder: Path) -> dict[str, Any]:
+    """The same, without the comparison before each step."""
+    output_path.agreement_of_weights = lambda weights: None  # type: ignore[attr-defined]
     result = delayed(rank, 3, 10, differs=True)
     time.sleep(20)  # a rank that ends would be an error for the other one, which is to wait
     return result

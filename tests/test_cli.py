@@ -8,10 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import moeca_compile as moeca
 from moeca_compile.cli import app
 from moeca_compile.errors import MoecaError
 from moeca_compile.runtime.bundle.manifest import MANIFEST, SCHEDULE
@@ -116,6 +119,33 @@ def test_calibrate_and_then_another_budget(tmp_path: Path) -> None:
     assert len(json.loads(said)["steps"]["all regions, 1 old"]) == 8
     assert sum(value is not None for line in json.loads(said)["stale"].values() for value in line) == 2
     assert "PSNR in dB with one expert stale" in run("drift", str(kept))[1]
+
+
+@pytest.mark.slow
+def test_calibrate_to_samples_of_a_file_or_folder(tmp_path: Path) -> None:
+    """Samples of a schedule are the truth: it is found, and the uncached run isn't as near."""
+    model = moeca.compile(toy.model().eval(), schedule="uniform:2", inner="eager")
+    with torch.no_grad():
+        samples = {str(seed): toy.sample(model, seed).numpy() for seed in (0, 1)}
+    np.savez(tmp_path / "truth.npz", **samples)
+    for seed, array in samples.items():
+        np.save(tmp_path / f"{seed}.npy", array)
+    np.savez(tmp_path / "fewer.npz", **{seed: array[:2] for seed, array in samples.items()})
+    found, out = [], tmp_path / "found.json"
+    words = (
+        "calibrate", "tests.toy:model", "--sample", "tests.toy:sample", "--inner", "eager", "--seeds", "2",
+        "--holdout", "0", "--granularity", "region", "--order", "1", "--budget", "macs:0.6", "--json", "--out",
+        str(out),
+    )  # fmt: skip
+    for truth in (tmp_path / "truth.npz", tmp_path):
+        status, said = run(*words, "--truth", str(truth))
+        assert status == 0, said
+        found.append(Schedule.load(out))
+    with pytest.raises(MoecaError, match=r"for seed 0 have shape \[2, 2, 4, 4\], the sampler's \[3, 2, 4, 4\]"):
+        CliRunner().invoke(app, [*words, "--truth", str(tmp_path / "fewer.npz")], catch_exceptions=False)
+    assert found[0].rows == found[1].rows
+    predicted = found[0].predicted
+    assert predicted["psnr_db_given"] > predicted["uncached_psnr_db_given"] + 20
 
 
 @pytest.mark.slow

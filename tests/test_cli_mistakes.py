@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -23,6 +24,7 @@ from tests import toy
 from tests.tools import row
 
 Capture = pytest.CaptureFixture[str]
+ZERO = np.full(1, np.float32(0))
 ONE = Schedule((row("CC"), row("FR")), ("attn[0]", "[/moe]"), order=1, made_by="by hand")
 
 
@@ -44,6 +46,7 @@ def both() -> Any:
 
 RUN = ("--inputs", "{}/no.npz", "--out", "{}/out.npz")
 FIND = ("--sample", "tests.toy:sample", "--budget", "macs:0.5", "--out", "{}/s.json")
+ALONE = ("--seeds", "1", "--holdout", "0", "--granularity", "region", "--inner", "eager")
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("nonsense",), "No such command"),
     (("show",), "Missing argument"),
@@ -111,7 +114,12 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("compare", "tests.toy:model", *FIND[:2], "--schedule", "unifrom:3"), "unifrom:3"),
     (("compare", "tests.toy:modell", *FIND[:2]), "did you mean 'model'?"),
     (("compare", "{}/empty"), "this folder is no bundle: it has no manifest.json"),
-    (("calibrate", "tests.toy:model", *FIND, "--truth", "true"), "'true' is not one of 'uncached', 'converged'"),
+    (("calibrate", "tests.toy:model", *FIND, "--truth", "true"), "--truth true: expected uncached, converged"),
+    (("calibrate", "tests.toy:model", *FIND, "--truth", "{}/text"), "/text can't be read"),
+    (("calibrate", "tests.toy:model", *FIND, "--truth", "{}/empty"), "/empty has no array; expected one array"),
+    (("calibrate", "tests.toy:model", *FIND, "--truth", "{}/names.npz"), "names.npz has an array named 'cat'"),
+    (("calibrate", "tests.toy:model", *FIND, "--truth", "{}/few.npz"), "truth has no samples for seed 1; give them"),
+    (("calibrate", "tests.toy:model", *FIND, *ALONE, "--truth", "{}/nan.npz"), "for seed 0 aren't all finite"),
     (("calibrate", "tests.toy:model", *FIND, "--budget", "2x"), "did you mean speedup:2?"),
     (("explain", "tests.toy:modell"), "did you mean 'model'?"),
     (("explain", "tests.toy:model", "--schedule", "unifrom:3"), "unifrom:3"),
@@ -129,6 +137,8 @@ def test_a_mistake_gives_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("text")
     ONE.save(tmp_path / "one.json")
+    for name, arrays in {"names": {"cat": ZERO}, "few": {"0": ZERO}, "nan": {"0": ZERO * np.nan}}.items():
+        np.savez(tmp_path / name, **arrays)
     assert moeca(monkeypatch, *(word.format(tmp_path) for word in words)) in (cli.MISTAKE, cli.UNEXPECTED)
     said = capsys.readouterr().err
     assert says.format(tmp_path) in said

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import moeca_compile as moeca
 from benchmarks.scale_model import exchanged_bytes
 from moeca_compile import distributed as parallel
-from moeca_compile.errors import LoweringError, OptionError, StateError
+from moeca_compile.errors import LoweringError, OptionError, ScheduleError, StateError
 from moeca_compile.runtime.pace import Pace
 from moeca_compile.schedule import Schedule
 from tests import ranks
@@ -63,25 +63,31 @@ def test_a_failing_rank_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_calibration_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
     alone = moeca.calibrate(ranks.model(), ranks.plain_draw, **ranks.CALIBRATION)
+    truth = {seed: ranks.plain_draw(ranks.compiled(), seed) for seed in (0, 1, 2, 3, 1000, 1001)}
+    aimed = moeca.calibrate(ranks.model(), ranks.plain_draw, truth=truth, **ranks.CALIBRATION)
+    assert aimed.predicted["psnr_db_given"] > aimed.predicted["uncached_psnr_db_given"]
     for status, result in ranks.run("calibrated", tmp_path):
         assert status == 0
-        schedule = Schedule.from_json(result["schedule"])
-        assert schedule.rows == alone.rows
-        assert schedule.predicted["psnr_db"] == alone.predicted["psnr_db"]
-        assert schedule.predicted["psnr_db_holdout"] == alone.predicted["psnr_db_holdout"]
+        for name, expected_schedule in (("schedule", alone), ("to samples", aimed)):
+            schedule = Schedule.from_json(result[name])
+            assert schedule.rows == expected_schedule.rows
+            for figure, value in expected_schedule.predicted.items():
+                assert not figure.startswith("psnr_db") or schedule.predicted[figure] == value, (name, figure)
 
 
 @pytest.mark.slow
 def test_models_that_are_spread_over_ranks(tmp_path: Path) -> None:
-    """Regions: uncached and said so. Output: the steps between exchange nothing, and the rest is the whole model's."""
+    """Regions: uncached and said so. Output: the steps between exchange what the ranks agree by, and the rest is the
+    whole model's."""
     for status, results in ranks.run("spread", tmp_path):
         assert status == 0
         for name, says in (("cut", "its parameters are spread over several ranks"), ("sharded", "graph break")):
             assert results[name]["uncached"] == results[name]["plain"], name
             assert says in results[name]["warnings"][0]
             assert min(results[name]["exchanges"]) > 0
-            assert results[name]["cached_exchanges"][1::2] == [0, 0, 0], name
-            assert results[name]["cached_exchanges"][2::2] == results[name]["exchanges"][2::2], name
+            assert results[name]["cached_exchanges"][1::2] == [1, 1, 1], name  # by which the ranks agree on the step
+            both = [exchanges + 1 for exchanges in results[name]["exchanges"][2::2]]
+            assert results[name]["cached_exchanges"][2::2] == both, name
             assert torch.allclose(
                 torch.tensor(results[name]["cached"]), torch.tensor(results[name]["whole"]), atol=1e-5
             ), name
@@ -120,6 +126,25 @@ def test_ranks_agree_on_an_adaptive_schedule(tmp_path: Path) -> None:
     assert ["v0", True] in slow["after"][1:]
 
 
+@pytest.mark.slow
+def test_weights_of_one_rank_alone(tmp_path: Path) -> None:
+    """The rank whose state is dropped would compute a step that the other takes from the cache: both would hang."""
+    steps = {
+        "regions": [["v0", False], ["v1", False], ["v1", False], ["v0", False], ["v0", True], ["v1", False]],
+        "cut": [["v0", False], ["v1", False], ["v1", False], ["v0", False], ["v0", True], ["v1", False]],
+        "adaptive": [["v0", False], ["v0", False], ["v1", False], ["v1", False], ["v0", True], ["v1", False]],
+    }
+    for rank, (status, results) in enumerate(ranks.run("changing", tmp_path)):
+        assert status == 0
+        for name, expected_steps in steps.items():
+            assert results[name]["steps"] == expected_steps, (rank, name)
+            assert results[name]["difference"] < 1e-6
+            assert len(results[name]["warnings"]) == 1 - rank
+            assert all(
+                "rank 1 has no state for step 4: all ranks compute" in says for says in results[name]["warnings"]
+            )
+
+
 def chosen(drifts: list[float | None]) -> list[str]:
     """The variants of `ranks.adapting`, if a rank decides by these figures."""
     pace, adaptive, variants = Pace(), Schedule.parse(ranks.ADAPTIVE).adaptive, list[str]()
@@ -132,9 +157,18 @@ def chosen(drifts: list[float | None]) -> list[str]:
 
 
 @pytest.mark.slow
+def test_ranks_with_different_rows_compute_all_of_them(tmp_path: Path) -> None:
+    (status, first), (other, second) = ranks.run("disagreeing", tmp_path)
+    assert (status, other) == (0, 0)
+    assert first["digest"] == second["digest"]
+    assert first["warnings"] == second["warnings"]
+    assert ["the ranks would run different rows at step " in says for says in first["warnings"]] == [True]
+
+
+@pytest.mark.slow
 def test_a_hang_is_noticed(tmp_path: Path) -> None:
     """Ranks that are made to disagree: one waits for an exchange that the other never makes."""
-    (first, result), (second, told) = ranks.run("disagreeing", tmp_path)
+    (first, result), (second, told) = ranks.run("silent", tmp_path)
     assert (first, second) == (0, 7)
     assert result["computed"] > 0
     assert told["hang"].startswith("schedule 2, step ")
@@ -199,9 +233,39 @@ def test_a_folder_that_one_rank_alone_sees(group: None, monkeypatch: pytest.Monk
 
 
 def test_a_calibration_that_cannot_be_shared(group: None) -> None:
-    for arguments, says in (({"prompts": ["a fox"]}, "prompts can't be given"), ({}, "name the granularity")):
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"prompts": ["a fox"]}, "prompts can't be given"),
+        ({}, "name the granularity"),
+        ({"granularity": "output", "truth": "converged"}, "no truth='converged'"),
+    )
+    for arguments, says in cases:
         with pytest.raises(OptionError, match=says):
             parallel.calibrate(ranks.model(), no_draw, budget="macs:0.5", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("truth", "says"),
+    [
+        ({0: torch.zeros(1)}, "truth has no samples for seed 1"),
+        (dict.fromkeys((0, 1), torch.tensor([torch.nan])), "seed 0 aren't all finite"),
+    ],
+)
+def test_a_truth_that_all_ranks_refuse(group: None, truth: Any, says: str) -> None:
+    with pytest.raises(ScheduleError, match=says):
+        parallel.calibrate(
+            ranks.model(), no_draw, budget="macs:0.5", granularity="region", seeds=2, holdout=0, truth=truth
+        )
+
+
+def test_arguments_are_compared_by_what_they_hold(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function has another address on each rank; samples print alike where they differ."""
+    samples = {0: torch.zeros(2000)}
+    assert parallel._text({"quality": no_draw}) == "{'quality': 'no_draw'}"
+    assert parallel._text(samples) == parallel._text({0: torch.zeros(2000).numpy()})
+    other = {0: torch.zeros(2000)}
+    other[0][1000] = 1.0
+    assert str(samples) == str(other)
+    assert parallel._text(samples) != parallel._text(other)
 
 
 def no_draw(model: Any, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from moeca_compile.cli.command import add
 from moeca_compile.cli.load import load, model_of
 from moeca_compile.cli.params import AsJson, Inner, Model, Sample, Seeds, Weights
 from moeca_compile.cli.say import print_json, say, say_next, show
+from moeca_compile.cli.truth import read_truth_option
 from moeca_compile.errors import OptionError
 from moeca_compile.inspect import schedules
 from moeca_compile.schedule.granularity import Granularity
@@ -28,11 +29,13 @@ Budgets = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="Write the schedule to this .json file.")]
 Truths = Annotated[
-    Literal["uncached", "converged"],
+    str,
     typer.Option(
         "--truth",
-        help="With --granularity output, what samples should be near: uncached, or converged for the solution that "
-        "the sampler comes to with more steps.",
+        metavar="TRUTH",
+        help="What samples should be near: uncached; samples of your own, as an .npz file with one array a seed or a "
+        "folder of SEED.npy; or, with --granularity output, converged for the solution that the sampler comes to with "
+        "more steps.",
     ),
 ]
 Order = Annotated[str, typer.Option(help="The order of the forecasts: 0, 1 or 2; auto tries all of them.")]
@@ -99,6 +102,7 @@ def calibrate(
     folder that an earlier calibration kept, only new schedules are sampled.
     """
     forecast_order = int(order) if order.isdecimal() else order
+    wanted = read_truth_option(truth)
     for budget in budgets:
         _refuse_early(
             source, sample, out, budget, forecast_order, granularity, seeds, holdout, resume, perturb, branches
@@ -117,7 +121,7 @@ def calibrate(
         "resume": resume,
         "perturb": perturb,
         "branches": branches,
-        "truth": truth,
+        "truth": wanted,
         "progress": not json,
     }
     if len(budgets) > 1:

@@ -83,9 +83,7 @@ class CompiledSchedule:
 
     def __init__(self, program: StepProgram, schedule: Schedule, variants: Variants, order: int | None = None) -> None:
         self.program, self.schedule, self.variants = program, schedule, variants
-        self.driver = StepDriver(schedule, program.warned, order)
-        if program.agreement is not None:
-            self.driver.agree = program.agreement.largest
+        self.driver = StepDriver(schedule, program.warned, order, program.agreement)
         self.layout: tuple[StateSlot, ...] = variants.layout
         self.device = torch.device(self.layout[0].device) if self.layout else torch.device("cpu")
         self._tables: dict[Hashable, torch.Tensor] = {}

@@ -17,6 +17,7 @@ from moeca_compile.dtypes import name_of
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
 from moeca_compile.engine.compiler import Compiler
 from moeca_compile.engine.program import Program, shape_of_sample
+from moeca_compile.engine.trajectories.agreement import Agreement
 from moeca_compile.engine.variant_cache import VariantCache
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Cut, Region, RegionMap
@@ -83,7 +84,7 @@ class OutputProgram(Program):
 
     def __init__(
         self, call: OutputCall, args: Sequence[Any], options: Options, schedule: Schedule, warned: Warned,
-        key: Hashable = None,
+        key: Hashable = None, agreement: Agreement | None = None,
     ) -> None:  # fmt: skip
         self.options, self.warned, self.call, self.is_announced = options, warned, call, False
         self.key = object() if key is None else key
@@ -92,7 +93,7 @@ class OutputProgram(Program):
         self.more_timesteps = call.more_timesteps
         self.prologues = _NothingHoisted((), call.condition)  # type: ignore[assignment]
         self.packs_experts, self.buffers, self.caches, self.freeing = False, None, (), None
-        self.agreement = None
+        self.agreement = agreement
         self.nodes, self.roles = 0, call.roles
         self.regions = call.regions
         self.latent_shape = shape_of_sample(args, call.latent)
@@ -236,21 +237,23 @@ def _polynomial(values: Sequence[Tensor], weights: Weights) -> Tensor:
     """w0 y0 + w1 y1 + ..., in at least float32; y0 where it isn't a floating number."""
     if not values[0].is_floating_point():
         return values[0].clone()
-    total = _wide(values[0]) * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=False):
-        total.add_(_wide(value), alpha=weight)
-    return total.to(values[0].dtype)
+    weighted = zip(values, weights, strict=False)
+    return _total(((_wide(value), weight) for value, weight in weighted if weight), values[0])
 
 
 def _weighted(step: _Step, values: Sequence[Tensor]) -> Tensor:
     """The output rule's sum. `values`: y0, y1, ..., each [B, C, ...]; the latent may have fewer channels than they."""
     assert step.weights is not None
+    weighted = zip(step.terms, step.weights, strict=True)  # 0: of a value that isn't there yet, early in a trajectory
+    return _total(((_value(step, values, term), weight) for term, weight in weighted if weight), values[0])
+
+
+def _total(weighted: Iterable[tuple[Tensor, float]], like: Tensor) -> Tensor:
+    """The sum, in the dtype of `like`; zeros for nothing."""
     total: Tensor | None = None
-    for term, weight in zip(step.terms, step.weights, strict=True):
-        if weight:  # 0: of a value that isn't there yet, early in a trajectory
-            value = _value(step, values, term)
-            total = value * weight if total is None else total.add_(value, alpha=weight)
-    return torch.zeros_like(values[0]) if total is None else total.to(values[0].dtype)
+    for value, weight in weighted:
+        total = value * weight if total is None else total.add_(value, alpha=weight)
+    return torch.zeros_like(like) if total is None else total.to(like.dtype)
 
 
 def _value(step: _Step, values: Sequence[Tensor], term: str) -> Tensor:

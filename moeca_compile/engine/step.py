@@ -150,8 +150,6 @@ def _run(
             finite: bool | Flag = True
             if variant.writes or variant.changes:
                 finite = is_finite(results[0])
-                if program.agreement is not None:
-                    finite = program.agreement.all(finite)
             written = results[variant.outputs :]
             driver.keep(state, step, row, variant.writes, written, finite, bool(variant.changes))
     if program.freeing is not None and stream is not None:

@@ -57,7 +57,7 @@ def reason_to_leave(function: object, is_full: bool, args: Sequence[object]) -> 
     if any(type(arg).__name__ in _DISTRIBUTED for arg in args):
         return (
             "its parameters are spread over several ranks (DTensor). granularity='output' caches what the whole model "
-            "returns, so that steps which aren't computed exchange nothing"
+            "returns: a step that isn't computed runs none of the model's exchanges"
         )
     return ""
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from types import FrameType, NoneType
 from typing import Any
 
@@ -24,6 +25,7 @@ from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import INTERCEPTORS, interceptor_of
 from moeca_compile.engine.output_program import OutputCall, OutputProgram, Outputs, output_regions
 from moeca_compile.engine.step import refuse_gradients, run_step
+from moeca_compile.engine.trajectories.agreement import agreement_of_weights
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
@@ -117,7 +119,9 @@ class OutputPath:
         condition = tuple(i for i in tensors if i not in more)
         regions = output_regions(outputs)
         call = OutputCall(lambda given: self.run(structure, given), regions, at, latent, condition, roles, more)
-        program = OutputProgram(call, leaves, runtime.options, runtime.schedule, runtime.warned, key)
+        weights = chain.from_iterable(module.parameters() for module in modules_of(self.handle()))
+        ranks = agreement_of_weights(weights)
+        program = OutputProgram(call, leaves, runtime.options, runtime.schedule, runtime.warned, key, ranks)
         self._results[id(program)] = nested, [None if isinstance(value, Tensor) else value for value in values]
         weakref.finalize(program, self._results.pop, id(program), None)
         runtime.place((key,), program)

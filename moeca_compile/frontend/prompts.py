@@ -16,7 +16,7 @@ from moeca_compile.frontend.model_arguments import plain_module
 from moeca_compile.schedule.decode import short
 
 Prompt = str | Mapping[str, Any]
-STEPS = "num_inference_steps"
+STEPS, TIMESTEPS = "num_inference_steps", "timesteps"
 
 
 class PromptSampler:
@@ -34,14 +34,22 @@ class PromptSampler:
         self._call = dict(call)
         if "output_type" in self._parameters:
             self._call.setdefault("output_type", "pt")
+        # what `inspect.signature` gives: the sampler takes timesteps if the pipeline's call does
+        signature = inspect.signature(type(self).__call__)
+        names = [name for name in signature.parameters if name != "self"]
+        taken = [name for name in names if name != TIMESTEPS or TIMESTEPS in self._parameters]
+        self.__signature__ = signature.replace(parameters=[signature.parameters[name] for name in taken])
 
-    def __call__(self, model: Any, seed: int, steps: int | None = None) -> Tensor:
+    def __call__(
+        self, model: Any, seed: int, steps: int | None = None, timesteps: Sequence[float] | None = None
+    ) -> Tensor:
         """Sample one seed.
 
         Args:
             model: not used: it is set on the pipeline.
             seed: of the generator, and which prompt.
             steps: of the sampler; None: as `call` says.
+            timesteps: of the sampler, one a step; None: its own.
 
         Returns:
             Images [N, C, H, W], in [0, 1] where the pipeline offers `output_type="pt"`; or videos [N, F, C, H, W].
@@ -51,6 +59,8 @@ class PromptSampler:
         keywords["generator"] = torch.Generator().manual_seed(seed)
         if steps is not None:
             keywords[STEPS] = steps
+        if timesteps is not None:
+            keywords[TIMESTEPS] = list(timesteps)
         try:
             return samples_of(self._pipeline(**keywords))
         except (AttributeError, TypeError) as error:

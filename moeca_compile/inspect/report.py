@@ -16,6 +16,7 @@ from moeca_compile.inspect.html.measured import Measured
 from moeca_compile.inspect.html.page import write_page
 from moeca_compile.inspect.routing import attending, routing
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.made_for import timesteps_line
 
 Rows = list[tuple[str, ...]]
 
@@ -181,8 +182,8 @@ class Report:
             share = v.macs / self.total_macs if self.total_macs else 0.0
             rows.append((v.name, str(v.rows), str(v.nodes), f"{share:.1%}", str(v.reads), str(v.writes)))
         lines = [f"schedule {self.schedule.made_by}, {self.state_bytes} bytes of state a stream"]
-        if self.schedule.searched_timesteps:
-            lines.append("its timesteps were searched: give the sampler schedule.timesteps")
+        if line := timesteps_line(self.schedule.timesteps, self.schedule.searched_timesteps):
+            lines.append(line)
         return [*lines, *_columns(rows)]
 
     def _passes(self) -> list[str]:

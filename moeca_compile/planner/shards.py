@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moeca_compile.errors import OptionError, ScheduleError
 from moeca_compile.frontend.prompts import check_seeds, sampler_of
@@ -122,7 +123,7 @@ def _merge(source: Store, target: Store) -> None:
         assert arrays is not None
         if known_arrays is None:
             target.add_arrays(kind, seed, arrays)
-        elif kind == GIVEN and not np.allclose(known_arrays["samples"], arrays["samples"], rtol=1e-3, atol=1e-3):
+        elif kind == GIVEN and not is_close(*(torch.from_numpy(of["samples"]) for of in (known_arrays, arrays))):
             raise ScheduleError(
                 f"merge: {str(source.path)!r} was compared with other samples that truth gave for seed {seed} than the "
                 "others were"

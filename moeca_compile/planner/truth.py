@@ -49,6 +49,8 @@ def read_truth(
     if isinstance(truth, Mapping):
         if missing := [seed for seed in seeds if seed not in truth]:
             raise error(f"{what}: truth has no samples for seed {missing[0]}; give them for every seed")
+        for seed in seeds:
+            _as_samples(truth[seed], seed, what, error)  # before hours are spent
         return truth
     if isinstance(truth, str) and truth in (UNCACHED, CONVERGED):
         if truth == CONVERGED and "steps" not in inspect.signature(sample).parameters:
@@ -97,20 +99,23 @@ def given_samples(goal: Goal, seed: int, uncached: Tensor, what: str, error: typ
         UserError: no tensor, or another shape than the uncached ones (another number of samples, too), or not finite.
     """
     assert not isinstance(goal, str)
-    samples = goal[seed] if isinstance(goal, Mapping) else goal(seed)
+    wanted = _as_samples(goal[seed] if isinstance(goal, Mapping) else goal(seed), seed, what, error)
+    if wanted.shape != uncached.shape:
+        shapes = f"have shape {list(wanted.shape)}, the sampler's {list(uncached.shape)}"
+        raise error(f"{what}: the samples that truth gives for seed {seed} {shapes}")
+    return wanted
+
+
+def _as_samples(samples: Any, seed: int, what: str, error: type[UserError]) -> Tensor:
+    """Float32, on the CPU. Raises: as `given_samples`, but for the shape."""
     try:
         wanted = torch.as_tensor(samples).detach().float().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise error(
             f"{what}: truth gives a {type(samples).__name__} for seed {seed}, expected a tensor of samples"
         ) from None
-    problem = ""
-    if wanted.shape != uncached.shape:
-        problem = f"have shape {list(wanted.shape)}, the sampler's {list(uncached.shape)}"
-    elif not bool(wanted.isfinite().all()):
-        problem = "aren't all finite"
-    if problem:
-        raise error(f"{what}: the samples that truth gives for seed {seed} {problem}")
+    if not bool(wanted.isfinite().all()):
+        raise error(f"{what}: the samples that truth gives for seed {seed} aren't all finite")
     return wanted
 
 

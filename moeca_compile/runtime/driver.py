@@ -8,7 +8,9 @@ the call, and when state is dropped. An executor calls `choose` before a step, a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from moeca_compile.errors import StateError
 from moeca_compile.runtime.state import Answer, StreamState
@@ -35,6 +37,23 @@ class Choice(NamedTuple):
     cold: bool
 
 
+class Agreed(NamedTuple):
+    """What the ranks of a spread model would run at a step, compared.
+
+    Attributes:
+        cold: the highest rank that has no state for the step; None: all have it.
+        rows_differ: the ranks would run different rows.
+        drift: the largest of the ranks' drifts; None: none was measured.
+    """
+
+    cold: int | None
+    rows_differ: bool
+    drift: float | None
+
+
+Agree = Callable[[bool, int, float | None], Agreed]
+
+
 class StepDriver:
     """The step rule of one schedule, for all streams that run it.
 
@@ -42,14 +61,17 @@ class StepDriver:
         schedule: bound to the graph's regions.
         warned: counts the warnings.
         order: order of forecasts; default: the schedule's.
+        agree: compares a step with that of the other ranks: whether this rank is cold, a number for its row, and its
+            drift; None: there is one rank.
 
     Attributes:
         full: the row that computes everything.
-        agree: makes one drift of those of several ranks; None: there is one rank.
     """
 
-    def __init__(self, schedule: Schedule, warned: Warned, order: int | None = None) -> None:
-        self.agree: Callable[[float | None], float | None] | None = None
+    def __init__(
+        self, schedule: Schedule, warned: Warned, order: int | None = None, agree: Agree | None = None
+    ) -> None:
+        self._agree = agree
         self.schedule, self.warned, self.full = schedule, warned, schedule.rows[0]
         self._terms = 1 + (schedule.order if order is None else order)
         columns = range(len(self.full))
@@ -90,23 +112,14 @@ class StepDriver:
         Returns:
             The row, and whether the step is cold.
         """
+        if state is not None and state.finite is not True:
+            self._drop_if_not_finite(state, wait=self._agree is not None)
+        if self._agree is not None:
+            return self._choose_together(self._agree, state, step, timestep, eps)
         if state is None:
             return Choice(self.full, True)
-        if state.finite is not True:
-            self._drop_if_not_finite(state, wait=False)
-        schedule = self.schedule
-        if schedule.timesteps and timestep is not None:
-            choice = self._by_timestep(state, step, timestep, eps)
-        else:
-            if schedule.timesteps:
-                self.warned.once(_COUNTED)
-            row = self._counted(step) if schedule.adaptive is None else self._adaptive(state, step)
-            state.coming = None
-            cold = row is not self.full and not (state.last_step == step - 1 and all(state.history))
-            choice = Choice(self.full, row != self.full) if cold else Choice(row, False)
-        if choice.cold:
-            state.clear()
-        return choice
+        drift = None if self.schedule.adaptive is None else state.drift()
+        return self._choose(state, step, timestep, eps, drift)
 
     def keep(
         self, state: StreamState, step: int, row: Row, writes: Sequence[int], values: Sequence[Any],
@@ -167,6 +180,55 @@ class StepDriver:
                 "sampler"
             )
 
+    def _choose(self, state: StreamState, step: int, timestep: float | None, eps: float, drift: float | None) -> Choice:
+        schedule = self.schedule
+        if schedule.timesteps and timestep is not None:
+            choice = self._by_timestep(state, step, timestep, eps)
+        else:
+            if schedule.timesteps:
+                self.warned.once(_COUNTED)
+            row = self._counted(step) if schedule.adaptive is None else self._adaptive(state, step, drift)
+            state.coming = None
+            cold = row is not self.full and not _has_all(state, step)
+            choice = Choice(self.full, row != self.full) if cold else Choice(row, False)
+        if choice.cold:
+            state.clear()
+        return choice
+
+    def _choose_together(
+        self, agree: Agree, state: StreamState | None, step: int, timestep: float | None, eps: float
+    ) -> Choice:
+        """The row that all ranks run. Where one has no state, or they would run different rows, all start cold."""
+        is_adaptive = self.schedule.adaptive is not None
+        choice, drift = Choice(self.full, True), None
+        if state is not None and is_adaptive:
+            choice, drift = Choice(self.full, not _has_all(state, step)), state.drift()
+        elif state is not None:
+            choice = self._choose(state, step, timestep, eps, None)
+        agreed = agree(choice.cold, 0 if is_adaptive else _number_of(choice.row), drift)
+        is_split = agreed.cold is not None or agreed.rows_differ
+        if is_split and not choice.cold:
+            self._warn_of_split(step, agreed.cold)
+        if state is None or not (is_split or is_adaptive):
+            return choice
+        if is_split:
+            state.clear()
+        return self._choose(state, step, timestep, eps, None if is_split else agreed.drift)
+
+    def _warn_of_split(self, step: int, cold: int | None) -> None:
+        if cold is None:
+            self.warned.once(
+                f"the ranks would run different rows at step {step}: all of them compute it in full, so that none "
+                "waits for another. Give all ranks one schedule and one loop (moeca_compile.distributed.check_ranks "
+                "compares)"
+            )
+        else:
+            self.warned.once(
+                f"rank {cold} has no state for step {step}: all ranks compute it in full, so that none waits for "
+                "another. A rank loses its state when its weights change, its samples aren't finite, or its loop "
+                "differs: do the same on all ranks"
+            )
+
     def _counted(self, step: int) -> Row:
         rows = self.schedule.rows
         if step < len(rows):
@@ -176,10 +238,9 @@ class StepDriver:
             return self.full
         return self._repeated[(step - len(rows)) % len(self._repeated)]
 
-    def _adaptive(self, state: StreamState, step: int) -> Row:
+    def _adaptive(self, state: StreamState, step: int, drift: float | None) -> Row:
         """The row for the drift that the stream's last step measured."""
         assert self.schedule.adaptive is not None
-        drift = state.drift() if self.agree is None else self.agree(state.drift())
         return self.schedule.rows[state.pace.choose(self.schedule.adaptive, step, drift)]
 
     def _by_timestep(self, state: StreamState, step: int, timestep: float, eps: float) -> Choice:
@@ -219,6 +280,17 @@ class StepDriver:
             "in full. If the model overflows, run it in bfloat16 or float32"
         )
         return True
+
+
+def _has_all(state: StreamState, step: int) -> bool:
+    """Whether the state serves any row of `step`: it is of the step before, and every region has an output."""
+    return state.last_step == step - 1 and all(state.history)
+
+
+@lru_cache
+def _number_of(row: Row) -> int:
+    """The same on every rank."""
+    return crc32(str(row).encode())
 
 
 def _past_end(schedule: Schedule, step: int) -> str:

@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from moeca_compile.schedule.made_for import timesteps_line
+
 NO_CALL = (
     "Methods of the original model, and the models of a pipeline, run past what torch.compile gave: use "
     "moeca_compile.compile(model or pipeline), or compile the method, as in torch.compile(model.forward_with_cfg, "
@@ -79,6 +81,8 @@ class Stats:
             are kept for a handle.
         on_host: the model runs where the host does, so that host milliseconds are those of the work. False: it runs on
             an accelerator, which works on after the host has gone on.
+        timesteps: that the schedule was made for, one a row, as the model receives them; empty: any.
+        searched_timesteps: they were searched, so they aren't the sampler's own: pass it `timesteps`.
     """
 
     steps: tuple[StepRecord, ...]
@@ -93,6 +97,8 @@ class Stats:
     unshared: Mapping[str, str] = field(default_factory=dict)
     trajectories: tuple[tuple[StepRecord, ...], ...] = ()
     on_host: bool = True
+    timesteps: tuple[float, ...] = ()
+    searched_timesteps: bool = False
 
     @property
     def speedup(self) -> float | None:
@@ -116,6 +122,8 @@ class Stats:
         ]
         if self.freed_bytes:
             lines[0] += f"; {self.freed_bytes / 2**20:.2f} MiB of weights freed"
+        if line := timesteps_line(self.timesteps, self.searched_timesteps):
+            lines.append(line)
         if self.uncached:
             lines.append(self.uncached)
         lines += [f"{name} is compiled for each size: {reason}" for name, reason in self.unshared.items()]

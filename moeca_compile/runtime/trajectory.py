@@ -168,7 +168,11 @@ class Trajectory(Loop):
         macs = sum(record.macs for record in records)
         slots = zip(self.state.layout, self.state.tensors, strict=True) if self.state else ()
         state_bytes = sum(slot.bytes for slot, tensor in slots if tensor is not None)
-        return Stats(records, state_bytes, macs / full_macs if full_macs else 1.0, 1, {})
+        schedule = self.session.schedule
+        return Stats(
+            records, state_bytes, macs / full_macs if full_macs else 1.0, 1, {},
+            timesteps=schedule.timesteps, searched_timesteps=schedule.searched_timesteps,
+        )  # fmt: skip
 
     def _run(self, inputs: Mapping[str, Any]) -> Arrays:
         planned = self.plan(inputs)

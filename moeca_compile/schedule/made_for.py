@@ -70,3 +70,11 @@ def unused(step: int, kind: str, reason: str) -> str:
         f"step {step}: the schedule's {kind} weights aren't used, for {reason}. The output is what the schedule's "
         "order makes it. Calibrate for this sampler, or run it as it was calibrated"
     )
+
+
+def timesteps_line(timesteps: Sequence[float], are_searched: bool) -> str:
+    """The timesteps that a schedule was made for, for people; "": any."""
+    if not timesteps:
+        return ""
+    line = f"the schedule was made for {len(timesteps)} timesteps, {timesteps[0]:g} to {timesteps[-1]:g}"
+    return line + ", which were searched: give the sampler schedule.timesteps" * are_searched

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,9 +38,11 @@ class Bump(nn.Module):
         return torch.sin(x) + 8 * torch.exp(-place * place) * torch.tanh(4 * self.mix(x))
 
 
-def sample(model: Any, seed: int, steps: int = STEPS, timesteps: Sequence[float] | None = None) -> Tensor:
+def sample(
+    model: Any, seed: int, steps: int = STEPS, timesteps: Sequence[float] | None = None, scale: float = 1.0
+) -> Tensor:
     """Euler, at its own timesteps or at given ones."""
-    x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    x = scale * torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
     times = timesteps or [1 - step / steps for step in range(steps)]
     for time, following in pairwise([*times, 0.0]):
         x = x + (following - time) * model(x, torch.full((8,), time))
@@ -103,7 +107,13 @@ def test_a_step_is_computed_where_the_flow_turns(front: Front, tmp_path: Path) -
         moeca.reset(handle)
         with pytest.warns(MoecaWarning, match=r"timesteps were searched: give the sampler schedule\.timesteps"):
             sample(handle, 1000)
-    assert "its timesteps were searched: give the sampler schedule.timesteps" in str(moeca.explain(handle))
+    line = (
+        f"the schedule was made for 8 timesteps, 1 to {loaded.timesteps[-1]:g}, which were searched: give the sampler"
+    )
+    assert line in str(moeca.explain(handle))
+    assert line in str(moeca.stats(handle))
+    assert moeca.stats(handle).timesteps == loaded.timesteps
+    assert moeca.stats(handle).searched_timesteps
 
 
 def ignoring(model: Any, seed: int, steps: int = STEPS, timesteps: Any = None) -> Tensor:
@@ -153,6 +163,35 @@ def test_where_timesteps_are_not_known_they_stay() -> None:
     with pytest.warns(MoecaWarning, match="where the steps lie isn't searched"):
         schedule = calibrated(Timeless(), blind, holdout=0)
     assert not schedule.searched_timesteps
+
+
+class Pipeline:
+    """Stands for one of diffusers; the prompt says how large the first latent is."""
+
+    def __init__(self, takes_any: bool = True) -> None:
+        self.transformer, self.takes_any = Bump().eval(), takes_any
+
+    def __call__(
+        self, prompt: str, generator: Any, num_inference_steps: int = STEPS, timesteps: Any = None
+    ) -> SimpleNamespace:
+        if timesteps is not None and not self.takes_any:
+            raise ValueError("this scheduler has no custom timesteps")
+        return SimpleNamespace(
+            images=sample(self.transformer, generator.initial_seed(), num_inference_steps, timesteps, len(prompt) / 5)
+        )
+
+
+@pytest.mark.parametrize("takes_any", [True, False])
+def test_prompts_of_a_pipeline(takes_any: bool) -> None:
+    """Searched with several prompts; or a scheduler that takes no timesteps is named."""
+    pipe, expected = Pipeline(takes_any), nullcontext() if takes_any else pytest.warns(MoecaWarning, match="no custom")
+    with expected:
+        schedule = moeca.calibrate(
+            pipe, prompts=["a fox", "a hare"], budget="macs:0.5", granularity="output", inner="eager", seeds=2,
+            holdout=0, effort=0, truth="converged", progress=False,
+        )  # fmt: skip
+    assert schedule.searched_timesteps == takes_any
+    assert ("tried searched timesteps" in schedule.predicted) == takes_any
 
 
 def test_cheap_steps_halve_the_widest_gaps() -> None:

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 import moeca_compile as moeca
 from moeca_compile import cli
 from moeca_compile.errors import OptionError, ScheduleError
+from moeca_compile.planner.store import Store
+from moeca_compile.schedule.output import GIVEN
 from tests import ranks
 from tests.planner.test_output_fit import STEPS, Velocity, guided
 
@@ -163,3 +165,20 @@ def test_parts_that_are_not_there(part: Any, parts: int, tmp_path: Path) -> None
     with pytest.raises(OptionError, match=r"expected a number from 0 to parts - 1"):
         moeca.calibrate_shard(Velocity(), guided, part=part, parts=parts, resume=tmp_path / "shard", **OUTPUT)
     assert not (tmp_path / "shard").exists()
+
+
+def test_given_samples_are_compared_as_samples_are(tmp_path: Path) -> None:
+    """Up to the rounding of another machine, which goes with the largest value, and not to another shape."""
+    samples = np.linspace(-100, 100, 50, dtype=np.float32).reshape(1, 50)
+
+    def shard(name: str, given: np.ndarray[Any, Any]) -> Path:
+        store = Store(tmp_path / name / "region")
+        store.check({})
+        store.add_arrays(GIVEN, 0, {"samples": given})
+        return tmp_path / name
+
+    first = shard("first", samples)
+    for number, given in enumerate((samples + 0.5, samples[:, 1:])):
+        with pytest.raises(ScheduleError, match="was compared with other samples that truth gave for seed 0"):
+            moeca.merge_shards(tmp_path / f"all{number}", [first, shard(f"other{number}", given)])
+    moeca.merge_shards(tmp_path / "all", [first, shard("near", samples + 0.05)])

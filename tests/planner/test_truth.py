@@ -183,6 +183,8 @@ def test_given_samples_are_like_the_uncached_ones(samples: Any, says: str, error
         ({0: torch.zeros(1), 1: torch.zeros(1)}, "truth has no samples for seed 1000; give them for every seed"),
         ([torch.zeros(1)], r"truth=\[tensor.*expected one of uncached, converged, the samples of each seed"),
         (3, "truth=3, expected one of uncached"),
+        (dict.fromkeys((0, 1, 1000), torch.tensor([torch.nan])), "truth gives for seed 0 aren't all finite"),
+        (dict.fromkeys((0, 1, 1000), "a fox"), "truth gives a str for seed 0, expected a tensor"),
     ],
 )
 def test_a_truth_is_refused_before_anything_is_sampled(truth: Any, says: str, granularity: str) -> None:

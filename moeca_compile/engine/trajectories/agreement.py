@@ -1,24 +1,26 @@
 """What the ranks of a spread model agree on. A step with collectives must be one on all ranks, or none goes on.
 
-A static schedule is the same everywhere. Two decisions depend on a rank's own samples: which row an adaptive schedule
-runs, and whether state that isn't finite is dropped. Both are made by one figure, reduced over the ranks.
+A static schedule is the same everywhere. But a rank alone may have no state for a step, since its weights were changed
+or its samples aren't finite; and an adaptive schedule decides by a rank's own samples. So before each step the ranks
+compare what they would run, in one reduction of four numbers.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from moeca_compile.graph import fx
-from moeca_compile.graph.nowait import Flag
+from moeca_compile.runtime.driver import Agreed
 
 
 class Agreement:
-    """Decides as one for all ranks that share the collectives of a graph.
+    """Decides as one for all ranks that share the collectives of a model.
 
     Args:
         groups: names of their process groups.
@@ -28,22 +30,28 @@ class Agreement:
     def __init__(self, groups: tuple[str, ...], device: torch.device) -> None:
         self._groups, self._device = groups, device
 
-    def largest(self, figure: float | None) -> float | None:
-        """The largest of the ranks' figures; None: none was measured, on any rank."""
-        return None if figure is None else self._reduced(figure)
+    def __call__(self, is_cold: bool, row: int, drift: float | None) -> Agreed:
+        """Compare the ranks' next step; waits for the device.
 
-    def all(self, finite: bool | Flag) -> bool:
-        """Whether it holds on all ranks; waits for the device."""
-        holds = finite if isinstance(finite, bool) else finite.holds()
-        return self._reduced(float(not holds)) == 0.0
+        Args:
+            is_cold: this rank has no state for the step.
+            row: a number for what this rank would run; equal for equal rows.
+            drift: of an adaptive schedule; None: none was measured on this rank.
+        """
+        from torch.distributed import get_rank
 
-    def _reduced(self, figure: float) -> float:
+        unmeasured, unknown = -math.inf, math.inf  # a drift that isn't finite asks for a full step
+        figure = unmeasured if drift is None else drift if math.isfinite(drift) else unknown
+        cold, highest, lowest, largest = self._largest([get_rank() + 1 if is_cold else 0, row, -row, figure])
+        return Agreed(int(cold) - 1 if cold else None, highest != -lowest, None if largest == unmeasured else largest)
+
+    def _largest(self, figures: Sequence[float]) -> list[float]:
         from torch.distributed import ReduceOp, all_reduce
 
-        tensor = torch.tensor(figure, dtype=torch.float32, device=self._device)
-        for name in self._groups:  # the groups of a mesh: after each of its dimensions all have it
+        tensor = torch.tensor(figures, dtype=torch.float64, device=self._device)
+        for name in self._groups:
             all_reduce(tensor, ReduceOp.MAX, group=_group(name))
-        return float(tensor)
+        return tensor.tolist()
 
 
 def agreement_of(gm: GraphModule, args: Sequence[Any]) -> Agreement | None:
@@ -51,8 +59,24 @@ def agreement_of(gm: GraphModule, args: Sequence[Any]) -> Agreement | None:
     `args`: of a call."""
     nodes = filter(fx.is_collective, gm.graph.nodes)
     names = {argument for node in nodes for argument in node.args if isinstance(argument, str)}
-    groups = tuple(sorted(name for name in names if _is_shared(name)))
     device = next((value.device for value in args if isinstance(value, torch.Tensor)), torch.device("cpu"))
+    return _agreement(names, device)
+
+
+def agreement_of_weights(weights: Iterable[torch.Tensor]) -> Agreement | None:
+    """For the ranks over which weights are spread (DTensors); None: there are none.
+
+    The collectives of a model that isn't captured are unknown otherwise. Ranks without spread weights may each draw
+    samples of their own.
+    """
+    meshes = {mesh for weight in weights if (mesh := getattr(weight, "device_mesh", None)) is not None}
+    names = {group.group_name for mesh in meshes for group in mesh.get_all_groups()}
+    kinds = {mesh.device_type for mesh in meshes}
+    return _agreement(names, torch.device(kinds.pop() if kinds else "cpu"))
+
+
+def _agreement(names: set[str], device: torch.device) -> Agreement | None:
+    groups = tuple(sorted(name for name in names if _is_shared(name)))
     return Agreement(groups, device) if groups else None
 
 

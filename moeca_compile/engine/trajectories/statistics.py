@@ -58,6 +58,7 @@ def stats_of(states: Sequence[Ran]) -> Stats:
     full = sum(record.full_macs for record in steps)
     fraction = sum(record.macs for record in steps) / full if full else 1.0
     graphs = sum(bool(state.runtime.programs) + state.parts for state in states)
+    timed = next((state.runtime.schedule for state in states if state.runtime.schedule.timesteps), None)
     uncached = "\n".join(dict.fromkeys(state.uncached for state in states if state.uncached))
     return Stats(
         steps=tuple(steps),
@@ -72,4 +73,6 @@ def stats_of(states: Sequence[Ran]) -> Stats:
         unshared=unshared,
         trajectories=(*earlier, tuple(steps)) if steps else tuple(earlier),
         on_host=all(state.runtime.on_host for state in states),
+        timesteps=() if timed is None else timed.timesteps,
+        searched_timesteps=timed is not None and timed.searched_timesteps,
     )

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from moeca_compile.errors import ScheduleError, warn
+from moeca_compile.frontend.prompts import PromptSampler
 from moeca_compile.planner.output.fit import check_enough
 from moeca_compile.planner.output.given_times import check_taken, path_at
 from moeca_compile.planner.output.gram import gram_of, summed
@@ -88,6 +89,15 @@ class OutputStudy(Study):
                 "calibrate: sample takes timesteps, but those that the model receives aren't known, or don't only fall "
                 "or only rise: where the steps lie isn't searched"
             )
+        elif isinstance(self.sample, PromptSampler):  # its pipeline has the keyword, and may refuse to use it
+            try:
+                check_taken(self.sampled, self.request.seeds[0], self.sample, self.timesteps)
+            except (ScheduleError, TypeError, ValueError) as error:
+                warn(
+                    "calibrate: the pipeline's call has a keyword timesteps, but doesn't take those that it is given, "
+                    f"so where the steps lie isn't searched: {error}"
+                )
+                return False
         return bool(self.timesteps)
 
     def _want(self, seed: int) -> None:
@@ -128,7 +138,7 @@ class OutputStudy(Study):
         if first_run:  # refuses what can't be fitted before the others are sampled
             check_enough(len(wanted.states[0]) * len(self.request.seeds), wanted.is_batched)
             self.sampler()
-            if self.searches_times:
+            if self.searches_times and not isinstance(self.sample, PromptSampler):
                 check_taken(self.sampled, seed, self.sample, self.timesteps)
         if self.goal_name != GIVEN:  # given samples may be others at the next call
             self.store.add_arrays(self._kept_in, seed, as_arrays(self.wanted[seed]))
