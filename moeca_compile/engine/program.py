@@ -80,7 +80,7 @@ class Program:
         pipeline: Pipeline = WITH_PROLOGUES, key: Hashable = None, freed: FreedWeights | None = None,
         sizes: SharedSizes | None = None, other: OtherSize = lambda: None,
     ) -> None:  # fmt: skip
-        begin = time.perf_counter()
+        begin = time.perf_counter() if captured is None else captured.began
         freed = freed if options.free_hoisted else None
         self.options, self.warned, self.is_announced = options, warned or Warned(), False
         self.key = object() if key is None else key

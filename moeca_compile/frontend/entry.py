@@ -347,16 +347,15 @@ class Entry:
         is_known = self._identity is not self
         captured_key = (identity(captured.gm, captured.inputs), captured.autocast) if is_known else graph_key
         if runtime.find(captured_key) is not None:
-            return self._beside(key, captured_key, runtime)
+            return self._beside(key, captured_key, runtime, began=captured.began)
         any_strides_key = self._any_strides_key(args, numbers, key[-1])
         if not captured.caches and runtime.find(any_strides_key) is not None:  # a copy isn't the caller's cache
-            return self._beside(key, any_strides_key, runtime, captured)
-        settings = runtime.options, runtime.schedule, runtime.warned
+            return self._beside(key, any_strides_key, runtime, captured, captured.began)
         warn_of_shapes(captured, runtime.programs.values(), runtime.warned)
         like = [node.meta.get("val", arg) for node, arg in zip(fx.placeholders(captured.gm), args, strict=True)]
         program = Program(
-            gm, args, self.inputs, *settings, captured, key=graph_key, freed=runtime.freed, sizes=runtime.sizes,
-            other=partial(other_size, self.gm, like),
+            gm, args, self.inputs, runtime.options, runtime.schedule, runtime.warned, captured, key=graph_key,
+            freed=runtime.freed, sizes=runtime.sizes, other=partial(other_size, self.gm, like),
         )  # fmt: skip
         program.compiler.compile_id = self._compile_id
         text = partial(text_of, program.analysis.gm)
@@ -367,13 +366,15 @@ class Entry:
         return program, None
 
     def _beside(
-        self, key: Hashable, placed_key: Hashable, runtime: HandleRuntime, captured: Capture | None = None
-    ) -> tuple[Program, Arrangement | None]:
-        """Let the program under `placed_key` serve the calls of `key` too. `captured`: this graph, if its inputs have
-        other strides."""
+        self, key: Hashable, placed_key: Hashable, runtime: HandleRuntime, captured: Capture | None = None,
+        began: float | None = None,
+    ) -> tuple[Program, Arrangement | None]:  # fmt: skip
+        """Let that program serve calls of `key` too. `captured`: this graph, of other strides. `began`: its capture."""
         placed = runtime.find(placed_key)
         assert placed is not None
         program = placed[0]
+        if began is not None:
+            program.compiler.note("capture", began)
         gm, inputs = program.analysis.gm, program.analysis.facts.inputs
         arrangement = reordered(inputs, self.inputs) if captured is None else restrided(Capture(gm, inputs), captured)
         runtime.place_beside(key, placed_key, arrangement)

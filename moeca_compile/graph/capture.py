@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -84,13 +85,15 @@ class Capture:
     """A functional graph, what its placeholders are, in order, and the autocasts under which it was traced.
 
     The graph holds no casts of theirs until the pass `materialize_casts` has run. `caches` are the names of the inputs
-    that the model overwrites in place; their new values are the graph's last results.
+    that the model overwrites in place; their new values are the graph's last results. `began` is when the capture began
+    (`time.perf_counter`).
     """
 
     gm: GraphModule
     inputs: tuple[Input, ...]
     autocast: Casts = ()
     caches: tuple[str, ...] = ()
+    began: float = 0.0
 
     def __str__(self) -> str:
         return str(self.gm.code)
@@ -124,8 +127,7 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
         CaptureError: the graph changes one of its inputs or buffers (the cache could not keep that), or its shapes
             or branches depend on the values in a tensor.
     """
-    constants = constants_of(gm, args)
-    casts = ambient_autocast()
+    began, constants, casts = time.perf_counter(), constants_of(gm, args), ambient_autocast()
     try:
         graph, mutated = _traced(gm, args, constants, casts, Copying(repeated_blocks(gm, constants)), with_caches)
     except WrittenInPlace:
@@ -146,7 +148,7 @@ def capture(gm: GraphModule, args: Sequence[Any], inputs: Sequence[Input], with_
     _note_sizes(graph, args, casts)
     arguments = [replace(entry, is_weight=entry.is_weight and i not in mutated) for i, entry in enumerate(inputs)]
     renamed = _rename(graph, arguments)
-    return Capture(graph, renamed, casts, tuple(renamed[i].name for i in mutated))
+    return Capture(graph, renamed, casts, tuple(renamed[i].name for i in mutated), began)
 
 
 def _traced(
