@@ -35,6 +35,7 @@ from moeca_compile.lowering.onnx.complex_pairs import without_complex
 from moeca_compile.lowering.onnx.constants import bind_weights, drop_unread, fold_constants, transpose_linears
 from moeca_compile.lowering.onnx.quantized.keep import keep_quantized
 from moeca_compile.lowering.onnx.request import OnnxRequest
+from moeca_compile.lowering.onnx.rotary.rewrite import write_rotary
 from moeca_compile.lowering.onnx.small_forms import drop_squeezes, loosen_views, write_experts
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.count_macs import count_macs, node_macs
@@ -129,6 +130,7 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
     keep_quantized,  # NOTE: after bind_weights
     fold_constants,  # NOTE: after keep_quantized, it would make floating-point numbers of quantized weights
     transpose_linears,  # NOTE: after fold_constants; a transposed weight is computed here, once
+    write_rotary,  # NOTE: after fold_constants, before without_complex; what it replaces is dropped below
     drop_unread,  # what was folded
     without_complex,  # NOTE: after bind_weights; ONNX runtimes have no complex numbers
     loosen_views,  # NOTE: last; a rewrite may have changed strides

@@ -9,6 +9,7 @@ from typing import Any
 from moeca_compile.errors import warn
 from moeca_compile.exporting.describe import describe, file_of
 from moeca_compile.exporting.request import Captured
+from moeca_compile.graph import fx
 from moeca_compile.inspect.progress import ProgressCallback
 from moeca_compile.lowering.experts.choose import Lowering, choose
 from moeca_compile.lowering.experts.rewrite import calls, why_no_moe
@@ -80,6 +81,11 @@ def _lower(
     )
     models: dict[str, tuple[str, Any]] = {}
     shapes: dict[str, tuple[Dim, ...]] = {}
+    hoisted = {
+        name_of(position): node
+        for prologue in main.prologues
+        for position, node in zip(prologue.gives, fx.nodes_of(fx.output_node(prologue.variant.gm).args[0]), strict=True)
+    }
     legend = legend_of(main.program.schedule.rows)
     count = len(main.variants)
     for i, ((row, variant), *others) in enumerate(zip(*(capture.variants for capture in captures), strict=True)):
@@ -88,7 +94,7 @@ def _lower(
         alike = [variant, *(twin for _, twin in others)]
         model, signature = lower_onnx(
             alike, batches, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
-            main.parameters,
+            main.parameters, hoisted,
         )  # fmt: skip
         models[file_of(variant, size)] = format_row(row, legend), model
         shapes |= dict(signature.inputs) | dict(signature.outputs)
@@ -97,7 +103,7 @@ def _lower(
         outputs = [f"{name_of(position)}_out" for position in prologue.gives]
         model, signature = lower_onnx(
             alike, batches, main.weights, names, outputs, opset, experts, LOWER_ONNX, manager_of(main.network.options),
-            main.parameters,
+            main.parameters, hoisted,
         )  # fmt: skip
         models[file_of(prologue.variant, size)] = prologue.variant.name, model
         shapes |= dict(signature.inputs) | dict(signature.outputs)

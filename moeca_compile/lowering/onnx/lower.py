@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
@@ -42,6 +43,7 @@ def lower_onnx(
     variants: Sequence[Variant], batches: Batches, weights: Mapping[str, torch.Tensor], names: Mapping[str, str],
     outputs: Sequence[str], opset: int, experts: Lowering = SEGMENTS, passes: Sequence[Pass[OnnxRequest]] = (),
     manager: PassManager | None = None, parameters: Mapping[str, str] | None = None,
+    hoisted: Mapping[str, Node] | None = None,
 ) -> tuple[Any, Signature]:  # fmt: skip
     """Translate one variant.
 
@@ -55,6 +57,7 @@ def lower_onnx(
         passes: graph passes on the way to ONNX.
         manager: runs them.
         parameters: by placeholder name, what the model calls its weights. Those in it can be exchanged in the bundle.
+        hoisted: by placeholder name, the nodes of prologues that compute what comes in there.
 
     Returns:
         An onnx_ir.Model, and its signature. The model's meta and those of its initializers say what they are made of
@@ -65,7 +68,8 @@ def lower_onnx(
     """
     variant, *twins = variants
     signature = _signature(variants, weights, names, outputs, batches)
-    request = OnnxRequest(tuple(one.gm for one in variants), batches, weights, experts, parameters or {}, opset)
+    graphs = tuple(one.gm for one in variants)
+    request = OnnxRequest(graphs, batches, weights, experts, parameters or {}, opset, hoisted or {})
     gm = (manager or PassManager()).rewrite(passes, variant.gm, request, label=f"{variant.name} ")
     if len(list(fx.nodes_of(fx.output_node(gm).args[0]))) > len(signature.outputs):
         signature = replace(signature, outputs=(*signature.outputs, (DROPPED, ())))

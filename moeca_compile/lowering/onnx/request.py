@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from moeca_compile.lowering.experts.choose import Lowering
 
@@ -21,6 +21,7 @@ class OnnxRequest:
         experts: the form of the routed experts.
         parameters: by placeholder name, what the model calls the weight; those that it has no name for are left out.
         opset: of the standard ONNX domain.
+        hoisted: by placeholder name, the nodes of the prologues' graphs that compute the hoisted values.
     """
 
     graphs: tuple[GraphModule, ...]
@@ -29,3 +30,4 @@ class OnnxRequest:
     experts: Lowering
     parameters: Mapping[str, str] = field(default_factory=dict)
     opset: int = 20
+    hoisted: Mapping[str, Node] = field(default_factory=dict)
