@@ -1,6 +1,7 @@
 """The same bundle at several opsets: nodes, bytes, seconds to export and to load, speed, error against torch.
 
     python -m benchmarks.opsets            # two models, about 15 minutes on one core; writes results/opsets.json
+    python -m benchmarks.opsets --only FLUX    # one of them; writes results/opsets_flux.json
     python -m benchmarks.opsets --quick    # small models, few rounds: does it run?
 
 All figures come from one process. Sessions open and steps run in turn, opset after opset, and each ratio is between
@@ -105,17 +106,20 @@ def feeds_of(session: Session) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments("Measure opsets.", "small models, few rounds").parse_args(argv)
+    parser = arguments("Measure opsets.", "small models, few rounds")
+    parser.add_argument("--only", choices=MODELS, help="one model, into a result of its own")
+    args = parser.parse_args(argv)
     pin_threads()
     payload: dict[str, Any] = {}
-    for name, build in MODELS.items():
+    for name in [args.only] if args.only else MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            payload[name] = measure(build, Path(folder), args.quick)
+            payload[name] = measure(MODELS[name], Path(folder), args.quick)
         for opset, facts in payload[name]["graphs"].items():
             print(f"{name}, {opset}: {facts}")
     out = folder_of(args)
     if out:
-        print(f"written: {save('opsets', payload, out).name}")
+        result = f"opsets_{args.only.lower()}" if args.only else "opsets"
+        print(f"written: {save(result, payload, out).name}")
 
 
 if __name__ == "__main__":

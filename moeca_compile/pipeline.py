@@ -126,11 +126,11 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
     any_batch,  # NOTE: first; it compares the graph with the captures at other batches
     drop_squeezes,  # ONNX refuses to squeeze a dimension that isn't 1
     write_experts,  # the form that the targets run
+    write_rotary,  # NOTE: after any_batch, before fold_constants; a folded table doesn't say how it was made
     bind_weights,  # NOTE: after any_batch; weights become constants
     keep_quantized,  # NOTE: after bind_weights
     fold_constants,  # NOTE: after keep_quantized, it would make floating-point numbers of quantized weights
     transpose_linears,  # NOTE: after fold_constants; a transposed weight is computed here, once
-    write_rotary,  # NOTE: after fold_constants, before without_complex; what it replaces is dropped below
     drop_unread,  # what was folded
     without_complex,  # NOTE: after bind_weights; ONNX runtimes have no complex numbers
     loosen_views,  # NOTE: last; a rewrite may have changed strides

@@ -1,4 +1,4 @@
-"""The benchmarks of expert forms and of opsets run, in their quick form."""
+"""The benchmarks of expert forms, of opsets and of rotary embeddings run, in their quick form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import expert_forms, opsets, quantized_products
+from benchmarks import expert_forms, opsets, quantized_products, rotary
 from benchmarks.expert_forms import Layer, onnxruntime_session
 from benchmarks.expert_graphs import operator_forms, quantize
 
@@ -71,3 +71,12 @@ def test_every_opset_is_measured(tmp_path: Path) -> None:
         assert graphs["opset 23"]["nodes"] < graphs["opset 20"]["nodes"]
         assert graphs["opset 23"]["operators"]["Attention"] > 0
         assert list(written[name]["step"]) == list(opsets.PROVIDERS)
+
+
+@pytest.mark.slow
+def test_rotary_embeddings_are_measured(tmp_path: Path) -> None:
+    rotary.main(["--quick", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "rotary.json").read_text())
+    for form in rotary.FORMS:
+        for runtime in expert_forms.RUNTIMES:
+            assert all(found["error"] < 1e-5 for found in written["small"][form][runtime].values())

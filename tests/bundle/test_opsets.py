@@ -1,4 +1,4 @@
-"""Opsets from 23 on: attention and RMS norms as one operator each, on both runtimes, and which targets take them."""
+"""Opsets from 23 on: attention, RMS norms and rotary embeddings as one operator each; which targets take them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.bundle.conftest import PROVIDERS, call_of, small_model
 
 
 class Normed(nn.Module):
-    """Attention with RMS norms of its input, queries and keys."""
+    """Attention with RMS norms of its input, queries and keys, which a rotary embedding turns."""
 
     def __init__(self, width: int = 16, heads: int = 2) -> None:
         super().__init__()
@@ -28,10 +28,18 @@ class Normed(nn.Module):
             nn.RMSNorm(size, eps=1e-6) for size in (width, width // heads, width // heads)
         )
 
+        self.register_buffer("angles", torch.randn(8, width // heads // 2))
+
+    def turn(self, x: Tensor) -> Tensor:
+        cos, sin = (table.repeat_interleave(2, dim=-1) for table in (self.angles.cos(), self.angles.sin()))
+        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * cos + torch.stack([-imaginary, real], dim=-1).flatten(-2) * sin
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h = self.norm(x) + self.time(t[:, None])[:, None]
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attention = nn.functional.scaled_dot_product_attention(self.of_queries(q), self.of_keys(k), v)
+        q, k = self.turn(self.of_queries(q)), self.turn(self.of_keys(k))
+        attention = nn.functional.scaled_dot_product_attention(q, k, v)
         return x + self.out(attention.transpose(1, 2).flatten(2))
 
 
@@ -41,7 +49,8 @@ def test_attention_and_norms_are_one_operator_each(tmp_path: Path) -> None:
     call = torch.randn(2, 8, 16), torch.rand(2)
     bundle = moeca.export(model, call, "uniform:2", tmp_path / "b", targets=("onnx", "openvino"), opset=23)
     counts = Counter(node.op_type for node in onnx.load(tmp_path / "b" / "v0.onnx").graph.node)
-    assert (counts["Attention"], counts["RMSNormalization"], counts["Softmax"]) == (1, 3, 0)
+    assert (counts["Attention"], counts["RMSNormalization"], counts["RotaryEmbedding"]) == (1, 3, 2)
+    assert not {"Softmax", "Neg"} & set(counts)
     assert bundle.manifest.opset == 23
     for provider in PROVIDERS:
         assert verify(Session.open(bundle.path, provider)).error < 1e-5
