@@ -39,7 +39,9 @@ def translate(exported: torch.export.ExportedProgram, opset: int, table: Mapping
         table: translations of operators that torch has none for, or another one.
     """
     with _alone, optimizing_once(), _registry_read_once(opset) as is_translated:
-        _decompose_only_what_must_be(exported, lambda operator: operator in table or is_translated(operator))
+        _decompose_only_what_must_be(
+            exported, lambda one: one in table or one.namespace == "onnx" or is_translated(one)
+        )
         program = torch.onnx.export(
             exported, dynamo=True, opset_version=opset, custom_translation_table=dict(table), optimize=True,
             verbose=False,

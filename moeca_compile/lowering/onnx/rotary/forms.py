@@ -52,6 +52,10 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, last: tuple[int,
     else:
         rows, heads = x.reshape(*lead[:2], layout.head_count * layout.width), layout.head_count
     result: Tensor = torch.onnx.ops.rotary_embedding(
-        rows.float(), cos.float(), sin.float(), interleaved=layout.interleaved, num_heads=heads
+        *map(_float32, (rows, cos, sin)), interleaved=layout.interleaved, num_heads=heads
     )
     return result.reshape(*lead, *last)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 else x.float()
