@@ -30,6 +30,7 @@ from moeca_compile.lowering.inductor.repeat_blocks import repeat_blocks
 from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.lowering.inductor.split_table import split_table
 from moeca_compile.lowering.inductor.straight_stream import straight_stream
+from moeca_compile.lowering.inductor.weight_addresses import weight_addresses
 from moeca_compile.lowering.onnx.batch import any_batch
 from moeca_compile.lowering.onnx.complex_pairs import without_complex
 from moeca_compile.lowering.onnx.constants import bind_weights, drop_unread, fold_constants, transpose_linears
@@ -115,6 +116,7 @@ PROLOGUE: tuple[Pass[RewriteRequest], ...] = (  # how hoisted values are compute
 
 LOWER_INDUCTOR: tuple[Pass[Variant], ...] = (
     split_table,  # an input for each region's coefficients
+    weight_addresses,  # NOTE: after split_table; one input for the weights of a layer's kept branches
     fold_linear,  # a linear over a slice of the channels is one product
     straight_stream,  # NOTE: before repeat_blocks; what goes from body to body comes in order
     repeat_blocks,  # NOTE: last; equal blocks are compiled once
@@ -138,9 +140,7 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
 
 HOIST: tuple[Pass[RewriteRequest], ...] = (hoist_step_only, hoist_invariant)
 # may be disabled: results stay right without them
-OPTIONAL = frozenset(
-    function.__name__ for function in (*NORMALIZE[1:], *HOIST, fold_linear, straight_stream, repeat_blocks)
-)
+OPTIONAL = frozenset(function.__name__ for function in (*NORMALIZE[1:], *HOIST, *LOWER_INDUCTOR[1:]))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -88,14 +87,32 @@ inline void match(const Index* ids, const Index* held, Index K, int* slot) {
   }
 }
 
-// Orders as the rank does, NaN first, and equal ranks by their position: one number is faster to compare than two.
-inline uint64_t key(float rank, Index position) {
-  uint32_t bits;
+// A number that orders as the rank does, NaN last.
+inline int32_t ordered(float rank) {
+  int32_t bits;
   std::memcpy(&bits, &rank, 4);
-  bits = std::isnan(rank) ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
-  return uint64_t(bits) << 32 | (0xffffffffu - uint32_t(position));
+  return std::isnan(rank) ? std::numeric_limits<int32_t>::max() : bits ^ (bits >> 31 & 0x7fffffff);
 }
-inline Index position(uint64_t key) { return 0xffffffffu - uint32_t(key); }
+
+// The positions of the `count` largest of `size` keys, ascending; among equal ones the first. The smallest of them is
+// searched for bit by bit, without jumps that depend on the keys: sorting takes most of its time for such jumps.
+inline void largest_of(const int32_t* keys, Index size, Index count, Index* positions) {
+  int64_t low = std::numeric_limits<int32_t>::min();
+  Index above = 0;  // how many are larger than `low`
+  for (int bit = 31; bit >= 0; --bit) {
+    const int32_t middle = int32_t(low + (int64_t(1) << bit));
+    int many = 0;
+    for (Index i = 0; i < size; ++i) many += keys[i] >= middle;
+    if (many >= count) low = middle;
+  }
+  for (Index i = 0; i < size; ++i) above += keys[i] > low;
+  Index equal = count - above;
+  for (Index i = 0; i < size; ++i) {
+    const bool taken = keys[i] > low || (keys[i] == low && equal > 0);
+    equal -= keys[i] == low;
+    if (taken) *positions++ = i;
+  }
+}
 
 inline float l1(const float* a, const float* b, Index E) {
   float total = 0;
@@ -143,18 +160,18 @@ extern "C" void choose(
         const Index id = ids[b * size + i];
         if (slot[i] >= 0 && total[id] / found[id] >= threshold[id]) rank[i] += 2.0f;
       }
-    std::vector<uint64_t> keys(size);
-    for (Index i = 0; i < size; ++i) keys[i] = key(rank[i], i);
+    std::vector<int32_t> keys(size);
     if (quota) {
-      std::sort(keys.begin(), keys.end(), std::greater<uint64_t>());
-      std::vector<Index> taken(E);
-      for (uint64_t& one : keys) {
-        const Index i = position(one), id = ids[b * size + i];
-        if (++taken[id] > quota[id]) one = key(rank[i] - 6.0f, i);
+      std::vector<Index> best(size), taken(E);
+      for (Index i = 0; i < size; ++i) keys[i] = ordered(rank[i]), best[i] = i;
+      std::stable_sort(best.begin(), best.end(), [&](Index one, Index other) { return keys[one] > keys[other]; });
+      for (Index i : best) {
+        const Index id = ids[b * size + i];
+        if (++taken[id] > quota[id]) rank[i] -= 6.0f;
       }
     }
-    std::nth_element(keys.begin(), keys.begin() + std::min(count, size - 1), keys.end(), std::greater<uint64_t>());
-    for (Index c = 0; c < count; ++c) positions[b * count + c] = position(keys[c]);
+    for (Index i = 0; i < size; ++i) keys[i] = ordered(rank[i]);
+    largest_of(keys.data(), size, count, positions + b * count);
   }
 }
 

@@ -8,7 +8,9 @@ number means nothing, as the order of a token's experts means nothing.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +39,13 @@ _LIBRARY.define(
     "Tensor(i!)? drift, Tensor(j!)? seen, Tensor? sensitivity, Tensor? threshold, Tensor? quota, Tensor[] up, "
     "Tensor[] down, Tensor[] gate, Tensor[] up_bias, Tensor[] down_bias, Tensor[] gate_bias, str activation, "
     "SymInt count, int order, bool copy) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "branches_.at(Tensor x, Tensor ids, Tensor gates, Tensor? scores, Tensor now, Tensor(a!) held, Tensor(b!) kept, "
+    "Tensor(c!) y, Tensor(d!) at, Tensor(e!)? d1, Tensor(f!)? d2, Tensor(g!)? before, Tensor(h!)? error, "
+    "Tensor(i!)? drift, Tensor(j!)? seen, Tensor? sensitivity, Tensor? threshold, Tensor? quota, Tensor weights, "
+    "int hidden, str activation, SymInt count, int order, bool copy) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -91,46 +100,94 @@ def branches_(
     Raises:
         UserError: an id outside [0, E), or no C++ compiler (`library` tells before).
     """
-    x, ids, gates = x.contiguous(), ids.contiguous(), gates.contiguous()
-    scores = None if scores is None else scores.contiguous()
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
     read, tables = (x, ids, gates, scores), (sensitivity, threshold, quota)
     state = (y, at, d1, d2, before, held, kept, error, drift, seen)
-    out = y.new_empty(len(x), y.shape[-1])
-    one_by_one = _in_torch if _needs_torch(x, weights, activation, y.shape[0] * count) else _in_one
-    outside = one_by_one(read, tables, state, weights, activation, float(now), order, copy, count, out)
-    if outside >= 0:
-        raise UserError(f"moeca::branches_: expert id {outside}, but there are {len(up)} experts")
-    return out
+    fits = activation in ACTIVATIONS and all(map(Tensor.is_contiguous, itertools.chain(*weights)))
+    if fits and are_few(x, y.shape[0] * count, len(up)):
+        table, hidden = addresses(weights), len(up[0])
+        return _in_one(read, tables, state, table, len(up), hidden, activation, float(now), order, copy, count)
+    return _in_torch(read, tables, state, weights, activation, float(now), order, copy, count)
 
 
-def _needs_torch(x: Tensor, weights: WeightTuple, activation: str, rows: int) -> bool:
-    """Whether the products are torch's: other dtypes, many rows, bits that must not depend on how many there are."""
-    few = x.dtype == torch.float32 and rows <= FEW * len(weights[0]) and activation in ACTIVATIONS and not are_even()
-    return not (few and all(map(Tensor.is_contiguous, itertools.chain(*weights))))
+def branches_at_(
+    x: Tensor, ids: Tensor, gates: Tensor, scores: Tensor | None, now: Tensor, held: Tensor, kept: Tensor, y: Tensor,
+    at: Tensor, d1: Tensor | None, d2: Tensor | None, before: Tensor | None, error: Tensor | None,
+    drift: Tensor | None, seen: Tensor | None, sensitivity: Tensor | None, threshold: Tensor | None,
+    quota: Tensor | None, weights: Tensor, hidden: int, activation: str, count: int, order: int, copy: bool,
+) -> Tensor:  # fmt: skip
+    """The same with the addresses of the weights: handing over some tens of tensors takes as long as the products.
+
+    Args:
+        x: what the experts read, float32 [B N, D].
+        weights: the addresses of float32 weights that are contiguous and that somebody holds, int64 [6 E]: up, down,
+            gate, up_bias, down_bias, gate_bias, each by expert; 0 where there is none.
+        hidden: channels inside an expert.
+        activation: one of `ACTIVATIONS`.
+        ids, gates, scores, now, held, kept, y, at, d1, d2, before, error, drift, seen: as in `branches_`.
+        sensitivity, threshold, quota, count, order, copy: as in `branches_`.
+
+    Returns:
+        As `branches_`.
+
+    Raises:
+        UserError: an id outside [0, E), or no C++ compiler (`library` tells before).
+    """
+    read, tables = (x, ids, gates, scores), (sensitivity, threshold, quota)
+    state = (y, at, d1, d2, before, held, kept, error, drift, seen)
+    experts = len(weights) // 6
+    if are_few(x, y.shape[0] * count, experts):
+        table = address(weights)
+        return _in_one(read, tables, state, table, experts, hidden, activation, float(now), order, copy, count)
+    given = _tensors_at(weights, x.shape[-1], hidden, y.shape[-1])
+    return _in_torch(read, tables, state, given, activation, float(now), order, copy, count)
+
+
+def are_few(x: Tensor, rows: int, experts: int) -> bool:
+    """Whether the kernel multiplies so many rows of `x`. Else torch does: other dtypes, many rows, and where bits must
+    not depend on how many there are."""
+    return x.dtype == torch.float32 and rows <= FEW * experts and not are_even()
+
+
+def _tensors_at(addresses: Tensor, width: int, hidden: int, outs: int) -> WeightTuple:
+    """The weights as tensors over the memory where they lie."""
+    shapes = ((hidden, width), (outs, hidden), (hidden, width), (hidden,), (outs,), (hidden,))
+
+    def tensor(at: int, shape: tuple[int, ...]) -> Tensor:
+        numbers = ctypes.c_float * math.prod(shape)
+        return torch.frombuffer(numbers.from_address(at), dtype=torch.float32).view(shape)
+
+    groups = zip(addresses.view(6, -1).tolist(), shapes, strict=True)
+    up, down, gate, *biases = ([tensor(at, shape) for at in group if at] for group, shape in groups)
+    return up, down, gate, biases[0], biases[1], biases[2]
 
 
 def _in_one(
-    read: Tensors, tables: Tensors, state: Tensors, weights: WeightTuple, activation: str, now: float, order: int,
-    copy: bool, count: int, out: Tensor,
-) -> int:  # fmt: skip
-    """The C++ `step`. `read`: x, ids, gates, scores; `tables`: sensitivity, threshold, quota; `state`: as `_merge`."""
-    x, y, up = read[0], state[0], weights[0]
+    read: Tensors, tables: Tensors, state: Tensors, weights: Any, experts: int, hidden: int, activation: str,
+    now: float, order: int, copy: bool, count: int,
+) -> Tensor:  # fmt: skip
+    """The C++ `step`. `read`: x, ids, gates, scores; `tables`: sensitivity, threshold, quota; `state`: as `_merge`;
+    `weights`: where the addresses of the weights lie."""
+    read = [None if one is None else one.contiguous() for one in read]
+    x, y = read[0], state[0]
     assert x is not None
     assert y is not None
     *sizes, width = y.shape
+    out = y.new_empty(len(x), width)
     outside: int = _library().step(
-        *map(address, (*read, *tables, *state)), addresses(weights), now, order, copy, ACTIVATIONS.index(activation),
-        *sizes, len(up), x.shape[-1], len(up[0]), width, count, address(out), torch.get_num_threads(),
+        *map(address, (*read, *tables, *state)), weights, now, order, copy, ACTIVATIONS.index(activation),
+        *sizes, experts, x.shape[-1], hidden, width, count, address(out), torch.get_num_threads(),
     )  # fmt: skip
-    return outside
+    _refuse(outside, experts)
+    return out
 
 
 def _in_torch(
     read: Tensors, tables: Tensors, state: Tensors, weights: WeightTuple, activation: str, now: float, order: int,
-    copy: bool, count: int, out: Tensor,
-) -> int:  # fmt: skip
+    copy: bool, count: int,
+) -> Tensor:  # fmt: skip
     """The same with torch's products between the C++ functions."""
+    read = [None if one is None else one.contiguous() for one in read]
     (x, ids, gates, scores), (y, at, *_, held, _, error, drift, seen) = read, state
     assert x is not None
     assert y is not None
@@ -147,10 +204,18 @@ def _in_torch(
         *map(address, (x, ids, positions)), batch, tokens, top_k, x.shape[-1], len(counts), count,
         *map(address, (rows, counts, place)), threads,
     )  # fmt: skip
-    if outside < 0:
-        fresh = run_experts(rows, counts.tolist(), *weights, activation)
-        _merge((ids, gates, scores, positions, place, fresh), state, now, order, copy, True, count, out)
-    return outside
+    _refuse(outside, len(counts))
+    fresh = run_experts(rows, counts.tolist(), *weights, activation)
+    out = y.new_empty(len(x), y.shape[-1])
+    _merge((ids, gates, scores, positions, place, fresh), state, now, order, copy, True, count, out)
+    return out
+
+
+def _refuse(outside: int, experts: int) -> None:
+    if outside == -2:
+        raise UserError("moeca::branches_: there are no weights at these addresses")
+    if outside >= 0:
+        raise UserError(f"moeca::branches_: expert id {outside}, but there are {experts} experts")
 
 
 def forecast_branches(
@@ -237,11 +302,14 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _LIBRARY.impl("branches_", _below_autograd(branches_), "CPU")
+_LIBRARY.impl("branches_.at", _below_autograd(branches_at_), "CPU")
 _LIBRARY.impl("keep_branches_", _below_autograd(keep_branches_), "CPU")
 _LIBRARY.impl("forecast_branches", _below_autograd(forecast_branches), "CPU")
 torch.library.register_fake("moeca::branches_", _fake, lib=_LIBRARY)
+torch.library.register_fake("moeca::branches_.at", _fake, lib=_LIBRARY)
 torch.library.register_fake("moeca::keep_branches_", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("moeca::forecast_branches", _fake_forecast, lib=_LIBRARY)
 BRANCHES = torch.ops.moeca.branches_.default
+BRANCHES_AT = torch.ops.moeca.branches_.at
 KEEP = torch.ops.moeca.keep_branches_.default
 FORECAST = torch.ops.moeca.forecast_branches.default

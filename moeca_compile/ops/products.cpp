@@ -36,10 +36,9 @@ inline Lanes activated(Lanes x, int activation) {
   }
 }
 
-// out[o, r] = <columns[:, r], weight[o]> + bias[o] for V * LANES rows r and OS outputs o.
+// out[o, r] = <columns[:, r], weight[o]> + bias[o] for V * LANES of `rows` rows r and OS outputs o.
 template <int V, int OS>
-inline void tile(const float* columns, const float* weight, const float* bias, Index in, float* out) {
-  constexpr Index rows = V * LANES;
+inline void tile(const float* columns, const float* weight, const float* bias, Index in, Index rows, float* out) {
   Lanes sums[OS][V] = {};
   for (Index d = 0; d < in; ++d) {
     Lanes x[V];
@@ -47,19 +46,25 @@ inline void tile(const float* columns, const float* weight, const float* bias, I
     for (int o = 0; o < OS; ++o)
       for (int v = 0; v < V; ++v) sums[o][v] += x[v] * weight[o * in + d];
   }
-  for (int o = 0; bias && o < OS; ++o)
-    for (int v = 0; v < V; ++v) sums[o][v] += bias[o];
-  std::memcpy(out, sums, sizeof(sums));
+  for (int o = 0; o < OS; ++o)
+    for (int v = 0; v < V; ++v) store(out + o * rows + v * LANES, bias ? sums[o][v] + bias[o] : sums[o][v]);
 }
 
+// The same for all outputs and V * LANES rows. Two vectors of rows and six outputs at a time: the sums, the rows and a
+// weight fill the registers, and a weight is read from memory once.
 template <int V>
 inline void linear(const float* columns, const float* weight, const float* bias, Index in, Index outs, float* out) {
-  constexpr int OS = V == 1 ? 8 : 12 / V;  // as many sums as there are registers
-  auto some = [&](Index o, auto form) { form(columns, weight + o * in, bias ? bias + o : bias, in, out + o * V * LANES); };
+  constexpr Index rows = V * LANES, OS = V == 1 ? 8 : 6;
+  auto some = [&](Index o, auto two, auto one) {
+    const float *from = weight + o * in, *added = bias ? bias + o : bias;
+    for (int v = 0; v < V - 1; v += 2) two(columns + v * LANES, from, added, in, rows, out + o * rows + v * LANES);
+    if (V % 2) one(columns + (V - 1) * LANES, from, added, in, rows, out + o * rows + (V - 1) * LANES);
+  };
   if (outs < OS)
-    for (Index o = 0; o < outs; ++o) some(o, tile<V, 1>);
+    for (Index o = 0; o < outs; ++o) some(o, tile<2, 1>, tile<1, 1>);
   else
-    for (Index o = 0; o < outs; o += OS) some(std::min(o, outs - OS), tile<V, OS>);  // a few twice: the same numbers
+    for (Index o = 0; o < outs; o += OS)  // a few twice: the same numbers
+      some(std::min(o, outs - OS), tile<2, OS>, tile<1, OS>);
 }
 
 // One expert's weights: `up` [hidden, in], `down` [outs, hidden]; `gate` as `up`, or null; biases may be null.
@@ -108,13 +113,15 @@ extern "C" void few_rows(
   }
 }
 
-// A whole step of float32 branches: `choose`, `gather`, `few_rows` and `merge`. Returns as `gather` does.
+// A whole step of float32 branches: `choose`, `gather`, `few_rows` and `merge`. Returns as `gather` does; -2: there are no
+// weights, as in a table that was made of zeros.
 extern "C" Index step(
     const float* x, const Index* ids, const float* gates, const float* scores, const float* sensitivity,
     const float* threshold, const Index* quota, float* y, float* at, float* d1, float* d2, float* before, Index* held,
     float* kept, float* error, float* drift, float* seen, const float* const* weights, float now, Index order, bool copy,
     Index activation, Index B, Index N, Index K, Index E, Index in, Index hidden, Index D, Index count, float* out,
     int threads) {
+  if (!weights[0]) return -2;
   const Index R = B * count;
   std::vector<Index> positions(R), place(R), counts(E);
   std::vector<float> rows(R * in), fresh(R * D);

@@ -94,6 +94,7 @@ def test_operators_are_documented() -> None:
         "experts": experts.segments,
         "align": branch_slots.align,
         "branches_": branches.branches_,
+        "branches_.at": branches.branches_at_,
         "forecast_branches": branches.forecast_branches,
         "keep_branches_": branches.keep_branches_,
         "pick": branch_slots.pick,
@@ -104,7 +105,8 @@ def test_operators_are_documented() -> None:
     defined = {name.removeprefix("moeca::") for name in every if name.startswith("moeca::")}
     assert defined == set(implementations)
     for name, function in implementations.items():
-        schema = getattr(torch.ops.moeca, name).default._schema
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.moeca, packet), overload or "default")._schema
         assert list(problems_of(name, function)) == []
         assert {argument.name for argument in schema.arguments} <= entries_of(function.__doc__ or "", "Args")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 from moeca_compile.errors import MoecaWarning, UserError
 from moeca_compile.graph.variant import Slot
 from moeca_compile.ops import branches, native_branches
-from moeca_compile.ops.branches import BRANCHES, FORECAST, KEEP
+from moeca_compile.ops.branches import BRANCHES, BRANCHES_AT, FORECAST, KEEP
+from moeca_compile.ops.even_rows import even_rows
 from moeca_compile.passes.partial.branches import updated_branches
 from moeca_compile.passes.partial.insert_branches import _pick, _spread
 
@@ -163,6 +165,50 @@ def test_with_torch_s_products_it_gives_the_same(score: str, activation: str, mo
         found.append([BRANCHES(*given, activation, 9, 1, False), *slots.values()])
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_seeded")
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True), (True, True)])
+def test_with_the_addresses_of_the_weights_it_gives_the_same_bits(gated: bool, bias: bool, even: bool) -> None:
+    state, weights = state_of(1, "error", torch.float32), weights_of(gated, bias, torch.float32)
+    routed, x = routing(state, twice=False), torch.randn(16, 20)
+    table = torch.tensor([one.data_ptr() if one is not None else 0 for group in weights for one in group or [None] * 6])
+    found = []
+    for operator, given in ((BRANCHES, weights), (BRANCHES_AT, (table, 13))):
+        slots = {name: slot.clone() for name, slot in state.items()}
+        read = (x, routed["ids"], routed["gates"], None, NOW, *map(slots.get, STATE), None, None, None)
+        with even_rows() if even else nullcontext():
+            found.append([operator(*read, *given, "silu", 9, 1, False), *slots.values()])
+    assert all(map(torch.equal, *found))
+    with pytest.raises(UserError, match="no weights"):
+        BRANCHES_AT(*read, torch.zeros(36, dtype=torch.int64), 13, "silu", 9, 1, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40, 63, 64])
+@pytest.mark.parametrize("quota", [None, 3])
+def test_the_largest_are_chosen_and_of_equal_ones_the_first(count: int, quota: int | None) -> None:
+    generator = torch.Generator().manual_seed(count)
+    gates = torch.randint(0, 9, (2, 32, 2), generator=generator) / 4.0
+    gates[0, 5, 1], gates[1, 0, 0], gates[1, 31, 1] = torch.nan, torch.inf, torch.nan
+    ids, held = torch.arange(2).expand(2, 32, 2).contiguous(), torch.zeros(2, 32, 2, dtype=torch.int64)
+    numbers, found = torch.zeros(2, 32, 2), torch.full((2, count), -1)
+    allowed = None if quota is None else torch.tensor([quota, 64])
+    at = native_branches.address
+    native_branches.library().choose(
+        at(ids), at(gates), at(held), at(numbers), at(numbers), None, None, None, None, at(allowed), 5.0, 1, 2, 32, 2,
+        2, count, at(found), 1,
+    )  # fmt: skip
+    rank = (4 + gates / (1 + gates)).flatten(1).nan_to_num(nan=9.0)
+    if quota is not None:
+        order = rank.argsort(dim=1, descending=True, stable=True)
+        for sample in range(2):
+            of_the_first = [i for i in order[sample].tolist() if i % 2 == 0]
+            rank[sample, of_the_first[quota:]] -= 6
+    wanted = rank.argsort(dim=1, descending=True, stable=True)[:, :count]
+    assert torch.equal(found, wanted.sort(dim=1).values)
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from moeca_compile.engine.compiled_schedule import CompiledSchedule
+from moeca_compile.errors import LoweringError
 from moeca_compile.graph import fx
 from moeca_compile.graph.variant import Slot, Variant
 from moeca_compile.lowering.inductor.equal_blocks import runs
 from moeca_compile.lowering.inductor.lower import Executable, lower_eager
+from moeca_compile.lowering.inductor.weight_addresses import weight_addresses, with_addresses
 from moeca_compile.options import Options
 from moeca_compile.passes.partial import branches_in_place
 from moeca_compile.pipeline import build_variant
@@ -26,6 +28,7 @@ from tests.tools import UNHOISTED, layout_of, ops, schedule_of
 LEGEND = {"b": Partial(0, 0.2), "d": Partial(0, 0), "f": Partial(0, 1), "a": Partial(0.25, 0.25)}
 FORECAST = "moeca.forecast_branches.default"
 BRANCHES, KEEP, EXPERTS = "moeca.branches_.default", "moeca.keep_branches_.default", "moeca.experts.default"
+AT_ADDRESSES = "moeca.branches_.at"
 TOP_K, SORTING = "moeca.top_k.default", "aten.topk.default"
 
 
@@ -92,6 +95,48 @@ def test_bodies_of_equal_blocks_hold_no_writes(subject: Subject, monkeypatch: py
     inside = [str(node.target) for run in runs(variant.gm) for node in run.nodes]
     assert inside
     assert BRANCHES not in inside
+
+
+def test_inductor_gets_the_addresses_of_the_weights(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branches_in_place, "library", object)
+    schedule = schedule_of(subject.analysis, "CCCC", "FbFb", legend=LEGEND)
+    variant = in_place(subject, schedule, schedule.rows[1])
+    gm = weight_addresses(fx.copied(variant.gm), variant)
+    gm.graph.lint()
+    assert (ops(gm)[BRANCHES], ops(gm)[AT_ADDRESSES]) == (0, 2)
+    ends = fx.placeholders(variant.gm)
+    args = [torch.zeros(fx.shape(end), dtype=fx.need(end).dtype) for end in ends]
+    lies_at = {end: arg.data_ptr() for end, arg in zip(ends, args, strict=True)}
+    layers = [list(fx.nodes_of(one.args[18:24])) for one in variant.gm.graph.nodes if str(one.target) == BRANCHES]
+    replaced = with_addresses(gm)
+    given = replaced(args)
+    for table, weights in zip(given[-2:], layers, strict=True):  # up and down of 5 experts, and biases
+        assert [at for at in table.tolist() if at] == [lies_at[weight] for weight in weights]
+        assert table.shape == (30,)
+    names = [end.name for end in fx.placeholders(gm)]
+    assert len(names) == len(given) == len(args) - sum(map(len, layers)) + 2
+    assert not {weight.name for layer in layers for weight in layer} & set(names)
+    assert [id(one) for one in replaced(args)] == [id(one) for one in given], "tables are made once"
+    place = ends.index(layers[1][0])
+    args[place] = torch.ones(12, 16)
+    assert replaced(args)[-1][0] == args[place].data_ptr(), "another weight lies elsewhere"
+    args[place] = torch.ones(16, 12).t()
+    with pytest.raises(LoweringError, match="isn't contiguous float32"):
+        replaced(args)
+
+
+def test_weights_of_other_kinds_stay_what_they_are(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branches_in_place, "library", object)
+    schedule = schedule_of(subject.analysis, "CCCC", "FbFb", legend=LEGEND)
+    variant = in_place(subject, schedule, schedule.rows[1])
+    gm = fx.copied(variant.gm)
+    first = next(node for node in gm.graph.nodes if str(node.target) == BRANCHES)
+    weight = next(fx.nodes_of(first.args[18]))
+    weight.meta["val"] = fx.need(weight).to(torch.bfloat16)
+    assert (ops(weight_addresses(gm, variant))[BRANCHES], ops(gm)[AT_ADDRESSES]) == (1, 1)
+    full = in_place(subject, schedule, schedule.rows[0])
+    untouched = weight_addresses(fx.copied(full.gm), full)
+    assert with_addresses(untouched)([1, 2]) == [1, 2]
 
 
 @pytest.mark.parametrize("why", ["eager", "no compiler", "float64"])

@@ -19,6 +19,7 @@ from moeca_compile.lowering.inductor.repro import write_repro
 from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.lowering.inductor.split_table import arguments_of
 from moeca_compile.lowering.inductor.straight_stream import straight_stream
+from moeca_compile.lowering.inductor.weight_addresses import with_addresses
 from moeca_compile.passes.manager import Pass, PassManager
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -62,7 +63,8 @@ def lower_inductor(
         gm = manager.rewrite(passes, variant.gm, variant, label=f"{variant.name} ")
         for node in gm.graph.nodes:  # sizes that depend on data get names of their own where Inductor traces again
             node.meta.pop("unbacked_bindings", None)
-        return gm, arguments_of(gm)
+        split, replaced = arguments_of(gm), with_addresses(gm)
+        return gm, lambda args: replaced(split(args))
 
     def at_other_size() -> tuple[torch.fx.GraphModule, Sequence[Any]] | None:
         found = other()
