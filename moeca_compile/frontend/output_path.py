@@ -29,7 +29,7 @@ from moeca_compile.engine.trajectories.agreement import agreement_of_weights
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
-from moeca_compile.frontend.handles import HandleState, Read, state_of
+from moeca_compile.frontend.handles import HandleState, Read, backend_of, state_of
 from moeca_compile.frontend.owner import modules_of, parameters_of
 from moeca_compile.frontend.summary import announce
 from moeca_compile.graph.capture import Input
@@ -103,9 +103,18 @@ class OutputPath:
         kinds = [_kind(leaf) for position, leaf in enumerate(leaves) if position != timestep]
         key: Hashable = ("output", structure, tuple(kinds))
         found = runtime.find(key)
-        if found is not None:
-            assert isinstance(found[0], OutputProgram)
-            return found[0]
+        if found is None:
+            handle = self.handle()
+            assert handle is not None
+            with gate_of(handle.dynamo_ctx).lock:  # another thread's first call may be making it
+                found = runtime.find(key) or (self._make(key, leaves, structure, runtime), None)
+        assert isinstance(found[0], OutputProgram)
+        return found[0]
+
+    def _make(
+        self, key: Hashable, leaves: Sequence[Any], structure: CallStructure, runtime: HandleRuntime
+    ) -> OutputProgram:
+        timestep = structure.timestep
         values, nested = self._first[id(leaves)] = self._called(structure, leaves)
         outputs = _tensors(values)
         if not outputs:
@@ -265,7 +274,18 @@ def _kind(leaf: Any) -> Hashable:
     return type(leaf), id(leaf)
 
 
+class OutputHandle(OptimizedModule):
+    """A compiled handle whose copies, pickled ones too, cache the output as it does."""
+
+    def __init__(self, module: nn.Module, context: Any) -> None:
+        super().__init__(module, context)
+        backend: Any = backend_of(context)
+        backend = getattr(backend, "compiler_fn", backend)
+        install_output_path(self, (backend.options, backend.schedule))
+
+
 def install_output_path(handle: nn.Module, read: Read) -> None:
     """Give a compiled handle this way for all its calls."""
+    handle.__class__ = OutputHandle
     gate_of(handle.dynamo_ctx).covered = True
     handle.forward = OutputPath(handle, handle.forward, read)

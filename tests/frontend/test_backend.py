@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,6 @@ import moeca_compile as moeca
 from moeca_compile.errors import CaptureError, MoecaWarning, OptionError, ScheduleError, StateError
 from moeca_compile.frontend.entry import ENTRIES
 from moeca_compile.frontend.owner import handle_of
-from moeca_compile.graph import capture as capture_module
 from moeca_compile.schedule import Action, Schedule
 from tests.sampling import (
     TIMES,
@@ -314,24 +312,6 @@ def test_warmup_compiles_every_variant_and_keeps_no_state() -> None:
     assert same(head + run(loop), truth)
     spent = moeca.stats(model).compile_seconds
     assert spent == stats.compile_seconds
-
-
-def test_the_capture_is_in_the_seconds_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a graph that an earlier program serves, too: the inputs have other strides."""
-    traced = capture_module._traced
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.5)
-        return traced(*args)
-
-    monkeypatch.setattr(capture_module, "_traced", slow)
-    model = compiled(dit())
-    with torch.no_grad():
-        model(*INPUTS)
-        first = moeca.stats(model).compile_seconds["capture"]
-        model(INPUTS[0].to(memory_format=torch.channels_last), *INPUTS[1:])
-    assert first > 0.5
-    assert moeca.stats(model).compile_seconds["capture"] > first + 0.5
 
 
 def test_warmup_of_an_unprepared_model_prepares_it() -> None:

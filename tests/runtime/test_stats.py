@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import moeca_compile as moeca
+from moeca_compile.graph import capture
 from moeca_compile.runtime.stats import Stats, StepRecord
 from tests.docs import world
 
@@ -107,3 +110,22 @@ def test_compiling_is_in_no_step_s_time() -> None:
     world.sample(model)
     slowest = max(step.total_ms for step in first.steps)
     assert slowest / 1e3 < sum(first.compile_seconds.values()) / 2
+
+
+def test_the_capture_is_in_the_seconds_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a graph that an earlier program serves, too: the inputs have other strides."""
+    traced = capture._traced
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return traced(*args)
+
+    monkeypatch.setattr(capture, "_traced", slow)
+    model = moeca.compile(world.model(), schedule="uniform:3", inner="eager")
+    x, *others = torch.randn(3, 2, 4, 4), torch.full((3,), 900.0), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        model(x, *others)
+        first = moeca.stats(model).compile_seconds["capture"]
+        model(x.to(memory_format=torch.channels_last), *others)
+    assert first > 0.5
+    assert moeca.stats(model).compile_seconds["capture"] > first + 0.5
