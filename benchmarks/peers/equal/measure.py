@@ -81,6 +81,10 @@ class Bench:
             schedule = fitted.replace(schedule, output=None)
         return self.fitted.samples(f"{slug}_{SHARES[count]}", schedule)
 
+    def has_regions(self, count: int) -> bool:
+        """Whether a schedule of regions is committed, or was calibrated by an earlier run."""
+        return self.fitted.known(int(SHARES[count]), fitted.REGIONS) is not None
+
     def _seeds(self) -> range:
         return range(FIRST_SEED, FIRST_SEED + self.size.held_out)
 
@@ -125,9 +129,12 @@ def merged(known: Sequence[Line], new: Sequence[Line]) -> list[Line]:
 
 
 def _ours(bench: Bench, known: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of our schedules that aren't known."""
+    """The lines of our schedules that aren't known. Those of regions only where a schedule is there: peers
+    aren't compared with them."""
     have = {(line["name"], line["count"]) for line in known.get("lines", ())}
-    wanted = [(name, count) for count in bench.size.counts for name in OURS]
+    wanted = [
+        (name, count) for count in bench.size.counts for name in OURS if name != REGIONS or bench.has_regions(count)
+    ]
     return [_own_line(bench, name, count) for name, count in wanted if (f"moeca {name}", count) not in have]
 
 
