@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.protocol import Timing, arguments, folder_of, pin_threads, save
 from moeca_compile.graph.variant import Slot
-from moeca_compile.ops.branches import BRANCHES, FORECAST, KEEP
+from moeca_compile.ops.branches import BRANCHES_AT, FORECAST, KEEP
 from moeca_compile.ops.top_k import TOP_K
 from moeca_compile.passes.partial.branches import updated_branches
 from moeca_compile.passes.partial.insert_branches import _pick, _spread
@@ -59,9 +59,12 @@ class Layer:
         self.sizes, self.step = sizes, 3.0
         self.ids = torch.rand(*items[:2], sizes.experts).topk(sizes.top_k).indices
         self.gates, self.scores = torch.rand(items), torch.rand(*items[:2], sizes.experts)
-        self.x, self.router = torch.randn(rows, sizes.width), torch.randn(sizes.width, sizes.experts)
+        self.x, self.router = torch.randn(rows, sizes.width), torch.randn(sizes.width, sizes.experts) / 10
         shapes = ((sizes.hidden, sizes.width), (sizes.width, sizes.hidden), (sizes.hidden, sizes.width))
         self.weights = [[torch.randn(one) / 20 for _ in range(sizes.experts)] for one in shapes] + [[], [], []]
+        self.addresses = torch.tensor(
+            [[one.data_ptr() for one in group] or [0] * sizes.experts for group in self.weights]
+        )
         values = (*items, sizes.width)
         self.state = {
             Slot.HELD: self.ids + 1, Slot.GATES: torch.rand(items), Slot.Y: torch.randn(values),
@@ -94,8 +97,20 @@ class Layer:
             EXPERTS: lambda ids, gates, now: torch.ops.moeca.experts(self.x, ids.flatten(0, 1), *weights, "silu"),
             "reading": lambda ids, gates, now: (self.state[Slot.Y].sum(), self.state[Slot.D1].sum()),
             "forecast_branches": lambda ids, gates, now: FORECAST(ids, gates, now, *slots[:7], 1, False),
-            f"branches_, tau {TAU}": lambda ids, gates, now: BRANCHES(
-                self.x, ids, gates, None, now, *slots, *none, *weights, "silu", self.count, 1, False
+            f"branches_, tau {TAU}": lambda ids, gates, now: BRANCHES_AT(
+                self.x,
+                ids,
+                gates,
+                None,
+                now,
+                *slots,
+                *none,
+                self.addresses.view(-1),
+                self.sizes.hidden,
+                "silu",
+                self.count,
+                1,
+                False,
             ),
             "keep_branches_": lambda ids, gates, now: KEEP(self.fresh, ids, gates, None, now, *slots, 1),
             "router": lambda ids, gates, now: TOP_K((self.x @ self.router).sigmoid(), self.sizes.top_k),
