@@ -1,6 +1,6 @@
 """A rotary embedding written out (opset 22) and as one operator (opset 23) on CPUs: time, error.
 
-    python -m benchmarks.rotary            # about a minute; writes results/rotary.json
+    python -m benchmarks.rotary            # a minute or two; writes results/rotary.json
     python -m benchmarks.rotary --quick    # one small size, few rounds: does it run?
 
 The graphs are those that an export writes; tables of cosines and sines come in, as from a prologue.
@@ -26,10 +26,7 @@ from moeca_compile.lowering.onnx.lower import lower_onnx
 from moeca_compile.pipeline import LOWER_ONNX
 from moeca_compile.schedule import Action
 
-SIZES = {  # sequences, tokens, heads, channels of a head
-    "2 x 320 tokens, 6 heads of 64": (2, 320, 6, 64),
-    "1 x 4,608 tokens, 24 heads of 128": (1, 4608, 24, 128),
-}
+SIZES = {"2 x 320 tokens, 6 heads of 64": (2, 320, 6, 64)}  # sequences, tokens, heads, channels of a head
 ROUNDS = 31
 WRITTEN_OUT = "written out"
 Code = Callable[..., Any]
