@@ -27,7 +27,7 @@ from moeca_compile.pipeline import LOWER_ONNX
 from moeca_compile.schedule import Action
 
 SIZES = {"2 x 320 tokens, 6 heads of 64": (2, 320, 6, 64)}  # sequences, tokens, heads, channels of a head
-ROUNDS = 31
+ROUNDS = 11
 WRITTEN_OUT = "written out"
 Code = Callable[..., Any]
 

@@ -74,8 +74,8 @@ def export(
         targets: what is to run the graphs: "onnx" (onnxruntime on CPUs), "openvino", "cuda" (onnxruntime on CUDA),
             "tensorrt"; one, or several. They decide the form of the experts. "aoti", by itself: a package as
             `moeca_compile.save` writes it, with dynamic_batch=False.
-        opset: of the graphs, 18 to 24; for "tensorrt" to 20. From 23 on, attention, RMS norms and, where the
-            translator knows their form, rotary embeddings are one operator each.
+        opset: of the graphs, 18 to 24; for "tensorrt" to 20. From 23 on, attention, RMS norms and rotary
+            embeddings are one operator each.
         experts: how the routed experts are written: "segments", "dense", "moe", "capacity" or "capacity:1.25" (times
             the rows of an even routing); "auto": the best exact one that all targets run.
         dynamic_batch: for any batch. (1, 8): for batches from 1 to 8; the export tries both, engines are built for
