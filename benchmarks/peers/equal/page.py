@@ -190,9 +190,9 @@ def later(lines: Sequence[Line], first: str) -> str:
     runs: dict[str, list[str]] = {}
     for (run, name), at in counts.items():
         if run != first:
-            part = f" (at {', '.join(map(str, at))})" if times_named[name] > 1 else ""
-            runs.setdefault(run, []).append(f"{name}{part}")
-    return "".join(f"\n- Of another run, {run}: {'; '.join(names)}." for run, names in runs.items())
+            which = f"{run}, at {', '.join(map(str, at))}" if times_named[name] > 1 else run
+            runs.setdefault(which, []).append(name)
+    return "".join(f"\n- Of another run, {which}: {'; '.join(names)}." for which, names in runs.items())
 
 
 def notes(lines: Sequence[Line]) -> str:

@@ -32,5 +32,5 @@ def test_the_page_says_which_figures_are_of_another_run() -> None:
     assert page.later(lines, run) == "\n- Of another run, later: B."
     lines += [line("B", 17), line("D, lite", 25, when="later"), line("B", 13, when="last")]
     assert page.later(lines, run) == (
-        "\n- Of another run, later: B (at 25, 10); D, lite.\n- Of another run, last: B (at 13)."
+        "\n- Of another run, later, at 25, 10: B.\n- Of another run, later: D, lite.\n- Of another run, last, at 13: B."
     )
