@@ -227,7 +227,17 @@ def figures(
     return told
 
 
-HEADS = ("evaluations", "contender", "to real images", "less uncached run", "to the converged samples")
+COLUMNS = {"real": "to real images", "real_less_uncached": "less uncached run", SOLVED: "to the converged samples"}
+
+
+def columns_of(result: Mapping[str, Any]) -> list[str]:
+    """The distances that were measured."""
+    return [key for key in COLUMNS if any(key in line for line in result["lines"])]
+
+
+def heads_of(result: Mapping[str, Any]) -> list[str]:
+    """Of the table's columns."""
+    return ["evaluations", "contender", *map(COLUMNS.__getitem__, columns_of(result))]
 
 
 def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
@@ -235,8 +245,10 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for line in result["lines"]:
         cells = [str(line["evaluations"]), re.sub(r", \d+$", "", line["name"])]
-        for key, sign in (("real", ""), ("real_less_uncached", "+"), (SOLVED, "")):
-            itself = line["name"] == (EVERY_STEP if sign else SOLVED if key == SOLVED else "")
+        for key in columns_of(result):
+            is_less = key == "real_less_uncached"
+            itself = line["name"] == (EVERY_STEP if is_less else SOLVED if key == SOLVED else "")
+            sign = "+" if is_less else ""
             cells.append("" if itself or key not in line else f"{line[key][0]:{sign}.4f} ± {line[key][1]:.4f}")
         rows.append(cells)
     return rows
@@ -248,7 +260,7 @@ def report(results: Path, page: Path) -> None:
     about = result["real"]
     floor = f"; two halves of the {about['images']} real ones: {about['between_halves']:.4f}" if about else ""
     note = f"{result['samples']} {result['task']} of each{floor}; {when(result['machine'])}."
-    write_table(page, MARKS[result["task"]], HEADS, rows_of(result), note)
+    write_table(page, MARKS[result["task"]], heads_of(result), rows_of(result), note)
 
 
 @torch.no_grad()
