@@ -135,7 +135,7 @@ def machine() -> dict[str, Any]:
 
 def _words(words: Sequence[str]) -> list[str]:
     """A command's words without the folders of its results and finished work: they change no figure."""
-    folders = ("--out", "--work")
+    folders = ("--out", "--work", "--fitted", "--peers")
     return [word for before, word in zip(["", *words], words, strict=False) if not {word, before} & set(folders)]
 
 

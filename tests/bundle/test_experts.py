@@ -192,7 +192,13 @@ def test_it_is_the_only_operator_of_ours_that_a_bundle_meets() -> None:
     """Another one would need a translation too. `expand_slots` takes those of PARTIAL rows apart, and an export leaves
     the passes out that insert `unwritten`, change kept branches in place, and choose for such rows (`top_k`)."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moeca::")}
-    in_place = {"moeca::branches_", "moeca::forecast_branches", "moeca::keep_branches_", "moeca::top_k"}
+    in_place = {
+        "moeca::branches_",
+        "moeca::branches_.at",
+        "moeca::forecast_branches",
+        "moeca::keep_branches_",
+        "moeca::top_k",
+    }
     assert names - in_place - {"moeca::align", "moeca::pick", "moeca::unwritten"} == {"moeca::experts"}
 
 
