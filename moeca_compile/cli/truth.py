@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from moeca_compile.errors import OptionError
 from moeca_compile.schedule.output import CONVERGED, UNCACHED
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def read_truth_option(text: str) -> str | Mapping[int, np.ndarray[Any, Any]]:
@@ -27,6 +28,8 @@ def read_truth_option(text: str) -> str | Mapping[int, np.ndarray[Any, Any]]:
     """
     if text in (UNCACHED, CONVERGED):
         return text
+    import numpy as np  # here, so that --help and completion don't wait for it
+
     path = Path(text)
     if not (path.is_dir() or path.is_file()):
         raise OptionError(
