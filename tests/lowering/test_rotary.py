@@ -169,12 +169,21 @@ def test_it_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found(X.to(dtype), ANGLES)[0], form(X.to(dtype), ANGLES))
 
 
+def with_rounded(table: Tensor) -> Tensor:
+    """Each number [B, N, D / 2] and the same in 16 bits, side by side."""
+    rounded = torch.ops.aten.copy.default(torch.empty_like(table, dtype=torch.float16), table)
+    return torch.stack([table, rounded.float()], -1).flatten(-2)[:, None]
+
+
 MISSES: dict[str, Code] = {
     "neighbors with the angles of halves": lambda x, angles: (
         x * behind(angles.cos()) + neighbors(x) * behind(angles.sin())
     ),
     "another cosine for the second member": lambda x, angles: (
         x * torch.stack([angles.cos(), angles.sin()], -1).flatten(-2)[:, None] + neighbors(x) * twice(angles.sin())
+    ),
+    "a cosine that a copy rounds": lambda x, angles: (
+        x * with_rounded(angles.cos()) + neighbors(x) * twice(angles.sin())
     ),
     "another sine": lambda x, angles: (
         x * twice(angles.cos()) + neighbors(x) * torch.stack([angles.cos(), angles.sin()], -1).flatten(-2)[:, None]

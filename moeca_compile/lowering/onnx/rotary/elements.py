@@ -42,7 +42,7 @@ def is_move(node: Node) -> bool:
     """Whether each element of the result is one of the operands', or its negative."""
     if node.op != "call_function" or not (node.target in _SHAPED or node.target in _SAME or node.target in _MOVES):
         return False
-    return all(map(_has_sizes, (node, *operands(node)))) and (node.target not in _SAME or _is_exact(node))
+    return all(map(_has_sizes, (node, *operands(node)))) and _is_exact(node)
 
 
 def moved(node: Node, labels: Callable[[Node], Any]) -> Any:
@@ -68,9 +68,10 @@ def _has_sizes(node: Node) -> bool:
 
 
 def _is_exact(node: Node) -> bool:
-    """Whether every number of the operand's type is one of the result's."""
-    before, after = fx.need(fx.arg(node, 0)).dtype, fx.need(node).dtype
-    return before == after or (before.is_floating_point and torch.promote_types(before, after) == after)
+    """Whether every number of the operands' types is one of the result's: a copy into a narrower type rounds."""
+    (after,) = {one.dtype for one in tree_leaves(fx.value(node))}
+    before = {one.dtype for source in operands(node) for one in tree_leaves(fx.value(source))} - {after}
+    return all(one.is_floating_point and torch.promote_types(one, after) == after for one in before)
 
 
 class Elements:
