@@ -15,7 +15,6 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from moeca_compile import backend, expert_dispatch
-from moeca_compile.engine.freeing.state_dict import refuse_dropped
 from moeca_compile.engine.frozen import install_fast_path
 from moeca_compile.engine.handle_runtime import HandleRuntime
 from moeca_compile.engine.intercept import Interceptor, intercepting
@@ -25,12 +24,11 @@ from moeca_compile.engine.trajectories.statistics import stats_of
 from moeca_compile.engine.trajectories.trajectory import Trajectory
 from moeca_compile.errors import CaptureError, OptionError, StateError
 from moeca_compile.expert_dispatch import PrepareReport
-from moeca_compile.expert_dispatch.isolate import isolate, share_again
-from moeca_compile.frontend.calls import gate_of
+from moeca_compile.expert_dispatch.isolate import share_again
 from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.entry import Entry
 from moeca_compile.frontend.handles import HandleState, runs_of, states_of
-from moeca_compile.frontend.methods import route_methods
+from moeca_compile.frontend.methods import compile_module, prepare_module
 from moeca_compile.frontend.model_arguments import (
     compiled_parts,
     inputs_and_options,
@@ -40,15 +38,13 @@ from moeca_compile.frontend.model_arguments import (
     remove_in_place_compilation,
     single_model,
 )
-from moeca_compile.frontend.output_path import OutputEntry, install_output_path
+from moeca_compile.frontend.output_path import OutputEntry
 from moeca_compile.frontend.owner import handle_of, modules_of, parameters_of
 from moeca_compile.frontend.reporting.calls import with_calls
 from moeca_compile.frontend.reporting.dry_run import is_dry, traced_dry
 from moeca_compile.frontend.reporting.last_call import report_of_last_call
 from moeca_compile.frontend.reporting.recorder import GraphRecorder
 from moeca_compile.frontend.summary import report_of
-from moeca_compile.frontend.symbols.sizes_alone import sizes_alone
-from moeca_compile.graph.capture import isolate_recompiles_kwargs
 from moeca_compile.inspect.report import Report
 from moeca_compile.lowering.inductor.ahead import ask_compiler, compiles_on_cpu
 from moeca_compile.options import Options
@@ -75,12 +71,7 @@ def prepare(model: Any) -> PrepareReport:
     Raises:
         StateError: neither a module nor a pipeline with a `transformer`; or weights that `free_hoisted` dropped.
     """
-    reports = []
-    for part in models_of(model, "prepare"):
-        module = plain_module(part)
-        refuse_dropped(module)
-        isolate(module)
-        reports.append(expert_dispatch.prepare(module))
+    reports = [prepare_module(plain_module(part)) for part in models_of(model, "prepare")]
     if len(reports) == 1:
         return reports[0]
     merged = {}
@@ -144,20 +135,9 @@ def compile(
     compiler = backend.Backend(parsed, together=len(modules) > 1)
     if parsed.inner == "inductor" and any(compiles_on_cpu(module.parameters()) for module in modules):
         ask_compiler()
-    handles: list[Any] = []
     for module in modules:
         remove_in_place_compilation(module)
-        prepare(module)
-        handle: Any = torch.compile(
-            module, backend=compiler, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
-        )
-        gate_of(handle.dynamo_ctx)
-        if dynamic:
-            handle.dynamo_ctx.enter_exit_hooks.append(sizes_alone)
-        if parsed.granularity == OUTPUT:
-            install_output_path(handle, (compiler.options, compiler.schedule))
-        route_methods(handle)
-        handles.append(handle)
+    handles: list[Any] = [compile_module(module, compiler, fullgraph, dynamic) for module in modules]
     parts = parts_of(model)
     for name, handle in zip(parts, handles, strict=False):
         setattr(model, name, handle)

@@ -20,6 +20,8 @@ _numbers = itertools.count()
 
 def isolate(model: nn.Module) -> bool:
     """Replace `model.forward` by a copy with its own code; False where the instance has a forward of its own."""
+    if isolated(model) and model.__dict__["forward"].isolated() is not model:  # of a deep copy: it is the original's
+        share_again(model)
     shared = type(model).forward
     if "forward" in model.__dict__ or not isinstance(shared, types.FunctionType):
         return False
@@ -27,7 +29,7 @@ def isolate(model: nn.Module) -> bool:
     code = shared.__code__.replace(co_consts=(*shared.__code__.co_consts, mark))
     copied = types.FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
     weakref.finalize(copied, _let_go, code).atexit = False
-    copied.__dict__.update(shared.__dict__)
+    copied.__dict__.update(shared.__dict__, isolated=weakref.ref(model))
     copied.__kwdefaults__ = shared.__kwdefaults__
     copied.__annotations__ = dict(shared.__annotations__)
     copied.__qualname__, copied.__doc__, copied.__module__ = shared.__qualname__, shared.__doc__, shared.__module__

@@ -104,9 +104,6 @@ class Gate:
             limit = max(MAX_GRAPHS, config.recompile_limit)
             self.raise_limit = config._make_closure_patcher(recompile_limit=limit)
 
-    def __deepcopy__(self, memo: object) -> Gate:
-        return Gate()
-
     def __reduce__(self) -> tuple[Callable[[], Gate], tuple[()]]:
         return Gate, ()
 

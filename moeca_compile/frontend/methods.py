@@ -1,4 +1,4 @@
-"""Installs the methods of a model that call its `forward` on the compiled module.
+"""What `moeca_compile.compile` gives for a module: torch's compiled module, whose methods run compiled too.
 
 torch looks up a method such as `forward_with_cfg` on the original model, whose `self.forward` isn't compiled. So the
 compiled module gets such methods itself. They run as written, with the compiled module as `self`.
@@ -6,6 +6,7 @@ compiled module gets such methods itself. They run as written, with the compiled
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
 import inspect
@@ -15,8 +16,70 @@ from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+
+from moeca_compile import expert_dispatch
+from moeca_compile.engine.freeing.state_dict import refuse_dropped
+from moeca_compile.expert_dispatch import PrepareReport
+from moeca_compile.expert_dispatch.isolate import isolate
+from moeca_compile.frontend.backend import Backend
+from moeca_compile.frontend.calls import gate_of
+from moeca_compile.frontend.output_path import OutputPath
+from moeca_compile.frontend.symbols.sizes_alone import sizes_alone
+from moeca_compile.graph.capture import isolate_recompiles_kwargs
+from moeca_compile.schedule.granularity import OUTPUT
+
+
+class CompiledModule(OptimizedModule):
+    """A compiled module. Each copy, a pickled one too, is compiled anew as the original was, and has its own state. Of
+    torch's own copies the methods aren't compiled, and a shallow one has the original's state.
+    """
+
+    def __copy__(self) -> CompiledModule:
+        return compile_module(self._orig_mod, *copy.deepcopy(self.__dict__["_compiled_by"]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:  # else the model's own would be found
+        return compile_module(*copy.deepcopy((self._orig_mod, *self.__dict__["_compiled_by"]), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return compile_module, (self._orig_mod, *self.__dict__["_compiled_by"])
+
+
+def compile_module(module: nn.Module, compiler: Backend, fullgraph: bool, dynamic: bool | None) -> CompiledModule:
+    """Prepare a module and compile it with torch, for all its ways in.
+
+    Args:
+        module: without a compilation of its own.
+        compiler: the backend, with its options.
+        fullgraph, dynamic: as `torch.compile` takes them.
+    """
+    prepare_module(module)
+    handle: Any = torch.compile(
+        module, backend=compiler, fullgraph=fullgraph, dynamic=dynamic, **isolate_recompiles_kwargs()
+    )
+    handle.__class__ = CompiledModule
+    handle.__dict__["_compiled_by"] = compiler, fullgraph, dynamic
+    gate = gate_of(handle.dynamo_ctx)
+    if dynamic:
+        handle.dynamo_ctx.enter_exit_hooks.append(sizes_alone)
+    if compiler.options.granularity == OUTPUT:
+        gate.covered = True
+        handle.forward = OutputPath(handle, handle.forward, (compiler.options, compiler.schedule))
+    route_methods(handle)
+    return handle  # type: ignore[no-any-return]
+
+
+def prepare_module(module: nn.Module) -> PrepareReport:
+    """Prepare a plain module in place, and give its forward a code of its own.
+
+    Raises:
+        StateError: `free_hoisted` dropped weights of it.
+    """
+    refuse_dropped(module)
+    isolate(module)
+    return expert_dispatch.prepare(module)
 
 
 def route_methods(handle: OptimizedModule) -> None:

@@ -29,7 +29,7 @@ from moeca_compile.engine.trajectories.agreement import agreement_of_weights
 from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
-from moeca_compile.frontend.handles import HandleState, Read, backend_of, state_of
+from moeca_compile.frontend.handles import HandleState, Read, state_of
 from moeca_compile.frontend.owner import modules_of, parameters_of
 from moeca_compile.frontend.summary import announce
 from moeca_compile.graph.capture import Input
@@ -272,20 +272,3 @@ def _kind(leaf: Any) -> Hashable:
     if leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
         return type(leaf), leaf
     return type(leaf), id(leaf)
-
-
-class OutputHandle(OptimizedModule):
-    """A compiled handle whose copies, pickled ones too, cache the output as it does."""
-
-    def __init__(self, module: nn.Module, context: Any) -> None:
-        super().__init__(module, context)
-        backend: Any = backend_of(context)
-        backend = getattr(backend, "compiler_fn", backend)
-        install_output_path(self, (backend.options, backend.schedule))
-
-
-def install_output_path(handle: nn.Module, read: Read) -> None:
-    """Give a compiled handle this way for all its calls."""
-    handle.__class__ = OutputHandle
-    gate_of(handle.dynamo_ctx).covered = True
-    handle.forward = OutputPath(handle, handle.forward, read)

@@ -26,13 +26,17 @@ class TrajectoryGroup:
     """
 
     def __init__(self, latent_jump: float, hands_over: bool = False) -> None:
-        self.hands_over = hands_over
+        self.latent_jump, self.hands_over = latent_jump, hands_over
         self.timestep_history = TimestepHistory()
         self.history = RecordHistory()
         self.outside = TrajectoryState(None, latent_jump, self.timestep_history, self.history, hands_over)
         self.latest = self.outside
         self.alive: weakref.WeakSet[TrajectoryState] = weakref.WeakSet((self.outside,))
         self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[TrajectoryGroup], tuple[float, bool]]:
+        """Copies of the handles have trajectories of their own."""
+        return TrajectoryGroup, (self.latent_jump, self.hands_over)
 
     def states(self) -> list[TrajectoryState]:
         """The states of all trajectories that are alive."""

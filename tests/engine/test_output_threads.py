@@ -1,14 +1,10 @@
-"""Handles of granularity `output` in several threads at once, and copies of them."""
+"""A handle of granularity `output` in several threads at once."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,17 +50,3 @@ def test_first_calls_of_several_threads_are_those_of_one() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[seed], loop(alone, seed)) for seed in range(4))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda handle: pickle.loads(pickle.dumps(handle))])
-def test_a_copy_caches_with_its_own_weights(copied: Callable[[Any], Any]) -> None:
-    handle = handle_of(Flow())
-    before = loop(handle)
-    twin = copied(handle)
-    with torch.no_grad():
-        twin.mix.weight.mul_(2.0)
-    doubled = Flow()
-    doubled.mix.weight.data.mul_(2.0)
-    assert torch.equal(loop(twin), loop(handle_of(doubled)))
-    assert [record.variant for record in moeca.stats(twin).steps] == ["v0", "v1", "v1", "v0", "v1", "v1", "v0"]
-    assert torch.equal(loop(handle), before)
