@@ -91,7 +91,8 @@ inline void match(const Index* ids, const Index* held, Index K, int* slot) {
 inline int32_t ordered(float rank) {
   int32_t bits;
   std::memcpy(&bits, &rank, 4);
-  return std::isnan(rank) ? std::numeric_limits<int32_t>::max() : bits ^ (bits >> 31 & 0x7fffffff);
+  bits ^= bits >> 31 & 0x7fffffff;
+  return rank != rank ? std::numeric_limits<int32_t>::max() : bits;
 }
 
 // The positions of the `count` largest of `size` keys, ascending; among equal ones the first. The smallest of them is
@@ -126,47 +127,51 @@ inline float l1(const float* a, const float* b, Index E) {
 }  // namespace
 
 // The `count` positions of each sample with the highest rank. `scores` null: `due` is the error of the forecast when the
-// branch was computed; else the drift then, to which the scores' change since the last step is added.
+// branch was computed; else the drift then, to which the scores' change since the last step is added. Into `slots`, where
+// it is given, goes the slot of every routed branch. Hits and transitions go the same way, for which of them a branch is
+// nobody guesses.
 extern "C" void choose(
     const Index* ids, const float* gates, const Index* held, const float* due, const float* at, const float* scores,
     const float* seen, const float* sensitivity, const float* threshold, const Index* quota, float now, Index order,
-    Index B, Index N, Index K, Index E, Index count, Index* positions, int threads) {
+    Index B, Index N, Index K, Index E, Index count, Index* positions, int* slots, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (Index b = 0; b < B; ++b) {
-    const Index size = N * K;
-    std::vector<float> rank(size), total(threshold ? E : 0), found(threshold ? E : 0);
-    std::vector<int> slot(size);
-    std::vector<float> due_now(size);
+    const Index size = N * K, first = b * size;
+    std::vector<float> rank(size), weight(size), due_now(size), total(threshold ? E : 0), found(threshold ? E : 0);
+    std::vector<int> own(slots ? 0 : size);
+    std::vector<int32_t> keys(size);
+    int* slot = slots ? slots + first : own.data();
     for (Index n = 0; n < N; ++n) {
-      const Index token = b * N + n, first = token * K;
-      match(ids + first, held + first, K, &slot[n * K]);
+      const Index token = b * N + n, here = token * K;
+      match(ids + here, held + here, K, slot + n * K);
       const float moved = scores ? l1(scores + token * E, seen + token * E, E) : 0.0f;
       for (Index k = 0; k < K; ++k) {
-        const Index i = n * K + k, id = ids[first + k];
-        float weight = std::fabs(gates[first + k]);
-        if (sensitivity) weight *= sensitivity[id];
-        if (slot[i] >= 0) {
-          const Index j = first + slot[i];
-          const float age = scores ? 0.0f : now - at[j];
-          due_now[i] = scores ? due[j] + moved : due[j] * (order == 0 ? age : age * age);
-          weight *= due_now[i];
-          if (threshold) total[id] += due_now[i], found[id] += 1;
-        }
-        rank[i] = (slot[i] >= 0 ? 0.0f : 4.0f) + weight / (1 + weight);
+        const Index i = n * K + k, j = here + std::max(slot[i], 0);
+        const float age = now - at[j], last = due[j];
+        const float value = scores ? last + moved : last * (order == 0 ? age : age * age);
+        due_now[i] = slot[i] < 0 ? 1.0f : value;
       }
     }
-    if (threshold)
+    for (Index i = 0; i < size; ++i) weight[i] = std::fabs(gates[first + i]);
+    for (Index i = 0; sensitivity && i < size; ++i) weight[i] *= sensitivity[ids[first + i]];
+    for (Index i = 0; i < size; ++i) {
+      const float weighted = weight[i] * due_now[i];
+      rank[i] = (slot[i] < 0 ? 4.0f : 0.0f) + weighted / (1 + weighted);
+    }
+    if (threshold) {
+      for (Index i = 0; i < size; ++i)
+        if (slot[i] >= 0) total[ids[first + i]] += due_now[i], found[ids[first + i]] += 1;
       for (Index i = 0; i < size; ++i) {
-        const Index id = ids[b * size + i];
+        const Index id = ids[first + i];
         if (slot[i] >= 0 && total[id] / found[id] >= threshold[id]) rank[i] += 2.0f;
       }
-    std::vector<int32_t> keys(size);
+    }
     if (quota) {
       std::vector<Index> best(size), taken(E);
       for (Index i = 0; i < size; ++i) keys[i] = ordered(rank[i]), best[i] = i;
       std::stable_sort(best.begin(), best.end(), [&](Index one, Index other) { return keys[one] > keys[other]; });
       for (Index i : best) {
-        const Index id = ids[b * size + i];
+        const Index id = ids[first + i];
         if (++taken[id] > quota[id]) rank[i] -= 6.0f;
       }
     }
@@ -181,20 +186,22 @@ template <typename T>
 Index gather(
     const T* x, const Index* ids, const Index* positions, Index B, Index N, Index K, Index D, Index E, Index count,
     T* rows, Index* counts, Index* place, int threads) {
-  const Index R = B * count;
   std::fill(counts, counts + E, 0);
-  auto id_of = [&](Index r) { return ids[r / count * N * K + positions[r]]; };
-  for (Index r = 0; r < R; ++r) {
-    const Index id = id_of(r);
-    if (id < 0 || id >= E) return id;
-    ++counts[id];
-  }
+  auto id_of = [&](Index b, Index c) { return ids[b * N * K + positions[b * count + c]]; };
+  for (Index b = 0; b < B; ++b)
+    for (Index c = 0; c < count; ++c) {
+      const Index id = id_of(b, c);
+      if (id < 0 || id >= E) return id;
+      ++counts[id];
+    }
   std::vector<Index> next(E);
   for (Index e = 1; e < E; ++e) next[e] = next[e - 1] + counts[e - 1];
-  for (Index r = 0; r < R; ++r) place[r] = next[id_of(r)]++;
+  for (Index b = 0; b < B; ++b)
+    for (Index c = 0; c < count; ++c) place[b * count + c] = next[id_of(b, c)]++;
 #pragma omp parallel for num_threads(threads)
-  for (Index r = 0; r < R; ++r)
-    std::memcpy(rows + place[r] * D, x + (r / count * N + positions[r] / K) * D, D * sizeof(T));
+  for (Index b = 0; b < B; ++b)
+    for (Index c = b * count; c < (b + 1) * count; ++c)
+      std::memcpy(rows + place[c] * D, x + (b * N + positions[c] / K) * D, D * sizeof(T));
   return -1;
 }
 
@@ -305,12 +312,13 @@ struct Slots {
 
 // The weighted sum of every token's branches; what was computed is kept, in place.
 // `positions` null: nothing was computed if `keeps` is false, else everything, `fresh` [B, N, K, D] in order.
+// `slots`: as `choose` found them, or null.
 template <typename T>
 void merge(
     const Index* ids, const float* gates, const float* scores, const Index* positions, const Index* place,
     const T* fresh, T* y, float* at, float* d1, float* d2, float* before, Index* held, float* kept, float* error,
     float* drift, float* seen, float now, Index order, bool copy, bool keeps, Index B, Index N, Index K, Index D,
-    Index E, Index count, T* out, int threads) {
+    Index E, Index count, const int* slots, T* out, int threads) {
   const Index forecast_order = copy ? 0 : order;
 #pragma omp parallel for num_threads(threads)
   for (Index b = 0; b < B; ++b) {
@@ -333,7 +341,10 @@ void merge(
         if (forecast_order > 0) ask_for(d1 + next, K * D);
         if (forecast_order > 1) ask_for(d2 + next, K * D);
       }
-      match(ids + i, held + i, K, slot.data());
+      if (slots)
+        std::copy(slots + i, slots + i + K, slot.begin());
+      else
+        match(ids + i, held + i, K, slot.data());
       float present = 0, absent = 0;
       bool any = false, computes = false;
       Index summands = 0;
@@ -396,7 +407,7 @@ void merge(
       float* drift, float* seen, float now, Index order, bool copy, bool keeps, Index B, Index N, Index K, Index D,   \
       Index E, Index count, T* out, int threads) {                                                                    \
     merge<T>(ids, gates, scores, positions, place, fresh, y, at, d1, d2, before, held, kept, error, drift, seen, now, \
-             order, copy, keeps, B, N, K, D, E, count, out, threads);                                                 \
+             order, copy, keeps, B, N, K, D, E, count, nullptr, out, threads);                                        \
   }
 FOR_DTYPE(float, float32)
 FOR_DTYPE(BFloat16, bfloat16)

@@ -197,7 +197,7 @@ def _in_torch(
     counts = torch.empty(len(weights[0]), dtype=torch.int64)
     native.choose(
         *map(address, (ids, gates, held, error if drift is None else drift, at, scores, seen, *tables)), now, order,
-        batch, tokens, top_k, len(counts), count, address(positions), threads,
+        batch, tokens, top_k, len(counts), count, address(positions), None, threads,
     )  # fmt: skip
     rows = x.new_empty(batch * count, x.shape[-1])
     outside: int = getattr(native, f"gather_{name}")(
@@ -301,10 +301,15 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-_LIBRARY.impl("branches_", _below_autograd(branches_), "CPU")
-_LIBRARY.impl("branches_.at", _below_autograd(branches_at_), "CPU")
-_LIBRARY.impl("keep_branches_", _below_autograd(keep_branches_), "CPU")
-_LIBRARY.impl("forecast_branches", _below_autograd(forecast_branches), "CPU")
+# What runs for each overload on a CPU. `ops/direct.py` calls them without torch's dispatcher.
+KERNELS = {
+    "branches_.default": _below_autograd(branches_),
+    "branches_.at": _below_autograd(branches_at_),
+    "keep_branches_.default": _below_autograd(keep_branches_),
+    "forecast_branches.default": _below_autograd(forecast_branches),
+}
+for _name, _kernel in KERNELS.items():
+    _LIBRARY.impl(_name.removesuffix(".default"), _kernel, "CPU")
 torch.library.register_fake("moeca::branches_", _fake, lib=_LIBRARY)
 torch.library.register_fake("moeca::branches_.at", _fake, lib=_LIBRARY)
 torch.library.register_fake("moeca::keep_branches_", lambda *args: None, lib=_LIBRARY)

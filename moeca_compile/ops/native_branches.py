@@ -22,7 +22,7 @@ _CODE = [Path(__file__).with_name(name) for name in ("branches.cpp", "products.c
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool, "t": ctypes.c_int}
 _ARGUMENTS = {  # p: an address, i: a size, f: a number, b: a flag, t: the number of threads
-    "choose": "pppppppppp" + "fi" + "iiiii" + "pt",
+    "choose": "pppppppppp" + "fi" + "iiiii" + "ppt",
     "gather_float32": "ppp" + "iiiiii" + "pppt",
     "gather_bfloat16": "ppp" + "iiiiii" + "pppt",
     "few_rows": "ppp" + "iiiii" + "pt",

@@ -124,14 +124,15 @@ extern "C" Index step(
   if (!weights[0]) return -2;
   const Index R = B * count;
   std::vector<Index> positions(R), place(R), counts(E);
+  std::vector<int> slots(B * N * K);
   std::vector<float> rows(R * in), fresh(R * D);
   choose(ids, gates, held, drift ? drift : error, at, scores, seen, sensitivity, threshold, quota, now, order, B, N, K, E,
-         count, positions.data(), threads);
+         count, positions.data(), slots.data(), threads);
   const Index outside =
       gather(x, ids, positions.data(), B, N, K, in, E, count, rows.data(), counts.data(), place.data(), threads);
   if (outside >= 0) return outside;
   few_rows(rows.data(), counts.data(), weights, activation, E, in, hidden, D, fresh.data(), threads);
   merge(ids, gates, scores, positions.data(), place.data(), fresh.data(), y, at, d1, d2, before, held, kept, error, drift,
-        seen, now, order, copy, true, B, N, K, D, E, count, out, threads);
+        seen, now, order, copy, true, B, N, K, D, E, count, slots.data(), out, threads);
   return -1;
 }

@@ -41,7 +41,7 @@ void largest(const float* x, Index rows, Index E, float* values, Index* indices,
 }  // namespace
 
 // The `k` largest numbers of each of the rows [rows, E], the largest first: 1 <= k <= 8, k <= E. The numbers of the rows
-// where they aren't clear go into `open`. Returns how many rows those are.
+// where they aren't clear go into `open`, if it is given. Returns how many rows those are.
 extern "C" Index top_k(
     const float* x, Index rows, Index E, Index k, float* values, Index* indices, Index* open, int threads) {
   constexpr decltype(&largest<1>) forms[] = {largest<1>, largest<2>, largest<3>, largest<4>,
@@ -50,6 +50,9 @@ extern "C" Index top_k(
   forms[k - 1](x, rows, E, values, indices, is_open.data(), threads);
   Index count = 0;
   for (Index r = 0; r < rows; ++r)
-    if (is_open[r]) open[count++] = r;
+    if (is_open[r]) {
+      if (open) open[count] = r;
+      ++count;
+    }
   return count;
 }

@@ -32,15 +32,15 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     native = library() if x.device.type == "cpu" and x.dtype == torch.float32 and 0 < k <= MOST else None
     if native is None:
         return torch.topk(x, k)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    values, indices = _results(x, k)
-    is_open = torch.empty(len(rows), dtype=torch.int64)
-    count = native.top_k(
-        address(rows), *rows.shape, k, *map(address, (values, indices, is_open)), torch.get_num_threads()
-    )
-    if count:
-        these = is_open[:count]
-        values.view(-1, k)[these], indices.view(-1, k)[these] = torch.topk(rows[these], k)
+    x, threads = x.contiguous(), torch.get_num_threads()
+    (*_, numbers), (values, indices) = x.shape, _results(x, k)
+    rows = x.numel() // numbers
+    given = (address(x), rows, numbers, k, address(values), address(indices))
+    count = native.top_k(*given, None, threads)
+    if count:  # seldom: only then is it asked which ones
+        these = torch.empty(count, dtype=torch.int64)
+        native.top_k(*given, address(these), threads)
+        values.view(-1, k)[these], indices.view(-1, k)[these] = torch.topk(x.view(-1, numbers)[these], k)
     return values, indices
 
 

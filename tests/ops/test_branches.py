@@ -199,7 +199,7 @@ def test_the_largest_are_chosen_and_of_equal_ones_the_first(count: int, quota: i
     at = native_branches.address
     native_branches.library().choose(
         at(ids), at(gates), at(held), at(numbers), at(numbers), None, None, None, None, at(allowed), 5.0, 1, 2, 32, 2,
-        2, count, at(found), 1,
+        2, count, at(found), None, 1,
     )  # fmt: skip
     rank = (4 + gates / (1 + gates)).flatten(1).nan_to_num(nan=9.0)
     if quota is not None:

@@ -20,6 +20,7 @@ from moeca_compile.lowering.inductor.sizes.shared import SharedSizes
 from moeca_compile.lowering.inductor.split_table import arguments_of
 from moeca_compile.lowering.inductor.straight_stream import straight_stream
 from moeca_compile.lowering.inductor.weight_addresses import with_addresses
+from moeca_compile.ops.direct import call_directly
 from moeca_compile.passes.manager import Pass, PassManager
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -120,6 +121,7 @@ def _compiled(
     """Compile for tensors like `args`; `mode`: of fake tensors whose sizes are symbols."""
     from torch._inductor import standalone_compile
 
+    call_directly()
     patches = {"config_patches": dict(options)}
     with torch.inference_mode(False), torch.no_grad():
         if mode is None:
