@@ -96,7 +96,7 @@ class Layer:
         return {
             EXPERTS: lambda ids, gates, now: torch.ops.moeca.experts(self.x, ids.flatten(0, 1), *weights, "silu"),
             "reading": lambda ids, gates, now: (self.state[Slot.Y].sum(), self.state[Slot.D1].sum()),
-            "forecast_branches": lambda ids, gates, now: FORECAST(ids, gates, now, *slots[:7], 1, False),
+            "forecast_branches": lambda ids, gates, now: FORECAST(ids, gates, now, *slots[:7], 1, False, torch.float32),
             f"branches_, tau {TAU}": lambda ids, gates, now: BRANCHES_AT(
                 self.x,
                 ids,

@@ -5,6 +5,7 @@
     python -m benchmarks.partial --narrow --few DSMoE   # one of them, tau 0 and 0.05 alone; writes partial_DSMoE.json
     python -m benchmarks.partial --narrow --short   # both, the rows that matter most for the table at equal time, not
                                                     # written out: some minutes; writes partial_short.json
+    python -m benchmarks.partial --kept     # PSNR with branches kept in bfloat16; writes results/partial_kept.json
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
 The bound for a row is (rho + tau) x full + 10 % of full. The experts' weights are packed, which few rows an expert need
@@ -13,7 +14,8 @@ a cache.
 
 Of the digits models the experts are told apart: what a row takes beyond one that forecasts whole regions, over what the
 experts of a full step take (a full step less one that computes attention and forecasts the experts). Times are those of
-the processor, on one thread. Some rows are measured in the written-out form too, which GPUs and the interpreter run.
+the processor, on one thread. Some rows are measured in the written-out form too, which GPUs and the interpreter run,
+and with `--few` branches that are kept in bfloat16.
 *Equal time*: a full step and three steps of one row, over four full steps that keep no branches.
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,10 +32,11 @@ import torch
 
 import moeca_compile as moeca
 from benchmarks import models
+from benchmarks.policies_jobs import KEYS, STEPS, Idea, uniform, with_idea
 from benchmarks.protocol import Timing, arguments, as_json, folder_of, pin_threads, print_table, save
 from examples import digits, dsmoe
 from moeca_compile.passes.partial import branches_in_place
-from moeca_compile.schedule import Act, Action, Partial, Schedule
+from moeca_compile.schedule import Act, Action, Control, Partial, Schedule
 
 FULL, UNCACHED = "full", "moeca, full, no state"
 C, F = Action.COMPUTE, Action.FORECAST
@@ -56,6 +60,7 @@ WRITTEN_OUT: dict[str, tuple[Act, Act]] = {
     "written out, tau 0.05": (F, Partial(0, 0.05)),
 }
 FEW = (FULL, "tau 0", "tau 0.05")
+IN_16_BITS = ", in bfloat16"
 SHORT = (FULL, "tau 0", "tau 0.04", "attention computed, tau 0.04")
 NARROW_BATCH = 32
 DIGITS: dict[str, Callable[[], torch.nn.Module]] = {"DiT-MoE": digits.load_model, "DSMoE": dsmoe.load_digits}
@@ -86,10 +91,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("Measure what PARTIAL rows cost.", "one block, few rounds")
     parser.add_argument("--narrow", action="store_true", help="the trained digits models, 96 channels wide")
     parser.add_argument("--short", action="store_true", help="of --narrow few rows, and no written-out form")
+    parser.add_argument("--kept", action="store_true", help="PSNR of the digits models, kept exactly and in bfloat16")
     parser.add_argument("--few", choices=list(DIGITS), help="of one digits model the rows tau 0 and tau 0.05 alone")
     args = parser.parse_args(argv)
     depth, rounds = (1, 2) if args.quick else (4, 10)
     pin_threads()
+    if args.kept:
+        main_kept(folder_of(args))
+        return
     if args.narrow:
         main_narrow(2 if args.quick else 10 if args.short else 20, folder_of(args), args.few, args.short)
         return
@@ -129,7 +138,7 @@ def main_narrow(rounds: int, out: Path | None, few: str | None = None, short: bo
     for name, load in DIGITS.items():
         if few not in (None, name):
             continue
-        timings = measure_narrow(load().requires_grad_(False), rounds, kinds_alone, not short)
+        timings = measure_narrow(load().requires_grad_(False), rounds, kinds_alone, not short, few is not None)
         print_table(f"one step, {name}, {NARROW_BATCH} samples", timings, baseline=FULL)
         kinds = [kind for kind in timings if "tau" in kind and "attention" not in kind]
         figures = {kind: over_experts(timings, kind) for kind in kinds}
@@ -148,29 +157,56 @@ def main_narrow(rounds: int, out: Path | None, few: str | None = None, short: bo
         print(f"written: {save(file, payload, out).name}")
 
 
+def main_kept(out: Path | None) -> None:
+    """PSNR to the uncached digits of rows that compute 4 % of the branches, by what the branches are kept in."""
+    payload: dict[str, dict[str, float]] = {}
+    idea = (Action.FORECAST, Partial(0, 0.04)) * (len(KEYS) // 2)
+    for name, load in DIGITS.items():
+        network = load().requires_grad_(False)
+        uncached = digits.sample(network, seed=5000, n=NARROW_BATCH, steps=STEPS)
+        for interval, kept in product((2, 4), ("exact", "bfloat16")):
+            schedule = with_idea(uniform(interval), Idea((idea,), Control(kept=kept)))
+            handle = moeca.compile(network, schedule=schedule)
+            with moeca.trajectory(handle, steps=STEPS):
+                images = digits.sample(handle, seed=5000, n=NARROW_BATCH, steps=STEPS)
+            quality = float(digits.psnr(images, uncached).mean())
+            payload.setdefault(name, {})[f"uniform:{interval}, {kept}"] = quality
+            print(f"{name}, uniform:{interval}, tau 0.04 between, {kept}: {quality:.2f} dB")
+    if out:
+        print(f"written: {save('partial_kept', payload, out).name}")
+
+
 def equal_time(timings: Mapping[str, Timing]) -> dict[str, float]:
     """Of each row what a full step and three steps of the row take, over four full steps of whole regions: medians."""
     full_of = {**dict.fromkeys(WHOLE, "whole full"), **dict.fromkeys(WRITTEN_OUT, "written out, full")}
+    full_of |= {kind: FULL + IN_16_BITS for kind in timings if kind.endswith(IN_16_BITS)}
     return {
         kind: (timings[full_of.get(kind, FULL)].median + 3 * timing.median) / (4 * timings["whole full"].median)
         for kind, timing in timings.items()
-        if not kind.endswith("full")
+        if not kind.removesuffix(IN_16_BITS).endswith("full")
     }
 
 
 def measure_narrow(
-    network: torch.nn.Module, rounds: int, rows_of: Sequence[str] = tuple(NARROW), written_out: bool = True
+    network: torch.nn.Module,
+    rounds: int,
+    rows_of: Sequence[str] = tuple(NARROW),
+    written_out: bool = True,
+    in_16_bits: bool = False,
 ) -> dict[str, Timing]:
     """Milliseconds of processor time of each kind of row, one round after the other. Rows of whole regions are another
     model's, which keeps no branches; all take the weights as they are. `rows_of`: which of `NARROW`; `written_out`:
-    that form too."""
+    that form too; `in_16_bits`: the same rows too with branches that are kept in bfloat16."""
     inputs = digits.initial_noise(0, NARROW_BATCH), torch.full((NARROW_BATCH,), 1000.0), digits.labels_of(NARROW_BATCH)
     keys = tuple(region.key for region in moeca.explain(network, *inputs).regions)
     samples: dict[str, list[float]] = {}
     handles = []
-    for kinds in ({kind: NARROW[kind] for kind in rows_of}, WHOLE, *([WRITTEN_OUT] if written_out else [])):
+    kept = {kind: NARROW[kind] for kind in rows_of}
+    narrow = {kind + IN_16_BITS: row for kind, row in kept.items()}
+    for kinds in (kept, WHOLE, *([WRITTEN_OUT] if written_out else []), *([narrow] if in_16_bits else [])):
+        control = Control(kept="bfloat16" if kinds is narrow else "exact")
         rows = tuple(kind * (len(keys) // 2) for kind in kinds.values())
-        every_kind = Schedule(rows, keys, period=len(rows), made_by="every kind of row")
+        every_kind = Schedule(rows, keys, period=len(rows), control=control, made_by="every kind of row")
         library = nothing if kinds is WRITTEN_OUT else branches_in_place.library
         with patch.object(branches_in_place, "library", library):
             handle = moeca.compile(network, schedule=every_kind)

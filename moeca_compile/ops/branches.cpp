@@ -44,9 +44,14 @@ inline Lanes load(const float* from) {
   return lanes;
 }
 inline Lanes load(const BFloat16* from) {
-  float wider[LANES];
-  for (Index i = 0; i < LANES; ++i) wider[i] = wide(from[i]);
-  return load(wider);
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+  typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+  Lanes lanes;
+  std::memcpy(&lanes, &bits, sizeof(lanes));
+  return lanes;
 }
 inline void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
 inline void store(BFloat16* to, Lanes lanes) {
@@ -205,20 +210,26 @@ Index gather(
   return -1;
 }
 
-// What one branch adds to its token's sum: weight * value + once * first + twice * second, the last two where they are.
-template <typename T>
+// What one kept branch adds to its token's sum: weight * value + once * first + twice * second, the last two where they
+// are. Or one that was computed: weight * fresh.
+template <typename T, typename Y, typename D1>
 struct Term {
-  const T* value;
-  const float *first, *second;
+  const T* fresh;
+  const Y* value;
+  const D1 *first, *second;
   float weight, once, twice;
 };
 
 // Channels d to d + V * LANES of a token's sum, which stay in registers.
-template <int V, typename T>
-inline void add_up(const Term<T>* terms, Index count, float scale, Index d, T* out) {
+template <int V, typename T, typename Y, typename D1>
+inline void add_up(const Term<T, Y, D1>* terms, Index count, float scale, Index d, T* out) {
   Lanes sums[V] = {};
   for (Index i = 0; i < count; ++i) {
-    const Term<T>& term = terms[i];
+    const Term<T, Y, D1>& term = terms[i];
+    if (term.fresh) {
+      for (int v = 0; v < V; ++v) sums[v] += term.weight * load(term.fresh + d + v * LANES);
+      continue;
+    }
     for (int v = 0; v < V; ++v) sums[v] += term.weight * load(term.value + d + v * LANES);
     if (term.first)
       for (int v = 0; v < V; ++v) sums[v] += term.once * load(term.first + d + v * LANES);
@@ -228,8 +239,8 @@ inline void add_up(const Term<T>* terms, Index count, float scale, Index d, T* o
   for (int v = 0; v < V; ++v) store(out + d + v * LANES, sums[v] * scale);
 }
 
-template <typename T>
-inline void add_up(const Term<T>* terms, Index count, float scale, Index D, T* out) {
+template <typename T, typename Y, typename D1>
+inline void add_up(const Term<T, Y, D1>* terms, Index count, float scale, Index D, T* out) {
   Index d = 0;
   for (; d + 12 * LANES <= D; d += 12 * LANES) add_up<12>(terms, count, scale, d, out);
   for (; d + 4 * LANES <= D; d += 4 * LANES) add_up<4>(terms, count, scale, d, out);
@@ -237,10 +248,10 @@ inline void add_up(const Term<T>* terms, Index count, float scale, Index D, T* o
   for (; d < D; ++d) {
     float sum = 0;
     for (Index i = 0; i < count; ++i) {
-      const Term<T>& term = terms[i];
-      sum += term.weight * wide(term.value[d]);
-      if (term.first) sum += term.once * term.first[d];
-      if (term.second) sum += term.twice * term.second[d];
+      const Term<T, Y, D1>& term = terms[i];
+      sum += term.weight * (term.fresh ? wide(term.fresh[d]) : wide(term.value[d]));
+      if (term.first) sum += term.once * wide(term.first[d]);
+      if (term.second) sum += term.twice * wide(term.second[d]);
     }
     put(out + d, sum * scale);
   }
@@ -255,32 +266,33 @@ inline void ask_for(const T* from, Index size) {
   for (Index at = 0; from && at < size * Index(sizeof(T)); at += 64) __builtin_prefetch(bytes + at);
 }
 
-// One token's kept branches.
-template <typename T>
+// One token's kept branches: values Y and differences D1 of branches that are computed as T.
+template <typename T, typename Y, typename D1>
 struct Slots {
-  T* y;
-  float *at, *d1, *d2, *before, *gates, *error, *drift;
+  Y* y;
+  D1 *d1, *d2;
+  float *at, *before, *gates, *error, *drift;
   Index* held;
 
   // weight * (branch j at `now`)
-  Term<T> forecast(Index j, Index D, float now, Index order, float weight) const {
+  Term<T, Y, D1> forecast(Index j, Index D, float now, Index order, float weight) const {
     const float once = weight * (now - at[j]);
-    return {y + j * D, order > 0 ? d1 + j * D : nullptr, order > 1 ? d2 + j * D : nullptr,
+    return {nullptr, y + j * D, order > 0 ? d1 + j * D : nullptr, order > 1 ? d2 + j * D : nullptr,
             weight, once, order > 1 ? once * (now - before[j]) : 0.0f};
   }
 
   // Put a computed branch into slot j. `same`: the slot holds an older value of it.
   void keep(Index j, bool same, const T* __restrict fresh, Index D, float now, Index order) {
-    T* __restrict value = y + j * D;
-    float* __restrict first = d1 ? d1 + j * D : nullptr;
-    float* __restrict second = d2 ? d2 + j * D : nullptr;
+    Y* __restrict value = y + j * D;
+    D1* __restrict first = d1 ? d1 + j * D : nullptr;
+    D1* __restrict second = d2 ? d2 + j * D : nullptr;
     const float age = now - at[j], older = order == 2 ? now - before[j] : 0.0f;
     const bool two = order == 2 && same && before[j] > 0;
     float off = 0;
     if (!same) {
       for (Index d = 0; error && d < D; ++d) off += std::fabs(wide(fresh[d]));
-      std::fill(first, first + (order > 0 ? D : 0), 0.0f);
-      std::fill(second, second + (order == 2 ? D : 0), 0.0f);
+      std::fill(first, first + (order > 0 ? D : 0), D1{});
+      std::fill(second, second + (order == 2 ? D : 0), D1{});
     } else if (order == 0) {
 #pragma omp simd reduction(+ : off)
       for (Index d = 0; d < D; ++d) off += std::fabs(wide(fresh[d]) - wide(value[d]));
@@ -289,23 +301,23 @@ struct Slots {
       if (order == 2) {
 #pragma omp simd reduction(+ : off)
         for (Index d = 0; d < D; ++d) {
-          const float moved = wide(fresh[d]) - wide(value[d]), slope = moved / age, last = first[d];
-          off += std::fabs(moved - last * age - second[d] * twice);
-          second[d] = two ? (slope - last) / older : 0.0f;
-          first[d] = slope;
+          const float moved = wide(fresh[d]) - wide(value[d]), slope = moved / age, last = wide(first[d]);
+          off += std::fabs(moved - last * age - wide(second[d]) * twice);
+          put(second + d, two ? (slope - last) / older : 0.0f);
+          put(first + d, slope);
         }
       } else {
 #pragma omp simd reduction(+ : off)
         for (Index d = 0; d < D; ++d) {
           const float moved = wide(fresh[d]) - wide(value[d]);
-          off += std::fabs(moved - first[d] * age);
-          first[d] = moved / age;
+          off += std::fabs(moved - wide(first[d]) * age);
+          put(first + d, moved / age);
         }
       }
     }
     if (error) error[j] = off / D;
     if (order == 2) before[j] = same ? at[j] : 0.0f;
-    std::memcpy(value, fresh, D * sizeof(T));
+    for (Index d = 0; d < D; ++d) put(value + d, wide(fresh[d]));
     at[j] = now;
   }
 };
@@ -313,10 +325,10 @@ struct Slots {
 // The weighted sum of every token's branches; what was computed is kept, in place.
 // `positions` null: nothing was computed if `keeps` is false, else everything, `fresh` [B, N, K, D] in order.
 // `slots`: as `choose` found them, or null.
-template <typename T>
+template <typename T, typename Y, typename D1>
 void merge(
     const Index* ids, const float* gates, const float* scores, const Index* positions, const Index* place,
-    const T* fresh, T* y, float* at, float* d1, float* d2, float* before, Index* held, float* kept, float* error,
+    const T* fresh, Y* y, float* at, D1* d1, D1* d2, float* before, Index* held, float* kept, float* error,
     float* drift, float* seen, float now, Index order, bool copy, bool keeps, Index B, Index N, Index K, Index D,
     Index E, Index count, const int* slots, T* out, int threads) {
   const Index forecast_order = copy ? 0 : order;
@@ -328,12 +340,12 @@ void merge(
       for (Index i = 0; i < N * K; ++i) row[i] = b * N * K + i;
     std::vector<int> slot(K);
     std::vector<char> used(K);
-    std::vector<Term<T>> terms(K);
+    std::vector<Term<T, Y, D1>> terms(K);
     for (Index n = 0; n < N; ++n) {
       const Index token = b * N + n, i = token * K;
       const Index* mine = &row[n * K];
-      Slots<T> kept_here{
-          y + i * D, at + i, d1 ? d1 + i * D : d1, d2 ? d2 + i * D : d2, before ? before + i : before,
+      Slots<T, Y, D1> kept_here{
+          y + i * D, d1 ? d1 + i * D : d1, d2 ? d2 + i * D : d2, at + i, before ? before + i : before,
           kept + i, error ? error + i : error, drift ? drift + i : drift, held + i};
       if (n + AHEAD < N) {
         const Index next = (i + AHEAD * K) * D;
@@ -357,7 +369,7 @@ void merge(
         any = true;
         present += gate;
         terms[summands++] = mine[k] < 0 ? kept_here.forecast(slot[k], D, now, forecast_order, gate)
-                                        : Term<T>{fresh + mine[k] * D, nullptr, nullptr, gate, 0, 0};
+                                        : Term<T, Y, D1>{fresh + mine[k] * D, nullptr, nullptr, nullptr, gate, 0, 0};
         computes |= mine[k] >= 0;
       }
       if (!any)  // the last routed sum stands for them
@@ -395,19 +407,27 @@ void merge(
   }
 }
 
-#define FOR_DTYPE(T, name)                                                                                            \
+#define GATHER(T, name)                                                                                               \
   extern "C" Index gather_##name(                                                                                     \
       const T* x, const Index* ids, const Index* positions, Index B, Index N, Index K, Index D, Index E, Index count, \
       T* rows, Index* counts, Index* place, int threads) {                                                            \
     return gather<T>(x, ids, positions, B, N, K, D, E, count, rows, counts, place, threads);                          \
-  }                                                                                                                   \
+  }
+GATHER(float, float32)
+GATHER(BFloat16, bfloat16)
+
+// By the dtypes of what is computed, and of the kept values and differences.
+#define MERGE(T, Y, D1, name)                                                                                         \
   extern "C" void merge_##name(                                                                                       \
       const Index* ids, const float* gates, const float* scores, const Index* positions, const Index* place,          \
-      const T* fresh, T* y, float* at, float* d1, float* d2, float* before, Index* held, float* kept, float* error,   \
+      const T* fresh, Y* y, float* at, D1* d1, D1* d2, float* before, Index* held, float* kept, float* error,         \
       float* drift, float* seen, float now, Index order, bool copy, bool keeps, Index B, Index N, Index K, Index D,   \
       Index E, Index count, T* out, int threads) {                                                                    \
-    merge<T>(ids, gates, scores, positions, place, fresh, y, at, d1, d2, before, held, kept, error, drift, seen, now, \
-             order, copy, keeps, B, N, K, D, E, count, nullptr, out, threads);                                        \
+    merge<T, Y, D1>(                                                                                                  \
+        ids, gates, scores, positions, place, fresh, y, at, d1, d2, before, held, kept, error, drift, seen, now,      \
+        order, copy, keeps, B, N, K, D, E, count, nullptr, out, threads);                                             \
   }
-FOR_DTYPE(float, float32)
-FOR_DTYPE(BFloat16, bfloat16)
+MERGE(float, float, float, float32)
+MERGE(BFloat16, BFloat16, float, bfloat16)
+MERGE(float, BFloat16, BFloat16, float32_narrow)
+MERGE(BFloat16, BFloat16, BFloat16, bfloat16_narrow)

@@ -22,7 +22,7 @@ from moeca_compile.ops.even_rows import are_even
 from moeca_compile.ops.experts import Weights, run_experts
 from moeca_compile.ops.native_branches import address, addresses, library
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of branches that the kernel keeps
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of branches that the kernel sums up
 # Rows an expert, on average, up to which the kernel's own product is ahead of torch's and of packed weights. Seen on a
 # thread with AVX2: ahead with 13 rows of 384 x 1536 numbers and 52 of 96 x 72, behind with 50 and 500.
 FEW = 32
@@ -50,7 +50,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "forecast_branches(Tensor ids, Tensor gates, Tensor now, Tensor held, Tensor kept, Tensor y, Tensor at, "
-    "Tensor? d1, Tensor? d2, Tensor? before, int order, bool copy) -> Tensor",
+    "Tensor? d1, Tensor? d2, Tensor? before, int order, bool copy, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -74,16 +74,16 @@ def branches_(
     B samples, N tokens, K branches a token, D channels, E experts.
 
     Args:
-        x: what the experts read, [B N, D], in the dtype of `y`.
+        x: what the experts read, float32 or bfloat16 [B N, D].
         ids: routed now, int64 [B, N, K].
         gates: the weights of these branches, float32 [B, N, K].
         scores: the router's, float32 [B, N, E]; None where no drift is kept.
         now: step + 1, float32 scalar.
         held: expert + 1 by slot, int64 [B, N, K]. Changed in place, as all that follow up to `seen`.
         kept: last gate by slot, float32 [B, N, K].
-        y: the kept branches, float32 or bfloat16 [B, N, K, D].
+        y: the kept branches, [B, N, K, D] in the dtype of `x`, or narrow: in bfloat16.
         at: their stamps, float32 [B, N, K].
-        d1, d2: differences, float32 [B, N, K, D]; None beyond the order.
+        d1, d2: differences, float32 [B, N, K, D], or narrow: bfloat16; None beyond the order.
         before: the stamps before, float32 [B, N, K]; None beyond the order.
         error: of the last forecasts, float32 [B, N, K]; None where drift is kept.
         drift: of the scores, float32 [B, N, K]; None where errors are kept.
@@ -95,7 +95,7 @@ def branches_(
         copy: what isn't computed is taken as it was.
 
     Returns:
-        The sum of each token's branches by their gates, [B N, D], in the dtype of `y`.
+        The sum of each token's branches by their gates, [B N, D], in the dtype of `x`.
 
     Raises:
         UserError: an id outside [0, E), or no C++ compiler (`library` tells before).
@@ -173,10 +173,10 @@ def _in_one(
     assert x is not None
     assert y is not None
     *sizes, width = y.shape
-    out = y.new_empty(len(x), width)
+    out = x.new_empty(len(x), width)
     outside: int = _library().step(
-        *map(address, (*read, *tables, *state)), weights, now, order, copy, ACTIVATIONS.index(activation),
-        *sizes, experts, x.shape[-1], hidden, width, count, address(out), torch.get_num_threads(),
+        *map(address, (*read, *tables, *state)), weights, now, order, copy, y.dtype != x.dtype,
+        ACTIVATIONS.index(activation), *sizes, experts, x.shape[-1], hidden, width, count, address(out), torch.get_num_threads(),
     )  # fmt: skip
     _refuse(outside, experts)
     return out
@@ -191,7 +191,7 @@ def _in_torch(
     (x, ids, gates, scores), (y, at, *_, held, _, error, drift, seen) = read, state
     assert x is not None
     assert y is not None
-    native, name, threads = _library(), DTYPES[y.dtype], torch.get_num_threads()
+    native, name, threads = _library(), DTYPES[x.dtype], torch.get_num_threads()
     batch, tokens, top_k, _ = y.shape
     positions, place = torch.empty(2, batch * count, dtype=torch.int64).unbind()
     counts = torch.empty(len(weights[0]), dtype=torch.int64)
@@ -206,8 +206,8 @@ def _in_torch(
     )  # fmt: skip
     _refuse(outside, len(counts))
     fresh = run_experts(rows, counts.tolist(), *weights, activation)
-    out = y.new_empty(len(x), y.shape[-1])
-    _merge((ids, gates, scores, positions, place, fresh), state, now, order, copy, True, count, out)
+    out = x.new_empty(len(x), y.shape[-1])
+    _merge(x.dtype, (ids, gates, scores, positions, place, fresh), state, now, order, copy, True, count, out)
     return out
 
 
@@ -220,23 +220,24 @@ def _refuse(outside: int, experts: int) -> None:
 
 def forecast_branches(
     ids: Tensor, gates: Tensor, now: Tensor, held: Tensor, kept: Tensor, y: Tensor, at: Tensor, d1: Tensor | None,
-    d2: Tensor | None, before: Tensor | None, order: int, copy: bool,
+    d2: Tensor | None, before: Tensor | None, order: int, copy: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Sum up the forecasts of a layer's kept branches. Nothing is computed, and nothing changed.
 
     Args:
         ids, gates, now, held, kept, y, at, d1, d2, before, order, copy: as in `branches_`.
+        dtype: that of `x` there.
 
     Returns:
-        [B N, D], in the dtype of `y`.
+        [B N, D], in `dtype`.
 
     Raises:
         UserError: no C++ compiler (`library` tells before).
     """
-    out = y.new_empty(y.shape[0] * y.shape[1], y.shape[3])
+    out = y.new_empty(y.shape[0] * y.shape[1], y.shape[3], dtype=dtype)
     state = (y, at, d1, d2, before, held, kept, None, None, None)
     step = (ids.contiguous(), gates.contiguous(), None, None, None, None)
-    _merge(step, state, float(now), order, copy, False, 0, out)
+    _merge(dtype, step, state, float(now), order, copy, False, 0, out)
     return out
 
 
@@ -248,7 +249,7 @@ def keep_branches_(
     """Keep the branches of a step that computed all of them, in place.
 
     Args:
-        fresh: the branches, [B, N, K, D], in the dtype of `y`.
+        fresh: the branches, float32 or bfloat16 [B, N, K, D].
         ids, gates, scores, now, held, kept, y, at, d1, d2, before, error, drift, seen, order: as in `branches_`.
 
     Raises:
@@ -257,18 +258,19 @@ def keep_branches_(
     state = (y, at, d1, d2, before, held, kept, error, drift, seen)
     scores = None if scores is None else scores.contiguous()
     step = (ids.contiguous(), gates.contiguous(), scores, None, None, fresh.contiguous())
-    _merge(step, state, float(now), order, False, True, 0, None)
+    _merge(fresh.dtype, step, state, float(now), order, False, True, 0, None)
 
 
 def _merge(
-    step: Tensors, state: Tensors, now: float, order: int, copy: bool, keeps: bool,
+    dtype: torch.dtype, step: Tensors, state: Tensors, now: float, order: int, copy: bool, keeps: bool,
     count: int, out: Tensor | None,
 ) -> None:  # fmt: skip
-    """The C++ `merge`. `step`: ids, gates, scores, positions, place, fresh; `state`: y, at, d1, d2, before, held, kept,
-    error, drift, seen."""
-    y, scores = state[0], step[2]
+    """The C++ `merge`. `dtype`: of what is computed; `step`: ids, gates, scores, positions, place, fresh; `state`: y,
+    at, d1, d2, before, held, kept, error, drift, seen."""
+    (y, _, d1, *_), scores = state, step[2]
     assert y is not None
-    getattr(_library(), f"merge_{DTYPES[y.dtype]}")(
+    is_narrow = y.dtype != dtype or (d1 is not None and d1.dtype == torch.bfloat16)
+    getattr(_library(), f"merge_{DTYPES[dtype]}" + "_narrow" * is_narrow)(
         *map(address, (*step, *state)), now, order, copy, keeps, *y.shape, 0 if scores is None else scores.shape[-1],
         count, address(out), torch.get_num_threads(),
     )  # fmt: skip
@@ -283,12 +285,12 @@ def _library() -> Any:
 
 def _fake(x: Tensor, ids: Tensor, gates: Tensor, scores: Any, now: Tensor, held: Tensor, kept: Tensor, y: Tensor,
           *rest: Any) -> Tensor:  # fmt: skip
-    return y.new_empty((y.shape[0] * y.shape[1], y.shape[3]))
+    return x.new_empty((y.shape[0] * y.shape[1], y.shape[3]))
 
 
 def _fake_forecast(ids: Tensor, gates: Tensor, now: Tensor, held: Tensor, kept: Tensor, y: Tensor,
                    *rest: Any) -> Tensor:  # fmt: skip
-    return y.new_empty((y.shape[0] * y.shape[1], y.shape[3]))
+    return y.new_empty((y.shape[0] * y.shape[1], y.shape[3]), dtype=rest[-1])
 
 
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,10 +26,12 @@ _ARGUMENTS = {  # p: an address, i: a size, f: a number, b: a flag, t: the numbe
     "gather_float32": "ppp" + "iiiiii" + "pppt",
     "gather_bfloat16": "ppp" + "iiiiii" + "pppt",
     "few_rows": "ppp" + "iiiii" + "pt",
-    "step": "ppppppppppppppppp" + "pfibi" + "iiiiiiii" + "pt",
+    "step": "ppppppppppppppppp" + "pfibbi" + "iiiiiiii" + "pt",
     "top_k": "piii" + "pppt",
-    "merge_float32": "ppppppppppppppppfibb" + "iiiiii" + "pt",
-    "merge_bfloat16": "ppppppppppppppppfibb" + "iiiiii" + "pt",
+    **dict.fromkeys(
+        ("merge_float32", "merge_bfloat16", "merge_float32_narrow", "merge_bfloat16_narrow"),
+        "ppppppppppppppppfibb" + "iiiiii" + "pt",
+    ),
 }
 
 

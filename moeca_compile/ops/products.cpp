@@ -113,14 +113,14 @@ extern "C" void few_rows(
   }
 }
 
-// A whole step of float32 branches: `choose`, `gather`, `few_rows` and `merge`. Returns as `gather` does; -2: there are no
-// weights, as in a table that was made of zeros.
+// A whole step of float32 branches: `choose`, `gather`, `few_rows` and `merge`. `narrow`: y, d1 and d2 are kept in bfloat16.
+// Returns as `gather` does; -2: there are no weights, as in a table that was made of zeros.
 extern "C" Index step(
     const float* x, const Index* ids, const float* gates, const float* scores, const float* sensitivity,
-    const float* threshold, const Index* quota, float* y, float* at, float* d1, float* d2, float* before, Index* held,
+    const float* threshold, const Index* quota, void* y, float* at, void* d1, void* d2, float* before, Index* held,
     float* kept, float* error, float* drift, float* seen, const float* const* weights, float now, Index order, bool copy,
-    Index activation, Index B, Index N, Index K, Index E, Index in, Index hidden, Index D, Index count, float* out,
-    int threads) {
+    bool narrow, Index activation, Index B, Index N, Index K, Index E, Index in, Index hidden, Index D, Index count,
+    float* out, int threads) {
   if (!weights[0]) return -2;
   const Index R = B * count;
   std::vector<Index> positions(R), place(R), counts(E);
@@ -132,7 +132,13 @@ extern "C" Index step(
       gather(x, ids, positions.data(), B, N, K, in, E, count, rows.data(), counts.data(), place.data(), threads);
   if (outside >= 0) return outside;
   few_rows(rows.data(), counts.data(), weights, activation, E, in, hidden, D, fresh.data(), threads);
-  merge(ids, gates, scores, positions.data(), place.data(), fresh.data(), y, at, d1, d2, before, held, kept, error, drift,
-        seen, now, order, copy, true, B, N, K, D, E, count, slots.data(), out, threads);
+  auto finish = [&](auto zero) {
+    using Y = decltype(zero);
+    merge<float, Y, Y>(
+        ids, gates, scores, positions.data(), place.data(), fresh.data(), static_cast<Y*>(y), at, static_cast<Y*>(d1),
+        static_cast<Y*>(d2), before, held, kept, error, drift, seen, now, order, copy, true, B, N, K, D, E, count,
+        slots.data(), out, threads);
+  };
+  narrow ? finish(BFloat16{}) : finish(0.0f);
   return -1;
 }

@@ -10,6 +10,7 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.schedule.decode import Entries
 
 SCORES = ("drift", "error")
+EXACT, NARROW = KEPT = ("exact", "bfloat16")
 TABLES = ("sensitivity", "threshold", "quota")
 Weights = Mapping[str, tuple[float, ...]]
 
@@ -29,6 +30,9 @@ class Control:
             measures thresholds.
         quota: by region key, for each expert its fraction of the branches that a PARTIAL row may compute; the sum is
             at most 1. Branches of an expert beyond its quota come last. A region without an entry has no quotas.
+        kept: `exact`: expert branches are kept in the model's dtype and their differences in at least float32;
+            `bfloat16`: both in bfloat16, which halves what a float32 model's step reads of them. What a step computes
+            goes into its result unrounded.
 
     Raises:
         ScheduleError: a number is negative, or quotas sum to more than 1.
@@ -38,10 +42,13 @@ class Control:
     sensitivity: Weights = field(default_factory=dict)
     threshold: Weights = field(default_factory=dict)
     quota: Weights = field(default_factory=dict)
+    kept: str = EXACT
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ScheduleError(f"control: score is {self.score!r}, expected one of {', '.join(SCORES)}")
+        if self.kept not in KEPT:
+            raise ScheduleError(f"control: kept is {self.kept!r}, expected one of {', '.join(KEPT)}")
         for name in TABLES:
             tables = {key: tuple(float(w) for w in weights) for key, weights in getattr(self, name).items()}
             object.__setattr__(self, name, tables)
@@ -52,7 +59,7 @@ class Control:
                     raise ScheduleError(f"control: the quotas of {key} sum to {sum(weights):g}, at most 1 is there")
 
     def __hash__(self) -> int:
-        return hash((self.score, *(tuple(table.items()) for table in self.tables.values())))
+        return hash((self.score, self.kept, *(tuple(table.items()) for table in self.tables.values())))
 
     @property
     def tables(self) -> dict[str, Weights]:
@@ -63,10 +70,11 @@ class Control:
         """Write the control as plain lists, for JSON.
 
         Returns:
-            The score, and each table that is set.
+            The score, and each table that is set; how branches are kept where that isn't exactly.
         """
         plain = {name: {key: list(w) for key, w in table.items()} for name, table in self.tables.items() if table}
-        return {"score": self.score, **plain}
+        kept = {} if self.kept == EXACT else {"kept": self.kept}
+        return {"score": self.score, **plain, **kept}
 
     @classmethod
     def from_entries(cls, data: Entries) -> Control:
@@ -76,7 +84,7 @@ class Control:
             DecodeError: an entry is unknown or of another type.
             ScheduleError: a value is out of range.
         """
-        data.reject_unknown(("score", *TABLES))
+        data.reject_unknown(("score", *TABLES, "kept"))
         tables = {name: data.entries(name, {}) for name in TABLES}
         lists = {name: {key: table.numbers(key) for key in table.data} for name, table in tables.items()}
-        return cls(data.text("score", "error"), **lists)
+        return cls(data.text("score", "error"), kept=data.text("kept", EXACT), **lists)

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_tokens_and_branches_by_drift(provider: str, by_drift: Bundle) -> None:
 @pytest.mark.parametrize("provider", EACH_PROVIDER)
 def test_branches_by_error_with_tables(provider: str, by_error: Bundle) -> None:
     check_run(by_error, provider, in_torch(BY_ERROR))
+
+
+@pytest.mark.slow
+def test_branches_that_are_kept_in_16_bits(tmp_path: Path) -> None:
+    schedule = replace(BY_ERROR, control=Control(kept="bfloat16"))
+    bundle = moeca.export(small_model(), call_of(2), schedule, tmp_path / "b", targets=("onnx",))
+    with Session.open(bundle.path, "CPUExecutionProvider", threads=1).trajectory(steps=STEPS) as trajectory:
+        found = sample(lambda inputs: trajectory.run(inputs)["output"])
+    for result, reference in zip(found, in_torch(schedule), strict=True):
+        assert relative_error(result, reference) < 1e-2  # where a sum differs in its last bit, it may round apart
 
 
 @pytest.mark.slow

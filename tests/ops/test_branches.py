@@ -117,8 +117,9 @@ def test_it_gives_and_keeps_what_the_written_out_form_does(
         before = {name: slot.clone() for name, slot in state.items()}
         scores = routed["scores"] if score == "drift" else None
         slots = list(map(state.get, STATE))
-        found = FORECAST(routed["ids"], routed["gates"], NOW, *slots[:7], order, copy) if not count else BRANCHES(
-            x, routed["ids"], routed["gates"], scores, NOW, *map(state.get, STATE), *given, *weights, "silu", count,
+        routes = routed["ids"], routed["gates"]
+        found = FORECAST(*routes, NOW, *slots[:7], order, copy, dtype) if not count else BRANCHES(
+            x, *routes, scores, NOW, *map(state.get, STATE), *given, *weights, "silu", count,
             order, copy,
         )  # fmt: skip
         assert found.dtype == dtype
@@ -147,6 +148,37 @@ def test_a_step_that_computes_all_keeps_all(order: int, score: str) -> None:
     left, right = by_expert(state), by_expert(after)
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_seeded")
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_in_16_bits_is_the_exact_state_rounded(order: int, dtype: torch.dtype) -> None:
+    values = (Slot.Y, Slot.D1, Slot.D2)
+    narrow, weights = state_of(order, "error", torch.bfloat16), weights_of(True, True, dtype)
+    narrow = {name: one.bfloat16() if name in values else one for name, one in narrow.items()}
+    routed, x, none = routing(narrow, twice=False), torch.randn(16, 20).to(dtype), (None, None, None)
+    routes, fresh = (routed["ids"], routed["gates"]), torch.randn(2, 8, 3, 20).to(dtype)
+
+    def every(state: State) -> list[Tensor]:
+        """What each operator returns, and leaves in the state, which the next one takes rounded."""
+        found = []
+        for call in (
+            lambda slots: FORECAST(*routes, NOW, *slots[:7], order, False, dtype),
+            lambda slots: BRANCHES(x, *routes, None, NOW, *slots, *none, *weights, "silu", 9, order, False),
+            lambda slots: KEEP(fresh, *routes, None, NOW + 1, *slots, order),
+        ):
+            returned = call([state.get(slot) for slot in STATE])
+            found += [one.clone() for one in (returned, *state.values()) if one is not None]
+            state = {name: one.bfloat16().to(one.dtype) if name in values else one for name, one in state.items()}
+        return found
+
+    exact = {name: one.clone() for name, one in narrow.items()}
+    for name in set(values) & set(exact):
+        exact[name] = exact[name].to(dtype if name is Slot.Y else torch.float32)
+    for left, right in zip(every(narrow), every(exact), strict=True):
+        torch.testing.assert_close(left, right.to(left.dtype), rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow

@@ -97,6 +97,7 @@ def test_a_missing_entry_is_refused_by_name(name: str) -> None:
         (changed(adaptive={"warmup": 2}), "adaptive.thresholds is missing"),
         (changed(adaptive={"thresholds": [10**400]}), "thresholds: 1000.* isn't a finite number"),
         (changed(adaptive={"thresholds": [0.1], "most": 2.5}), "most is 2.5, expected a whole number"),
+        (changed(control={"kept": "int8"}), "control: kept is 'int8', expected one of exact, bfloat16"),
         (changed(control={"score": "guess"}), "control: score is 'guess', expected one of drift, error"),
         (changed(control={"sensitivity": {"m": [-1.0, 1.0]}}), "control: sensitivity of m"),
         (changed(control={"threshold": {"m": [0.5, float("nan")]}}), "m: nan isn't a finite number"),

@@ -48,8 +48,8 @@ def insert_in_place(
         state: the region's slots.
     """
     experts = parts.nodes[info.value.node]
-    gates = _float(parts, routing["gates"])
-    scores = _float(parts, routing["scores"]) if Slot.SCORES in state else None
+    gates = parts.cast(routing["gates"], torch.float32)
+    scores = parts.cast(routing["scores"], torch.float32) if Slot.SCORES in state else None
     slots = [state.get(slot) for slot in _SLOTS]
     ids, now, order = routing["ids"], parts.ports.now(), parts.order
     read = (ids, gates, scores, now, *slots)
@@ -57,7 +57,8 @@ def insert_in_place(
     if act is not Action.COMPUTE:
         _choose_by_rank(parts, fx.arg(experts, 1))
     if not computes(act):
-        _stand_in(parts, total, parts.call(FORECAST, ids, gates, now, *slots[:7], order, copies(act)))
+        given = (ids, gates, now, *slots[:7], order, copies(act), fx.need(experts).dtype)
+        _stand_in(parts, total, parts.call(FORECAST, *given))
         return
     parts.ports.change(column, 0, state)
     if act is Action.COMPUTE:
@@ -73,9 +74,7 @@ def insert_in_place(
 def _stand_in(parts: Parts, total: Node, routed: Node) -> None:
     """Let the operator's sum stand for the graph's."""
     shaped = parts.call(aten.reshape.default, routed, list(fx.shape(total)))
-    if fx.need(shaped).dtype != fx.need(total).dtype:
-        shaped = parts.call(aten.to.dtype, shaped, fx.need(total).dtype)
-    total.replace_all_uses_with(shaped)
+    total.replace_all_uses_with(parts.cast(shaped, fx.need(total).dtype))
 
 
 def _choose_by_rank(parts: Parts, ids: Node) -> None:
@@ -88,7 +87,3 @@ def _choose_by_rank(parts: Parts, ids: Node) -> None:
     of_the_last_axis = given.get("dim", -1) in (-1, scores.dim() - 1) and given.get("largest", True)
     if scores.dtype == torch.float32 and of_the_last_axis:
         topk.replace_all_uses_with(parts.call(TOP_K, given["self"], given["k"]))
-
-
-def _float(parts: Parts, node: Node) -> Node:
-    return node if fx.need(node).dtype == torch.float32 else parts.call(aten.to.dtype, node, torch.float32)

@@ -18,7 +18,7 @@ from moeca_compile.graph.regions import BranchesInfo, Divisible, Region
 from moeca_compile.graph.variant import Slot
 from moeca_compile.passes.partial.branches import branch_priority, updated_branches
 from moeca_compile.passes.partial.branches_in_place import can_change_in_place, insert_in_place
-from moeca_compile.passes.partial.item_state import State
+from moeca_compile.passes.partial.item_state import State, wide
 from moeca_compile.passes.partial.parts import Parts, computes, copies
 from moeca_compile.passes.partial.slice_tokens import Slice
 from moeca_compile.schedule import Act, Action, Partial
@@ -35,6 +35,10 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
         insert_in_place(parts, region, info.branches, act, column, routing, state)
         _shared_parts(parts, info, act, column, None)
         return
+    dtypes, value = {slot: fx.need(node).dtype for slot, node in state.items()}, fx.need(experts).dtype
+    for slot, dtype in ((Slot.Y, value), (Slot.D1, wide(value)), (Slot.D2, wide(value))):
+        if slot in state:
+            state[slot] = parts.cast(state[slot], dtype)
     chosen = parts.chosen(column, act.rho, routing["scores"]) if isinstance(act, Partial) and act.rho else None
     if act is Action.COMPUTE:
         fresh = parts.inline(_compute_all, experts=experts, shape=info.branches.value.shape)
@@ -50,7 +54,7 @@ def insert_branches(parts: Parts, mark: fx.Mark) -> None:
     branches = after.pop("branches")
     if computes(act):
         for name, node in after.items():
-            parts.ports.write(column, 0, Slot(name), node)
+            parts.ports.write(column, 0, Slot(name), parts.cast(node, dtypes[Slot(name)]))
     if act is not Action.COMPUTE:
         flat = parts.call(aten.reshape.default, branches, list(fx.shape(experts)))
         for user in users:

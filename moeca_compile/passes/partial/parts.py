@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moeca_compile.graph import fx
+from moeca_compile.graph.fx import aten
 from moeca_compile.graph.regions import Divisible, Region
 from moeca_compile.graph.variant import KEYS, Slot
 from moeca_compile.passes.facts import RewriteRequest
@@ -45,6 +46,9 @@ class Parts:
     def call(self, target: Any, *args: Any) -> Node:
         with self.gm.graph.inserting_before(fx.output_node(self.gm)):
             return fx.call(self.gm, target, args)
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        return node if fx.need(node).dtype == dtype else self.call(aten.to.dtype, node, dtype)
 
     def constant(self, values: tuple[float, ...] | None, dtype: torch.dtype, like: Node) -> Node | None:
         """A table of the control as a part of the graph."""

@@ -13,6 +13,7 @@ from moeca_compile.graph.regions import Region, RegionMap, Value
 from moeca_compile.graph.variant import KEYS, MODEL, SLOTS, STAMPS, Slot, StateSlot, item_slots
 from moeca_compile.passes.partial.item_state import wide
 from moeca_compile.schedule import Schedule
+from moeca_compile.schedule.control import NARROW
 
 Entry = tuple[int, Slot, tuple[int, ...], str]  # output, slot, shape, dtype
 
@@ -62,7 +63,9 @@ def _item_states(region: Region, schedule: Schedule) -> Iterator[Entry]:
         first, (*slots, _) = 1, branches.shape
         yield 0, Slot.HELD, tuple(slots), "int64"
         yield 0, Slot.GATES, tuple(slots), _wide(branches.dtype)
-        yield from _value(0, branches, schedule.order)
+        for output, slot, shape, dtype in _value(0, branches, schedule.order):
+            narrow = schedule.control.kept == NARROW and slot not in STAMPS
+            yield output, slot, shape, NARROW if narrow else dtype
         if score == "drift":
             yield 0, Slot.DRIFT, tuple(slots), "float32"
             yield 0, Slot.SCORES, (*items, info.branches.num_experts), "float32"
