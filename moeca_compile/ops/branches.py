@@ -176,7 +176,8 @@ def _in_one(
     out = x.new_empty(len(x), width)
     outside: int = _library().step(
         *map(address, (*read, *tables, *state)), weights, now, order, copy, y.dtype != x.dtype,
-        ACTIVATIONS.index(activation), *sizes, experts, x.shape[-1], hidden, width, count, address(out), torch.get_num_threads(),
+        ACTIVATIONS.index(activation), *sizes, experts, x.shape[-1], hidden, width, count, address(out),
+        torch.get_num_threads(),
     )  # fmt: skip
     _refuse(outside, experts)
     return out
