@@ -185,12 +185,11 @@ def test_they_give_what_the_written_out_programs_give(subject: Subject, order: i
         torch.testing.assert_close(left, right, **close, msg=lambda text, step=step: f"{step}: {text}")
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_branches_that_are_kept_in_16_bits(subject: Subject, order: int) -> None:
+def test_branches_that_are_kept_in_16_bits(subject: Subject) -> None:
     """Half of the bytes; what is computed goes unrounded into the result; the rest is rounded once."""
-    text = ("CCCC", "CCCC", "FbFb", "FdFd", "aaaa") if order else ("CCCC", "CCCC", "RbRb", "RdRd", "aaaa")
+    text = ("CCCC", "CCCC", "FbFb", "aaaa")
     exact, narrow = (
-        schedule_of(subject.analysis, *text, order=order, legend=LEGEND, control=Control(kept=kept))
+        schedule_of(subject.analysis, *text, order=2, legend=LEGEND, control=Control(kept=kept))
         for kept in ("exact", "bfloat16")
     )
     wide, half = layout_of(subject.analysis, exact), layout_of(subject.analysis, narrow)
