@@ -37,8 +37,10 @@ def test_equal_time_is_a_full_step_and_three_of_the_row_over_four_full_steps() -
 def test_what_is_measured_has_its_own_file(
     asked: list[str], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(network: object, rounds: int, rows: Sequence[str], written_out: bool) -> dict[str, Timing]:
-        assert written_out is ("--short" not in asked)
+    def measured(
+        network: object, rounds: int, rows: Sequence[str], written_out: bool, in_16_bits: bool
+    ) -> dict[str, Timing]:
+        assert (written_out, in_16_bits) == ("--short" not in asked, "--few" in asked)
         return {kind: Timing((1.0, 2.0, 4.0)) for kind in (*rows, *partial.WHOLE)} | {"whole full": Timing((9.0,) * 3)}
 
     monkeypatch.setattr(partial, "measure_narrow", measured)
