@@ -2,10 +2,10 @@
 
 At a computed step and at a cheap one alike, what the caller gets is a sum over some of these values, one weight each:
 
-- `y0`, `y1`, `y2`: the model's outputs at the last steps that computed it, latest first (`y0` of a computed step is the
+- `y0` to `y3`: the model's outputs at the last steps that computed it, latest first (`y0` of a computed step is the
   output of that step);
 - `x`: the latent that the call came with;
-- `d0`, `d1`: of `y0` and `y1`, the first half of the batch less the second, for both halves: the guidance difference
+- `d0` to `d3`: of `y0` to `y3`, the first half of the batch less the second, for both halves: the guidance difference
   where guidance takes both halves in one batch.
 
 A rule is made for the steps of one schedule, in their order. Where a call comes at another timestep, or after another
@@ -26,7 +26,7 @@ from moeca_compile.schedule.decode import Entries
 from moeca_compile.schedule.granularity import OUTPUT
 
 UNCACHED, CONVERGED, GIVEN = TRUTHS = ("uncached", "converged", "given")
-MAX_OUTPUTS = 3  # that a sum takes: y0 to y2
+MAX_OUTPUTS = 4  # that a sum takes: y0 to y3
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class OutputRule:
     def __post_init__(self) -> None:
         unknown = [term for term in self.terms if not re.fullmatch(rf"x|[yd][0-{MAX_OUTPUTS - 1}]", term)]
         if unknown or len(set(self.terms)) < len(self.terms):
-            raise ScheduleError(f"output: terms are {list(self.terms)}, expected y0 to y2, x, d0 to d2, each once")
+            raise ScheduleError(f"output: terms are {list(self.terms)}, expected y0 to y3, x, d0 to d3, each once")
         for step, row in enumerate(self.weights):
             if row and len(row) != len(self.terms):
                 raise ScheduleError(f"output: step {step} has {len(row)} weights for {len(self.terms)} terms")

@@ -302,7 +302,7 @@ def test_a_manifest_sealed_again(what: str, copy: Path) -> None:
         ("weights", [[1.0]] * STEPS, "step 0 has 1 weights for 4 terms"),
         ("weights", [[]] * 3, "weights of 3 steps for 50 rows"),
         ("weights", [[0.0, 1.0, 0.0, 0.0]] * STEPS, "step 0 weighs y1, but the model was computed 1 times"),
-        ("terms", ["y0", "y1", "x", "q"], "expected y0 to y2"),
+        ("terms", ["y0", "y1", "x", "q"], "expected y0 to y3"),
         ("terms", ["y0", "y1", "y2", "x"], "state and schedule differ"),
     ],
 )

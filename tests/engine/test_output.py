@@ -240,7 +240,7 @@ def test_a_rule_is_written_and_read(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: OutputRule(("y0", "q"), ((1.0, 0.0),)), "expected y0 to y2"),
+        (lambda: OutputRule(("y0", "q"), ((1.0, 0.0),)), "expected y0 to y3"),
         (lambda: OutputRule(("y0", "y0"), ()), "each once"),
         (lambda: OutputRule(("y0",), ((1.0, 2.0),)), "step 0 has 2 weights for 1 terms"),
         (lambda: OutputRule(("y0",), ((float("nan"),),)), "isn't finite"),

@@ -19,53 +19,7 @@ from moeca_compile.planner.output.refit import refit
 from moeca_compile.planner.output.sampler import sampler_steps
 from moeca_compile.planner.rollout import SampledModel
 from moeca_compile.planner.search.quality import psnr
-
-STEPS = 12
-
-
-class Velocity(nn.Module):
-    """A curved flow with a label; no transformer, and its graph breaks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        hidden = torch.sin(3 * self.a(x) + 4 * t.reshape(-1, 1, 1, 1)) * (1 + 0.2 * y.reshape(-1, 1, 1, 1))
-        return self.b(hidden) + 0.5 * x
-
-
-def guided(model: Any, seed: int, steps: int = STEPS, scale: float = 2.0) -> Tensor:
-    """Euler, with both halves of the guidance in one batch."""
-    x = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-    for step in range(steps):
-        t = torch.full((8,), 1.0 - step / steps)
-        c, u = model(torch.cat([x, x]), t, torch.tensor([1.0] * 4 + [0.0] * 4)).chunk(2)
-        x = x - (u + scale * (c - u)) / steps
-    return x
-
-
-def two_calls(model: Any, seed: int, steps: int = STEPS) -> Tensor:
-    """Euler, with each part of the guidance in a call of its own."""
-    x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-    for step in range(steps):
-        t = torch.full((8,), 1.0 - step / steps)
-        c, u = model(x, t, torch.ones(8)), model(x, t, torch.zeros(8))
-        x = x - (u + 2 * (c - u)) / steps
-    return x
-
-
-def second_order(model: Any, seed: int, steps: int = STEPS) -> Tensor:
-    """Adams-Bashforth steps: each takes the output of the step before, too."""
-    x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-    before = None
-    for step in range(steps):
-        v = model(x, torch.full((8,), 1.0 - step / steps), torch.ones(8))
-        x = x - (v if before is None else 1.5 * v - 0.5 * before) / steps
-        before = v
-    return x
+from tests.curved_flow import STEPS, Velocity, guided, second_order, two_calls
 
 
 def heun(model: Any, seed: int, steps: int = STEPS) -> Tensor:
@@ -143,11 +97,13 @@ def test_weights_are_fitted_again_only_as_long_as_rollouts_get_better(monkeypatc
         request=SimpleNamespace(seeds=seeds), wanted={seed: SimpleNamespace(states=wanted) for seed in seeds},
         sampled=None, data_range=1.0, errors_to=lambda truth, samples: [float((truth - samples).square())],
     )  # fmt: skip
-    for better, expected, kept in (({}, 0.95, 4), ({"first": 0.85}, 0.9, None), ({"second": 0.99}, 0.99, 4)):
+    cases = (({}, "first", 0.95, 4), ({"first": 0.85}, "start", 0.9, None), ({"second": 0.99}, "second", 0.99, 4))
+    for better, best, expected, kept in cases:
         ends |= {"first": 0.95, "second": 0.8} | better
         names = iter(("first", "second"))
         begin = psnr((1 - 0.9) ** 2, 1.0)
-        quality, gram = refit(study, (3,), "start", begin, lambda gram, names=names: next(names))  # type: ignore
+        quality, found, gram = refit(study, (3,), "start", begin, lambda gram, names=names: next(names))  # type: ignore
+        assert found == best
         assert quality == pytest.approx(psnr((1 - expected) ** 2, 1.0))
         assert (gram.numbers if gram else None) == kept  # the seed that is checked on is among them
 

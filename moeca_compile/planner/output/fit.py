@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.output.gram import Array, Gram
+from moeca_compile.planner.output.gram import Array, Gram, Value
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.schedule.output import MAX_OUTPUTS
 
@@ -148,7 +148,8 @@ class OutputFit:
             error = gram.square(place.latent - gram.made_at(step))
             new = _Output([gram.vector("output", step, part) for part in parts], error)
             outputs = (new, *outputs[: MAX_OUTPUTS - 1])
-        terms = {name: _term(name, place.latent, outputs, len(parts)) for name in form.terms}
+        known = [output.parts for output in outputs]
+        terms = {name: term_parts(name, place.latent, known, len(parts)) for name in form.terms}
         terms = {name: term for name, term in terms.items() if term}  # an output that isn't there yet has none
         constant = sampler.constant(place.latent, place.last)
         columns = np.stack([sampler.effect(term) for term in terms.values()])
@@ -164,14 +165,21 @@ class OutputFit:
         return row, _Place(latent, returned, outputs)
 
 
-def _term(name: str, latent: Array, outputs: Sequence[_Output], parts: int) -> Sequence[Array]:
-    """A term by part of the guidance; empty where its output isn't there yet."""
+def term_parts(name: str, latent: Value, outputs: Sequence[Sequence[Value]], parts: int) -> Sequence[Value]:
+    """A term of the output rule, by part of the guidance; empty where its output isn't there yet.
+
+    Args:
+        name: of the term.
+        latent: of the step.
+        outputs: the parts of each output that is kept, latest first.
+        parts: how many the guidance has.
+    """
     if name == "x":
         return [latent] * parts
     number = int(name[1:])
     if number >= len(outputs):
         return ()
-    output = outputs[number].parts
+    output = outputs[number]
     return output if name[0] == "y" else [output[0] - output[1]] * parts
 
 

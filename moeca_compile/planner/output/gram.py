@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from moeca_compile.planner.output.paths import Path
 
 PART = 2**16  # numbers of each vector that are multiplied at once: float64 copies of all would be large
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Value = TypeVar("Value", Array, torch.Tensor)  # weights over the vectors, or a vector itself
 
 
 @dataclass(frozen=True)

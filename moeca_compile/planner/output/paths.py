@@ -77,20 +77,29 @@ class _Recorder:
             path.outputs[step] = (*path.outputs.get(step, ()), *output.chunk(1 + path.is_batched))
 
 
-def record_path(sampled: SampledModel, seed: int, schedule: Schedule | None = None) -> Path:
+def record_path(
+    sampled: SampledModel, seed: int, schedule: Schedule | None = None, watch: Callable[[Call], None] | None = None
+) -> Path:
     """Sample a seed, and keep what the fit needs.
 
     Args:
         sampled: the compiled model, of granularity `output`.
         seed: passed to the sampler.
         schedule: that the run follows; None: everything is computed.
+        watch: is called after each call of the model, too.
 
     Raises:
         ScheduleError: a step of the sampler calls the model with several latents, no input was found to be the latent,
             or the samples have another shape than the latents.
     """
     recorder = _Recorder()
-    samples = sampled.run(seed, schedule, watch=recorder)
+
+    def both(call: Call) -> None:
+        recorder(call)
+        if watch is not None:
+            watch(call)
+
+    samples = sampled.run(seed, schedule, watch=both)
     path = recorder.path
     if not path.states or samples.shape != path.states[-1].shape:
         shape = list(path.states[-1].shape) if path.states else "nothing"

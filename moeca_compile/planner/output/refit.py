@@ -21,7 +21,7 @@ ROUNDS = 2
 
 def refit(
     study: OutputStudy, checking: Sequence[int], start: Schedule, quality: float, fitted: Callable[[Gram], Schedule]
-) -> tuple[float, Gram | None]:  # fmt: skip
+) -> tuple[float, Schedule, Gram | None]:  # fmt: skip
     """What the weights of a plan are best fitted to.
 
     Args:
@@ -32,10 +32,11 @@ def refit(
         fitted: to inner products -> the plan's schedule.
 
     Returns:
-        The best quality; and the inner products, of all seeds, whose other seeds' share gave it. None: the wanted
-        trajectories' do.
+        The best quality, the schedule that has it, and the inner products, of all seeds, whose other seeds' share
+        gave it. None: the wanted trajectories' do.
     """
     seeds, wanted = study.request.seeds, study.wanted
+    best: Schedule = start
     found: Gram | None = None
     fitting = [seed for seed in seeds if seed not in checking] or seeds
     paths = _paths(study, seeds, start)
@@ -48,8 +49,8 @@ def refit(
         )
         if reached <= quality:
             break
-        quality, found = reached, summed([grams[seed] for seed in seeds])
-    return quality, found
+        quality, best, found = reached, schedule, summed([grams[seed] for seed in seeds])
+    return quality, best, found
 
 
 def _paths(study: OutputStudy, seeds: Sequence[int], schedule: Schedule) -> dict[int, Path]:

@@ -1,7 +1,8 @@
 """The last part of a calibration with granularity `output`: the plan's weights fitted, and what they give measured.
 
 Fits propose which steps compute the model and which terms are weighed; rollouts decide. Weights are fitted to three of
-four seeds, and the others decide, so that no choice is made by seeds that a fit has seen. The last fit takes all seeds.
+four seeds, and the others decide, so that no choice is made by seeds that a fit has seen. At the end all weights are
+fitted together; where that is no better, the last fit of step by step takes all seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from moeca_compile.planner.output.refit import refit
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy
 from moeca_compile.planner.output.times import Fine, placed
+from moeca_compile.planner.output.together import fit_together
 from moeca_compile.planner.search.anneal import neighbors
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import FULL, NONE, Plan, schedule_of
@@ -72,7 +74,7 @@ class OutputRuleSearch:
             grams = Grams(*(summed([fine[seed] for seed in some]) for some in sets))
             self.fine = Fine(grams, first.fine_timesteps, first.parts)
         self.tried: dict[str, float] = {}
-        self.is_batched = wanted[seeds[0]].is_batched
+        self.is_batched = first.is_batched
         self.term_sets = term_sets(self.is_batched)
         self.response = RESPONSES[0]
         self.qualities: dict[tuple[Plan, float, tuple[float, ...]], float] = {}
@@ -95,20 +97,24 @@ class OutputRuleSearch:
             *placements(self.own.fit, grams.fitted, grams.checked, self._form(plan), plan, PLANS),
         ]
         best = max(dict.fromkeys(plans), key=lambda candidate: self._quality(schedule, candidate))
-        plan, grid = self._moved(schedule, self._improved(schedule, best))
-        return self._schedule(schedule, plan, grid, self._refitted(schedule, plan, grid))
+        return self._refitted(schedule, *self._moved(schedule, self._improved(schedule, best)))
 
-    def _refitted(self, schedule: Schedule, plan: Plan, grid: Grid) -> Gram:
-        """What a plan's weights are best fitted to: the wanted trajectories, or those that the weights lead to."""
-        if grid is not self.own:
-            return grid.grams.all
-        self.study.report_progress("weights fitted again", 0.97)
-        start, before = self._schedule(schedule, plan, grid, grid.grams.fitted), self._quality(schedule, plan, grid)
-        quality, taken = refit(
-            self.study, self.checking, start, before, lambda gram: self._schedule(schedule, plan, grid, gram)
-        )
-        self.tried |= {"tried fitted once": before, "tried fitted again": quality}
-        return taken or grid.grams.all
+    def _refitted(self, schedule: Schedule, plan: Plan, grid: Grid) -> Schedule:
+        """The schedule of a plan, with weights fitted again: to the run that they lead to, and all of them together."""
+        best, quality = self._schedule(schedule, plan, grid, grid.grams.fitted), self._quality(schedule, plan, grid)
+        self.tried["tried fitted once"] = quality
+        to_all: Gram | None = None
+        if grid is self.own:  # at searched timesteps the wanted latents between aren't kept
+            self.study.report_progress("weights fitted again", 0.97)
+            quality, best, to_all = refit(
+                self.study, self.checking, best, quality, lambda gram: self._schedule(schedule, plan, grid, gram)
+            )
+            self.tried["tried fitted again"] = quality
+        self.study.report_progress("all weights fitted together", 0.98)
+        together, best = fit_together(self.study, self.checking, grid.sampler, best, quality)
+        self.tried["tried fitted together"] = together
+        # the last fit of step by step takes the other seeds, too; this one has seen enough of them
+        return best if together > quality else self._schedule(schedule, plan, grid, to_all or grid.grams.all)
 
     def _raced(self, plan: Plan) -> list[Plan]:
         """The best other plans that the search rolled out, with no more computed steps than a plan."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner.output.gram import Array, Gram
+from moeca_compile.planner.output.gram import Array, Gram, Value
 
 UNEXPLAINED = 1e-2  # of a latent's change that a linear sampler may leave, as a ratio of norms
 RANK = 1e-13  # singular values below, relative to the greatest, count as zero
@@ -32,14 +32,14 @@ class SamplerStep:
     now: tuple[float, ...]
     before: tuple[float, ...] = ()
 
-    def constant(self, latent: Array, last: Sequence[Array]) -> Array:
+    def constant(self, latent: Value, last: Sequence[Value]) -> Value:
         """What the next latent has without this step's output."""
         total = self.keep * latent
         for factor, part in zip(self.before, last, strict=False):
             total = total + factor * part
         return total
 
-    def effect(self, parts: Sequence[Array]) -> Array:
+    def effect(self, parts: Sequence[Value]) -> Value:
         """What an output, or a term of it, adds to the next latent."""
         total = self.now[0] * parts[0]
         for factor, part in zip(self.now[1:], parts[1:], strict=True):

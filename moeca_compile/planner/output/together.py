@@ -1,0 +1,162 @@
+"""The weights of all steps fitted together, to the final samples alone: Gauss-Newton steps from a fit of step by step.
+
+A fit of step by step brings each latent as near to a wanted latent as it can, though only the last one counts, and
+takes it that the model returns the same there. Here the derivative of the samples by each weight is measured: the run
+goes on from the step with a slightly greater weight. Every sample counts by the inverse of its error, as the mean PSNR
+does. Sources: Bjorck, Numerical Methods for Least Squares Problems, 1996, section 9.2; Marquardt, An Algorithm for
+Least-Squares Estimation of Nonlinear Parameters, SIAM J. Appl. Math. 11 (1963); and for solvers whose weights are
+learned for the final samples Shaul et al., Bespoke Non-Stationary Solvers, ICML 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeca_compile.planner.output.emulated import EmulatedSampler, RecordedCalls, State
+from moeca_compile.planner.output.fit import Weights
+from moeca_compile.planner.output.gram import Array
+from moeca_compile.planner.output.paths import record_path
+from moeca_compile.planner.output.sampler import SamplerStep
+from moeca_compile.planner.output.study import OutputStudy
+from moeca_compile.planner.search.quality import mean_psnr
+from moeca_compile.schedule import Action, Schedule
+
+EFFORT = 20.0  # uncached trajectories for the derivatives of a round, at most
+ROUNDS = 2
+DAMPING = (1e-6, 1e-4, 1e-2)  # of a derivative's square, that rollouts decide between
+CHANGE = 2e-3  # of the latent by a greater weight, relative to the first latent: well above float32's rounding
+NEAR = 0.1  # of the samples' error: how far the emulated run may end from the sampler's
+EVEN = 0.02  # of the median error, added to each: a sample that is exact doesn't decide alone
+
+
+def fit_together(
+    study: OutputStudy, checking: Sequence[int], sampler: Sequence[SamplerStep], start: Schedule, quality: float
+) -> tuple[float, Schedule]:  # fmt: skip
+    """A schedule with weights that bring the samples nearer, as far as rollouts on other seeds find so.
+
+    Args:
+        study: has sampled its seeds.
+        checking: the seeds that weights aren't fitted to, unless those are all.
+        sampler: the update of each step.
+        start: a schedule with an output rule.
+        quality: of `start` on the checking seeds, mean PSNR in dB.
+
+    Returns:
+        The best schedule found, and its quality. `start`, where none is better, where derivatives cost more than
+        `EFFORT`, or where the sampler's steps can't be emulated.
+    """
+    fitting = [seed for seed in study.request.seeds if seed not in checking] or list(study.request.seeds)
+    fitting = fitting[: int(EFFORT / price(start))]
+    best = quality, start
+    for _ in range(ROUNDS if fitting else 0):
+        begin = best
+        normal = _Normal(study, fitting, sampler, begin[1])
+        for damping in DAMPING if normal.is_emulated else ():
+            schedule = normal.moved(damping)
+            errors = (
+                study.errors_to(study.wanted[seed].states[-1], study.sampled.run(seed, schedule)) for seed in checking
+            )
+            best = max(best, (mean_psnr(errors, study.data_range), schedule), key=lambda pair: pair[0])
+        if best is begin:
+            break
+    return best
+
+
+def price(schedule: Schedule) -> float:
+    """Of the derivatives on one seed, in uncached trajectories: the model's calls after each computed step."""
+    computed = _computed(schedule)
+    return sum(count * len(_terms(schedule, count)) for count in range(len(computed))) / len(schedule.rows) or 1.0
+
+
+def _terms(schedule: Schedule, later: int) -> list[str]:
+    """Those that have a value at the computed step that `later` others come after."""
+    assert schedule.output is not None
+    known = len(_computed(schedule)) - later
+    return [term for term in schedule.output.terms if term == "x" or int(term[1:]) < known]
+
+
+def _computed(schedule: Schedule) -> list[int]:
+    return [step for step, row in enumerate(schedule.rows) if row[0] is Action.COMPUTE]
+
+
+class _Normal:
+    """The normal equations of one Gauss-Newton step, over some seeds.
+
+    Attributes:
+        is_emulated: the emulated runs end where the sampler's do. If not, nothing else holds.
+    """
+
+    def __init__(
+        self, study: OutputStudy, seeds: Sequence[int], sampler: Sequence[SamplerStep], schedule: Schedule
+    ) -> None:  # fmt: skip
+        assert schedule.output is not None
+        self.schedule, self.is_emulated = schedule, True
+        self.places = [
+            (step, schedule.output.terms.index(term))
+            for later, step in enumerate(reversed(_computed(schedule)))
+            for term in _terms(schedule, later)
+        ]
+        self.normal: Array = np.zeros((len(self.places), len(self.places)))
+        self.right: Array = np.zeros(len(self.places))
+        runs = [self._run(study, seed, sampler) for seed in seeds]
+        if not self.is_emulated:
+            return
+        errors = torch.cat([miss.square().mean(1) for *_, miss in runs])
+        inverse = 1 / (errors + EVEN * errors.median()).clamp_min(1e-30)
+        shares = (inverse / inverse.mean()).split([len(miss) for *_, miss in runs])
+        clock = study.sampled.clock()
+        for (emulated, states, miss), share in zip(runs, shares, strict=True):
+            with torch.no_grad():
+                derivatives = torch.stack([*self._derivatives(emulated, states)], dim=1)
+            for sample, weight in enumerate(share.tolist()):
+                own = derivatives[sample].double()
+                self.normal += weight * (own @ own.T).numpy()
+                self.right += weight * (own @ miss[sample]).numpy()
+        study.sampled.seconds += study.sampled.clock() - clock
+
+    def _run(
+        self, study: OutputStudy, seed: int, sampler: Sequence[SamplerStep]
+    ) -> tuple[EmulatedSampler, list[State], Tensor]:  # fmt: skip
+        """Of a seed: the emulated sampler, its states, and what the samples miss [N, numbers] float64."""
+        rule = self.schedule.output
+        assert rule is not None
+        calls = RecordedCalls()
+        path = record_path(study.sampled, seed, self.schedule, calls)
+        miss = (study.wanted[seed].states[-1] - path.samples).flatten(1).double()
+        emulated = EmulatedSampler(sampler, rule.terms, calls)
+        with torch.no_grad():
+            states = emulated.run(State(path.states[0]), rule.weights)
+        off = (states[-1].latent - path.samples).flatten(1).double()
+        self.is_emulated &= bool(off.norm() <= NEAR * miss.norm())
+        return emulated, states, miss
+
+    def _derivatives(self, emulated: EmulatedSampler, states: Sequence[State]) -> Iterator[Tensor]:
+        """Of the final latents by each weight [N, numbers] float32."""
+        assert self.schedule.output is not None
+        weights, end = self.schedule.output.weights, states[-1].latent
+        size = CHANGE * float(states[0].latent.square().mean().sqrt())
+        for step, term in self.places:
+            state = replace(states[step], outputs=states[step + 1].outputs)  # the step's own output is known
+            values = emulated.values(step, state)[term]
+            effect = emulated.sampler[step].effect(values)
+            change = size / max(float(effect.square().mean().sqrt()), 1e-12)
+            row = [weight + change * (number == term) for number, weight in enumerate(weights[step])]
+            last = emulated.run(emulated.moved(step, state, row), weights, step + 1)[-1].latent
+            yield (last - end).flatten(1) / change
+
+    def moved(self, damping: float) -> Schedule:
+        """The schedule after a step of Gauss-Newton. `damping`: relative to the squares of the derivatives."""
+        assert self.schedule.output is not None
+        scale = np.sqrt(np.diag(self.normal).clip(1e-300))
+        scaled = self.normal / np.outer(scale, scale) + damping * np.eye(len(scale))
+        moves = np.linalg.lstsq(scaled, self.right / scale, rcond=None)[0] / scale
+        rows = [list(row) for row in self.schedule.output.weights]
+        for (step, term), move in zip(self.places, moves.tolist(), strict=True):
+            rows[step][term] += move
+        weights: Weights = tuple(map(tuple, rows))
+        return replace(self.schedule, output=replace(self.schedule.output, weights=weights))
