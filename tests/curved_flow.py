@@ -1,4 +1,4 @@
-"""A small curved flow, and samplers of it with and without guidance: what the fits of the output's weights are tried on."""
+"""A small curved flow and samplers of it: what the fits of the weights of the output are tried on."""
 
 from __future__ import annotations
 

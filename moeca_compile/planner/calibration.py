@@ -83,7 +83,8 @@ def calibrate(
             with 4.
         holdout: seeds of the final check alone; a number n means 1000 to 999 + n, and 0 skips the check. No seed may be
             in both sets.
-        effort: what the search may sample, in uncached trajectories; default 1.25 per seed. The last round is extra.
+        effort: what the search may sample, in uncached trajectories; default 1.25 per seed. The last round is extra,
+            and so is a fit of all weights of the output together: up to 2.5 times as much in each of two rounds.
         data_range: of the samples, for the PSNR; None: the range of the uncached samples.
         inner: `inductor` or `eager`, as in `Options`.
         resume: a folder for the results, so that an interrupted calibration resumes and another budget or order reuses

@@ -80,7 +80,11 @@ def a_study(wanted: Callable[[SampledModel, int], torch.Tensor], seeds: tuple[in
     truth = {seed: SimpleNamespace(states=[wanted(sampled, seed)]) for seed in seeds}
     errors_to = lambda one, other: (one - other).square().flatten(1).mean(1).tolist()  # noqa: E731
     return SimpleNamespace(
-        request=SimpleNamespace(seeds=seeds), wanted=truth, sampled=sampled, data_range=4.0, errors_to=errors_to
+        request=SimpleNamespace(seeds=seeds, effort=10.0),
+        wanted=truth,
+        sampled=sampled,
+        data_range=4.0,
+        errors_to=errors_to,
     )
 
 
@@ -108,7 +112,7 @@ def test_the_start_stays_where_nothing_better_is_found(monkeypatch: pytest.Monke
     wrong = [replace(step, keep=0.5) for step in sampler]  # runs by it end elsewhere than the sampler's
     before = quality(study, start, (3,))
     assert fit_together(study, (3,), wrong, start, before) == (before, start)
-    monkeypatch.setattr(room, "EFFORT", price(start) - 0.01)
+    study.request.effort = (price(start) - 0.01) / room.SHARE
     monkeypatch.setattr(study.sampled, "run", None)  # derivatives on one seed would cost too much: nothing runs
     assert fit_together(study, (3,), sampler, start, before) == (before, start)
 

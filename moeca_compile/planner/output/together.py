@@ -26,9 +26,9 @@ from moeca_compile.planner.output.study import OutputStudy
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.schedule import Action, Schedule
 
-EFFORT = 20.0  # uncached trajectories for the derivatives of a round, at most
+SHARE = 2.5  # of the calibration's `effort`: what the derivatives of a round may cost
 ROUNDS = 2
-DAMPING = (1e-6, 1e-4, 1e-2)  # of a derivative's square, that rollouts decide between
+DAMPING = (1e-5, 1e-2, 1.0)  # of a derivative's square, that rollouts decide between
 CHANGE = 2e-3  # of the latent by a greater weight, relative to the first latent: well above float32's rounding
 NEAR = 0.1  # of the samples' error: how far the emulated run may end from the sampler's
 EVEN = 0.02  # of the median error, added to each: a sample that is exact doesn't decide alone
@@ -47,11 +47,11 @@ def fit_together(
         quality: of `start` on the checking seeds, mean PSNR in dB.
 
     Returns:
-        The best schedule found, and its quality. `start`, where none is better, where derivatives cost more than
-        `EFFORT`, or where the sampler's steps can't be emulated.
+        The best quality, and the schedule that has it. `start`, where none is better, where the derivatives on one
+        seed cost more than `SHARE` of the effort, or where the sampler's steps can't be emulated.
     """
     fitting = [seed for seed in study.request.seeds if seed not in checking] or list(study.request.seeds)
-    fitting = fitting[: int(EFFORT / price(start))]
+    fitting = fitting[: int(SHARE * study.request.effort / price(start))]
     best = quality, start
     for _ in range(ROUNDS if fitting else 0):
         begin = best
