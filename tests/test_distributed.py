@@ -63,7 +63,7 @@ def test_a_failing_rank_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_calibration_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
     alone = moeca.calibrate(ranks.model(), ranks.plain_draw, **ranks.CALIBRATION)
-    truth = {seed: ranks.plain_draw(ranks.compiled(), seed) for seed in (0, 1, 2, 3, 1000, 1001)}
+    truth = {seed: ranks.plain_draw(ranks.compiled(), seed) for seed in (0, 1, 2, 1000, 1001)}
     aimed = moeca.calibrate(ranks.model(), ranks.plain_draw, truth=truth, **ranks.CALIBRATION)
     assert aimed.predicted.keys() >= {"psnr_db_given", "uncached_psnr_db_given_holdout"}
     for status, result in ranks.run("calibrated", tmp_path):
