@@ -1,13 +1,13 @@
 """What the operators of kept branches take, a layer, beside what the experts of a full step take.
 
-    python -m benchmarks.branches            # a minute; writes results/branches.json
+    python -m benchmarks.branches            # two minutes; writes results/branches.json
     python -m benchmarks.branches --quick    # few rounds: does it run?
 
-Layers like those of the digits models (32 samples) and of DiT-MoE-S/2 (batch 2), random weights, float32, one thread,
-times of the processor. Each kind runs on six layers in turn, as in a step, so that no layer's state lies in the cache;
-a tenth of the tokens change their experts at each step. *reading*: every kept value and difference once, which bounds
-their forecast. *router*: its product, sigmoid and choice, which no forecast of a region needs. *written out*: the same
-step in torch's operators, one by one; compiled they are fused.
+Layers like those of the digits models (32 samples) and of DiT-MoE-S/2 (batch 2 and 8), random weights, float32, one
+thread, times of the processor. Each kind runs on six layers in turn, as in a step, so that no layer's state lies in
+the cache; a tenth of the tokens change their experts at each step. *reading*: every kept value and difference once,
+which bounds their forecast. *router*: its product, sigmoid and choice, which no forecast of a region needs. *written
+out*: the same step in torch's operators, one by one; compiled they are fused.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ LAYERS = {
     "DSMoE": Sizes(32, 64, 4, 16, 96, 72),
     "DiT-MoE": Sizes(32, 64, 2, 8, 96, 192),
     "DiT-MoE-S/2, batch 2": Sizes(2, 256, 2, 8, 384, 1536),
+    "DiT-MoE-S/2, batch 8": Sizes(8, 256, 2, 8, 384, 1536),
 }
 
 

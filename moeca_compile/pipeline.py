@@ -37,7 +37,7 @@ from moeca_compile.lowering.onnx.constants import bind_weights, drop_unread, fol
 from moeca_compile.lowering.onnx.quantized.keep import keep_quantized
 from moeca_compile.lowering.onnx.request import OnnxRequest
 from moeca_compile.lowering.onnx.rotary.rewrite import write_rotary
-from moeca_compile.lowering.onnx.small_forms import drop_squeezes, loosen_views, write_experts
+from moeca_compile.lowering.onnx.small_forms import drop_squeezes, loosen_views, spread_masks, write_experts
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.count_macs import count_macs, node_macs
 from moeca_compile.passes.analysis.find_attention import find_attention
@@ -134,6 +134,7 @@ LOWER_ONNX: tuple[Pass[OnnxRequest], ...] = (
     fold_constants,  # NOTE: after keep_quantized, it would make floating-point numbers of quantized weights
     transpose_linears,  # NOTE: after fold_constants; a transposed weight is computed here, once
     drop_unread,  # what was folded
+    spread_masks,  # NOTE: after fold_constants; a constant mask stays as small as it is
     without_complex,  # NOTE: after bind_weights; ONNX runtimes have no complex numbers
     loosen_views,  # NOTE: last; a rewrite may have changed strides
 )

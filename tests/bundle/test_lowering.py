@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from moeca_compile.lowering.onnx.batch import any_batch, dims
 from moeca_compile.lowering.onnx.complex_pairs import without_complex
 from moeca_compile.lowering.onnx.lower import SEGMENTS
 from moeca_compile.lowering.onnx.request import OnnxRequest
-from moeca_compile.lowering.onnx.small_forms import drop_squeezes
+from moeca_compile.lowering.onnx.small_forms import drop_squeezes, spread_masks
 from moeca_compile.passes.manager import PassManager
 from moeca_compile.pipeline import LOWER_ONNX
 from tests.graphs import assert_becomes, assert_unchanged, graph_of
@@ -162,6 +163,28 @@ def test_squeezes_of_what_is_no_one() -> None:
 
     request = OnnxRequest((), (2,), {}, SEGMENTS)
     assert_becomes(drop_squeezes, request, function, legal, torch.randn(1, 4, 1, 6))
+
+
+def attend(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return aten.scaled_dot_product_attention(q, k, k, mask)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 6), (1, 6), (2, 3, 4, 1), (2, 1, 1, 1)])
+def test_a_mask_has_an_entry_for_each_query_and_key(sizes: tuple[int, ...]) -> None:
+    def spread(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        return attend(q, k, mask.expand(*[-1] * (mask.dim() - 2), 4, 6))
+
+    q, k, mask = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8), torch.rand(sizes) < 0.7
+    gm = graph_of(attend, q, k, mask)
+    request = OnnxRequest((gm,), (2,), {}, SEGMENTS, opset=23)
+    assert_unchanged(spread_masks, gm, replace(request, opset=20))
+    assert_becomes(spread_masks, request, attend, spread, q, k, mask)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 6), (4, 6)])
+def test_a_mask_that_has_them_stays(sizes: tuple[int, ...]) -> None:
+    gm = graph_of(attend, torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8), torch.rand(sizes))
+    assert_unchanged(spread_masks, gm, OnnxRequest((gm,), (2,), {}, SEGMENTS, opset=23))
 
 
 def test_what_draws_random_numbers_is_not_folded() -> None:

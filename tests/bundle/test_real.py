@@ -32,6 +32,17 @@ def test_it_equals_torch_at_its_batches(name: str, tmp_path: Path) -> None:
     assert verify(Session.open(bundle.path, threads=1)).passed
 
 
+@pytest.mark.parametrize("name", ["LTXVideo", "PRX", "HunyuanImage", "ErnieImage"])
+def test_attentions_with_masks_of_prompts(name: str, tmp_path: Path) -> None:
+    model = ZOO[name]
+    bundle = moeca.export(
+        model.build(), model.inputs(0), "uniform:2", tmp_path / "b", targets=("onnx",), opset=23, dynamic_batch=False
+    )
+    nodes = onnx.load(bundle.path / "v0.onnx", load_external_data=False).graph.node
+    assert any(node.op_type == "Attention" and len(node.input) == 4 for node in nodes)
+    assert verify(Session.open(bundle.path, threads=1)).error < 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "count"), [("Flux", 6), ("Chroma", 6), ("Wan", 4), ("QwenImage", 6), ("CogView4", 4), ("MiniMaxH3", 4)]
 )
