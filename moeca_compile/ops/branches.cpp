@@ -133,8 +133,8 @@ inline float l1(const float* a, const float* b, Index E) {
 
 // The `count` positions of each sample with the highest rank. `scores` null: `due` is the error of the forecast when the
 // branch was computed; else the drift then, to which the scores' change since the last step is added. Into `slots`, where
-// it is given, goes the slot of every routed branch. Hits and transitions go the same way, for which of them a branch is
-// nobody guesses.
+// it is given, goes the slot of every routed branch. Hits and transitions take the same instructions: no processor
+// guesses which of them a branch is.
 extern "C" void choose(
     const Index* ids, const float* gates, const Index* held, const float* due, const float* at, const float* scores,
     const float* seen, const float* sensitivity, const float* threshold, const Index* quota, float now, Index order,

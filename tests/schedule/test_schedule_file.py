@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeca_compile.errors import ScheduleError
-from moeca_compile.schedule import Schedule
+from moeca_compile.schedule import Control, Schedule
 from tests.schedule.test_schedule import KEYS, rows, schedules
+
+
+def test_only_branches_that_are_not_kept_exactly_are_told_in_the_file() -> None:
+    exact = Schedule.by_drift(0.1)
+    narrow = replace(exact, control=Control(kept="bfloat16"))
+    assert json.loads(narrow.to_json())["control"] == {"score": "error", "kept": "bfloat16"}
+    assert Schedule.from_json(narrow.to_json()) == narrow != Schedule.from_json(exact.to_json())
+    assert "kept" not in exact.to_json()
 
 
 @settings(deadline=None)
