@@ -77,6 +77,11 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def report(results: Path, page: Path) -> None:
+    """Write the table of a task into the page, between its two marks."""
+    write_held_out(results, page, MARKS, HEADS, rows_of)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run as a command."""
     parser = arguments(__doc__.splitlines()[0], "one budget, few digits")
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = TASKS[args.task]
     name = task.results_of("together")
     if args.report:
-        write_held_out(RESULTS / f"{name}.json", PAGE, MARKS, HEADS, rows_of)
+        report(RESULTS / f"{name}.json", PAGE)
         return
     pin_threads()
     console = Console(width=180)

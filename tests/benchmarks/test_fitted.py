@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import few_steps, fitted, transfer
+from benchmarks import few_steps, fitted, together, transfer
 
 MADE_BY = {
     "fitted": fitted,
     "fitted_glyphs": fitted,
     "fitted_times": fitted,
     "fitted_times_glyphs": fitted,
+    "together": together,
     "transfer": transfer,
     "transfer_glyphs": transfer,
 }
@@ -54,6 +55,15 @@ def test_a_committed_schedule_is_taken_unless_calibrated_anew(tmp_path: Path, mo
     assert fitted.Bench(fitted.QUICK, tmp_path / "other").known(34, fitted.UNCACHED) is None  # another calibration
     fitted.Bench(fitted.QUICK, work).keep(tmp_path / "none")
     assert not list((tmp_path / "none").iterdir())
+
+
+@pytest.mark.slow
+def test_quick_run_compares_both_fits(tmp_path: Path) -> None:
+    together.main(["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
+    lines = json.loads((tmp_path / "together.json").read_text())["lines"]
+    assert [(line["truth"], line["computed"]) for line in lines] == [("uncached", 10)] * 2 + [("converged", 10)] * 2
+    assert [line["name"] for line in lines] == ["step by step", "together"] * 2
+    assert all(("lead_db" in line) == (line["name"] == "together") for line in lines)
 
 
 @pytest.mark.slow
