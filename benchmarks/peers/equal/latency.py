@@ -1,6 +1,7 @@
 """The time of some contenders at 17 of 50 evaluations, in turns: what a cheap step costs beside a full one.
 
     python -m benchmarks.peers.equal.latency            # at most 8 minutes on a quiet core; results/peers_latency.json
+    python -m benchmarks.peers.equal.latency --task glyphs    # 15 minutes; results/peers_latency_glyphs.json
     python -m benchmarks.peers.equal.latency --quick    # few digits: does it run?
 
 The settings' quality is told by `python -m benchmarks.peers.equal`. Our schedule is the one that
@@ -23,24 +24,24 @@ from benchmarks import fitted
 from benchmarks.fitted import UNCACHED, computed
 from benchmarks.peers import dbcache, hooked_blocks, ours, taylorseer
 from benchmarks.peers.equal import multistep
+from benchmarks.peers.equal.lab import OfTask
 from benchmarks.peers.equal.multistep import euler_sum
 from benchmarks.peers.measure import heat
 from benchmarks.peers.way import Family, Way
 from benchmarks.peers.workload import Batch, Size, Truth, Workload, relative_l2
-from benchmarks.peers.workloads.trained_digits import TrainedDigits
 from benchmarks.protocol import arguments, folder_of, pin_threads, save
+from benchmarks.tasks import DIGITS, TASKS, Task
 from moeca_compile.schedule import Action, Schedule
 
 COUNT, SHARE = 17, 34
 FEW = fitted.Size(50, 4, (SHARE,), 4, 4, 1, 4)
 WORK = Path("build/peers_latency")
-OURS = fitted.WORK / "digits"
 WHOLE, QUICK = Size(8, 5, 50), Size(2, 1, 50)
 
 
 @dataclass(frozen=True)
-class Timed(TrainedDigits):
-    """Compared with the uncached digits alone: here quality only shows that the right thing ran."""
+class Timed(OfTask):
+    """Compared with the uncached samples alone: here quality only shows that the right thing ran."""
 
     def truth(self) -> Truth:
         return Workload.truth(self)
@@ -76,14 +77,15 @@ class FewDigits(fitted.Bench):
     inner = "eager"
 
 
-def of_output(folder: Path) -> Schedule:
+def of_output(folder: Path, task: Task) -> Schedule:
     """Our schedule of the output, from the folder of `benchmarks.fitted`; or calibrated now, and kept."""
-    bench = fitted.Bench(fitted.WHOLE, folder)
-    return (bench if bench.known(SHARE, UNCACHED) else FewDigits(FEW, WORK)).schedule(SHARE, UNCACHED)
+    bench = fitted.Bench(fitted.WHOLE, folder, task)
+    few = FewDigits(FEW, WORK / task.name, task)
+    return (bench if bench.known(SHARE, UNCACHED) else few).schedule(SHARE, UNCACHED)
 
 
-def families(output: Schedule) -> list[Family]:
-    """`output`: ours of granularity output."""
+def families(output: Schedule, regions: Schedule) -> list[Family]:
+    """`output`, `regions`: ours of these granularities."""
     at = [step for step, row in enumerate(output.rows) if row[0] is Action.COMPUTE]
 
     def family(name: str, side: Any, opened: Callable[[Any], Way], guarded: bool = False) -> Family:
@@ -95,7 +97,7 @@ def families(output: Schedule) -> list[Family]:
             "moeca",
             lambda work: ours.Moeca(work.prepared(), work, output, granularity="output"),
         ),
-        family("moeca regions, calibrated", "moeca", lambda work: ours.Moeca(work.prepared(), work, ours.load("34"))),
+        family("moeca regions, calibrated", "moeca", lambda work: ours.Moeca(work.prepared(), work, regions)),
         family("calibrated multistep", "fewer steps", lambda work: Sampler(work, at)),
         family("TaylorSeer (diffusers)", "peer", _taylorseer),
         family(
@@ -135,18 +137,22 @@ def _mag_cache(work: Workload) -> Way:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run as a command."""
     parser = arguments(__doc__.splitlines()[0], "few digits")
-    parser.add_argument("--fitted", type=Path, default=OURS, help=f"folder of ours; default {OURS}")
+    parser.add_argument("--task", choices=TASKS, default=DIGITS.name, help="the model; default digits")
+    parser.add_argument("--fitted", type=Path, help=f"folder of ours; default in {fitted.WORK}")
     args = parser.parse_args(argv)
     pin_threads()
-    output = of_output(args.fitted)
+    task = TASKS[args.task]
+    folder = args.fitted or fitted.WORK / task.name
+    output = of_output(folder, task)
+    regions = fitted.Bench(fitted.WHOLE, folder, task).schedule(SHARE, fitted.REGIONS)
     assert computed(output) == COUNT
-    work, console = Timed(QUICK if args.quick else WHOLE), Console(width=140)
-    result = heat(families(output), work, work.truth(), lambda text: console.print(text, style="dim"))
+    work, console = Timed(QUICK if args.quick else WHOLE, task), Console(width=140)
+    result = heat(families(output, regions), work, work.truth(), lambda text: console.print(text, style="dim"))
     for point in result["points"]:
         console.print(point["family"], point["speedup"], point["speedup_of_processor_time"], point["macs"])
     out = folder_of(args)
     if out is not None:
-        save("peers_latency", {"size": asdict(work.size), **result}, out)
+        save(task.results_of("peers_latency"), {"size": asdict(work.size), **result}, out)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def write(folder: Path, task: Task = DIGITS) -> None:
 def text(results: Mapping[str, Any], task: Task = DIGITS) -> str:
     """What the page says; `results` as `load` gives them."""
     result = results["equal"]
-    timed = latency(results["latency"]) if "latency" in results else ""
+    timed = latency(results["latency"], task) if "latency" in results else ""
     lines: Sequence[Line] = result["lines"]
     counts = sorted({line["count"] for line in lines}, reverse=True)
     level, half = result["uncached_to_converged_db"]
@@ -138,7 +138,7 @@ def table(lines: Sequence[Line], count: int, what: str) -> str:
     return markdown([*HEAD[:-2], what, HEAD[-1]], rows)
 
 
-def latency(result: Mapping[str, Any]) -> str:
+def latency(result: Mapping[str, Any], task: Task = DIGITS) -> str:
     """A section on the time of some of them."""
     rows = [
         [
@@ -151,12 +151,14 @@ def latency(result: Mapping[str, Any]) -> str:
         for point in result["points"]
     ]
     head = ("", "speedup (by round)", "of processor time", "MACs", "limit by MACs")
+    command = "python -m benchmarks.peers.equal.latency" + ("" if task is DIGITS else f" --task {task.name}")
     size, load = result["size"], result["load_1min"]
+    rounds = f"{size['rounds']} rounds of {size['digits']} {task.name}"
     return f"""
 ## Time at 17 of 50 evaluations
 
-`python -m benchmarks.peers.equal.latency`, {when(result["machine"])}: one thread, in turns with `torch.compile` of the
-prepared model, {size["rounds"]} rounds of {size["digits"]} digits, at load {min(load):.1f} to {max(load):.1f}. Others'
+`{command}`, {when(result["machine"])}: one thread, in turns with `torch.compile` of the
+prepared model, {rounds}, at load {min(load):.1f} to {max(load):.1f}. Others'
 load is in the wall's time and hardly in that of the processor. All compute 17 of 50 steps in full, MagCache 17 at most.
 
 {markdown(head, rows)}
