@@ -169,6 +169,26 @@ def test_the_sampler_is_read_off_its_runs() -> None:
     assert (*last.now, *last.before) == pytest.approx((-1.5 / STEPS, 0.5 / STEPS), abs=1e-3)
 
 
+def in_bfloat16(model: Any, seed: int) -> Tensor:
+    """As pipelines do whose transformer is in bfloat16: the latent is rounded when the model is called."""
+    x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    for step in range(STEPS):
+        t = torch.full((8,), 1.0 - step / STEPS, dtype=torch.bfloat16)
+        x = x - model(x.bfloat16(), t, torch.ones(8, dtype=torch.bfloat16)).float() / STEPS
+    return x
+
+
+def test_the_rounding_of_latents_in_16_bits_is_no_noise_of_the_sampler() -> None:
+    sampled = SampledModel(Velocity().bfloat16().eval(), in_bfloat16, "output", "eager")
+    paths = [record_path(sampled, seed) for seed in range(3)]
+    assert [path.rounding for path in paths] == [2.0**-7] * 3
+    gram = summed([gram_of(path, path.states) for path in paths])
+    for step in sampler_steps(gram, STEPS, 1, paths[0].rounding):
+        assert (step.keep, *step.now) == pytest.approx((1, -1 / STEPS), abs=0.01)
+    with pytest.raises(ScheduleError, match="isn't linear in what the model returns"):
+        sampler_steps(gram, STEPS, 1)  # as latents in float32 it would be noise
+
+
 def test_a_fit_that_goes_on_from_another_is_the_same() -> None:
     sampled = SampledModel(Velocity().eval(), guided, "output", "eager")
     paths = [record_path(sampled, seed) for seed in range(3)]

@@ -44,9 +44,11 @@ class RecordedCalls:
 
     Attributes:
         calls: by step, one for each call: its program, and its inputs as they were then.
+        rounding: the greatest `finfo.eps` of what the model takes and returns.
     """
 
     calls: dict[int, list[tuple[OutputProgram, list[Any]]]] = field(default_factory=dict)
+    rounding: float = 0.0
     _copies: dict[int, Tensor] = field(default_factory=dict)  # by position: most inputs are the same at all steps
 
     def __call__(self, call: Call) -> None:
@@ -55,6 +57,8 @@ class RecordedCalls:
             assert isinstance(call.program, OutputProgram)
             args = [self._copied(place, arg) for place, arg in enumerate(call.args)]
             self.calls.setdefault(step, []).append((call.program, args))
+            dtypes = [value.dtype for value in (call.latent, call.results[0]) if isinstance(value, Tensor)]
+            self.rounding = max(self.rounding, *(torch.finfo(dtype).eps for dtype in dtypes))
 
     def _copied(self, place: int, arg: Any) -> Any:
         if not isinstance(arg, Tensor):

@@ -30,6 +30,7 @@ class Path:
         timesteps: of each step.
         is_batched: guidance takes both halves in one batch.
         finer: of a converged path, the same at every step of the finest run.
+        rounding: `finfo.eps` of the latents that the model was called with.
     """
 
     states: list[Tensor] = field(default_factory=list)
@@ -37,6 +38,7 @@ class Path:
     timesteps: list[float | None] = field(default_factory=list)
     is_batched: bool = False
     finer: Path | None = None
+    rounding: float = 0.0
 
     @property
     def samples(self) -> Tensor:
@@ -60,7 +62,7 @@ class _Recorder:
             )
         latent = call.latent.detach().float().cpu()
         if not path.states:
-            path.is_batched = is_doubled(latent)
+            path.is_batched, path.rounding = is_doubled(latent), torch.finfo(call.latent.dtype).eps
         if path.is_batched:
             latent = latent.chunk(2)[0]
         if step == len(path.states):

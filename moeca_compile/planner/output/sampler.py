@@ -47,24 +47,26 @@ class SamplerStep:
         return total
 
 
-def sampler_steps(uncached: Gram, steps: int, parts: int) -> list[SamplerStep]:
+def sampler_steps(uncached: Gram, steps: int, parts: int, rounding: float = 0.0) -> list[SamplerStep]:
     """The update of each step.
 
     Args:
         uncached: of uncached trajectories, with their own latents as the wanted ones.
         steps, parts: their numbers.
+        rounding: the gap between neighboring numbers of the latents' dtype, relative; half of it is the most that a
+            latent was rounded by, and may stay unexplained.
 
     Raises:
         ScheduleError: a step isn't linear in what the model returns.
     """
-    return [_sampler_step(uncached, step, parts) for step in range(steps)]
+    return [_sampler_step(uncached, step, parts, rounding) for step in range(steps)]
 
 
 def _rank(products: Array) -> int:
     return int(np.linalg.matrix_rank(products, RANK * len(products), hermitian=True))
 
 
-def _sampler_step(uncached: Gram, step: int, parts: int) -> SamplerStep:
+def _sampler_step(uncached: Gram, step: int, parts: int, rounding: float) -> SamplerStep:
     """First without the step before, then with it."""
     now, after = uncached.vector("wanted", step), uncached.vector("wanted", step + 1)
     moved = uncached.square(after - now)
@@ -79,7 +81,8 @@ def _sampler_step(uncached: Gram, step: int, parts: int) -> SamplerStep:
         scaled = normal / np.outer(scale, scale)
         solved = np.linalg.lstsq(scaled, right / scale, rcond=RANK)[0] / scale
         left = uncached.square(after - now - solved @ matrix)
-        if left <= UNEXPLAINED**2 * moved:
+        rounded = (rounding / 2) ** 2 * (uncached.square(now) + uncached.square(after))
+        if left <= UNEXPLAINED**2 * moved + rounded:
             # parts that are alike (guidance that changes nothing) may share their factor in any way; the latent may not
             if _rank(scaled) == _rank(scaled[1:, 1:]):
                 raise ScheduleError(

@@ -71,13 +71,13 @@ class OutputStudy(Study):
 
     def sampler(self) -> list[SamplerStep]:
         """The sampler's update of each step."""
-        parts = next(iter(self.wanted.values())).parts
-        return sampler_steps(summed([wanted.own for wanted in self.wanted.values()]), self.sampled.steps, parts)
+        first, own = next(iter(self.wanted.values())), summed([wanted.own for wanted in self.wanted.values()])
+        return sampler_steps(own, self.sampled.steps, first.parts, first.rounding)
 
     def sampler_at(self, timesteps: Sequence[float]) -> list[SamplerStep]:
         """The same at given timesteps, by an uncached run of the first seed."""
         path = path_at(self.sampled, self.request.seeds[0], self.sample, timesteps)
-        return sampler_steps(gram_of(path, path.states), len(timesteps), len(path.outputs[0]))
+        return sampler_steps(gram_of(path, path.states), len(timesteps), len(path.outputs[0]), path.rounding)
 
     @cached_property
     def searches_times(self) -> bool:
@@ -130,7 +130,8 @@ class OutputStudy(Study):
         own = gram_of(uncached, uncached.states)
         gram = own if path is uncached else gram_of(path, path.states)
         first_run = not self.wanted
-        wanted = Wanted(path.states, gram, own, len(uncached.outputs[0]), uncached.is_batched)
+        parts, rounding = len(uncached.outputs[0]), uncached.rounding
+        wanted = Wanted(path.states, gram, own, parts, uncached.is_batched, rounding=rounding)
         if path.finer is not None:
             wanted.fine = gram_of(path.finer, path.finer.states)
             wanted.fine_timesteps = tuple(map(number, path.finer.timesteps))

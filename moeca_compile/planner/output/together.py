@@ -10,6 +10,7 @@ learned for the final samples Shaul et al., Bespoke Non-Stationary Solvers, ICML
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -29,8 +30,8 @@ from moeca_compile.schedule import Action, Schedule
 SHARE = 2.5  # of the calibration's `effort`: what the derivatives of a round may cost
 ROUNDS = 2
 DAMPING = (1e-5, 1e-2, 1.0)  # of a derivative's square, that rollouts decide between
-CHANGE = 2e-3  # of the latent by a greater weight, relative to the first latent: well above float32's rounding
-NEAR = 0.1  # of the samples' error: how far the emulated run may end from the sampler's
+CHANGE = 1e-2  # of the latent by a greater weight, relative to the first latent; at least the root of the rounding
+NEAR = 0.3  # of the samples' error: how far the emulated run may end from the sampler's
 EVEN = 0.02  # of the median error, added to each: a sample that is exact doesn't decide alone
 
 
@@ -139,7 +140,8 @@ class _Normal:
         """Of the final latents by each weight [N, numbers] float32."""
         assert self.schedule.output is not None
         weights, end = self.schedule.output.weights, states[-1].latent
-        size = CHANGE * float(states[0].latent.square().mean().sqrt())
+        change_of_latent = max(CHANGE, math.sqrt(emulated.calls.rounding))
+        size = change_of_latent * float(states[0].latent.square().mean().sqrt())
         for step, term in self.places:
             state = replace(states[step], outputs=states[step + 1].outputs)  # the step's own output is known
             values = emulated.values(step, state)[term]

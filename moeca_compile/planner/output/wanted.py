@@ -27,6 +27,7 @@ class Wanted:
         is_batched: the guidance takes both halves in one batch.
         fine: of the converged path at every step of the finest run; None: where the steps lie isn't searched.
         fine_timesteps: of these steps.
+        rounding: `finfo.eps` of the latents' dtype.
     """
 
     states: list[torch.Tensor]
@@ -36,12 +37,14 @@ class Wanted:
     is_batched: bool
     fine: Gram | None = None
     fine_timesteps: tuple[float, ...] = ()
+    rounding: float = 0.0
 
 
 def as_arrays(wanted: Wanted) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays that `from_arrays` reads."""
     facts: dict[str, Any] = {
-        "parts": wanted.parts, "is_batched": wanted.is_batched, "fine_timesteps": wanted.fine_timesteps
+        "parts": wanted.parts, "is_batched": wanted.is_batched, "fine_timesteps": wanted.fine_timesteps,
+        "rounding": wanted.rounding,
     }  # fmt: skip
     products = {}
     for name in GRAMS:
@@ -69,5 +72,6 @@ def from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Wanted:
         grams[name] = Gram(names, arrays[name], int(facts[name]["numbers"]))
     states = list(torch.from_numpy(arrays["states"]))
     times = tuple(map(float, facts.get("fine_timesteps", ())))
-    is_batched = bool(facts["is_batched"])
-    return Wanted(states, grams["gram"], grams["own"], int(facts["parts"]), is_batched, grams.get("fine"), times)
+    is_batched, rounding = bool(facts["is_batched"]), float(facts.get("rounding", 0.0))
+    parts = int(facts["parts"])
+    return Wanted(states, grams["gram"], grams["own"], parts, is_batched, grams.get("fine"), times, rounding)
