@@ -33,6 +33,7 @@ MARKS = {
     "digits": "<!-- python -m benchmarks.together --report -->",
     "glyphs": "<!-- python -m benchmarks.together --task glyphs --report -->",
 }
+ORDERS = {UNCACHED: "euler", CONVERGED: "second"}
 HEADS = ("fitted to", "computed of 50", "weights", "to that truth, dB", "worst 5 %", "less step by step")
 
 
@@ -47,11 +48,11 @@ class TogetherBench(Bench):
         return family.removeprefix("together_")
 
 
-def measure(bench: TogetherBench, console: Console) -> dict[str, Any]:
+def measure(bench: TogetherBench, console: Console, truths: Sequence[str] = tuple(ORDERS)) -> dict[str, Any]:
     """The figures of both fits, to each truth."""
     lines = []
-    for truth, order in ((UNCACHED, "euler"), (CONVERGED, "second")):
-        wanted = bench.samples(truth, order=order)
+    for truth in truths:
+        wanted = bench.samples(truth, order=ORDERS[truth])
         for share in bench.size.shares:
             fits = {"step by step": bench.before.schedule(share, truth)}
             fits["together"] = bench.schedule(share, f"together_{truth}")
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__.splitlines()[0], "one budget, few digits")
     parser.add_argument("--task", choices=TASKS, default=DIGITS.name, help="the model; default digits")
     parser.add_argument("--work", type=Path, help=f"folder of finished work; default {WORK}")
+    parser.add_argument("--truths", nargs="+", choices=ORDERS, default=list(ORDERS), help="fitted to; default both")
+    parser.add_argument("--shares", nargs="+", type=int, help="of the steps, in percent; default 34 26 20")
     parser.add_argument("--again", action="store_true", help="calibrate anew in place of the committed schedules")
     parser.add_argument("--report", action="store_true", help=f"only write {PAGE}")
     args = parser.parse_args(argv)
@@ -98,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pin_threads()
     console = Console(width=180)
     work = args.work or WORK / f"{'quick_' if args.quick else ''}{args.task}"
-    bench = TogetherBench(QUICK if args.quick else SIZE, work, task, args.again)
-    result = measure(bench, console)
+    size = QUICK if args.quick else SIZE
+    size = replace(size, shares=tuple(args.shares or size.shares))
+    result = measure(bench := TogetherBench(size, work, task, args.again), console, args.truths)
     table = Table(*HEADS)
     for row in rows_of(result):
         table.add_row(*row)
