@@ -15,6 +15,7 @@ MADE_BY = {
     "fitted_times": fitted,
     "fitted_times_glyphs": fitted,
     "together": together,
+    "together_glyphs": together,
     "transfer": transfer,
     "transfer_glyphs": transfer,
 }
