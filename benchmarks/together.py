@@ -34,7 +34,7 @@ MARKS = {
     "glyphs": "<!-- python -m benchmarks.together --task glyphs --report -->",
 }
 ORDERS = {UNCACHED: "euler", CONVERGED: "second"}
-HEADS = ("fitted to", "computed of 50", "weights", "to that truth, dB", "worst 5 %", "less step by step")
+HEADS = ("fitted to", "computed of 50", "weights", "to that truth, dB", "worst 5 %", "gain over step by step, dB")
 
 
 class TogetherBench(Bench):

@@ -33,14 +33,14 @@ from moeca_compile.schedule.granularity import OUTPUT
 
 
 class CompiledModule(OptimizedModule):
-    """A compiled module. Each copy, a pickled one too, is compiled anew as the original was, and has its own state. Of
-    torch's own copies the methods aren't compiled, and a shallow one has the original's state.
+    """A compiled module. Each copy, a pickled one too, is compiled anew as the original was, and has its own state. A
+    copy as torch makes it would run the model's methods uncompiled, and a shallow one would share the original's state.
     """
 
     def __copy__(self) -> CompiledModule:
         return compile_module(self._orig_mod, *copy.deepcopy(self.__dict__["_compiled_by"]))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:  # else the model's own would be found
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:  # else the model's own __deepcopy__ would be found
         return compile_module(*copy.deepcopy((self._orig_mod, *self.__dict__["_compiled_by"]), memo))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -189,6 +189,20 @@ def test_the_rounding_of_latents_in_16_bits_is_no_noise_of_the_sampler() -> None
         sampler_steps(gram, STEPS, 1)  # as latents in float32 it would be noise
 
 
+def test_rounding_does_not_hide_the_step_before() -> None:
+    """Its share of an Adams-Bashforth step is smaller than the rounding of the latents."""
+
+    def sample(model: Any, seed: int) -> Tensor:
+        rounded = lambda x, t, y: model(x.bfloat16(), t.bfloat16(), y.bfloat16()).float()  # noqa: E731
+        return second_order(rounded, seed)
+
+    sampled = SampledModel(Velocity().bfloat16().eval(), sample, "output", "eager")
+    paths = [record_path(sampled, seed) for seed in range(4)]
+    steps = sampler_steps(summed([gram_of(path, path.states) for path in paths]), STEPS, 1, paths[0].rounding)
+    for step in steps[1:]:
+        assert (*step.now, *step.before) == pytest.approx((-1.5 / STEPS, 0.5 / STEPS), abs=0.015)
+
+
 def test_a_fit_that_goes_on_from_another_is_the_same() -> None:
     sampled = SampledModel(Velocity().eval(), guided, "output", "eager")
     paths = [record_path(sampled, seed) for seed in range(3)]

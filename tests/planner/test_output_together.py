@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import moeca_compile as moeca
-from moeca_compile.planner.output import together as room
+from moeca_compile.errors import MoecaWarning
+from moeca_compile.planner.output import together
 from moeca_compile.planner.output.emulated import EmulatedSampler, RecordedCalls, State
 from moeca_compile.planner.output.gram import gram_of, summed
 from moeca_compile.planner.output.paths import record_path
@@ -75,8 +76,11 @@ def test_the_emulated_run_from_the_middle_is_the_samplers_own(sample: Any, parts
             torch.testing.assert_close(moved, real, atol=2e-4, rtol=2e-4)
 
 
-def a_study(wanted: Callable[[SampledModel, int], torch.Tensor], seeds: tuple[int, ...] = (0, 1, 2, 3)) -> Any:
-    sampled = SampledModel(Velocity().eval(), guided, "output", "eager")
+def a_study(
+    wanted: Callable[[SampledModel, int], torch.Tensor], model: Any = None, sample: Any = guided,
+    seeds: tuple[int, ...] = (0, 1, 2, 3),
+) -> Any:  # fmt: skip
+    sampled = SampledModel(model or Velocity().eval(), sample, "output", "eager")
     truth = {seed: SimpleNamespace(states=[wanted(sampled, seed)]) for seed in seeds}
     errors_to = lambda one, other: (one - other).square().flatten(1).mean(1).tolist()  # noqa: E731
     return SimpleNamespace(
@@ -93,7 +97,7 @@ def quality(study: Any, schedule: Schedule, seeds: tuple[int, ...]) -> float:
     return mean_psnr(errors, study.data_range)
 
 
-def test_weights_of_all_steps_come_nearer_to_samples_that_no_fit_has_seen() -> None:
+def test_weights_of_all_computed_steps_come_nearer_to_samples_that_no_fit_has_seen() -> None:
     """Three of four seeds are fitted to; what is told of the fourth is what a run gives."""
     study = a_study(lambda sampled, seed: sampled.run(seed))
     sampler, start = sampler_of(study.sampled, 2), a_schedule()
@@ -112,8 +116,38 @@ def test_the_start_stays_where_nothing_better_is_found(monkeypatch: pytest.Monke
     wrong = [replace(step, keep=0.5) for step in sampler]  # runs by it end elsewhere than the sampler's
     before = quality(study, start, (3,))
     assert fit_together(study, (3,), wrong, start, before) == (before, start)
-    study.request.effort = (price(start) - 0.01) / room.SHARE
+    study.request.effort = (price(start) - 0.01) / together.SHARE
     monkeypatch.setattr(study.sampled, "run", None)  # derivatives on one seed would cost too much: nothing runs
+    assert fit_together(study, (3,), sampler, start, before) == (before, start)
+
+
+def under_autocast(model: Any, seed: int) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return guided(model, seed)
+
+
+def test_a_model_that_runs_under_the_samplers_autocast_only(recwarn: pytest.WarningsRecorder) -> None:
+    """Its weights are in bfloat16, its inputs in float32; derivatives are taken above that rounding."""
+    study = a_study(lambda sampled, seed: sampled.run(seed), Velocity().bfloat16().eval(), under_autocast)
+    sampler, start = sampler_of(study.sampled, 2), a_schedule()
+    before = quality(study, start, (3,))
+    reached, schedule = fit_together(study, (3,), sampler, start, before)
+    assert reached > before + 2
+    assert quality(study, schedule, (3,)) == pytest.approx(reached, abs=1e-6)
+    assert not [one for one in recwarn if "fitted together" in str(one.message)]
+
+
+def test_a_model_that_fails_outside_the_samplers_loop_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, start = a_study(lambda sampled, seed: sampled.run(seed)), a_schedule()
+    sampler, before = sampler_of(study.sampled, 2), quality(study, start, (3,))
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such adapter")
+
+    monkeypatch.setattr(RecordedCalls, "model", fail)
+    with pytest.warns(MoecaWarning, match="aren't fitted together, .* outside the sampler's loop: no such adapter"):
+        assert fit_together(study, (3,), sampler, start, before) == (before, start)
+    monkeypatch.setattr(EmulatedSampler, "run", lambda self, state, *_: [State(state.latent * float("nan"))] * 13)
     assert fit_together(study, (3,), sampler, start, before) == (before, start)
 
 

@@ -44,11 +44,12 @@ class RecordedCalls:
 
     Attributes:
         calls: by step, one for each call: its program, and its inputs as they were then.
-        rounding: the greatest `finfo.eps` of what the model takes and returns.
+        rounding: the greatest `finfo.eps` of what the model takes, computes in and returns.
     """
 
     calls: dict[int, list[tuple[OutputProgram, list[Any]]]] = field(default_factory=dict)
     rounding: float = 0.0
+    autocast: dict[str, Any] = field(default_factory=dict)  # the sampler's
     _copies: dict[int, Tensor] = field(default_factory=dict)  # by position: most inputs are the same at all steps
 
     def __call__(self, call: Call) -> None:
@@ -57,7 +58,13 @@ class RecordedCalls:
             assert isinstance(call.program, OutputProgram)
             args = [self._copied(place, arg) for place, arg in enumerate(call.args)]
             self.calls.setdefault(step, []).append((call.program, args))
-            dtypes = [value.dtype for value in (call.latent, call.results[0]) if isinstance(value, Tensor)]
+            assert call.latent is not None
+            device = call.latent.device.type
+            self.autocast = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
+            self.autocast["dtype"] = torch.get_autocast_dtype(device)
+            dtypes = [call.latent.dtype, call.results[0].dtype]
+            if self.autocast["enabled"]:
+                dtypes.append(self.autocast["dtype"])
             self.rounding = max(self.rounding, *(torch.finfo(dtype).eps for dtype in dtypes))
 
     def _copied(self, place: int, arg: Any) -> Any:
@@ -84,7 +91,8 @@ class RecordedCalls:
             assert place is not None
             doubled = is_doubled(args[place])
             given[place] = (torch.cat([latent, latent]) if doubled else latent).to(args[place])
-            output = program.call.run(given)[0]
+            with torch.autocast(**self.autocast):
+                output = program.call.run(given)[0]
             parts += output.detach().to(latent)[:, : latent.shape[1]].chunk(1 + doubled)
         return tuple(parts)
 

@@ -1,8 +1,8 @@
 """The last part of a calibration with granularity `output`: the plan's weights fitted, and what they give measured.
 
 Fits propose which steps compute the model and which terms are weighed; rollouts decide. Weights are fitted to three of
-four seeds, and the others decide, so that no choice is made by seeds that a fit has seen. At the end all weights are
-fitted together; where that is no better, the last fit of step by step takes all seeds.
+four seeds, and the others decide, so that no choice is made by seeds that a fit has seen. At the end the weights
+of all computed steps are fitted together; where that is no better, the last fit of step by step takes all seeds.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.output.gram import Array, Gram, Value
 
 UNEXPLAINED = 1e-2  # of a latent's change that a linear sampler may leave, as a ratio of norms
+BY_CHANCE = 50.0  # an output that adds nothing explains about 1 of as many numbers as there are by chance
 RANK = 1e-13  # singular values below, relative to the greatest, count as zero
 
 
@@ -53,8 +54,7 @@ def sampler_steps(uncached: Gram, steps: int, parts: int, rounding: float = 0.0)
     Args:
         uncached: of uncached trajectories, with their own latents as the wanted ones.
         steps, parts: their numbers.
-        rounding: the gap between neighboring numbers of the latents' dtype, relative; half of it is the most that a
-            latent was rounded by, and may stay unexplained.
+        rounding: `finfo.eps` of the latents' dtype; what they were rounded by may stay unexplained.
 
     Raises:
         ScheduleError: a step isn't linear in what the model returns.
@@ -70,6 +70,9 @@ def _sampler_step(uncached: Gram, step: int, parts: int, rounding: float) -> Sam
     """First without the step before, then with it."""
     now, after = uncached.vector("wanted", step), uncached.vector("wanted", step + 1)
     moved = uncached.square(after - now)
+    # of a number in [1, 2), rounded to a multiple of eps; both latents were rounded
+    rounded = rounding**2 / 12 * (uncached.square(now) + uncached.square(after))
+    found: tuple[float, SamplerStep] | None = None
     for has_memory in (False, True) if step else (False,):
         columns = [now, *(uncached.vector("output", step, part) for part in range(parts))]
         if has_memory:
@@ -81,10 +84,9 @@ def _sampler_step(uncached: Gram, step: int, parts: int, rounding: float) -> Sam
         scaled = normal / np.outer(scale, scale)
         solved = np.linalg.lstsq(scaled, right / scale, rcond=RANK)[0] / scale
         left = uncached.square(after - now - solved @ matrix)
-        rounded = (rounding / 2) ** 2 * (uncached.square(now) + uncached.square(after))
         if left <= UNEXPLAINED**2 * moved + rounded:
             # parts that are alike (guidance that changes nothing) may share their factor in any way; the latent may not
-            if _rank(scaled) == _rank(scaled[1:, 1:]):
+            if found is None and _rank(scaled) == _rank(scaled[1:, 1:]):
                 raise ScheduleError(
                     f"calibrate: step {step} of the sampler: what the model returns is proportional to the latent on "
                     "all seeds, so what the sampler makes of each can't be told apart, and the output's weights can't "
@@ -92,7 +94,12 @@ def _sampler_step(uncached: Gram, step: int, parts: int, rounding: float) -> Sam
                     "(uniform), or a model that isn't linear in its latent"
                 )
             keep, *others = solved.tolist()
-            return SamplerStep(1 + keep, tuple(others[:parts]), tuple(others[parts:]))
+            if found is None or (found[0] - left) * uncached.numbers > BY_CHANCE * left:
+                found = left, SamplerStep(1 + keep, tuple(others[:parts]), tuple(others[parts:]))
+            if found[0] <= UNEXPLAINED**2 * moved:
+                break  # else rounding explains it, or hides what the step before adds
+    if found is not None:
+        return found[1]
     raise ScheduleError(
         f"calibrate: step {step} of the sampler isn't linear in what the model returns (it leaves "
         f"{(left / max(moved, 1e-30)) ** 0.5:.1%} of the state's change unexplained), so the output's weights can't be "

@@ -1,4 +1,5 @@
-"""The weights of all steps fitted together, to the final samples alone: Gauss-Newton steps from a fit of step by step.
+"""The weights of all computed steps fitted together, to the final samples alone: Gauss-Newton steps from a fit of step
+by step. Those of cheap steps stay: between two computed steps the same values are weighed, so they add little.
 
 A fit of step by step brings each latent as near to a wanted latent as it can, though only the last one counts, and
 takes it that the model returns the same there. Here the derivative of the samples by each weight is measured: the run
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeca_compile.errors import warn
 from moeca_compile.planner.output.emulated import EmulatedSampler, RecordedCalls, State
 from moeca_compile.planner.output.fit import Weights
 from moeca_compile.planner.output.gram import Array
@@ -31,6 +33,7 @@ SHARE = 2.5  # of the calibration's `effort`: what the derivatives of a round ma
 ROUNDS = 2
 DAMPING = (1e-5, 1e-2, 1.0)  # of a derivative's square, that rollouts decide between
 CHANGE = 1e-2  # of the latent by a greater weight, relative to the first latent; at least the root of the rounding
+LEAST = 0.05  # dB that the fit must gain on the seeds that decide
 NEAR = 0.3  # of the samples' error: how far the emulated run may end from the sampler's
 EVEN = 0.02  # of the median error, added to each: a sample that is exact doesn't decide alone
 
@@ -54,9 +57,16 @@ def fit_together(
     fitting = [seed for seed in study.request.seeds if seed not in checking] or list(study.request.seeds)
     fitting = fitting[: int(SHARE * study.request.effort / price(start))]
     best = quality, start
+    rounding = _rounding(study)
     for _ in range(ROUNDS if fitting else 0):
         begin = best
-        normal = _Normal(study, fitting, sampler, begin[1])
+        try:
+            normal = _Equations(study, fitting, sampler, begin[1], rounding)
+        except (RuntimeError, TypeError, ValueError) as error:
+            warn(
+                f"calibrate: the weights aren't fitted together, as the model fails outside the sampler's loop: {error}"
+            )
+            break
         for damping in DAMPING if normal.is_emulated else ():
             schedule = normal.moved(damping)
             errors = (
@@ -65,13 +75,14 @@ def fit_together(
             best = max(best, (mean_psnr(errors, study.data_range), schedule), key=lambda pair: pair[0])
         if best is begin:
             break
-    return best
+    return best if best[0] >= quality + LEAST else (quality, start)
 
 
 def price(schedule: Schedule) -> float:
     """Of the derivatives on one seed, in uncached trajectories: the model's calls after each computed step."""
     computed = _computed(schedule)
-    return sum(count * len(_terms(schedule, count)) for count in range(len(computed))) / len(schedule.rows) or 1.0
+    calls = sum(count * len(_terms(schedule, count)) for count in range(len(computed)))
+    return max(calls, 1) / len(schedule.rows)
 
 
 def _terms(schedule: Schedule, later: int) -> list[str]:
@@ -85,18 +96,25 @@ def _computed(schedule: Schedule) -> list[int]:
     return [step for step, row in enumerate(schedule.rows) if row[0] is Action.COMPUTE]
 
 
-class _Normal:
-    """The normal equations of one Gauss-Newton step, over some seeds.
+def _rounding(study: OutputStudy) -> float:
+    """The greatest `finfo.eps` of the models' weights."""
+    weights = (weight for handle in study.sampled.handles for weight in handle.parameters())
+    return max((torch.finfo(weight.dtype).eps for weight in weights if weight.is_floating_point()), default=0.0)
+
+
+class _Equations:
+    """One Gauss-Newton step, over some seeds: runs them, and sums up the normal equations.
 
     Attributes:
-        is_emulated: the emulated runs end where the sampler's do. If not, nothing else holds.
+        is_emulated: the emulated runs end where the sampler's do, and all is finite. If not, nothing else holds.
     """
 
     def __init__(
-        self, study: OutputStudy, seeds: Sequence[int], sampler: Sequence[SamplerStep], schedule: Schedule
+        self, study: OutputStudy, seeds: Sequence[int], sampler: Sequence[SamplerStep], schedule: Schedule,
+        rounding: float,
     ) -> None:  # fmt: skip
         assert schedule.output is not None
-        self.schedule, self.is_emulated = schedule, True
+        self.schedule, self.is_emulated, self.rounding = schedule, True, rounding
         self.places = [
             (step, schedule.output.terms.index(term))
             for later, step in enumerate(reversed(_computed(schedule)))
@@ -119,6 +137,7 @@ class _Normal:
                 self.normal += weight * (own @ own.T).numpy()
                 self.right += weight * (own @ miss[sample]).numpy()
         study.sampled.seconds += study.sampled.clock() - clock
+        self.is_emulated = bool(np.isfinite(self.normal).all() and np.isfinite(self.right).all())
 
     def _run(
         self, study: OutputStudy, seed: int, sampler: Sequence[SamplerStep]
@@ -130,8 +149,10 @@ class _Normal:
         path = record_path(study.sampled, seed, self.schedule, calls)
         miss = (study.wanted[seed].states[-1] - path.samples).flatten(1).double()
         emulated = EmulatedSampler(sampler, rule.terms, calls)
+        clock = study.sampled.clock()
         with torch.no_grad():
             states = emulated.run(State(path.states[0]), rule.weights)
+        study.sampled.seconds += study.sampled.clock() - clock
         off = (states[-1].latent - path.samples).flatten(1).double()
         self.is_emulated &= bool(off.norm() <= NEAR * miss.norm())
         return emulated, states, miss
@@ -140,7 +161,7 @@ class _Normal:
         """Of the final latents by each weight [N, numbers] float32."""
         assert self.schedule.output is not None
         weights, end = self.schedule.output.weights, states[-1].latent
-        change_of_latent = max(CHANGE, math.sqrt(emulated.calls.rounding))
+        change_of_latent = max(CHANGE, math.sqrt(max(self.rounding, emulated.calls.rounding)))
         size = change_of_latent * float(states[0].latent.square().mean().sqrt())
         for step, term in self.places:
             state = replace(states[step], outputs=states[step + 1].outputs)  # the step's own output is known
