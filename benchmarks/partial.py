@@ -5,6 +5,7 @@
     python -m benchmarks.partial --narrow --few DSMoE   # one of them, tau 0 and 0.05 alone; writes partial_DSMoE.json
     python -m benchmarks.partial --narrow --short   # both, the rows that matter most for the table at equal time, not
                                                     # written out: some minutes; writes partial_short.json
+    python -m benchmarks.partial --glyphs   # the same rows of the glyphs model, and the PSNR of each; partial_glyphs.json
     python -m benchmarks.partial --kept     # PSNR with branches kept in bfloat16; writes results/partial_kept.json
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
@@ -32,8 +33,11 @@ import torch
 
 import moeca_compile as moeca
 from benchmarks import models
-from benchmarks.policies_jobs import KEYS, STEPS, Idea, uniform, with_idea
+from benchmarks.paired import interval, psnr
+from benchmarks.policies_jobs import BLOCKS, KEYS, STEPS, Idea, uniform, with_idea
 from benchmarks.protocol import Timing, arguments, as_json, folder_of, pin_threads, print_table, save
+from benchmarks.tasks import DIGITS as OF_DIGITS
+from benchmarks.tasks import GLYPHS, Task
 from examples import digits, dsmoe
 from moeca_compile.passes.partial import branches_in_place
 from moeca_compile.schedule import Act, Action, Control, Partial, Schedule
@@ -92,12 +96,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--narrow", action="store_true", help="the trained digits models, 96 channels wide")
     parser.add_argument("--short", action="store_true", help="of --narrow few rows, and no written-out form")
     parser.add_argument("--kept", action="store_true", help="PSNR of the digits models, kept exactly and in bfloat16")
+    parser.add_argument("--glyphs", action="store_true", help="time and PSNR of the glyphs model's rows")
     parser.add_argument("--few", choices=list(DIGITS), help="of one digits model the rows tau 0 and tau 0.05 alone")
     args = parser.parse_args(argv)
     depth, rounds = (1, 2) if args.quick else (4, 10)
     pin_threads()
     if args.kept:
         main_kept(folder_of(args))
+        return
+    if args.glyphs:
+        main_glyphs(2 if args.quick else 10, 2 if args.quick else NARROW_BATCH, folder_of(args))
         return
     if args.narrow:
         main_narrow(2 if args.quick else 10 if args.short else 20, folder_of(args), args.few, args.short)
@@ -164,16 +172,44 @@ def main_kept(out: Path | None) -> None:
     for name, load in DIGITS.items():
         network = load().requires_grad_(False)
         uncached = digits.sample(network, seed=5000, n=NARROW_BATCH, steps=STEPS)
-        for interval, kept in product((2, 4), ("exact", "bfloat16")):
-            schedule = with_idea(uniform(interval), Idea((idea,), Control(kept=kept)))
+        for every, kept in product((2, 4), ("exact", "bfloat16")):
+            schedule = with_idea(uniform(every), Idea((idea,), Control(kept=kept)))
             handle = moeca.compile(network, schedule=schedule)
             with moeca.trajectory(handle, steps=STEPS):
                 images = digits.sample(handle, seed=5000, n=NARROW_BATCH, steps=STEPS)
             quality = float(digits.psnr(images, uncached).mean())
-            payload.setdefault(name, {})[f"uniform:{interval}, {kept}"] = quality
-            print(f"{name}, uniform:{interval}, tau 0.04 between, {kept}: {quality:.2f} dB")
+            payload.setdefault(name, {})[f"uniform:{every}, {kept}"] = quality
+            print(f"{name}, uniform:{every}, tau 0.04 between, {kept}: {quality:.2f} dB")
     if out:
         print(f"written: {save('partial_kept', payload, out).name}")
+
+
+def main_glyphs(rounds: int, samples: int, out: Path | None) -> None:
+    """Of the glyphs model at `uniform:4`, by the row between full steps: the share of the uncached time, and the PSNR to
+    the uncached glyphs with its 95 % interval."""
+    network = GLYPHS.load().requires_grad_(False)
+    draw = GLYPHS.sampler(samples, STEPS)
+    uncached = draw(network, 5000)
+    rows = {kind: row for kind, row in {**WHOLE, **{kind: NARROW[kind] for kind in SHORT}}.items() if row != (C, C)}
+    qualities = {}
+    for kind, row in rows.items():
+        handle = moeca.compile(GLYPHS.load(), schedule=with_idea(uniform(4), Idea((row * BLOCKS,))))
+        with moeca.trajectory(handle, steps=STEPS):
+            qualities[kind] = interval(psnr(draw(handle, 5000), uncached))
+        print(f"{kind}: {qualities[kind][0]:.1f} ± {qualities[kind][1]:.1f} dB", flush=True)
+    timings = measure_narrow(network, rounds, SHORT, written_out=False, task=GLYPHS)
+    print_table(f"one step, glyphs, {NARROW_BATCH} samples", timings, baseline=FULL)
+    shares = equal_time(timings)
+    for kind, share in shares.items():
+        print(f"glyphs, uniform:4, between full steps {kind}: {100 * share:.0f} % of the time of full steps")
+    if out:
+        payload = {
+            "one_step": as_json(timings, baseline=FULL),
+            "uniform_4_of_full_time": shares,
+            "uniform_4_psnr_db": qualities,
+            "samples": samples,
+        }
+        print(f"written: {save('partial_glyphs', payload, out).name}")
 
 
 def equal_time(timings: Mapping[str, Timing]) -> dict[str, float]:
@@ -193,11 +229,12 @@ def measure_narrow(
     rows_of: Sequence[str] = tuple(NARROW),
     written_out: bool = True,
     in_16_bits: bool = False,
+    task: Task = OF_DIGITS,
 ) -> dict[str, Timing]:
     """Milliseconds of processor time of each kind of row, one round after the other. Rows of whole regions are another
     model's, which keeps no branches; all take the weights as they are. `rows_of`: which of `NARROW`; `written_out`:
-    that form too; `in_16_bits`: the same rows too with branches that are kept in bfloat16."""
-    inputs = digits.initial_noise(0, NARROW_BATCH), torch.full((NARROW_BATCH,), 1000.0), digits.labels_of(NARROW_BATCH)
+    that form too; `in_16_bits`: the same rows too with branches that are kept in bfloat16; `task`: of the network."""
+    inputs = task.noise(0, NARROW_BATCH), torch.full((NARROW_BATCH,), 1000.0), task.labels_of(0, NARROW_BATCH)
     keys = tuple(region.key for region in moeca.explain(network, *inputs).regions)
     samples: dict[str, list[float]] = {}
     handles = []

@@ -50,6 +50,14 @@ def test_what_is_measured_has_its_own_file(
 
 
 @pytest.mark.slow
+def test_glyphs_have_time_and_quality_of_each_row(tmp_path: Path) -> None:
+    partial.main(["--glyphs", "--quick", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "partial_glyphs.json").read_text())
+    kinds = {"whole forecast", "whole, attention computed", "tau 0", "tau 0.04", "attention computed, tau 0.04"}
+    assert set(written["uniform_4_psnr_db"]) == set(written["uniform_4_of_full_time"]) == kinds
+
+
+@pytest.mark.slow
 def test_every_operator_of_a_layer_is_timed(tmp_path: Path) -> None:
     branches.main(["--quick", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "branches.json").read_text())
