@@ -5,7 +5,7 @@
     python -m benchmarks.partial --narrow --few DSMoE   # one of them, tau 0 and 0.05 alone; writes partial_DSMoE.json
     python -m benchmarks.partial --narrow --short   # both, the rows that matter most for the table at equal time, not
                                                     # written out: some minutes; writes partial_short.json
-    python -m benchmarks.partial --glyphs   # the same rows of the glyphs model, and the PSNR of each; partial_glyphs.json
+    python -m benchmarks.partial --glyphs   # the glyphs model, time and PSNR of each row; writes partial_glyphs.json
     python -m benchmarks.partial --kept     # PSNR with branches kept in bfloat16; writes results/partial_kept.json
     python -m benchmarks.partial --quick    # one block, few rounds: does it run?
 
@@ -185,8 +185,8 @@ def main_kept(out: Path | None) -> None:
 
 
 def main_glyphs(rounds: int, samples: int, out: Path | None) -> None:
-    """Of the glyphs model at `uniform:4`, by the row between full steps: the share of the uncached time, and the PSNR to
-    the uncached glyphs with its 95 % interval."""
+    """Of the glyphs model at `uniform:4`, by the row between full steps: the share of the uncached time, and the PSNR
+    to the uncached glyphs with its 95 % interval."""
     network = GLYPHS.load().requires_grad_(False)
     draw = GLYPHS.sampler(samples, STEPS)
     uncached = draw(network, 5000)
