@@ -34,6 +34,7 @@ def test_the_page_shows_the_committed_figures(file: str, tmp_path: Path) -> None
     assert "old" not in page.read_text()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_quick_run_writes_every_figure(tmp_path: Path) -> None:
     fitted.main(["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
@@ -58,6 +59,7 @@ def test_a_committed_schedule_is_taken_unless_calibrated_anew(tmp_path: Path, mo
     assert not list((tmp_path / "none").iterdir())
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_quick_run_compares_both_fits(tmp_path: Path) -> None:
     together.main(["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
