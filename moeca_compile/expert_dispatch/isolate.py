@@ -38,7 +38,7 @@ def isolate(model: nn.Module) -> bool:
     return True
 
 
-@torch._dynamo.disable  # the collector may call it in the middle of a compiled function
+@torch._dynamo.disable  # type: ignore[untyped-decorator] # the collector may call it in the middle of a compiled function
 def _let_go(code: types.CodeType) -> None:
     """The model is gone, and all that was compiled of its code may go. So may graphs of functions that called it: torch
     drops those when the code goes that guards them, but it keeps the codes that it disassembled last."""
