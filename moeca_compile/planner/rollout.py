@@ -66,6 +66,11 @@ class Call:
         return program
 
     @property
+    def is_computed(self) -> bool:
+        """Whether the step computed the first region, as far as its number is known."""
+        return self.state is not None and self.state.history[0][:1] == (self.record.step,)
+
+    @property
     def latent(self) -> torch.Tensor | None:
         """The latent among the inputs; None: the graph has none."""
         return None if self.program.latent is None else self.args[self.program.latent]

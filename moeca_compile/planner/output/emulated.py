@@ -43,29 +43,30 @@ class RecordedCalls:
     """The calls of the computed steps of a run: a watcher for `SampledModel.run`.
 
     Attributes:
-        calls: by step, one for each call: its program, and its inputs as they were then.
+        calls: by step, one for each call: its program, its inputs as they were then, and whether they take both halves
+            of the guidance in one batch.
         rounding: the greatest `finfo.eps` of what the model takes, computes in and returns.
     """
 
-    calls: dict[int, list[tuple[OutputProgram, list[Any]]]] = field(default_factory=dict)
+    calls: dict[int, list[tuple[OutputProgram, list[Any], bool]]] = field(default_factory=dict)
     rounding: float = 0.0
     autocast: dict[str, Any] = field(default_factory=dict)  # the sampler's
     _copies: dict[int, Tensor] = field(default_factory=dict)  # by position: most inputs are the same at all steps
 
     def __call__(self, call: Call) -> None:
-        step = call.record.step
-        if call.state is not None and call.state.history[0][:1] == (step,):
-            assert isinstance(call.program, OutputProgram)
-            args = [self._copied(place, arg) for place, arg in enumerate(call.args)]
-            self.calls.setdefault(step, []).append((call.program, args))
-            assert call.latent is not None
-            device = call.latent.device.type
-            self.autocast = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
-            self.autocast["dtype"] = torch.get_autocast_dtype(device)
-            dtypes = [call.latent.dtype, call.results[0].dtype]
-            if self.autocast["enabled"]:
-                dtypes.append(self.autocast["dtype"])
-            self.rounding = max(self.rounding, *(torch.finfo(dtype).eps for dtype in dtypes))
+        if not call.is_computed:
+            return
+        assert isinstance(call.program, OutputProgram)
+        assert call.latent is not None
+        args = [self._copied(place, arg) for place, arg in enumerate(call.args)]
+        self.calls.setdefault(call.record.step, []).append((call.program, args, is_doubled(call.latent)))
+        device = call.latent.device.type
+        self.autocast = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
+        self.autocast["dtype"] = torch.get_autocast_dtype(device)
+        dtypes = [call.latent.dtype, call.results[0].dtype]
+        if self.autocast["enabled"]:
+            dtypes.append(self.autocast["dtype"])
+        self.rounding = max(self.rounding, *(torch.finfo(dtype).eps for dtype in dtypes))
 
     def _copied(self, place: int, arg: Any) -> Any:
         if not isinstance(arg, Tensor):
@@ -86,10 +87,9 @@ class RecordedCalls:
             The parts [N, C, ...] float32; channels past the latent's, of a learned variance, are left out.
         """
         parts: list[Tensor] = []
-        for program, args in self.calls[step]:
+        for program, args, doubled in self.calls[step]:
             place, given = program.latent, list(args)
             assert place is not None
-            doubled = is_doubled(args[place])
             given[place] = (torch.cat([latent, latent]) if doubled else latent).to(args[place])
             with torch.autocast(**self.autocast):
                 output = program.call.run(given)[0]

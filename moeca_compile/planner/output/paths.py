@@ -74,7 +74,7 @@ class _Recorder:
                 "weights can't be fitted: they are for samplers that call it once a step, or once for each part of the "
                 "guidance. Use granularity='region' for this one"
             )
-        if call.state.history[0][:1] == (step,):
+        if call.is_computed:
             output = call.state.tensors[0].detach().float().cpu().clone()
             path.outputs[step] = (*path.outputs.get(step, ()), *output.chunk(1 + path.is_batched))
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 
 from moeca_compile.planner.output.gram import Gram, gram_of, summed
 from moeca_compile.planner.output.paths import Path, record_path
-from moeca_compile.planner.output.study import OutputStudy
-from moeca_compile.planner.search.quality import mean_psnr
+from moeca_compile.planner.output.study import OutputStudy, psnr_to_wanted
 from moeca_compile.schedule import Schedule
 
 ROUNDS = 2
@@ -44,9 +43,7 @@ def refit(
         grams = {seed: gram_of(path, wanted[seed].states) for seed, path in paths.items()}
         schedule = fitted(summed([grams[seed] for seed in fitting]))
         paths = _paths(study, seeds if left else checking, schedule)
-        reached = mean_psnr(
-            (study.errors_to(wanted[seed].states[-1], paths[seed].samples) for seed in checking), study.data_range
-        )
+        reached = psnr_to_wanted(study, ((seed, paths[seed].samples) for seed in checking))
         if reached <= quality:
             break
         quality, best, found = reached, schedule, summed([grams[seed] for seed in seeds])

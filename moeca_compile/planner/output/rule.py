@@ -15,7 +15,7 @@ from moeca_compile.planner.output.gram import Gram, Grams, summed
 from moeca_compile.planner.output.place import computed_steps, placements
 from moeca_compile.planner.output.refit import refit
 from moeca_compile.planner.output.sampler import SamplerStep
-from moeca_compile.planner.output.study import OutputStudy
+from moeca_compile.planner.output.study import OutputStudy, psnr_to_wanted
 from moeca_compile.planner.output.times import Fine, placed
 from moeca_compile.planner.output.together import fit_together
 from moeca_compile.planner.search.anneal import neighbors
@@ -164,11 +164,8 @@ class OutputRuleSearch:
             return self.qualities[key]
         candidate = self._schedule(schedule, plan, grid, grid.grams.fitted)
         study.report_progress(f"fitted weights, {plan.letters.count(FULL)} computed steps", 0.95)
-        errors = []
-        for seed in self.checking:
-            samples = study.sampled.run(seed, candidate)
-            errors.append(study.errors_to(study.wanted[seed].states[-1], samples))
-        self.qualities[key] = mean_psnr(errors, study.data_range)
+        runs = ((seed, study.sampled.run(seed, candidate)) for seed in self.checking)
+        self.qualities[key] = psnr_to_wanted(study, runs)
         return self.qualities[key]
 
     def _schedule(self, schedule: Schedule, plan: Plan, grid: Grid, gram: Gram) -> Schedule:

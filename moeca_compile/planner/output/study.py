@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from moeca_compile.planner.output.paths import converged_path, given_path, numbe
 from moeca_compile.planner.output.sampler import SamplerStep, sampler_steps
 from moeca_compile.planner.output.wanted import Wanted, as_arrays, from_arrays
 from moeca_compile.planner.rollout import TIMESTEPS
+from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.study import Study
 from moeca_compile.planner.truth import given_samples
 from moeca_compile.schedule.output import CONVERGED, GIVEN, UNCACHED
@@ -144,3 +145,9 @@ class OutputStudy(Study):
         if self.goal_name != GIVEN:  # given samples may be others at the next call
             self.store.add_arrays(self._kept_in, seed, as_arrays(self.wanted[seed]))
         return uncached.samples
+
+
+def psnr_to_wanted(study: OutputStudy, samples: Iterable[tuple[int, torch.Tensor]]) -> float:
+    """Mean PSNR to the wanted samples, dB. `samples`: seeds of the search, each with its samples."""
+    errors = (study.errors_to(study.wanted[seed].states[-1], given) for seed, given in samples)
+    return mean_psnr(errors, study.data_range)

@@ -25,8 +25,7 @@ from moeca_compile.planner.output.fit import Weights
 from moeca_compile.planner.output.gram import Array
 from moeca_compile.planner.output.paths import record_path
 from moeca_compile.planner.output.sampler import SamplerStep
-from moeca_compile.planner.output.study import OutputStudy
-from moeca_compile.planner.search.quality import mean_psnr
+from moeca_compile.planner.output.study import OutputStudy, psnr_to_wanted
 from moeca_compile.schedule import Action, Schedule
 
 SHARE = 2.5  # of the calibration's `effort`: what the derivatives of a round may cost
@@ -69,10 +68,8 @@ def fit_together(
             break
         for damping in DAMPING if normal.is_emulated else ():
             schedule = normal.moved(damping)
-            errors = (
-                study.errors_to(study.wanted[seed].states[-1], study.sampled.run(seed, schedule)) for seed in checking
-            )
-            best = max(best, (mean_psnr(errors, study.data_range), schedule), key=lambda pair: pair[0])
+            reached = psnr_to_wanted(study, ((seed, study.sampled.run(seed, schedule)) for seed in checking))
+            best = max(best, (reached, schedule), key=lambda pair: pair[0])
         if best is begin:
             break
     return best if best[0] >= quality + LEAST else (quality, start)
@@ -80,20 +77,19 @@ def fit_together(
 
 def price(schedule: Schedule) -> float:
     """Of the derivatives on one seed, in uncached trajectories: the model's calls after each computed step."""
-    computed = _computed(schedule)
-    calls = sum(count * len(_terms(schedule, count)) for count in range(len(computed)))
-    return max(calls, 1) / len(schedule.rows)
+    return max(sum(later for *_, later in _places(schedule)), 1) / len(schedule.rows)
 
 
-def _terms(schedule: Schedule, later: int) -> list[str]:
-    """Those that have a value at the computed step that `later` others come after."""
+def _places(schedule: Schedule) -> list[tuple[int, int, int]]:
+    """The weights of computed steps whose terms have a value there: step, number of the term, computed steps after."""
     assert schedule.output is not None
-    known = len(_computed(schedule)) - later
-    return [term for term in schedule.output.terms if term == "x" or int(term[1:]) < known]
-
-
-def _computed(schedule: Schedule) -> list[int]:
-    return [step for step, row in enumerate(schedule.rows) if row[0] is Action.COMPUTE]
+    computed = [step for step, row in enumerate(schedule.rows) if row[0] is Action.COMPUTE]
+    return [
+        (step, number, len(computed) - count)
+        for count, step in enumerate(computed, start=1)
+        for number, term in enumerate(schedule.output.terms)
+        if term == "x" or int(term[1:]) < count
+    ]
 
 
 def _rounding(study: OutputStudy) -> float:
@@ -115,11 +111,7 @@ class _Equations:
     ) -> None:  # fmt: skip
         assert schedule.output is not None
         self.schedule, self.is_emulated, self.rounding = schedule, True, rounding
-        self.places = [
-            (step, schedule.output.terms.index(term))
-            for later, step in enumerate(reversed(_computed(schedule)))
-            for term in _terms(schedule, later)
-        ]
+        self.places = [(step, term) for step, term, _ in _places(schedule)]
         self.normal: Array = np.zeros((len(self.places), len(self.places)))
         self.right: Array = np.zeros(len(self.places))
         runs = [self._run(study, seed, sampler) for seed in seeds]
