@@ -8,7 +8,7 @@
 
 All contenders make the same samples, a batch of each in turn, so that a run that was stopped has as many of each. A
 batch is kept as its features in the task's judge. Schedules are those of `python -m benchmarks.fitted`; peers are the
-nearest to each truth in results/peers_equal.json, in the same settings. Nothing is timed.
+nearest to each truth in the task's results of benchmarks.peers.equal, in the same settings. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Bench:
         for count, share in SHARES.items():
             for truth in (UNCACHED, CONVERGED):
                 found[f"moeca output, fitted to {truth}, {count}"] = count, partial(self._ours, share, truth)
-            for name, label in best_peers(count) if self.task is DIGITS else ():
+            for name, label in best_peers(self.task, count):
                 found[f"{name}, {count}"] = count, partial(self._peer, name, label, count)
         if with_converged:
             finer = self.schedules.size.finer * steps
@@ -136,9 +136,9 @@ class Bench:
         return Peers(replace(WHOLE, counts=tuple(SHARES)), self.peers, self.schedules).lab
 
 
-def best_peers(count: int) -> list[tuple[str, str]]:
+def best_peers(task: Task, count: int) -> list[tuple[str, str]]:
     """The peers nearest to each truth at that many evaluations, with their settings."""
-    lines = json.loads((RESULTS / "peers_equal.json").read_text())["lines"]
+    lines = json.loads((RESULTS / f"{task.results_of('peers_equal')}.json").read_text())["lines"]
     peers = [line for line in lines if line["count"] == count and line["kind"] != "moeca"]
     best = [max(peers, key=lambda line: line["psnr_db"][truth][0]) for truth in (UNCACHED, CONVERGED)]
     return list(dict.fromkeys((line["name"], line["setting"]) for line in best))
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-converged", action="store_true", help="without the converged run, half of the work")
     parser.add_argument("--work", type=Path, help=f"folder of features; default in {WORK}")
     parser.add_argument("--fitted", type=Path, help="the folder of benchmarks.fitted; default its own")
-    parser.add_argument("--peers", type=Path, default=PEERS, help="of benchmarks.peers.equal")
+    parser.add_argument("--peers", type=Path, help="of benchmarks.peers.equal; default its own")
     parser.add_argument("--report", action="store_true", help=f"only write {fitted.PAGE}")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
@@ -285,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedules = fitted.Bench(fitted.WHOLE, args.fitted or fitted.WORK / task.name, task)
     batch, samples = (4, 8) if args.quick else (BATCH, args.samples)
     kept = Kept(args.work or WORK / (f"quick_{task.name}" if args.quick else task.name), judge_of(task))
-    result = measure(Bench(schedules, args.peers, batch), kept, samples, not args.no_converged, console)
+    peers = args.peers or Path(task.results_of(str(PEERS)))
+    result = measure(Bench(schedules, peers, batch), kept, samples, not args.no_converged, console)
     for row in rows_of(result):
         console.print(*row, sep="  ")
     folder = folder_of(args)
