@@ -16,10 +16,12 @@ load; no time is told here.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -31,12 +33,15 @@ from benchmarks.pages import write_held_out
 from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS, Task
+from moeca_compile.planner.output import rule
+from moeca_compile.planner.output.together import fit_together
 from moeca_compile.schedule import Action, Schedule
 
 WORK = Path("build/fitted")
 KEPT = RESULTS / "schedules"  # committed, of the whole size: <task>_<family>_<share>.json
 PAGE = Path("docs/fitted.md")
 REGIONS, UNCACHED, CONVERGED, TIMES = "regions", "uncached", "converged", "times"
+STEPWISE = "stepwise"  # before the name of a truth: as it was before all weights were fitted together
 FIRST_SEED = 70_000  # of those that are told
 MARKS = {
     "digits": "<!-- python -m benchmarks.fitted --report -->",
@@ -127,13 +132,18 @@ class Bench:
         kind: dict[str, Any] = {"granularity": "region"}
         if family != REGIONS:
             kind = {"granularity": "output", "truth": self.truth(CONVERGED if family == TIMES else family)}
-        front = moeca.calibrate_front(
-            self.task.load(), timed if family == TIMES else calibrated_on,
-            budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2, data_range=2.0,
-            inner=self.inner, resume=self.resume, **kind,
-        )  # fmt: skip
+        before: list[Schedule] = []
+        with noted(before):
+            front = moeca.calibrate_front(
+                self.task.load(), timed if family == TIMES else calibrated_on,
+                budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2, data_range=2.0,
+                inner=self.inner, resume=self.resume, **kind,
+            )  # fmt: skip
         for share in missing:
             front.at(budgets[share]).save(paths[share])
+        if family in (UNCACHED, CONVERGED):
+            for share, stepwise in zip(sorted(missing), before, strict=True):  # the tightest budget comes first
+                stepwise.save(self.work / f"{STEPWISE}_{family}_{share}.json")
 
     def truth(self, family: str) -> Any:
         """What the weights of a family are fitted to, as `calibrate` takes it."""
@@ -163,6 +173,18 @@ class Bench:
             moeca.prepare(model)
             return torch.compile(model, backend=self.inner)
         return moeca.compile(model, schedule=schedule, granularity=schedule.granularity or "region", inner=self.inner)
+
+
+@contextmanager
+def noted(before: list[Schedule]) -> Iterator[None]:
+    """In this context, calibrations note the schedules that they begin to fit together."""
+
+    def noting(study: Any, checking: Any, sampler: Any, start: Schedule, quality: float) -> tuple[float, Schedule]:
+        before.append(start)
+        return fit_together(study, checking, sampler, start, quality)
+
+    with patch.object(rule, "fit_together", noting):
+        yield
 
 
 def computed(schedule: Schedule) -> int:

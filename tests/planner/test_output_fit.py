@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +10,11 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import MoecaWarning, ScheduleError
-from moeca_compile.planner.output import refit as refit_room
 from moeca_compile.planner.output.fit import Form, OutputFit
 from moeca_compile.planner.output.gram import gram_of, summed
 from moeca_compile.planner.output.paths import Path, converged_path, record_path
-from moeca_compile.planner.output.refit import refit
 from moeca_compile.planner.output.sampler import sampler_steps
 from moeca_compile.planner.rollout import SampledModel
-from moeca_compile.planner.search.quality import psnr
 from tests.curved_flow import STEPS, Velocity, guided, second_order, two_calls
 
 
@@ -76,36 +72,6 @@ def test_fitted_weights_come_nearer_than_the_polynomial(tmp_path: Any) -> None:
 def test_fitted_to_the_converged_solution_it_is_nearer_to_that_than_the_uncached_run() -> None:
     predicted = calibrated("converged", budget="macs:1").predicted
     assert predicted["psnr_db_converged_holdout"] > predicted["uncached_psnr_db_converged_holdout"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("truth", ["uncached", "converged"])
-def test_fitted_again_to_its_own_run_it_comes_nearer_where_it_was_far_off(truth: str) -> None:
-    predicted = calibrated(truth, budget="macs:0.3").predicted
-    assert predicted["tried fitted again"] > predicted["tried fitted once"] + 1
-    quality = "psnr_db_holdout" if truth == "uncached" else "psnr_db_converged_holdout"
-    assert predicted[quality] > predicted["tried fitted once"] + 0.5
-
-
-def test_weights_are_fitted_again_only_as_long_as_rollouts_get_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights of the first fit stay where the next one isn't better, and those of the best round are returned."""
-    seeds, wanted = (0, 1, 2, 3), [torch.zeros(1, 1), torch.ones(1, 1)]
-    ends = {"start": 0.9, "first": 0.95, "second": 0.8}  # final latents; wanted is 1
-    path_of = lambda sampled, seed, name: Path([torch.zeros(1, 1), torch.full((1, 1), ends[name])])  # noqa: E731
-    monkeypatch.setattr(refit_room, "record_path", path_of)
-    study = SimpleNamespace(
-        request=SimpleNamespace(seeds=seeds), wanted={seed: SimpleNamespace(states=wanted) for seed in seeds},
-        sampled=None, data_range=1.0, errors_to=lambda truth, samples: [float((truth - samples).square())],
-    )  # fmt: skip
-    cases = (({}, "first", 0.95, 4), ({"first": 0.85}, "start", 0.9, None), ({"second": 0.99}, "second", 0.99, 4))
-    for better, best, expected, kept in cases:
-        ends |= {"first": 0.95, "second": 0.8} | better
-        names = iter(("first", "second"))
-        begin = psnr((1 - 0.9) ** 2, 1.0)
-        quality, found, gram = refit(study, (3,), "start", begin, lambda gram, names=names: next(names))  # type: ignore
-        assert found == best
-        assert quality == pytest.approx(psnr((1 - expected) ** 2, 1.0))
-        assert (gram.numbers if gram else None) == kept  # the seed that is checked on is among them
 
 
 def test_an_output_is_held_back_by_how_far_the_latent_is_from_where_it_was_made() -> None:

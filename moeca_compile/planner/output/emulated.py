@@ -1,13 +1,12 @@
 """The steps of one run on tensors: the sampler's update, the output rule, and the model called where a step computes.
 
-A run of the user's sampler always begins at its first step. This one begins at any, so that what a change of one
-step's weights does to the samples costs the steps after it alone.
+The user's own sampler is closed. In this run of the same steps, derivatives can be carried along (`derivatives.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from moeca_compile.planner.output.fit import Weights, term_parts
 from moeca_compile.planner.output.paths import is_doubled
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.rollout import Call
-from moeca_compile.schedule.output import MAX_OUTPUTS
 
 Parts = tuple[Tensor, ...]  # of the guidance: one, or two
 
@@ -111,31 +109,41 @@ class EmulatedSampler:
     terms: tuple[str, ...]
     calls: RecordedCalls
 
-    def run(self, state: State, weights: Weights, first: int = 0) -> list[State]:
-        """The states before step `first` and after it and each later step.
+    def computes(self, step: int) -> bool:
+        """Whether the run that was recorded computed the model at a step."""
+        return step in self.calls.calls
+
+    def run(self, latent: Tensor, weights: Weights) -> list[State]:
+        """The states before the first step and after each step.
 
         Args:
-            state: before step `first`.
+            latent: the first one [N, C, ...] float32.
             weights: of all steps.
         """
-        states = [state]
-        for step in range(first, len(self.sampler)):
-            states.append(self.moved(step, self.computed(step, states[-1]), weights[step]))
+        states = [State(latent)]
+        for step, row in enumerate(weights):
+            state = states[-1]
+            if self.computes(step):
+                state = self.after_call(state, self.calls.model(step, state.latent))
+            states.append(self.moved(step, state, row))
         return states
 
-    def computed(self, step: int, state: State) -> State:
-        """With the model's output, if the step computes it."""
-        if step not in self.calls.calls:
-            return state
-        output = self.calls.model(step, state.latent)
-        return State(state.latent, state.last, (output, *state.outputs[: MAX_OUTPUTS - 1]))
+    def after_call(self, state: State, output: Parts) -> State:
+        """The state with what the model returned, as far as later steps weigh it."""
+        kept = max((int(term[1:]) for term in self.terms if term != "x"), default=0)
+        return replace(state, outputs=(output, *state.outputs[:kept]))
 
     def moved(self, step: int, state: State, row: Sequence[float]) -> State:
-        """The state before the next step. `row`: the step's weights, by term."""
+        """The state before the next step. It is linear in the state, so it serves for a state's derivatives, too.
+
+        Args:
+            step: its number.
+            state: before the step, with the step's output if that is computed.
+            row: the step's weights, by term.
+        """
         sampler = self.sampler[step]
-        parts = range(len(sampler.now))
         weighed = [(weight, term) for weight, term in zip(row, self.values(step, state), strict=True) if term]
-        returned = tuple(torch.stack([weight * term[part] for weight, term in weighed]).sum(0) for part in parts)
+        returned = tuple(_total(weight * term[part] for weight, term in weighed) for part in range(len(sampler.now)))
         latent = sampler.constant(state.latent, state.last) + sampler.effect(returned)
         return State(latent, returned, state.outputs)
 
@@ -143,3 +151,10 @@ class EmulatedSampler:
         """The parts of each term; empty where its output isn't there yet."""
         count = len(self.sampler[step].now)
         return [term_parts(name, state.latent, state.outputs, count) for name in self.terms]
+
+
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    first, *others = tensors
+    for other in others:
+        first = first + other
+    return first

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from moeca_compile.planner.output.fit import RESPONSES, Form, OutputFit, term_sets
 from moeca_compile.planner.output.gram import Gram, Grams, summed
 from moeca_compile.planner.output.place import computed_steps, placements
-from moeca_compile.planner.output.refit import refit
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy, psnr_to_wanted
 from moeca_compile.planner.output.times import Fine, placed
@@ -25,7 +24,7 @@ from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.output import UNCACHED, OutputRule
 
 PLANS = 3  # of the search's others, and as many annealed ones
-EFFORT = 5.0  # uncached trajectories for plans one move away from the best
+EFFORT = 4.0  # uncached trajectories for plans one move away from the best
 CHECKED = 4  # one seed in so many isn't fitted to
 
 
@@ -97,24 +96,16 @@ class OutputRuleSearch:
             *placements(self.own.fit, grams.fitted, grams.checked, self._form(plan), plan, PLANS),
         ]
         best = max(dict.fromkeys(plans), key=lambda candidate: self._quality(schedule, candidate))
-        return self._refitted(schedule, *self._moved(schedule, self._improved(schedule, best)))
+        return self._fitted_together(schedule, *self._moved(schedule, self._improved(schedule, best)))
 
-    def _refitted(self, schedule: Schedule, plan: Plan, grid: Grid) -> Schedule:
-        """The schedule of a plan, with weights fitted again: to the run that they lead to, and all of them together."""
-        best, quality = self._schedule(schedule, plan, grid, grid.grams.fitted), self._quality(schedule, plan, grid)
-        self.tried["tried fitted once"] = quality
-        to_all: Gram | None = None
-        if grid is self.own:  # at searched timesteps the wanted latents between aren't kept
-            self.study.report_progress("weights fitted again", 0.97)
-            quality, best, to_all = refit(
-                self.study, self.checking, best, quality, lambda gram: self._schedule(schedule, plan, grid, gram)
-            )
-            self.tried["tried fitted again"] = quality
-        self.study.report_progress("all weights fitted together", 0.98)
-        together, best = fit_together(self.study, self.checking, grid.sampler, best, quality)
-        self.tried["tried fitted together"] = together
-        # the last fit of step by step takes the other seeds, too; this one has seen enough of them
-        return best if together > quality else self._schedule(schedule, plan, grid, to_all or grid.grams.all)
+    def _fitted_together(self, schedule: Schedule, plan: Plan, grid: Grid) -> Schedule:
+        """The schedule of a plan, with its weights fitted together, or to all seeds if that is no better."""
+        start, quality = self._schedule(schedule, plan, grid, grid.grams.fitted), self._quality(schedule, plan, grid)
+        self.study.report_progress("all weights fitted together", 0.97)
+        reached, together = fit_together(self.study, self.checking, grid.sampler, start, quality)
+        self.tried |= {"tried fitted step by step": quality, "tried fitted together": reached}
+        # the last fit of step by step takes the other seeds, too; that of all weights has seen enough of them
+        return together if reached > quality else self._schedule(schedule, plan, grid, grid.grams.all)
 
     def _raced(self, plan: Plan) -> list[Plan]:
         """The best other plans that the search rolled out, with no more computed steps than a plan."""

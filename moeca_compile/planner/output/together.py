@@ -2,17 +2,16 @@
 by step. Those of cheap steps stay: between two computed steps the same values are weighed, so they add little.
 
 A fit of step by step brings each latent as near to a wanted latent as it can, though only the last one counts, and
-takes it that the model returns the same there. Here the derivative of the samples by each weight is measured: the run
-goes on from the step with a slightly greater weight. Every sample counts by the inverse of its error, as the mean PSNR
-does. Sources: Bjorck, Numerical Methods for Least Squares Problems, 1996, section 9.2; Marquardt, An Algorithm for
-Least-Squares Estimation of Nonlinear Parameters, SIAM J. Appl. Math. 11 (1963); and for solvers whose weights are
-learned for the final samples Shaul et al., Bespoke Non-Stationary Solvers, ICML 2024.
+takes it that the model returns the same there. Here the derivative of the samples by each weight is measured
+(`derivatives.py`). Every sample counts by the inverse of its error, as the mean PSNR does. Sources: Bjorck, Numerical
+Methods for Least Squares Problems, 1996, section 9.2; Marquardt, An Algorithm for Least-Squares Estimation of Nonlinear
+Parameters, SIAM J. Appl. Math. 11 (1963); and for solvers whose weights are learned for the final samples Shaul et al.,
+Bespoke Non-Stationary Solvers, ICML 2024.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,18 +19,19 @@ import torch
 from torch import Tensor
 
 from moeca_compile.errors import warn
-from moeca_compile.planner.output.emulated import EmulatedSampler, RecordedCalls, State
+from moeca_compile.planner.output.derivatives import DIRECTIONS, derivatives
+from moeca_compile.planner.output.emulated import EmulatedSampler, RecordedCalls
 from moeca_compile.planner.output.fit import Weights
 from moeca_compile.planner.output.gram import Array
-from moeca_compile.planner.output.paths import record_path
+from moeca_compile.planner.output.paths import Path, record_path
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy, psnr_to_wanted
 from moeca_compile.schedule import Action, Schedule
 
-SHARE = 2.5  # of the calibration's `effort`: what the derivatives of a round may cost
-ROUNDS = 2
-DAMPING = (1e-5, 1e-2, 1.0)  # of a derivative's square, that rollouts decide between
-CHANGE = 1e-2  # of the latent by a greater weight, relative to the first latent; at least the root of the rounding
+SHARE = 1.25  # of the calibration's `effort`: what the derivatives of a round may cost
+ROUNDS = 3
+AGAIN = 1.0  # dB: a round that gains less is the last one
+DAMPING = (1e-5, 1e-3, 1e-1)  # of a derivative's square, that rollouts decide between
 LEAST = 0.05  # dB that the fit must gain on the seeds that decide
 NEAR = 0.3  # of the samples' error: how far the emulated run may end from the sampler's
 EVEN = 0.02  # of the median error, added to each: a sample that is exact doesn't decide alone
@@ -70,26 +70,17 @@ def fit_together(
             schedule = normal.moved(damping)
             reached = psnr_to_wanted(study, ((seed, study.sampled.run(seed, schedule)) for seed in checking))
             best = max(best, (reached, schedule), key=lambda pair: pair[0])
-        if best is begin:
+        if best[0] < begin[0] + AGAIN:
             break
     return best if best[0] >= quality + LEAST else (quality, start)
 
 
 def price(schedule: Schedule) -> float:
-    """Of the derivatives on one seed, in uncached trajectories: the model's calls after each computed step."""
-    return max(sum(later for *_, later in _places(schedule)), 1) / len(schedule.rows)
-
-
-def _places(schedule: Schedule) -> list[tuple[int, int, int]]:
-    """The weights of computed steps whose terms have a value there: step, number of the term, computed steps after."""
+    """Of the derivatives on one seed, in uncached trajectories: two runs, and the calls along directions."""
     assert schedule.output is not None
-    computed = [step for step, row in enumerate(schedule.rows) if row[0] is Action.COMPUTE]
-    return [
-        (step, number, len(computed) - count)
-        for count, step in enumerate(computed, start=1)
-        for number, term in enumerate(schedule.output.terms)
-        if term == "x" or int(term[1:]) < count
-    ]
+    computed = sum(row[0] is Action.COMPUTE for row in schedule.rows)
+    directions = (min(DIRECTIONS, before * len(schedule.output.terms)) for before in range(computed))
+    return (2 * computed + sum(directions)) / len(schedule.rows)
 
 
 def _rounding(study: OutputStudy) -> float:
@@ -109,60 +100,37 @@ class _Equations:
         self, study: OutputStudy, seeds: Sequence[int], sampler: Sequence[SamplerStep], schedule: Schedule,
         rounding: float,
     ) -> None:  # fmt: skip
-        assert schedule.output is not None
-        self.schedule, self.is_emulated, self.rounding = schedule, True, rounding
-        self.places = [(step, term) for step, term, _ in _places(schedule)]
-        self.normal: Array = np.zeros((len(self.places), len(self.places)))
-        self.right: Array = np.zeros(len(self.places))
-        runs = [self._run(study, seed, sampler) for seed in seeds]
-        if not self.is_emulated:
-            return
+        self.schedule, self.is_emulated = schedule, True
+        runs = [_run(study, seed, schedule) for seed in seeds]
+        clock = study.sampled.clock()
         errors = torch.cat([miss.square().mean(1) for *_, miss in runs])
         inverse = 1 / (errors + EVEN * errors.median()).clamp_min(1e-30)
         shares = (inverse / inverse.mean()).split([len(miss) for *_, miss in runs])
-        clock = study.sampled.clock()
-        for (emulated, states, miss), share in zip(runs, shares, strict=True):
-            with torch.no_grad():
-                derivatives = torch.stack([*self._derivatives(emulated, states)], dim=1)
-            for sample, weight in enumerate(share.tolist()):
-                own = derivatives[sample].double()
-                self.normal += weight * (own @ own.T).numpy()
-                self.right += weight * (own @ miss[sample]).numpy()
+        self.normal: Array = np.zeros(())
+        self.right: Array = np.zeros(())
+        for (calls, path, miss), share in zip(runs, shares, strict=True):
+            self._add(sampler, calls, path, miss, share, rounding)
+            if not self.is_emulated:
+                break
         study.sampled.seconds += study.sampled.clock() - clock
-        self.is_emulated = bool(np.isfinite(self.normal).all() and np.isfinite(self.right).all())
+        self.is_emulated &= bool(np.isfinite(self.normal).all() and np.isfinite(self.right).all())
 
-    def _run(
-        self, study: OutputStudy, seed: int, sampler: Sequence[SamplerStep]
-    ) -> tuple[EmulatedSampler, list[State], Tensor]:  # fmt: skip
-        """Of a seed: the emulated sampler, its states, and what the samples miss [N, numbers] float64."""
+    def _add(
+        self, sampler: Sequence[SamplerStep], calls: RecordedCalls, path: Path, miss: Tensor, share: Tensor,
+        rounding: float,
+    ) -> None:  # fmt: skip
+        """Those of a seed. `share`: how much each sample counts."""
         rule = self.schedule.output
         assert rule is not None
-        calls = RecordedCalls()
-        path = record_path(study.sampled, seed, self.schedule, calls)
-        miss = (study.wanted[seed].states[-1] - path.samples).flatten(1).double()
-        emulated = EmulatedSampler(sampler, rule.terms, calls)
-        clock = study.sampled.clock()
         with torch.no_grad():
-            states = emulated.run(State(path.states[0]), rule.weights)
-        study.sampled.seconds += study.sampled.clock() - clock
-        off = (states[-1].latent - path.samples).flatten(1).double()
+            emulated = EmulatedSampler(sampler, rule.terms, calls)
+            end, self.places, found = derivatives(emulated, path.states[0], rule.weights, rounding)
+        off = (end - path.samples).flatten(1).double()
         self.is_emulated &= bool(off.norm() <= NEAR * miss.norm())
-        return emulated, states, miss
-
-    def _derivatives(self, emulated: EmulatedSampler, states: Sequence[State]) -> Iterator[Tensor]:
-        """Of the final latents by each weight [N, numbers] float32."""
-        assert self.schedule.output is not None
-        weights, end = self.schedule.output.weights, states[-1].latent
-        change_of_latent = max(CHANGE, math.sqrt(max(self.rounding, emulated.calls.rounding)))
-        size = change_of_latent * float(states[0].latent.square().mean().sqrt())
-        for step, term in self.places:
-            state = replace(states[step], outputs=states[step + 1].outputs)  # the step's own output is known
-            values = emulated.values(step, state)[term]
-            effect = emulated.sampler[step].effect(values)
-            change = size / max(float(effect.square().mean().sqrt()), 1e-12)
-            row = [weight + change * (number == term) for number, weight in enumerate(weights[step])]
-            last = emulated.run(emulated.moved(step, state, row), weights, step + 1)[-1].latent
-            yield (last - end).flatten(1) / change
+        for sample, weight in enumerate(share.tolist()):
+            own = found[:, sample].flatten(1).double()
+            self.normal = self.normal + weight * (own @ own.T).numpy()
+            self.right = self.right + weight * (own @ miss[sample]).numpy()
 
     def moved(self, damping: float) -> Schedule:
         """The schedule after a step of Gauss-Newton. `damping`: relative to the squares of the derivatives."""
@@ -175,3 +143,10 @@ class _Equations:
             rows[step][term] += move
         weights: Weights = tuple(map(tuple, rows))
         return replace(self.schedule, output=replace(self.schedule.output, weights=weights))
+
+
+def _run(study: OutputStudy, seed: int, schedule: Schedule) -> tuple[RecordedCalls, Path, Tensor]:
+    """Of a seed: the calls of the sampler's run, its path, and what its samples miss [N, numbers] float64."""
+    calls = RecordedCalls()
+    path = record_path(study.sampled, seed, schedule, calls)
+    return calls, path, (study.wanted[seed].states[-1] - path.samples).flatten(1).double()
