@@ -90,7 +90,9 @@ def calibrate(
         inner: `inductor` or `eager`, as in `Options`.
         resume: a folder for the results, so that an interrupted calibration resumes and another budget or order reuses
             them.
-        memory: bytes of region outputs in memory at once while measuring; the rest goes to a temporary folder.
+        memory: bytes of region outputs in memory at once while measuring; the rest goes to a temporary folder. It also
+            limits the derivatives by which the output's weights are fitted together; where these take more, that fit is
+            left out with a warning.
         perturb: number of experts to make stale, one at a time, on the first seed, to measure the effect on the sample;
             the experts with the highest drift come first. Each costs about two uncached trajectories. The results are
             stored in `resume`; `moeca drift` shows them.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import frechet
+from benchmarks.tasks import TASKS, Task
 from examples import digits
 
 
@@ -30,9 +31,10 @@ def test_without_real_images_only_samples_are_compared() -> None:
     assert every == {"name": frechet.EVERY_STEP}
 
 
-def test_the_peers_are_the_nearest_to_each_truth() -> None:
-    lines = json.loads(Path("benchmarks/results/peers_equal.json").read_text())["lines"]
-    chosen = frechet.best_peers(17)
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_the_peers_are_the_nearest_to_each_truth(task: Task) -> None:
+    lines = json.loads(Path(f"benchmarks/results/{task.results_of('peers_equal')}.json").read_text())["lines"]
+    chosen = frechet.best_peers(task, 17)
     for truth, (name, setting) in zip(("uncached", "converged"), chosen, strict=True):
         (own,) = [line for line in lines if line["name"] == name and line["count"] == 17]
         others = [line for line in lines if line["count"] == 17 and line["kind"] != "moeca"]

@@ -105,7 +105,7 @@ def a_study(
     truth = {seed: SimpleNamespace(states=[wanted(sampled, seed)]) for seed in seeds}
     errors_to = lambda one, other: (one - other).square().flatten(1).mean(1).tolist()  # noqa: E731
     return SimpleNamespace(
-        request=SimpleNamespace(seeds=seeds, effort=10.0),
+        request=SimpleNamespace(seeds=seeds, effort=10.0, memory=2**30),
         wanted=truth,
         sampled=sampled,
         data_range=4.0,
@@ -140,6 +140,17 @@ def test_the_start_stays_where_nothing_better_is_found(monkeypatch: pytest.Monke
     study.request.effort = (price(start) - 0.01) / together.SHARE
     monkeypatch.setattr(study.sampled, "run", None)  # derivatives on one seed would cost too much: nothing runs
     assert fit_together(study, (3,), sampler, start, before) == (before, start)
+
+
+def test_derivatives_that_take_too_much_memory_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, start = a_study(lambda sampled, seed: sampled.run(seed)), a_schedule()
+    sampler = sampler_of(study.sampled, 2)
+    numbers = study.wanted[0].states[0].numel()
+    # of the latent, of two outputs and of two sums of these in two parts, and one copy; 15 weights of 4 bytes
+    study.request.memory = 4 * 15 * 10 * numbers - 1
+    monkeypatch.setattr(study.sampled, "run", None)  # nothing runs
+    with pytest.warns(MoecaWarning, match=rf"derivatives take {4 * 15 * 10 * numbers} bytes, and memory="):
+        assert fit_together(study, (3,), sampler, start, 20.0) == (20.0, start)
 
 
 def under_autocast(model: Any, seed: int) -> torch.Tensor:

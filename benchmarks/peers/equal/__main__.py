@@ -2,7 +2,8 @@
 
     python -m benchmarks.peers.equal            # about an hour on one core; writes results/peers_equal.json
     python -m benchmarks.peers.equal --only UniPC --held-out 2 --counts 17 10    # these contenders, on so many seeds of
-                                                # 32 digits, at these evaluations; the other figures of the result stay
+                                                # 32 digits, at these evaluations; other peers' figures stay
+    python -m benchmarks.peers.equal --as-before    # settings aren't chosen anew, but those of the committed result
     python -m benchmarks.peers.equal --task glyphs    # the glyphs model; writes results/peers_equal_glyphs.json
     python -m benchmarks.peers.equal --quick    # few digits: does it run?
     python -m benchmarks.peers.equal --report   # docs/peers.md from results/peers_equal.json and peers_latency.json;
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="contenders whose kind or name begins so; default all")
     parser.add_argument("--held-out", type=int, help="seeds that are drawn now; default all")
     parser.add_argument("--counts", type=int, nargs="+", help="evaluations that are drawn now; default all")
+    parser.add_argument(
+        "--as-before", action="store_true", help="in the settings of the known result, where it has them"
+    )
     parser.add_argument("--report", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
@@ -57,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out = args.held_out or size.held_out
     size = replace(size, held_out=held_out, counts=tuple(args.counts or size.counts))
     work = args.work or Path(task.results_of(str(WORK)))
-    ours = fitted.Bench(replace(of_ours, held_out=held_out), args.fitted or fitted.WORK / task.name, task)
-    bench = Bench(size, work, ours)
+    ours = fitted.Bench(of_ours, args.fitted or fitted.WORK / task.name, task)
     console, out = Console(width=180), folder_of(args)
+    lines = json.loads((RESULTS / f"{name}.json").read_text())["lines"] if args.as_before else ()
+    before = {(line["name"], line["count"]): (line["setting"], line["tried"]) for line in lines}
+    bench = Bench(size, work, ours, before)
     chosen = [
         contender
         for contender in roster.contenders()

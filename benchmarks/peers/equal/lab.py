@@ -151,8 +151,13 @@ class Lab:
         flat = {truth: torch.stack([output.flatten() for output in run[1]]) for truth, run in self.recorded.items()}
         return {truth: (outputs.double() @ outputs.double().T).numpy() for truth, outputs in flat.items()}
 
-    def choose(self, contender: Contender, count: int) -> tuple[Setting, int]:
+    def choose(self, contender: Contender, count: int, known: tuple[str, int] = ("", 0)) -> tuple[Setting, int]:
         """The best setting of at most `count` evaluations, and among how many.
+
+        Args:
+            contender: a family.
+            count: evaluations.
+            known: the label of the setting that was chosen before, and among how many; an unknown label: none was.
 
         Raises:
             ValueError: no setting is as cheap as that.
@@ -160,6 +165,9 @@ class Lab:
         settings = contender.settings(self, count)
         if len(settings) == 1:
             return settings[0], 1
+        for setting in settings:
+            if setting.label == known[0]:
+                return setting, known[1]
         levels = {setting.label: self._quality(contender, setting) for setting in settings}
         cheap = [setting for setting in settings if levels[setting.label][1] <= count]
         if not cheap:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,14 +27,16 @@ REGIONS, POLYNOMIAL = "regions, polynomial", "output, polynomial"
 OURS = (*BEST.values(), REGIONS, POLYNOMIAL)
 
 Line = Mapping[str, Any]  # the figures of one contender at one number of evaluations
+Chosen = Mapping[tuple[str, int], tuple[str, int]]
 Drawn = dict[str, Any]  # images of a seed, with the setting, how many were tried, evaluations and share of the MACs
 
 
 class Bench:
     """Samples of ours and of the peers."""
 
-    def __init__(self, size: Size, work: Path, ours: fitted.Bench) -> None:
-        self.size, self.work, self.fitted = size, work, ours
+    def __init__(self, size: Size, work: Path, ours: fitted.Bench, chosen: Chosen = MappingProxyType({})) -> None:
+        """`chosen`: by name and number of evaluations, the label of a known setting, and among how many it was best."""
+        self.size, self.work, self.fitted, self.chosen = size, work, ours, chosen
         work.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -49,7 +52,7 @@ class Bench:
         missing = [seed for seed in self._seeds() if not self._file(contender, count, seed).exists()]
         if not missing:
             return
-        setting, tried = self.lab.choose(contender, count)
+        setting, tried = self.lab.choose(contender, count, self.chosen.get((contender.name, count), ("", 0)))
         for seed in missing:
             task, samples = self.fitted.task, self.size.batch
             images = setting.draw(Batch(task.noise(seed, samples), task.labels_of(seed, samples)))
@@ -100,19 +103,20 @@ def measure(
     Args:
         bench: where samples are drawn and kept.
         chosen: whose figures are new.
-        known: an earlier result, whose figures of all others stay; or nothing.
+        known: an earlier result, whose figures of other peers stay; or nothing.
         console: where each line is told.
     """
     if "uncached_to_converged_db" not in known:
         levels = psnr(bench.truths[UNCACHED], bench.truths[CONVERGED])
         known = {**known, "uncached_to_converged_db": [round(figure, 3) for figure in interval(levels)]}
+    ours = [{**one, "when": when(machine())} for one in _ours(bench)]
+    known = {**known, "lines": merged(known.get("lines", ()), ours)}
     for contender in chosen:
         for count in bench.size.counts:
             bench.draw(contender, count)
             line = _line(bench, contender, count)
             console.print(line, highlight=False)
-            new = [{**one, "when": when(machine())} for one in (*_ours(bench, known), line)]
-            known = {**known, "lines": merged(known.get("lines", ()), new)}
+            known = {**known, "lines": merged(known["lines"], [{**line, "when": when(machine())}])}
             yield dict(known)
 
 
@@ -128,14 +132,14 @@ def merged(known: Sequence[Line], new: Sequence[Line]) -> list[Line]:
     return [lines[key] for key in sorted(lines, key=place)]
 
 
-def _ours(bench: Bench, known: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of our schedules that aren't known. Those of regions only where a schedule is there: peers
-    aren't compared with them."""
-    have = {(line["name"], line["count"]) for line in known.get("lines", ())}
-    wanted = [
-        (name, count) for count in bench.size.counts for name in OURS if name != REGIONS or bench.has_regions(count)
+def _ours(bench: Bench) -> list[dict[str, Any]]:
+    """The lines of our schedules. Those of regions only where a schedule is there: peers aren't compared with them."""
+    return [
+        _own_line(bench, name, count)
+        for count in bench.size.counts
+        for name in OURS
+        if name != REGIONS or bench.has_regions(count)
     ]
-    return [_own_line(bench, name, count) for name, count in wanted if (f"moeca {name}", count) not in have]
 
 
 def _own_line(bench: Bench, name: str, count: int) -> dict[str, Any]:

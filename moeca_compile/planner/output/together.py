@@ -55,6 +55,12 @@ def fit_together(
     """
     fitting = [seed for seed in study.request.seeds if seed not in checking] or list(study.request.seeds)
     fitting = fitting[: int(SHARE * study.request.effort / price(start))]
+    if fitting and (size := _bytes(study, sampler, start)) > study.request.memory:
+        warn(
+            f"calibrate: the weights aren't fitted together: their derivatives take {size} bytes, and memory="
+            f"{study.request.memory} are allowed. Raise memory, or take fewer samples a seed"
+        )
+        return quality, start
     best = quality, start
     rounding = _rounding(study)
     for _ in range(ROUNDS if fitting else 0):
@@ -81,6 +87,16 @@ def price(schedule: Schedule) -> float:
     computed = sum(row[0] is Action.COMPUTE for row in schedule.rows)
     directions = (min(DIRECTIONS, before * len(schedule.output.terms)) for before in range(computed))
     return (2 * computed + sum(directions)) / len(schedule.rows)
+
+
+def _bytes(study: OutputStudy, sampler: Sequence[SamplerStep], schedule: Schedule) -> int:
+    """Of the derivatives on one seed: those of the latent, of what the model returned, and of sums of these."""
+    assert schedule.output is not None
+    terms = schedule.output.terms
+    computed = sum(row[0] is Action.COMPUTE for row in schedule.rows)
+    outputs = 1 + max(int(term[1:]) for term in terms if term != "x")
+    latents = 2 + (outputs + 2) * len(sampler[0].now)
+    return 4 * computed * len(terms) * latents * max(wanted.states[0].numel() for wanted in study.wanted.values())
 
 
 def _rounding(study: OutputStudy) -> float:

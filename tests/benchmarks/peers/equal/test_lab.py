@@ -47,6 +47,13 @@ def test_the_nearest_of_those_that_are_cheap_enough_is_chosen(lab: Lab) -> None:
     assert lab.choose(contender(near, far, dear), 3)[0].label == "dear"
 
 
+def test_a_setting_that_was_chosen_before_is_not_tried_again(lab: Lab) -> None:
+    near, far = setting("near", 0.1, 2), setting("far", 0.2, 1)
+    assert lab.choose(contender(near, far), 2, ("far", 9)) == (far, 9)
+    assert not lab.qualities
+    assert lab.choose(contender(near, far), 2, ("unknown", 9)) == (near, 2)
+
+
 def test_where_no_setting_is_cheap_enough_it_says_so(lab: Lab) -> None:
     with pytest.raises(ValueError, match="a family: no setting of 2 computes 1 steps or fewer"):
         lab.choose(contender(setting("one", 0.1, 2), setting("two", 0.1, 3)), 1)
