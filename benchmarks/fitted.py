@@ -139,11 +139,12 @@ class Bench:
                 budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2, data_range=2.0,
                 inner=self.inner, resume=self.resume, **kind,
             )  # fmt: skip
+        stepwise = {schedule.rows: schedule for schedule in before}
         for share in missing:
-            front.at(budgets[share]).save(paths[share])
-        if family in (UNCACHED, CONVERGED):
-            for share, stepwise in zip(sorted(missing), before, strict=True):  # the tightest budget comes first
-                stepwise.save(self.work / f"{STEPWISE}_{family}_{share}.json")
+            schedule = front.at(budgets[share])
+            schedule.save(paths[share])
+            if family in (UNCACHED, CONVERGED) and schedule.rows in stepwise:
+                stepwise[schedule.rows].save(self.work / f"{STEPWISE}_{family}_{share}.json")
 
     def truth(self, family: str) -> Any:
         """What the weights of a family are fitted to, as `calibrate` takes it."""
