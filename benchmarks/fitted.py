@@ -34,7 +34,7 @@ from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS, Task
 from moeca_compile.planner.output import rule
-from moeca_compile.planner.output.together import fit_together
+from moeca_compile.planner.output.together import FittedTogether, fit_together
 from moeca_compile.schedule import Action, Schedule
 
 WORK = Path("build/fitted")
@@ -180,9 +180,9 @@ class Bench:
 def noted(before: list[Schedule]) -> Iterator[None]:
     """In this context, calibrations note the schedules that they begin to fit together."""
 
-    def noting(study: Any, checking: Any, sampler: Any, start: Schedule, quality: float) -> tuple[float, Schedule]:
+    def noting(study: Any, sampler: Any, start: Schedule) -> FittedTogether | None:
         before.append(start)
-        return fit_together(study, checking, sampler, start, quality)
+        return fit_together(study, sampler, start)
 
     with patch.object(rule, "fit_together", noting):
         yield

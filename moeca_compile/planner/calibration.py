@@ -84,7 +84,7 @@ def calibrate(
         holdout: seeds of the final check alone; a number n means 1000 to 999 + n, and 0 skips the check. No seed may be
             in both sets.
         effort: what the search may sample, in uncached trajectories; default 1.25 per seed. The last round is extra,
-            and so is the fit of the output's weights together: its derivatives cost up to 1.25 times as much in a round
+            and so is the fit of the output's weights together: its derivatives cost up to twice as much in a round
             (another one follows where one gains 1 dB), its rollouts a few trajectories more.
         data_range: of the samples, for the PSNR; None: the range of the uncached samples.
         inner: `inductor` or `eager`, as in `Options`.

@@ -118,28 +118,47 @@ def quality(study: Any, schedule: Schedule, seeds: tuple[int, ...]) -> float:
     return mean_psnr(errors, study.data_range)
 
 
+SEEDS = (0, 1, 2, 3)  # of a study
+OTHERS = (7, 8)  # that nothing is fitted to
+
+
 def test_weights_of_all_computed_steps_come_nearer_to_samples_that_no_fit_has_seen() -> None:
-    """Three of four seeds are fitted to; what is told of the fourth is what a run gives."""
-    study = a_study(lambda sampled, seed: sampled.run(seed))
+    study = a_study(lambda sampled, seed: sampled.run(seed), seeds=(*SEEDS, *OTHERS))
+    study.request.seeds = SEEDS
     sampler, start = sampler_of(study.sampled, 2), a_schedule()
-    before, spent = quality(study, start, (3,)), study.sampled.seconds
-    reached, schedule = fit_together(study, (3,), sampler, start, before)
-    assert reached > before + 3
-    assert quality(study, schedule, (3,)) == pytest.approx(reached, abs=1e-6)
+    before, spent = quality(study, start, OTHERS), study.sampled.seconds
+    found = fit_together(study, sampler, start)
+    assert found is not None
+    assert quality(study, found.schedule, OTHERS) > before + 3
+    assert found.before == pytest.approx(quality(study, start, SEEDS), abs=1e-6)
+    # leave-one-out tells what others give, or less: each fit lacks a seed
+    assert found.before + 3 < found.reached < quality(study, found.schedule, OTHERS) + 1
     assert study.sampled.seconds > spent
-    assert [row[0] for row in schedule.rows] == [row[0] for row in start.rows]
+    assert [row[0] for row in found.schedule.rows] == [row[0] for row in start.rows]
+
+
+def test_a_seed_is_checked_by_weights_that_are_fitted_to_the_others() -> None:
+    study = a_study(lambda sampled, seed: sampled.run(seed))
+    fit = together._Round(study, SEEDS, sampler_of(study.sampled, 2), a_schedule())
+    alone = together._Round(study, SEEDS[:3], sampler_of(study.sampled, 2), a_schedule())
+    for one, other in zip(fit.moved(1e-3, 3).output.weights, alone.moved(1e-3).output.weights, strict=True):
+        assert one == pytest.approx(other, abs=0.02)  # how much a sample counts depends on the others' errors
+    checked = [quality(study, fit.moved(1e-3, seed), (seed,)) for seed in SEEDS]
+    assert fit.checked(study, 1e-3) == pytest.approx(sum(checked) / 4, abs=1e-6)
 
 
 def test_the_start_stays_where_nothing_better_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     study, start = a_study(lambda sampled, seed: sampled.run(seed)), a_schedule()
     sampler = sampler_of(study.sampled, 2)
-    assert fit_together(study, (3,), sampler, start, 150.0) == (150.0, start)  # nothing is better than exact
+    monkeypatch.setattr(together._Round, "checked", lambda self, *_: self.quality + 0.9 * together.LEAST)
+    found = fit_together(study, sampler, start)
+    assert found is not None
+    assert (found.schedule, found.reached) == (start, found.before)
     wrong = [replace(step, keep=0.5) for step in sampler]  # runs by it end elsewhere than the sampler's
-    before = quality(study, start, (3,))
-    assert fit_together(study, (3,), wrong, start, before) == (before, start)
-    study.request.effort = (price(start) - 0.01) / together.SHARE
-    monkeypatch.setattr(study.sampled, "run", None)  # derivatives on one seed would cost too much: nothing runs
-    assert fit_together(study, (3,), sampler, start, before) == (before, start)
+    assert fit_together(study, wrong, start) is None
+    study.request.effort = (2 * price(start) - 0.01) / together.SHARE
+    monkeypatch.setattr(study.sampled, "run", None)  # derivatives on two seeds would cost too much: nothing runs
+    assert fit_together(study, sampler, start) is None
 
 
 def test_derivatives_that_take_too_much_memory_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +169,7 @@ def test_derivatives_that_take_too_much_memory_are_said(monkeypatch: pytest.Monk
     study.request.memory = 4 * 15 * 10 * numbers - 1
     monkeypatch.setattr(study.sampled, "run", None)  # nothing runs
     with pytest.warns(MoecaWarning, match=rf"derivatives take {4 * 15 * 10 * numbers} bytes, and memory="):
-        assert fit_together(study, (3,), sampler, start, 20.0) == (20.0, start)
+        assert fit_together(study, sampler, start) is None
 
 
 def under_autocast(model: Any, seed: int) -> torch.Tensor:
@@ -162,25 +181,25 @@ def test_a_model_that_runs_under_the_samplers_autocast_only(recwarn: pytest.Warn
     """Its weights are in bfloat16, its inputs in float32; derivatives are taken above that rounding."""
     study = a_study(lambda sampled, seed: sampled.run(seed), Velocity().bfloat16().eval(), under_autocast)
     sampler, start = sampler_of(study.sampled, 2), a_schedule()
-    before = quality(study, start, (3,))
-    reached, schedule = fit_together(study, (3,), sampler, start, before)
-    assert reached > before + 2
-    assert quality(study, schedule, (3,)) == pytest.approx(reached, abs=1e-6)
+    found = fit_together(study, sampler, start)
+    assert found is not None
+    assert found.reached > found.before + 2
+    assert quality(study, found.schedule, SEEDS) > found.before + 2
     assert not [one for one in recwarn if "fitted together" in str(one.message)]
 
 
 def test_a_model_that_fails_outside_the_samplers_loop_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     study, start = a_study(lambda sampled, seed: sampled.run(seed)), a_schedule()
-    sampler, before = sampler_of(study.sampled, 2), quality(study, start, (3,))
+    sampler = sampler_of(study.sampled, 2)
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("no such adapter")
 
     monkeypatch.setattr(RecordedCalls, "model", fail)
     with pytest.warns(MoecaWarning, match="aren't fitted together, .* outside the sampler's loop: no such adapter"):
-        assert fit_together(study, (3,), sampler, start, before) == (before, start)
+        assert fit_together(study, sampler, start) is None
     monkeypatch.setattr(RecordedCalls, "model", lambda self, step, latent: (latent * float("nan"),) * 2)
-    assert fit_together(study, (3,), sampler, start, before) == (before, start)
+    assert fit_together(study, sampler, start) is None
 
 
 def test_the_price_is_what_the_derivatives_call(monkeypatch: pytest.MonkeyPatch) -> None:

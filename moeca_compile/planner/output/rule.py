@@ -1,8 +1,8 @@
 """The last part of a calibration with granularity `output`: the plan's weights fitted, and what they give measured.
 
 Fits propose which steps compute the model and which terms are weighed; rollouts decide. Weights are fitted to three of
-four seeds, and the others decide, so that no choice is made by seeds that a fit has seen. At the end the weights
-of all computed steps are fitted together; where that is no better, the last fit of step by step takes all seeds.
+four seeds, and the others decide, so that no choice is made by seeds that a fit has seen. The last fit takes all seeds,
+and at the end the weights of all computed steps are fitted together.
 """
 
 from __future__ import annotations
@@ -99,13 +99,14 @@ class OutputRuleSearch:
         return self._fitted_together(schedule, *self._moved(schedule, self._improved(schedule, best)))
 
     def _fitted_together(self, schedule: Schedule, plan: Plan, grid: Grid) -> Schedule:
-        """The schedule of a plan, with its weights fitted together, or to all seeds if that is no better."""
-        start, quality = self._schedule(schedule, plan, grid, grid.grams.fitted), self._quality(schedule, plan, grid)
+        """The schedule of a plan, fitted to all seeds, and its weights together if that is better."""
+        start = self._schedule(schedule, plan, grid, grid.grams.all)
         self.study.report_progress("all weights fitted together", 0.97)
-        reached, together = fit_together(self.study, self.checking, grid.sampler, start, quality)
-        self.tried |= {"tried fitted step by step": quality, "tried fitted together": reached}
-        # the last fit of step by step takes the other seeds, too; that of all weights has seen enough of them
-        return together if reached > quality else self._schedule(schedule, plan, grid, grid.grams.all)
+        found = fit_together(self.study, grid.sampler, start)
+        if found is None:
+            return start
+        self.tried |= {"tried fitted step by step": found.before, "tried fitted together": found.reached}
+        return found.schedule
 
     def _raced(self, plan: Plan) -> list[Plan]:
         """The best other plans that the search rolled out, with no more computed steps than a plan."""

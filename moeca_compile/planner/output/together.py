@@ -12,7 +12,7 @@ Bespoke Non-Stationary Solvers, ICML 2024.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,57 +28,75 @@ from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy, psnr_to_wanted
 from moeca_compile.schedule import Action, Schedule
 
-SHARE = 1.25  # of the calibration's `effort`: what the derivatives of a round may cost
+SHARE = 2.0  # of the calibration's `effort`: what the derivatives of a round may cost
 ROUNDS = 3
 AGAIN = 1.0  # dB: a round that gains less is the last one
-DAMPING = (1e-5, 1e-3, 1e-1)  # of a derivative's square, that rollouts decide between
-LEAST = 0.05  # dB that the fit must gain on the seeds that decide
+DAMPING = (1e-4, 1e-2)  # of a derivative's square, that rollouts decide between
+LEAST = 0.05  # dB that a round must gain
 NEAR = 0.3  # of the samples' error: how far the emulated run may end from the sampler's
 EVEN = 0.02  # of the median error, added to each: a sample that is exact doesn't decide alone
 
 
-def fit_together(
-    study: OutputStudy, checking: Sequence[int], sampler: Sequence[SamplerStep], start: Schedule, quality: float
-) -> tuple[float, Schedule]:  # fmt: skip
-    """A schedule with weights that bring the samples nearer, as far as rollouts on other seeds find so.
+@dataclass(frozen=True)
+class FittedTogether:
+    """A fit of all weights.
+
+    Attributes:
+        schedule: with the weights that are better by rollouts.
+        before: of the weights that it began with, mean PSNR in dB.
+        reached: of the best weights, likewise, on seeds that they aren't fitted to (leave-one-out).
+    """
+
+    schedule: Schedule
+    before: float
+    reached: float
+
+
+def fit_together(study: OutputStudy, sampler: Sequence[SamplerStep], start: Schedule) -> FittedTogether | None:
+    """A schedule with weights that bring the samples nearer, as far as rollouts find so.
+
+    Whether a round is better, and how far it goes, is decided seed by seed: the weights are fitted to the others, and
+    run on that one. Then they are fitted to all. Source: Stone, Cross-Validatory Choice and Assessment of Statistical
+    Predictions, J. R. Stat. Soc. B 36 (1974).
 
     Args:
         study: has sampled its seeds.
-        checking: the seeds that weights aren't fitted to, unless those are all.
         sampler: the update of each step.
         start: a schedule with an output rule.
-        quality: of `start` on the checking seeds, mean PSNR in dB.
 
     Returns:
-        The best quality, and the schedule that has it. `start`, where none is better, where the derivatives on one
-        seed cost more than `SHARE` of the effort, or where the sampler's steps can't be emulated.
+        None: the derivatives on two seeds cost more than `SHARE` of the effort or take more memory than is allowed, or
+        the sampler's steps can't be emulated.
     """
-    fitting = [seed for seed in study.request.seeds if seed not in checking] or list(study.request.seeds)
-    fitting = fitting[: int(SHARE * study.request.effort / price(start))]
-    if fitting and (size := _bytes(study, sampler, start)) > study.request.memory:
+    seeds = study.request.seeds[: int(SHARE * study.request.effort / price(start))]
+    if len(seeds) < 2:
+        return None
+    if (size := _bytes(study, sampler, start)) > study.request.memory:
         warn(
             f"calibrate: the weights aren't fitted together: their derivatives take {size} bytes, and memory="
             f"{study.request.memory} are allowed. Raise memory, or take fewer samples a seed"
         )
-        return quality, start
-    best = quality, start
-    rounding = _rounding(study)
-    for _ in range(ROUNDS if fitting else 0):
-        begin = best
+        return None
+    found: FittedTogether | None = None
+    for _ in range(ROUNDS):
         try:
-            normal = _Equations(study, fitting, sampler, begin[1], rounding)
+            fit = _Round(study, seeds, sampler, start)
         except (RuntimeError, TypeError, ValueError) as error:
             warn(
                 f"calibrate: the weights aren't fitted together, as the model fails outside the sampler's loop: {error}"
             )
             break
-        for damping in DAMPING if normal.is_emulated else ():
-            schedule = normal.moved(damping)
-            reached = psnr_to_wanted(study, ((seed, study.sampled.run(seed, schedule)) for seed in checking))
-            best = max(best, (reached, schedule), key=lambda pair: pair[0])
-        if best[0] < begin[0] + AGAIN:
+        if not fit.is_emulated:
             break
-    return best if best[0] >= quality + LEAST else (quality, start)
+        found = found or FittedTogether(start, fit.quality, fit.quality)
+        reached, damping = max((fit.checked(study, damping), damping) for damping in DAMPING)
+        if reached < fit.quality + LEAST:
+            break
+        start = fit.moved(damping)
+        found = replace(found, schedule=start, reached=reached)
+        if reached < fit.quality + AGAIN:
+            break
+    return found
 
 
 def price(schedule: Schedule) -> float:
@@ -105,55 +123,68 @@ def _rounding(study: OutputStudy) -> float:
     return max((torch.finfo(weight.dtype).eps for weight in weights if weight.is_floating_point()), default=0.0)
 
 
-class _Equations:
-    """One Gauss-Newton step, over some seeds: runs them, and sums up the normal equations.
+class _Round:
+    """The normal equations of one Gauss-Newton step, seed by seed.
 
     Attributes:
+        quality: of the schedule, mean PSNR in dB.
         is_emulated: the emulated runs end where the sampler's do, and all is finite. If not, nothing else holds.
     """
 
     def __init__(
-        self, study: OutputStudy, seeds: Sequence[int], sampler: Sequence[SamplerStep], schedule: Schedule,
-        rounding: float,
+        self, study: OutputStudy, seeds: Sequence[int], sampler: Sequence[SamplerStep], schedule: Schedule
     ) -> None:  # fmt: skip
-        self.schedule, self.is_emulated = schedule, True
-        runs = [_run(study, seed, schedule) for seed in seeds]
+        self.schedule, self.is_emulated, self.rounding = schedule, True, _rounding(study)
+        runs = {seed: _run(study, seed, schedule) for seed in seeds}
+        self.quality = psnr_to_wanted(study, ((seed, path.samples) for seed, (_, path, _) in runs.items()))
         clock = study.sampled.clock()
-        errors = torch.cat([miss.square().mean(1) for *_, miss in runs])
+        errors = torch.cat([miss.square().mean(1) for *_, miss in runs.values()])
         inverse = 1 / (errors + EVEN * errors.median()).clamp_min(1e-30)
-        shares = (inverse / inverse.mean()).split([len(miss) for *_, miss in runs])
-        self.normal: Array = np.zeros(())
-        self.right: Array = np.zeros(())
-        for (calls, path, miss), share in zip(runs, shares, strict=True):
-            self._add(sampler, calls, path, miss, share, rounding)
+        shares = (inverse / inverse.mean()).split([len(miss) for *_, miss in runs.values()])
+        self.equations: dict[int, tuple[Array, Array]] = {}
+        for (seed, run), share in zip(runs.items(), shares, strict=True):
+            self.equations[seed] = self._equations(sampler, *run, share)
+            self.is_emulated &= all(np.isfinite(side).all() for side in self.equations[seed])
             if not self.is_emulated:
                 break
         study.sampled.seconds += study.sampled.clock() - clock
-        self.is_emulated &= bool(np.isfinite(self.normal).all() and np.isfinite(self.right).all())
 
-    def _add(
-        self, sampler: Sequence[SamplerStep], calls: RecordedCalls, path: Path, miss: Tensor, share: Tensor,
-        rounding: float,
-    ) -> None:  # fmt: skip
-        """Those of a seed. `share`: how much each sample counts."""
+    def _equations(
+        self, sampler: Sequence[SamplerStep], calls: RecordedCalls, path: Path, miss: Tensor, share: Tensor
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Both sides, of a seed. `share`: how much each sample counts."""
         rule = self.schedule.output
         assert rule is not None
         with torch.no_grad():
             emulated = EmulatedSampler(sampler, rule.terms, calls)
-            end, self.places, found = derivatives(emulated, path.states[0], rule.weights, rounding)
+            end, self.places, found = derivatives(emulated, path.states[0], rule.weights, self.rounding)
         off = (end - path.samples).flatten(1).double()
         self.is_emulated &= bool(off.norm() <= NEAR * miss.norm())
+        normal, right = np.zeros((len(found), len(found))), np.zeros(len(found))
         for sample, weight in enumerate(share.tolist()):
             own = found[:, sample].flatten(1).double()
-            self.normal = self.normal + weight * (own @ own.T).numpy()
-            self.right = self.right + weight * (own @ miss[sample]).numpy()
+            normal += weight * (own @ own.T).numpy()
+            right += weight * (own @ miss[sample]).numpy()
+        return normal, right
 
-    def moved(self, damping: float) -> Schedule:
-        """The schedule after a step of Gauss-Newton. `damping`: relative to the squares of the derivatives."""
+    def checked(self, study: OutputStudy, damping: float) -> float:
+        """The quality on each seed of the weights that are fitted to the others, mean PSNR in dB."""
+        runs = ((seed, study.sampled.run(seed, self.moved(damping, seed))) for seed in self.equations)
+        return psnr_to_wanted(study, runs)
+
+    def moved(self, damping: float, without: int | None = None) -> Schedule:
+        """The schedule after the step.
+
+        Args:
+            damping: relative to the squares of the derivatives.
+            without: a seed that isn't fitted to.
+        """
         assert self.schedule.output is not None
-        scale = np.sqrt(np.diag(self.normal).clip(1e-300))
-        scaled = self.normal / np.outer(scale, scale) + damping * np.eye(len(scale))
-        moves = np.linalg.lstsq(scaled, self.right / scale, rcond=None)[0] / scale
+        fitted = [equations for seed, equations in self.equations.items() if seed != without]
+        normal, right = (np.sum(sides, axis=0) for sides in zip(*fitted, strict=True))
+        scale = np.sqrt(np.diag(normal).clip(1e-300))
+        scaled = normal / np.outer(scale, scale) + damping * np.eye(len(scale))
+        moves = np.linalg.lstsq(scaled, right / scale, rcond=None)[0] / scale
         rows = [list(row) for row in self.schedule.output.weights]
         for (step, term), move in zip(self.places, moves.tolist(), strict=True):
             rows[step][term] += move
