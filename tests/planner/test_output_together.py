@@ -62,16 +62,6 @@ def emulated_of(sample: Any, parts: int, schedule: Schedule) -> tuple[SampledMod
 
 
 @pytest.mark.parametrize(("sample", "parts", "terms"), SAMPLERS)
-def test_the_emulated_run_is_the_samplers_own(sample: Any, parts: int, terms: tuple[str, ...]) -> None:
-    schedule = a_schedule(terms)
-    _, emulated, path = emulated_of(sample, parts, schedule)
-    with torch.no_grad():
-        states = emulated.run(path.states[0], schedule.output.weights)
-    for state, latent in zip(states, path.states, strict=True):
-        torch.testing.assert_close(state.latent, latent, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("sample", "parts", "terms"), SAMPLERS)
 def test_derivatives_are_those_of_real_runs(
     sample: Any, parts: int, terms: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

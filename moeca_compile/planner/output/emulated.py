@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.engine.output_program import OutputProgram
-from moeca_compile.planner.output.fit import Weights, term_parts
+from moeca_compile.planner.output.fit import term_parts
 from moeca_compile.planner.output.paths import is_doubled
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.rollout import Call
@@ -112,21 +112,6 @@ class EmulatedSampler:
     def computes(self, step: int) -> bool:
         """Whether the run that was recorded computed the model at a step."""
         return step in self.calls.calls
-
-    def run(self, latent: Tensor, weights: Weights) -> list[State]:
-        """The states before the first step and after each step.
-
-        Args:
-            latent: the first one [N, C, ...] float32.
-            weights: of all steps.
-        """
-        states = [State(latent)]
-        for step, row in enumerate(weights):
-            state = states[-1]
-            if self.computes(step):
-                state = self.after_call(state, self.calls.model(step, state.latent))
-            states.append(self.moved(step, state, row))
-        return states
 
     def after_call(self, state: State, output: Parts) -> State:
         """The state with what the model returned, as far as later steps weigh it."""
