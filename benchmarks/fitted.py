@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,12 +90,23 @@ class Bench:
         work.mkdir(parents=True, exist_ok=True)
 
     def schedule(self, share: int, family: str) -> Schedule:
-        """A known schedule, or a calibrated one. `family`: `REGIONS`; the truth of the weights; or `TIMES`, fitted to
-        the converged truth with the timesteps searched."""
+        """A known schedule, or a calibrated one.
+
+        Args:
+            share: of the steps, in percent.
+            family: `REGIONS`; the truth of the weights, also after `STEPWISE`; or `TIMES`, fitted to the converged
+                truth with the timesteps searched.
+
+        Raises:
+            ValueError: what `calibrate` gave has no weights, and so none of step by step.
+        """
         if self.known(share, family) is None:
             self._calibrate(family)
         path = self.known(share, family)
-        assert path is not None
+        if path is None:
+            raise ValueError(
+                f"{self.task.name}: calibrate fitted no weights for {share} %, so there are none step by step"
+            )
         return Schedule.load(path)
 
     def known(self, share: int, family: str) -> Path | None:
@@ -118,10 +130,11 @@ class Bench:
 
     def _calibrate(self, family: str) -> None:
         """Save the schedules of a family, for all shares that lack one."""
-        size, paths = self.size, {share: self.work / f"{family}_{share}.json" for share in self.size.shares}
-        missing = [share for share in paths if self.known(share, family) is None]
+        size = self.size
+        missing = [share for share in size.shares if self.known(share, family) is None]
+        family = family.removeprefix(f"{STEPWISE}_")  # both come from one calibration
         # half a step more than the computed ones, for what cheap steps cost
-        budgets = {share: f"macs:{(round(share * size.steps / 100) + 0.5) / size.steps:.4f}" for share in paths}
+        budgets = {share: f"macs:{(round(share * size.steps / 100) + 0.5) / size.steps:.4f}" for share in missing}
 
         def calibrated_on(model: Any, seed: int, steps: int = size.steps) -> Tensor:
             return self.task.sampler(size.samples, steps)(model, seed)
@@ -142,7 +155,7 @@ class Bench:
         stepwise = {schedule.rows: schedule for schedule in before}
         for share in missing:
             schedule = front.at(budgets[share])
-            schedule.save(paths[share])
+            schedule.save(self.work / f"{family}_{share}.json")
             if family in (UNCACHED, CONVERGED) and schedule.rows in stepwise:
                 stepwise[schedule.rows].save(self.work / f"{STEPWISE}_{family}_{share}.json")
 
@@ -151,8 +164,8 @@ class Bench:
         return family
 
     def samples(self, name: str, schedule: Schedule | None = None, order: str = "euler") -> Tensor:
-        """The held-out samples; kept in a file of that name, which grows by a seed at a time."""
-        path, size = self.work / f"{name}.pt", self.size
+        """The held-out samples; kept in a file of that name and schedule, which grows by a seed at a time."""
+        path, size = self.work / (f"{name}.pt" if schedule is None else f"{name}_{mark_of(schedule)}.pt"), self.size
         images = list(torch.load(path).split(size.batch)) if path.exists() else []
         if len(images) < size.held_out:
             model = self._model(schedule)
@@ -186,6 +199,11 @@ def noted(before: list[Schedule]) -> Iterator[None]:
 
     with patch.object(rule, "fit_together", noting):
         yield
+
+
+def mark_of(schedule: Schedule) -> str:
+    """Short, and another one for another schedule."""
+    return sha256(schedule.to_json().encode()).hexdigest()[:8]
 
 
 def computed(schedule: Schedule) -> int:

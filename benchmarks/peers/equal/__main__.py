@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks import fitted
 from benchmarks.peers.equal import page, roster
 from benchmarks.peers.equal.lab import Size
-from benchmarks.peers.equal.measure import Bench, measure
+from benchmarks.peers.equal.measure import Bench, measure, settings_of
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS
 
@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="contenders whose kind or name begins so; default all")
     parser.add_argument("--held-out", type=int, help="seeds that are drawn now; default all")
     parser.add_argument("--counts", type=int, nargs="+", help="evaluations that are drawn now; default all")
-    parser.add_argument(
-        "--as-before", action="store_true", help="in the settings of the known result, where it has them"
-    )
+    parser.add_argument("--as-before", action="store_true", help="settings aren't chosen anew, but those of the result")
     parser.add_argument("--report", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
@@ -63,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = args.work or Path(task.results_of(str(WORK)))
     ours = fitted.Bench(of_ours, args.fitted or fitted.WORK / task.name, task)
     console, out = Console(width=180), folder_of(args)
-    lines = json.loads((RESULTS / f"{name}.json").read_text())["lines"] if args.as_before else ()
-    before = {(line["name"], line["count"]): (line["setting"], line["tried"]) for line in lines}
-    bench = Bench(size, work, ours, before)
+    before = json.loads((RESULTS / f"{name}.json").read_text()) if args.as_before else {"lines": ()}
+    bench = Bench(size, work, ours, settings_of(before))
     chosen = [
         contender
         for contender in roster.contenders()

@@ -151,7 +151,7 @@ class Lab:
         flat = {truth: torch.stack([output.flatten() for output in run[1]]) for truth, run in self.recorded.items()}
         return {truth: (outputs.double() @ outputs.double().T).numpy() for truth, outputs in flat.items()}
 
-    def choose(self, contender: Contender, count: int, known: tuple[str, int] = ("", 0)) -> tuple[Setting, int]:
+    def choose(self, contender: Contender, count: int, known: Sequence[Any] = ("", 0)) -> tuple[Setting, int]:
         """The best setting of at most `count` evaluations, and among how many.
 
         Args:

@@ -27,7 +27,7 @@ REGIONS, POLYNOMIAL = "regions, polynomial", "output, polynomial"
 OURS = (*BEST.values(), REGIONS, POLYNOMIAL)
 
 Line = Mapping[str, Any]  # the figures of one contender at one number of evaluations
-Chosen = Mapping[tuple[str, int], tuple[str, int]]
+Chosen = Mapping[str, Sequence[Any]]  # as `settings_of` gives it
 Drawn = dict[str, Any]  # images of a seed, with the setting, how many were tried, evaluations and share of the MACs
 
 
@@ -35,7 +35,7 @@ class Bench:
     """Samples of ours and of the peers."""
 
     def __init__(self, size: Size, work: Path, ours: fitted.Bench, chosen: Chosen = MappingProxyType({})) -> None:
-        """`chosen`: by name and number of evaluations, the label of a known setting, and among how many it was best."""
+        """`chosen`: settings that are known."""
         self.size, self.work, self.fitted, self.chosen = size, work, ours, chosen
         work.mkdir(parents=True, exist_ok=True)
 
@@ -52,7 +52,7 @@ class Bench:
         missing = [seed for seed in self._seeds() if not self._file(contender, count, seed).exists()]
         if not missing:
             return
-        setting, tried = self.lab.choose(contender, count, self.chosen.get((contender.name, count), ("", 0)))
+        setting, tried = self.lab.choose(contender, count, self.chosen.get(key_of(contender.name, count), ("", 0)))
         for seed in missing:
             task, samples = self.fitted.task, self.size.batch
             images = setting.draw(Batch(task.noise(seed, samples), task.labels_of(seed, samples)))
@@ -84,6 +84,10 @@ class Bench:
             schedule = fitted.replace(schedule, output=None)
         return self.fitted.samples(f"{slug}_{SHARES[count]}", schedule)
 
+    def marks(self, count: int) -> dict[str, str]:
+        """By truth, of our schedules."""
+        return {truth: fitted.mark_of(self.fitted.schedule(int(SHARES[count]), truth)) for truth in BEST}
+
     def has_regions(self, count: int) -> bool:
         """Whether a schedule of regions is committed, or was calibrated by an earlier run."""
         return self.fitted.known(int(SHARES[count]), fitted.REGIONS) is not None
@@ -110,7 +114,12 @@ def measure(
         levels = psnr(bench.truths[UNCACHED], bench.truths[CONVERGED])
         known = {**known, "uncached_to_converged_db": [round(figure, 3) for figure in interval(levels)]}
     ours = [{**one, "when": when(machine())} for one in _ours(bench)]
-    known = {**known, "lines": merged(known.get("lines", ()), ours)}
+    lines, settings = known.get("lines", ()), settings_of(known)
+    counts = bench.size.counts
+    left = [line for line in lines if line["count"] not in counts or line.get("ours") == bench.marks(line["count"])]
+    console.print(f"{len(lines) - len(left)} lines were compared with other schedules, and are left out", style="dim")
+    known = {**known, "settings": settings, "lines": merged(left, ours)}
+    yield dict(known)
     for contender in chosen:
         for count in bench.size.counts:
             bench.draw(contender, count)
@@ -118,6 +127,20 @@ def measure(
             console.print(line, highlight=False)
             known = {**known, "lines": merged(known["lines"], [{**line, "when": when(machine())}])}
             yield dict(known)
+
+
+def settings_of(result: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The peers' settings of a result, by name and number of evaluations: each a label, and among how many it was best.
+    Also those of lines that were left out."""
+    peers = [line for line in result.get("lines", ()) if line["kind"] != "moeca"]
+    return result.get("settings", {}) | {
+        key_of(line["name"], line["count"]): [line["setting"], line["tried"]] for line in peers
+    }
+
+
+def key_of(name: str, count: int) -> str:
+    """Of a contender at a number of evaluations, in `settings`."""
+    return f"{name}, {count}"
 
 
 def merged(known: Sequence[Line], new: Sequence[Line]) -> list[Line]:
@@ -160,7 +183,7 @@ def _line(bench: Bench, contender: Contender, count: int) -> dict[str, Any]:
 
 
 def _with_qualities(bench: Bench, images: Tensor, count: int, head: dict[str, Any]) -> dict[str, Any]:
-    """`lead_db`: of our schedule that is fitted to that truth over this one, digit by digit."""
+    """`lead_db`: of our schedule that is fitted to that truth over this one, digit by digit; `ours`: which ones."""
     qualities = {truth: psnr(images, samples[: len(images)]) for truth, samples in bench.truths.items()}
     ours = {
         truth: psnr(bench.ours(BEST[truth], count)[: len(images)], bench.truths[truth][: len(images)]) for truth in BEST
@@ -169,6 +192,7 @@ def _with_qualities(bench: Bench, images: Tensor, count: int, head: dict[str, An
         **head,
         "count": count,
         "digits": len(images),
+        "ours": bench.marks(count),
         "psnr_db": {truth: [round(figure, 3) for figure in interval(levels)] for truth, levels in qualities.items()},
         "worst_5_percent_db": {truth: round(worst(levels), 3) for truth, levels in qualities.items()},
         "lead_db": {

@@ -21,7 +21,7 @@ from moeca_compile.planner.output.emulated import EmulatedSampler, Parts, State
 from moeca_compile.planner.output.fit import Weights
 
 DIRECTIONS = 6  # at each computed step, for each sample
-CHANGE = 1e-2  # of the latent along a direction, relative to the first latent; at least the root of the rounding
+CHANGE = 1e-2  # of the latent of a step, along a direction; at least the root of the rounding
 TINY = 1e-12
 
 Place = tuple[int, int]  # of a weight: its step, and the number of its term
@@ -41,13 +41,13 @@ def derivatives(
     Returns:
         The final latents [N, C, ...]; the weights' places; and the derivatives [places, N, C, ...] float32.
     """
-    size = max(CHANGE, math.sqrt(max(rounding, emulated.calls.rounding))) * float(latent.square().mean().sqrt())
+    share = max(CHANGE, math.sqrt(max(rounding, emulated.calls.rounding)))
     state, change = State(latent), State(latent.new_zeros(0, *latent.shape))
     places: list[Place] = []
     for step, row in enumerate(weights):
         if emulated.computes(step):
             output = emulated.calls.model(step, state.latent)
-            responses = _responses(emulated, step, state.latent, output, change.latent, size)
+            responses = _responses(emulated, step, state.latent, output, change.latent, share)
             state, change = emulated.after_call(state, output), emulated.after_call(change, responses)
         values = emulated.values(step, state)
         state, change = emulated.moved(step, state, row), emulated.moved(step, change, row)
@@ -75,7 +75,7 @@ def _with_weights(change: State, values: Sequence[Sequence[Tensor]], effect: Cal
 
 
 def _responses(
-    emulated: EmulatedSampler, step: int, latent: Tensor, output: Parts, changes: Tensor, size: float
+    emulated: EmulatedSampler, step: int, latent: Tensor, output: Parts, changes: Tensor, share: float
 ) -> Parts:  # fmt: skip
     """How what the model returns changes with each derivative of its latent.
 
@@ -85,7 +85,7 @@ def _responses(
         latent: of the step [N, C, ...].
         output: what the model returned, by part.
         changes: of the latent, by weight [weights, N, C, ...].
-        size: root mean square of the change that is tried.
+        share: of the latent, that is tried as a change.
 
     Returns:
         By part, the derivatives [weights, N, C, ...].
@@ -100,7 +100,7 @@ def _responses(
     directions = (vectors.mT @ scaled).transpose(0, 1).reshape(-1, *latent.shape)
     measured = []
     for direction in directions:
-        change = size / _root_mean_square(direction).clamp_min(TINY)
+        change = share * _root_mean_square(latent).clamp_min(TINY) / _root_mean_square(direction).clamp_min(TINY)
         moved = emulated.calls.model(step, latent + change * direction)
         measured.append([(after - before) / change for after, before in zip(moved, output, strict=True)])
     mixed = (sizes * vectors).to(latent)

@@ -5,8 +5,10 @@ The user's own sampler is closed. In this run of the same steps, derivatives can
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.rollout import Call
 
 Parts = tuple[Tensor, ...]  # of the guidance: one, or two
+
+
+class CallFailed(Exception):
+    """The model can't be called outside the sampler's loop."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,20 @@ class RecordedCalls:
 
         Returns:
             The parts [N, C, ...] float32; channels past the latent's, of a learned variance, are left out.
+
+        Raises:
+            CallFailed: the model raises an error; it may need what the sampler sets around its calls.
         """
         parts: list[Tensor] = []
         for program, args, doubled in self.calls[step]:
             place, given = program.latent, list(args)
             assert place is not None
             given[place] = (torch.cat([latent, latent]) if doubled else latent).to(args[place])
-            with torch.autocast(**self.autocast):
-                output = program.call.run(given)[0]
+            try:
+                with torch.autocast(**self.autocast):
+                    output = program.call.run(given)[0]
+            except Exception as error:
+                raise CallFailed(str(error)) from error
             parts += output.detach().to(latent)[:, : latent.shape[1]].chunk(1 + doubled)
         return tuple(parts)
 
@@ -128,7 +140,9 @@ class EmulatedSampler:
         """
         sampler = self.sampler[step]
         weighed = [(weight, term) for weight, term in zip(row, self.values(step, state), strict=True) if term]
-        returned = tuple(_total(weight * term[part] for weight, term in weighed) for part in range(len(sampler.now)))
+        returned = tuple(
+            reduce(operator.add, (weight * term[part] for weight, term in weighed)) for part in range(len(sampler.now))
+        )
         latent = sampler.constant(state.latent, state.last) + sampler.effect(returned)
         return State(latent, returned, state.outputs)
 
@@ -136,10 +150,3 @@ class EmulatedSampler:
         """The parts of each term; empty where its output isn't there yet."""
         count = len(self.sampler[step].now)
         return [term_parts(name, state.latent, state.outputs, count) for name in self.terms]
-
-
-def _total(tensors: Iterable[Tensor]) -> Tensor:
-    first, *others = tensors
-    for other in others:
-        first = first + other
-    return first

@@ -39,7 +39,7 @@ class Form:
 
 RESPONSES = (0.1, 1.0, 10.0, 100.0)  # that rollouts decide between
 SAMPLES_PER_TERM = 2  # at least; each has thousands of numbers
-NOTHING = 1e-13  # of the greatest term's square
+NOTHING = 1e-13  # of the greatest square: what rounding in float32 leaves
 FLOOR = 1e-8  # of a term's mean square, that holds its weight back in any case
 
 
@@ -157,15 +157,23 @@ class OutputFit:
         products = columns @ gram.products
         normal, right = products @ columns.T, products @ (gram.vector("wanted", step + 1) - constant)
         expected = np.array([_error(name, outputs) for name in terms]) * gram.numbers * self.gains[step]
-        squares = np.diag(normal)
-        # a term that is nothing but rounding, such as the difference of parts that are alike, gets no weight
-        scale = np.where(squares > NOTHING * squares.max(), np.sqrt(squares.clip(0.0)), np.inf)
+        scale = scales(np.diag(normal))
         scaled = normal / np.outer(scale, scale) + np.diag(form.response * expected / scale**2 + FLOOR)
         solved = dict(zip(terms, (np.linalg.solve(scaled, right / scale) / scale).tolist(), strict=True))
         returned = [sum(solved[name] * term[part] for name, term in terms.items()) for part in parts]
         latent = constant + sampler.effect(returned)
         row = tuple(solved.get(name, 0.0) for name in form.terms)
         return row, _Place(latent, returned, outputs)
+
+
+def scales(squares: Array) -> Array:
+    """The units of weights in which their effects are alike. Infinite where the effect is nothing but rounding, as that
+    of the difference of parts that are alike: such a term gets no weight.
+
+    Args:
+        squares: of the effects [weights].
+    """
+    return np.where(squares > NOTHING * squares.max(), np.sqrt(squares.clip(0.0)), np.inf)
 
 
 def term_parts(name: str, latent: Value, outputs: Sequence[Sequence[Value]], parts: int) -> Sequence[Value]:
