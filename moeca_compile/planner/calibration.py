@@ -84,9 +84,9 @@ def calibrate(
         holdout: seeds of the final check alone; a number n means 1000 to 999 + n, and 0 skips the check. No seed may be
             in both sets.
         effort: what the search may sample, in uncached trajectories; default 1.25 per seed. The last round is extra,
-            and so is the fit of the output's weights together: its derivatives cost up to twice `effort` in a round, its
-            rollouts about half of it; where a round gains 1 dB another one follows, up to three. It is left out where
-            `effort` doesn't pay for two seeds.
+            and so is the fit of the output's weights together: its derivatives cost up to twice `effort` in a round,
+            its rollouts about half of it; where a round gains 1 dB another one follows, up to three. It is left out
+            where `effort` doesn't pay for two seeds.
         data_range: of the samples, for the PSNR; None: the range of the uncached samples.
         inner: `inductor` or `eager`, as in `Options`.
         resume: a folder for the results, so that an interrupted calibration resumes and another budget or order reuses
@@ -111,8 +111,8 @@ def calibrate(
             must take a keyword `steps` (six more trajectories a seed). If it also takes `timesteps`, these are
             searched, which costs a few trajectories in all. A schedule fitted to anything but `uncached` also corrects
             the error of the solver's own steps, so its samples differ from the uncached ones. Steps and terms are
-            chosen by weights fitted to three of four seeds. With other granularities nothing is fitted: the search compares its rollouts with the truth, and
-            `psnr:` in a budget limits the PSNR to it.
+            chosen by weights fitted to three of four seeds. With other granularities nothing is fitted: the search
+            compares its rollouts with the truth, and `psnr:` in a budget limits the PSNR to it.
         quality: what the rollouts compare plans by, in place of the PSNR: a function (samples, wanted) -> one number a
             sample, higher is better; both are float32 tensors on the CPU. The search takes differences of 0.5 for
             small, as they are in dB, so scale it (10 times the logarithm of a distance, for example). Then `psnr:` in a
@@ -126,11 +126,12 @@ def calibrate(
         search's seeds), `psnr_db_holdout`, `latency_fraction` (with a latency budget), `trajectories` (the cost of the
         calibration, in uncached trajectories, without compiling), and for each family of schedules the best PSNR that
         it reached on the seeds it ran on (`tried uniform order-2`, ...; `tried own timesteps` and `tried searched
-        timesteps` are to the converged samples; `tried fitted step by step` and `tried fitted together` to the truth, on
-        the seeds that both are fitted to, the latter seed by seed without its share in the last step). With a `truth` of one's own, `psnr_db` and `psnr_db_holdout` stay
-        those to the uncached samples; `psnr_db_given` and `psnr_db_given_holdout` are those to the truth,
-        `uncached_psnr_db_given` and `uncached_psnr_db_given_holdout` those of the uncached run to it, and the `tried`
-        ones are to the truth. (Granularity `output` has those of the held-out seeds alone.)
+        timesteps` are to the converged samples; `tried fitted step by step` and `tried fitted together` to the truth,
+        on the seeds that both are fitted to, the latter seed by seed without its share in the last step). With a
+        `truth` of one's own, `psnr_db` and `psnr_db_holdout` stay those to the uncached samples; `psnr_db_given` and
+        `psnr_db_given_holdout` are those to the truth, `uncached_psnr_db_given` and `uncached_psnr_db_given_holdout`
+        those of the uncached run to it, and the `tried` ones are to the truth. (Granularity `output` has those of the
+        held-out seeds alone.)
 
     Raises:
         ScheduleError: the budget can't be read, or no schedule fits it (the message gives the nearest budget that one

@@ -1,7 +1,8 @@
 """The last part of a calibration with granularity `output`: the plan's weights fitted, and what they give measured.
 
 Fits propose which steps compute the model and which terms are weighed; rollouts decide. Weights are fitted to three of
-four seeds, and the others decide about steps and terms. The last fit takes all seeds, and at the end the weights of all computed steps are fitted together.
+four seeds, and the others decide about steps and terms. The last fit takes all seeds, and at the end the weights of all
+computed steps are fitted together.
 """
 
 from __future__ import annotations
