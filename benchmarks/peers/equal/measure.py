@@ -107,18 +107,15 @@ def measure(
     Args:
         bench: where samples are drawn and kept.
         chosen: whose figures are new.
-        known: an earlier result, whose figures of other peers stay; or nothing.
+        known: an earlier result, whose figures of other peers stay, with their leads over our schedules of then; or
+            nothing.
         console: where each line is told.
     """
     if "uncached_to_converged_db" not in known:
         levels = psnr(bench.truths[UNCACHED], bench.truths[CONVERGED])
         known = {**known, "uncached_to_converged_db": [round(figure, 3) for figure in interval(levels)]}
     ours = [{**one, "when": when(machine())} for one in _ours(bench)]
-    lines, settings = known.get("lines", ()), settings_of(known)
-    counts = bench.size.counts
-    left = [line for line in lines if line["count"] not in counts or line.get("ours") == bench.marks(line["count"])]
-    console.print(f"{len(lines) - len(left)} lines were compared with other schedules, and are left out", style="dim")
-    known = {**known, "settings": settings, "lines": merged(left, ours)}
+    known = {**known, "lines": merged(known.get("lines", ()), ours)}
     yield dict(known)
     for contender in chosen:
         for count in bench.size.counts:
@@ -130,12 +127,8 @@ def measure(
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The peers' settings of a result, by name and number of evaluations: each a label, and among how many it was best.
-    Also those of lines that were left out."""
-    peers = [line for line in result.get("lines", ()) if line["kind"] != "moeca"]
-    return result.get("settings", {}) | {
-        key_of(line["name"], line["count"]): [line["setting"], line["tried"]] for line in peers
-    }
+    """The settings of a result, by name and number of evaluations: each a label, and among how many it was the best."""
+    return {key_of(line["name"], line["count"]): [line["setting"], line["tried"]] for line in result["lines"]}
 
 
 def key_of(name: str, count: int) -> str:

@@ -21,6 +21,7 @@ MODELS = {
     "glyphs": "the glyphs model, a toy of 4.4 M parameters, 62 classes and 32 x 32 pixels",
 }
 TRUTHS = (UNCACHED, CONVERGED)
+EARLIER = "†"
 HEAD = (
     "", "tried", "evaluations", "MACs", "to uncached, dB", "worst 5 %", "moeca's lead", "to converged, dB", "worst 5 %",
     "moeca's lead", "samples", "setting",
@@ -49,7 +50,7 @@ def text(results: Mapping[str, Any], task: Task = DIGITS) -> str:
     """What the page says; `results` as `load` gives them."""
     result = results["equal"]
     timed = latency(results["latency"], task) if "latency" in results else ""
-    lines: Sequence[Line] = result["lines"]
+    lines = marked(result["lines"])
     counts = sorted({line["count"] for line in lines}, reverse=True)
     level, half = result["uncached_to_converged_db"]
     tables = "\n\n".join(f"## {count} of 50 evaluations\n\n{table(lines, count, task.name)}" for count in counts)
@@ -72,7 +73,7 @@ held-out {what}, paired one by one. `python -m benchmarks.peers.equal{option}`, 
 - *moeca's lead* is over that row: the schedule fitted to that truth less the row, mean and 95 % interval of the
   differences one by one.
 - moeca's schedules were chosen by `moeca.calibrate`; one schedule for each truth, two rows. No best of several families
-  is told.{later(lines, when(result["machine"]))}
+  is told.{earlier(lines)}{later(lines, when(result["machine"]))}
 
 ## Is moeca ahead?
 
@@ -94,6 +95,22 @@ To the converged solution, of *{BEST[CONVERGED]}*:
 
 {notes(lines)}
 {missing(lines)}"""
+
+
+def marked(lines: Sequence[Line]) -> list[Line]:
+    """The lines; `earlier`: the lead is over other schedules than those that the result has."""
+    now = {line["count"]: line.get("ours") for line in lines if line["name"] == f"moeca {BEST[UNCACHED]}"}
+    return [{**line, "earlier": line.get("ours") != now.get(line["count"])} for line in lines]
+
+
+def earlier(lines: Sequence[Line]) -> str:
+    """What a mark at a lead means; nothing where there is none."""
+    if not any(line.get("earlier") for line in lines):
+        return ""
+    return (
+        f"\n- {EARLIER} at a lead: it is of moeca's schedules at the time of that line's run, before all weights were "
+        "fitted\n  together."
+    )
 
 
 def leads(lines: Sequence[Line], truth: str, counts: Sequence[int]) -> str:
@@ -132,7 +149,7 @@ def table(lines: Sequence[Line], count: int, what: str) -> str:
         for truth in TRUTHS:
             mean, half = line["psnr_db"][truth]
             is_itself = line["name"] == f"moeca {BEST[truth]}"
-            lead = "" if is_itself else _signed(line["lead_db"][truth])
+            lead = "" if is_itself else _signed(line["lead_db"][truth]) + (EARLIER if line.get("earlier") else "")
             cells += [f"{mean:.1f} ± {half:.1f}", f"{line['worst_5_percent_db'][truth]:.1f}", lead]
         rows.append([*cells, str(line["digits"]), line["setting"]])
     return markdown([*HEAD[:-2], what, HEAD[-1]], rows)
@@ -209,7 +226,7 @@ def _is_ahead(line: Line, truth: str) -> bool:
 
 
 def _lead(line: Line, truth: str) -> str:
-    lead = _signed(line["lead_db"][truth])
+    lead = _signed(line["lead_db"][truth]) + (EARLIER if line.get("earlier") else "")
     return lead if _is_ahead(line, truth) else f"**{lead}**"
 
 
