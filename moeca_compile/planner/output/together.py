@@ -66,8 +66,8 @@ def fit_together(study: OutputStudy, sampler: Sequence[SamplerStep], start: Sche
         return None
     if (size := _bytes(study, sampler, start)) > MEMORY * study.request.memory:
         return _left_out(
-            f"calibrate: the weights aren't fitted together, as their derivatives take {size} bytes, and {MEMORY} times "
-            f"memory={study.request.memory} are allowed. Raise memory, or take fewer samples a seed"
+            f"calibrate: the weights aren't fitted together, as their derivatives take {size} bytes, and {MEMORY} "
+            f"times memory={study.request.memory} are allowed. Raise memory, or take fewer samples a seed"
         )
     found: FittedTogether | None = None
     for _ in range(ROUNDS):
@@ -82,8 +82,9 @@ def fit_together(study: OutputStudy, sampler: Sequence[SamplerStep], start: Sche
             if found or off <= ROUNDED:  # the samples are as near as the emulated run can tell
                 return found
             return _left_out(
-                "calibrate: the weights aren't fitted together, as the sampler's steps, each by itself, don't lead to its "
-                f"samples, but {off:.1%} of a latent beside; it may round its latents, or change them between its steps"
+                "calibrate: the weights aren't fitted together, as the sampler's steps, each by itself, don't lead to "
+                f"its samples, but {off:.1%} of a latent beside; it may round its latents, or change them between its "
+                "steps"
             )
         before = mean_psnr(step.errors_of(study), study.data_range)
         reached, damping = max((step.checked(study, damping), damping) for damping in DAMPING)
