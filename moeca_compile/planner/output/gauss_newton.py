@@ -113,9 +113,9 @@ class Step:
                 break
         return cls(equations, schedule)
 
-    def errors_of(self, study: OutputStudy) -> list[Sequence[float]]:
-        """Of the schedule, by seed and sample."""
-        return [study.errors_to(study.wanted[one.seed].states[-1], one.samples) for one in self.equations]
+    def quality(self, study: OutputStudy) -> float:
+        """Mean PSNR in dB of the schedule."""
+        return psnr_to_wanted(study, ((one.seed, one.samples) for one in self.equations))
 
     def checked(self, study: OutputStudy, damping: float) -> float:
         """Mean PSNR in dB of each seed with the weights that are fitted to the others."""

@@ -18,7 +18,6 @@ from moeca_compile.planner.output.emulated import CallFailed
 from moeca_compile.planner.output.gauss_newton import Step
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy
-from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.schedule import Action, Schedule
 
 SHARE = 2.0  # of the calibration's `effort`: what the derivatives of a round may cost
@@ -86,7 +85,7 @@ def fit_together(study: OutputStudy, sampler: Sequence[SamplerStep], start: Sche
                 f"its samples, but {off:.1%} of a latent beside; it may round its latents, or change them between its "
                 "steps"
             )
-        before = mean_psnr(step.errors_of(study), study.data_range)
+        before = step.quality(study)
         reached, damping = max((step.checked(study, damping), damping) for damping in DAMPING)
         found = replace(found or FittedTogether(start, before, reached), reached=reached)
         if reached < before + LEAST:
