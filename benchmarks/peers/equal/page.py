@@ -107,10 +107,7 @@ def earlier(lines: Sequence[Line]) -> str:
     """What a mark at a lead means; nothing where there is none."""
     if not any(line.get("earlier") for line in lines):
         return ""
-    return (
-        f"\n- {EARLIER} at a lead: it is of moeca's schedules at the time of that line's run, before all weights were "
-        "fitted\n  together."
-    )
+    return f"\n- {EARLIER} at a lead: it is of moeca's schedules at the time of that line's run; they are others now."
 
 
 def leads(lines: Sequence[Line], truth: str, counts: Sequence[int]) -> str:
@@ -149,7 +146,7 @@ def table(lines: Sequence[Line], count: int, what: str) -> str:
         for truth in TRUTHS:
             mean, half = line["psnr_db"][truth]
             is_itself = line["name"] == f"moeca {BEST[truth]}"
-            lead = "" if is_itself else _signed(line["lead_db"][truth]) + (EARLIER if line.get("earlier") else "")
+            lead = "" if is_itself else _told(line, truth)
             cells += [f"{mean:.1f} ± {half:.1f}", f"{line['worst_5_percent_db'][truth]:.1f}", lead]
         rows.append([*cells, str(line["digits"]), line["setting"]])
     return markdown([*HEAD[:-2], what, HEAD[-1]], rows)
@@ -226,8 +223,12 @@ def _is_ahead(line: Line, truth: str) -> bool:
 
 
 def _lead(line: Line, truth: str) -> str:
-    lead = _signed(line["lead_db"][truth]) + (EARLIER if line.get("earlier") else "")
+    lead = _told(line, truth)
     return lead if _is_ahead(line, truth) else f"**{lead}**"
+
+
+def _told(line: Line, truth: str) -> str:
+    return _signed(line["lead_db"][truth]) + (EARLIER if line.get("earlier") else "")
 
 
 def _signed(lead: Sequence[float]) -> str:

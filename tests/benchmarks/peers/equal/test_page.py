@@ -34,3 +34,16 @@ def test_the_page_says_which_figures_are_of_another_run() -> None:
     assert page.later(lines, run) == (
         "\n- Of another run, later, at 25, 10: B.\n- Of another run, later: D, lite.\n- Of another run, last, at 13: B."
     )
+
+
+def test_a_lead_over_other_schedules_than_todays_is_marked() -> None:
+    ours = line("moeca output, fitted to uncached", 10, ours={"uncached": "new"})
+    leads = {truth: [1.0, 0.1] for truth in page.TRUTHS}
+    drawn_now = line("A", 10, ours={"uncached": "new"}, lead_db=leads)
+    drawn_then = line("B", 10, ours={"uncached": "old"}, lead_db=leads)
+    assert page.earlier(page.marked([ours, drawn_now])) == ""
+    lines = page.marked([ours, drawn_now, drawn_then])
+    assert "they are others now" in page.earlier(lines)
+    table = page.leads(lines[1:], page.TRUTHS[0], [10])
+    assert "| A | +1.0 ± 0.1 |" in table
+    assert "| B | +1.0 ± 0.1† |" in table
