@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from examples.glyphs import data as glyphs_data
 from examples.glyphs import judge as glyphs_judge
 from examples.glyphs.fonts import FOLDER
 from examples.train_digits import real_digits
+from moeca_compile.schedule import Schedule
 
 WORK = Path("build/frechet")
 FIRST_SEED = 80_000
@@ -58,6 +59,14 @@ MARKS = {
 }
 
 Draw = Callable[[int], Tensor]  # the samples of a seed
+
+
+class Contender(NamedTuple):
+    """What draws samples, built at its first batch."""
+
+    evaluations: int  # of the model, a sample
+    mark: str  # another one where it draws otherwise: features of an earlier schedule aren't taken for its own
+    build: Callable[[], Draw]
 
 
 def judge_of(task: Task) -> Judge:
@@ -84,18 +93,20 @@ class Bench:
         """
         self.schedules, self.task, self.peers, self.batch = schedules, schedules.task, peers, batch
 
-    def contenders(self, with_converged: bool) -> dict[str, tuple[int, Callable[[], Draw]]]:
-        """By name: evaluations of the model, and what gives the contender."""
+    def contenders(self, with_converged: bool) -> dict[str, Contender]:
+        """By name."""
         steps = self.schedules.size.steps
-        found: dict[str, tuple[int, Callable[[], Draw]]] = {EVERY_STEP: (steps, partial(self._plain, steps, False))}
+        found = {EVERY_STEP: Contender(steps, str(steps), partial(self._plain, steps, False))}
         for count, share in SHARES.items():
             for truth in (UNCACHED, CONVERGED):
-                found[f"moeca output, fitted to {truth}, {count}"] = count, partial(self._ours, share, truth)
+                schedule = self.schedules.schedule(share, truth)
+                own = Contender(count, fitted.mark_of(schedule), partial(self._ours, schedule))
+                found[f"moeca output, fitted to {truth}, {count}"] = own
             for name, label in best_peers(self.task, count):
-                found[f"{name}, {count}"] = count, partial(self._peer, name, label, count)
+                found[f"{name}, {count}"] = Contender(count, label, partial(self._peer, name, label, count))
         if with_converged:
             finer = self.schedules.size.finer * steps
-            found[SOLVED] = finer, partial(self._plain, finer, True)
+            found[SOLVED] = Contender(finer, str(finer), partial(self._plain, finer, True))
         return found
 
     @cached_property
@@ -108,8 +119,7 @@ class Bench:
         sample = self.task.sampler(self.batch, steps, second_order)
         return lambda seed: sample(self._model, seed)
 
-    def _ours(self, share: int, truth: str) -> Draw:
-        schedule = self.schedules.schedule(share, truth)
+    def _ours(self, schedule: Schedule) -> Draw:
         model = self.task.load().requires_grad_(False)
         moeca.prepare(model)
         compiled = moeca.compile(model, schedule=schedule, granularity="output", inner=self.schedules.inner)
@@ -151,15 +161,15 @@ class Kept:
         self.folder, self.judge = folder, judge
         folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, name: str, seed: int) -> Path:
-        return self.folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{seed}.npy"
+    def file(self, name: str, mark: str, seed: int) -> Path:
+        return self.folder / f"{re.sub(r'[^a-z0-9]+', '_', f'{name} {mark}'.lower())}_{seed}.npy"
 
-    def add(self, name: str, seed: int, images: Tensor) -> None:
-        np.save(self.file(name, seed).with_suffix(".part.npy"), features_of(self.judge, images).numpy())
-        self.file(name, seed).with_suffix(".part.npy").replace(self.file(name, seed))
+    def add(self, file: Path, images: Tensor) -> None:
+        np.save(file.with_suffix(".part.npy"), features_of(self.judge, images).numpy())
+        file.with_suffix(".part.npy").replace(file)
 
-    def features(self, name: str, seeds: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.load(self.file(name, seed)) for seed in seeds]))
+    def features(self, name: str, mark: str, seeds: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.load(self.file(name, mark, seed)) for seed in seeds]))
 
 
 def distances(features: Mapping[str, Tensor], of_real: Tensor | None, seed: int = 0) -> list[dict[str, Any]]:
@@ -204,26 +214,25 @@ def measure(bench: Bench, kept: Kept, samples: int, with_converged: bool, consol
     seeds = range(FIRST_SEED, FIRST_SEED + samples // bench.batch)
     opened: dict[str, Draw] = {}
     for seed in seeds:
-        for name, (_, build) in contenders.items():
-            if not kept.file(name, seed).exists():
-                opened[name] = opened.get(name) or build()
-                kept.add(name, seed, opened[name](seed))
+        for name, contender in contenders.items():
+            file = kept.file(name, contender.mark, seed)
+            if not file.exists():
+                opened[name] = opened.get(name) or contender.build()
+                kept.add(file, opened[name](seed))
         console.print(f"{bench.batch * (seed - FIRST_SEED + 1)} samples of each", style="dim")
     return figures(bench, kept, list(seeds), contenders)
 
 
-def figures(
-    bench: Bench, kept: Kept, seeds: Sequence[int], contenders: Mapping[str, tuple[int, Any]]
-) -> dict[str, Any]:
+def figures(bench: Bench, kept: Kept, seeds: Sequence[int], contenders: Mapping[str, Contender]) -> dict[str, Any]:
     """Of features that are in files."""
     images = real(bench.task)
     of_real = None if images is None else features_of(kept.judge, images)
-    lines = distances({name: kept.features(name, seeds) for name in contenders}, of_real)
+    lines = distances({name: kept.features(name, one.mark, seeds) for name, one in contenders.items()}, of_real)
     told: dict[str, Any] = {"task": bench.task.name, "samples": bench.batch * len(seeds), "real": None}
     if of_real is not None:
         halves = of_real[torch.randperm(len(of_real), generator=torch.Generator().manual_seed(0))].chunk(2)
         told["real"] = {"images": len(of_real), "between_halves": round(frechet(*halves), 5)}
-    told["lines"] = [{**line, "evaluations": contenders[line["name"]][0]} for line in lines]
+    told["lines"] = [{**line, "evaluations": contenders[line["name"]].evaluations} for line in lines]
     return told
 
 

@@ -224,6 +224,8 @@ def test_bad_samplers_are_refused() -> None:
         ({"max_variants": 1}, "two rows"),
         ({"order": 3}, "expected 0, 1, 2"),
         ({"effort": -1}, "effort"),
+        ({"memory": -1}, "memory=-1, expected a whole number of bytes"),
+        ({"memory": "1GiB"}, "memory=.1GiB., expected a whole number of bytes"),
         ({"perturb": -1}, "perturb=-1, expected a number of experts"),
         ({"perturb": 1}, "perturb needs resume=FOLDER"),
         ({"data_range": 0.0}, "data_range"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from moeca_compile.cli.say import print_json, say, say_next, show
 from moeca_compile.cli.truth import read_truth_option
 from moeca_compile.errors import OptionError
 from moeca_compile.inspect import schedules
+from moeca_compile.schedule.budget import read_bytes
 from moeca_compile.schedule.granularity import Granularity
 
 Budgets = Annotated[
@@ -58,6 +60,18 @@ Resume = Annotated[
 Perturb = Annotated[
     int, typer.Option(min=0, help="Make this many experts stale, one by one; each costs two trajectories.")
 ]
+Effort = Annotated[
+    float | None,
+    typer.Option(help="How many uncached trajectories the search may sample; default 1.25 a seed."),
+]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="BYTES",
+        help="How much of what is measured is in memory at once, as in 4GiB; the rest goes to a temporary folder. The "
+        "weights of --granularity output are fitted together only where their derivatives fit in four times as much.",
+    ),
+]
 Branches = Annotated[
     float,
     typer.Option(min=0, max=1, help="Also try cheap rows that compute this share of the expert branches, as in 0.04."),
@@ -91,6 +105,8 @@ def calibrate(
     holdout: Holdout = 2,
     inner: Inner = "inductor",
     resume: Resume = None,
+    effort: Effort = None,
+    memory: Memory = "1GiB",
     perturb: Perturb = 0,
     branches: Branches = 0.0,
     truth: Truths = "uncached",
@@ -102,28 +118,25 @@ def calibrate(
     folder that an earlier calibration kept, only new schedules are sampled.
     """
     forecast_order = int(order) if order.isdecimal() else order
-    wanted = read_truth_option(truth)
+    wanted, granted = read_truth_option(truth), read_bytes(memory, "--memory ")
+    asked: dict[str, Any] = {
+        "order": forecast_order,
+        "seeds": seeds,
+        "holdout": holdout,
+        "effort": effort,
+        "memory": granted,
+        "resume": resume,
+        "perturb": perturb,
+        "branches": branches,
+    }
     for budget in budgets:
-        _refuse_early(
-            source, sample, out, budget, forecast_order, granularity, seeds, holdout, resume, perturb, branches
-        )
+        _refuse_early(source, sample, out, granularity, budget, asked)
     model, sampler = model_of(source, weights), load(sample)
     from moeca_compile import planner
 
     if perturb and not json:
         say(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
-    arguments: dict[str, Any] = {
-        "order": forecast_order,
-        "granularity": granularity,
-        "seeds": seeds,
-        "holdout": holdout,
-        "inner": inner,
-        "resume": resume,
-        "perturb": perturb,
-        "branches": branches,
-        "truth": wanted,
-        "progress": not json,
-    }
+    arguments = asked | {"granularity": granularity, "inner": inner, "truth": wanted, "progress": not json}
     if len(budgets) > 1:
         front = planner.calibrate_front(model, sampler, budgets=budgets, **arguments)
         front.save(out)
@@ -165,10 +178,7 @@ def merge(
     say_next(f"moeca calibrate MODULE:FUNCTION ... --resume {folder}")
 
 
-def _refuse_early(
-    source: str, sample: str, out: Path, budget: str, order: int | str, granularity: str,
-    seeds: int, holdout: int, resume: Path | None, perturb: int, branches: float,
-) -> None:  # fmt: skip
+def _refuse_early(source: str, sample: str, out: Path, granularity: str, budget: str, asked: Mapping[str, Any]) -> None:
     """Refuse what is wrong whatever the model is, before torch is imported, which takes seconds."""
     from moeca_compile.planner.request import Request
 
@@ -178,7 +188,7 @@ def _refuse_early(
         raise OptionError(f"--out {out}: there is no folder {out.parent}")
     if granularity != "auto":
         Granularity.parse(granularity)
-    Request.read(budget, order, 2, seeds, holdout, None, None, 0, resume, perturb, branches)
+    Request.read(budget, max_variants=2, data_range=None, **asked)
 
 
 def plan(context: typer.Context) -> None:

@@ -66,7 +66,7 @@ class Budget:
                 kind, amount = "latency", _latency(part, amount)
             if kind in limits:
                 raise ScheduleError(f"budget {text!r} limits {kind} twice")
-            limits[kind] = _bytes(amount) if kind == "state" else _number(part, amount)
+            limits[kind] = read_bytes(amount, "budget state:") if kind == "state" else _number(part, amount)
             if kind in ("macs", "latency") and not 0 < limits[kind] <= 1:
                 raise ScheduleError(
                     f"budget {part.strip()!r}: a fraction of the uncached run, so above 0 and at most 1"
@@ -94,8 +94,13 @@ def _number(part: str, amount: str) -> float:
         raise ScheduleError(f"budget {part.strip()!r}: {amount!r} is not a number") from None
 
 
-def _bytes(amount: str) -> int:
+def read_bytes(amount: str, what: str) -> int:
+    """A number of bytes such as 64MiB.
+
+    Raises:
+        ScheduleError: it is none; `what` stands before it in the message.
+    """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", amount)
     if match is None or match[2].lower() not in _UNITS:
-        raise ScheduleError(f"budget state:{amount}: expected bytes such as 64MiB")
+        raise ScheduleError(f"{what}{amount}: expected bytes such as 64MiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import frechet
+from benchmarks import fitted, frechet
 from benchmarks.tasks import TASKS, Task
 from examples import digits
 
@@ -42,16 +42,27 @@ def test_the_peers_are_the_nearest_to_each_truth(task: Task) -> None:
         assert own["psnr_db"][truth][0] == max(line["psnr_db"][truth][0] for line in others)
 
 
-def test_features_are_kept_by_contender_and_seed(tmp_path: Path) -> None:
+def test_features_are_kept_by_contender_mark_and_seed(tmp_path: Path) -> None:
     kept = frechet.Kept(tmp_path / "features", digits.load_classifier())
+    name, label = "Adams-Bashforth 2, optimized times, 17", "17 steps"
     for seed in (1, 2):
-        kept.add("Adams-Bashforth 2, optimized times, 17", seed, digits.initial_noise(seed, 3))
-    found = kept.features("Adams-Bashforth 2, optimized times, 17", [1, 2])
+        kept.add(kept.file(name, label, seed), digits.initial_noise(seed, 3))
+    found = kept.features(name, label, [1, 2])
     assert found.shape == (6, 64)
     assert not torch.equal(found[:3], found[3:])
     assert [file.name for file in sorted((tmp_path / "features").iterdir())] == [
-        f"adams_bashforth_2_optimized_times_17_{seed}.npy" for seed in (1, 2)
+        f"adams_bashforth_2_optimized_times_17_17_steps_{seed}.npy" for seed in (1, 2)
     ]
+
+
+def test_features_of_an_earlier_schedule_are_not_taken(tmp_path: Path) -> None:
+    task = TASKS["digits"]
+    bench = frechet.Bench(fitted.Bench(fitted.WHOLE, tmp_path, task), tmp_path)
+    marks = {name: one.mark for name, one in bench.contenders(with_converged=True).items()}
+    schedule = bench.schedules.schedule(34, fitted.UNCACHED)
+    assert marks["moeca output, fitted to uncached, 17"] == fitted.mark_of(schedule)
+    ours = [mark for name, mark in marks.items() if name.startswith("moeca")]
+    assert len(set(ours)) == len(ours) == 4
 
 
 @pytest.mark.parametrize("file", [path.stem for path in sorted(Path("benchmarks/results").glob("frechet*.json"))])
