@@ -11,7 +11,6 @@ second-order run with about 200 steps, and the weights for it are fitted to samp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
