@@ -17,6 +17,8 @@ from moeca_compile.errors import CaptureError, OptionError
 from moeca_compile.frontend.model_arguments import models_of
 from moeca_compile.frontend.prompts import Prompt, check_seeds, sampler_of
 from moeca_compile.inspect.progress import ProgressCallback, bar
+from moeca_compile.planner.better import BetterSchedule
+from moeca_compile.planner.fitted_regions import with_fitted_weights
 from moeca_compile.planner.hand_over import handed_over
 from moeca_compile.planner.output.rule import with_output_rule
 from moeca_compile.planner.output.study import OutputStudy
@@ -27,7 +29,7 @@ from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
 from moeca_compile.planner.search.search import RACE_SEEDS, Search
 from moeca_compile.planner.study import Study
-from moeca_compile.planner.thin import ThinnedSchedule, thinned, with_cached_branches
+from moeca_compile.planner.thin import thinned, with_cached_branches
 from moeca_compile.planner.truth import Goal, Truth, goal_of, to_both_truths
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.granularity import OUTPUT
@@ -208,6 +210,8 @@ def find_schedule(studies: Studies, request: Request, granularity: str) -> Sched
         return studies.of(granularity, request)
 
     result = _best_granularity(study_of, request) if granularity == "auto" else _search(study_of(granularity))
+    if not isinstance(result.study, OutputStudy):
+        result = _or_with_fitted_weights(result)
     schedule = _schedule(result)
     if isinstance(result.study, OutputStudy):
         schedule = with_output_rule(result.study, schedule, result.plan, result.search.race.errors)
@@ -220,18 +224,18 @@ def find_schedule(studies: Studies, request: Request, granularity: str) -> Sched
 
 @dataclass(frozen=True)
 class _Result:
-    """The best plan of a study, its search and, if thinning improved it, its thinned schedule."""
+    """The best plan of a study, its search and, if fitted weights or thinning improved it, the improved schedule."""
 
     study: Study
     plan: Plan
     search: Search
-    thinned: ThinnedSchedule | None = None
+    better: BetterSchedule | None = None
 
     @property
     def quality(self) -> float:
         """Mean PSNR on all seeds, dB."""
-        if self.thinned is not None:
-            return self.thinned.quality
+        if self.better is not None:
+            return self.better.quality
         return self.search.race.quality(self.plan, len(self.study.request.seeds))
 
 
@@ -255,7 +259,7 @@ def _or_with_branches(regions: _Result) -> _Result:
             f"{branches.plan.predictor}, {way}": quality for way, quality in thin.tried.items()
         }
         if thin.ways:
-            branches = replace(branches, thinned=thin)
+            branches = replace(branches, better=thin)
     families = {f"branches, {name}": quality for name, quality in branches.search.family_quality.items()}
     regions.search.family_quality |= families
     branches.search.family_quality = regions.search.family_quality
@@ -268,6 +272,18 @@ def _or_with_branches(regions: _Result) -> _Result:
         return regions
     study.seconds = regions.study.seconds
     return branches
+
+
+def _or_with_fitted_weights(result: _Result) -> _Result:
+    """The result with fitted weights in its forecasts of whole regions, if these are better."""
+    study = result.study
+    if result.better is not None or study.sampled.caches_branches or not study.has_drift:
+        return result
+    better = with_fitted_weights(study, result.plan, result.quality)
+    if better is None:
+        return result
+    result.search.family_quality |= better.tried
+    return replace(result, better=better) if better.ways else result
 
 
 def _best_granularity(study_of: Callable[[str], Study], request: Request) -> _Result:
@@ -305,11 +321,11 @@ def _best_granularity(study_of: Callable[[str], Study], request: Request) -> _Re
 def _schedule(result: _Result) -> Schedule:
     """The schedule of a result, with its predicted figures and a text that says how it was made."""
     study, plan, request, program = result.study, result.plan, result.study.request, result.study.sampled.program
-    if result.thinned is None:
+    if result.better is None:
         schedule = schedule_of(plan, program.regions.keys, study.sampled.kinds)
     else:
-        schedule = result.thinned.schedule
-    handed = handed_over(study, plan) if result.thinned is None else None
+        schedule = result.better.schedule
+    handed = handed_over(study, plan) if result.better is None else None
     if study.costs.full_steps:
         rows = tuple(schedule.rows[0 if i in study.costs.full_steps else i] for i in range(len(schedule.rows)))
         schedule = replace(schedule, rows=rows)
@@ -317,8 +333,8 @@ def _schedule(result: _Result) -> Schedule:
     method = f"{plan.predictor}, granularity {study.granularity}{letters}"
     if study.sampled.caches_branches:
         method += f", {request.branches:g} of the branches in every cheap row"
-    if result.thinned is not None:
-        method += "".join(f", {way}" for way in result.thinned.ways)
+    if result.better is not None:
+        method += "".join(f", {way}" for way in result.better.ways)
     predicted = _predicted(result)
     if handed is not None:
         cold = predicted["psnr_db"]
@@ -331,7 +347,7 @@ def _schedule(result: _Result) -> Schedule:
         )
     if study.target.is_given:
         method += ", nearest to given samples"
-        whole = result.thinned is None and not schedule.hand_over and plan.caches
+        whole = result.better is None and not schedule.hand_over and plan.caches
         predicted = to_both_truths(study, plan if whole else None, schedule, predicted)
     return replace(
         schedule,
@@ -352,11 +368,11 @@ def _predicted(result: _Result) -> dict[str, float]:
         "state_bytes": float(study.costs.state_of(plan)),
         "psnr_db": result.quality,
     }
-    if result.thinned is not None:
-        predicted |= {"mac_fraction": result.thinned.mac_fraction, "state_bytes": float(result.thinned.state_bytes)}
+    if result.better is not None:
+        predicted |= {"mac_fraction": result.better.mac_fraction, "state_bytes": float(result.better.state_bytes)}
     if study.costs.ms:
         predicted["latency_fraction"] = study.costs.fraction(plan, "ms")
-    holdout_quality = study.held_out(plan if result.thinned is None else result.thinned.schedule)
+    holdout_quality = study.held_out(plan if result.better is None else result.better.schedule)
     if holdout_quality is not None:
         predicted["psnr_db_holdout"] = holdout_quality
     predicted["trajectories"] = study.trajectories

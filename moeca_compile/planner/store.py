@@ -302,7 +302,7 @@ def _rollout(line: Entries) -> tuple[Plan, int, tuple[float, ...], float, tuple[
     plan = Plan(line.text("plan"), line.text("predictor"))
     if plan.predictor in RETIRED:
         return None
-    if plan.predictor not in PREDICTORS:
+    if plan.predictor.partition(",")[0] not in PREDICTORS:  # what follows says how its weights were fitted
         raise DecodeError(f"predictor is {short(plan.predictor)}, expected one of {', '.join(PREDICTORS)}")
     return plan, line.integer("seed"), errors, line.number("seconds"), to_uncached
 

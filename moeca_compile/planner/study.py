@@ -175,6 +175,11 @@ class Study:
         self.seconds["truth"] = self.uncached
         self.is_sampled = True
 
+    @property
+    def has_drift(self) -> bool:
+        """Whether its own columns were measured: not, if it borrowed the samples of a study with other columns."""
+        return "drift" in vars(self)
+
     def count(self, name: str, other: Study) -> None:
         """Add the cost of another study of the same request to the cost of this one."""
         self.seconds |= {f"{name} {part}": seconds for part, seconds in other.seconds.items()}
@@ -316,13 +321,19 @@ class Study:
 
     # -- search -----------------------------------------------------------------------------------------------------
 
-    def rollout(self, plan: Plan, seed: int) -> tuple[float, ...]:
-        """For each sample of `seed` the mean squared error of the plan against the target."""
+    def rollout(self, plan: Plan, seed: int, schedule: Schedule | None = None) -> tuple[float, ...]:
+        """For each sample of `seed` the mean squared error of the plan against the target.
+
+        Args:
+            plan: by which the result is kept.
+            seed: that is sampled.
+            schedule: that is run; None: the plan's.
+        """
         if not plan.caches:
             return tuple(self.errors(seed, self.truth[seed]))
         if (plan, seed) not in self.store.rollouts:
             begin = self.sampled.seconds
-            samples = self.sampled.run(seed, plan)
+            samples = self.sampled.run(seed, schedule or plan)
             new_errors, seconds = self.errors(seed, samples), self.sampled.seconds - begin
             to_uncached = self.errors_to(self.truth[seed], samples) if self.target.is_given else new_errors
             self.store.add_rollout(plan, seed, new_errors, seconds, to_uncached)

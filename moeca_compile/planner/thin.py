@@ -8,12 +8,13 @@ no estimate of the effect, so each way of thinning is rolled out, and used if th
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Divisible, Indivisible, RegionMap
+from moeca_compile.planner.better import BETTER_DB, BetterSchedule, with_costs
 from moeca_compile.planner.search.predict import predictors_of
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan, schedule_of
@@ -22,31 +23,9 @@ from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Action, Partial, Row, Schedule
 
 UNTOUCHED = "branches in every cheap step"
-BETTER_DB = 0.02  # a smaller gain does not justify another kind of row
 
 Way = Callable[[Schedule], Schedule]
 Rollout = Callable[[Schedule, int], Sequence[float]]  # schedule, seed -> mean squared error of each sample
-
-
-@dataclass(frozen=True)
-class ThinnedSchedule:
-    """The result of thinning.
-
-    Attributes:
-        schedule: the best one.
-        ways: the names of the ways of thinning that it uses, in order.
-        quality: on all seeds, dB.
-        tried: for each way that was tried, the quality on the first seeds, dB.
-        mac_fraction: of the schedule, as in `Costs`.
-        state_bytes: of the schedule, as in `Costs`.
-    """
-
-    schedule: Schedule
-    ways: tuple[str, ...]
-    quality: float
-    tried: Mapping[str, float]
-    mac_fraction: float = 1.0
-    state_bytes: int = 0
 
 
 def with_cached_branches(study: Study) -> Study:
@@ -100,7 +79,7 @@ def ways_of(regions: RegionMap) -> dict[str, Way]:
 
 def thin(
     schedule: Schedule, ways: Mapping[str, Way], rollout: Rollout, seeds: Sequence[int], raced: int, data_range: float
-) -> ThinnedSchedule:
+) -> BetterSchedule:
     """Apply the ways of thinning greedily, each one if it improves the samples of the first seeds.
 
     Args:
@@ -131,11 +110,11 @@ def thin(
             used.append(name)
     final_quality, untouched_quality = quality(best, len(seeds)), quality(schedule, len(seeds))
     if used and final_quality > untouched_quality + BETTER_DB:
-        return ThinnedSchedule(best, tuple(used), final_quality, tried)
-    return ThinnedSchedule(schedule, (), untouched_quality, tried)
+        return BetterSchedule(best, tuple(used), final_quality, tried)
+    return BetterSchedule(schedule, (), untouched_quality, tried)
 
 
-def thinned(study: Study, plan: Plan) -> ThinnedSchedule:
+def thinned(study: Study, plan: Plan) -> BetterSchedule:
     """Thin the schedule of a plan whose study caches branches; without `ways` if no thinning improves it."""
     sampled, program, seeds = study.sampled, study.sampled.program, study.request.seeds
     untouched = schedule_of(plan, program.regions.keys, sampled.kinds)
@@ -152,10 +131,7 @@ def thinned(study: Study, plan: Plan) -> ThinnedSchedule:
     begin = sampled.seconds
     result = thin(untouched, ways_of(program.regions), rollout, seeds, min(RACE_SEEDS, len(seeds)), study.data_range)
     study.seconds["thin"] = sampled.seconds - begin
-    compiled = program.compiled(result.schedule)
-    macs = [compiled.variants.variant(row).macs for row in result.schedule.rows]
-    state_bytes = sum(slot.bytes for slot in compiled.layout)
-    return replace(result, mac_fraction=sum(macs) / (macs[0] * len(macs)), state_bytes=state_bytes)
+    return with_costs(study, result)
 
 
 def _without_branches_in(columns: frozenset[int], schedule: Schedule) -> Schedule:
