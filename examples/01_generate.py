@@ -50,8 +50,6 @@ class Figures:
     speedup_caching: float
     mac_fraction: float
     psnr_db: float
-    class_accuracy_uncached: float
-    class_accuracy_cached: float
     state_bytes: int
     seconds_uncached: float
     seconds_prepared: float
@@ -86,9 +84,6 @@ class Contender:
     @property
     def median_seconds(self) -> float:
         return statistics.median(self.seconds)
-
-    def accuracy(self) -> float:
-        return digits.accuracy(torch.cat(self.images), digits.labels_of(BATCH).repeat(len(self.images)))
 
 
 def example_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -125,8 +120,6 @@ def compare(runs: int, steps: int, console: Console) -> tuple[Figures, Contender
         speedup_caching=prepared.median_seconds / cached.median_seconds,
         mac_fraction=stats.mac_fraction,
         psnr_db=digits.psnr(torch.cat(cached.images), torch.cat(plain.images)).mean().item(),
-        class_accuracy_uncached=plain.accuracy(),
-        class_accuracy_cached=cached.accuracy(),
         state_bytes=stats.state_bytes,
         seconds_uncached=plain.median_seconds,
         seconds_prepared=prepared.median_seconds,
@@ -153,7 +146,6 @@ def print_table(figures: Figures, console: Console) -> None:
     table.add_row("speedup by caching alone", "", "1", f"{f.speedup_caching:.2f}")
     table.add_row("share of the MACs", "100 %", "100 %", f"{f.mac_fraction:.1%}")
     table.add_row("PSNR against uncached", "", "", f"{f.psnr_db:.1f} dB")
-    table.add_row("class accuracy", f"{f.class_accuracy_uncached:.1%}", "", f"{f.class_accuracy_cached:.1%}")
     table.add_row("cached state", "", "", f"{f.state_bytes / 1e6:.1f} MB")
     table.add_row("compile seconds, once", *(f"{each:.1f}" for each in compiling))
     console.print(table)

@@ -163,7 +163,7 @@ def _intro(payload: Payload) -> str:
   moeca in frozen trajectories) but those whose graphs nothing else tells apart: models compiled as a whole, with
   breaks. Their first images, made with guards, have to be the same.
 - The digits whose drawing is timed are those whose quality is told: {count}, which is few for the Fréchet distance (to
-  the uncached digits, in our classifier's features). Class accuracy is the same in every row, so it isn't told.
+  the uncached digits, in our classifier's features).
 - The converged solution has {size["converged"]} second-order steps.
 - MACs are counted: calls of each module times what torch's counter gives for it on the model as shipped; for moeca
   node by node. The two counts agree.

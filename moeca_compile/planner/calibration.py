@@ -103,7 +103,8 @@ def calibrate(
             experts region, as `Partial(0, branches)`; 0 disables it. 0.02 to 0.05 covers the transitions. Schedules of
             such rows are searched in addition to those of whole regions, at about the same cost, and returned if they
             are better. With a budget of MACs the best one is then thinned if that improves it: some layers are cached
-            as whole regions, or some cheap steps compute no branches. Bundles do not support these schedules.
+            as whole regions, or some cheap steps compute no branches. Bundles run these schedules; `fused.onnx` can't
+            hold them.
         truth: what the samples should be near. `uncached`: the samples of the model computed at every step. Or samples
             of one's own: a mapping from seeds to tensors [N, ...], a function of the seed, or another model (a module
             or a pipeline; two modules for a loop of two) that `sample` runs as it is, such as the same model before its

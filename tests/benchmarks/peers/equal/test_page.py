@@ -47,3 +47,12 @@ def test_a_lead_over_other_schedules_than_todays_is_marked() -> None:
     table = page.leads(lines[1:], page.TRUTHS[0], [10])
     assert "| A | +1.0 ± 0.1 |" in table
     assert "| B | +1.0 ± 0.1† |" in table
+
+
+def test_no_limit_is_said_in_words() -> None:
+    both = {truth: [1.0, 0.1] for truth in page.TRUTHS}
+    drawn = line(
+        "DBCache", 25, kind="cache", tried=1, evaluations=18.0, macs=0.5, digits=64, psnr_db=both, lead_db=both,
+        worst_5_percent_db=dict.fromkeys(page.TRUTHS, 0.5), setting="threshold 0.1, at most -1 cached in a row",
+    )  # fmt: skip
+    assert "| threshold 0.1, no limit on cached steps in a row |" in page.table([drawn], 25, "digits")
