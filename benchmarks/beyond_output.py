@@ -7,7 +7,8 @@
 
 All compute the same steps in full: two, then every k-th. They differ in what the steps between compute and forecast. A
 gain is over what output forecasts give for the same MACs, a mixture of the two nearest of them, sample by sample. Of
-orders 1 and 2 the better one is told. What was drawn stays in `--work`, so that a stopped run goes on. No time is told.
+orders 1 and 2 the better one is told, and of fitted weights those of two or of three values. What was drawn stays in
+`--work`, so that a stopped run goes on. No time is told.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,12 @@ from benchmarks.pages import write_held_out
 from benchmarks.paired import interval, paired, psnr
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS, Task
+from moeca_compile.planner.request import Request
+from moeca_compile.planner.search.rows import Plan, schedule_of
+from moeca_compile.planner.search.weights import fitted_forecasts
+from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Act, Action, Partial, Row, Schedule
+from moeca_compile.schedule.fitted import FittedWeights
 
 WORK, PAGE = Path("build/beyond_output"), Path("docs/branch-caching.md")
 STEPS, FIRST_SEED, BATCH = 50, 72_000, 32
@@ -42,6 +49,8 @@ CHEAP: dict[str, tuple[Act, Act]] = {  # attention, experts
     "attention forecast, 4 % of the expert branches computed": (F, Partial(0, 0.04)),
     "attention and 4 % of the expert branches computed": (C, Partial(0, 0.04)),
 }
+LETTERS = {"attention and experts forecast": "F", "experts forecast, attention computed": "A"}  # as the planner's
+OF_REGIONS = {family: f"{family}, fitted weights" for family in LETTERS}
 MARKS = {
     "digits": "<!-- python -m benchmarks.beyond_output --report -->",
     "glyphs": "<!-- python -m benchmarks.beyond_output --task glyphs --report -->",
@@ -78,6 +87,27 @@ def schedules(
     for share in fitted.WHOLE.shares:
         if (path := of_output.known(share, fitted.UNCACHED)) is not None:
             found[FITTED, f"{share} %"] = Schedule.load(path)
+    return found
+
+
+def with_fitted_weights(
+    task: Task, intervals: Sequence[int], seeds: int, samples: int
+) -> dict[tuple[str, str], Schedule]:
+    """The same steps with weights fitted to the regions' drift on seeds that aren't told, by family and setting."""
+    request = Request.read("macs:0.5", "auto", 4, seeds, 0, None, 2.0, 2**30, None, 0, 0.0)
+    study = Study(task.load(), task.sampler(samples, STEPS), "region", "eager", request, lambda text, share: None)
+    study.sample_uncached()
+    kinds, keys = study.sampled.kinds, study.sampled.program.regions.keys
+    found: dict[tuple[str, str], Schedule] = {}
+    for (family, letter), gap, order in itertools.product(LETTERS.items(), intervals, (1, 2)):
+        letters = "".join("C" if full(step, gap) else letter for step in range(STEPS))
+        plan, drift = Plan(letters, f"order-{order}"), study.drift if letter == "F" else study.split
+        weights = None if drift is None else fitted_forecasts(drift, plan, kinds, most=order + 1)
+        if weights is not None:
+            schedule = replace(schedule_of(plan, keys, kinds), timesteps=study.timesteps)
+            found[OF_REGIONS[family], f"every {gap}th, {order + 1} values"] = replace(
+                schedule, fitted=FittedWeights(weights.weights)
+            )
     return found
 
 
@@ -143,7 +173,8 @@ def gain(run: Run, base: Sequence[Run]) -> tuple[float, float] | None:
 def result_of(task: Task, runs: Sequence[Run]) -> dict[str, Any]:
     """Of each family and interval the better order, with its gains over output forecasts, plain and fitted."""
     lines = []
-    for family in (OUTPUT, FITTED, *CHEAP):
+    of_regions = (*CHEAP, *OF_REGIONS.values())
+    for family in (OUTPUT, FITTED, *of_regions):
         groups: dict[str, list[Run]] = {}
         for run in (one for one in runs if one["family"] == family):
             groups.setdefault(run["setting"].partition(",")[0], []).append(run)
@@ -152,7 +183,7 @@ def result_of(task: Task, runs: Sequence[Run]) -> dict[str, Any]:
             line = {name: run[name] for name in ("family", "setting", "macs")}
             line["psnr_db"] = [round(figure, 3) for figure in interval(run["psnr_db"])]
             for base in (OUTPUT, FITTED):
-                found = gain(run, [one for one in runs if one["family"] == base]) if family in CHEAP else None
+                found = gain(run, [one for one in runs if one["family"] == base]) if family in of_regions else None
                 line[f"gain over {base}"] = None if found is None else [round(figure, 3) for figure in found]
             lines.append(line)
     return {"task": task.name, "samples": len(runs[0]["psnr_db"]), "lines": lines}
@@ -203,8 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds, samples = (1, 4) if args.quick else (args.seeds, BATCH)
     bench = Bench(task, seeds, samples, args.work)
     of_output = fitted.Bench(fitted.WHOLE, args.fitted or fitted.WORK / task.name, task)
-    wanted = schedules(bench.keys(), of_output, (6,) if args.quick else INTERVALS)
-    bench.measure(wanted, console)
+    intervals = (6,) if args.quick else INTERVALS
+    wanted = schedules(bench.keys(), of_output, intervals)
+    of_regions = with_fitted_weights(task, intervals, *((2, 4) if args.quick else (8, 8)))
+    bench.measure(wanted | of_regions, console)
     result = result_of(task, bench.runs)
     for row in rows_of(result):
         console.print(*row, sep="  ", highlight=False)

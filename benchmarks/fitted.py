@@ -42,6 +42,7 @@ WORK = Path("build/fitted")
 KEPT = RESULTS / "schedules"  # committed, of the whole size: <task>_<family>_<share>.json
 PAGE = Path("docs/fitted.md")
 REGIONS, UNCACHED, CONVERGED, TIMES = "regions", "uncached", "converged", "times"
+FITTED_REGIONS = "fitted_regions"
 STEPWISE = "stepwise"  # before the name of a truth: as it was before all weights were fitted together
 FIRST_SEED = 70_000  # of those that are told
 MARKS = {
@@ -94,8 +95,8 @@ class Bench:
 
         Args:
             share: of the steps, in percent.
-            family: `REGIONS`; the truth of the weights, also after `STEPWISE`; or `TIMES`, fitted to the converged
-                truth with the timesteps searched.
+            family: `REGIONS`, with the polynomial's weights, or `FITTED_REGIONS`; the truth of the output's weights,
+                also after `STEPWISE`; or `TIMES`, fitted to the converged truth with the timesteps searched.
 
         Raises:
             ValueError: what `calibrate` gave has no weights, and so none of step by step.
@@ -143,7 +144,7 @@ class Bench:
             return self.task.sampler(size.samples, steps, timesteps=timesteps)(model, seed)
 
         kind: dict[str, Any] = {"granularity": "region"}
-        if family != REGIONS:
+        if family not in (REGIONS, FITTED_REGIONS):
             kind = {"granularity": "output", "truth": self.truth(CONVERGED if family == TIMES else family)}
         before: list[Schedule] = []
         with noted(before):
@@ -155,6 +156,8 @@ class Bench:
         stepwise = {schedule.rows: schedule for schedule in before}
         for share in missing:
             schedule = front.at(budgets[share])
+            if family == REGIONS:
+                schedule = replace(schedule, fitted=None)
             schedule.save(self.work / f"{family}_{share}.json")
             if family in (UNCACHED, CONVERGED) and schedule.rows in stepwise:
                 stepwise[schedule.rows].save(self.work / f"{STEPWISE}_{family}_{share}.json")
@@ -220,6 +223,7 @@ def measure(bench: Bench, console: Console) -> dict[str, Any]:
         fitted = {truth: bench.schedule(share, truth) for truth in truths}
         contenders = {
             "regions, polynomial": bench.schedule(share, REGIONS),
+            "regions, fitted weights": bench.schedule(share, FITTED_REGIONS),
             "output, polynomial": replace(fitted[UNCACHED], output=None),
             "output, fitted to uncached": fitted[UNCACHED],
             "output, fitted to converged": fitted[CONVERGED],

@@ -6,8 +6,8 @@
     python -m benchmarks.more_samples --report         # the table of docs/fitted.md (with --task, of that one)
 
 As `python -m benchmarks.fitted`, whose schedules are the middle ones, but with other numbers of samples a seed. The
-seeds are the same: a calibration costs as many trajectories, each with more samples. Finished schedules and samples stay
-in `--work`, so that a stopped run goes on. No time is told here.
+seeds are the same: a calibration costs as many trajectories, each with more samples. Finished schedules and samples
+stay in `--work`, so that a stopped run goes on. No time is told here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(benches: Sequence[Bench], console: Console) -> Iterator[dict[str, An
         console: where each line is told.
     """
     lines: list[dict[str, Any]] = []
-    for truth, order in ORDERS.items():
+    for truth, order in reversed(ORDERS.items()):
         wanted = benches[0].samples(truth, order=order)
         for share in benches[0].size.shares:
             before: list[float] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from moeca_compile.planner.search.rows import Plan
 from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Schedule
 
@@ -22,6 +23,7 @@ class BetterSchedule:
         tried: for each thing that was tried, the quality on the seeds that it ran on, dB.
         mac_fraction: of the schedule, as in `Costs`.
         state_bytes: of the schedule, as in `Costs`.
+        kept_as: the plan by which its rollouts are kept; None: they aren't.
     """
 
     schedule: Schedule
@@ -30,6 +32,7 @@ class BetterSchedule:
     tried: Mapping[str, float]
     mac_fraction: float = 1.0
     state_bytes: int = 0
+    kept_as: Plan | None = None
 
 
 def with_costs(study: Study, better: BetterSchedule) -> BetterSchedule:

@@ -373,7 +373,8 @@ def _predicted(result: _Result) -> dict[str, float]:
         predicted |= {"mac_fraction": result.better.mac_fraction, "state_bytes": float(result.better.state_bytes)}
     if study.costs.ms:
         predicted["latency_fraction"] = study.costs.fraction(plan, "ms")
-    holdout_quality = study.held_out(plan if result.better is None else result.better.schedule)
+    better = result.better
+    holdout_quality = study.held_out(plan) if better is None else study.held_out(better.kept_as, better.schedule)
     if holdout_quality is not None:
         predicted["psnr_db_holdout"] = holdout_quality
     predicted["trajectories"] = study.trajectories

@@ -48,17 +48,17 @@ def with_fitted_weights(study: Study, plan: Plan, quality: float) -> BetterSched
     # a plan of order 0 reuses; weighed values are forecast
     forecasting = schedule_of(plan if own > 1 else replace(plan, predictor="order-1"), keys, kinds)
     schedule = replace(forecasting, fitted=FittedWeights(found.weights))
-    reached = mean_psnr(_errors(study, plan, schedule), study.data_range)
+    mark = sha256(schedule.to_json().encode()).hexdigest()[:8]
+    kept_as = replace(plan, predictor=f"{plan.predictor}, {NAME} {mark}")
+    reached = mean_psnr(_errors(study, kept_as, schedule), study.data_range)
     tried = {f"{plan.predictor}, {NAME}": reached}
     if reached <= quality + BETTER_DB:
         return BetterSchedule(schedule_of(plan, keys, kinds), (), quality, tried)
-    return with_costs(study, BetterSchedule(schedule, (NAME,), reached, tried))
+    return with_costs(study, BetterSchedule(schedule, (NAME,), reached, tried, kept_as=kept_as))
 
 
-def _errors(study: Study, plan: Plan, schedule: Schedule) -> Iterator[Sequence[float]]:
+def _errors(study: Study, kept_as: Plan, schedule: Schedule) -> Iterator[Sequence[float]]:
     """Of the samples of each seed."""
-    mark = sha256(schedule.to_json().encode()).hexdigest()[:8]
-    kept_as = replace(plan, predictor=f"{plan.predictor}, {NAME} {mark}")
     for number, seed in enumerate(study.request.seeds, start=1):
         study.report_progress(f"{NAME}: rollout {number}", 0.96)
         yield study.rollout(kept_as, seed, schedule)

@@ -389,12 +389,17 @@ class Study:
         errors = [self.store.to_uncached.get((plan, seed)) for seed in self.request.seeds]
         return mean_psnr([each for each in errors if each is not None], self.data_range)
 
-    def held_out(self, plan: Plan | Schedule) -> float | None:
-        """Mean PSNR in dB on the held-out seeds; None: there are none."""
+    def held_out(self, plan: Plan | None, schedule: Schedule | None = None) -> float | None:
+        """Mean PSNR in dB on the held-out seeds; None: there are none.
+
+        Args:
+            plan: by which rollouts are kept; None: they aren't.
+            schedule: that is run; None: the plan's.
+        """
         if not self.request.holdout:
             return None
-        if isinstance(plan, Plan):
-            errors = [self.rollout(plan, seed) for seed in self.request.holdout]
+        if plan is not None:
+            errors = [self.rollout(plan, seed, schedule) for seed in self.request.holdout]
         else:
-            errors = [tuple(self.errors(seed, self.sampled.run(seed, plan))) for seed in self.request.holdout]
+            errors = [tuple(self.errors(seed, self.sampled.run(seed, schedule))) for seed in self.request.holdout]
         return mean_psnr(errors, self.data_range)

@@ -24,6 +24,7 @@ from moeca_compile.schedule.forecast import MAX_KEPT, Weights, polynomial
 Array = np.ndarray[Any, np.dtype[np.float64]]
 RIDGES = (1e-4, 1e-2)  # of a term's square, that samples which aren't fitted to decide between
 PARTS = 2  # of the samples: each is told by a fit to the others
+PER_VALUE = 0.3  # dB that each value must gain which is kept beside those of the plan's polynomial
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,11 @@ def fitted_forecasts(drift: Drift, plan: Plan, kinds: Kinds, most: int = MAX_KEP
         most: outputs of a region that a forecast may weigh.
 
     Returns:
-        The weights; None: there are too few samples to tell, or some pair of the plan wasn't measured.
+        The weights; None: one output alone has nothing to weigh, there are too few samples to tell, or some pair of the
+        plan wasn't measured.
     """
     count = drift.parts.shape[2]
-    if count < PARTS or not np.isfinite(drift.quality(plan, kinds)):
+    if most < 2 or count < PARTS or not np.isfinite(drift.quality(plan, kinds)):
         return None
     number_of = np.repeat(np.arange(count), drift.parts.shape[3])
 
@@ -133,15 +135,17 @@ def fitted_forecasts(drift: Drift, plan: Plan, kinds: Kinds, most: int = MAX_KEP
             figures.append(quality(total, is_other))
         return float(np.mean(figures))
 
+    own_terms = PREDICTORS[plan.predictor].terms
     forms = [(kept, ridge) for kept in range(2, most + 1) for ridge in RIDGES]
-    best, (kept, ridge) = max((checked(*form), form) for form in forms)
+    estimates = {form: checked(*form) for form in forms}
+    kept, ridge = max(forms, key=lambda form: estimates[form] - PER_VALUE * max(0, form[0] - own_terms))
     everything = np.ones(len(number_of), dtype=bool)
     steps, _ = _Fit(drift, plan, kinds, kept).run(ridge, everything)
-    own = _Fit(drift, plan, kinds, PREDICTORS[plan.predictor].terms).run(None, everything)[1]
+    own = _Fit(drift, plan, kinds, own_terms).run(None, everything)[1]
     columns = range(len(next(iter(kinds.values()))))
     atom_of = {column: atom for atom, members in enumerate(drift.atoms) for column in members}
     table = tuple(tuple(_cell(weights, atom_of[column]) for column in columns) for weights in steps)
-    return FittedForecasts(table, best, quality(own, np.ones(count, dtype=bool)))
+    return FittedForecasts(table, estimates[kept, ridge], quality(own, np.ones(count, dtype=bool)))
 
 
 def _cell(weights: Mapping[int, Array], atom: int) -> Weights:
