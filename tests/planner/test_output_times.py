@@ -18,7 +18,9 @@ from moeca_compile.errors import MoecaWarning, ScheduleError
 from moeca_compile.planner.output import place, rule, times
 from moeca_compile.planner.output.given_times import path_at
 from moeca_compile.planner.output.times import Placement
+from moeca_compile.planner.output.together import FittedTogether
 from moeca_compile.planner.rollout import SampledModel
+from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.front import Front
 
 STEPS = 8
@@ -74,6 +76,21 @@ def front() -> Front:
     """A front of one schedule."""
     found: Front = calibrated(Bump(), sample, ["macs:0.5"])
     return found
+
+
+@pytest.mark.parametrize("own", [40.0, 50.0])
+def test_fits_to_all_seeds_decide_between_both(own: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts on one seed found the searched timesteps better; weights fitted together may say otherwise."""
+
+    def fitted(study: Any, sampler: Any, start: Schedule) -> FittedTogether:
+        return FittedTogether(start, 30.0, 45.0 if start.searched_timesteps else own)
+
+    monkeypatch.setattr(rule, "fit_together", fitted)
+    schedule = calibrated(Bump(), sample)
+    assert schedule.searched_timesteps == (own < 45)
+    told = {name: schedule.predicted[f"tried {name}"] for name in ("own timesteps", "searched timesteps")}
+    assert told == {"own timesteps": own, "searched timesteps": 45.0}
+    assert schedule.predicted["tried fitted together"] == max(own, 45.0)
 
 
 # at other timesteps that is noticed too:

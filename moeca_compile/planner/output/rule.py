@@ -16,7 +16,7 @@ from moeca_compile.planner.output.place import computed_steps, placements
 from moeca_compile.planner.output.sampler import SamplerStep
 from moeca_compile.planner.output.study import OutputStudy, psnr_to_wanted
 from moeca_compile.planner.output.times import Fine, placed
-from moeca_compile.planner.output.together import fit_together
+from moeca_compile.planner.output.together import FittedTogether, fit_together
 from moeca_compile.planner.search.anneal import neighbors
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import FULL, NONE, Plan, schedule_of
@@ -96,17 +96,26 @@ class OutputRuleSearch:
             *placements(self.own.fit, grams.fitted, grams.checked, self._form(plan), plan, PLANS),
         ]
         best = max(dict.fromkeys(plans), key=lambda candidate: self._quality(schedule, candidate))
-        return self._fitted_together(schedule, *self._moved(schedule, self._improved(schedule, best)))
-
-    def _fitted_together(self, schedule: Schedule, plan: Plan, grid: Grid) -> Schedule:
-        """The schedule of a plan, fitted to all seeds, and its weights together if that is better."""
-        start = self._schedule(schedule, plan, grid, grid.grams.all)
-        self.study.report_progress("all weights fitted together", 0.97)
-        found = fit_together(self.study, grid.sampler, start)
+        improved = self._improved(schedule, best)
+        plan, grid = self._moved(schedule, improved)
+        start, found = self._fitted_together(schedule, plan, grid)
+        if grid.timesteps and found is not None:
+            # few seeds chose these timesteps; the fits to all of them decide
+            of_own, own = self._fitted_together(schedule, improved, self.own)
+            if own is not None:
+                self.tried |= {"tried own timesteps": own.reached, "tried searched timesteps": found.reached}
+                if own.reached >= found.reached:
+                    start, found = of_own, own
         if found is None:
             return start
         self.tried |= {"tried fitted step by step": found.before, "tried fitted together": found.reached}
         return found.schedule
+
+    def _fitted_together(self, schedule: Schedule, plan: Plan, grid: Grid) -> tuple[Schedule, FittedTogether | None]:
+        """The schedule of a plan, fitted step by step to all seeds, and what fitting its weights together gives."""
+        start = self._schedule(schedule, plan, grid, grid.grams.all)
+        self.study.report_progress("all weights fitted together", 0.97)
+        return start, fit_together(self.study, grid.sampler, start)
 
     def _raced(self, plan: Plan) -> list[Plan]:
         """The best other plans that the search rolled out, with no more computed steps than a plan."""
