@@ -12,6 +12,7 @@ from moeca_compile.frontend.handles import HandleState
 from moeca_compile.graph import fx
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.inspect.summary import summary
+from moeca_compile.schedule.output_facts import OutputFacts
 
 log = logging.getLogger("moeca_compile")
 
@@ -69,6 +70,7 @@ def report_of(programs: Sequence[Program]) -> Report:
         ),
         hoisted=tuple(main.prologues.hoisted[position] for position in hoisted),
         hoisted_weight_bytes=sum(size for position, size in weight_bytes.items() if position not in taken),
+        output_weights=OutputFacts.of(main.schedule.output, main.schedule.rows),
     )
 
 
