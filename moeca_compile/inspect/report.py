@@ -17,7 +17,7 @@ from moeca_compile.inspect.html.page import write_page
 from moeca_compile.inspect.routing import attending, routing
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.made_for import timesteps_line
-from moeca_compile.schedule.output_facts import OutputFacts
+from moeca_compile.schedule.output import OutputFacts
 
 Rows = list[tuple[str, ...]]
 

@@ -11,7 +11,7 @@ from moeca_compile.inspect.actions import legend
 from moeca_compile.inspect.html.measured import TRIED, tried
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 from moeca_compile.schedule.action import legend_of, name_of
-from moeca_compile.schedule.output_facts import OutputFacts
+from moeca_compile.schedule.output import OutputFacts
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType

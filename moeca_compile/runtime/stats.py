@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeca_compile.schedule.made_for import timesteps_line
-from moeca_compile.schedule.output_facts import OutputFacts
+from moeca_compile.schedule.output import OutputFacts
 
 NO_CALL = (
     "Methods of the original model, and the models of a pipeline, run past what torch.compile gave: use "

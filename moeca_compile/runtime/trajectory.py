@@ -24,7 +24,7 @@ from moeca_compile.runtime.providers.provider import Loaded
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import MAX_RECORDS, Stats, StepRecord
 from moeca_compile.schedule import Row
-from moeca_compile.schedule.output_facts import OutputFacts
+from moeca_compile.schedule.output import OutputFacts
 
 if TYPE_CHECKING:
     from moeca_compile.runtime.session import Session

@@ -16,7 +16,7 @@ from moeca_compile.inspect.html.data import page_data
 from moeca_compile.inspect.schedules import facts, table_of_facts
 from moeca_compile.runtime.trajectory import Trajectory
 from moeca_compile.schedule import Schedule
-from moeca_compile.schedule.output_facts import OutputFacts
+from moeca_compile.schedule.output import OutputFacts
 from tests.engine.test_output import WEIGHTS, Model, compiled, ruled
 
 INPUTS = torch.zeros(2, 2, 3, 3), torch.full((2,), 1.0), torch.tensor([1, 2])

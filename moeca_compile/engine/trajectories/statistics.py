@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from moeca_compile.runtime.stats import Stats, StepRecord
-from moeca_compile.schedule.output_facts import OutputFacts
+from moeca_compile.schedule.output import OutputFacts
 
 if TYPE_CHECKING:
     from moeca_compile.engine.handle_runtime import HandleRuntime
