@@ -22,6 +22,7 @@ from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Action, Partial, Row, Schedule
 
 UNTOUCHED = "branches in every cheap step"
+WAYS = 6  # of thinning, at most
 BETTER_DB = 0.02  # a smaller gain does not justify another kind of row
 
 Way = Callable[[Schedule], Schedule]
