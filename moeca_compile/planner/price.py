@@ -64,8 +64,8 @@ class Price:
         known = ", less what the folder has" if is_resumed else ""
         return (
             f"{what}: up to {self.total:.0f} uncached trajectories of {self.seeds} seeds{held_out}{known}: {parts}; "
-            "more only where many uniform schedules come so near to the best one that the search goes on, or where a step "
-            f"takes more than {OVERHEAD:.0%} of the time beside its regions"
+            "more only where many uniform schedules come so near to the best one that the search goes on, or where a "
+            f"step takes more than {OVERHEAD:.0%} of the time beside its regions"
         )
 
 
