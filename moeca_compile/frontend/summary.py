@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
 
 from moeca_compile.engine.output_program import OutputProgram
 from moeca_compile.engine.program import Program
 from moeca_compile.frontend.handles import HandleState
 from moeca_compile.graph import fx
+from moeca_compile.inspect.progress import is_hidden, tell
 from moeca_compile.inspect.report import Report, VariantReport
 from moeca_compile.inspect.summary import summary
-
-log = logging.getLogger("moeca_compile")
+from moeca_compile.schedule.output import OutputFacts
 
 
 def announce(program: Program, state: HandleState, models: Sequence[object]) -> None:
@@ -27,19 +25,14 @@ def announce(program: Program, state: HandleState, models: Sequence[object]) -> 
         models: that the handle runs.
     """
     program.is_announced = True
-    is_set_up = log.hasHandlers() or log.level != logging.NOTSET
-    if is_set_up and not log.isEnabledFor(logging.INFO):
+    if is_hidden():
         return
     subject = program.regions.keys, program.schedule.made_by
     if subject in state.announced:
         return
     state.announced.add(subject)
     names = " and ".join(type(model).__name__ for model in models)
-    text = summary(report_of([program]), names or "the compiled function")
-    if is_set_up:
-        log.info(text)
-    else:
-        print(text, file=sys.stderr)  # noqa: T201
+    tell(summary(report_of([program]), names or "the compiled function"))
 
 
 def report_of(programs: Sequence[Program]) -> Report:
@@ -69,6 +62,7 @@ def report_of(programs: Sequence[Program]) -> Report:
         ),
         hoisted=tuple(main.prologues.hoisted[position] for position in hoisted),
         hoisted_weight_bytes=sum(size for position, size in weight_bytes.items() if position not in taken),
+        output_weights=OutputFacts.of(main.schedule.output, main.schedule.rows),
     )
 
 

@@ -1,12 +1,32 @@
-"""A progress bar where `rich` is installed; nothing else depends on it."""
+"""What a long call does meanwhile: messages, and a progress bar where `rich` is installed."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ProgressCallback = Callable[[str, float], None]  # what is being done, and how far: 0 to 1
+
+log = logging.getLogger("moeca_compile")
+
+
+def is_hidden() -> bool:
+    """Whether the caller has set up logging so that messages at INFO aren't shown."""
+    return _is_set_up() and not log.isEnabledFor(logging.INFO)
+
+
+def tell(text: str) -> None:
+    """A message at INFO. To stderr while nobody has set up logging or this logger's level; else logging decides."""
+    if _is_set_up():
+        log.info(text)
+    else:
+        print(text, file=sys.stderr)  # noqa: T201
+
+
+def _is_set_up() -> bool:
+    return log.hasHandlers() or log.level != logging.NOTSET
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from moeca_compile.inspect.html.page import write_page
 from moeca_compile.inspect.routing import attending, routing
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.made_for import timesteps_line
+from moeca_compile.schedule.output import OutputFacts
 
 Rows = list[tuple[str, ...]]
 
@@ -29,7 +30,7 @@ class VariantReport:
         name: `v0`, `v1`, ... in order of first use.
         rows: how many of the schedule's rows it serves.
         nodes: of its graph.
-        macs: multiply-accumulates of one call.
+        macs: multiply-accumulates of one call; 1 or 0 where those of the model aren't known.
         reads: how many state tensors it takes.
         writes: how many state tensors it gives.
         weight_bytes: of all weights that it reads, parameters and buffers.
@@ -53,7 +54,8 @@ class Report:
         nodes: in that graph, normalized.
         regions: what can be cached, in graph order.
         rejected: what looked like a region and was left alone, with the reason.
-        total_macs: multiply-accumulates of one call, everything computed.
+        total_macs: multiply-accumulates of one call, everything computed. 0: not known, as granularity `output`
+            captures no graph; regions and variants then count the calls of the model, 1 or 0.
         fingerprint: of regions, kinds and parameter shapes, as a schedule's file records it.
         timestep: the name of the timestep input; "" if none was found.
         latent: the name of the latent input; "" if none was found.
@@ -68,6 +70,7 @@ class Report:
             the number of the row that ran, in order of first use; None where that isn't known.
         hoisted_weight_bytes: of the parameters and buffers that no variant reads, only the programs of hoisted values.
         pass_graphs: the graphs before and after each pass that has some; only where `html` was asked for.
+        output_weights: what the schedule's output weights were fitted to, where, and what they weigh; None: none.
     """
 
     graphs: int
@@ -88,6 +91,7 @@ class Report:
     calls: tuple[Mapping[str, Any], ...] = ()
     hoisted_weight_bytes: int = 0
     pass_graphs: tuple[PassGraphs, ...] = ()
+    output_weights: OutputFacts | None = None
 
     @classmethod
     def of_parts(cls, parts: int, breaks: str) -> Report:
@@ -99,6 +103,11 @@ class Report:
     def misses(self) -> tuple[Rejected, ...]:
         """The earlier name of `rejected`."""
         return self.rejected
+
+    @property
+    def full_macs(self) -> int:
+        """What shares of the MACs are shares of; 1 where those of a call aren't known."""
+        return self.total_macs or max((variant.macs for variant in self.variants), default=0)
 
     def to_json(self) -> str:
         """Write the whole report as JSON.
@@ -150,9 +159,10 @@ class Report:
         return [self.breaks] if self.breaks else []
 
     def _head(self) -> list[str]:
+        unknown = self.full_macs and not self.total_macs
+        cost = "MACs unknown (the model is called as it is)" if unknown else f"{self.total_macs / 1e9:.3f} GMACs a call"
         return [
-            f"{self.graphs} graph(s), {self.nodes} nodes, {self.total_macs / 1e9:.3f} GMACs a call, "
-            f"fingerprint {self.fingerprint}",
+            f"{self.graphs} graph(s), {self.nodes} nodes, {cost}, fingerprint {self.fingerprint}",
             f"timestep input: {self.timestep or 'not found'}, latent input: {self.latent or 'not found'}",
         ]
 
@@ -160,7 +170,7 @@ class Report:
         rows: Rows = [("region", "kind", "layer", "shape", "MACs", "bytes", "how")]
         for r in self.regions:
             shapes = " ".join("x".join(map(str, shape)) for shape in r.shapes)
-            share = r.macs / self.total_macs if self.total_macs else 0.0
+            share = r.macs / self.full_macs if self.full_macs else 0.0
             how = attending(r) or routing(r)
             rows.append((r.key, r.kind, str(r.layer), shapes, f"{share:.1%}", str(r.state_bytes), how))
         return _columns(rows)
@@ -179,11 +189,13 @@ class Report:
     def _variants(self) -> list[str]:
         rows: Rows = [("variant", "rows", "nodes", "MACs", "reads", "writes")]
         for v in self.variants:
-            share = v.macs / self.total_macs if self.total_macs else 0.0
+            share = v.macs / self.full_macs if self.full_macs else 0.0
             rows.append((v.name, str(v.rows), str(v.nodes), f"{share:.1%}", str(v.reads), str(v.writes)))
         lines = [f"schedule {self.schedule.made_by}, {self.state_bytes} bytes of state a stream"]
         if line := timesteps_line(self.schedule.timesteps, self.schedule.searched_timesteps):
             lines.append(line)
+        if self.output_weights is not None:
+            lines.append(str(self.output_weights))
         return [*lines, *_columns(rows)]
 
     def _passes(self) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeca_compile.inspect.actions import legend
 from moeca_compile.inspect.html.measured import TRIED, tried
 from moeca_compile.schedule import Act, Action, Partial, Schedule
 from moeca_compile.schedule.action import legend_of, name_of
+from moeca_compile.schedule.output import OutputFacts
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -28,6 +29,7 @@ _DESCRIBED = (
 def facts(schedule: Schedule) -> dict[str, Any]:
     """What a schedule says of itself, JSON-able: sizes, order, variants, how many cells do what, predictions."""
     cells = [action for row in schedule.rows for action in row]
+    weights = OutputFacts.of(schedule.output, schedule.rows)
     return {
         "made_by": schedule.made_by,
         "steps": len(schedule.rows),
@@ -44,6 +46,7 @@ def facts(schedule: Schedule) -> dict[str, Any]:
         "latent": list(schedule.latent) or None,
         "fingerprint": schedule.fingerprint,
         "granularity": schedule.granularity,
+        "output_weights": None if weights is None else asdict(weights),
         "predicted": dict(schedule.predicted),
     }
 
@@ -67,6 +70,8 @@ def table_of_facts(schedule: Schedule) -> Table:
                 table.add_row(f"predicted {TRIED}{family['name']}", f"{family['psnr_db']:.4g}")
             if len(best) > MOST_TRIED:
                 table.add_row("", f"and {len(best) - MOST_TRIED} more were tried: --json lists all")
+        elif name == "output_weights" and value is not None:
+            table.add_row(*str(OutputFacts(**value)).split(": ", 1))
         elif value not in (None, "", []):
             table.add_row(name.replace("_", " "), str(value))
     return table

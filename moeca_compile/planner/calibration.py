@@ -16,20 +16,21 @@ from typing import Any
 from moeca_compile.errors import CaptureError, OptionError
 from moeca_compile.frontend.model_arguments import models_of
 from moeca_compile.frontend.prompts import Prompt, check_seeds, sampler_of
-from moeca_compile.inspect.progress import ProgressCallback, bar
-from moeca_compile.planner.better import BetterSchedule
-from moeca_compile.planner.fitted_regions import with_fitted_weights
-from moeca_compile.planner.hand_over import handed_over
+from moeca_compile.inspect.progress import ProgressCallback, bar, tell
+from moeca_compile.planner.drift.perturb import perturb_experts
 from moeca_compile.planner.output.rule import with_output_rule
 from moeca_compile.planner.output.study import OutputStudy
-from moeca_compile.planner.perturb import perturb_experts
+from moeca_compile.planner.price import price_of
 from moeca_compile.planner.quality import QualityFunction
+from moeca_compile.planner.refine.better import BetterSchedule
+from moeca_compile.planner.refine.fitted_regions import with_fitted_weights
+from moeca_compile.planner.refine.hand_over import handed_over
+from moeca_compile.planner.refine.thin import thinned, with_cached_branches
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.search.rows import PARTIAL, Plan, schedule_of
 from moeca_compile.planner.search.search import RACE_SEEDS, Search
 from moeca_compile.planner.study import Study
-from moeca_compile.planner.thin import thinned, with_cached_branches
 from moeca_compile.planner.truth import Goal, Truth, goal_of, to_both_truths
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.granularity import OUTPUT
@@ -111,17 +112,18 @@ def calibrate(
             weights were quantized. They are drawn once a seed and kept in `resume`. With granularity `output` the
             samples are fitted to the truth, which may also be `converged`: the samples that the same sampler comes to
             with more and more steps, extrapolated from runs with twice and four times the steps, for which `sample`
-            must take a keyword `steps` (six more trajectories a seed). If it also takes `timesteps`, these are
-            searched, which costs a few trajectories in all. A schedule fitted to anything but `uncached` also corrects
-            the error of the solver's own steps, so its samples differ from the uncached ones. Steps and terms are
-            chosen by weights fitted to three of four seeds. With other granularities nothing is fitted: the search
+            must take a keyword `steps` (six more trajectories a seed, held-out ones too). If it also takes `timesteps`,
+            these are searched, which costs a few trajectories in all. A schedule fitted to anything but `uncached` also
+            corrects the error of the solver's own steps, so its samples differ from the uncached ones. Steps and terms
+            are chosen by weights fitted to three of four seeds. With other granularities nothing is fitted: the search
             compares its rollouts with the truth, and `psnr:` in a budget limits the PSNR to it.
         quality: what the rollouts compare plans by, in place of the PSNR: a function (samples, wanted) -> one number a
             sample, higher is better; both are float32 tensors on the CPU. The search takes differences of 0.5 for
             small, as they are in dB, so scale it (10 times the logarithm of a distance, for example). Then `psnr:` in a
             budget limits this quality, and `predicted` has it under `quality` in place of `psnr_db`. The weights of
             granularity `output` are fitted to the least squared error all the same; only choices go by the quality.
-        progress: show a progress bar if `rich` is installed.
+        progress: say before sampling what it may cost, in uncached trajectories, and show a progress bar if `rich` is
+            installed.
 
     Returns:
         A schedule with one row per step and without repeats, and with the timesteps of the sampler if they strictly
@@ -149,6 +151,8 @@ def calibrate(
         budget, order, max_variants, seeds, holdout, effort, data_range, memory, resume, perturb, branches, quality
     )
     goal = goal_of(truth, model, sample, request, granularity)
+    if progress:
+        tell(price_of([request], granularity, goal, sample).line("calibrate", request.folder is not None))
     with reported(request, progress) as report_progress:
         return find_schedule(Studies(model, sample, inner, goal, report_progress), request, granularity)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from moeca_compile.errors import ScheduleError, warn
 from moeca_compile.frontend.prompts import sampler_of
+from moeca_compile.inspect.progress import tell
 from moeca_compile.planner.calibration import Studies, calibrate, find_schedule, reported
+from moeca_compile.planner.price import price_of
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.rollout import Sampler
 from moeca_compile.planner.truth import goal_of
@@ -50,6 +52,9 @@ def calibrate_front(model: Any, sample: Sampler | None = None, *, budgets: Seque
     requests.sort(key=_tightest)  # the drift of the cheapest schedule spans the most steps, and serves the others too
     chosen = bound_arguments(model, sample, budgets[0], arguments)
     goal = goal_of(chosen["truth"], model, sample, requests[0], chosen["granularity"])
+    if chosen["progress"]:
+        price = price_of(requests, chosen["granularity"], goal, sample)
+        tell(price.line("calibrate_front", requests[0].folder is not None))
     schedules: list[Schedule] = []
     failures: list[str] = []
     with reported(requests[0], chosen["progress"]) as report_progress:

@@ -71,7 +71,7 @@ def stored_drift(store: Store) -> tuple[dict[str, list[float]], Mapping[str, Any
 def _front(store: Store, report: Report) -> dict[str, list[tuple[float, float]]]:
     """For each predictor the schedules that were rolled out."""
     kinds = row_kinds([region.kind for region in report.regions], [region.layer for region in report.regions])
-    shares = [region.macs / report.total_macs if report.total_macs else 0.0 for region in report.regions]
+    shares = [region.macs / report.full_macs if report.full_macs else 0.0 for region in report.regions]
     costs = {
         letter: 1.0 - sum(share for share, cell in zip(shares, cells, strict=True) if cell is None)
         for letter, cells in kinds.items()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeca_compile.schedule.made_for import timesteps_line
+from moeca_compile.schedule.output import OutputFacts
 
 NO_CALL = (
     "Methods of the original model, and the models of a pipeline, run past what torch.compile gave: use "
@@ -83,6 +84,7 @@ class Stats:
             an accelerator, which works on after the host has gone on.
         timesteps: that the schedule was made for, one a row, as the model receives them; empty: any.
         searched_timesteps: they were searched, so they aren't the sampler's own: pass it `timesteps`.
+        output_weights: what the schedule's output weights were fitted to, where, and what they weigh; None: none.
     """
 
     steps: tuple[StepRecord, ...]
@@ -99,6 +101,7 @@ class Stats:
     on_host: bool = True
     timesteps: tuple[float, ...] = ()
     searched_timesteps: bool = False
+    output_weights: OutputFacts | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -124,6 +127,8 @@ class Stats:
             lines[0] += f"; {self.freed_bytes / 2**20:.2f} MiB of weights freed"
         if line := timesteps_line(self.timesteps, self.searched_timesteps):
             lines.append(line)
+        if self.output_weights is not None:
+            lines.append(str(self.output_weights))
         if self.uncached:
             lines.append(self.uncached)
         lines += [f"{name} is compiled for each size: {reason}" for name, reason in self.unshared.items()]

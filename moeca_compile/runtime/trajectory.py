@@ -24,6 +24,7 @@ from moeca_compile.runtime.providers.provider import Loaded
 from moeca_compile.runtime.state import StreamState
 from moeca_compile.runtime.stats import MAX_RECORDS, Stats, StepRecord
 from moeca_compile.schedule import Row
+from moeca_compile.schedule.output import OutputFacts
 
 if TYPE_CHECKING:
     from moeca_compile.runtime.session import Session
@@ -172,6 +173,7 @@ class Trajectory(Loop):
         return Stats(
             records, state_bytes, macs / full_macs if full_macs else 1.0, 1, {},
             timesteps=schedule.timesteps, searched_timesteps=schedule.searched_timesteps,
+            output_weights=OutputFacts.of(schedule.output, schedule.rows),
         )  # fmt: skip
 
     def _run(self, inputs: Mapping[str, Any]) -> Arrays:

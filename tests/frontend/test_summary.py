@@ -13,6 +13,7 @@ import torch
 import moeca_compile as moeca
 from moeca_compile.frontend import summary
 from moeca_compile.graph.regions import Rejected
+from moeca_compile.inspect import progress
 from moeca_compile.inspect.summary import summary as summarized
 from moeca_compile.schedule.checks import interval_for
 from tests.docs import world
@@ -20,10 +21,10 @@ from tests.docs import world
 
 @pytest.fixture(autouse=True)
 def unchanged_logger() -> Iterator[None]:
-    before = summary.log.level
-    summary.log.setLevel(logging.NOTSET)
+    before = progress.log.level
+    progress.log.setLevel(logging.NOTSET)
     yield
-    summary.log.setLevel(before)
+    progress.log.setLevel(before)
 
 
 def compiled(**options: Any) -> Any:
@@ -86,19 +87,19 @@ def test_a_model_s_output_has_a_summary_too(caplog: pytest.LogCaptureFixture) ->
 def test_without_any_logging_it_goes_to_stderr(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary.log, "propagate", False)  # pytest's handlers are on the root
+    monkeypatch.setattr(progress.log, "propagate", False)  # pytest's handlers are on the root
     world.sample(compiled())
     out, err = capsys.readouterr()
     assert "regions in one graph" in err
     assert out == ""
-    summary.log.setLevel(logging.WARNING)
+    progress.log.setLevel(logging.WARNING)
     world.sample(compiled())
     assert capsys.readouterr().err == ""
 
 
 def test_logging_that_hides_it_costs_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "report_of", lambda programs: pytest.fail("a report was made"))
-    summary.log.setLevel(logging.WARNING)
+    progress.log.setLevel(logging.WARNING)
     world.sample(compiled())
 
 

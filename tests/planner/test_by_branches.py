@@ -10,7 +10,7 @@ from torch import nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import ScheduleError
-from moeca_compile.planner import thin
+from moeca_compile.planner.refine import thin
 from moeca_compile.schedule import Action, Partial, Schedule
 from tests.models import DiT
 from tests.test_calibrate import STEPS, mean_psnr, sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile as moeca
-from moeca_compile.planner import fitted_regions
+from moeca_compile.planner.refine import fitted_regions
 from moeca_compile.planner.search.weights import FittedForecasts
 from moeca_compile.schedule import Schedule
 from tests.models import DiT

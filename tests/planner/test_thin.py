@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moeca_compile.graph.regions import Cut, Region, RegionMap
-from moeca_compile.planner.thin import UNTOUCHED, thin, ways_of
+from moeca_compile.planner.refine.thin import UNTOUCHED, thin, ways_of
 from moeca_compile.schedule import Action, Partial, Schedule
 from moeca_compile.schedule.action import format_row, legend_of
 

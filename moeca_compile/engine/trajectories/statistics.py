@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from moeca_compile.runtime.stats import Stats, StepRecord
+from moeca_compile.schedule.output import OutputFacts
 
 if TYPE_CHECKING:
     from moeca_compile.engine.handle_runtime import HandleRuntime
@@ -75,4 +76,11 @@ def stats_of(states: Sequence[Ran]) -> Stats:
         on_host=all(state.runtime.on_host for state in states),
         timesteps=() if timed is None else timed.timesteps,
         searched_timesteps=timed is not None and timed.searched_timesteps,
+        output_weights=next(filter(None, (_weights(state) for state in states)), None),
     )
+
+
+def _weights(state: Ran) -> OutputFacts | None:
+    """Of the schedule that a handle runs."""
+    schedule = state.runtime.schedule
+    return OutputFacts.of(schedule.output, schedule.rows)

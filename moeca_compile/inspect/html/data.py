@@ -46,14 +46,14 @@ def page_data(
     """
     rows = report.schedule.distinct_rows()
     acts: list[Act] = [*_KINDS, *legend_of(rows).values()]
-    shares = {variant.name: _share(variant.macs, report.total_macs) for variant in report.variants}
+    shares = {variant.name: _share(variant.macs, report.full_macs) for variant in report.variants}
     return {
         "format": FORMAT,
         "version": VERSION,
         "model": _model(report),
-        "schedule": _schedule(report.schedule),
+        "schedule": _schedule(report),
         "actions": [_action(act, report.regions) for act in acts],
-        "regions": [_region(region, report.total_macs) for region in report.regions],
+        "regions": [_region(region, report.full_macs) for region in report.regions],
         "rows": [[acts.index(act) for act in row] for row in rows],
         "variants": [{**asdict(variant), "share": shares[variant.name]} for variant in report.variants],
         "steps": _steps(report, steps),
@@ -75,11 +75,13 @@ def _model(report: Report) -> dict[str, Any]:
     return {name: getattr(report, name) for name in names}
 
 
-def _schedule(schedule: Schedule) -> dict[str, Any]:
+def _schedule(report: Report) -> dict[str, Any]:
+    schedule, weights = report.schedule, report.output_weights
     names = ("made_by", "order", "granularity", "period")
     return {
         **{name: getattr(schedule, name) for name in names},
         "adaptive": schedule.adaptive is not None,
+        "output_weights": None if weights is None else {**asdict(weights), "line": str(weights)},
         "rows": len(schedule.rows),
         "predicted": {name: value for name, value in schedule.predicted.items() if not name.startswith("tried ")},
     }

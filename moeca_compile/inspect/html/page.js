@@ -23,7 +23,7 @@ function build() {
   const shares = steps.map((_, step) => variantOf(step)).filter(Boolean).map((variant) => variant.share);
   const quality = schedule.predicted.psnr_db_holdout ?? schedule.predicted.psnr_db;
   const facts = [
-    ["MACs of a call", digits(model.total_macs / 1e9) + " G"],
+    model.total_macs > 0 && ["MACs of a call", digits(model.total_macs / 1e9) + " G"],
     shares.length && ["share of the MACs that runs", percent(mean(shares))],
     quality !== undefined && ["PSNR to uncached, as calibrated", digits(quality) + " dB"],
     ["regions", String(DATA.regions.length)],
@@ -33,6 +33,7 @@ function build() {
     model.graphs !== 1 && ["graphs", String(model.graphs)],
   ];
   byId("facts").append(...facts.filter(Boolean).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+  if (schedule.output_weights) byId("facts").after(el("p", { class: "soft" }, schedule.output_weights.line));
   if (model.breaks) byId("facts").after(el("pre", { class: "told" }, model.breaks));
   for (const [id, title, make] of SECTIONS) {
     const content = make();

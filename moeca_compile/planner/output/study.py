@@ -14,7 +14,7 @@ from moeca_compile.frontend.prompts import PromptSampler
 from moeca_compile.planner.output.fit import check_enough
 from moeca_compile.planner.output.given_times import check_taken, path_at
 from moeca_compile.planner.output.gram import gram_of, summed
-from moeca_compile.planner.output.paths import converged_path, given_path, number, record_path
+from moeca_compile.planner.output.paths import FINER, converged_path, given_path, number, record_path
 from moeca_compile.planner.output.sampler import SamplerStep, sampler_steps
 from moeca_compile.planner.output.wanted import Wanted, as_arrays, from_arrays
 from moeca_compile.planner.rollout import TIMESTEPS
@@ -42,9 +42,15 @@ class OutputStudy(Study):
         Raises:
             ScheduleError: also if the weights of the output can't be fitted for this sampler or truth.
         """
+        if self.is_sampled:
+            return
         super().sample_uncached()
-        for seed in self.request.seeds:
+        seeds, recorded = self.request.seeds, len(self.wanted)
+        for seed in seeds:
             self._want(seed)
+        again = len(seeds) - recorded  # the measurement or a folder had sampled them
+        finer = sum(FINER) * len(seeds) if self.goal == CONVERGED else 0
+        self.spend("wanted", self.uncached * (again + finer))
 
     def draw_shard(self, seeds: Sequence[int]) -> None:
         """As `Study.draw_shard`, with what the weights are fitted to."""

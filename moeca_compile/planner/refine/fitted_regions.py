@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 
-from moeca_compile.planner.better import BETTER_DB, BetterSchedule, with_costs
+from moeca_compile.planner.refine.better import BETTER_DB, BetterSchedule, with_costs
 from moeca_compile.planner.search.predict import PREDICTORS
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan, schedule_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.graph.regions import Divisible, Indivisible, RegionMap
-from moeca_compile.planner.better import BETTER_DB, BetterSchedule, with_costs
+from moeca_compile.planner.refine.better import BETTER_DB, BetterSchedule, with_costs
 from moeca_compile.planner.search.predict import predictors_of
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan, schedule_of
@@ -23,6 +23,7 @@ from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Action, Partial, Row, Schedule
 
 UNTOUCHED = "branches in every cheap step"
+WAYS = 6  # of thinning, at most
 
 Way = Callable[[Schedule], Schedule]
 Rollout = Callable[[Schedule, int], Sequence[float]]  # schedule, seed -> mean squared error of each sample

@@ -1,0 +1,1 @@
+"""What is tried with a plan that the search found: fitted weights, thinning, handing over. Rollouts decide."""
