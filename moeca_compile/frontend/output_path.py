@@ -30,13 +30,14 @@ from moeca_compile.engine.trajectories.blocks import current
 from moeca_compile.errors import CaptureError
 from moeca_compile.frontend.calls import gate_of
 from moeca_compile.frontend.handles import HandleState, Read, state_of
-from moeca_compile.frontend.owner import modules_of, parameters_of
+from moeca_compile.frontend.owner import WeightsSeen, modules_of
 from moeca_compile.frontend.summary import announce
 from moeca_compile.graph.capture import Input
 from moeca_compile.passes.analysis.find_inputs import has_word_of_time
 
 TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")  # names of arguments
 LATENTS = ("hidden_states", "sample", "latents", "latent", "x", "img", "z")
+WATCHED = 4  # calls after which it is asked whether the model replaced its own weights. Later the next call notices
 _GRAPH = -1  # in place of a graph's number
 
 
@@ -75,7 +76,8 @@ class OutputPath:
         self._results: dict[int, tuple[TreeSpec, list[Any]]] = {}  # by id of a program: where its outputs belong
         self._first: dict[int, tuple[list[Any], TreeSpec]] = {}  # by id of a call's leaves: what the model gave already
         self._models = frozenset(map(id, modules_of(handle)))
-        self._bind(parameters_of(handle))
+        self._bind(WeightsSeen(handle))
+        self._watched = WATCHED
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handle = self.handle()
@@ -140,8 +142,8 @@ class OutputPath:
         """Call the model."""
         return _tensors(self._called(structure, leaves)[0])
 
-    def _bind(self, weights: tuple[Tensor, ...]) -> None:
-        self._weights, self._labels = weights, [*map(str, range(len(weights)))]
+    def _bind(self, seen: WeightsSeen) -> None:
+        self._seen, self._weights, self._labels = seen, seen.tensors, [*map(str, range(len(seen.tensors)))]
 
     def _run(self, leaves: Sequence[Any], structure: CallStructure, state: HandleState, frame: FrameType) -> Any:
         context, runtime = self.handle().dynamo_ctx, state.runtime  # type: ignore[union-attr]
@@ -168,11 +170,12 @@ class OutputPath:
             return first
         args, kwargs = tree_unflatten(list(leaves[: len(structure.names)]), structure.spec)
         handle = self.handle()
-        was_replaced = not _same(parameters_of(handle), self._weights)
+        was_replaced = not self._seen.hold(handle)
         result = tree_flatten(self.call(*args, **kwargs))
-        weights = parameters_of(handle)
-        if was_replaced or not _same(weights, self._weights):
-            self._bind(weights)
+        self._watched = WATCHED if was_replaced else max(0, self._watched - 1)
+        if was_replaced or (self._watched and not self._seen.hold(handle)):
+            self._watched = WATCHED
+            self._bind(WeightsSeen(handle))
         if not was_replaced:  # else the next call finds that they changed
             # FSDP, offloading and casts put other tensors there while the model runs: it is the same model
             runtime = state_of(handle.dynamo_ctx, lambda _: self._read).runtime  # type: ignore[union-attr]
@@ -234,10 +237,6 @@ class OutputEntry:
     def run_uncached(self, args: Sequence[Any], reason: str) -> Outputs:
         """Call the model."""
         return self.path.run(self.structure, args)
-
-
-def _same(weights: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return [*map(id, weights)] == [*map(id, others)]
 
 
 def _tensors(values: Sequence[Any]) -> Outputs:

@@ -8,8 +8,10 @@ as long as the handle, and no two handles share it.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -132,24 +134,56 @@ def _resumes(code: CodeType, of: CodeType) -> bool:
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
     """All parameters and buffers of a module, compiled or not, or of the modules that a function runs. For a quantized
     tensor: the plain tensors that it consists of."""
-    todo: list[Module | None] = [model] if isinstance(model, Module) else [*modules_of(model)]
-    seen, found = set[int](), dict[int, Any]()
-    while todo:  # by hand: cached outputs ask at each computed step, and `Module.parameters` would take a tenth of it
-        module = todo.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        parameters, buffers, children = _own(module)
-        for tensor in parameters.values():
-            found[id(tensor)] = tensor
-        for tensor in buffers.values():
-            found[id(tensor)] = tensor
-        todo += children.values()
-    found.pop(id(None), None)
+    own = (values for module in _all_modules(modules_of(model)) for values in _own(module)[:2])
+    found = {id(tensor): tensor for values in own for tensor in values.values() if tensor is not None}
     if _PLAIN.issuperset(map(type, found.values())):
         return tuple(found.values())
     parts: Iterator[object] = (part for tensor in found.values() for part in plain_parts(tensor))
     return tuple(part for part in parts if isinstance(part, torch.Tensor))  # a DTensor has a device mesh too
+
+
+def _all_modules(roots: Iterable[Module]) -> list[Module]:
+    """The modules and all below them, each once."""
+    found: dict[int, Module] = {}
+    todo: list[Module | None] = [*roots]
+    while todo:
+        module = todo.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            todo += module._modules.values()
+    return [*found.values()]
+
+
+class WeightsSeen:
+    """The weights of a model, and whether it has others now. Cached outputs ask at each computed step, and to collect
+    them anew would take 2 % of it on a model with hundreds of experts."""
+
+    def __init__(self, model: object) -> None:
+        self.tensors = parameters_of(model)
+        self._roots = [weakref.ref(root) for root in modules_of(model)]  # who holds this may be held by a root
+        roots = {id(ref()) for ref in self._roots}
+        self._below = [module for module in _all_modules(modules_of(model)) if id(module) not in roots]
+        own = self._own()
+        values = [*chain.from_iterable(map(dict.values, own))]
+        # a quantized tensor may stay, and have its parts replaced
+        self._is_plain = all(type(value) in _PLAIN for value in values if isinstance(value, torch.Tensor))
+        self._kept = own, values  # nothing else gets their ids
+        self._ids = self._ids_of(own)
+
+    def hold(self, model: object) -> bool:
+        """Whether the model still has these weights."""
+        if self._is_plain and self._ids == self._ids_of(self._own()):
+            return True
+        return [*map(id, parameters_of(model))] == [*map(id, self.tensors)]
+
+    def _own(self) -> list[dict[str, Any]]:
+        """The dictionaries of all modules: parameters, buffers, submodules."""
+        roots = (root for ref in self._roots if (root := ref()) is not None)
+        return [*chain.from_iterable(map(_own, chain(roots, self._below)))]
+
+    @staticmethod
+    def _ids_of(own: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        return [*map(id, own)], [*map(id, chain.from_iterable(map(dict.values, own)))]
 
 
 def _place(code: CodeType) -> tuple[str, str, int]:
