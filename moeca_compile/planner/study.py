@@ -322,13 +322,8 @@ class Study:
     # -- search -----------------------------------------------------------------------------------------------------
 
     def rollout(self, plan: Plan, seed: int, schedule: Schedule | None = None) -> tuple[float, ...]:
-        """For each sample of `seed` the mean squared error of the plan against the target.
-
-        Args:
-            plan: by which the result is kept.
-            seed: that is sampled.
-            schedule: that is run; None: the plan's.
-        """
+        """For each sample of `seed` the mean squared error of the plan against the target. `schedule`: is run in place
+        of the plan's own, by which the result is kept."""
         if not plan.caches:
             return tuple(self.errors(seed, self.truth[seed]))
         if (plan, seed) not in self.store.rollouts:
@@ -390,12 +385,8 @@ class Study:
         return mean_psnr([each for each in errors if each is not None], self.data_range)
 
     def held_out(self, plan: Plan | None, schedule: Schedule | None = None) -> float | None:
-        """Mean PSNR in dB on the held-out seeds; None: there are none.
-
-        Args:
-            plan: by which rollouts are kept; None: they aren't.
-            schedule: that is run; None: the plan's.
-        """
+        """Mean PSNR in dB on the held-out seeds, as `rollout` runs them; None: there are none. Without a plan no result
+        is kept."""
         if not self.request.holdout:
             return None
         if plan is not None:

@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+import moeca_compile as moeca
 from benchmarks import fitted
 from benchmarks.fitted import UNCACHED, computed
 from benchmarks.peers import dbcache, hooked_blocks, ours, taylorseer
@@ -69,6 +72,26 @@ class Sampler:
 
     def forget(self) -> None:
         pass
+
+
+def cheap_steps(task: Task, schedule: Schedule, samples: int, rounds: int) -> dict[str, Any]:
+    """The median time of a cheap step of the output and of a full one, in turns as the schedule has them."""
+    model = task.load().requires_grad_(False)
+    moeca.prepare(model)
+    compiled = moeca.compile(model, schedule=schedule, granularity="output")
+    labels, noise = task.labels_of(0, samples), task.noise(0, samples)
+    both, latents = torch.cat([labels, torch.full_like(labels, task.classes)]), torch.cat([noise, noise])
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds + 1):  # the first one compiles
+        moeca.reset(compiled)
+        for time, row in zip(schedule.timesteps, schedule.rows, strict=True):
+            timesteps = torch.full((2 * samples,), time)
+            begin = perf_counter()
+            compiled(latents, timesteps, both)
+            if number:
+                seconds[row[0] is Action.COMPUTE].append(perf_counter() - begin)
+    full, cheap = (1000 * median(seconds[is_full]) for is_full in (True, False))
+    return {"samples": samples, "full_ms": round(full, 3), "cheap_ms": round(cheap, 4), "share": round(cheap / full, 5)}
 
 
 class FewDigits(fitted.Bench):
@@ -150,9 +173,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = heat(families(output, regions), work, work.truth(), lambda text: console.print(text, style="dim"))
     for point in result["points"]:
         console.print(point["family"], point["speedup"], point["speedup_of_processor_time"], point["macs"])
+    sizes = (work.size.digits,) if args.quick else (work.size.digits, 2 * work.size.digits, 4 * work.size.digits)
+    cheap = [cheap_steps(task, output, samples, work.size.rounds) for samples in sizes]
+    for one in cheap:
+        console.print(one)
     out = folder_of(args)
     if out is not None:
-        save(task.results_of("peers_latency"), {"size": asdict(work.size), **result}, out)
+        save(task.results_of("peers_latency"), {"size": asdict(work.size), **result, "cheap_steps": cheap}, out)
 
 
 if __name__ == "__main__":
