@@ -47,6 +47,7 @@ def facts(schedule: Schedule) -> dict[str, Any]:
         "fingerprint": schedule.fingerprint,
         "granularity": schedule.granularity,
         "output_weights": None if weights is None else asdict(weights),
+        "fitted_weights": None if schedule.fitted is None else str(schedule.fitted),
         "predicted": dict(schedule.predicted),
     }
 

@@ -48,6 +48,11 @@ class FittedWeights:
         if self.truth not in TRUTHS:
             raise ScheduleError(f"fitted: truth is {self.truth!r}, expected one of {', '.join(TRUTHS)}")
 
+    def __str__(self) -> str:
+        """For people."""
+        steps, kept = sum(any(row) for row in self.weights), max(len(cell) for row in self.weights for cell in row)
+        return f"at {steps} steps, over up to {kept} outputs of a region, fitted to {self.truth} samples"
+
     def check_rows(self, rows: Sequence[Row], is_open: bool, has_regions: bool) -> None:
         """Check that the weights fit a schedule.
 

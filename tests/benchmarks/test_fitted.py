@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import few_steps, fitted, together, transfer
+from benchmarks import engines, few_steps, fitted, more_samples, together, transfer
 
+RESULTS = Path("benchmarks/results")
 MADE_BY = {
+    **{path.stem: engines for path in RESULTS.glob("engines*.json")},
+    **{path.stem: more_samples for path in RESULTS.glob("more_samples*.json")},
     "fitted": fitted,
     "fitted_glyphs": fitted,
     "fitted_times": fitted,
@@ -67,6 +70,17 @@ def test_quick_run_compares_both_fits(tmp_path: Path) -> None:
     assert [(line["truth"], line["computed"]) for line in lines] == [("uncached", 10)] * 2 + [("converged", 10)] * 2
     assert [line["name"] for line in lines] == ["step by step", "together"] * 2
     assert all(("lead_db" in line) == (line["name"] == "together") for line in lines)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_quick_run_has_the_same_quality_on_each_engine(tmp_path: Path) -> None:
+    engines.main(["--quick", "--fitted", str(tmp_path / "work"), "--out", str(tmp_path)])
+    torch, *others = json.loads((tmp_path / "engines.json").read_text())["lines"]
+    assert [line["engine"] for line in others] == ["onnxruntime", "OpenVINO"]
+    for line in others:
+        assert line["psnr_db"][0] == pytest.approx(torch["psnr_db"][0], abs=0.05)
+        assert line["to_torch_db"][0] > torch["psnr_db"][0] + 10
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moeca_compile.errors import ScheduleError
+from moeca_compile.inspect.schedules import facts
 from moeca_compile.schedule import Partial, Schedule
 from moeca_compile.schedule.adaptive import Adaptive
 from moeca_compile.schedule.fitted import FittedWeights
@@ -40,6 +41,13 @@ def test_a_region_keeps_what_its_weights_and_its_polynomial_read() -> None:
     assert [schedule(order=2).depth(column) for column in range(3)] == [3, 3, 3]
     deep = schedule((), (), (), (), ((1.0, 0.0, 0.0, 2.0),), rows=("CCC", "CCC", "CRC", "CCC", "FRC"))
     assert [deep.depth(column) for column in range(3)] == [4, 1, 0]
+
+
+def test_its_facts_tell_people() -> None:
+    told = "at 2 steps, over up to 2 outputs of a region, fitted to uncached samples"
+    assert str(schedule().fitted) == told
+    assert facts(schedule())["fitted_weights"] == told
+    assert facts(replace(schedule(), fitted=None))["fitted_weights"] is None
 
 
 NAN = float("nan")

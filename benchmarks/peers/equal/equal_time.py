@@ -5,7 +5,7 @@
 
 At a cheap step it calls nothing, where we compute a weighted sum; at a full one it lacks our checks of the call. Both
 are read off the task's results of `python -m benchmarks.peers.equal.latency`. A part of a step counts as a whole one,
-in its favor. Its steps and weights are chosen as by `python -m benchmarks.peers.equal`, and paired with ours one by one.
+in its favor. Its steps and weights are chosen as by `python -m benchmarks.peers.equal`, and it is paired with ours.
 """
 
 from __future__ import annotations

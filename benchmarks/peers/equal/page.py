@@ -38,7 +38,7 @@ def page_of(task: Task) -> Path:
 
 def load(folder: Path, task: Task = DIGITS) -> dict[str, Any]:
     """What was measured: qualities, and latencies where there are any."""
-    files = {name: folder / f"{task.results_of(f'peers_{name}')}.json" for name in ("equal", "latency")}
+    files = {name: folder / f"{task.results_of(f'peers_{name}')}.json" for name in ("equal", "latency", "equal_time")}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
@@ -51,6 +51,7 @@ def text(results: Mapping[str, Any], task: Task = DIGITS) -> str:
     """What the page says; `results` as `load` gives them."""
     result = results["equal"]
     timed = latency(results["latency"], task) if "latency" in results else ""
+    timed += equal_time(results["equal_time"], task) if "equal_time" in results else ""
     lines = marked(result["lines"])
     counts = sorted({line["count"] for line in lines}, reverse=True)
     level, half = result["uncached_to_converged_db"]
@@ -179,16 +180,41 @@ load is in the wall's time and hardly in that of the processor. All compute 17 o
 {markdown(head, rows)}
 
 At a cheap step calibrated multistep calls nothing, and moeca's compiled model computes a weighted sum, called from
-Python. So in the time of *moeca output, fitted* the former computes {_as_fast(result["points"]):.0f} steps
-instead of 17. The tables above compare at equal evaluations; at equal time on a model as small as this one,
-it is that much further.
+Python: {_cheap_steps(result, task)}
 """
 
 
-def _as_fast(points: Sequence[Mapping[str, Any]]) -> float:
-    """Evaluations of calibrated multistep in the time that our schedule of the output takes for 17."""
-    speedup = {point["family"]: float(point["speedup_of_processor_time"]) for point in points}
-    return 17 * speedup["calibrated multistep"] / speedup["moeca output, fitted"]
+def _cheap_steps(result: Mapping[str, Any], task: Task) -> str:
+    """What a cheap step takes, by the number of samples."""
+    told = [f"{one['share']:.2%} of a full step with {one['samples']} {task.name}" for one in result["cheap_steps"]]
+    return f"{', '.join(told)} at once (each with guidance, so twice as many rows)."
+
+
+def equal_time(result: Mapping[str, Any], task: Task = DIGITS) -> str:
+    """A section on the nearest peer at equal time."""
+    rows = [
+        [
+            str(line["count"]),
+            line["truth"],
+            f"{line['steps_in_our_time']:.1f}",
+            str(line["evaluations"]),
+            f"{line['psnr_db'][0]:.1f} ± {line['psnr_db'][1]:.1f}",
+            _marked(line["lead_db"]),
+        ]
+        for line in result["lines"]
+    ]
+    head = ("moeca's full steps", "truth", "its steps in that time", "drawn with", "dB", "moeca's lead, dB")
+    command = "python -m benchmarks.peers.equal.equal_time" + ("" if task is DIGITS else f" --task {task.name}")
+    return f"""
+## The nearest peer at equal time
+
+Calibrated multistep, with the steps that it computes while moeca's schedule of the output runs: by the times above, a
+part of a step counted as a whole one. `{command}`,
+{when(result["machine"])}, {result["samples"]} {task.name}. The other rows above take more time for as many
+evaluations, but for the samplers, which take as much as this one and are farther behind.
+
+{markdown(head, rows)}
+"""
 
 
 def missing(lines: Sequence[Line]) -> str:
@@ -221,6 +247,11 @@ def notes(lines: Sequence[Line]) -> str:
 def _is_ahead(line: Line, truth: str) -> bool:
     mean, half = line["lead_db"][truth]
     return bool(mean - half > 0)
+
+
+def _marked(lead: Sequence[float]) -> str:
+    """Bold: the interval isn't above zero."""
+    return _signed(lead) if lead[0] - lead[1] > 0 else f"**{_signed(lead)}**"
 
 
 def _lead(line: Line, truth: str) -> str:
