@@ -123,11 +123,13 @@ class Search:
         return list(best.values())
 
     def _promising(self, plans: Sequence[Plan]) -> list[Plan]:
-        """The plans to race, of `plans` with the best one first. Few have partial rows: their estimates err more."""
-        close = [plan for plan in plans if self.estimate(plan) >= self.estimate(plans[0]) - HOPELESS_DB]
-        partial = [plan for plan in close if plan.partial][:RACE_PARTIAL]
-        without_partial = [plan for plan in close if not plan.partial]
-        return [*without_partial[: RACE_PLANS - len(partial)], *partial]
+        """The plans to race, of `plans` with the best one first. Few have partial rows: their estimates err more, so
+        that they leave out none without."""
+        whole = [plan for plan in plans if not plan.partial]
+        close = [plan for plan in whole if self.estimate(plan) >= self.estimate(whole[0]) - HOPELESS_DB]
+        partial = [plan for plan in plans if plan.partial][:RACE_PARTIAL]
+        partial = [plan for plan in partial if self.estimate(plan) >= self.estimate(plans[0]) - HOPELESS_DB]
+        return [*close[: RACE_PLANS - len(partial)], *partial]
 
     def _annealed(self, budget: Budget) -> list[Plan]:
         """Annealed plans of each predictor, without and with partial rows; the best one by estimate first."""

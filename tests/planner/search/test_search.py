@@ -6,6 +6,7 @@ import pytest
 
 from moeca_compile.errors import ScheduleError
 from moeca_compile.planner.search.cheapest import cheapest
+from moeca_compile.planner.search.drift import Drift
 from moeca_compile.planner.search.rows import Plan, uniform_letters
 from moeca_compile.schedule.budget import Budget
 from tests.planner.search.landscape import COSTS, SEEDS, STEPS, search
@@ -111,3 +112,16 @@ def test_a_quality_that_the_other_limits_forbid_says_how_near_it_comes() -> None
 
 def test_the_same_search_twice_finds_the_same() -> None:
     assert search(0).best(Budget(macs=0.34)) == search(0).best(Budget(macs=0.34))
+
+
+def test_partial_rows_that_look_too_good_leave_out_no_plan_without() -> None:
+    found = search(0, letters="CFA")
+    assert found.split is not None
+    parts = found.split.parts.copy()
+    parts[1] *= 1e-4  # as if attention were all that drifts: rows that compute it seem exact
+    found.split = Drift(found.split.steps, found.split.pairs, found.split.atoms, parts)
+    found.best(Budget(macs=0.4))
+    uniform = {plan.letters for plan in found._uniform(Budget(macs=0.4))}
+    raced = {plan.letters for plan in found.race.errors}
+    assert any("A" in letters for letters in raced)
+    assert any("A" not in letters and letters not in uniform for letters in raced)
