@@ -235,7 +235,9 @@ def measure(bench: Bench, console: Console) -> dict[str, Any]:
             base = base or qualities
             leads = {UNCACHED: paired(qualities[UNCACHED], base[UNCACHED])} if qualities is not base else {}
             leads[CONVERGED] = paired(qualities[CONVERGED], own[CONVERGED])
-            lines.append(_line(name, computed(schedule), qualities, leads, schedule.predicted.get("trajectories")))
+            line = _line(name, computed(schedule), qualities, leads, schedule.predicted.get("trajectories"))
+            none_better = name == "regions, fitted weights" and schedule.fitted is None
+            lines.append({**line, "none_better": True} if none_better else line)
             console.print(lines[-1], highlight=False)
     return {"task": bench.task.name, "samples": len(own[CONVERGED]), "lines": lines}
 
@@ -300,7 +302,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
     """The table's rows: steps, contender, and for each truth the mean, the worst twentieth and the lead."""
     rows = []
     for line in result["lines"]:
-        cells = [str(line["computed"]), line["name"]]
+        cells = [str(line["computed"]), line["name"] + (" (none better found)" if "none_better" in line else "")]
         for truth in (UNCACHED, CONVERGED):
             figures = line["psnr_db"].get(truth)
             lead = line["lead_db"].get(truth)
