@@ -65,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Bench(size, work, ours, settings_of(before))
     chosen = [
         contender
-        for contender in roster.contenders()
-        if (task is DIGITS or contender.name != "moeca calibrated, one span")  # its schedules are of the digits
-        and (args.only in ("", contender.kind) or contender.name.startswith(args.only))
+        for contender in roster.contenders(task)
+        if args.only in ("", contender.kind) or contender.name.startswith(args.only)
     ]
     file = None if out is None else out / f"{name}.json"
     known = json.loads(file.read_text()) if file is not None and file.exists() and (args.only or args.counts) else {}

@@ -4,14 +4,12 @@
     python -m benchmarks.peers.equal.equal_time --task glyphs    # results/peers_equal_time_glyphs.json
 
 At a cheap step it calls nothing, where we compute a weighted sum; at a full one it lacks our checks of the call. Both
-are read off the task's results of `python -m benchmarks.peers.equal.latency`. A part of a step counts as a whole one,
-in its favor. Its steps and weights are chosen as by `python -m benchmarks.peers.equal`, and it is paired with ours.
+are read off the task's results of `python -m benchmarks.peers.equal.latency`, and rounded to whole steps. Its steps and weights are chosen as by `python -m benchmarks.peers.equal`, and it is paired with ours.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +51,7 @@ def measure(bench: Bench, timed: Mapping[str, Any], console: Console) -> list[di
     lines = []
     for count in bench.size.counts:
         exact = steps_in_our_time(timed, count, bench.size.steps)
-        more = max(count, math.ceil(exact))
+        more = max(count, round(exact))
         ours = {more: bench.lab.computed[count]}
         lab = Lab(replace(bench.size, counts=(more,)), ours, bench.work, bench.fitted.task)
         for contender in contenders()[: len(BEST)]:

@@ -96,7 +96,7 @@ To the converged solution, of *{BEST[CONVERGED]}*:
 ## How settings are chosen
 
 {notes(lines)}
-{missing(lines)}"""
+{missing(lines, task)}"""
 
 
 def marked(lines: Sequence[Line]) -> list[Line]:
@@ -187,7 +187,7 @@ Python: {_cheap_steps(result, task)}
 def _cheap_steps(result: Mapping[str, Any], task: Task) -> str:
     """What a cheap step takes, by the number of samples."""
     told = [f"{one['share']:.2%} of a full step with {one['samples']} {task.name}" for one in result["cheap_steps"]]
-    return f"{', '.join(told)} at once (each with guidance, so twice as many rows)."
+    return f"{', '.join(told)} at once (each with\nguidance, so twice as many rows)."
 
 
 def equal_time(result: Mapping[str, Any], task: Task = DIGITS) -> str:
@@ -208,8 +208,8 @@ def equal_time(result: Mapping[str, Any], task: Task = DIGITS) -> str:
     return f"""
 ## The nearest peer at equal time
 
-Calibrated multistep, with the steps that it computes while moeca's schedule of the output runs: by the times above, a
-part of a step counted as a whole one. `{command}`,
+Calibrated multistep, with the steps that it computes while moeca's schedule of the output runs: by the times above,
+rounded to whole steps. `{command}`,
 {when(result["machine"])}, {result["samples"]} {task.name}. The other rows above take more time for as many
 evaluations, but for the samplers, which take as much as this one and are farther behind.
 
@@ -217,10 +217,10 @@ evaluations, but for the samplers, which take as much as this one and are farthe
 """
 
 
-def missing(lines: Sequence[Line]) -> str:
+def missing(lines: Sequence[Line], task: Task = DIGITS) -> str:
     """Contenders that have no figures yet."""
     measured = {line["name"] for line in lines}
-    names = [contender.name for contender in roster.contenders() if contender.name not in measured]
+    names = [contender.name for contender in roster.contenders(task) if contender.name not in measured]
     return f"\nWritten, without figures yet: {', '.join(names)}.\n" if names else ""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.fitted import CONVERGED, UNCACHED
 from benchmarks.peers.equal import measure, page, roster
+from benchmarks.peers.equal.equal_time import steps_in_our_time
 from benchmarks.peers.equal.lab import Contender, Lab, Setting, Size
 from benchmarks.peers.workload import Batch
 from benchmarks.protocol import RESULTS
@@ -116,6 +117,20 @@ def test_a_section_on_time_says_how_far_from_the_limit_each_is() -> None:
     result = {
         "points": [point, ours, multistep], "size": {"rounds": 2, "digits": 8}, "load_1min": [1.0, 2.0],
         "machine": {"date": "2026-11-29", "commit": "abcdef0"},
+        "cheap_steps": [{"samples": 8, "share": 0.0066}, {"samples": 16, "share": 0.0034}],
     }  # fmt: skip
     assert "| a peer | 2.50 (2.40 to 2.60) | 2.70 | 34.0% | 2.94 |" in page.latency(result)
-    assert "the former computes 20 steps\ninstead of 17" in page.latency(result)
+    assert "0.66% of a full step with 8 digits, 0.34% of a full step with 16 digits at once" in page.latency(result)
+    # 20.4 of its steps in our time for 17 and 33 cheap ones of 0.66 %; so one of ours takes as long as 1.18 of its
+    full = 17 * 3.0 / 2.5 / (17 + 33 * 0.0066)
+    assert steps_in_our_time(result, 17, 50) == pytest.approx(20.4)
+    assert steps_in_our_time(result, 10, 50) == pytest.approx(full * (10 + 40 * 0.0066))
+
+
+def test_a_section_on_equal_time_tells_the_leads() -> None:
+    line = {
+        "count": 17, "truth": "uncached", "steps_in_our_time": 18.42, "evaluations": 19, "psnr_db": [57.6, 0.4],
+        "lead_db": [0.2, 0.3],
+    }  # fmt: skip
+    result = {"samples": 256, "lines": [line], "machine": {"date": "2026-11-29", "commit": "abcdef0"}}
+    assert "| 17 | uncached | 18.4 | 19 | 57.6 ± 0.4 | **+0.2 ± 0.3** |" in page.equal_time(result)
