@@ -16,6 +16,7 @@ from tests.docs.pages import ROOT, text_of
 if not (ROOT / "docs").exists():
     pytest.skip("needs the checkout", allow_module_level=True)
 
+from benchmarks.peers.equal import page
 from benchmarks.peers.equal.equal_time import steps_in_our_time
 from benchmarks.tasks import TASKS
 from examples import digits, glyphs

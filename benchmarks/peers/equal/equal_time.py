@@ -4,7 +4,8 @@
     python -m benchmarks.peers.equal.equal_time --task glyphs    # results/peers_equal_time_glyphs.json
 
 At a cheap step it calls nothing, where we compute a weighted sum; at a full one it lacks our checks of the call. Both
-are read off the task's results of `python -m benchmarks.peers.equal.latency`, and rounded to whole steps. Its steps and weights are chosen as by `python -m benchmarks.peers.equal`, and it is paired with ours.
+are read off the task's results of `python -m benchmarks.peers.equal.latency`, and rounded to whole steps. Its steps and
+weights are chosen as by `python -m benchmarks.peers.equal`, and it is paired with ours.
 """
 
 from __future__ import annotations
