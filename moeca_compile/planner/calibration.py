@@ -284,7 +284,7 @@ def _or_with_fitted_weights(result: _Result) -> _Result:
     study = result.study
     if result.better is not None or study.sampled.caches_branches or not study.has_drift:
         return result
-    better = with_fitted_weights(study, result.plan, result.quality)
+    better = with_fitted_weights(study, result.plan, result.quality, result.search.race.errors)
     if better is None:
         return result
     result.search.family_quality |= better.tried

@@ -100,7 +100,8 @@ def price_of(requests: Sequence[Request], granularity: str, goal: Goal, sample: 
             map(_together, requests)
         ) * (2 if times else 1)
     else:
-        parts["to try fitted weights"] = sum(seeds * _rollout(request) for request in requests)
+        few = 2 * min(RACE_SEEDS, seeds)  # at the steps that were found, and at others
+        parts["to try fitted weights"] = sum(max(few, few / 2 + seeds) * _rollout(request) for request in requests)
     if first.perturb:
         parts["for stale experts"] = PRICE * first.perturb
     if first.branches:

@@ -9,21 +9,24 @@ Matrix Computations, section 6.2 (the null-space method).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from moeca_compile.planner.search.anneal import anneal
 from moeca_compile.planner.search.drift import SMALLEST, Drift
 from moeca_compile.planner.search.predict import PREDICTORS
 from moeca_compile.planner.search.quality import mean_psnr
-from moeca_compile.planner.search.rows import Kinds, Plan
+from moeca_compile.planner.search.rows import FULL, NONE, Kinds, Plan
 from moeca_compile.schedule.forecast import MAX_KEPT, Weights, polynomial
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 RIDGES = (1e-4, 1e-2)  # of a term's square, that samples which aren't fitted to decide between
 PARTS = 2  # of the samples: each is told by a fit to the others
+MOVES, HEAT = 8, 1.0  # of the annealing: moves a step; dB
 PER_VALUE = 0.3  # dB that each value must gain which is kept beside those of the plan's polynomial
 
 
@@ -85,6 +88,40 @@ class _Fit:
         return base, self.drift.parts[atom, rows].reshape(len(rows), -1).astype(np.float64)
 
 
+def placed_for_weights(
+    drift: Drift, starts: Sequence[Plan], kinds: Kinds, allowed: Callable[[Plan], bool], kept: int
+) -> Plan:
+    """The plan of the best estimate with fitted weights, by annealing from the best of some plans.
+
+    Args:
+        drift: of all columns together; plans have no partial rows.
+        starts: at least one, all allowed.
+        kinds: the row kinds of the graph.
+        allowed: whether a plan fits the budget.
+        kept: outputs of a region that a forecast weighs.
+    """
+    every = np.ones(drift.parts[0, 0].size, dtype=bool)
+    estimates: dict[str, float] = {}
+
+    def estimate(plan: Plan) -> float:
+        if plan.letters not in estimates:
+            is_measured = math.isfinite(drift.quality(plan, kinds))
+            total = _Fit(drift, plan, kinds, kept).run(RIDGES[-1], every)[1] if is_measured else None
+            estimates[plan.letters] = -math.inf if total is None else _quality(drift, total)
+        return estimates[plan.letters]
+
+    start = max(starts, key=estimate)
+    if estimate(start) == -math.inf:
+        return start
+    return anneal(start, (FULL, NONE), estimate, allowed, moves=MOVES * drift.steps, heat=HEAT, seed=0)
+
+
+def _quality(drift: Drift, total: Array, chosen: Array | None = None) -> float:
+    """Of the samples, or of some: the estimate in dB up to a constant."""
+    squares = np.square(total).reshape(drift.parts.shape[2], -1).sum(axis=1)
+    return mean_psnr([(squares if chosen is None else squares[chosen]).tolist()], 1.0)
+
+
 def _solved(terms: Mapping[int, tuple[Array, Array]], total: Array, ridge: float, samples: Array) -> dict[int, Array]:
     """The weights of a step, by atom. Weights that sum to 1 are the polynomial's and any multiples of (-1, 1, 0, ...),
     (-1, 0, 1, ...): these are the unknowns."""
@@ -123,16 +160,12 @@ def fitted_forecasts(drift: Drift, plan: Plan, kinds: Kinds, most: int = MAX_KEP
         return None
     number_of = np.repeat(np.arange(count), drift.parts.shape[3])
 
-    def quality(total: Array, chosen: Array) -> float:
-        squares = np.square(total).reshape(count, -1).sum(axis=1)[chosen]
-        return mean_psnr([squares.tolist()], 1.0)
-
     def checked(kept: int, ridge: float) -> float:
         figures = []
         for part in range(PARTS):
             is_other = np.arange(count) % PARTS == part
             _, total = _Fit(drift, plan, kinds, kept).run(ridge, ~is_other[number_of])
-            figures.append(quality(total, is_other))
+            figures.append(_quality(drift, total, is_other))
         return float(np.mean(figures))
 
     own_terms = PREDICTORS[plan.predictor].terms
@@ -145,7 +178,7 @@ def fitted_forecasts(drift: Drift, plan: Plan, kinds: Kinds, most: int = MAX_KEP
     columns = range(len(next(iter(kinds.values()))))
     atom_of = {column: atom for atom, members in enumerate(drift.atoms) for column in members}
     table = tuple(tuple(_cell(weights, atom_of[column]) for column in columns) for weights in steps)
-    return FittedForecasts(table, estimates[kept, ridge], quality(own, np.ones(count, dtype=bool)))
+    return FittedForecasts(table, estimates[kept, ridge], _quality(drift, own))
 
 
 def _cell(weights: Mapping[int, Array], atom: int) -> Weights:
