@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +34,7 @@ from benchmarks.pages import write_held_out
 from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS, Task
+from moeca_compile.planner import calibration
 from moeca_compile.planner.output import rule
 from moeca_compile.planner.output.together import FittedTogether, fit_together
 from moeca_compile.schedule import Action, Schedule
@@ -147,7 +148,7 @@ class Bench:
         if family not in (REGIONS, FITTED_REGIONS):
             kind = {"granularity": "output", "truth": self.truth(CONVERGED if family == TIMES else family)}
         before: list[Schedule] = []
-        with noted(before):
+        with noted(before), polynomials(only=family == REGIONS):
             front = moeca.calibrate_front(
                 self.task.load(), timed if family == TIMES else calibrated_on,
                 budgets=[budgets[share] for share in missing], seeds=size.seeds, holdout=2, data_range=2.0,
@@ -156,8 +157,6 @@ class Bench:
         stepwise = {schedule.rows: schedule for schedule in before}
         for share in missing:
             schedule = front.at(budgets[share])
-            if family == REGIONS:
-                schedule = replace(schedule, fitted=None)
             schedule.save(self.work / f"{family}_{share}.json")
             if family in (UNCACHED, CONVERGED) and schedule.rows in stepwise:
                 stepwise[schedule.rows].save(self.work / f"{STEPWISE}_{family}_{share}.json")
@@ -201,6 +200,13 @@ def noted(before: list[Schedule]) -> Iterator[None]:
         return fit_together(study, sampler, start)
 
     with patch.object(rule, "fit_together", noting):
+        yield
+
+
+@contextmanager
+def polynomials(only: bool) -> Iterator[None]:
+    """In this context, calibrations try no fitted weights of regions, if so."""
+    with patch.object(calibration, "with_fitted_weights", lambda *given: None) if only else nullcontext():
         yield
 
 

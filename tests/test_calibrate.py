@@ -137,7 +137,8 @@ def test_an_interrupted_calibration_goes_on(model: nn.Module, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt) as stopped:
         moeca.calibrate(model, stopping, budget="macs:0.5", resume=tmp_path, **QUICK)
     assert "the same call goes on" in "".join(stopped.value.__notes__)
-    done = (tmp_path / "region" / "rollouts.jsonl").read_text().splitlines()
+    kept = [tmp_path / "region" / name for name in ("rollouts.jsonl", "fitted.jsonl")]
+    done = kept[0].read_text().splitlines()
     assert done
     stop_at.clear()
     ran: list[int] = []
@@ -148,8 +149,9 @@ def test_an_interrupted_calibration_goes_on(model: nn.Module, tmp_path: Path) ->
         return samples
 
     first = moeca.calibrate(model, counting, budget="macs:0.5", resume=tmp_path, **QUICK)
-    after = (tmp_path / "region" / "rollouts.jsonl").read_text().splitlines()
+    after = kept[0].read_text().splitlines()
     assert after[: len(done)] == done
+    after += kept[1].read_text().splitlines()
     assert len(after) == len(set(after)), "nothing was rolled out twice"
     # the first seed is sampled twice for the check; drift and the other samples are read
     assert len(ran) == 2 + len(after) - len(done)
@@ -260,3 +262,22 @@ def test_calibrating_leaves_no_plan_behind_for_an_equal_compile(model: nn.Module
     assert ran == [
         ran[0] if uniform.rows[uniform.row_index(s) or 0][0] is Action.COMPUTE else ran[1] for s in range(STEPS)
     ]
+
+
+def test_guidance_may_stop_on_the_way(model: nn.Module) -> None:
+    """Later steps have a smaller batch, so the second run of the first seed still compiles something."""
+
+    def limited(net: nn.Module, seed: int) -> Tensor:
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for step in range(STEPS):
+            t, labels = torch.full((2,), 1000.0 * (1 - step / STEPS)), torch.tensor([1, 2])
+            if step < 4:
+                both = torch.cat([labels, torch.full_like(labels, 10)])
+                cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+                x = x - (uncond + 1.5 * (cond - uncond)) / STEPS
+            else:
+                x = x - net(x, t, labels) / STEPS
+        return x
+
+    found = moeca.calibrate(model, limited, budget="macs:0.5", **QUICK)
+    assert found.predicted["trajectories"] > 0

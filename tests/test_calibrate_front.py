@@ -189,3 +189,11 @@ def test_a_folder_of_another_quality_is_refused(model: nn.Module, tmp_path: Path
 
 def squared(samples: Tensor, wanted: Tensor) -> Tensor:
     return -10 * (samples - wanted).square().mean(dim=(1, 2, 3)).log10()
+
+
+def test_a_budget_that_only_the_stack_keeps_may_follow_another() -> None:
+    """The stack has borrowed the samples of the first search, and measures its own drift."""
+    torch.manual_seed(0)
+    options = QUICK | {"granularity": "auto", "holdout": 0}
+    front = moeca.calibrate_front(DiT(depth=2).eval(), sample, budgets=["macs:0.5", "macs:0.5,state:8KiB"], **options)
+    assert front.at("macs:0.5,state:8KiB").predicted["state_bytes"] <= 8 * 2**10

@@ -37,7 +37,6 @@ from moeca_compile.passes.analysis.find_inputs import has_word_of_time
 
 TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")  # names of arguments
 LATENTS = ("hidden_states", "sample", "latents", "latent", "x", "img", "z")
-WATCHED = 4  # calls after which it is asked whether the model replaced its own weights. Later the next call notices
 _GRAPH = -1  # in place of a graph's number
 
 
@@ -77,7 +76,6 @@ class OutputPath:
         self._first: dict[int, tuple[list[Any], TreeSpec]] = {}  # by id of a call's leaves: what the model gave already
         self._models = frozenset(map(id, modules_of(handle)))
         self._bind(WeightsSeen(handle))
-        self._watched = WATCHED
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handle = self.handle()
@@ -172,9 +170,7 @@ class OutputPath:
         handle = self.handle()
         was_replaced = not self._seen.hold(handle)
         result = tree_flatten(self.call(*args, **kwargs))
-        self._watched = WATCHED if was_replaced else max(0, self._watched - 1)
-        if was_replaced or (self._watched and not self._seen.hold(handle)):
-            self._watched = WATCHED
+        if was_replaced or not self._seen.hold(handle):
             self._bind(WeightsSeen(handle))
         if not was_replaced:  # else the next call finds that they changed
             # FSDP, offloading and casts put other tensors there while the model runs: it is the same model

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, methodcaller
 from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ WRAPPER: CodeType = next(
     if isinstance(code, CodeType) and code.co_name in ("compile_wrapper", "_fn")
 )
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
-_own = itemgetter("_parameters", "_buffers", "_modules")  # of what `vars` gives for a module
+_own = attrgetter("_parameters", "_buffers", "_modules")
+_values = methodcaller("values")
 _RESUMED = "torch_dynamo_resume_in_"
 _TORCH = (eval_frame.__file__, torch.nn.modules.module.__file__)  # no code of these files becomes a graph
 
@@ -134,7 +135,7 @@ def _resumes(code: CodeType, of: CodeType) -> bool:
 def parameters_of(model: object) -> tuple[torch.Tensor, ...]:
     """All parameters and buffers of a module, compiled or not, or of the modules that a function runs. For a quantized
     tensor: the plain tensors that it consists of."""
-    own = (values for module in _all_modules(modules_of(model)) for values in _own(vars(module))[:2])
+    own = (values for module in _all_modules(modules_of(model)) for values in _own(module)[:2])
     found = {id(tensor): tensor for values in own for tensor in values.values() if tensor is not None}
     if _PLAIN.issuperset(map(type, found.values())):
         return tuple(found.values())
@@ -162,12 +163,14 @@ class WeightsSeen:
         self.tensors = parameters_of(model)
         self._roots = [weakref.ref(root) for root in modules_of(model)]  # who holds this may be held by a root
         roots = {id(ref()) for ref in self._roots}
-        self._below = [vars(module) for module in _all_modules(modules_of(model)) if id(module) not in roots]
+        self._below = [module for module in _all_modules(modules_of(model)) if id(module) not in roots]
         self._own = [*self._dictionaries()]
         self._filled, self._empty = [own for own in self._own if own], [own for own in self._own if not own]
-        self._values = [*chain.from_iterable(map(dict.values, self._filled))]
-        # a quantized tensor may stay, and have its parts replaced
-        self._is_plain = all(type(value) in _PLAIN for value in self._values if isinstance(value, torch.Tensor))
+        self._values = [*chain.from_iterable(map(_values, self._filled))]
+        # a quantized tensor may stay, and have its parts replaced; TorchScript makes its dictionaries anew
+        self._is_plain = all(isinstance(own, dict) for own in self._own) and all(
+            type(value) in _PLAIN for value in self._values if isinstance(value, torch.Tensor)
+        )
 
     def hold(self, model: object) -> bool:
         """Whether the model still has these weights."""
@@ -175,7 +178,7 @@ class WeightsSeen:
             self._is_plain
             and not any(self._empty)
             and sum(map(len, self._filled)) == len(self._values)
-            and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), self._values))
+            and all(map(is_, chain.from_iterable(map(_values, self._filled)), self._values))
             and all(map(is_, self._dictionaries(), self._own))
         ):
             return True
@@ -183,7 +186,7 @@ class WeightsSeen:
 
     def _dictionaries(self) -> Iterator[dict[str, Any]]:
         """Of all modules: parameters, buffers, submodules."""
-        roots = (vars(root) for ref in self._roots if (root := ref()) is not None)
+        roots = (root for ref in self._roots if (root := ref()) is not None)
         return chain.from_iterable(map(_own, chain(roots, self._below)))
 
 

@@ -14,7 +14,7 @@ from moeca_compile.inspect.html.measured import Measured
 from moeca_compile.inspect.report import Report
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import row_kinds
-from moeca_compile.planner.store import Store
+from moeca_compile.planner.store import Store, without_mark
 
 
 def measurements(folder: str | Path, report: Report) -> Measured:
@@ -84,7 +84,7 @@ def _front(store: Store, report: Report) -> dict[str, list[tuple[float, float]]]
     front: dict[str, list[tuple[float, float]]] = {}
     for (predictor, letters), of_seeds in errors.items():
         cost = sum(costs[letter] for letter in letters) / len(letters)
-        front.setdefault(predictor, []).append((cost, mean_psnr(of_seeds, data_range)))
+        front.setdefault(without_mark(predictor), []).append((cost, mean_psnr(of_seeds, data_range)))
     return front
 
 

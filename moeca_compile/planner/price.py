@@ -85,7 +85,8 @@ def price_of(requests: Sequence[Request], granularity: str, goal: Goal, sample: 
     if granularity == OUTPUT:
         parts["to record some of them again"] = min(seeds, measured + 1.0)
     else:
-        lookback = max(LOOKBACK, GAPS / min(map(_share, requests)))
+        # as `Study._drift`: of the first budget
+        lookback = max(LOOKBACK, GAPS / min(first.budget.macs or 1.0, first.budget.latency or 1.0))
         parts["to measure"] = OVERHEAD * (measured * lookback + SPLIT_LOOKBACK * ATOMS * (first.max_variants > 2))
     if goal == CONVERGED:
         parts["for the converged truth"] = sum(FINER) * every + holdout
@@ -100,8 +101,9 @@ def price_of(requests: Sequence[Request], granularity: str, goal: Goal, sample: 
             map(_together, requests)
         ) * (2 if times else 1)
     else:
-        few = 2 * min(RACE_SEEDS, seeds)  # at the steps that were found, and at others
-        parts["to try fitted weights"] = sum(max(few, few / 2 + seeds) * _rollout(request) for request in requests)
+        # at the steps that were found, and at two other placements
+        tried = 2 * min(RACE_SEEDS, seeds) + seeds
+        parts["to try fitted weights"] = sum(tried * _rollout(request) for request in requests)
     if first.perturb:
         parts["for stale experts"] = PRICE * first.perturb
     if first.branches:
@@ -154,4 +156,4 @@ def _branches(request: Request) -> float:
     """A second search, and thinning."""
     seeds, rollout = len(request.seeds), _rollout(request)
     thinned = (WAYS * min(RACE_SEEDS, seeds) + 2 * seeds) * rollout
-    return 1 + _search(request) + LAST * seeds * rollout + thinned
+    return 1 + _search(request) + LAST * seeds * rollout * _searches(request) + thinned

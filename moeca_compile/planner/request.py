@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ class Request:
                 raise ScheduleError(f"calibrate: {name}={numbers} has a seed twice")
         if max_variants < 2:
             raise ScheduleError(f"calibrate: max_variants={max_variants}, but a schedule that saves work has two rows")
-        if effort is not None and not effort >= 0:
-            raise ScheduleError(f"calibrate: effort={effort}, expected a number of uncached trajectories >= 0")
+        if effort is not None and not 0 <= effort < math.inf:
+            raise ScheduleError(f"calibrate: effort={effort}, expected a finite number of uncached trajectories >= 0")
         if data_range is not None and not data_range > 0:
             raise ScheduleError(f"calibrate: data_range={data_range}, expected a number > 0")
         if type(memory) is not int or memory < 0:

@@ -302,10 +302,11 @@ class SampledModel:
         return samples.detach().float().cpu()
 
     def _compiled(self, program: Program, plan: Plan | Schedule | None) -> CompiledSchedule:
-        """The compiled schedule of a graph. A `Schedule` is for `program` alone: other graphs compute everything."""
+        """The compiled schedule of a graph. A `Schedule` is for graphs with the regions of `program`: others compute
+        everything."""
         if program not in self._programs:
             self._programs.append(program)
-        if isinstance(plan, Schedule) and self.is_main(program):
+        if isinstance(plan, Schedule) and (self.is_main(program) or program.regions.keys == self.program.regions.keys):
             return program.compiled(plan)
         if not isinstance(plan, Plan):
             return program.compiled(Schedule.full(), state_schedule=self.caching)

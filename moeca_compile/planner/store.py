@@ -9,6 +9,7 @@
     drift.npz        the measured pairs; split.npz: those of groups of regions
     experts.jsonl    one line per perturbed expert: the PSNR of the samples
     rollouts.jsonl   one line per rollout, added when it is done: plan, predictor, seed, errors, seconds
+    fitted.jsonl     the same of fitted weights: the predictor ends with a mark of these
 
 None of these depends on the budget. A folder of another model, sampler or granularity raises an error, and so does a
 damaged file. A line that an interrupt truncated is ignored.
@@ -17,6 +18,7 @@ damaged file. A line that an interrupt truncated is ignored.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +42,8 @@ FACTS = "facts.json"
 Line = TypeVar("Line")
 Array = np.ndarray[Any, Any]
 
+ROLLOUTS, FITTED_ROLLOUTS = "rollouts.jsonl", "fitted.jsonl"  # version 0.1.0 refuses a folder with other predictors
+_MARK = re.compile(", fitted weights [0-9a-f]{8}$")  # behind a predictor: of a schedule's fitted weights
 RETIRED = ("damped", "damped-bend", "fitted-line", "hermite")  # predictors of folders that version 0.1.0 wrote
 
 
@@ -66,7 +70,8 @@ class Store:
             return
         (self.path / "truth").mkdir(parents=True, exist_ok=True)
         self.seconds = _lines(self.path / "truth.jsonl", _seconds)
-        for plan, seed, errors, seconds, to_uncached in _lines(self.path / "rollouts.jsonl", _rollout):
+        done = (line for name in (ROLLOUTS, FITTED_ROLLOUTS) for line in _lines(self.path / name, _rollout))
+        for plan, seed, errors, seconds, to_uncached in done:
             self.rollouts[plan, seed], self.to_uncached[plan, seed] = (errors, seconds), to_uncached
         self.origins = dict(_lines(self.path / "origins.jsonl", _origin))
 
@@ -266,7 +271,12 @@ class Store:
             line = {"plan": plan.letters, "predictor": plan.predictor, "seed": seed}
             line |= {"mse": list(errors), "seconds": seconds}
             line |= {} if list(to_uncached) == list(errors) else {"mse_uncached": list(to_uncached)}
-            _add(self.path / "rollouts.jsonl", line)
+            _add(self.path / (FITTED_ROLLOUTS if ", " in plan.predictor else ROLLOUTS), line)
+
+
+def without_mark(predictor: str) -> str:
+    """The name of a plan's predictor, without the mark that tells its fitted weights from others."""
+    return _MARK.sub(", fitted weights", predictor)
 
 
 def is_close(stored: torch.Tensor, samples: torch.Tensor) -> bool:
@@ -302,7 +312,7 @@ def _rollout(line: Entries) -> tuple[Plan, int, tuple[float, ...], float, tuple[
     plan = Plan(line.text("plan"), line.text("predictor"))
     if plan.predictor in RETIRED:
         return None
-    if plan.predictor.partition(",")[0] not in PREDICTORS:  # what follows says how its weights were fitted
+    if _MARK.sub("", plan.predictor) not in PREDICTORS:
         raise DecodeError(f"predictor is {short(plan.predictor)}, expected one of {', '.join(PREDICTORS)}")
     return plan, line.integer("seed"), errors, line.number("seconds"), to_uncached
 

@@ -99,6 +99,8 @@ class Study:
                 shapes; or the `resume` folder belongs to another calibration.
         """
         if self.is_sampled:
+            if not self.has_drift:  # it borrowed samples, and measured nothing
+                self.drift, self.split = self._drift()
             return
         seeds = (*self.request.seeds, *self.request.holdout)
         again = self._sample_first()
@@ -126,6 +128,8 @@ class Study:
         self.truth[first] = self._finite(first, self.sampled.run(first))
         self.sampled.uncached.clear()  # the first run compiled the model
         again = self.sampled.run(first, watch=self._record)
+        if not self.sampled.uncached:  # it compiled something too
+            self.sampled.run(first)
         if not torch.equal(again, self.truth[first]):
             raise ScheduleError(
                 "calibrate: sample(model, seed) gave two results for one seed; it must depend on its seed alone: "
@@ -300,7 +304,7 @@ class Study:
         for seed in new_seeds:
             self.truth[seed] = self._finite(seed, samples[seed])
             self.store.add_truth(seed, samples[seed], self.sampled.uncached[-1])
-        seconds = self.sampled.seconds - begin - len(new_seeds) * self.sampled.uncached[-1]
+        seconds = self.sampled.seconds - begin - sum(self.sampled.uncached[-1] for _ in new_seeds)
         self.seconds["measure"] += seconds
         extra = {"seconds": seconds, "linear": self._mixing.is_linear, "experts": experts.as_json()}
         self.store.add_drift(drift, settings, extra, name)

@@ -71,6 +71,14 @@ def test_values_are_not_looked_at() -> None:
     assert seen.hold(model)
 
 
+def test_a_torchscript_module_is_looked_at_anew_each_time() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2))
+    seen = WeightsSeen(model)
+    assert seen.hold(model)
+    model[1].weight = nn.Parameter(torch.zeros(2, 2))
+    assert not seen.hold(model)
+
+
 def test_it_does_not_keep_the_model_alive() -> None:
     model = block()
     seen, gone = WeightsSeen(model), weakref.ref(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +84,64 @@ def test_nothing_is_fitted_where_samples_are_compared_with_given_ones(model: nn.
     found = calibrated(model, truth=given, holdout=0)
     assert found.fitted is None
     assert not any("fitted weights" in name for name in found.predicted)
+
+
+def test_a_run_has_the_predicted_error(model: nn.Module) -> None:
+    """On seeds that the search has not seen."""
+    found = calibrated(model)
+    assert quality(model, found, range(1000, 1002)) == pytest.approx(found.predicted["psnr_db_holdout"], abs=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:the schedule finds its rows by timestep", "ignore:.*fitted weights aren.t used")
+def test_weights_that_a_sampler_can_not_use_are_not_taken(model: nn.Module) -> None:
+    """Samples of one call are at different timesteps, so that no call is at a timestep of the schedule."""
+
+    def mixed(net: nn.Module, seed: int) -> Tensor:
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for step in range(9):
+            t = 1000.0 * (1 - step / 9) - torch.tensor([0.0, 5.0])
+            x = x - net(x, t, torch.tensor([1, 2])) / 9
+        return x
+
+    found = moeca.calibrate(model, mixed, **{"budget": "macs:0.5", **QUICK})
+    compiled = moeca.compile(model, schedule=found, inner="eager")
+    with torch.no_grad():
+        seeds = (1000, 1001)
+        used = mean_psnr([mixed(compiled, seed) for seed in seeds], [mixed(model, seed) for seed in seeds])
+    assert used == pytest.approx(found.predicted["psnr_db_holdout"], abs=0.02)
+
+
+def test_graphs_of_other_batches_are_cached_in_rollouts_too(model: nn.Module) -> None:
+    def halves(net: nn.Module, seed: int) -> Tensor:
+        x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for step in range(9):
+            t = torch.full((3,), 1000.0 * (1 - step / 9))
+            uncond = net(x, t, torch.tensor([10, 10, 10]))
+            cond = net(x[:2], t[:2], torch.tensor([1, 2]))
+            x = x - torch.cat([uncond[:2] + 1.5 * (cond - uncond[:2]), uncond[2:]]) / 9
+        return x
+
+    found = moeca.calibrate(model, halves, **{"budget": "macs:0.5", **QUICK})
+    compiled = moeca.compile(model, schedule=found, inner="eager")
+    with torch.no_grad():
+        seeds = (1000, 1001)
+        used = mean_psnr([halves(compiled, seed) for seed in seeds], [halves(model, seed) for seed in seeds])
+    assert used == pytest.approx(found.predicted["psnr_db_holdout"], abs=0.02)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_an_order_that_was_asked_for_is_kept(model: nn.Module, order: int) -> None:
+    found = calibrated(model, order=order)
+    assert found.order == order
+    assert all(found.depth(column) <= order + 1 for column in range(len(found.rows[0])))
+
+
+def test_its_rollouts_are_kept_beside_the_others(model: nn.Module, tmp_path: Path) -> None:
+    first = calibrated(model, resume=tmp_path)
+    lines = (tmp_path / "region" / "fitted.jsonl").read_text().splitlines()
+    assert lines
+    assert all("fitted weights" in line for line in lines)
+    assert "fitted weights" not in (tmp_path / "region" / "rollouts.jsonl").read_text()
+    again = calibrated(model, resume=tmp_path)
+    assert again.fitted == first.fitted
+    assert (tmp_path / "region" / "fitted.jsonl").read_text().splitlines() == lines

@@ -83,7 +83,8 @@ def test_fits_to_all_seeds_decide_between_both(own: float, monkeypatch: pytest.M
     """Rollouts on one seed found the searched timesteps better; weights fitted together may say otherwise."""
 
     def fitted(study: Any, sampler: Any, start: Schedule) -> FittedTogether:
-        return FittedTogether(start, 30.0, 45.0 if start.searched_timesteps else own)
+        quality = 45.0 if start.searched_timesteps else own
+        return FittedTogether(start, 30.0, quality, quality, 2)
 
     monkeypatch.setattr(rule, "fit_together", fitted)
     schedule = calibrated(Bump(), sample)
@@ -91,6 +92,17 @@ def test_fits_to_all_seeds_decide_between_both(own: float, monkeypatch: pytest.M
     told = {name: schedule.predicted[f"tried {name}"] for name in ("own timesteps", "searched timesteps")}
     assert told == {"own timesteps": own, "searched timesteps": 45.0}
     assert schedule.predicted["tried fitted together"] == max(own, 45.0)
+
+
+def test_what_rejected_weights_reached_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fitted(study: Any, sampler: Any, start: Schedule) -> FittedTogether:
+        # at searched timesteps new weights were worse than those before, which stay
+        return FittedTogether(start, 50.0, 40.0, 50.0, 2) if start.searched_timesteps else FittedTogether(
+            start, 30.0, 46.0, 46.0, 2
+        )  # fmt: skip
+
+    monkeypatch.setattr(rule, "fit_together", fitted)
+    assert calibrated(Bump(), sample).searched_timesteps
 
 
 # at other timesteps that is noticed too:

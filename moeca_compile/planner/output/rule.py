@@ -101,11 +101,10 @@ class OutputRuleSearch:
         start, found = self._fitted_together(schedule, plan, grid)
         if grid.timesteps and found is not None:
             # few seeds chose these timesteps; the fits to all of them decide
-            of_own, own = self._fitted_together(schedule, improved, self.own)
-            if own is not None:
-                self.tried |= {"tried own timesteps": own.reached, "tried searched timesteps": found.reached}
-                if own.reached >= found.reached:
-                    start, found = of_own, own
+            _, own = self._fitted_together(schedule, improved, self.own)
+            if own is not None and own.seeds == found.seeds:
+                self.tried |= {"tried own timesteps": own.quality, "tried searched timesteps": found.quality}
+                found = max(own, found, key=lambda one: one.quality)
         if found is None:
             return start
         self.tried |= {"tried fitted step by step": found.before, "tried fitted together": found.reached}

@@ -37,11 +37,15 @@ class FittedTogether:
         schedule: with the weights that rollouts found better: new ones, or those that the fit began with.
         before: of the weights that it began with, mean PSNR in dB.
         reached: of new weights, likewise; each seed is run with weights that the last step fitted to the other seeds.
+        quality: of the schedule's weights: `before`, or what they reached.
+        seeds: how many it was fitted to.
     """
 
     schedule: Schedule
     before: float
     reached: float
+    quality: float
+    seeds: int
 
 
 def fit_together(study: OutputStudy, sampler: Sequence[SamplerStep], start: Schedule) -> FittedTogether | None:
@@ -87,11 +91,11 @@ def fit_together(study: OutputStudy, sampler: Sequence[SamplerStep], start: Sche
             )
         before = step.quality(study)
         reached, damping = max((step.checked(study, damping), damping) for damping in DAMPING)
-        found = replace(found or FittedTogether(start, before, reached), reached=reached)
+        found = replace(found or FittedTogether(start, before, reached, before, len(seeds)), reached=reached)
         if reached < before + LEAST:
             break
         start = step.moved(damping)
-        found = replace(found, schedule=start)
+        found = replace(found, schedule=start, quality=reached)
         if reached < before + AGAIN:
             break
     return found

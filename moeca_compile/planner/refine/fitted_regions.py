@@ -6,10 +6,12 @@ computed steps are those that the search found for polynomials, or others, place
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from moeca_compile.errors import MoecaWarning
 from moeca_compile.planner.refine.better import BETTER_DB, BetterSchedule, with_costs
 from moeca_compile.planner.search.predict import PREDICTORS
 from moeca_compile.planner.search.quality import mean_psnr
@@ -40,10 +42,11 @@ def with_fitted_weights(study: Study, plan: Plan, quality: float, raced: Iterabl
     if not plan.caches or study.costs.full_steps or study.target.is_given:
         return None
     budget = study.request.budget
-    is_limited = budget.state_bytes is not None or budget.latency is not None
+    # other orders may keep more, which an order that was asked for rules out, too
+    is_limited = budget.state_bytes is not None or budget.latency is not None or len(study.request.predictors) == 1
     most = PREDICTORS[plan.predictor].terms if is_limited else MAX_KEPT
-    fitted = [_fitted(study, one, most) for one in dict.fromkeys((plan, _placed(study, plan, raced, most)))]
-    candidates = [one for one in fitted if one is not None]
+    plans = dict.fromkeys((plan, *_placed(study, plan, raced, most)))
+    candidates = [one for one in (_fitted(study, each, most) for each in plans) if one is not None]
     if not candidates:
         return None
     few = min(RACE_SEEDS, len(study.request.seeds))
@@ -67,7 +70,10 @@ class _Candidate:
         """Mean PSNR in dB on the first seeds."""
         study.report_progress(f"{NAME}: rollouts on {seeds} seeds", 0.96)
         runs = (study.rollout(self.kept_as, seed, self.schedule) for seed in study.request.seeds[:seeds])
-        return mean_psnr(runs, study.data_range)
+        with warnings.catch_warnings():
+            # a sampler may be one that can't use the weights. Then rollouts find them no better
+            warnings.simplefilter("ignore", MoecaWarning)
+            return mean_psnr(runs, study.data_range)
 
 
 def _fitted(study: Study, plan: Plan, most: int) -> _Candidate | None:
@@ -81,13 +87,15 @@ def _fitted(study: Study, plan: Plan, most: int) -> _Candidate | None:
     # a plan of order 0 reuses; weighed values are forecast
     forecasting = plan if PREDICTORS[plan.predictor].order else replace(plan, predictor="order-1")
     schedule = schedule_of(forecasting, study.sampled.program.regions.keys, kinds)
-    schedule = replace(schedule, fitted=FittedWeights(found.weights))
+    # as it is returned: weights are used by the timesteps of a call
+    schedule = replace(schedule, fitted=FittedWeights(found.weights), timesteps=study.timesteps)
     mark = sha256(schedule.to_json().encode()).hexdigest()[:8]
     return _Candidate(schedule, replace(plan, predictor=f"{plan.predictor}, {NAME} {mark}"))
 
 
-def _placed(study: Study, plan: Plan, raced: Iterable[Plan], most: int) -> Plan:
-    """A plan of whole rows that costs no more, with its steps where fitted weights are expected to be best."""
+def _placed(study: Study, plan: Plan, raced: Iterable[Plan], most: int) -> list[Plan]:
+    """Plans of whole rows that cost no more: the first step and evenly from the second to the last one, and with the
+    steps where fitted weights are expected to be best."""
     costs, steps, predictor = study.costs, len(plan.letters), plan.predictor
     most_cost = costs.fraction(plan) if study.request.budget.psnr_db is not None else 1.0
 
@@ -95,10 +103,12 @@ def _placed(study: Study, plan: Plan, raced: Iterable[Plan], most: int) -> Plan:
         return costs.allows(one, study.request.budget) and costs.fraction(one) <= most_cost + 1e-9
 
     counts = (n for n in range(steps, 0, -1) if allowed(Plan(FULL * n + NONE * (steps - n), predictor)))
-    count = next(counts, 1)
-    even = {round(number * steps / count) for number in range(count)}
-    starts = [Plan("".join(FULL if step in even else NONE for step in range(steps)), predictor)]
-    starts += [Plan(one.letters, predictor) for one in (plan, *raced) if not one.partial]
-    return placed_for_weights(
-        study.drift, [one for one in starts if allowed(one)] or [plan], study.sampled.kinds, allowed, min(3, most)
-    )
+    rest = next(counts, 1) - 1
+    evenly = {0, *(1 + round(number * (steps - 2) / max(1, rest - 1)) for number in range(rest))}
+    even = Plan("".join(FULL if step in evenly else NONE for step in range(steps)), predictor)
+    starts = [even, *(Plan(one.letters, predictor) for one in (plan, *raced) if not one.partial)]
+    starts = [one for one in starts if allowed(one)]
+    if not starts:
+        return []
+    placed = placed_for_weights(study.drift, starts, study.sampled.kinds, allowed, min(3, most))
+    return [*starts[:1], placed]

@@ -177,9 +177,13 @@ def fitted_forecasts(drift: Drift, plan: Plan, kinds: Kinds, most: int = MAX_KEP
     own = _Fit(drift, plan, kinds, own_terms).run(None, everything)[1]
     columns = range(len(next(iter(kinds.values()))))
     atom_of = {column: atom for atom, members in enumerate(drift.atoms) for column in members}
-    table = tuple(tuple(_cell(weights, atom_of[column]) for column in columns) for weights in steps)
+    single: Weights = (1.0,) if own_terms == 1 else ()  # of order 0: its schedule would extrapolate
+    table = tuple(tuple(_cell(weights, atom_of[column], single) for column in columns) for weights in steps)
     return FittedForecasts(table, estimates[kept, ridge], _quality(drift, own))
 
 
-def _cell(weights: Mapping[int, Array], atom: int) -> Weights:
-    return tuple(weights[atom].tolist()) if atom in weights and len(weights[atom]) > 1 else ()
+def _cell(weights: Mapping[int, Array], atom: int, single: Weights) -> Weights:
+    """`single`: in place of the weight of one output alone."""
+    if atom not in weights:
+        return ()
+    return tuple(weights[atom].tolist()) if len(weights[atom]) > 1 else single
