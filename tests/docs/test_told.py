@@ -77,6 +77,11 @@ def test_the_page_of_others_tells_the_steps_of_equal_time() -> None:
     timed = {name: result_of(task.results_of("peers_latency")) for name, task in TASKS.items()}
     steps = {name: round(steps_in_our_time(result, 17, 50)) for name, result in timed.items()}
     assert says(COMPARED, f"it computes {steps['digits']} steps on the digits and {steps['glyphs']} on the glyphs")
+    for name, task in TASKS.items():
+        leads = [line["lead_db"] for line in result_of(task.results_of("peers_equal_time"))["lines"]]
+        ahead, behind = sum(mean > half for mean, half in leads), sum(mean < -half for mean, half in leads)
+        level = len(leads) - ahead - behind
+        assert says(COMPARED, f"ahead in {ahead}, level in {level} and behind in {behind} on the {name}")
 
 
 def change(line: dict[str, Any], first: dict[str, Any], name: str) -> float:
