@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engines, few_steps, fitted, more_samples, together, transfer
+from benchmarks import engines, few_steps, fitted, together, transfer
 
 RESULTS = Path("benchmarks/results")
 MADE_BY = {
     **{path.stem: engines for path in RESULTS.glob("engines*.json")},
-    **{path.stem: more_samples for path in RESULTS.glob("more_samples*.json")},
     "fitted": fitted,
     "fitted_glyphs": fitted,
     "fitted_times": fitted,
