@@ -77,7 +77,9 @@ def calibrate(
         budget: `macs:0.26` (fraction of the uncached MACs), `latency:0.4` (fraction of the uncached time of the
             variants, measured on this machine), `speedup:2` (the same as `latency:0.5`) or `psnr:45` (the cheapest
             schedule with at least 45 dB); also `state:64MiB` beside one of them. Separate several by commas.
-        order: of the forecasts: 0, 1, 2, or `auto` for the best of them.
+        order: of the forecasts: 0, 1, 2, or `auto` for the best of them. Then weights are fitted to the measured drift,
+            and taken if rollouts find them better (`Schedule.fitted`). With `auto`, and without a limit on state or
+            time, these may weigh up to four outputs of a region, else as many as the order does (0: none are fitted).
         granularity: what the columns of the schedule are, as in `Options`. `auto` is `region`, or `stack` if that is
             better or if the state of `region` exceeds the budget. The schedule records its granularity, and compiling
             with another one is an error.
@@ -115,8 +117,8 @@ def calibrate(
             must take a keyword `steps` (six more trajectories a seed, held-out ones too). If it also takes `timesteps`,
             these are searched, which costs a few trajectories in all. A schedule fitted to anything but `uncached` also
             corrects the error of the solver's own steps, so its samples differ from the uncached ones. Steps and terms
-            are chosen by weights fitted to three of four seeds. With other granularities nothing is fitted: the search
-            compares its rollouts with the truth, and `psnr:` in a budget limits the PSNR to it.
+            are chosen by weights fitted to three of four seeds. With other granularities nothing is fitted to a truth: the
+            search compares its rollouts with the truth, and `psnr:` in a budget limits the PSNR to it.
         quality: what the rollouts compare plans by, in place of the PSNR: a function (samples, wanted) -> one number a
             sample, higher is better; both are float32 tensors on the CPU. The search takes differences of 0.5 for
             small, as they are in dB, so scale it (10 times the logarithm of a distance, for example). Then `psnr:` in a
