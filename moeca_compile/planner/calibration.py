@@ -117,7 +117,7 @@ def calibrate(
             must take a keyword `steps` (six more trajectories a seed, held-out ones too). If it also takes `timesteps`,
             these are searched, which costs a few trajectories in all. A schedule fitted to anything but `uncached` also
             corrects the error of the solver's own steps, so its samples differ from the uncached ones. Steps and terms
-            are chosen by weights fitted to three of four seeds. With other granularities nothing is fitted to a truth: the
+            are chosen by weights fitted to three of four seeds. With other granularities nothing is fitted to it: the
             search compares its rollouts with the truth, and `psnr:` in a budget limits the PSNR to it.
         quality: what the rollouts compare plans by, in place of the PSNR: a function (samples, wanted) -> one number a
             sample, higher is better; both are float32 tensors on the CPU. The search takes differences of 0.5 for
