@@ -100,6 +100,7 @@ def test_each_solver_is_calibrated_and_runs_as_predicted(model: nn.Module, name:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*the schedule's fitted weights aren't used")  # the polynomial's serve
 def test_rows_go_by_timestep_under_another_solver_or_number_of_steps(model: nn.Module) -> None:
     schedule = found_under(model, "DDIMScheduler")
     lazy = moeca.compile(model, schedule=Schedule.uniform(99, order=0), inner="eager")  # the first step only
