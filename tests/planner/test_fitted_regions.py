@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.models import DiT
 from tests.test_calibrate import QUICK, mean_psnr, sample
 
 HELD_OUT = range(2000, 2004)
+Sampler = Callable[[nn.Module, int], Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +32,10 @@ def calibrated(model: nn.Module, **others: Any) -> Schedule:
     return moeca.calibrate(model, sample, **{"budget": "macs:0.5", **QUICK, **others})
 
 
-def quality(model: nn.Module, schedule: Schedule, seeds: range) -> float:
+def quality(model: nn.Module, schedule: Schedule, seeds: range, drawn: Sampler = sample) -> float:
     compiled = moeca.compile(model, schedule=schedule, inner="eager")
     with torch.no_grad():
-        truth, cached = [sample(model, seed) for seed in seeds], [sample(compiled, seed) for seed in seeds]
+        truth, cached = [drawn(model, seed) for seed in seeds], [drawn(compiled, seed) for seed in seeds]
     return mean_psnr(cached, truth)
 
 
@@ -104,10 +106,7 @@ def test_weights_that_a_sampler_can_not_use_are_not_taken(model: nn.Module) -> N
         return x
 
     found = moeca.calibrate(model, mixed, **{"budget": "macs:0.5", **QUICK})
-    compiled = moeca.compile(model, schedule=found, inner="eager")
-    with torch.no_grad():
-        seeds = (1000, 1001)
-        used = mean_psnr([mixed(compiled, seed) for seed in seeds], [mixed(model, seed) for seed in seeds])
+    used = quality(model, found, range(1000, 1002), mixed)
     assert used == pytest.approx(found.predicted["psnr_db_holdout"], abs=0.02)
 
 
@@ -122,10 +121,7 @@ def test_graphs_of_other_batches_are_cached_in_rollouts_too(model: nn.Module) ->
         return x
 
     found = moeca.calibrate(model, halves, **{"budget": "macs:0.5", **QUICK})
-    compiled = moeca.compile(model, schedule=found, inner="eager")
-    with torch.no_grad():
-        seeds = (1000, 1001)
-        used = mean_psnr([halves(compiled, seed) for seed in seeds], [halves(model, seed) for seed in seeds])
+    used = quality(model, found, range(1000, 1002), halves)
     assert used == pytest.approx(found.predicted["psnr_db_holdout"], abs=0.02)
 
 
