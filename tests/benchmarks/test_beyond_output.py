@@ -62,7 +62,7 @@ def test_quick_run_writes_every_figure_and_goes_on(tmp_path: Path) -> None:
     arguments = ["--quick", "--work", str(tmp_path / "work"), "--fitted", str(tmp_path), "--out", str(tmp_path)]
     beyond_output.main(arguments)
     first = json.loads((tmp_path / "beyond_output.json").read_text())["lines"]
-    assert {line["family"] for line in first} == {OUTPUT, *CHEAP, *OF_REGIONS.values()}
+    assert {line["family"] for line in first} == {OUTPUT, FITTED, *CHEAP, *OF_REGIONS.values()}
     shares = {line["family"]: line["macs"] for line in first}
     assert shares[OUTPUT] < shares["attention and experts forecast"] < shares["experts forecast, attention computed"]
     beyond_output.main(arguments)
