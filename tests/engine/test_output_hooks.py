@@ -59,3 +59,38 @@ def test_weights_that_are_changed_between_calls_are_another_model(model: Model) 
         step_of(handle, 2)
     assert model.calls == 2
     assert "1 cold" in str(moeca.stats(handle))
+
+
+class Rebuilding(nn.Module):
+    """Replaces a buffer of its own at one of its calls, as a cache that is rebuilt."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Linear(4, 4)
+        self.register_buffer("kept", torch.zeros(4))
+        self.calls, self.at = 0, at
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            self.kept = torch.zeros(4)
+        return self.mix(x) + self.kept
+
+
+def ran(at: int) -> tuple[list[int], Tensor]:
+    """Calls of the model after each of 30 steps, and the last latent."""
+    model, x, counts = Rebuilding(at), torch.ones(1, 4), []
+    handle = moeca.compile(model, schedule="uniform:2", inner="eager", granularity="output")
+    with torch.no_grad():
+        for step in range(30):
+            x = x - 0.01 * handle(x, timestep=torch.tensor([30.0 - step]))
+            counts.append(model.calls)
+    return counts, x
+
+
+@pytest.mark.parametrize("at", [2, 8, 11])
+def test_a_buffer_that_the_model_replaces_while_it_runs_drops_nothing(at: int) -> None:
+    (counts, x), (others, y) = ran(at), ran(0)
+    assert counts == others
+    assert torch.equal(x, y)
