@@ -157,7 +157,7 @@ def _all_modules(roots: Iterable[Module]) -> list[Module]:
 
 class WeightsSeen:
     """The weights of a model, and whether it has others now. Cached outputs ask at each computed step, and to collect
-    them anew would take 2 % of it on a model with hundreds of experts."""
+    them anew takes several times as long."""
 
     def __init__(self, model: object) -> None:
         self.tensors = parameters_of(model)
