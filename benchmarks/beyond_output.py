@@ -104,10 +104,9 @@ def with_fitted_weights(
         plan, drift = Plan(letters, f"order-{order}"), study.drift if letter == "F" else study.split
         weights = None if drift is None else fitted_forecasts(drift, plan, kinds, most=order + 1)
         if weights is not None:
-            schedule = replace(schedule_of(plan, keys, kinds), timesteps=study.timesteps)
-            found[OF_REGIONS[family], f"every {gap}th, {order + 1} values"] = replace(
-                schedule, fitted=FittedWeights(weights.weights)
-            )
+            fitting = FittedWeights(weights.weights)
+            schedule = replace(schedule_of(plan, keys, kinds), timesteps=study.timesteps, fitted=fitting)
+            found[OF_REGIONS[family], f"every {gap}th, {order + 1} values"] = schedule
     return found
 
 

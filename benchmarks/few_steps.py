@@ -5,8 +5,8 @@
     python -m benchmarks.few_steps --quick          # 4 steps, few samples: does it run?
     python -m benchmarks.few_steps --report         # the table of docs/few-steps.md (with --task, of that one)
 
-As `python -m benchmarks.fitted`, but with other numbers of steps. The converged truth is a
-second-order run with about 200 steps, and the weights for it are fitted to samples of that run. No time is told here.
+As `python -m benchmarks.fitted`, but with other numbers of steps. The converged truth is a second-order run with about
+200 steps, and the weights for it are fitted to samples of that run. No time is told here.
 """
 
 from __future__ import annotations

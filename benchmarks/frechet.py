@@ -34,9 +34,8 @@ from benchmarks.paired import NORMAL
 from benchmarks.peers.equal import roster
 from benchmarks.peers.equal.__main__ import WHOLE
 from benchmarks.peers.equal.__main__ import WORK as PEERS
-from benchmarks.peers.equal.lab import Lab
+from benchmarks.peers.equal.lab import Lab, batch_of
 from benchmarks.peers.equal.measure import Bench as Peers
-from benchmarks.peers.workload import Batch
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save, when
 from benchmarks.tasks import DIGITS, TASKS, Task
 from examples import digits
@@ -137,7 +136,7 @@ class Bench:
         setting = next(one for one in contender.settings(self._lab, count) if one.label == label)
 
         def draw(seed: int) -> Tensor:
-            return setting.draw(Batch(self.task.noise(seed, self.batch), self.task.labels_of(seed, self.batch)))
+            return setting.draw(batch_of(self.task, seed, self.batch))
 
         return draw
 

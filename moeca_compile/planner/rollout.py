@@ -306,7 +306,7 @@ class SampledModel:
         everything."""
         if program not in self._programs:
             self._programs.append(program)
-        if isinstance(plan, Schedule) and (self.is_main(program) or program.regions.keys == self.program.regions.keys):
+        if isinstance(plan, Schedule) and program.regions.keys == self.program.regions.keys:
             return program.compiled(plan)
         if not isinstance(plan, Plan):
             return program.compiled(Schedule.full(), state_schedule=self.caching)

@@ -43,7 +43,8 @@ Line = TypeVar("Line")
 Array = np.ndarray[Any, Any]
 
 ROLLOUTS, FITTED_ROLLOUTS = "rollouts.jsonl", "fitted.jsonl"  # version 0.1.0 refuses a folder with other predictors
-_MARK = re.compile(", fitted weights [0-9a-f]{8}$")  # behind a predictor: of a schedule's fitted weights
+FITTED = "fitted weights"
+_MARK = re.compile(f", {FITTED} [0-9a-f]{{8}}$")  # behind a predictor: which weights a schedule has
 RETIRED = ("damped", "damped-bend", "fitted-line", "hermite")  # predictors of folders that version 0.1.0 wrote
 
 
@@ -271,12 +272,12 @@ class Store:
             line = {"plan": plan.letters, "predictor": plan.predictor, "seed": seed}
             line |= {"mse": list(errors), "seconds": seconds}
             line |= {} if list(to_uncached) == list(errors) else {"mse_uncached": list(to_uncached)}
-            _add(self.path / (FITTED_ROLLOUTS if ", " in plan.predictor else ROLLOUTS), line)
+            _add(self.path / (FITTED_ROLLOUTS if _MARK.search(plan.predictor) else ROLLOUTS), line)
 
 
 def without_mark(predictor: str) -> str:
     """The name of a plan's predictor, without the mark that tells its fitted weights from others."""
-    return _MARK.sub(", fitted weights", predictor)
+    return _MARK.sub(f", {FITTED}", predictor)
 
 
 def is_close(stored: torch.Tensor, samples: torch.Tensor) -> bool:

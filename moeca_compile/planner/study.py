@@ -304,7 +304,7 @@ class Study:
         for seed in new_seeds:
             self.truth[seed] = self._finite(seed, samples[seed])
             self.store.add_truth(seed, samples[seed], self.sampled.uncached[-1])
-        seconds = self.sampled.seconds - begin - sum(self.sampled.uncached[-1] for _ in new_seeds)
+        seconds = self.sampled.seconds - begin - (len(new_seeds) * self.sampled.uncached[-1] if new_seeds else 0.0)
         self.seconds["measure"] += seconds
         extra = {"seconds": seconds, "linear": self._mixing.is_linear, "experts": experts.as_json()}
         self.store.add_drift(drift, settings, extra, name)

@@ -23,11 +23,10 @@ from benchmarks import fitted
 from benchmarks.fitted import CONVERGED, UNCACHED
 from benchmarks.paired import interval, paired, psnr
 from benchmarks.peers.equal.__main__ import WHOLE, WORK
-from benchmarks.peers.equal.lab import Lab
+from benchmarks.peers.equal.lab import Lab, batch_of
 from benchmarks.peers.equal.latency import COUNT
 from benchmarks.peers.equal.measure import BEST, Bench
 from benchmarks.peers.equal.samplers import contenders
-from benchmarks.peers.workload import Batch
 from benchmarks.protocol import RESULTS, arguments, folder_of, pin_threads, save
 from benchmarks.tasks import DIGITS, TASKS
 
@@ -57,10 +56,8 @@ def measure(bench: Bench, timed: Mapping[str, Any], console: Console) -> list[di
         lab = Lab(replace(bench.size, counts=(more,)), ours, bench.work, bench.fitted.task)
         for contender in contenders()[: len(BEST)]:
             setting, _ = lab.choose(contender, more)
-            images = []
-            for seed in range(fitted.FIRST_SEED, fitted.FIRST_SEED + bench.size.held_out):
-                task, samples = bench.fitted.task, bench.size.batch
-                images.append(setting.draw(Batch(task.noise(seed, samples), task.labels_of(seed, samples))))
+            seeds = range(fitted.FIRST_SEED, fitted.FIRST_SEED + bench.size.held_out)
+            images = [setting.draw(batch_of(bench.fitted.task, seed, bench.size.batch)) for seed in seeds]
             truth = bench.truths[contender.target]
             levels = psnr(torch.cat(images), truth)
             own = psnr(bench.ours(BEST[contender.target], count), truth)

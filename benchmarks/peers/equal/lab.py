@@ -98,6 +98,11 @@ class OfTask(TrainedDigits):
         return (with_null(batch.labels, self.task.classes),)
 
 
+def batch_of(task: Task, seed: int, samples: int) -> Batch:
+    """What the samples of a seed begin with."""
+    return Batch(task.noise(seed, samples), task.labels_of(seed, samples))
+
+
 class Lab:
     """The model, the digits that settings are chosen on, and every quality that was found on them."""
 

@@ -17,9 +17,8 @@ from benchmarks import fitted
 from benchmarks.fitted import CONVERGED, FIRST_SEED, UNCACHED
 from benchmarks.paired import interval, paired, psnr, worst
 from benchmarks.peers.equal import roster
-from benchmarks.peers.equal.lab import Contender, Lab, Size
+from benchmarks.peers.equal.lab import Contender, Lab, Size, batch_of
 from benchmarks.peers.equal.ours import SHARES
-from benchmarks.peers.workload import Batch
 from benchmarks.protocol import machine, when
 
 BEST = {UNCACHED: "output, fitted to uncached", CONVERGED: "output, fitted to converged"}  # of ours, by truth
@@ -54,8 +53,7 @@ class Bench:
             return
         setting, tried = self.lab.choose(contender, count, self.chosen.get(key_of(contender.name, count), ("", 0)))
         for seed in missing:
-            task, samples = self.fitted.task, self.size.batch
-            images = setting.draw(Batch(task.noise(seed, samples), task.labels_of(seed, samples)))
+            images = setting.draw(batch_of(self.fitted.task, seed, self.size.batch))
             evaluations, macs = setting.spent()
             facts = {"setting": setting.label, "tried": tried, "evaluations": evaluations, "macs": macs}
             torch.save({"images": images, **facts}, self._file(contender, count, seed))

@@ -127,7 +127,7 @@ def verdict(lines: Sequence[Line]) -> str:
     sentences = []
     for truth in TRUTHS:
         peers = [line for line in lines if line["kind"] != "moeca"]
-        behind = [line for line in peers if not _is_ahead(line, truth)]
+        behind = [line for line in peers if not _is_ahead(line["lead_db"][truth])]
         names = ", ".join(
             f"{line['name']} at {line['count']} ({_signed(line['lead_db'][truth])} dB)" for line in behind
         )
@@ -199,7 +199,7 @@ def equal_time(result: Mapping[str, Any], task: Task = DIGITS) -> str:
             f"{line['steps_in_our_time']:.1f}",
             str(line["evaluations"]),
             f"{line['psnr_db'][0]:.1f} ± {line['psnr_db'][1]:.1f}",
-            _marked(line["lead_db"]),
+            _marked(line["lead_db"], _signed(line["lead_db"])),
         ]
         for line in result["lines"]
     ]
@@ -244,19 +244,18 @@ def notes(lines: Sequence[Line]) -> str:
     return "\n".join(f"- {name}: {note}." for name, note in by_name.items())
 
 
-def _is_ahead(line: Line, truth: str) -> bool:
-    mean, half = line["lead_db"][truth]
+def _is_ahead(lead: Sequence[float]) -> bool:
+    mean, half = lead
     return bool(mean - half > 0)
 
 
-def _marked(lead: Sequence[float]) -> str:
+def _marked(lead: Sequence[float], told: str) -> str:
     """Bold: the interval isn't above zero."""
-    return _signed(lead) if lead[0] - lead[1] > 0 else f"**{_signed(lead)}**"
+    return told if _is_ahead(lead) else f"**{told}**"
 
 
 def _lead(line: Line, truth: str) -> str:
-    lead = _told(line, truth)
-    return lead if _is_ahead(line, truth) else f"**{lead}**"
+    return _marked(line["lead_db"][truth], _told(line, truth))
 
 
 def _told(line: Line, truth: str) -> str:

@@ -18,12 +18,11 @@ from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import FULL, NONE, Plan, schedule_of
 from moeca_compile.planner.search.search import RACE_SEEDS
 from moeca_compile.planner.search.weights import fitted_forecasts, placed_for_weights
+from moeca_compile.planner.store import FITTED
 from moeca_compile.planner.study import Study
 from moeca_compile.schedule import Schedule
 from moeca_compile.schedule.fitted import FittedWeights
 from moeca_compile.schedule.forecast import MAX_KEPT
-
-NAME = "fitted weights"
 
 
 def with_fitted_weights(study: Study, plan: Plan, quality: float, raced: Iterable[Plan] = ()) -> BetterSchedule | None:
@@ -52,11 +51,11 @@ def with_fitted_weights(study: Study, plan: Plan, quality: float, raced: Iterabl
     few = min(RACE_SEEDS, len(study.request.seeds))
     best = max(candidates, key=lambda one: one.quality(study, few))
     reached = best.quality(study, len(study.request.seeds))
-    tried = {f"{plan.predictor}, {NAME}": reached}
+    tried = {f"{plan.predictor}, {FITTED}": reached}
     keys = study.sampled.program.regions.keys
     if reached <= quality + BETTER_DB:
         return BetterSchedule(schedule_of(plan, keys, study.sampled.kinds), (), quality, tried)
-    return with_costs(study, BetterSchedule(best.schedule, (NAME,), reached, tried, kept_as=best.kept_as))
+    return with_costs(study, BetterSchedule(best.schedule, (FITTED,), reached, tried, kept_as=best.kept_as))
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class _Candidate:
 
     def quality(self, study: Study, seeds: int) -> float:
         """Mean PSNR in dB on the first seeds."""
-        study.report_progress(f"{NAME}: rollouts on {seeds} seeds", 0.96)
+        study.report_progress(f"{FITTED}: rollouts on {seeds} seeds", 0.96)
         runs = (study.rollout(self.kept_as, seed, self.schedule) for seed in study.request.seeds[:seeds])
         with warnings.catch_warnings():
             # a sampler may be one that can't use the weights. Then rollouts find them no better
@@ -90,7 +89,7 @@ def _fitted(study: Study, plan: Plan, most: int) -> _Candidate | None:
     # as it is returned: weights are used by the timesteps of a call
     schedule = replace(schedule, fitted=FittedWeights(found.weights), timesteps=study.timesteps)
     mark = sha256(schedule.to_json().encode()).hexdigest()[:8]
-    return _Candidate(schedule, replace(plan, predictor=f"{plan.predictor}, {NAME} {mark}"))
+    return _Candidate(schedule, replace(plan, predictor=f"{plan.predictor}, {FITTED} {mark}"))
 
 
 def _placed(study: Study, plan: Plan, raced: Iterable[Plan], most: int) -> list[Plan]:
