@@ -4,9 +4,10 @@
     python -m examples.01_generate --json     # the figures as one line of JSON
 
 The model as shipped breaks its graph at every dispatch of tokens to experts. `moeca.prepare` rewrites these; the second
-contender is plain torch.compile of the rewritten model, so that its speedup is that of the whole graph alone. The
-sampler is the same. Runs alternate, compile time is apart, figures are medians. The schedule was calibrated by
-`examples.03_calibrate` on other seeds than these.
+contender is plain torch.compile of the rewritten model, so that its speedup is that of the whole graph alone. Two
+contenders cache: what the regions of the graph give, or what the whole model returns. The sampler is the same. Runs
+alternate, compile time is apart, figures are medians. The schedules were calibrated by `benchmarks.fitted` on other
+seeds than these.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +31,37 @@ import moeca_compile as moeca
 from examples import digits
 from moeca_compile.schedule import Action, Schedule
 
-SCHEDULE = Path(__file__).parent / "schedules" / "digits_34.json"
+SCHEDULES = Path(__file__).parents[1] / "benchmarks" / "results" / "schedules"
+PLAIN, PREPARED, REGIONS, OUTPUT = "torch.compile", "torch.compile, prepared", "moeca, regions", "moeca, output"
+CACHED = {  # by contender, the schedule: both compute 17 of 50 steps, with weights fitted to uncached samples
+    REGIONS: SCHEDULES / "digits_fitted_regions_34.json",
+    OUTPUT: SCHEDULES / "digits_uncached_34.json",
+}
 BATCH = 32  # digits a run; with guidance the model sees twice as many
 FIRST_SEED = 2000
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one comparison found; seconds are medians of one run of `BATCH` digits, speedups are ratios of these.
+    """What one contender took and gave.
 
     Attributes:
-        speedup: of moeca over torch.compile of the model as shipped.
-        speedup_prepared: of torch.compile of the prepared model over the same.
-        speedup_caching: of moeca over torch.compile of the prepared model.
+        seconds: the median of its runs of `BATCH` digits.
+        compile_seconds: before the first run.
+        speedup: over torch.compile of the model as shipped; a ratio of medians.
+        speedup_caching: over torch.compile of the prepared model.
+        mac_fraction: of the multiply-accumulates of the uncached run.
+        psnr_db: to the digits of torch.compile of the model as shipped; None of these themselves.
+        state_bytes: kept between steps.
     """
 
+    seconds: float
+    compile_seconds: float
     speedup: float
-    speedup_prepared: float
     speedup_caching: float
-    mac_fraction: float
-    psnr_db: float
-    state_bytes: int
-    seconds_uncached: float
-    seconds_prepared: float
-    seconds_cached: float
-    compile_seconds_uncached: float
-    compile_seconds_prepared: float
-    compile_seconds_cached: float
-    samples: int
-    steps: int
+    mac_fraction: float = 1.0
+    psnr_db: float | None = None
+    state_bytes: int = 0
 
 
 class Contender:
@@ -93,89 +96,92 @@ def example_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([noise, noise]), t, torch.cat([labels, torch.full_like(labels, digits.CLASSES)])
 
 
-def compare(runs: int, steps: int, console: Console) -> tuple[Figures, Contender, Contender]:
-    """Compile all, then sample with one after the other, `runs` times."""
+def contenders(steps: int, console: Console) -> dict[str, Contender]:
+    """All, compiled, by name."""
 
     def call(model: Any, *inputs: Tensor) -> object:
         return model(*inputs)
 
-    with console.status("compiling: plain torch.compile"):
-        plain = Contender(torch.compile(digits.load_model()), call, steps)
-    with console.status("compiling: plain torch.compile of the prepared model"):
-        prepared_model = digits.load_model()
-        moeca.prepare(prepared_model)
-        prepared = Contender(torch.compile(prepared_model), call, steps)
-    with console.status("compiling: moeca"):
-        model = torch.compile(digits.load_model(), backend="moeca", options={"schedule": SCHEDULE})
-        cached = Contender(model, moeca.warmup, steps)
+    found: dict[str, Contender] = {}
+    with console.status(f"compiling: {PLAIN}"):
+        found[PLAIN] = Contender(torch.compile(digits.load_model()), call, steps)
+    with console.status(f"compiling: {PREPARED}"):
+        model = digits.load_model()
+        moeca.prepare(model)
+        found[PREPARED] = Contender(torch.compile(model), call, steps)
+    for name, path in CACHED.items():
+        with console.status(f"compiling: {name}"):
+            granularity = Schedule.load(path).granularity or "region"
+            model = moeca.compile(digits.load_model(), schedule=path, granularity=granularity)
+            found[name] = Contender(model, moeca.warmup, steps)
+    return found
+
+
+def compare(found: dict[str, Contender], runs: int, steps: int, console: Console) -> dict[str, Figures]:
+    """Sample with one after the other, `runs` times."""
     with Progress(console=console) as progress:
-        task = progress.add_task("sampling", total=3 * runs * steps)
+        task = progress.add_task("sampling", total=len(found) * runs * steps)
         for _ in range(runs):
-            for contender in (plain, prepared, cached):
+            for contender in found.values():
                 contender.run(lambda step, x: progress.advance(task))
-    stats = moeca.stats(cached.model)
-    figures = Figures(
-        speedup=plain.median_seconds / cached.median_seconds,
-        speedup_prepared=plain.median_seconds / prepared.median_seconds,
-        speedup_caching=prepared.median_seconds / cached.median_seconds,
-        mac_fraction=stats.mac_fraction,
-        psnr_db=digits.psnr(torch.cat(cached.images), torch.cat(plain.images)).mean().item(),
-        state_bytes=stats.state_bytes,
-        seconds_uncached=plain.median_seconds,
-        seconds_prepared=prepared.median_seconds,
-        seconds_cached=cached.median_seconds,
-        compile_seconds_uncached=plain.compile_seconds,
-        compile_seconds_prepared=prepared.compile_seconds,
-        compile_seconds_cached=cached.compile_seconds,
-        samples=runs * BATCH,
-        steps=steps,
-    )
-    return figures, plain, cached
+    return {name: figures_of(name, found) for name in found}
 
 
-def print_table(figures: Figures, console: Console) -> None:
-    title = f"{BATCH} digits, {figures.steps} steps, guidance 2; quality over {figures.samples} digits"
-    table = Table(
-        "", "torch.compile", "torch.compile, prepared", "moeca, calibrated", title=title, title_justify="left"
+def figures_of(name: str, found: dict[str, Contender]) -> Figures:
+    own, plain, prepared = found[name], found[PLAIN], found[PREPARED]
+    seconds = own.median_seconds
+    figures = Figures(seconds, own.compile_seconds, plain.median_seconds / seconds, prepared.median_seconds / seconds)
+    if name in CACHED:
+        stats = moeca.stats(own.model)
+        figures = replace(figures, mac_fraction=stats.mac_fraction, state_bytes=stats.state_bytes)
+    if name == PLAIN:
+        return figures
+    return replace(figures, psnr_db=digits.psnr(torch.cat(own.images), torch.cat(plain.images)).mean().item())
+
+
+def print_table(figures: dict[str, Figures], samples: int, steps: int, console: Console) -> None:
+    title = f"{BATCH} digits, {steps} steps, guidance 2; quality over {samples} digits"
+    table = Table("", *figures, title=title, title_justify="left")
+    each = list(figures.items())
+    table.add_row("seconds", *(f"{one.seconds:.2f}" for _, one in each))
+    table.add_row("speedup", *(f"{one.speedup:.2f}" for _, one in each))
+    table.add_row(
+        "speedup by caching alone", *(f"{one.speedup_caching:.2f}" if name != PLAIN else "" for name, one in each)
     )
-    f = figures
-    seconds = (f.seconds_uncached, f.seconds_prepared, f.seconds_cached)
-    compiling = (f.compile_seconds_uncached, f.compile_seconds_prepared, f.compile_seconds_cached)
-    table.add_row("seconds", *(f"{each:.2f}" for each in seconds))
-    table.add_row("speedup", "1", f"{f.speedup_prepared:.2f}", f"{f.speedup:.2f}")
-    table.add_row("speedup by caching alone", "", "1", f"{f.speedup_caching:.2f}")
-    table.add_row("share of the MACs", "100 %", "100 %", f"{f.mac_fraction:.1%}")
-    table.add_row("PSNR against uncached", "", "", f"{f.psnr_db:.1f} dB")
-    table.add_row("cached state", "", "", f"{f.state_bytes / 1e6:.1f} MB")
-    table.add_row("compile seconds, once", *(f"{each:.1f}" for each in compiling))
+    table.add_row("share of the MACs", *(f"{one.mac_fraction:.1%}" for _, one in each))
+    table.add_row("PSNR to uncached, dB", *("" if one.psnr_db is None else f"{one.psnr_db:.1f}" for _, one in each))
+    table.add_row("state, MB", *(f"{one.state_bytes / 1e6:.1f}" if name in CACHED else "" for name, one in each))
+    table.add_row("compile seconds, once", *(f"{one.compile_seconds:.1f}" for _, one in each))
     console.print(table)
     console.print("seconds: medians of runs that take turns; a speedup is the ratio of two of them")
 
 
-def draw(uncached: Tensor, cached: Tensor, regions: Sequence[str], steps: int, path: Path) -> None:
-    """One picture: both rows of digits (N,1,16,16), and the schedule, regions x steps."""
+def draw(found: dict[str, Contender], steps: int, path: Path) -> None:
+    """One picture: rows of ten digits, and what each step of the two schedules computes, regions x steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
 
-    schedule = Schedule.load(SCHEDULE)
-    times = [1000.0 * (1 - step / steps) for step in range(steps)]
-    rows = [schedule.rows[schedule.row_index(step, times[step]) or 0] for step in range(steps)]
-    computed = [[row[column] is Action.COMPUTE for row in rows] for column in range(len(regions))]
-    figure, (top, middle, bottom) = pyplot.subplots(
-        3, 1, figsize=(12, 6), height_ratios=(1, 1, 1.6), layout="constrained"
-    )
-    for axes, images, title in ((top, uncached, "plain torch.compile"), (middle, cached, "moeca, calibrated")):
-        axes.imshow(torch.cat(list(images[:10, 0]), dim=1).clamp(-1, 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
-        axes.set_title(title, loc="left")
-        axes.axis("off")
-    bottom.pcolormesh(computed, cmap=ListedColormap(["#e8e8e8", "#27598c"]), edgecolors="white", linewidth=0.5)
-    bottom.set_title("what each step computes (dark) and forecasts (light)", loc="left")
-    bottom.set_yticks([row + 0.5 for row in range(len(regions))], regions, fontsize=7)
-    bottom.set_xlabel("step")
-    bottom.invert_yaxis()
+    rows = {"plain torch.compile": found[PLAIN], REGIONS: found[REGIONS], OUTPUT: found[OUTPUT]}
+    figure, axes = pyplot.subplots(5, 1, figsize=(12, 8), height_ratios=(1, 1, 1, 1.6, 0.4), layout="constrained")
+    for (title, contender), above in zip(rows.items(), axes[:3], strict=True):
+        digits_row = torch.cat(list(contender.images[0][:10, 0]), dim=1).clamp(-1, 1)
+        above.imshow(digits_row.numpy(), cmap="gray_r", vmin=-1, vmax=1)
+        above.set_title(title, loc="left")
+        above.axis("off")
+    for (name, file), below in zip(CACHED.items(), axes[3:], strict=True):
+        schedule = Schedule.load(file)
+        times = [1000.0 * (1 - step / steps) for step in range(steps)]
+        each = [schedule.rows[schedule.row_index(step, times[step]) or 0] for step in range(steps)]
+        keys = schedule.regions or ("output",)
+        computed = [[row[column] is Action.COMPUTE for row in each] for column in range(len(each[0]))]
+        below.pcolormesh(computed, cmap=ListedColormap(["#e8e8e8", "#27598c"]), edgecolors="white", linewidth=0.5)
+        below.set_title(f"what each step of {name} computes (dark) and forecasts (light)", loc="left")
+        below.set_yticks([row + 0.5 for row in range(len(computed))], keys, fontsize=7)
+        below.invert_yaxis()
+    axes[-1].set_xlabel("step")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -189,13 +195,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     console = Console(stderr=args.json)
-    figures, plain, cached = compare(args.runs, args.steps, console)
-    regions = [region.key for region in moeca.explain(cached.model, *example_inputs()).regions]
-    draw(plain.images[0], cached.images[0], regions, args.steps, args.picture)
+    found = contenders(args.steps, console)
+    figures, samples = compare(found, args.runs, args.steps, console), args.runs * BATCH
+    draw(found, args.steps, args.picture)
     if args.json:
-        print(json.dumps(asdict(figures)))
+        told = {name: asdict(one) for name, one in figures.items()}
+        print(json.dumps({"samples": samples, "steps": args.steps, "contenders": told}))
     else:
-        print_table(figures, console)
+        print_table(figures, samples, args.steps, console)
     console.print(f"picture: {args.picture}")
 
 

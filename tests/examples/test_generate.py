@@ -11,8 +11,10 @@ from torch import nn
 
 import moeca_compile as moeca
 from examples import digits
+from moeca_compile.schedule import Schedule
 
 generate = importlib.import_module("examples.01_generate")
+GRANULARITIES = {generate.REGIONS: "region", generate.OUTPUT: "output"}
 
 
 def blocks_of_digits(depth: int) -> nn.Module:
@@ -21,23 +23,40 @@ def blocks_of_digits(depth: int) -> nn.Module:
     return model
 
 
-@pytest.mark.slow  # it compiles a model three times; .ci/run has it
+def explained(model: nn.Module, granularity: str, schedule: object) -> Schedule:
+    return moeca.explain(model, *generate.example_inputs(), schedule=schedule, granularity=granularity).schedule
+
+
+@pytest.mark.parametrize("name", generate.CACHED)
+def test_the_schedules_of_the_demo_are_of_its_model(name: str) -> None:
+    schedule = explained(digits.load_model(), GRANULARITIES[name], generate.CACHED[name])
+    assert len(schedule.rows) == 50
+
+
+@pytest.mark.slow  # it compiles a model four times; .ci/run has it
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    explained = moeca.explain(digits.load_model(), *generate.example_inputs(), schedule=generate.SCHEDULE)
-    assert len(explained.schedule.rows) == 50
-    made = moeca.explain(blocks_of_digits(2), *generate.example_inputs(), schedule="uniform:3").schedule
-    made.save(tmp_path / "every_third.json")
-    monkeypatch.setattr(generate, "SCHEDULE", tmp_path / "every_third.json")
+    files = {name: tmp_path / f"{granularity}.json" for name, granularity in GRANULARITIES.items()}
+    for name, granularity in GRANULARITIES.items():
+        explained(blocks_of_digits(2), granularity, "uniform:3").save(files[name])
+    monkeypatch.setattr(generate, "CACHED", files)
     monkeypatch.setattr(digits, "load_model", lambda: blocks_of_digits(2))
     picture = tmp_path / "demo.png"
     generate.main(["--json", "--runs", "1", "--picture", str(picture)])
     (line,) = capsys.readouterr().out.splitlines()
-    figures = json.loads(line)
-    assert figures["steps"] == 50
-    assert 0.1 < figures["mac_fraction"] < 0.6
-    assert figures["speedup"] > 1
-    assert figures["speedup_caching"] > 1
-    assert figures["speedup"] == pytest.approx(figures["speedup_prepared"] * figures["speedup_caching"])  # of one run
-    assert figures["psnr_db"] > 20
-    assert figures["state_bytes"] > 0
+    told = json.loads(line)
+    assert (told["steps"], told["samples"]) == (50, generate.BATCH)
+    figures = told["contenders"]
+    assert list(figures) == [generate.PLAIN, generate.PREPARED, generate.REGIONS, generate.OUTPUT]
+    for name, one in figures.items():
+        assert one["speedup"] == pytest.approx(figures[generate.PLAIN]["seconds"] / one["seconds"])
+        if name in GRANULARITIES:
+            assert 0.1 < one["mac_fraction"] < 0.6
+            assert one["speedup"] > 1
+            assert one["speedup_caching"] > 1
+            assert one["psnr_db"] > 20
+            assert one["state_bytes"] > 0
+        else:
+            assert (one["mac_fraction"], one["state_bytes"]) == (1, 0)
+    assert figures[generate.PLAIN]["psnr_db"] is None
+    assert figures[generate.PREPARED]["psnr_db"] > 80
     assert picture.read_bytes().startswith(b"\x89PNG")
