@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 import moeca_compile as moeca
 from benchmarks import policies_jobs as jobs
+from benchmarks.fitted import FITTED_REGIONS, WHOLE, WORK, Bench
 from benchmarks.peers.way import Family
 from benchmarks.peers.workload import Batch, Size, Workload
+from benchmarks.tasks import DIGITS
 from moeca_compile.schedule import Schedule
 
 BUDGETS = ("70", "50", "34", "26", "20", "16", "13")
 COMPUTED = (25, 17, 13, 10)  # full steps of the random schedules: what uniform:2, 3, 4 and 5 compute
 RANDOM_SEEDS = 2
+OUTPUT_SHARES = (50, 34, 26, 20, 16)
 C, F = jobs.C, jobs.F
 SPAN = f"blocks.0..blocks.{jobs.BLOCKS - 1}"  # the key of the whole stack
 
@@ -87,6 +91,25 @@ def calibrated(budgets: tuple[str, ...] = BUDGETS, **options: Any) -> Family:
     name = "moeca calibrated" + _told(options)
     schedules = compiled(lambda size: {f"{one} %": load(one) for one in budgets}, **options)
     return Family(name, "moeca", note, schedules, cold=not options)
+
+
+def fitted(kind: str, shares: tuple[int, ...] = ()) -> Family:
+    """Schedules with fitted weights, of `benchmarks.fitted`: committed, or calibrated first.
+
+    Args:
+        kind: `fitted_regions`, or the truth of the output's weights: `uncached`, `converged`.
+        shares: of the steps, in percent; as many as it takes to reach from 1.5x to 5x.
+    """
+    shares = shares or (tuple(map(int, BUDGETS)) if kind == FITTED_REGIONS else OUTPUT_SHARES)
+    bench = Bench(replace(WHOLE, shares=shares), WORK / DIGITS.name, DIGITS)
+    granularity = "region" if kind == FITTED_REGIONS else "output"
+
+    def schedules(size: Size) -> Mapping[str, Schedule]:
+        return {f"{share} %": bench.schedule(share, kind) for share in shares}
+
+    name = "regions" if kind == FITTED_REGIONS else f"output, {kind}"
+    note = "moeca.calibrate_front with fitted weights, on 8 seeds; benchmarks/results/schedules"
+    return Family(f"moeca fitted {name}", "moeca", note, compiled(schedules, granularity=granularity))
 
 
 def one_span(budgets: tuple[str, ...] = ("34", "26", "20", "16", "13")) -> Family:

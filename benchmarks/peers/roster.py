@@ -58,6 +58,11 @@ def _digits() -> Mapping[str, Sequence[Family]]:
     return {
         "fewer steps": plain.fewer_steps(),
         "moeca calibrated": [ours.calibrated()],
+        "moeca fitted": [
+            ours.fitted("uncached"),
+            ours.fitted("converged"),
+            ours.fitted("fitted_regions"),
+        ],
         "TaylorSeer, order 1": [taylorseer.family(1, cold=True)],
         "DBCache": [dbcache.dynamic(1, cold=True), dbcache.dynamic(1, warmup=4)],
         "uncached": [*plain.uncached(), ours.full()],

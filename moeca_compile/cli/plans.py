@@ -134,8 +134,6 @@ def calibrate(
     model, sampler = model_of(source, weights), load(sample)
     from moeca_compile import planner
 
-    if perturb and not json:
-        say(f"at most {perturb} experts are made stale, for about {2 * perturb} uncached trajectories")
     arguments = asked | {"granularity": granularity, "inner": inner, "truth": wanted, "progress": not json}
     if len(budgets) > 1:
         front = planner.calibrate_front(model, sampler, budgets=budgets, **arguments)

@@ -7,7 +7,6 @@ to be `OVERHEAD`, and in the search's last round every uniform plan that could s
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from moeca_compile.planner.search.challengers import PROBES
 from moeca_compile.planner.search.cheapest import SEARCHES
 from moeca_compile.planner.search.search import RACE_PLANS, RACE_SEEDS
 from moeca_compile.planner.study import GAPS, LOOKBACK, OVERHEAD, SEEDS_PER_MEASURED, SPLIT_LOOKBACK
-from moeca_compile.planner.truth import Goal
+from moeca_compile.planner.truth import Goal, takes
 from moeca_compile.schedule.granularity import OUTPUT
 from moeca_compile.schedule.output import CONVERGED, UNCACHED
 
@@ -95,7 +94,7 @@ def price_of(requests: Sequence[Request], granularity: str, goal: Goal, sample: 
     parts["for the search"] = sum(map(_search, requests))
     parts["of its last round"] = sum(LAST * seeds * _rollout(request) * _searches(request) for request in requests)
     if granularity == OUTPUT:
-        times = goal == CONVERGED and TIMESTEPS in inspect.signature(sample).parameters
+        times = goal == CONVERGED and takes(sample, TIMESTEPS)
         parts["to choose steps and terms of the weights"] = sum(_weights(request, times) for request in requests)
         parts[f"to fit them together, in up to {ROUNDS} rounds as long as each gains {AGAIN:g} dB"] = sum(
             map(_together, requests)

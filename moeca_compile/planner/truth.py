@@ -53,7 +53,7 @@ def read_truth(
             _as_samples(truth[seed], seed, what, error)  # before hours are spent
         return truth
     if isinstance(truth, str) and truth in (UNCACHED, CONVERGED):
-        if truth == CONVERGED and "steps" not in inspect.signature(sample).parameters:
+        if truth == CONVERGED and not takes(sample, "steps"):
             raise error(
                 f"{what}: truth='converged' samples with more steps, but sample(model, seed) takes none: give it a "
                 "keyword steps, sample(model, seed, steps=50)"
@@ -166,6 +166,14 @@ class Target:
                 f"{seed}. Name another folder"
             )
         return samples
+
+
+def takes(sample: Callable[..., Any], keyword: str) -> bool:
+    """Whether the caller's loop has a parameter of that name; one that tells no signature has none."""
+    try:
+        return keyword in inspect.signature(sample).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def goal_of(truth: Truth, model: Any, sample: Callable[..., Any], request: Request, granularity: str) -> Goal:

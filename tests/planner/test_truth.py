@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import OptionError, ScheduleError
+from moeca_compile.planner.price import price_of
+from moeca_compile.planner.request import Request
 from moeca_compile.planner.search.floor import Floor
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan
 from moeca_compile.planner.store import Store
-from moeca_compile.planner.truth import Target, given_samples, read_truth, sample_other
+from moeca_compile.planner.truth import Target, given_samples, read_truth, sample_other, takes
 from tests.frontend.test_quantized import quantize
 from tests.sampling import dit
 
@@ -29,6 +31,15 @@ def sample(model: Any, seed: int) -> Tensor:
     for t in TIMES:
         x = x - 0.1 * model(x, torch.full((2,), t), torch.tensor([1, 2])).detach()
     return x
+
+
+@pytest.mark.parametrize("loop", [max, object()])
+def test_a_loop_that_tells_no_signature_takes_nothing(loop: Any) -> None:
+    assert not takes(loop, "steps")
+    with pytest.raises(OptionError, match="give it a keyword steps"):
+        read_truth("converged", loop, (0,), "calibrate", OptionError, lambda model, seed: None)
+    request = Request.read("macs:0.5", "auto", 2, 2, 0, None, None, 2**30, None, 0, 0.0)
+    assert price_of([request], "output", "converged", loop).total > 0
 
 
 def pair(bits: str = "int8") -> tuple[nn.Module, nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +19,7 @@ from moeca_compile.planner.output.wanted import Wanted, as_arrays, from_arrays
 from moeca_compile.planner.rollout import TIMESTEPS
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.study import Study
-from moeca_compile.planner.truth import given_samples
+from moeca_compile.planner.truth import given_samples, takes
 from moeca_compile.schedule.output import CONVERGED, GIVEN, UNCACHED
 
 FINE = "_fine"  # in names of folders: every step of the finest run is kept too
@@ -89,7 +88,7 @@ class OutputStudy(Study):
     @cached_property
     def searches_times(self) -> bool:
         """Whether the sampler's timesteps are searched too."""
-        if self.goal != CONVERGED or TIMESTEPS not in inspect.signature(self.sample).parameters:
+        if self.goal != CONVERGED or not takes(self.sample, TIMESTEPS):
             return False
         if not self.timesteps:
             warn(

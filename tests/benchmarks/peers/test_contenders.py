@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import moeca_compile as moeca
-from benchmarks.peers import dbcache, fora, macs, ours, taylorseer, teacache
+from benchmarks.peers import dbcache, fora, macs, ours, tables, taylorseer, teacache
 from benchmarks.peers.thirds import Thirds
+from benchmarks.peers.verdict import group_of
 from benchmarks.peers.way import Way, bytes_in
 from benchmarks.peers.workload import Batch, Size
 from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
@@ -69,6 +70,19 @@ def test_moecas_own_ways_say_what_they_spend(uncached: Tensor) -> None:
     assert 15 < psnr(uniform, uncached) < 80
     assert uniform.macs() == pytest.approx(0.5 + 0.5 * macs.without_modules(WORK), rel=1e-6)
     assert uniform.state_bytes() > 2 * 12 * 4 * 64 * 96 * 4  # every region's value and difference, both halves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "computed"), [("uncached", 0.2), ("converged", 0.2), ("fitted_regions", 0.205)])
+def test_fitted_schedules_of_moeca_keep_what_they_told(kind: str, computed: float) -> None:
+    work = TrainedDigits(Size(digits=1, rounds=1, steps=50))
+    family = ours.fitted(kind, (20,))
+    (way,) = family.open(work).values()
+    told, images = way.told_bytes(), way.sample(work.batches()[0])
+    assert images.isfinite().all()
+    assert told == way.held_bytes() > 0
+    assert way.macs() == pytest.approx(computed, abs=1e-3)
+    assert group_of(family.name) in tables.TOLD
 
 
 @pytest.mark.slow
