@@ -108,7 +108,7 @@ def fitted(kind: str, shares: tuple[int, ...] = ()) -> Family:
         return {f"{share} %": bench.schedule(share, kind) for share in shares}
 
     name = "regions" if kind == FITTED_REGIONS else f"output, {kind}"
-    note = "moeca.calibrate_front with fitted weights, on 8 seeds; benchmarks/results/schedules"
+    note = "moeca.calibrate_front on 8 seeds, weights fitted where that is better; benchmarks/results/schedules"
     return Family(f"moeca fitted {name}", "moeca", note, compiled(schedules, granularity=granularity))
 
 
