@@ -1,4 +1,4 @@
-"""moeca's own ways: uniform, calibrated, by branches, adaptive; and random schedules of the same cost as a control."""
+"""moeca's own ways: uniform, calibrated, fitted, by branches, adaptive. Control: random schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moeca_compile as moeca
 from benchmarks import policies_jobs as jobs
-from benchmarks.fitted import FITTED_REGIONS, WHOLE, WORK, Bench
+from benchmarks.fitted import FITTED_REGIONS, KEPT, WHOLE, WORK, Bench
 from benchmarks.peers.way import Family
 from benchmarks.peers.workload import Batch, Size, Workload
 from benchmarks.tasks import DIGITS
@@ -20,7 +20,7 @@ from moeca_compile.schedule import Schedule
 BUDGETS = ("70", "50", "34", "26", "20", "16", "13")
 COMPUTED = (25, 17, 13, 10)  # full steps of the random schedules: what uniform:2, 3, 4 and 5 compute
 RANDOM_SEEDS = 2
-OUTPUT_SHARES = (50, 34, 26, 20, 16)
+OUTPUT_SHARES = (50, 34, 26, 20, 16)  # fewer steps: a cheap one costs nearly nothing
 C, F = jobs.C, jobs.F
 SPAN = f"blocks.0..blocks.{jobs.BLOCKS - 1}"  # the key of the whole stack
 
@@ -94,22 +94,34 @@ def calibrated(budgets: tuple[str, ...] = BUDGETS, **options: Any) -> Family:
 
 
 def fitted(kind: str, shares: tuple[int, ...] = ()) -> Family:
-    """Schedules with fitted weights, of `benchmarks.fitted`: committed, or calibrated first.
+    """Schedules that `calibrate_front` gave weights where it found better ones than the polynomial's.
+
+    They are those of `benchmarks.fitted`. What isn't committed is calibrated, which says so, and kept beside those.
 
     Args:
-        kind: `fitted_regions`, or the truth of the output's weights: `uncached`, `converged`.
-        shares: of the steps, in percent; as many as it takes to reach from 1.5x to 5x.
+        kind: `FITTED_REGIONS`, or the truth of the output's weights, `UNCACHED` or `CONVERGED`.
+        shares: of the steps, in percent; default: `BUDGETS` for regions, `OUTPUT_SHARES` for the output.
     """
-    shares = shares or (tuple(map(int, BUDGETS)) if kind == FITTED_REGIONS else OUTPUT_SHARES)
-    bench = Bench(replace(WHOLE, shares=shares), WORK / DIGITS.name, DIGITS)
-    granularity = "region" if kind == FITTED_REGIONS else "output"
+    of_regions = kind == FITTED_REGIONS
+    shares = shares or (tuple(map(int, BUDGETS)) if of_regions else OUTPUT_SHARES)
 
     def schedules(size: Size) -> Mapping[str, Schedule]:
-        return {f"{share} %": bench.schedule(share, kind) for share in shares}
+        bench = Bench(replace(WHOLE, shares=shares), WORK / DIGITS.name, DIGITS)
+        is_complete = all(bench.known(share, kind) for share in shares)
+        found = {share: bench.schedule(share, kind) for share in shares}
+        if not is_complete:
+            bench.keep(KEPT)
+        return {f"{share} %" + _none_better(schedule): schedule for share, schedule in found.items()}
 
-    name = "regions" if kind == FITTED_REGIONS else f"output, {kind}"
-    note = "moeca.calibrate_front on 8 seeds, weights fitted where that is better; benchmarks/results/schedules"
+    name = "regions" if of_regions else f"output, {kind}"
+    note = "moeca.calibrate_front on 8 seeds of 8 digits, weights fitted where better; benchmarks/results/schedules"
+    granularity = "region" if of_regions else "output"
     return Family(f"moeca fitted {name}", "moeca", note, compiled(schedules, granularity=granularity))
+
+
+def _none_better(schedule: Schedule) -> str:
+    """What a setting's name adds for a schedule with the polynomial's weights."""
+    return "" if schedule.fitted or schedule.output else ", none better"
 
 
 def one_span(budgets: tuple[str, ...] = ("34", "26", "20", "16", "13")) -> Family:

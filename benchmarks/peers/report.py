@@ -85,7 +85,7 @@ mixtures of two neighbours in time. A dash: no setting is as fast.
 {tables.equal_latency(points)}
 
 At equal measured latency at least 2 dB above the best peer at every speedup from 1.5x to 5x, each family of moeca by
-itself:
+itself; to the uncached digits, where no other truth is named:
 
 {verdict(payload)}
 

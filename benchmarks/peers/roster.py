@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.fitted import CONVERGED, FITTED_REGIONS, UNCACHED
 from benchmarks.peers import dbcache, exported, fora, nohit, ours, plain, taylorseer, teacache
 from benchmarks.peers.way import Family
 from benchmarks.peers.workload import Workload
@@ -59,9 +60,9 @@ def _digits() -> Mapping[str, Sequence[Family]]:
         "fewer steps": plain.fewer_steps(),
         "moeca calibrated": [ours.calibrated()],
         "moeca fitted": [
-            ours.fitted("uncached"),
-            ours.fitted("converged"),
-            ours.fitted("fitted_regions"),
+            ours.fitted(UNCACHED),
+            ours.fitted(CONVERGED),
+            ours.fitted(FITTED_REGIONS),
         ],
         "TaylorSeer, order 1": [taylorseer.family(1, cold=True)],
         "DBCache": [dbcache.dynamic(1, cold=True), dbcache.dynamic(1, warmup=4)],

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from benchmarks.pages import markdown
 from benchmarks.peers import plain, roster
-from benchmarks.peers.verdict import SPEEDUPS, Hull, Point, at, best_peer, group_of, hulls, lead, ours, tried
+from benchmarks.peers.verdict import (
+    OUTPUT,
+    REGIONS,
+    SOLVER,
+    SPEEDUPS,
+    Hull,
+    Point,
+    at,
+    best_peer,
+    group_of,
+    hulls,
+    lead,
+    ours,
+    tried,
+    truth_of,
+)  # fmt: skip
 
 SHORT = (
     "fewer steps, second order", "TaylorSeer (diffusers)", "cache-dit, DBCache", "TeaCache-like", "moeca, uniform",
-    "moeca, regions with fitted weights", "moeca, output fitted to uncached", "moeca, output fitted to converged",
+    REGIONS, OUTPUT, SOLVER,
 )  # fmt: skip
-TOLD = SHORT[-3:]  # whose leads the README tells, each family by itself
+TOLD = (REGIONS, OUTPUT, SOLVER)  # families whose margins are explained, each by itself
+TO_TRUTH = {"uncached": OUTPUT, "converged": SOLVER}  # what is fitted to it
 NEVER, EAGER, AS_A_WHOLE = ", never a hit", ", eager", ", compiled as a whole"
 UNCACHED, RECOMPILED = "eager, as shipped", "the baseline, compiled anew"
 
@@ -34,28 +51,37 @@ def equal_latency(points: Sequence[Point], against: str = "uncached", figure: st
 
 
 def both_truths(points: Sequence[Point], speedups: Sequence[float] = (1.5, 2.0, 2.93, 4.0, 5.0)) -> str:
-    """Some contenders at the same measured speedups: PSNR to the uncached samples / to the converged solution."""
-    truths = [hulls(points, against) for against in ("uncached", "converged")]
+    """Some contenders at the same measured speedups: PSNR to the uncached samples / to the converged solution.
+
+    Raises:
+        ValueError: one of them wasn't measured.
+    """
+    _check_measured(points)
+    truths = {truth: hulls(points, truth) for truth in TO_TRUTH}
     head = ["", *(f"{speedup:g}x" for speedup in speedups)]
     rows = [
-        [group, *(" / ".join(_db(at(found[group], speedup)) for found in truths) for speedup in speedups)]
+        [group, *(" / ".join(_db(at(found[group], speedup)) for found in truths.values()) for speedup in speedups)]
         for group in SHORT
     ]
-    for group in TOLD:
-        margins = [" / ".join(_signed(lead(found, group, one)) for found in truths) for one in speedups]
-        rows.append([f"**{group}, less the best peer**", *margins])
+    margins = [
+        " / ".join(_signed(lead(truths[truth], group, one)) for truth, group in TO_TRUTH.items()) for one in speedups
+    ]
+    rows.append(["**moeca, output fitted to that truth, less the best peer**", *margins])
     return markdown(head, rows).replace("- / -", "-")
 
 
 def causes(points: Sequence[Point]) -> list[str]:
-    """Where the margin goes: at equal MACs, and what each contender makes of its MACs."""
-    by_time, by_macs = hulls(points), hulls(points, cost="macs")
-    lines = [
-        f"At equal {title}, {group}, less the best peer, in dB: {_leads(found, group)}."
-        for group in TOLD
-        if group in by_time
-        for title, found in (("measured latency", by_time), ("MACs", by_macs))
-    ]
+    """Where the margin goes: at equal MACs, and what each contender makes of its MACs.
+
+    Raises:
+        ValueError: a contender of the README wasn't measured.
+    """
+    _check_measured(points)
+    lines = []
+    for group, (title, cost) in product(TOLD, (("measured latency", "time"), ("MACs", "macs"))):
+        truth = truth_of(group)
+        leads = _leads(hulls(points, truth, cost), group)
+        lines.append(f"At equal {title}, to the {truth} samples, {group}, less the best peer, in dB: {leads}.")
     fastest: dict[str, Point] = {}
     for point in sorted(points, key=lambda point: point["speedup"]):
         group = group_of(point["family"])
@@ -67,6 +93,12 @@ def causes(points: Sequence[Point]) -> list[str]:
         f"setting: {told}. Where moeca is less ahead in time than at equal MACs, this is what it lacks."
     )
     return lines
+
+
+def _check_measured(points: Sequence[Point]) -> None:
+    found = hulls(points)
+    if missing := [group for group in SHORT if group not in found]:
+        raise ValueError(f"{'; '.join(missing)}: not measured yet. Run python -m benchmarks.peers")
 
 
 def _leads(found: Mapping[str, Hull], group: str) -> str:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 import moeca_compile as moeca
+from benchmarks.fitted import CONVERGED, FITTED_REGIONS, KEPT, UNCACHED
 from benchmarks.peers import dbcache, fora, macs, ours, tables, taylorseer, teacache
 from benchmarks.peers.thirds import Thirds
 from benchmarks.peers.verdict import group_of
 from benchmarks.peers.way import Way, bytes_in
 from benchmarks.peers.workload import Batch, Size
 from benchmarks.peers.workloads.trained_digits import QUICK, TrainedDigits
+from moeca_compile.schedule import Schedule
 from tests.benchmarks.peers.conftest import BATCH, WORK, psnr
 
 NEEDS_DIFFUSERS = "diffusers isn't installed: pip install -e '.[bench]'"
@@ -73,7 +75,7 @@ def test_moecas_own_ways_say_what_they_spend(uncached: Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "computed"), [("uncached", 0.2), ("converged", 0.2), ("fitted_regions", 0.205)])
+@pytest.mark.parametrize(("kind", "computed"), [(UNCACHED, 0.2), (CONVERGED, 0.2), (FITTED_REGIONS, 0.205)])
 def test_fitted_schedules_of_moeca_keep_what_they_told(kind: str, computed: float) -> None:
     work = TrainedDigits(Size(digits=1, rounds=1, steps=50))
     family = ours.fitted(kind, (20,))
@@ -82,7 +84,6 @@ def test_fitted_schedules_of_moeca_keep_what_they_told(kind: str, computed: floa
     assert images.isfinite().all()
     assert told == way.held_bytes() > 0
     assert way.macs() == pytest.approx(computed, abs=1e-3)
-    assert group_of(family.name) in tables.TOLD
 
 
 @pytest.mark.slow
@@ -193,6 +194,17 @@ def test_a_random_schedule_computes_as_many_steps_as_asked() -> None:
         assert len(computed) == 13
         assert schedule.rows[0] in computed
     assert drawn[0].rows != drawn[1].rows
+
+
+@pytest.mark.parametrize("kind", [FITTED_REGIONS, UNCACHED, CONVERGED])
+def test_fitted_schedules_are_committed_and_told_in_the_readme(kind: str) -> None:
+    family = ours.fitted(kind)
+    assert group_of(family.name) in tables.TOLD
+    shares = map(int, ours.BUDGETS) if kind == FITTED_REGIONS else ours.OUTPUT_SHARES
+    for share in shares:
+        schedule = Schedule.load(KEPT / f"digits_{kind}_{share}.json")
+        assert schedule.granularity == ("region" if kind == FITTED_REGIONS else "output")
+        assert schedule.predicted["mac_fraction"] <= (share + 1) / 100
 
 
 def test_one_span_computes_the_same_steps() -> None:

@@ -49,6 +49,13 @@ def test_a_readme_without_the_markers_is_refused() -> None:
         report.with_block("no markers", "new")
 
 
+def test_a_table_that_lacks_a_contender_says_so(payload: report.Payload) -> None:
+    points = [one for one in report.points_of(payload) if not one["family"].startswith("TeaCache")]
+    for made in (tables.both_truths, tables.causes):
+        with pytest.raises(ValueError, match="TeaCache-like: not measured yet"):
+            made(points)
+
+
 def test_every_figure_of_a_setting_is_there(payload: report.Payload) -> None:
     for point in report.points_of(payload):
         assert point["finite"], point["family"]

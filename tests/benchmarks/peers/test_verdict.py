@@ -52,6 +52,13 @@ def test_each_family_is_judged_by_itself() -> None:
     assert (calibrated.name.split(" (")[0], calibrated.met) == ("moeca, calibrated", True)
 
 
+def test_what_is_fitted_to_the_converged_solution_is_judged_by_it() -> None:
+    far = [{**point("moeca fitted output, converged", one, 44), "converged": {"psnr_db": 60}} for one in (1.25, 6)]
+    (target,) = verdict.judge([PLAIN, *PEERS, *far])
+    assert target.met
+    assert target.name.startswith(f"{verdict.SOLVER}, to the converged solution (2 settings)")
+
+
 def test_a_peer_that_is_ahead_somewhere_makes_it_missed() -> None:
     (ahead,) = verdict.judge([PLAIN, *PEERS, *OURS, point("DBCache F1B0 W8", 2, 58)])
     assert not ahead.met
