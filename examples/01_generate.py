@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import moeca_compile as moeca
 from examples import digits
@@ -33,7 +35,7 @@ from moeca_compile.schedule import Action, Schedule
 
 SCHEDULES = Path(__file__).parents[1] / "benchmarks" / "results" / "schedules"
 PLAIN, PREPARED, REGIONS, OUTPUT = "torch.compile", "torch.compile, prepared", "moeca, regions", "moeca, output"
-CACHED = {  # by contender, the schedule: both compute 17 of 50 steps, with weights fitted to uncached samples
+CACHED = {  # by contender, the schedule: both compute 17 of 50 steps, and forecast with fitted weights
     REGIONS: SCHEDULES / "digits_fitted_regions_34.json",
     OUTPUT: SCHEDULES / "digits_uncached_34.json",
 }
@@ -51,7 +53,7 @@ class Figures:
         speedup: over torch.compile of the model as shipped; a ratio of medians.
         speedup_caching: over torch.compile of the prepared model.
         mac_fraction: of the multiply-accumulates of the uncached run.
-        psnr_db: to the digits of torch.compile of the model as shipped; None of these themselves.
+        psnr_db: to the digits of torch.compile of the model as shipped; None: the same bits.
         state_bytes: kept between steps.
     """
 
@@ -67,13 +69,15 @@ class Figures:
 class Contender:
     """A compiled model, and the digits and seconds it has made so far; its runs use seeds one after another."""
 
-    def __init__(self, model: Any, warm_up: Callable[..., object], steps: int) -> None:
-        self.model, self.steps = model, steps
+    def __init__(self, compiled: Callable[[nn.Module], Any], warm_up: Callable[..., object], steps: int) -> None:
+        self.steps = steps
         self.images: list[Tensor] = []
         self.seconds: list[float] = []
+        shipped = digits.load_model()
         started = time.perf_counter()
+        self.model = compiled(shipped)
         with torch.no_grad():
-            warm_up(model, *example_inputs())
+            warm_up(self.model, *example_inputs())
         self.compile_seconds = time.perf_counter() - started
 
     def run(self, advance: Callable[[int, Tensor], None]) -> None:
@@ -102,18 +106,19 @@ def contenders(steps: int, console: Console) -> dict[str, Contender]:
     def call(model: Any, *inputs: Tensor) -> object:
         return model(*inputs)
 
-    found: dict[str, Contender] = {}
-    with console.status(f"compiling: {PLAIN}"):
-        found[PLAIN] = Contender(torch.compile(digits.load_model()), call, steps)
-    with console.status(f"compiling: {PREPARED}"):
-        model = digits.load_model()
+    def prepared(model: nn.Module) -> Any:
         moeca.prepare(model)
-        found[PREPARED] = Contender(torch.compile(model), call, steps)
-    for name, path in CACHED.items():
+        return torch.compile(model)
+
+    def cached(path: Path) -> Callable[[nn.Module], Any]:
+        granularity = Schedule.load(path).granularity or "region"
+        return partial(moeca.compile, schedule=path, granularity=granularity)
+
+    ways = {PLAIN: torch.compile, PREPARED: prepared} | {name: cached(path) for name, path in CACHED.items()}
+    found: dict[str, Contender] = {}
+    for name, compiled in ways.items():
         with console.status(f"compiling: {name}"):
-            granularity = Schedule.load(path).granularity or "region"
-            model = moeca.compile(digits.load_model(), schedule=path, granularity=granularity)
-            found[name] = Contender(model, moeca.warmup, steps)
+            found[name] = Contender(compiled, moeca.warmup if name in CACHED else call, steps)
     return found
 
 
@@ -134,26 +139,27 @@ def figures_of(name: str, found: dict[str, Contender]) -> Figures:
     if name in CACHED:
         stats = moeca.stats(own.model)
         figures = replace(figures, mac_fraction=stats.mac_fraction, state_bytes=stats.state_bytes)
-    if name == PLAIN:
-        return figures
-    return replace(figures, psnr_db=digits.psnr(torch.cat(own.images), torch.cat(plain.images)).mean().item())
+    psnr = digits.psnr(torch.cat(own.images), torch.cat(plain.images)).mean().item()
+    return replace(figures, psnr_db=psnr if math.isfinite(psnr) else None)
 
 
 def print_table(figures: dict[str, Figures], samples: int, steps: int, console: Console) -> None:
     title = f"{BATCH} digits, {steps} steps, guidance 2; quality over {samples} digits"
     table = Table("", *figures, title=title, title_justify="left")
-    each = list(figures.items())
-    table.add_row("seconds", *(f"{one.seconds:.2f}" for _, one in each))
-    table.add_row("speedup", *(f"{one.speedup:.2f}" for _, one in each))
-    table.add_row(
-        "speedup by caching alone", *(f"{one.speedup_caching:.2f}" if name != PLAIN else "" for name, one in each)
-    )
-    table.add_row("share of the MACs", *(f"{one.mac_fraction:.1%}" for _, one in each))
-    table.add_row("PSNR to uncached, dB", *("" if one.psnr_db is None else f"{one.psnr_db:.1f}" for _, one in each))
-    table.add_row("state, MB", *(f"{one.state_bytes / 1e6:.1f}" if name in CACHED else "" for name, one in each))
-    table.add_row("compile seconds, once", *(f"{one.compile_seconds:.1f}" for _, one in each))
+    rows: dict[str, Callable[[Figures], str]] = {
+        "seconds": lambda one: f"{one.seconds:.2f}",
+        "speedup": lambda one: f"{one.speedup:.2f}",
+        "speedup by caching alone": lambda one: f"{one.speedup_caching:.2f}",
+        "share of the MACs": lambda one: f"{one.mac_fraction:.1%}",
+        "PSNR to uncached, dB": lambda one: "" if one.psnr_db is None else f"{one.psnr_db:.1f}",
+        "state, MB": lambda one: f"{one.state_bytes / 1e6:.1f}",
+        "compile seconds, once": lambda one: f"{one.compile_seconds:.1f}",
+    }
+    for head, told in rows.items():
+        table.add_row(head, *map(told, figures.values()))
     console.print(table)
     console.print("seconds: medians of runs that take turns; a speedup is the ratio of two of them")
+    console.print("speedup by caching alone: over torch.compile, prepared. Both caches forecast with fitted weights")
 
 
 def draw(found: dict[str, Contender], steps: int, path: Path) -> None:
@@ -164,7 +170,7 @@ def draw(found: dict[str, Contender], steps: int, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
 
-    rows = {"plain torch.compile": found[PLAIN], REGIONS: found[REGIONS], OUTPUT: found[OUTPUT]}
+    rows = {name: found[name] for name in (PLAIN, *CACHED)}
     figure, axes = pyplot.subplots(5, 1, figsize=(12, 8), height_ratios=(1, 1, 1, 1.6, 0.4), layout="constrained")
     for (title, contender), above in zip(rows.items(), axes[:3], strict=True):
         digits_row = torch.cat(list(contender.images[0][:10, 0]), dim=1).clamp(-1, 1)
@@ -190,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw digits with plain torch.compile and with moeca.")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     parser.add_argument("--runs", type=int, default=8, help=f"runs of {BATCH} digits for each (default 8)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps of a run (default 50)")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="denoising steps of a run; weights are fitted for 50 (default)"
+    )
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where the picture goes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from moeca_compile.comparison.contenders import CompiledBundle, CompiledModel, F
 from moeca_compile.comparison.metrics import Metric, Metrics
 from moeca_compile.comparison.truth import true_samples
 from moeca_compile.errors import OptionError, StateError
-from moeca_compile.frontend.prompts import Prompt, PromptSampler, check_seeds, sampler_of
+from moeca_compile.frontend.prompts import Prompt, PromptSampler, check_seeds, sampler_of, takes
 from moeca_compile.inspect.comparison import CACHED, Comparison, Contender
 from moeca_compile.inspect.progress import ProgressCallback, bar
 from moeca_compile.planner.rollout import TIMESTEPS
@@ -161,7 +160,7 @@ class _Runner:
         self._report_progress(text, self._done / self._runs)
         self._done += 1
         keywords: dict[str, Any] = {} if steps is None else {"steps": steps}
-        if name == CACHED and self._compared.timesteps and TIMESTEPS in inspect.signature(self._sampler).parameters:
+        if name == CACHED and self._compared.timesteps and takes(self._sampler, TIMESTEPS):
             keywords[TIMESTEPS] = list(self._compared.timesteps)
         with torch.no_grad(), self._compared.running(name) as model:
             begin = time.perf_counter()

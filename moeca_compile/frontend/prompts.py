@@ -126,6 +126,14 @@ def sampler_of(
     return PromptSampler(model, list(prompts), call)
 
 
+def takes(sample: Callable[..., Any], keyword: str) -> bool:
+    """Whether the caller's loop has a parameter of that name; one that tells no signature has none."""
+    try:
+        return keyword in inspect.signature(sample).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def check_seeds(sampler: object, seeds: int, what: str) -> None:
     """Refuse fewer seeds than prompts: some prompts would never be drawn.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moeca_compile.frontend.prompts import takes
 from moeca_compile.planner.drift.stale import PRICE
 from moeca_compile.planner.output.derivatives import DIRECTIONS
 from moeca_compile.planner.output.fit import RESPONSES
@@ -25,7 +26,7 @@ from moeca_compile.planner.search.challengers import PROBES
 from moeca_compile.planner.search.cheapest import SEARCHES
 from moeca_compile.planner.search.search import RACE_PLANS, RACE_SEEDS
 from moeca_compile.planner.study import GAPS, LOOKBACK, OVERHEAD, SEEDS_PER_MEASURED, SPLIT_LOOKBACK
-from moeca_compile.planner.truth import Goal, takes
+from moeca_compile.planner.truth import Goal
 from moeca_compile.schedule.granularity import OUTPUT
 from moeca_compile.schedule.output import CONVERGED, UNCACHED
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from moeca_compile.errors import ScheduleError, UserError
 from moeca_compile.frontend.denoisers import parts_of
 from moeca_compile.frontend.model_arguments import models_of, swapped_in
+from moeca_compile.frontend.prompts import takes
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan
 from moeca_compile.planner.store import Store, is_close
@@ -166,14 +166,6 @@ class Target:
                 f"{seed}. Name another folder"
             )
         return samples
-
-
-def takes(sample: Callable[..., Any], keyword: str) -> bool:
-    """Whether the caller's loop has a parameter of that name; one that tells no signature has none."""
-    try:
-        return keyword in inspect.signature(sample).parameters
-    except (TypeError, ValueError):
-        return False
 
 
 def goal_of(truth: Truth, model: Any, sample: Callable[..., Any], request: Request, granularity: str) -> Goal:

@@ -49,14 +49,14 @@ def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert list(figures) == [generate.PLAIN, generate.PREPARED, generate.REGIONS, generate.OUTPUT]
     for name, one in figures.items():
         assert one["speedup"] == pytest.approx(figures[generate.PLAIN]["seconds"] / one["seconds"])
+        assert one["speedup_caching"] == pytest.approx(figures[generate.PREPARED]["seconds"] / one["seconds"])
+        assert one["compile_seconds"] > 0.1
         if name in GRANULARITIES:
             assert 0.1 < one["mac_fraction"] < 0.6
             assert one["speedup"] > 1
             assert one["speedup_caching"] > 1
             assert one["psnr_db"] > 20
             assert one["state_bytes"] > 0
-        else:
-            assert (one["mac_fraction"], one["state_bytes"]) == (1, 0)
     assert figures[generate.PLAIN]["psnr_db"] is None
-    assert figures[generate.PREPARED]["psnr_db"] > 80
+    assert figures[generate.PREPARED]["psnr_db"] is None or figures[generate.PREPARED]["psnr_db"] > 80
     assert picture.read_bytes().startswith(b"\x89PNG")

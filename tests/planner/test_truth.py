@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import moeca_compile as moeca
 from moeca_compile.errors import OptionError, ScheduleError
+from moeca_compile.frontend.prompts import takes
 from moeca_compile.planner.price import price_of
 from moeca_compile.planner.request import Request
 from moeca_compile.planner.search.floor import Floor
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.search.rows import Plan
 from moeca_compile.planner.store import Store
-from moeca_compile.planner.truth import Target, given_samples, read_truth, sample_other, takes
+from moeca_compile.planner.truth import Target, given_samples, read_truth, sample_other
 from tests.frontend.test_quantized import quantize
 from tests.sampling import dit
 
@@ -33,8 +34,8 @@ def sample(model: Any, seed: int) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("loop", [max, object()])
-def test_a_loop_that_tells_no_signature_takes_nothing(loop: Any) -> None:
+def test_a_loop_that_tells_no_signature_takes_nothing() -> None:
+    loop: Any = max
     assert not takes(loop, "steps")
     with pytest.raises(OptionError, match="give it a keyword steps"):
         read_truth("converged", loop, (0,), "calibrate", OptionError, lambda model, seed: None)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from moeca_compile.errors import ScheduleError, warn
-from moeca_compile.frontend.prompts import PromptSampler
+from moeca_compile.frontend.prompts import PromptSampler, takes
 from moeca_compile.planner.output.fit import check_enough
 from moeca_compile.planner.output.given_times import check_taken, path_at
 from moeca_compile.planner.output.gram import gram_of, summed
@@ -19,7 +19,7 @@ from moeca_compile.planner.output.wanted import Wanted, as_arrays, from_arrays
 from moeca_compile.planner.rollout import TIMESTEPS
 from moeca_compile.planner.search.quality import mean_psnr
 from moeca_compile.planner.study import Study
-from moeca_compile.planner.truth import given_samples, takes
+from moeca_compile.planner.truth import given_samples
 from moeca_compile.schedule.output import CONVERGED, GIVEN, UNCACHED
 
 FINE = "_fine"  # in names of folders: every step of the finest run is kept too
