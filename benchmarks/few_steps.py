@@ -1,7 +1,7 @@
 """Caching at 4, 8 and 12 steps: what is left to gain where a sampler takes few steps anyway.
 
     python -m benchmarks.few_steps                  # about 10 minutes on one core; writes results/few_steps.json
-    python -m benchmarks.few_steps --task glyphs    # the glyphs model; writes results/few_steps_glyphs.json
+    python -m benchmarks.few_steps --task glyphs    # the glyphs model, about 40; results/few_steps_glyphs.json
     python -m benchmarks.few_steps --quick          # 4 steps, few samples: does it run?
     python -m benchmarks.few_steps --report         # the table of docs/few-steps.md (with --task, of that one)
 

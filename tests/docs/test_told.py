@@ -116,13 +116,33 @@ def test_what_another_condition_costs(file: str, sentence: str) -> None:
 
 
 def test_the_readme_tells_what_few_steps_gain() -> None:
-    gains = {
+    gains = few_steps("few_steps")
+    assert says("README.md", f"3 of 4 steps come {gains[4, 3]:.1f} dB, 6 of 8 come {gains[8, 6]:.1f} dB nearer")
+
+
+def test_the_list_of_benchmarks_has_every_command() -> None:
+    listed = text_of("benchmarks/README.md")
+    commands = [path for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(commands) > 20
+    assert [path.name for path in commands if f"`{path.name}`" not in listed] == []
+
+
+def few_steps(result: str) -> dict[tuple[int, int], float]:
+    """By all and computed steps, how much nearer to the converged samples than the uncached run, in dB."""
+    return {
         (table["steps"], line["computed"]): line["lead_db"]["converged"][0]
-        for table in result_of("few_steps")["tables"]
+        for table in result_of(result)["tables"]
         for line in table["lines"]
         if line["name"] == "output, fitted to converged"
     }
-    assert says("README.md", f"3 of 4 steps come {gains[4, 3]:.1f} dB, 6 of 8 come {gains[8, 6]:.1f} dB nearer")
+
+
+def test_the_page_of_few_steps_tells_what_glyphs_gain() -> None:
+    page, gains = "docs/few-steps.md", few_steps("few_steps_glyphs")
+    assert says(page, f"6 of 8 steps come {gains[8, 6]:.1f} dB nearer to them than the uncached run")
+    assert says(page, f"9 of 12 come {gains[12, 9]:.1f} and 6 of 12 come {gains[12, 6]:.1f} dB nearer")
+    assert abs(gains[4, 3]) < 0.15
+    assert max(gains[4, 2], gains[8, 4], gains[12, 4]) < 0
 
 
 def test_the_page_of_few_steps_tells_what_the_graph_gives() -> None:
