@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
 ROOMS = ROOT / "docs" / "explanation" / "rooms.svg"
 SCHEDULE = ROOT / "examples" / "schedules" / "digits_34.json"
-DRAWN = ROOT / "benchmarks" / "results" / "schedules" / "digits_fitted_regions_34.json"  # as in the demo
+DIGITS_SCHEDULE = ROOT / "benchmarks" / "results" / "schedules" / "digits_fitted_regions_34.json"  # as in the demo
 DIGITS, FIRST_SEED = 10, 2000  # no seed of the calibration
 REPORT_STEP = 18
 
@@ -32,7 +32,7 @@ def draw_digits(path: Path) -> float:
         model = moeca.compile(digits.load_model(), schedule=schedule, inner="eager")
         return digits.sample(model, seed=FIRST_SEED, n=DIGITS)
 
-    plain, cached = sampled("full"), sampled(DRAWN)
+    plain, cached = sampled("full"), sampled(DIGITS_SCHEDULE)
     figure = Figure(figsize=(DIGITS * 0.6, 1.3))
     for row, images in enumerate((plain, cached)):
         for column in range(DIGITS):
