@@ -101,7 +101,7 @@ The means against the converged solution, from which the uncached digits themsel
 
 {tables.equal_latency(points, "converged")}
 
-![PSNR against speedup, each contender](peers.svg)
+![PSNR to both truths against speedup, each contender](peers.svg)
 
 ## Where the margins come from
 
