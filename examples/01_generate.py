@@ -182,11 +182,10 @@ def draw(found: dict[str, Contender], steps: int, path: Path) -> None:
         schedule = Schedule.load(file)
         times = [1000.0 * (1 - step / steps) for step in range(steps)]
         each = [schedule.rows[schedule.row_index(step, times[step]) or 0] for step in range(steps)]
-        keys = schedule.regions or ("output",)
         computed = [[row[column] is Action.COMPUTE for row in each] for column in range(len(each[0]))]
         below.pcolormesh(computed, cmap=ListedColormap(["#e8e8e8", "#27598c"]), edgecolors="white", linewidth=0.5)
         below.set_title(f"what each step of {name} computes (dark) and forecasts (light)", loc="left")
-        below.set_yticks([row + 0.5 for row in range(len(computed))], keys, fontsize=7)
+        below.set_yticks([row + 0.5 for row in range(len(computed))], schedule.regions, fontsize=7)
         below.invert_yaxis()
     axes[-1].set_xlabel("step")
     figure.savefig(path, dpi=110)

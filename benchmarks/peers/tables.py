@@ -23,7 +23,7 @@ from benchmarks.peers.verdict import (
     ours,
     tried,
     truth_of,
-)  # fmt: skip
+)
 
 SHORT = (
     "fewer steps, second order", "TaylorSeer (diffusers)", "cache-dit, DBCache", "TeaCache-like", "moeca, uniform",
@@ -66,7 +66,7 @@ def both_truths(points: Sequence[Point], speedups: Sequence[float] = (1.5, 2.0, 
     margins = [
         " / ".join(_signed(lead(truths[truth], group, one)) for truth, group in TO_TRUTH.items()) for one in speedups
     ]
-    rows.append(["**moeca, output fitted to that truth, less the best peer**", *margins])
+    rows.append(["**moeca, output fitted to each truth, less the best peer**", *margins])
     return markdown(head, rows).replace("- / -", "-")
 
 
